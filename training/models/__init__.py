@@ -1,0 +1,1 @@
+"""Borrowed networks behind small adapters."""
