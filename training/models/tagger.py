@@ -86,7 +86,7 @@ class JoyTagViT(nn.Module):
 
 
 def sine_positions(height: int, width: int, depth: int) -> torch.Tensor:
-    """2-D positions `(height * width, depth)` fp32: sin x, cos x, sin y, cos y, a quarter of the depth each."""
+    """2-D positions `(height * width, depth)` fp32: sin x, cos x, sin y, cos y, a quarter of it each."""
     quarter = depth // 4
     # Clamped so that the smallest depth, 4, has one frequency instead of 0 / 0.
     frequencies = 10_000.0 ** -(torch.arange(quarter) / max(quarter - 1, 1))  # (depth / 4,)
@@ -132,7 +132,7 @@ class Tagger:
         return cls(model, [line.strip() for line in lines if line.strip()], device)
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
-        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: centred on a white square, bicubic to S, normalised like CLIP."""
+        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: centred on white, bicubic to S, normalised like CLIP."""
         pixels.check_rgb(image)
         height, width = image.shape[:2]
         side = max(height, width)

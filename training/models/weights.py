@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -138,17 +139,21 @@ def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.
     Raises:
         ModelError: The folder is unusable, or its weights do not fill the model one to one.
     """
+    transformers.utils.logging.disable_progress_bar()
+    dtype = (
+        # Mismatches are let through to be named below: transformers' own error only points at a printed table.
+        {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        if issubclass(model_class, transformers.PreTrainedModel)
+        else {"torch_dtype": torch.float32}
+    )
     try:
         model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **dtype
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
-    _refuse_mismatch(folder, sorted(info["missing_keys"]), [], [str(key) for key in info["mismatched_keys"]])
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    _refuse_mismatch(folder, sorted(info["missing_keys"]), [], sorted(mismatched))
     return model.to(device).eval().requires_grad_(False)
 
 

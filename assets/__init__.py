@@ -1,0 +1,1 @@
+"""One module per stage of the graph: read, one call into training, commit, metadata."""

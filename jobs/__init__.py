@@ -1,0 +1,1 @@
+"""All that starts work: definitions, the command line, jobs, schedules and sensors."""

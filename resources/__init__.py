@@ -1,0 +1,1 @@
+"""Handles on the outside world: the workspace, the warehouse, devices, the trainer, MLflow."""

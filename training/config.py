@@ -1,0 +1,479 @@
+"""Every option of a workspace and of a run: frozen dataclasses, the only home of a default, read from TOML.
+
+`[workspace]` half of a recipe and `foundry.toml` become `WorkspaceConfig`; a `[run]` half becomes `RunConfig`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from training.data.buckets import PLAN_NAMES
+from training.errors import ConfigError
+
+FORMAT = 1
+"""Version of the workspace's layout that this code writes and reads."""
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
+"""Names of runs, encodings, sources and models: safe in paths, partition keys and SQL."""
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name` if it may name a `kind`; raise ConfigError that states the rule otherwise."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(f"{kind} name {name!r} must match {NAME_PATTERN.pattern}")
+    return name
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{owner}.{name}={value} must be greater than 0")
+
+
+def _fraction(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{owner}.{name}={value} must lie between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """Where candidates come from."""
+
+    name: str
+    """Identity in every table."""
+    kind: Literal["folder"] = "folder"
+    """How it is listed."""
+    path: str
+    """Folder; relative to the workspace."""
+    tags: tuple[str, ...] = ()
+    """Tags that every image of it carries."""
+
+    def __post_init__(self) -> None:
+        check_name("source", self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """What may become an image."""
+
+    max_bytes: int = 256_000_000
+    """Largest file, bytes."""
+    max_pixels: int = 200_000_000
+    """Largest picture, pixels, checked in the header before decoding."""
+    min_side_px: int = 16
+    """Shortest side that counts as a picture, pixels."""
+    timeout_s: float = 60.0
+    """Longest decoding of one picture, seconds."""
+    memory_bytes: int = 1_500_000_000
+    """Address space that a decoding worker may add to its own, bytes."""
+    num_workers: int = 2
+    """Decoding processes."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "decode",
+            max_bytes=self.max_bytes,
+            max_pixels=self.max_pixels,
+            min_side_px=self.min_side_px,
+            timeout_s=self.timeout_s,
+            memory_bytes=self.memory_bytes,
+            num_workers=self.num_workers,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsConfig:
+    """Folders of borrowed weights; relative to the workspace, or `demo:NAME` for the embedded tiny ones."""
+
+    clip: str = "models/clip-vit-large-patch14"
+    """CLIPModel: embeddings, CLIP score, quality and aesthetics."""
+    aesthetic: str = "models/aesthetic"
+    """LAION aesthetic head as safetensors."""
+    quality_head: str = "models/quality_head"
+    """Utility and junk heads used while a workspace has too few judgements of its own."""
+    tagger: str = "models/joytag"
+    """JoyTag layout."""
+    detector: str = "models/owlv2-base-patch16-ensemble"
+    """Owlv2ForObjectDetection."""
+    base: str = "models/stable-diffusion-xl-base-1.0"
+    """Diffusers folder that training starts from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotateConfig:
+    """One pass of all annotators over each picture."""
+
+    batch_size: int = 16
+    """Pictures decoded and annotated at a time; part of the result's identity."""
+    watermark_query: str = "a watermark"
+    """What the detector is asked for."""
+
+    def __post_init__(self) -> None:
+        _positive("annotate", batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagConfig:
+    """From what sources and taggers say to canonical tags."""
+
+    threshold: float = 0.4
+    """Tagger probability from which a tag counts. JoyTag's published working point."""
+    aliases: str = ""
+    """CSV `name,category,count,"alias1,alias2"` without a header; relative to the workspace, or `demo:aliases`."""
+    blacklist: tuple[str, ...] = ()
+    """Canonical tags that are dropped."""
+
+    def __post_init__(self) -> None:
+        _fraction("tags", threshold=self.threshold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityConfig:
+    """From judgements to scores 0-9."""
+
+    min_pairs: int = 300
+    """Judgements from which the workspace's own head is fitted; fewer use the supplied one."""
+    shares: tuple[float, ...] = (0.05, 0.05, 0.10, 0.15, 0.15, 0.15, 0.15, 0.10, 0.10)
+    """Share of the pool that gets score 1, 2, ... 9; the cut points are frozen with the model."""
+    junk_threshold: float = 0.5
+    """Junk probability from which the score is 0."""
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != 9 or abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) <= 0:
+            raise ConfigError(
+                f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1"
+            )
+        _fraction("quality", junk_threshold=self.junk_threshold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionConfig:
+    """Rules of taste. Each drops images with a reason and never rejects them."""
+
+    min_score: int = 1
+    """Lowest quality score that is kept; 0 is junk."""
+    min_side_px: int = 0
+    """Shortest upright side that is kept, pixels."""
+    max_aspect: float = 4.0
+    """Largest ratio of the longer to the shorter side."""
+    min_bytes_per_pixel: float = 0.0
+    """Lowest file size per pixel, bytes."""
+    unwanted_tags: tuple[str, ...] = ()
+    """Images with one of these are dropped."""
+    watermark_threshold: float = 0.3
+    """Confidence from which a box counts as a watermark."""
+    drop_near_duplicates: bool = True
+    """Keep one of each near-duplicate group."""
+    num_validation: int = 2048
+    """Held-out images at most; never more than 5 % of the kept, at least 1."""
+    num_stable: int = 2048
+    """Training images on the list of the stable training loss, at most."""
+    seed: int = 0
+    """Keys the split."""
+
+    def __post_init__(self) -> None:
+        _fraction("selection", watermark_threshold=self.watermark_threshold)
+        _positive("selection", max_aspect=self.max_aspect, num_validation=self.num_validation)
+        if not 0 <= self.min_score <= 9:
+            raise ConfigError(f"selection.min_score={self.min_score} must lie between 0 and 9")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketConfig:
+    """The training resolutions of an encoding."""
+
+    plan: str = "bigasp_v1"
+    """Name of a bucket plan."""
+    scale: int = 1
+    """Every side of the plan is divided by this: 8 for the demo's tiny models."""
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLAN_NAMES:
+            raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(PLAN_NAMES)}")
+        _positive("encodings.*.buckets", scale=self.scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingConfig:
+    """A bucket plan, a crop policy and a VAE under one name."""
+
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+    """Training resolutions."""
+    crop: Literal["random", "centre"] = "random"
+    """Where in the slack the crop lies; random is keyed by (generation, image_id)."""
+    vae: str = "base"
+    """`base` for the VAE inside [models] base, or a folder."""
+    log_variance: bool = True
+    """Store the posterior's log-variance, so that each epoch draws anew."""
+    batch_size: int = 8
+    """Pictures encoded at a time, within a bucket; part of the result's identity."""
+    seed: int = 0
+    """Keys the crops."""
+    max_file_bytes: int = 256_000_000
+    """Largest latent file, bytes."""
+
+    def __post_init__(self) -> None:
+        _positive("encodings.*", batch_size=self.batch_size, max_file_bytes=self.max_file_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are compared."""
+
+    uri: str = ""
+    """MLflow tracking URI; empty for the workspace's own mlflow.db."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicesConfig:
+    """Which cards which kind of work may hold, by index; empty for all."""
+
+    train: tuple[int, ...] = ()
+    """Cards for training."""
+    annotate: tuple[int, ...] = ()
+    """Cards for annotators."""
+    encode: tuple[int, ...] = ()
+    """Cards for latents."""
+    evaluate: tuple[int, ...] = ()
+    """Cards for sample images and scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSetConfig:
+    """Prompts that checkpoints are judged by."""
+
+    file: str
+    """CSV with columns prompt_id, text, negative, group, height, width; or `demo:prompts`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkspaceConfig:
+    """`foundry.toml`: one data set and all that is made from it."""
+
+    format: int = FORMAT
+    """Layout of the workspace."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Where candidates come from."""
+    shard_size: int = 10_000
+    """Candidates in a partition, at most; fixed once a candidate is listed."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Limits of decoding."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """Borrowed weights."""
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    """The annotators' pass."""
+    tags: TagConfig = field(default_factory=TagConfig)
+    """Tag rules."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """Score rules."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Rules of taste."""
+    encodings: dict[str, EncodingConfig] = field(default_factory=dict)
+    """Encodings by name."""
+    prompt_sets: dict[str, PromptSetConfig] = field(default_factory=dict)
+    """Prompt sets by name."""
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+    """Who may hold which card."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where runs are compared."""
+
+    def __post_init__(self) -> None:
+        _positive("workspace", shard_size=self.shard_size)
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"sources: names {names} must differ")
+        for kind, keys in (("encoding", self.encodings), ("prompt set", self.prompt_sets)):
+            for name in keys:
+                check_name(kind, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """How a sample's prompt is made, anew in each epoch."""
+
+    mean_tags: float = 32.0
+    """Mean of the normal distribution of the number of tags. bigASP, measured on people's prompts."""
+    std_tags: float = 19.8
+    """Its standard deviation."""
+    caption_prob: float = 0.0
+    """Probability that a sample with a caption uses it instead of tags."""
+    empty_prob: float = 0.1
+    """Probability of the empty string, for classifier-free guidance."""
+    score_tags: bool = True
+    """Begin tag prompts with a random few of `score_N` and `score_N_up`."""
+    spaces_prob: float = 0.5
+    """Probability that a prompt writes spaces for underscores."""
+    max_chunks: int = 3
+    """Text-encoder chunks of 75 tokens, at most."""
+
+    def __post_init__(self) -> None:
+        _fraction(
+            "prompts",
+            caption_prob=self.caption_prob,
+            empty_prob=self.empty_prob,
+            spaces_prob=self.spaces_prob,
+        )
+        if not 1 <= self.max_chunks <= 3:
+            raise ConfigError(f"prompts.max_chunks={self.max_chunks} must lie between 1 and 3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """How many samples make one optimizer step."""
+
+    global_batch_size: int = 2048
+    """Samples per optimizer step, over all devices."""
+    micro_batch_size: int = 8
+    """Samples per forward pass on one device, at most."""
+
+    def __post_init__(self) -> None:
+        _positive("batch", global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
+        if self.micro_batch_size > self.global_batch_size:
+            raise ConfigError(
+                f"batch.micro_batch_size={self.micro_batch_size} exceeds "
+                f"batch.global_batch_size={self.global_batch_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-4
+    """Peak rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up, to 0 at the end (constant stays)."""
+    warmup_samples: int = 100_000
+    """Samples of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    epsilon: float = 1e-8
+    """AdamW's."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 for never."""
+    ema_half_life_samples: int = 0
+    """Half-life of the averaged weights, samples; 0 for none."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
+        if (
+            self.warmup_samples < 0
+            or self.ema_half_life_samples < 0
+            or self.max_grad_norm < 0
+            or self.weight_decay < 0
+        ):
+            raise ConfigError(
+                "optimizer: warmup_samples, ema_half_life_samples, max_grad_norm, weight_decay must be >= 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """What the UNet is asked to minimise."""
+
+    min_snr_gamma: float = 5.0
+    """min-SNR weighting, arXiv:2303.09556 section 3.4; 0 for the plain loss."""
+    noise_offset: float = 0.0
+    """Standard deviation of a constant added to each channel's noise."""
+    watermark_weight: float = 1.0
+    """Weight of latent pixels under a watermark box; 1 for no mask."""
+
+    def __post_init__(self) -> None:
+        _fraction("loss", watermark_weight=self.watermark_weight)
+        if self.min_snr_gamma < 0 or self.noise_offset < 0:
+            raise ConfigError("loss: min_snr_gamma and noise_offset must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """The plain loss on held-out images, with fixed noise and stratified timesteps."""
+
+    every_samples: int = 50_000
+    """Interval, samples."""
+    num_images: int = 2048
+    """Held-out and stable images at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When weights are saved and which are kept."""
+
+    every_samples: int = 500_000
+    """Interval, samples; the end of the run is always saved."""
+    keep_last: int = 2
+    """Whole checkpoints with optimizer state to keep; older ones keep their weights only."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoints", every_samples=self.every_samples, keep_last=self.keep_last)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How checkpoints are sampled and compared."""
+
+    prompt_set: str = "standard"
+    """Name of a prompt set of the workspace."""
+    sampler: Literal["dpmpp_2m_karras", "euler_a", "ddim"] = "dpmpp_2m_karras"
+    """Sampler and its noise schedule."""
+    num_steps: int = 30
+    """Sampler steps."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance."""
+    batch_size: int = 8
+    """Pictures sampled at a time."""
+    clip_margin: float = 0.003
+    """Difference of CLIP score that matters."""
+    aesthetic_margin: float = 0.05
+    """Difference of aesthetic score that matters."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", num_steps=self.num_steps, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One training run: fixed by its first launch, stored beside every checkpoint."""
+
+    encoding: str
+    """Encoding whose training set and latents it reads."""
+    num_samples: int = 30_000_000
+    """Length, samples."""
+    seed: int = 0
+    """Keys order, prompts, timesteps and noise."""
+    base: str = "base"
+    """Key under [models] of the model it starts from."""
+    train_text_encoder: bool = True
+    """Train text encoder 1."""
+    train_text_encoder_2: bool = False
+    """Train text encoder 2."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of forward and backward; weights stay fp32."""
+    num_processes: int = 1
+    """Ranks that torchrun starts."""
+    reduction: Literal["canonical", "fast"] = "fast"
+    """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """Prompts."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Batches."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Validation."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+
+    def __post_init__(self) -> None:
+        check_name("encoding", self.encoding)
+        _positive("run", num_samples=self.num_samples, num_processes=self.num_processes)
+
+
+FREE_KEYS = ("validation.", "checkpoints.", "evaluation.", "num_processes")
+"""Keys of a run that may change when it is resumed: intervals, retention, evaluation and the number of ranks."""

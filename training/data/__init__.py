@@ -1,0 +1,1 @@
+"""Facts about images and how they become samples. Never imports torch."""

@@ -1,0 +1,50 @@
+"""Sizes and placements, height first: how an image is shrunk, cropped and mapped into its bucket."""
+
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def area(self) -> int:
+        """Pixels."""
+        return self.height * self.width
+
+    @property
+    def aspect(self) -> float:
+        """Width divided by height."""
+        return self.width / self.height
+
+    def __str__(self) -> str:
+        """`height x width`, as tables and file names show it."""
+        return f"{self.height}x{self.width}"
+
+
+class Box(NamedTuple):
+    """A rectangle `[y0, y1) x [x0, x1)` in pixels of the upright source."""
+
+    y0: float
+    x0: float
+    y1: float
+    x1: float
+
+
+class Placement(NamedTuple):
+    """How a source image became a bucket-sized picture: resize to `resized`, then crop at the offset."""
+
+    original: Size
+    """Upright source size."""
+    resized: Size
+    """Size after the resize; covers the bucket."""
+    crop_top: int
+    """Rows cut off above, in pixels of the resized image."""
+    crop_left: int
+    """Columns cut off on the left, in pixels of the resized image."""
+    bucket: Size
+    """Size of the picture that is encoded."""
+    flip: bool
+    """Mirrored left to right after the crop."""
