@@ -1,0 +1,329 @@
+"""The one writer: everything that is kept is written here, so that a kill at any point loses nothing committed.
+
+A file is written under a temporary name, flushed, synced, renamed, and its folder synced. A *commit* is the
+atomic replacement of a manifest that names content files by digest; content without a manifest does not exist.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from training.errors import DamageError, LockedError, WorkspaceError
+
+MANIFEST_FORMAT = 1
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it is synced and renamed to `path`, else removed.
+
+    Raises:
+        WorkspaceError: the disk is full; the message names the path. What was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"[:250]
+    try:
+        with explain_full_disk(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success all of it is synced and renamed to `path`.
+
+    Raises:
+        WorkspaceError: `path` exists already, or the disk is full.
+    """
+    if path.exists():
+        raise WorkspaceError(f"{path} exists already and is never overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with explain_full_disk(path):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb+") as file:
+                        os.fsync(file.fileno())
+                sync_folder(Path(folder))
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" into one line that names the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise WorkspaceError(
+                f"no space left on device while writing {path}; free some space and run the same command again: "
+                "everything committed so far is kept"
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically and durably."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, keys sorted, atomically and durably."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value's canonical form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def column_digests(frame: pl.DataFrame) -> dict[str, str]:
+    """One SHA-256 per column over its type, nulls and values, in row order.
+
+    The physical layout (chunks, compression, what lies under a null) does not matter.
+    """
+    return {name: _series_digest(frame[name]) for name in frame.columns}
+
+
+def logical_digest(digests: Mapping[str, str], rows: int) -> str:
+    """The digest of a table, or of some of its columns: their names and digests, and the number of rows."""
+    return json_digest([rows, [[name, digests[name]] for name in sorted(digests)]])
+
+
+def _series_digest(series: pl.Series) -> str:
+    hasher = hashlib.sha256()
+    _feed(hasher, series.rechunk())
+    return hasher.hexdigest()
+
+
+def _feed(hasher: Any, series: pl.Series) -> None:
+    """Hash one column; lists as lengths and then their flat content, structs field by field."""
+    dtype = series.dtype
+    hasher.update(f"{dtype}:{len(series)};".encode())
+    hasher.update(np.packbits(series.is_null().to_numpy()).tobytes())
+    if isinstance(dtype, pl.Struct):
+        for item in series.struct.fields:
+            _feed(hasher, series.struct.field(item))
+    elif isinstance(dtype, pl.List):
+        hasher.update(series.list.len().fill_null(0).to_numpy().astype("<u4").tobytes())
+        _feed(hasher, series.drop_nulls().explode(empty_as_null=False, keep_nulls=False))
+    elif dtype == pl.String:
+        filled = series.fill_null("")
+        hasher.update(filled.str.len_bytes().to_numpy().astype("<u4").tobytes())
+        hasher.update("".join(filled.to_list()).encode())
+    elif dtype == pl.Boolean:
+        hasher.update(np.packbits(series.fill_null(False).to_numpy()).tobytes())
+    elif isinstance(dtype, pl.Datetime):
+        hasher.update(series.dt.epoch("us").fill_null(0).to_numpy().astype("<i8").tobytes())
+    else:
+        values = series.fill_null(0).to_numpy()
+        if values.dtype.kind == "f":
+            values = values + 0.0  # -0.0 and 0.0 are equal content
+        hasher.update(np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One content file of a commit."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a commit holds and what it was made from. Everything but `provenance` and `report` decides currency."""
+
+    table: str
+    part: str
+    version: int
+    """The stage's VERSION when it was made."""
+    files: tuple[Entry, ...]
+    rows: int
+    digest: str
+    """Logical digest of the table: equal content, equal digest."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Logical digest per column, so that a slice of columns is known without reading."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Input slice -> its logical digest."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Resolved section of the configuration that the stage reads."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Model name -> digest of its files."""
+    rejected: Mapping[str, Any] = field(default_factory=dict)
+    """Part, digest and rows of this part's `rejected_images`."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What the UI shows; recorded, so that a current part can answer at once."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Git revision, time, host, Dagster run: never decides anything."""
+    format: int = MANIFEST_FORMAT
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """What the content follows from: equal bases mean that nothing needs to be made again."""
+        return {
+            "version": self.version,
+            "inputs": dict(self.inputs),
+            "config": json_digest(self.config),
+            "models": dict(self.models),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `write_json`."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            **plain,
+            "files": [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in self.files],
+        }
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest at `path`, or None where nothing is committed.
+
+    Raises:
+        DamageError: it is there but unreadable, or was written by a newer version.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
+    if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise DamageError(
+            f"manifest {path} has format {found!r}, this version reads format {MANIFEST_FORMAT}"
+        )
+    try:
+        return Manifest(**{**values, "files": tuple(Entry(**item) for item in values["files"])})
+    except (TypeError, KeyError) as error:
+        raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
+
+
+def commit_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest: the moment at which new content becomes the truth."""
+    write_json(path, manifest.to_json())
+
+
+def write_named(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> Entry:
+    """Let `write` fill a temporary file, then keep it as `<stem>-<digest8><suffix>`: other bytes, other name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{stem}{suffix}"
+    try:
+        with explain_full_disk(folder / f"{stem}{suffix}"):
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            sha256 = sha256_file(temporary)
+            entry = Entry(name=f"{stem}-{sha256[:8]}{suffix}", sha256=sha256, bytes=temporary.stat().st_size)
+            os.replace(temporary, folder / entry.name)
+            sync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return entry
+
+
+def write_parquet(folder: Path, part: str, frame: pl.DataFrame) -> Entry:
+    """Write a table as `<part>-<digest8>.parquet`."""
+    return write_named(folder, part, ".parquet", lambda path: frame.write_parquet(path, compression="zstd"))
+
+
+def check_entry(folder: Path, entry: Entry, *, whole: bool = True) -> None:
+    """Compare a content file with its manifest: size, and with `whole` its SHA-256.
+
+    Raises:
+        DamageError: it is gone, cut or changed; the message names file, expected and found.
+    """
+    path = folder / entry.name
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DamageError(f"{path} is gone; run `foundry verify --repair`") from None
+    if found != entry.bytes:
+        raise DamageError(
+            f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`"
+        )
+    if whole and (digest := sha256_file(path)) != entry.sha256:
+        raise DamageError(
+            f"{path} has SHA-256 {digest[:16]}, its manifest says {entry.sha256[:16]}; run `foundry verify --repair`"
+        )
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, *, wait_s: float = 10.0) -> Iterator[None]:
+    """Hold `path` by flock, which the kernel frees when the holder ends however it ends.
+
+    Args:
+        path: Lock file; its content names the holder.
+        what: What is locked, for the message of whoever finds it held.
+        wait_s: How long to wait for another holder.
+
+    Raises:
+        LockedError: still held after `wait_s`; names the holder's pid, host and start.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LockedError(f"{what} is held by {_holder(path)}; wait for it or stop it") from None
+                time.sleep(0.1)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder(path: Path) -> str:
+    return path.read_text().strip() or "another process"
