@@ -234,9 +234,7 @@ def read_manifest(path: Path) -> Manifest | None:
         raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
     if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise DamageError(
-            f"manifest {path} has format {found!r}, this version reads format {MANIFEST_FORMAT}"
-        )
+        raise DamageError(f"manifest {path} has format {found!r}, this version reads format {MANIFEST_FORMAT}")
     try:
         return Manifest(**{**values, "files": tuple(Entry(**item) for item in values["files"])})
     except (TypeError, KeyError) as error:
@@ -283,9 +281,7 @@ def check_entry(folder: Path, entry: Entry, *, whole: bool = True) -> None:
     except FileNotFoundError:
         raise DamageError(f"{path} is gone; run `foundry verify --repair`") from None
     if found != entry.bytes:
-        raise DamageError(
-            f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`"
-        )
+        raise DamageError(f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`")
     if whole and (digest := sha256_file(path)) != entry.sha256:
         raise DamageError(
             f"{path} has SHA-256 {digest[:16]}, its manifest says {entry.sha256[:16]}; run `foundry verify --repair`"

@@ -141,9 +141,7 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         if len(self.shares) != 9 or abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) <= 0:
-            raise ConfigError(
-                f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1"
-            )
+            raise ConfigError(f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1")
         _fraction("quality", junk_threshold=self.junk_threshold)
 
 
@@ -248,6 +246,29 @@ class PromptSetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How checkpoints are sampled and compared."""
+
+    prompt_set: str = "standard"
+    """Name of a prompt set of the workspace."""
+    sampler: Literal["dpmpp_2m_karras", "euler_a", "ddim"] = "dpmpp_2m_karras"
+    """Sampler and its noise schedule."""
+    num_steps: int = 30
+    """Sampler steps."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance."""
+    batch_size: int = 8
+    """Pictures sampled at a time."""
+    clip_margin: float = 0.003
+    """Difference of CLIP score that matters."""
+    aesthetic_margin: float = 0.05
+    """Difference of aesthetic score that matters."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", num_steps=self.num_steps, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkspaceConfig:
     """`foundry.toml`: one data set and all that is made from it."""
 
@@ -273,6 +294,8 @@ class WorkspaceConfig:
     """Encodings by name."""
     prompt_sets: dict[str, PromptSetConfig] = field(default_factory=dict)
     """Prompt sets by name."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """One protocol for all checkpoints of the workspace, so that any two of them compare."""
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     """Who may hold which card."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -359,12 +382,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
-        if (
-            self.warmup_samples < 0
-            or self.ema_half_life_samples < 0
-            or self.max_grad_norm < 0
-            or self.weight_decay < 0
-        ):
+        if self.warmup_samples < 0 or self.ema_half_life_samples < 0 or self.max_grad_norm < 0 or self.weight_decay < 0:
             raise ConfigError(
                 "optimizer: warmup_samples, ema_half_life_samples, max_grad_norm, weight_decay must be >= 0"
             )
@@ -411,29 +429,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """How checkpoints are sampled and compared."""
-
-    prompt_set: str = "standard"
-    """Name of a prompt set of the workspace."""
-    sampler: Literal["dpmpp_2m_karras", "euler_a", "ddim"] = "dpmpp_2m_karras"
-    """Sampler and its noise schedule."""
-    num_steps: int = 30
-    """Sampler steps."""
-    guidance_scale: float = 6.0
-    """Classifier-free guidance."""
-    batch_size: int = 8
-    """Pictures sampled at a time."""
-    clip_margin: float = 0.003
-    """Difference of CLIP score that matters."""
-    aesthetic_margin: float = 0.05
-    """Difference of aesthetic score that matters."""
-
-    def __post_init__(self) -> None:
-        _positive("evaluation", num_steps=self.num_steps, batch_size=self.batch_size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One training run: fixed by its first launch, stored beside every checkpoint."""
 
@@ -467,13 +462,11 @@ class RunConfig:
     """Validation."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Evaluation."""
 
     def __post_init__(self) -> None:
         check_name("encoding", self.encoding)
         _positive("run", num_samples=self.num_samples, num_processes=self.num_processes)
 
 
-FREE_KEYS = ("validation.", "checkpoints.", "evaluation.", "num_processes")
-"""Keys of a run that may change when it is resumed: intervals, retention, evaluation and the number of ranks."""
+FREE_KEYS = ("validation.", "checkpoints.", "num_processes")
+"""Keys of a run that may change when it is resumed: intervals, retention and the number of ranks."""
