@@ -18,9 +18,7 @@ from torch import nn
 from training.errors import ModelError
 from training.models import pixels, weights
 
-JOYTAG_STEM = (
-    "conv:c=64;ln;relu;conv:c=128;ln;relu;conv:c=256;ln;relu;conv:c=512;ln;relu;conv:c=768,s=1,k=1,p=0"
-)
+JOYTAG_STEM = "conv:c=64;ln;relu;conv:c=128;ln;relu;conv:c=256;ln;relu;conv:c=512;ln;relu;conv:c=768,s=1,k=1,p=0"
 PROBABILITY_FLOOR = 0.05
 _FILES = ("config.json", "model.safetensors", "top_tags.txt")
 _REQUIRED = (
@@ -56,9 +54,7 @@ class JoyTagViT(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % num_heads or d_model % 4:
-            raise ModelError(
-                f"tagger: d_model={d_model} must be a multiple of 4 and of num_heads={num_heads}"
-            )
+            raise ModelError(f"tagger: d_model={d_model} must be a multiple of 4 and of num_heads={num_heads}")
         self.config: dict[str, Any] = {
             "n_tags": n_tags,
             "image_size": image_size,
@@ -151,8 +147,7 @@ class Tagger:
         """Per image, the (tag, probability) pairs above the floor, sorted by tag."""
         rows = torch.sigmoid(logits.float()).cpu().tolist()
         return [
-            sorted((tag, p) for tag, p in zip(self.tags, row, strict=True) if p > PROBABILITY_FLOOR)
-            for row in rows
+            sorted((tag, p) for tag, p in zip(self.tags, row, strict=True) if p > PROBABILITY_FLOOR) for row in rows
         ]
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[tuple[str, float]]]:
@@ -199,8 +194,7 @@ class _Stem(nn.Module):
             kind, _, options = word.partition(":")
             if kind == "conv":
                 values = {"k": 3, "s": 2, "p": 1} | {
-                    key: int(value)
-                    for key, _, value in (option.partition("=") for option in options.split(","))
+                    key: int(value) for key, _, value in (option.partition("=") for option in options.split(","))
                 }
                 layers.append(nn.Conv2d(channels, values["c"], values["k"], values["s"], values["p"]))
                 channels = values["c"]
@@ -232,9 +226,7 @@ class _ChannelNorm(nn.Module):
 class _LayerScale(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.skip = nn.Parameter(
-            torch.full((channels,), 0.1)
-        )  # CaiT's value for up to 18 blocks, arXiv:2103.17239.
+        self.skip = nn.Parameter(torch.full((channels,), 0.1))  # CaiT's value for up to 18 blocks, arXiv:2103.17239.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.skip
@@ -266,9 +258,7 @@ class _Block(nn.Module):
         self.skip_init2 = _LayerScale(d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(self.norm1(x)).unflatten(
-            -1, (3, self.num_heads, -1)
-        )  # (B, tokens, 3, heads, d_head)
+        qkv = self.qkv_proj(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # (B, tokens, 3, heads, d_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, d_head)
         mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + self.skip_init1(self.out_proj(mixed))

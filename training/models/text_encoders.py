@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.data.tokens import CHUNK_LENGTH, MAX_CHUNKS, TokenizedPrompt, tokenize
+from training.data.tokens import CHUNK_LENGTH, TokenizedPrompt, tokenize
 from training.errors import ModelError
 
 
@@ -51,10 +51,7 @@ def tokenize_batch(
     """Token ids `(B, n, 77)` per tokenizer, n being what the longest prompt needs, at most 3."""
     first = tokenize(prompts, tokenizers[0])
     num_chunks = max(prompt.num_chunks for prompt in first)
-    assert num_chunks <= MAX_CHUNKS
-    return tuple(
-        ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), device) for tokenizer in tokenizers
-    )
+    return tuple(ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), device) for tokenizer in tokenizers)
 
 
 def encode_sdxl(

@@ -39,9 +39,7 @@ def require(folder: Path, files: Sequence[str], *, name: str, source: str, comma
         ModelError: Files are missing, are Git LFS pointers, or exist only as pickles.
     """
     missing = [file for file in files if not (folder / file).is_file()]
-    remedy = (
-        f"they come from {source}: run `{command}`; `foundry init --preset demo` needs no downloaded weights"
-    )
+    remedy = f"they come from {source}: run `{command}`; `foundry init --preset demo` needs no downloaded weights"
     if missing:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES) if folder.is_dir() else []
         refused = f" (found {', '.join(pickles)}: pickles can run code and are not loaded)" if pickles else ""
@@ -49,9 +47,7 @@ def require(folder: Path, files: Sequence[str], *, name: str, source: str, comma
         raise ModelError(f"{name}: missing {', '.join(missing)} in {folder}{state}{refused}; {remedy}")
     pointers = [file for file in files if _is_lfs_pointer(folder / file)]
     if pointers:
-        raise ModelError(
-            f"{name}: {', '.join(pointers)} in {folder} are Git LFS pointers, not weights; {remedy}"
-        )
+        raise ModelError(f"{name}: {', '.join(pointers)} in {folder} are Git LFS pointers, not weights; {remedy}")
 
 
 def model_digest(folder: Path) -> str:
@@ -93,9 +89,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(
-            f"{path} holds a {type(config).__name__}, but a model's configuration is a JSON object"
-        )
+        raise ModelError(f"{path} holds a {type(config).__name__}, but a model's configuration is a JSON object")
     return config
 
 
@@ -161,9 +155,7 @@ def _refuse_mismatch(origin: Path, missing: list[str], unknown: list[str], shape
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
     problems = [f"{len(keys)} {kind} ({'; '.join(keys[:3])})" for kind, keys in kinds if keys]
     if problems:
-        raise ModelError(
-            f"weights in {origin} are of another architecture than its config: {', '.join(problems)}"
-        )
+        raise ModelError(f"weights in {origin} are of another architecture than its config: {', '.join(problems)}")
 
 
 def _is_lfs_pointer(path: Path) -> bool:

@@ -1,0 +1,209 @@
+"""A whole Stable Diffusion model in diffusers layout: loaded and checked as one, saved as one.
+
+The family, `sdxl` or `sd1`, is read from the configs, and the parts are checked to fit together before anything is
+computed with them: a folder mixed from two models would train without an error and never draw a picture.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.errors import ModelError
+from training.models import weights
+from training.models.text_encoders import load_tokenizer
+
+Family = Literal["sdxl", "sd1"]
+
+_PIPELINES: dict[Family, str] = {"sdxl": "StableDiffusionXLPipeline", "sd1": "StableDiffusionPipeline"}
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+_DIFFUSION_FILE = "diffusion_pytorch_model.safetensors"
+# Six numbers of SDXL's conditioning: original size, crop, target size, two each.
+_NUM_TIME_IDS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineParts:
+    """The parts of one model; modules are fp32, frozen and in evaluation mode when loaded."""
+
+    family: Family
+    """What decides conditioning and text encoding."""
+    unet: UNet2DConditionModel
+    """The denoiser."""
+    vae: AutoencoderKL
+    """The latents' codec."""
+    text_encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+    """Two for SDXL, one for SD 1.x, in the order in which their widths are joined."""
+    tokenizers: tuple[CLIPTokenizer, ...]
+    """One per text encoder."""
+    noise_scheduler_config: Mapping[str, Any]
+    """`scheduler_config.json` as it is: betas, prediction type, spacing."""
+
+
+def load_pipeline_parts(folder: Path, device: str | torch.device) -> PipelineParts:
+    """Load a diffusers folder and check that its parts belong together.
+
+    Args:
+        folder: Has `model_index.json` and a folder per part, all weights as safetensors.
+        device: Where the modules go.
+
+    Raises:
+        ModelError: Files are missing, the family is unknown, or shapes do not fit together.
+    """
+    family = _detect_family(folder)
+    suffixes = ("", "_2") if family == "sdxl" else ("",)
+    files = [f"{part}/config.json" for part in ("unet", "vae")]
+    files += [f"{part}/{_DIFFUSION_FILE}" for part in ("unet", "vae")]
+    files += [f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", "model.safetensors")]
+    files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
+    _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
+    encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    parts = PipelineParts(
+        family=family,
+        unet=weights.from_pretrained(UNet2DConditionModel, folder / "unet", device),
+        vae=weights.from_pretrained(AutoencoderKL, folder / "vae", device),
+        text_encoders=tuple(
+            weights.from_pretrained(encoder_class, folder / f"text_encoder{suffix}", device)
+            for encoder_class, suffix in zip(encoder_classes, suffixes, strict=False)
+        ),
+        tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
+        noise_scheduler_config=weights.read_config(folder / "scheduler" / "scheduler_config.json"),
+    )
+    check_parts(parts, str(folder))
+    return parts
+
+
+def check_parts(parts: PipelineParts, origin: str) -> None:
+    """Check that the parts fit together, so that a mixed folder fails here and not as a bad picture.
+
+    Args:
+        parts: What is to be checked.
+        origin: Names the model in the message.
+
+    Raises:
+        ModelError: One message with every rule that is broken and both values.
+    """
+    unet, vae = parts.unet.config, parts.vae.config
+    widths = [encoder.config.hidden_size for encoder in parts.text_encoders]
+    rules = [
+        ("unet.in_channels", unet.in_channels, "vae.latent_channels", vae.latent_channels),
+        ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
+        ("unet.cross_attention_dim", unet.cross_attention_dim, "text encoders' widths", sum(widths)),
+        ("number of tokenizers", len(parts.tokenizers), "of text encoders", len(parts.text_encoders)),
+    ]
+    if parts.family == "sdxl":
+        projection = parts.text_encoders[1].config.projection_dim
+        wanted = _NUM_TIME_IDS * unet.addition_time_embed_dim + projection
+        embedded = unet.projection_class_embeddings_input_dim
+        rules.append(("unet.projection_class_embeddings_input_dim", embedded, "time ids and pooled text", wanted))
+    broken = [f"{left}={a} but {right}={b}" for left, a, right, b in rules if a != b]
+    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=False):
+        if len(tokenizer) > encoder.config.vocab_size:
+            broken.append(f"tokenizer has {len(tokenizer)} words but its encoder {encoder.config.vocab_size}")
+    prediction = parts.noise_scheduler_config.get("prediction_type", "epsilon")
+    if "_class_name" not in parts.noise_scheduler_config:
+        broken.append("scheduler_config.json has no _class_name")
+    if prediction not in _PREDICTION_TYPES:
+        broken.append(f"prediction_type={prediction!r} is none of {', '.join(_PREDICTION_TYPES)}")
+    if broken:
+        raise ModelError(f"parts of model {origin} do not fit together: {'; '.join(broken)}")
+
+
+def save_diffusers_folder(parts: PipelineParts, folder: Path, dtype: torch.dtype) -> None:
+    """Write a complete model folder that diffusers' pipelines of the family load.
+
+    Args:
+        parts: The model; it is left as it is, weights are cast on their way to the file.
+        folder: Created where missing. Files are not synced: the caller commits the folder by renaming it.
+        dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the latter.
+
+    Raises:
+        ModelError: The parts do not fit together, or a finite weight leaves the range of `dtype`.
+    """
+    check_parts(parts, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, Any] = {
+        "_class_name": _PIPELINES[parts.family],
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", parts.noise_scheduler_config["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if parts.family == "sdxl":
+        index["force_zeros_for_empty_prompt"] = False
+    else:
+        index |= {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
+        index["requires_safety_checker"] = False
+    for name, module in (("unet", parts.unet), ("vae", parts.vae)):
+        module.save_config(folder / name)
+        _save_weights(module, folder / name / _DIFFUSION_FILE, dtype, prefix="")
+    for number, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers, strict=True)):
+        suffix = f"_{number + 1}" if number else ""
+        index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
+        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        _save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype)
+        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    _write_json(folder / "scheduler" / "scheduler_config.json", parts.noise_scheduler_config)
+    _write_json(folder / "model_index.json", index)
+
+
+def _detect_family(folder: Path) -> Family:
+    """The family that `unet/config.json` describes and `model_index.json` does not contradict."""
+    _require(folder, ["model_index.json", "unet/config.json"])
+    index = weights.read_config(folder / "model_index.json")
+    unet = weights.read_config(folder / "unet" / "config.json")
+    conditioning = unet.get("addition_embed_type")
+    has_second_encoder = bool(index.get("text_encoder_2"))
+    if conditioning == "text_time" and has_second_encoder:
+        return "sdxl"
+    if conditioning is None and not has_second_encoder:
+        return "sd1"
+    raise ModelError(
+        f"model in {folder} is neither SDXL (addition_embed_type='text_time' and two text encoders) nor SD 1.x "
+        f"(neither of them): addition_embed_type={conditioning!r}, "
+        f"{'two text encoders' if has_second_encoder else 'one text encoder'}"
+    )
+
+
+def _require(folder: Path, files: list[str]) -> None:
+    repository = "stabilityai/stable-diffusion-xl-base-1.0"
+    weights.require(
+        folder,
+        files,
+        name="diffusers model",
+        source=f"the base model's page, such as https://huggingface.co/{repository}",
+        command=f"hf download {repository} --exclude '*.fp16.*' '*.bin' '*.ckpt' '*.onnx*' --local-dir {folder}",
+    )
+
+
+def _save_text_encoder(encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path, dtype: torch.dtype) -> None:
+    config = encoder.config.to_dict() | {
+        "architectures": [type(encoder).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", config)
+    # transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
+    prefix = "text_model." if isinstance(encoder, CLIPTextModel) else ""
+    _save_weights(encoder, folder / "model.safetensors", dtype, prefix=prefix)
+
+
+def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype, *, prefix: str) -> None:
+    state = {}
+    for key, value in module.state_dict().items():
+        cast = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        if value.is_floating_point() and not torch.isfinite(cast).all() and torch.isfinite(value).all():
+            raise ModelError(f"weight {key} of {path} leaves the range of {dtype}: save it as torch.float32")
+        state[prefix + key] = cast
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", "utf-8")
