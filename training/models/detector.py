@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer, Owlv2ForObjectDetection
 
 from training.errors import ModelError
 from training.models import pixels, weights
+from training.models.text_encoders import load_tokenizer
 
 CONFIDENCE_FLOOR = 0.05
 NMS_IOU = 0.5
@@ -84,11 +85,8 @@ class Detector:
             command=f"hf download google/owlv2-base-patch16-ensemble --exclude '*.bin' --local-dir {folder}",
         )
         model = weights.from_pretrained(Owlv2ForObjectDetection, folder, device)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-            raise ModelError(f"tokenizer cannot be loaded from {folder}: {error}") from error
-        return cls(model, tokenizer, weights.read_config(folder / "preprocessor_config.json"), query, device)
+        preprocessor = weights.read_config(folder / "preprocessor_config.json")
+        return cls(model, load_tokenizer(folder), preprocessor, query, device)
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
         """`(H, W, 3)` uint8 to `(3, S, S)` fp32: pad to a square at the bottom or right, resize, normalise.

@@ -28,7 +28,9 @@ _BATCH = 256
 _LEARNING_RATE = 2e-4
 # Strong, as in bigASP (2.0): a few thousand judgements against a 768-wide embedding.
 _WEIGHT_DECAY = 2.0
-_MAX_EPOCHS = 60
+_MAX_EPOCHS = 120
+# Without a held-out image there is nothing to stop by.
+_UNWATCHED_EPOCHS = 20
 _PATIENCE = 8
 
 Report = dict[str, float | int | None]
@@ -268,7 +270,11 @@ def _fit(
     """
     everything = torch.arange(len(held))
     if held.all() or not held.any():
-        return _train(width, everything, loss, epochs=_MAX_EPOCHS, seed=seed, name=name)[0], _MAX_EPOCHS, None
+        return (
+            _train(width, everything, loss, epochs=_UNWATCHED_EPOCHS, seed=seed, name=name)[0],
+            _UNWATCHED_EPOCHS,
+            None,
+        )
     kept, watched = (torch.from_numpy(rows.nonzero()[0]) for rows in (~held, held))
     measured, epochs = _train(width, kept, loss, epochs=_MAX_EPOCHS, seed=seed, name=name, watched=watched)
     return _train(width, everything, loss, epochs=epochs, seed=seed, name=name)[0], epochs, measured

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.data.tokens import CHUNK_LENGTH, TokenizedPrompt, tokenize
+from training.data.tokens import TokenizedPrompt, tokenize
 from training.errors import ModelError
 
 
@@ -28,15 +28,17 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Load a `CLIPTokenizer` from its folder.
 
     Raises:
-        ModelError: Files are missing or broken, or the tokenizer's length is not CLIP's 77.
+        ModelError: Files are missing or broken.
     """
+    # Without its vocabulary, transformers makes a tokenizer of three words and says nothing.
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"tokenizer in {folder} has neither tokenizer.json nor {' and '.join(missing)}")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
         raise ModelError(f"tokenizer cannot be loaded from {folder}: {error}") from error
-    if tokenizer.model_max_length != CHUNK_LENGTH:
-        raise ModelError(f"tokenizer in {folder} has model_max_length={tokenizer.model_max_length}, not 77")
-    return tokenizer
 
 
 def ids_tensor(prompts: Sequence[TokenizedPrompt], device: str | torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from training.data.tokens import CHUNK_LENGTH
 from training.errors import ModelError
 from training.models import weights
 from training.models.text_encoders import load_tokenizer
@@ -45,6 +46,9 @@ class PipelineParts:
     """One per text encoder."""
     noise_scheduler_config: Mapping[str, Any]
     """`scheduler_config.json` as it is: betas, prediction type, spacing."""
+    force_zeros_for_empty_prompt: bool
+    """SDXL pipelines without a negative prompt use zeros where True, the empty prompt's encoding where False; a model
+    that was trained on empty prompts wants the latter. Always False for SD 1.x, which has no such switch."""
 
 
 def load_pipeline_parts(folder: Path, device: str | torch.device) -> PipelineParts:
@@ -75,6 +79,9 @@ def load_pipeline_parts(folder: Path, device: str | torch.device) -> PipelinePar
         ),
         tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
         noise_scheduler_config=weights.read_config(folder / "scheduler" / "scheduler_config.json"),
+        # diffusers' own default, which published model_index.json files leave out or repeat.
+        force_zeros_for_empty_prompt=family == "sdxl"
+        and bool(weights.read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)),
     )
     check_parts(parts, str(folder))
     return parts
@@ -107,6 +114,8 @@ def check_parts(parts: PipelineParts, origin: str) -> None:
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=False):
         if len(tokenizer) > encoder.config.vocab_size:
             broken.append(f"tokenizer has {len(tokenizer)} words but its encoder {encoder.config.vocab_size}")
+        if encoder.config.max_position_embeddings != CHUNK_LENGTH:
+            broken.append(f"text encoder reads {encoder.config.max_position_embeddings} tokens, not {CHUNK_LENGTH}")
     prediction = parts.noise_scheduler_config.get("prediction_type", "epsilon")
     if "_class_name" not in parts.noise_scheduler_config:
         broken.append("scheduler_config.json has no _class_name")
@@ -137,7 +146,7 @@ def save_diffusers_folder(parts: PipelineParts, folder: Path, dtype: torch.dtype
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if parts.family == "sdxl":
-        index["force_zeros_for_empty_prompt"] = False
+        index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
     else:
         index |= {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
         index["requires_safety_checker"] = False
