@@ -28,9 +28,7 @@ def bare_instance(folder: Path) -> dg.DagsterInstance:
     """What `dagster dev` opens in a folder that holds the repository's dagster.yaml."""
     (folder / "dagster.yaml").write_text(ROOT_YAML)
     (folder / ".tmp_dagster_home").mkdir(exist_ok=True)
-    return dg.DagsterInstance.from_ref(
-        InstanceRef.from_dir(str(folder / ".tmp_dagster_home"), config_dir=str(folder))
-    )
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(folder / ".tmp_dagster_home"), config_dir=str(folder)))
 
 
 def test_the_repository_holds_the_root_settings():

@@ -1,0 +1,94 @@
+"""Who works on which card. A card is held by flock on one file per machine and user, which the kernel frees when its
+holder ends however it ends; whoever finds all of its cards held waits and says for whom."""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from training.config import DevicesConfig
+from training.errors import ConfigError
+
+Kind = Literal["train", "annotate", "encode", "evaluate"]
+
+POLL_S = 0.5
+"""How often a waiting process looks again, seconds."""
+
+
+def state_folder() -> Path:
+    """Where the locks lie: shared by all workspaces of a user, because they share the cards."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "diffusion-foundry"
+
+
+@contextlib.contextmanager
+def hold(kind: Kind, config: DevicesConfig, home: Path, *, say: Callable[[str], None] = print) -> Iterator[str]:
+    """Hold one card for as long as the context lasts.
+
+    Args:
+        kind: What it is for; `[devices]` says which cards that may be.
+        config: The workspace's `[devices]`.
+        home: The workspace, named to whoever waits.
+        say: Told for whom we wait, once for each holder.
+
+    Yields:
+        torch's name of the card, `cuda:0`; `cpu` at once, without importing torch, where there is no card.
+
+    Raises:
+        ConfigError: there are cards, and `[devices]` names none of them.
+    """
+    visible = visible_cards()
+    allowed = getattr(config, kind)
+    cards = {f"cuda:{i}": card for i, card in enumerate(visible) if not allowed or card in map(str, allowed)}
+    if visible and not cards:
+        raise ConfigError(f"[devices] {kind} = {list(allowed)} names none of this machine's cards {visible}")
+    if not cards:
+        yield "cpu"
+        return
+    name, file = _first_free(kind, cards, say)
+    with file:
+        _sign(file, f"{kind} of {home} (pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        yield name
+        _sign(file, "")
+
+
+def visible_cards() -> list[str]:
+    """The machine's numbers (or ids) of the cards that torch sees, in torch's order."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return []
+    import torch
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = [str(i) for i in range(torch.cuda.device_count())]
+    return [card.strip() for card in chosen.split(",")][: len(numbers)] if chosen else numbers
+
+
+def _first_free(kind: Kind, cards: dict[str, str], say: Callable[[str], None]) -> tuple[str, IO[str]]:
+    """Wait for one of the cards; the open file holds it."""
+    folder = state_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    said = ""
+    while True:
+        holders = []
+        for name, card in cards.items():
+            file = (folder / f"cuda{card}.lock").open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holders.append(f"{name} is held by {file.read() or 'a process that is just starting'}")
+                file.close()
+            else:
+                return name, file
+        if said != (said := "; ".join(holders)):
+            say(f"{kind} waits: {said}")
+        time.sleep(POLL_S)
+
+
+def _sign(file: IO[str], text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()

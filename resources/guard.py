@@ -1,0 +1,150 @@
+"""What may talk to our web pages: an ASGI middleware, and the two applications that are served behind it.
+
+Dagster runs mutations by GET and by text/plain from any page that the user happens to have open (measured). A bind
+to 127.0.0.1 does not help against that, because the request comes from the user's own browser.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.commit import lock
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LOCATION = "foundry"
+"""Name of the code location: Dagster keeps cursors and sensor states under it."""
+
+
+class Answer(NamedTuple):
+    """What the guard says instead of the application."""
+
+    status: int
+    text: str
+    location: str = ""
+
+
+class Guard:
+    """Lets through what our own pages and local programs ask for; answers the rest itself."""
+
+    def __init__(self, application: Application, port: int):
+        self._application = application
+        self._port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        answer = None if scope["type"] == "lifespan" else judge(scope, self._port)
+        if answer is None:
+            await self._application(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": answer.text[:120]})
+        else:
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+            if answer.location:
+                headers.append((b"location", answer.location.encode("latin-1")))
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            await send({"type": "http.response.body", "body": f"{answer.text}\n".encode()})
+
+
+def judge(scope: Scope, port: int) -> Answer | None:
+    """What to answer to a request instead of serving it, or None to serve it.
+
+    Args:
+        scope: ASGI scope of type http or websocket.
+        port: The port that is served.
+
+    Source: Fetch Metadata, https://www.w3.org/TR/fetch-metadata/; facts/faults.md, F2.
+    """
+    headers: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip().lower())
+    page = f"http://127.0.0.1:{port}"
+    hosts = (f"127.0.0.1:{port}", f"localhost:{port}")
+    host = headers.get("host", [])
+    if len(host) != 1 or host[0] not in hosts:
+        return Answer(403, f"refused: Host {host} is not ours; open {page}/ (a tunnel must end at port {port} too)")
+    if not set(headers.get("origin", [])) <= {f"http://{name}" for name in hosts}:
+        return Answer(403, f"refused: Origin {headers['origin']} is not ours")
+    if "cross-site" in headers.get("sec-fetch-site", []):
+        return Answer(403, f"refused: a page of another site asks; open {page}/ from the address bar")
+    if scope["type"] == "websocket":
+        return None
+    if scope["path"].rstrip("/").endswith("/graphql"):
+        media_types = [value.partition(";")[0].strip() for value in headers.get("content-type", [])]
+        if scope["method"] != "POST" or media_types != ["application/json"]:
+            return Answer(405, "refused: GraphQL is answered to POST with Content-Type application/json only")
+    if host[0] == hosts[1] and headers.get("sec-fetch-dest") == ["document"] and scope["method"] == "GET":
+        # One name for each page, so that links between Dagster and MLflow stay within one site.
+        query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
+        return Answer(307, "moved", f"{page}{scope['raw_path'].decode('latin-1')}{query}")
+    return None
+
+
+@contextlib.contextmanager
+def dagster_application(socket: Path, port: int) -> Iterator[Application]:
+    """Dagster's web application for the instance of DAGSTER_HOME, behind the guard.
+
+    Args:
+        socket: Unix socket of a running code server.
+        port: The port that will be served.
+    """
+    import dagster as dg
+    from dagster._core.workspace.context import WorkspaceProcessContext
+    from dagster_webserver.app import create_app_from_workspace_process_context
+    from dagster_webserver.version import __version__
+
+    with dg.DagsterInstance.get() as instance:
+        instance.optimize_for_webserver(statement_timeout=15_000, pool_recycle=3600, max_overflow=20)
+        with WorkspaceProcessContext(instance, code_location(socket), version=__version__) as context:
+            yield Guard(create_app_from_workspace_process_context(context), port)
+
+
+def code_location(socket: Path) -> Any:
+    """Where Dagster's processes find our definitions: on the one code server that they share."""
+    from dagster._core.workspace.load_target import GrpcServerTarget
+
+    return GrpcServerTarget(host="localhost", port=None, socket=str(socket), location_name=LOCATION)
+
+
+def mlflow_application(home: Path, port: int) -> Application:
+    """MLflow's web application on the workspace's own database, behind the guard.
+
+    Only for a process of its own: MLflow reads its settings from the environment while it is imported.
+    """
+    (home / "mlartifacts").mkdir(parents=True, exist_ok=True)
+    os.environ |= {
+        "_MLFLOW_SERVER_FILE_STORE": tracking_uri(home),
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "mlartifacts"),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "DO_NOT_TRACK": "true",
+    }
+    create_tracking_database(home)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow 3.17 imports a module that Starlette has deprecated
+        from mlflow.server.fastapi_app import app
+    return Guard(app, port)
+
+
+def tracking_uri(home: Path) -> str:
+    """MLflow's URI of the workspace's own database."""
+    return f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def create_tracking_database(home: Path) -> None:
+    """Create or upgrade the workspace's MLflow database, one process at a time: two at once would break it."""
+    with lock(home / "locks" / "mlflow.lock", f"the MLflow database of {home}", wait_s=120):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        SqlAlchemyStore(tracking_uri(home), str(home / "mlartifacts"))

@@ -1,0 +1,288 @@
+"""`foundry up`: Dagster and MLflow of one workspace, on 127.0.0.1 behind the guard, until Ctrl-C.
+
+Four children, each in a session of its own: a code server that webserver and daemon share, the two, and MLflow. This
+process starts, watches and ends them; when it dies by kill -9, the kernel tells each child, which takes its own
+process group with it. A trainer is a session of its own and outlives all of them.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from training.commit import lock
+from training.errors import ConfigError, PipelineError
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 180
+"""How long the pages may take to answer, seconds; 10 is usual on two cores."""
+STOP_TIMEOUT_S = 15
+"""How long children may take to end before they are killed, seconds."""
+PR_SET_PDEATHSIG = 1
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> int:
+    """Serve the workspace's pages until a signal asks to stop or a child ends by itself.
+
+    Returns:
+        Exit status: 0 after a signal, 1 after a child's end.
+
+    Raises:
+        ConfigError: a port cannot be used.
+        LockedError: the workspace is served already.
+    """
+    home = home.resolve()
+    with lock(home / "locks" / "up.lock", f"`foundry up` on {home}", wait_s=0):
+        _check_port(dagster_port, "Dagster", "--port")
+        _check_port(mlflow_port, "MLflow", "--mlflow-port")
+        with _signals() as asked, tempfile.TemporaryDirectory(prefix="foundry-") as folder:
+            children = _Children(home, Path(folder) / "code.sock")
+            try:
+                children.start("code server")
+                children.start("Dagster", dagster_port)
+                children.start("daemon")
+                children.start("MLflow", mlflow_port)
+                return _watch(children, asked, {"Dagster": dagster_port, "MLflow": mlflow_port})
+            finally:
+                children.stop(asked)
+                for run in running_trainers(home):
+                    print(
+                        f"Training run {run} goes on; follow it with `foundry train --home {home} --run {run}`",
+                        flush=True,
+                    )
+
+
+def running_trainers(home: Path) -> list[str]:
+    """Names of the runs whose trainer holds its lock."""
+    names = []
+    for path in sorted(home.glob("runs/*/trainer.lock")):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                names.append(path.parent.name)
+    return names
+
+
+class _Children:
+    """The processes of one `foundry up`."""
+
+    def __init__(self, home: Path, code_socket: Path):
+        self._home = home
+        self._socket = code_socket
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, port: int = 0) -> None:
+        """Start one of `CHILDREN`."""
+        arguments = [name, self._home, port, self._socket, os.getpid()]
+        self._running[name] = subprocess.Popen(
+            # -P: the folder that the user happens to be in is no place to import from.
+            [sys.executable, "-P", "-m", "resources.serve", *map(str, arguments)],
+            cwd=self._home,
+            env=os.environ | {"FOUNDRY_HOME": str(self._home), "DAGSTER_HOME": str(self._home / "dagster")},
+            start_new_session=True,
+        )
+
+    def ended(self) -> str | None:
+        """Which child has ended by itself and how, or None."""
+        for name, process in self._running.items():
+            if (status := process.poll()) is not None:
+                return f"{name} ended by itself (status {status})"
+        return None
+
+    def stop(self, asked: list[int]) -> None:
+        """End all children and what they started; a second Ctrl-C does not wait for them."""
+        patience = len(asked) + 1
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        self._signal(signal.SIGTERM)
+        while any(_group_lives(process) for process in self._running.values()):
+            if time.monotonic() > deadline or len(asked) > patience:
+                break
+            time.sleep(0.1)
+        self._signal(signal.SIGKILL)
+        for process in self._running.values():
+            process.wait()
+
+    def _signal(self, number: int) -> None:
+        for process in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the child, or a run that it started, is still there."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _watch(children: _Children, asked: list[int], ports: dict[str, int]) -> int:
+    """Wait until the pages answer, say where they are, and wait for the end."""
+    waiting = dict(ports)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not asked:
+        if ended := children.ended():
+            print(f"{ended}; all is stopped", file=sys.stderr, flush=True)
+            return 1
+        if waiting and time.monotonic() > deadline:
+            print(f"{', '.join(waiting)} did not answer within {START_TIMEOUT_S} s", file=sys.stderr, flush=True)
+            return 1
+        if waiting:
+            waiting = {name: port for name, port in waiting.items() if not _answers(port)}
+            if not waiting:
+                for name, port in ports.items():
+                    print(f"{name:8}http://{HOST}:{port}", flush=True)
+                print("Ctrl-C stops both.", flush=True)
+        time.sleep(0.2)
+    return 0
+
+
+def _answers(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _check_port(port: int, name: str, option: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"port {port} for {name} cannot be used ({error}); choose another: `foundry up {option} PORT`"
+            ) from None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop; a shell that starts us with `&` has SIGINT ignored, which ends here."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _code_server(home: Path, port: int, code_socket: Path) -> None:
+    from dagster._cli.api import grpc_command
+
+    from resources.guard import LOCATION
+    from resources.instance import instance
+
+    with instance(home):
+        pass  # creates the databases, which several processes at once could not: the others wait for the socket
+    package = find_spec("jobs")
+    assert package is not None
+    assert package.origin is not None
+    arguments = ["--socket", str(code_socket), "--location-name", LOCATION, "--log-level", "warning"]
+    # Dagster drops the first entry of sys.path; the folder that holds `jobs` is named instead.
+    arguments += ["--module-name", "jobs.definitions", "--working-directory", str(Path(package.origin).parents[1])]
+    grpc_command.main(arguments, standalone_mode=False)
+
+
+def _webserver(home: Path, port: int, code_socket: Path) -> None:
+    from resources.guard import dagster_application
+
+    _wait_for(code_socket)
+    with dagster_application(code_socket, port) as application:
+        _run_uvicorn(application, port)
+
+
+def _daemon(home: Path, port: int, code_socket: Path) -> None:
+    import dagster as dg
+    from dagster._daemon.controller import daemon_controller_from_instance
+    from dagster._utils.interrupts import capture_interrupts, setup_interrupt_handlers
+
+    from resources.guard import code_location
+
+    _wait_for(code_socket)
+    setup_interrupt_handlers()
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        capture_interrupts(),
+        dg.DagsterInstance.get() as instance,
+        daemon_controller_from_instance(instance, code_location(code_socket), log_level="error") as controller,
+    ):
+        controller.check_daemon_loop()
+
+
+def _mlflow(home: Path, port: int, code_socket: Path) -> None:
+    from resources.guard import mlflow_application
+
+    _run_uvicorn(mlflow_application(home, port), port)
+
+
+CHILDREN: dict[str, Callable[[Path, int, Path], None]] = {
+    "code server": _code_server,
+    "Dagster": _webserver,
+    "daemon": _daemon,
+    "MLflow": _mlflow,
+}
+
+
+def _run_uvicorn(application: object, port: int) -> None:
+    import uvicorn
+
+    uvicorn.run(
+        application,  # type: ignore[arg-type]
+        host=HOST,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="websockets-sansio",
+        timeout_graceful_shutdown=2,
+    )
+
+
+def _wait_for(code_socket: Path) -> None:
+    """Wait for the code server; `foundry up` ends us when it ends."""
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.connect(str(code_socket))
+            return
+        time.sleep(0.1)
+
+
+def _die_with(parent: int) -> None:
+    """End this process and all that it started when `parent` ends, even by kill -9."""
+    signal.signal(signal.SIGHUP, lambda *_: os.killpg(0, signal.SIGKILL))
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def main(name: str, home: str, port: str, code_socket: str, parent: str) -> None:
+    """What a child process does."""
+    _die_with(int(parent))
+    try:
+        CHILDREN[name](Path(home), int(port), Path(code_socket))
+    except PipelineError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
