@@ -1,0 +1,165 @@
+"""Starts the trainer as a process session of its own, follows its event log, and asks it to stop.
+
+The trainer outlives whoever started it; another process attaches to it by its lock and its log. Free of torch.
+"""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from training import run_folder
+from training.errors import TrainingError
+from training.event_log import ENDINGS, OPENINGS, Event, parse_line
+
+POLL_S = 0.2
+# torchrun kills after this what it asked to end; a checkpoint of a large model is written meanwhile.
+_SHUTDOWN_TIMEOUT_S = 3600
+_HOLDER = re.compile(r"pid (\d+) on (\S+) since")
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a trainer holds the run's lock."""
+    path = folder / run_folder.LOCK
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            # Shared, so that two who ask at once do not take each other for the trainer.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class TrainerHandle:
+    """A trainer that was started here, or one found running."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes] | None, offset: int) -> None:
+        """Made by `start_or_attach`: the run's folder, torchrun if started here, and where its log lines begin."""
+        self.folder = folder
+        self.process = process
+        self._offset = offset
+        self._last: Event | None = None
+
+    def is_alive(self) -> bool:
+        """Whether torchrun or the holder of the lock still runs."""
+        started_here = self.process is not None and self.process.poll() is None
+        return started_here or is_running(self.folder)
+
+    def events(self) -> Iterator[Event]:
+        """Yield the lines of this attempt, those already written first, until the trainer has ended."""
+        while True:
+            # Asked before reading: what was written before the end is read in the same round.
+            alive = self.is_alive()
+            yield from self._read_new()
+            if not alive:
+                return
+            time.sleep(POLL_S)
+
+    def wait(self) -> Event:
+        """Wait for the end and return how it ended: a `finished`, `stopped` or `failed` line.
+
+        A trainer that was killed wrote none; for it a `failed` one is made here, and not logged.
+        """
+        for _ in self.events():
+            pass
+        if self._last is not None and self._last["event"] in ENDINGS:
+            return self._last
+        samples_seen = 0 if self._last is None else self._last["samples_seen"]
+        reason = f"the trainer ended without a last line; see {self.folder / run_folder.OUTPUT}{self._output_tail()}"
+        return {"event": "failed", "samples_seen": samples_seen, "reason": reason}
+
+    def stop(self) -> Event:
+        """Ask the trainer to save and stop, wait until it has, and return how it ended.
+
+        Raises:
+            TrainingError: it runs on another machine.
+        """
+        holder = _HOLDER.match(_read_text(self.folder / run_folder.LOCK)) if is_running(self.folder) else None
+        if holder is not None:
+            if holder[2] != socket.gethostname():
+                raise TrainingError(
+                    f"run {self.folder.name} is trained on {holder[2]}, stop it there: kill {holder[1]}"
+                )
+            # Rank 0 alone: all ranks agree on its wish, and torchrun has no deadline then.
+            _signal(int(holder[1]), signal.SIGTERM)
+        elif self.process is not None:
+            self.process.terminate()  # still starting: nothing to save
+        return self.wait()
+
+    def _read_new(self) -> Iterator[Event]:
+        path = self.folder / run_folder.EVENTS
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole, newline, _ = data.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        for line in whole.split(b"\n"):
+            event = parse_line(line)
+            if event is not None:
+                self._last = event
+                yield event
+
+    def _output_tail(self) -> str:
+        lines = _read_text(self.folder / run_folder.OUTPUT).strip().splitlines()
+        return f": {lines[-1].strip()}" if lines else ""
+
+
+def start_or_attach(folder: Path, num_processes: int) -> TrainerHandle:
+    """Start the trainer of a run, or attach to the one that runs.
+
+    Args:
+        folder: Has `config.toml` and `inputs.json`.
+        num_processes: Ranks on this machine, when it is started.
+    """
+    if is_running(folder):
+        return TrainerHandle(folder, None, _attempt_offset(folder / run_folder.EVENTS))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(num_processes), "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT_S)),
+        *("-m", "training.run", str(folder.resolve())),
+    ]
+    threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    events = folder / run_folder.EVENTS
+    offset = events.stat().st_size if events.is_file() else 0
+    with (folder / run_folder.OUTPUT).open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        )
+    return TrainerHandle(folder, process, offset)
+
+
+def _attempt_offset(path: Path) -> int:
+    """Where the last attempt's lines begin in a log."""
+    offset = position = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        event = parse_line(line)
+        if event is not None and event["event"] in OPENINGS:
+            offset = position
+        position += len(line)
+    return offset
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended by itself a moment ago

@@ -1,0 +1,244 @@
+"""The frozen training set and its latents as batches: a batch depends on its samples and the epoch, on nothing else.
+
+Reads the set's table once; latents, prompts and tokens are made when a batch is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from transformers import CLIPTokenizer
+
+from training import noise, seeds
+from training.config import RunConfig
+from training.data.geometry import Box, Placement, Size
+from training.data.latent_files import LatentFile, choose_generation, read_generation
+from training.data.prompts import make_prompt
+from training.data.tables import TABLES
+from training.data.tokens import count_chunks, tokenize
+from training.errors import DataError
+from training.models.text_encoders import ids_tensor
+from training.seeds import Purpose
+
+Pins = dict[str, dict[str, Any]]
+"""Per shard `{"generation": 3, "digest": "..."}`: which latents an epoch reads."""
+
+_GEOMETRY = (
+    "original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "flip",
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Samples of one bucket and one number of text chunks, on the CPU."""
+
+    image_ids: list[str]
+    prompts: list[str]
+    latents: torch.Tensor
+    """`(B, 4, h, w)` fp32."""
+    ids: tuple[torch.Tensor, ...]
+    """Token ids `(B, n, 77)` int64 per text encoder."""
+    original_size: torch.Tensor
+    """`(B, 2)` fp32, upright source pixels, height first."""
+    crop_top_left: torch.Tensor
+    """`(B, 2)` fp32, pixels of the resized image."""
+    target_size: torch.Tensor
+    """`(B, 2)` fp32, the bucket in pixels."""
+    mask: torch.Tensor | None
+    """Weight of each latent pixel, `(B, 1, h, w)` fp32; None when all are 1, as in validation."""
+
+
+class Dataset:
+    """The samples of a run; rows are positions in the set's table, which is sorted by image_id."""
+
+    def __init__(
+        self, table: pl.DataFrame, latents: Path, config: RunConfig, tokenizers: Sequence[CLIPTokenizer]
+    ) -> None:
+        """Take a set.
+
+        Args:
+            table: `training_set`.
+            latents: `latents/<encoding>`.
+            config: Prompts, loss and seed of the run.
+            tokenizers: One per text encoder.
+
+        Raises:
+            DataError: no sample trains.
+        """
+        self.table = TABLES["training_set"].conform(table)
+        self.latents = latents
+        self.config = config
+        self.tokenizers = tokenizers
+        self.image_ids: list[str] = self.table["image_id"].to_list()
+        self.buckets = self.table.select("bucket_height", "bucket_width").to_numpy()  # (N, 2)
+        split = self.table["split"].to_numpy()
+        self.train_rows = np.flatnonzero(split == "train")
+        self.validation_rows = np.flatnonzero(split == "validation")
+        self.stable_rows = np.flatnonzero((split == "train") & self.table["stable"].to_numpy())
+        if not len(self.train_rows):
+            raise DataError(f"training set has {len(split)} rows and none with split 'train': nothing to train on")
+
+    def prompt(self, row: int, epoch: int | None) -> str:
+        """The prompt of a sample in an epoch; with None the one it is validated with, always the same."""
+        image_id = self.image_ids[row]
+        keys = (Purpose.VALIDATION, "prompt") if epoch is None else (Purpose.PROMPT, epoch)
+        rng = seeds.generator(self.config.seed, *keys, image_id)
+        return make_prompt(self.table.row(row, named=True), self.config.prompts, rng)[0]
+
+    def count_chunks(self, rows: np.ndarray, epoch: int | None) -> np.ndarray:
+        """Text chunks that the prompts of `rows` fill in an epoch, `(len(rows),)` int64."""
+        counts = []
+        for start in range(0, len(rows), 4096):
+            prompts = [self.prompt(row, epoch) for row in rows[start : start + 4096].tolist()]
+            encoded = self.tokenizers[0](prompts, add_special_tokens=False, truncation=False, verbose=False)
+            counts += [count_chunks(len(ids), self.config.prompts.max_chunks) for ids in encoded["input_ids"]]
+        return np.array(counts, dtype=np.int64)
+
+    def pin_latents(self) -> Pins:
+        """For each shard the highest generation that holds all of the set's images of it.
+
+        Raises:
+            DataError: images of the set have no latents; the message counts them.
+            DamageError: a manifest or its table is damaged.
+        """
+        pins: Pins = {}
+        lacking: dict[str, int] = {}
+        for (shard,), part in self.table.select("shard", "image_id").group_by("shard", maintain_order=True):
+            name = str(shard)
+            generation, missing = choose_generation(self.latents / name, part["image_id"].to_list())
+            if generation is None:
+                lacking[name] = missing
+            else:
+                pins[name] = {"generation": generation.number, "digest": generation.manifest.digest}
+        if lacking:
+            raise DataError(
+                f"{sum(lacking.values())} of {len(self.table)} images of the training set have no latents in "
+                f"{self.latents} (shards {', '.join(sorted(lacking)[:5])}): run `foundry run --select latents`"
+            )
+        return pins
+
+    def use_latents(self, pins: Pins) -> None:
+        """Read the generations that an epoch is pinned to; batches come from them from now on.
+
+        Raises:
+            DataError: a generation was replaced since it was pinned, or an image lies in another bucket than the
+                set says.
+            DamageError: a table or latent file is damaged.
+        """
+        frames, self._files = [], list[LatentFile]()
+        for shard, pin in pins.items():
+            generation = read_generation(self.latents / shard, pin["generation"])
+            if generation.manifest.digest != pin["digest"]:
+                raise DataError(
+                    f"latents of shard {shard}, generation {pin['generation']}, have digest "
+                    f"{generation.manifest.digest[:16]}, this epoch began with {pin['digest'][:16]}"
+                )
+            files = generation.open_files()
+            numbers = {name: len(self._files) + number for number, name in enumerate(files)}
+            self._files += files.values()
+            frames.append(
+                generation.table().with_columns(
+                    pl.col("file").replace_strict(numbers, return_dtype=pl.Int32).alias("number")
+                )
+            )
+        joined = self.table.select("image_id", pl.col("bucket_height").alias("h"), pl.col("bucket_width").alias("w"))
+        joined = joined.join(pl.concat(frames), on="image_id", how="left", maintain_order="left")
+        wrong = joined.filter((pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width")))
+        if len(wrong) or joined["row"].null_count():
+            raise DataError(
+                f"latents: {len(wrong)} images lie in another bucket than the training set says and "
+                f"{joined['row'].null_count()} are gone: rebuild training_set and latents together"
+            )
+        self._places = joined.select("number", "row").to_numpy()  # (N, 2)
+        self._geometry = joined.select(pl.col(name).cast(pl.Int64) for name in _GEOMETRY).to_numpy()  # (N, 7)
+
+    def batch(self, rows: np.ndarray, epoch: int | None) -> Batch:
+        """The samples of `rows` (one bucket, one number of chunks) in an epoch; None for validation's fixed view.
+
+        Raises:
+            DamageError: a latent file is damaged.
+        """
+        image_ids = [self.image_ids[row] for row in rows.tolist()]
+        prompts = [self.prompt(row, epoch) for row in rows.tolist()]
+        max_chunks = self.config.prompts.max_chunks
+        first = tokenize(prompts, self.tokenizers[0], max_chunks=max_chunks)
+        chunks = first[0].num_chunks
+        tokens = [first] + [
+            tokenize(prompts, tokenizer, max_chunks=chunks, min_chunks=chunks) for tokenizer in self.tokenizers[1:]
+        ]
+        geometry = torch.from_numpy(self._geometry[rows]).to(torch.float32)
+        return Batch(
+            image_ids=image_ids,
+            prompts=prompts,
+            latents=self._gather(rows, image_ids, epoch),
+            ids=tuple(ids_tensor(prompts, "cpu") for prompts in tokens),
+            original_size=geometry[:, 0:2],
+            crop_top_left=geometry[:, 4:6],
+            target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
+            mask=self._masks(rows) if epoch is not None and self.config.loss.watermark_weight < 1 else None,
+        )
+
+    def _gather(self, rows: np.ndarray, image_ids: list[str], epoch: int | None) -> torch.Tensor:
+        """Latents `(B, 4, h, w)` fp32: drawn from the posterior in an epoch, its mean for validation."""
+        numbers, in_file = self._places[rows].T
+        latents: np.ndarray | None = None
+        for number in np.unique(numbers):
+            file, members = self._files[number], np.flatnonzero(numbers == number)
+            mean, log_variance = file.gather(in_file[members])
+            if latents is None:
+                latents = np.empty((2, len(rows), *mean.shape[1:]), dtype=np.uint16)
+            # Without log-variance the draw is the mean: minus infinity, whose bits in bfloat16 these are.
+            latents[0, members] = mean
+            latents[1, members] = 0xFF80 if log_variance is None else log_variance
+        assert latents is not None, "a batch has at least one sample"
+        mean, log_variance = torch.from_numpy(latents).view(torch.bfloat16).float()
+        if epoch is None:
+            return mean
+        draw = noise.draw_noise(self.config.seed, Purpose.POSTERIOR, epoch, image_ids, mean.shape[1:])
+        return mean + torch.exp(log_variance / 2) * draw
+
+    def _masks(self, rows: np.ndarray) -> torch.Tensor:
+        """Weights `(B, 1, h, w)` of latent pixels: the area mean of 1, or the mask's weight under a watermark."""
+        masks = []
+        for row in rows.tolist():
+            height, width, resized_h, resized_w, top, left, flip = self._geometry[row].tolist()
+            placement = Placement(
+                original=Size(height, width),
+                resized=Size(resized_h, resized_w),
+                crop_top=top,
+                crop_left=left,
+                bucket=Size(*self.buckets[row].tolist()),
+                flip=bool(flip),
+            )
+            latent_height = self._files[self._places[row, 0]].shape[2]
+            boxes = [Box(box["y0"], box["x0"], box["y1"], box["x1"]) for box in self.table["boxes"][row]]
+            scale = placement.bucket.height // latent_height
+            masks.append(watermark_mask(boxes, placement, scale, self.config.loss.watermark_weight))
+        return torch.from_numpy(np.stack(masks))[:, None]
+
+
+def watermark_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: float) -> np.ndarray:
+    """How much each latent pixel of a sample counts, `(H/scale, W/scale)` fp32.
+
+    Args:
+        boxes: In upright source pixels.
+        placement: How the source became the bucket's picture.
+        scale: Pixels per latent along a side, 8.
+        weight: Of a latent pixel wholly under a box; one partly covered lies between this and 1.
+    """
+    height, width = placement.bucket
+    covered = np.zeros((height, width), dtype=np.float32)
+    per_y = placement.resized.height / placement.original.height
+    per_x = placement.resized.width / placement.original.width
+    for box in boxes:
+        y0, y1 = (round(y * per_y) - placement.crop_top for y in (box.y0, box.y1))
+        x0, x1 = (round(x * per_x) - placement.crop_left for x in (box.x0, box.x1))
+        if placement.flip:
+            x0, x1 = width - x1, width - x0
+        covered[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = 1
+    share = covered.reshape(height // scale, scale, width // scale, scale).mean(axis=(1, 3))
+    return 1 - share * (1 - weight)

@@ -1,0 +1,62 @@
+"""What an epoch reads, fixed at its border: `epochs/<epoch>.json` pins latents, and names the order beside it.
+
+A resume inside an epoch reads the same file; a new generation of latents is taken up at the next border.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from training import commit, run_folder, toml
+from training.config import RunConfig
+from training.dataset import Dataset, Pins
+from training.errors import DamageError
+from training.order import EpochOrder, make_order, read_order, write_order
+
+
+def prepare_epoch(folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str) -> Pins:
+    """Write order and pins of an epoch unless they are there; called by one process.
+
+    Returns:
+        The pinned generations.
+
+    Raises:
+        DataError: images of the set have no latents.
+    """
+    manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
+    content = manifest.with_suffix(".npz")
+    key = commit.json_digest([fingerprint, toml.dump(config.prompts), toml.dump(config.batch), config.seed, epoch])
+    if manifest.is_file():
+        written = json.loads(manifest.read_bytes())
+        if written["order"]["key"] != key:
+            raise DamageError(f"{manifest} was written for another set or config; a run folder holds one run")
+        if content.is_file() and commit.sha256_file(content) == written["order"]["sha256"]:
+            return written["latents"]
+        pins = written["latents"]
+    else:
+        pins = dataset.pin_latents()
+    order = make_order(
+        dataset.buckets[dataset.train_rows],
+        dataset.count_chunks(dataset.train_rows, epoch),
+        seed=config.seed,
+        epoch=epoch,
+        micro_batch_size=config.batch.micro_batch_size,
+        global_batch_size=config.batch.global_batch_size,
+    )
+    rows = dataclasses.replace(order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype))
+    sha256 = write_order(content, rows)
+    described = {"key": key, "file": content.name, "sha256": sha256}
+    commit.write_json(manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins})
+    return pins
+
+
+def open_epoch(folder: Path, epoch: int, dataset: Dataset) -> EpochOrder:
+    """Read what `prepare_epoch` wrote, on every rank: the order, and latents into `dataset`.
+
+    Raises:
+        DamageError: a file of the epoch, or a latent file, is damaged.
+    """
+    manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
+    written = json.loads(manifest.read_bytes())
+    dataset.use_latents(written["latents"])
+    return read_order(manifest.with_suffix(".npz"), written["order"]["sha256"])

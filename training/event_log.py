@@ -1,0 +1,78 @@
+"""`events.jsonl`: all that a run says about itself, one JSON object a line, flushed; the only source of tracking.
+
+Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
+model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
+no such line. A `resumed` line takes back every `step`, `validation`, `checkpoint` and `warning` before it that lies
+beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Self
+
+OPENINGS = frozenset({"started", "resumed"})
+ENDINGS = frozenset({"finished", "stopped", "failed"})
+_REPEATED = frozenset({"step", "validation", "checkpoint", "warning"})
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """The writing end; one process holds it, the one that holds `trainer.lock`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; a torn last line, which a kill leaves, is closed off."""
+        self.attempt = 1 + sum(event["event"] in OPENINGS for event in read_lines(path))
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    def write(self, event: str, *, samples_seen: int, **values: Any) -> None:
+        """Append one line and flush it; values are plain JSON, never NaN or infinite."""
+        line = {
+            "time_ms": time.time_ns() // 1_000_000,
+            "event": event,
+            "attempt": self.attempt,
+            "samples_seen": samples_seen,
+            **values,
+        }
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def parse_line(line: bytes) -> Event | None:
+    """The event of one line; None for an empty or torn one."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def read_lines(path: Path) -> list[Event]:
+    """All whole lines in the order in which they were written; a missing file has none."""
+    if not path.is_file():
+        return []
+    events = (parse_line(line) for line in path.read_bytes().split(b"\n"))
+    return [event for event in events if event is not None]
+
+
+def read_events(path: Path) -> list[Event]:
+    """The run as it happened in the end: lines that a later attempt took back are left out."""
+    kept: list[Event] = []
+    for event in read_lines(path):
+        if event["event"] in OPENINGS:
+            limit = event["samples_seen"] if event["event"] == "resumed" else -1
+            kept = [old for old in kept if old["event"] not in _REPEATED or old["samples_seen"] <= limit]
+        kept.append(event)
+    return kept

@@ -1,0 +1,70 @@
+"""Entry point of a training process under torchrun: `python -m torch.distributed.run ... -m training.run RUN_FOLDER`.
+
+How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+
+from training import commit, run_folder
+from training.errors import ConfigError, PipelineError
+from training.event_log import EventLog, read_events
+from training.ranks import Ranks
+from training.trainer import Trainer
+
+
+def main(arguments: list[str]) -> int:
+    """Train the run in the folder named by the only argument; 0 when it finished or was asked to stop."""
+    if len(arguments) != 1:
+        print("usage: python -m training.run RUN_FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(arguments[0]).resolve()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+    log: EventLog | None = None
+    ranks: Ranks | None = None
+    with contextlib.ExitStack() as held:
+        try:
+            if not folder.is_dir():
+                raise ConfigError(f"run folder {folder} does not exist")
+            ranks = Ranks()
+            if ranks.rank == 0:
+                held.enter_context(commit.lock(folder / run_folder.LOCK, f"run folder {folder}"))
+                # Only the holder of the lock may write: a second trainer must not end the first one's log.
+                log = held.enter_context(EventLog(folder / run_folder.EVENTS))
+            inputs, config = run_folder.read_inputs(folder), run_folder.read_config(folder)
+            Trainer(folder=folder, config=config, inputs=inputs, ranks=ranks, log=log, stop_requested=stop.is_set).run()
+        except Exception as error:
+            reason = _reason(error)
+            if log is not None:
+                log.write("failed", samples_seen=_samples_seen(folder), reason=reason)
+            if not isinstance(error, PipelineError):
+                traceback.print_exc()
+            print(f"training failed: {reason}", file=sys.stderr)
+            return 1
+        ranks.close()
+    return 0
+
+
+def _reason(error: Exception) -> str:
+    """One line for the user."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PipelineError) else f"{type(error).__name__}: {text}"
+
+
+def _samples_seen(folder: Path) -> int:
+    """How far the run had come by its log."""
+    return max((event["samples_seen"] for event in read_events(folder / run_folder.EVENTS)), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

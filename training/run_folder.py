@@ -1,0 +1,160 @@
+"""A run's folder: the names in it, what its launcher writes for the trainer, and which checkpoints are complete.
+
+Free of torch, because the launcher, the sensors and the trainer share it.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training import commit, toml
+from training.config import RunConfig, check_name
+from training.errors import ConfigError, DamageError
+
+FORMAT = 1
+CONFIG = "config.toml"
+INPUTS = "inputs.json"
+EVENTS = "events.jsonl"
+LOCK = "trainer.lock"
+OUTPUT = "trainer.log"
+EPOCHS = "epochs"
+CHECKPOINTS = "checkpoints"
+READY = "READY.json"
+STATE = "state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInputs:
+    """`inputs.json`: what a run is made from. Paths are stored relative to the run's folder."""
+
+    run: str
+    """Name of the run."""
+    training_set: Path
+    """Parquet file of the frozen set."""
+    training_set_sha256: str
+    """Of that file."""
+    fingerprint: str
+    """The set's name for its content; stands in every checkpoint."""
+    latents: Path
+    """`latents/<encoding>`: a folder per shard."""
+    base_model: Path
+    """Diffusers folder that an unstarted run begins from."""
+    base_digest: str
+    """`weights.model_digest` of that folder."""
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+
+
+def write_inputs(folder: Path, inputs: RunInputs) -> None:
+    """Write `inputs.json`; workspace and run folder can then be moved together."""
+    values: dict[str, Any] = {"format": FORMAT}
+    for item in dataclasses.fields(inputs):
+        value = getattr(inputs, item.name)
+        is_path = isinstance(value, Path)
+        values[item.name] = os.path.relpath(value, folder) if is_path else value
+    commit.write_json(folder / INPUTS, values)
+
+
+def read_inputs(folder: Path) -> RunInputs:
+    """Read `inputs.json`; relative paths are taken from the run's folder.
+
+    Raises:
+        ConfigError: it is missing, of another format, or lacks a key.
+    """
+    path = folder / INPUTS
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: start the run with `foundry train`") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from None
+    names = {item.name: item.type for item in dataclasses.fields(RunInputs)}
+    if values.get("format") != FORMAT or set(values) != {"format", *names}:
+        raise ConfigError(
+            f"{path}: format {values.get('format')!r} with keys {sorted(values)}, must be format {FORMAT} with "
+            f"{sorted(names)}"
+        )
+    for name, kind in names.items():
+        if kind is Path:
+            values[name] = Path(os.path.normpath(folder / values[name]))
+    return RunInputs(**{name: values[name] for name in names})
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Read `config.toml`.
+
+    Raises:
+        ConfigError: it is missing, or a key or value cannot be used.
+    """
+    path = folder / CONFIG
+    return toml.build(RunConfig, toml.load(path), origin=path)
+
+
+def checkpoint_folder(folder: Path, samples_seen: int) -> Path:
+    """Where the checkpoint of a run at a clock lies."""
+    return folder / CHECKPOINTS / f"samples_{samples_seen:09d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """`READY.json`: the last file of a checkpoint; a folder without one is no checkpoint."""
+
+    run: str
+    checkpoint: str
+    """`<run>@<samples_seen>`."""
+    samples_seen: int
+    files: tuple[commit.Entry, ...]
+    """Weights, configs and tokenizers: the diffusers folder, and `ema/` where there is one."""
+    state_files: tuple[commit.Entry, ...]
+    """What a resume needs besides; removed when the checkpoint is no longer among the last."""
+    digest: str
+    """SHA-256 over names and digests of `files`."""
+    fingerprint: str
+    """Of the training set."""
+    base_digest: str
+    """Of the model that the run began from."""
+    validation_loss: float | None
+    """The last plain validation loss before the checkpoint."""
+    config: dict[str, Any]
+    """The resolved RunConfig."""
+    format: int = FORMAT
+
+
+def write_ready(folder: Path, ready: Ready) -> None:
+    """Write `READY.json`, which makes the folder a checkpoint."""
+    commit.write_json(folder / READY, dataclasses.asdict(ready))
+
+
+def read_ready(folder: Path) -> Ready:
+    """Read `READY.json` of a checkpoint.
+
+    Raises:
+        DamageError: it is missing, unreadable or of another format.
+    """
+    try:
+        values = json.loads((folder / READY).read_bytes())
+        entries = {key: tuple(commit.Entry(**item) for item in values[key]) for key in ("files", "state_files")}
+        ready = Ready(**{**values, **entries})
+    except FileNotFoundError:
+        raise DamageError(f"checkpoint {folder} has no {READY}: it was not finished") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"checkpoint {folder}: {READY} is damaged ({error})") from None
+    if ready.format != FORMAT:
+        raise DamageError(f"checkpoint {folder} has format {ready.format!r}, this version reads {FORMAT}")
+    return ready
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders of a run's checkpoints with a readable READY.json, oldest first."""
+    ready = []
+    for path in sorted((folder / CHECKPOINTS).glob("samples_*")):
+        try:
+            read_ready(path)
+        except DamageError:
+            continue
+        ready.append(path)
+    return ready

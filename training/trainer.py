@@ -1,0 +1,299 @@
+"""The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
+
+import collections
+import copy
+import itertools
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training import checkpoint, noise, run_folder
+from training.conditioning import make_time_ids, predict
+from training.config import RunConfig
+from training.dataset import Batch
+from training.epochs import open_epoch, prepare_epoch
+from training.errors import TrainingError
+from training.event_log import EventLog
+from training.loss import min_snr_weights, mse_per_sample, prediction_target
+from training.optim import learning_rate, set_learning_rate
+from training.prefetch import Prefetch
+from training.ranks import Ranks
+from training.run_folder import RunInputs
+from training.seeds import Purpose
+from training.startup import Start, prepare
+from training.validate import validation_loss
+
+MAX_SKIPPED_IN_ROW = 8
+"""Steps that are not finite, one after the other, that end a run."""
+_RATE_WINDOW_STEPS = 20
+_MAX_NAMED = 16
+
+Draw = tuple[Batch, torch.Tensor, torch.Tensor]
+"""A batch with its timesteps `(B,)` int64 and noise `(B, 4, h, w)`."""
+
+
+class Trainer:
+    """One process of a run: what it holds, and the loop."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        config: RunConfig,
+        inputs: RunInputs,
+        ranks: Ranks,
+        log: EventLog | None,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        """Check everything that the run needs and load it.
+
+        Args:
+            folder: The run's folder.
+            config: Its config.
+            inputs: Its inputs.
+            ranks: This process among the others.
+            log: The event log on rank 0, None elsewhere.
+            stop_requested: Asked between micro-batches; any rank's yes stops all.
+
+        Raises:
+            PipelineError: what is missing, damaged, or does not fit together.
+        """
+        self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
+        self.stop_requested = stop_requested
+        start = prepare(folder, config, inputs, ranks.device)
+        self.state, self.dataset = start.state, start.dataset
+        scheduler = self.state.parts.noise_scheduler_config
+        self.prediction_type = scheduler.get("prediction_type", "epsilon")
+        self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)
+        self.saved_at = self.state.clock.samples_seen
+        self.last_good = copy.copy(self.state.clock)
+        self.recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATE_WINDOW_STEPS)
+        self._open_epoch()
+        self._log_opening(start)
+
+    def run(self) -> str:
+        """Train to the end or to a stop request; returns `finished` or `stopped`, which is also logged.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite; the last good state is saved.
+            PipelineError: a file could not be read or written.
+        """
+        config, clock, began = self.config, self.state.clock, time.monotonic()
+        if clock.samples_seen == 0:
+            self._validate()
+        while clock.samples_seen < config.num_samples:
+            if clock.step_in_epoch == self.order.num_steps:
+                clock.epoch, clock.step_in_epoch = clock.epoch + 1, 0
+                self._open_epoch()
+            with Prefetch(self._draw, self._upcoming()) as draws:
+                while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
+                    before = clock.samples_seen
+                    if not self._step(draws):
+                        self._save()
+                        self._log("stopped", seconds=time.monotonic() - began)
+                        return "stopped"
+                    is_last = clock.samples_seen >= config.num_samples
+                    if is_last or _is_due(before, clock.samples_seen, config.validation.every_samples):
+                        self._validate()
+                    if is_last or _is_due(before, clock.samples_seen, config.checkpoints.every_samples):
+                        self._save()
+        self._log("finished", seconds=time.monotonic() - began)
+        return "finished"
+
+    def _step(self, draws: Prefetch[Draw]) -> bool:
+        """One optimizer step; False when a stop request dropped it, with nothing changed."""
+        clock, optimizer, parameters = self.state.clock, self.state.optimizer, list(self.state.parameters.values())
+        began, waited = time.monotonic(), draws.waited_s
+        micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
+        offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
+        losses = torch.zeros(size, device=self.ranks.device)
+        total: list[torch.Tensor] = []
+        optimizer.zero_grad(set_to_none=True)
+        for first in range(0, len(micro_batches), self.ranks.size):
+            if self.ranks.any(self.stop_requested()):
+                optimizer.zero_grad(set_to_none=True)
+                return False
+            index = first + self.ranks.rank
+            if index < len(micro_batches):
+                own = self._losses(*next(draws))
+                (own.sum() / size).backward()
+                losses[offsets[index] : offsets[index + 1]] = own.detach()
+            if self.config.reduction == "canonical":
+                # Micro-batch by micro-batch in the order of the epoch: the same sum on any number of ranks.
+                num_ranks = min(self.ranks.size, len(micro_batches) - first)
+                for gradients in self.ranks.gather_gradients(parameters, num_ranks):
+                    if total:
+                        torch._foreach_add_(total, gradients)
+                    else:
+                        total = [gradient.clone() for gradient in gradients]
+                optimizer.zero_grad(set_to_none=True)
+        if self.config.reduction == "canonical":
+            for parameter, gradient in zip(parameters, total, strict=True):
+                parameter.grad = gradient
+        else:
+            self.ranks.sum_gradients(parameters)
+
+        losses = self.ranks.sum_(losses).double()
+        loss = losses.mean().item()
+        # Without clipping the norm is still measured.
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        if self.ranks.any(not (math.isfinite(loss) and math.isfinite(grad_norm))):
+            self._skip(size, losses.cpu(), np.concatenate(micro_batches))
+            return True
+        rate = learning_rate(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.parameters, size)
+        self._advance(size)
+        clock.samples_trained += size
+        clock.skipped_in_row = 0
+        self.last_good = copy.copy(clock)
+        seconds = time.monotonic() - began
+        data_wait = (draws.waited_s - waited) / seconds
+        self._log_step(seconds, size, loss=loss, grad_norm=grad_norm, learning_rate=rate, data_wait=data_wait)
+        return True
+
+    def _advance(self, size: int) -> None:
+        clock = self.state.clock
+        clock.samples_seen += size
+        clock.step += 1
+        clock.step_in_epoch += 1
+
+    def _skip(self, size: int, losses: torch.Tensor, rows: np.ndarray) -> None:
+        """Leave a step out whose loss or gradient is not finite; all ranks do, or none."""
+        clock = self.state.clock
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self._advance(size)
+        clock.num_skipped += 1
+        clock.skipped_in_row += 1
+        bad = [self.dataset.image_ids[rows[position]] for position in (~losses.isfinite()).nonzero().flatten().tolist()]
+        what = f"loss of {len(bad)} samples" if bad else "gradient"
+        message = f"step {clock.step} skipped: {what} not finite ({clock.skipped_in_row} in a row)"
+        self._log("warning", kind="not_finite", message=message, epoch=clock.epoch, image_ids=bad[:_MAX_NAMED])
+        if clock.skipped_in_row == MAX_SKIPPED_IN_ROW:
+            self.state.clock = self.last_good
+            self._save()
+            raise TrainingError(
+                f"{MAX_SKIPPED_IN_ROW} steps in a row had a loss or gradient that is not finite; the state before "
+                f"them is saved at {self.last_good.samples_seen} samples: lower optimizer.learning_rate "
+                f'({self.config.optimizer.learning_rate}), or use precision = "fp32"'
+            )
+
+    def _draw(self, rows: np.ndarray) -> Draw:
+        """A training batch with its timesteps and noise; runs ahead of the step that uses it."""
+        seed, epoch = self.config.seed, self.state.clock.epoch
+        batch = self.dataset.batch(rows, epoch)
+        timesteps = noise.draw_timesteps(seed, epoch, batch.image_ids, len(self.signal))
+        offset, shape = self.config.loss.noise_offset, batch.latents.shape[1:]
+        return batch, timesteps, noise.draw_noise(seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset)
+
+    def _losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        """Weighted loss per sample `(B,)` fp32, with gradients."""
+        plain = self._plain_losses(batch, timesteps, draw)
+        timesteps, gamma = timesteps.to(self.ranks.device), self.config.loss.min_snr_gamma
+        return plain * min_snr_weights(timesteps, self.signal, gamma, self.prediction_type)
+
+    def _plain_losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        """Loss per sample `(B,)` fp32 of one forward pass, not weighted by timestep."""
+        device = self.ranks.device
+        latents, draw, timesteps = (tensor.to(device) for tensor in (batch.latents, draw, timesteps))
+        noised = noise.add_noise(latents, draw, timesteps, self.signal)
+        target = prediction_target(self.prediction_type, latents, draw, timesteps, self.signal)
+        time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size).to(device)
+        ids = [tensor.to(device) for tensor in batch.ids]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            prediction = predict(self.state.parts, noised, timesteps, ids, time_ids)
+        return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
+
+    def _open_epoch(self) -> None:
+        """Fix the clock's epoch if nobody has, and read it; its log line names the generations of latents."""
+        epoch = self.state.clock.epoch
+        if self.ranks.rank == 0:
+            prepare_epoch(self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint)
+        self.ranks.barrier()
+        self.order = open_epoch(self.folder, epoch, self.dataset)
+
+    def _upcoming(self) -> list[np.ndarray]:
+        """This rank's micro-batches from the clock's step to the end of the epoch."""
+        steps = range(self.state.clock.step_in_epoch, self.order.num_steps)
+        own = (self.order.micro_batches(step)[self.ranks.rank :: self.ranks.size] for step in steps)
+        return list(itertools.chain.from_iterable(own))
+
+    def _validate(self) -> None:
+        """The plain loss on both lists; the clock keeps the held-out one for the next checkpoint."""
+        began, lists = time.monotonic(), {}
+        for name, rows in (("validation", self.dataset.validation_rows), ("stable", self.dataset.stable_rows)):
+            capped = rows[: self.config.validation.num_images]
+            lists[name] = validation_loss(capped, self.dataset, self._plain_losses, self.ranks, len(self.signal))
+        self.state.clock.validation_loss = lists["validation"]
+        self._log("validation", loss=lists["validation"], stable_loss=lists["stable"], seconds=time.monotonic() - began)
+
+    def _save(self) -> None:
+        """Write a checkpoint at the clock unless there is one; the base model itself is not written again."""
+        clock, began = self.state.clock, time.monotonic()
+        if clock.samples_seen == self.saved_at:
+            return
+        if self.ranks.rank == 0:
+            ready = checkpoint.save(self.folder, self.state, self.config, self.inputs)
+            self._log(
+                "checkpoint",
+                checkpoint=ready.checkpoint,
+                folder=str(run_folder.checkpoint_folder(Path(), clock.samples_seen)),
+                digest=ready.digest,
+                validation_loss=ready.validation_loss,
+                seconds=time.monotonic() - began,
+            )
+        self.saved_at = clock.samples_seen
+        self.ranks.barrier()
+
+    def _log(self, event: str, **values: object) -> None:
+        if self.log is not None:
+            self.log.write(event, samples_seen=self.state.clock.samples_seen, **values)
+
+    def _log_step(self, seconds: float, size: int, **values: float) -> None:
+        clock = self.state.clock
+        self.recent.append((size, seconds))
+        images_per_s = sum(size for size, _ in self.recent) / sum(seconds for _, seconds in self.recent)
+        self._log(
+            "step",
+            step=clock.step,
+            epoch=clock.epoch,
+            **values,
+            num_skipped=clock.num_skipped,
+            images_per_s=images_per_s,
+            eta_s=max(self.config.num_samples - clock.samples_seen, 0) / images_per_s,
+        )
+
+    def _log_opening(self, start: Start) -> None:
+        self._log(
+            "started" if start.checkpoint is None else "resumed",
+            run=self.inputs.run,
+            checkpoint=None if start.checkpoint is None else f"{self.inputs.run}@{self.state.clock.samples_seen}",
+            fingerprint=self.inputs.fingerprint,
+            base_digest=self.inputs.base_digest,
+            num_samples=self.config.num_samples,
+            num_train_images=len(self.dataset.train_rows),
+            num_validation_images=len(self.dataset.validation_rows),
+            num_trained_parameters=sum(parameter.numel() for parameter in self.state.parameters.values()),
+            num_ranks=self.ranks.size,
+            device=str(self.ranks.device),
+            num_threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        for message in start.torn:
+            self._log("warning", kind="torn_checkpoint", message=message)
+
+
+def _is_due(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` samples lies in (before, after]; never for 0."""
+    return every > 0 and after // every > before // every
