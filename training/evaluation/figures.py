@@ -1,0 +1,166 @@
+"""Small pictures as Markdown for Dagster's metadata: charts that show inline, contact sheets behind one click.
+
+Dagster shows Markdown inline only below 1,000 characters (measured), and keeps metadata twice in its event log: charts
+are bare SVG paths, sheets are JPEGs of at most 32 KB. Free of torch, because assets call it while they report.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MAX_INLINE = 1_000
+"""Characters from which Dagster hides Markdown behind a link."""
+MAX_SHEET = 32_000
+"""Characters of a contact sheet's Markdown."""
+INK, PAPER, MUTED = "#1f2430", "#ffffff", "#6b7280"
+_FILL = "#4f43dd"
+_WIDTH, _HEIGHT = 300, 60
+_NUM_BINS = 24
+_TILE_PX, _COLUMNS, _GAP_PX, _CAPTION_PX = 96, 8, 4, 13
+
+
+def bars(counts: Sequence[tuple[str, float]]) -> str:
+    """A bar chart with a label under each bar; labels are thinned out until the chart fits inline.
+
+    Args:
+        counts: Label and non-negative value per bar, left to right; up to about 40 bars fit.
+    """
+    if not counts:
+        return "nothing to show"
+    # No bars, all labels; then every second, third, ... label; then none.
+    for every in (1, 2, 3, 4, 6, 8, len(counts) + 1):
+        labels = [
+            (place, label) for place, (label, _) in enumerate(counts) if place % every == 0 and every <= len(counts)
+        ]
+        chart = _chart([value for _, value in counts], labels)
+        if len(chart) < MAX_INLINE:
+            return chart
+    raise AssertionError(f"a chart of {len(counts)} bars does not fit inline")
+
+
+def histogram(values: Iterable[float]) -> str:
+    """The distribution of `values` in 24 bars, with the smallest and the largest under it; non-finite ones are left out."""
+    finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+    if not len(finite):
+        return "nothing to show"
+    counts, _ = np.histogram(finite, bins=_NUM_BINS)
+    ends = [(1, f"{finite.min():.4g}"), (_NUM_BINS - 2, f"{finite.max():.4g}")]
+    return _chart(counts.tolist(), ends)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve over equal steps, thinned to 60 points, with its first and last value; non-finite ones are gaps."""
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 60)).round().astype(int)) if values else []
+    points = [(place, values[place]) for place in places if math.isfinite(values[place])]
+    if not points:
+        return "nothing to show"
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    right, span = max(len(values) - 1, 1), (high - low) or 1.0
+    path = " ".join(
+        f"{place * _WIDTH / right:.0f},{_HEIGHT - 2 - (value - low) / span * (_HEIGHT - 4):.0f}"
+        for place, value in points
+    )
+    text = f"{points[0][1]:.4g} to {points[-1][1]:.4g}"
+    body = f"<polyline points='{path}' fill='none' stroke='{_FILL}'/>{_text(_WIDTH / 2, text)}"
+    return _svg_markdown(body, "curve")
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str] | None = None) -> str:
+    """Pictures in rows of eight as one JPEG in Markdown of at most 32,000 characters.
+
+    Args:
+        pictures: `(H, W, 3)` uint8, of any sizes; each is fitted into a square of 96 px.
+        captions: One per picture, written under it and cut to its width.
+    """
+    if not pictures:
+        return "no pictures"
+    sheet = _tiles(pictures, captions)
+    for scale in (1.0, 0.75, 0.5, 0.35):
+        size = (max(round(sheet.width * scale), 1), max(round(sheet.height * scale), 1))
+        smaller = sheet if scale == 1.0 else sheet.resize(size, Image.Resampling.LANCZOS)
+        for quality in (85, 70, 55, 40):
+            markdown = f"![{len(pictures)} pictures]({data_uri(jpeg(smaller, quality), 'image/jpeg')})"
+            if len(markdown) <= MAX_SHEET:
+                return markdown
+    raise AssertionError(f"{len(pictures)} pictures do not fit into a contact sheet: show fewer")
+
+
+def fit(picture: np.ndarray | Image.Image, height: int, width: int) -> Image.Image:
+    """Scale a picture to the largest size that fits into `height` and `width`, both pixels, keeping its shape."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    scale = min(height / image.height, width / image.width)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def write(
+    draw: ImageDraw.ImageDraw, top: int, left: int, text: str, *, width: int, size: int, colour: str = INK
+) -> None:
+    """Write one line, cut with an ellipsis to `width` pixels."""
+    font = ImageFont.load_default(size)
+    line = " ".join(text.split())[:200]
+    shown = line
+    while shown and draw.textlength(shown, font=font) > width:
+        line = line[:-1]
+        shown = f"{line.rstrip()}…"
+        if not line:
+            return
+    draw.text((left, top), shown, fill=colour, font=font)
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a baseline JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """`content` as a `data:` address."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def _tiles(pictures: Sequence[np.ndarray], captions: Sequence[str] | None) -> Image.Image:
+    step = _TILE_PX + _GAP_PX
+    row = step + (_CAPTION_PX if captions else 0)
+    columns = min(len(pictures), _COLUMNS)
+    rows = -(-len(pictures) // _COLUMNS)
+    sheet = Image.new("RGB", (columns * step + _GAP_PX, rows * row + _GAP_PX), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, picture in enumerate(pictures):
+        top = _GAP_PX + number // _COLUMNS * row
+        left = _GAP_PX + number % _COLUMNS * step
+        small = fit(picture, _TILE_PX, _TILE_PX)
+        sheet.paste(small, (left + (_TILE_PX - small.width) // 2, top + (_TILE_PX - small.height) // 2))
+        if captions and number < len(captions):
+            write(draw, top + _TILE_PX + 1, left, captions[number], width=_TILE_PX, size=9, colour=MUTED)
+    return sheet
+
+
+def _chart(values: Sequence[float], labels: Sequence[tuple[int, str]]) -> str:
+    """Bars of one path, each as wide as its share, under them `labels` by place."""
+    highest, share = max(values) or 1, _WIDTH / len(values)
+    heights = [round(value / highest * _HEIGHT) or (1 if value else 0) for value in values]
+    width = max(round(share * 0.85), 1)
+    path = "".join(
+        f"M{place * share:.0f} {_HEIGHT}v-{height}h{width}v{height}" for place, height in enumerate(heights) if height
+    )
+    texts = "".join(_text((place + 0.42) * share, label) for place, label in labels)
+    return _svg_markdown(f"<path d='{path}' fill='{_FILL}'/>{texts}", "chart")
+
+
+def _text(middle: float, text: str) -> str:
+    return f"<text x='{middle:.0f}' y='71'>{escape(text[:24])}</text>"
+
+
+def _svg_markdown(body: str, name: str) -> str:
+    svg = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='74' font-size='8' text-anchor='middle' "
+        f"font-family='sans-serif'>{body}</svg>"
+    )
+    return f"![{name}]({data_uri(svg.encode(), 'image/svg+xml')})"
