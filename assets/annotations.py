@@ -1,0 +1,176 @@
+"""Annotators: one decode per picture feeds embeddings, tags and watermark boxes; captions come from sidecars."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import dagster as dg
+import polars as pl
+from training.data.captions import choose_caption
+
+from assets.metadata import describe, shown
+from assets.partitions import shards
+from assets.raw_images import image_path, thumbnails
+from resources import devices, engine
+from resources.stages import Per, Reads, Scope, Stage
+from resources.store import Made, Store
+from resources.warehouse import rebuild
+from training.annotations import ROWS, Annotator, failures
+from training.commit import Manifest, json_digest
+from training.data.tables import rejections
+from training.errors import DataError
+from training.evaluation import figures
+from training.progress import track
+
+PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
+EMBEDDINGS = Stage(
+    name="embeddings", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("clip",), model="clip",
+    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+)  # fmt: skip
+TAGS = Stage(
+    name="tags", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("tagger",), model="tagger",
+    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+)  # fmt: skip
+WATERMARKS = Stage(
+    name="watermark_boxes", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("detector",), model="detector",
+    config=lambda config, key: config.annotate,
+)  # fmt: skip
+CAPTIONS = Stage(
+    name="captions", version=1, scope=Scope.SHARD, model="sidecar",
+    reads=(
+        Reads("raw_images", ("image_id", "source", "source_id"), Per.SHARD),
+        Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
+    ),
+)  # fmt: skip
+STAGES = {stage.name: stage for stage in (EMBEDDINGS, TAGS, WATERMARKS, CAPTIONS)}
+NETWORKS = (EMBEDDINGS, TAGS, WATERMARKS)
+_FILLED = {"embeddings": ["vector", "projection"], "tags": ["tags"], "watermark_boxes": ["boxes"]}
+
+
+def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
+    about = describe(stage, "annotate", *kinds)
+    about.pop("backfill_policy")
+    descriptions = {
+        "embeddings": "One row per picture: what CLIP's vision tower sees, before and after its projection.",
+        "tags": "One row per picture: the tagger's names above a low floor. Thresholds come later.",
+        "watermark_boxes": "One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found.",
+        "captions": "One row per picture: the sentence its sidecar holds, or null.",
+    }
+    deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
+    return dg.AssetSpec(stage.name, deps=deps, description=descriptions[stage.name], **about)
+
+
+@dg.multi_asset(
+    name="annotations",
+    specs=[
+        _spec(EMBEDDINGS, "pytorch", "huggingface"),
+        _spec(TAGS, "pytorch"),
+        _spec(WATERMARKS, "pytorch", "huggingface"),
+        _spec(CAPTIONS),
+    ],
+    partitions_def=shards,
+    can_subset=True,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+)
+def annotations(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Iterator[dg.MaterializeResult]:
+    """Decode each picture once and show it to every annotator whose rows are stale."""
+    wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
+    digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
+    for key in context.partition_keys:
+        for stage, manifest in _bring_up_to_date(context, store, wanted, key):
+            digests[stage.name][key] = manifest.digest
+            context.add_asset_metadata(
+                shown(manifest, store, partitioned=True), asset_key=stage.name, partition_key=key
+            )
+    rebuild(store)
+    for stage in wanted:
+        found = digests[stage.name]
+        version = next(iter(found.values())) if len(found) == 1 else json_digest(found)
+        yield dg.MaterializeResult(asset_key=stage.name, data_version=dg.DataVersion(version))
+
+
+def _bring_up_to_date(
+    context: dg.AssetExecutionContext, store: Store, wanted: list[Stage], key: str
+) -> list[tuple[Stage, Manifest]]:
+    """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its pictures."""
+    with store.writing("annotations", key):
+        bases = {stage.name: store.basis(stage, key) for stage in wanted}
+        if None in bases.values():
+            raise DataError(f"annotations {key}: raw_images {key} is not committed yet; run that first")
+        stale = [stage for stage in wanted if not store.is_current(stage, key)]
+        started = time.monotonic()
+        made: dict[str, Made] = {}
+        if networks := [stage for stage in stale if stage in NETWORKS]:
+            made.update(_annotate(store, networks, key))
+        if CAPTIONS in stale:
+            made["captions"] = _captions(store, key)
+        for stage in stale:
+            basis = bases[stage.name]
+            assert basis is not None
+            manifest = store.commit(stage, key, made[stage.name], basis, seconds=time.monotonic() - started)
+            context.log.info(f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}")
+        store.clear_partial("annotations", key)
+        found = [(stage, store.manifest(stage.name, stage.part(key))) for stage in wanted]
+        return [(stage, manifest) for stage, manifest in found if manifest is not None]
+
+
+def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
+    """Run the networks of `stages` over a shard, batch by batch; finished batches survive a kill."""
+    pictures = store.read_slice(EMBEDDINGS, "raw_images", key).unique("image_id", keep="first").sort("image_id")
+    config = store.config
+    models = {stage.model: store.model_path(stage.model) for stage in stages}
+    work = [(row["image_id"], image_path(store, row)) for row in pictures.iter_rows(named=True)]
+    size = config.annotate.batch_size
+    batches = [work[start : start + size] for start in range(0, len(work), size)]
+    identity = json_digest([stage.name for stage in stages] + [store.basis(stage, key) for stage in stages])
+    worker = partial(Annotator, models, config.annotate, config.decode)
+    with devices.hold("annotate", config.devices, store.home) as device:
+        run = partial(engine.run, worker, (), devices=[device])
+        done = store.resume_batches("annotations", key, identity, batches, run)
+        rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
+    rejected = rejections("annotations", failures(rows))
+    good = rows.filter(pl.col("failure").is_null())
+    return {stage.name: _made(store, stage, good, rejected, pictures) for stage in stages}
+
+
+def _made(store: Store, stage: Stage, rows: pl.DataFrame, rejected: pl.DataFrame, pictures: pl.DataFrame) -> Made:
+    filled = _FILLED[stage.name]
+    frame = rows.select("image_id", pl.lit(stage.model).alias("model"), *filled)
+    return Made(
+        frame=frame, rejected=rejected.with_columns(stage=pl.lit(stage.name)), rows_in=pictures.height,
+        report=_report(store, stage, frame, pictures),
+    )  # fmt: skip
+
+
+def _report(store: Store, stage: Stage, frame: pl.DataFrame, pictures: pl.DataFrame) -> dict[str, object]:
+    """What each table shows of a shard."""
+    if frame.is_empty():
+        return {}
+    if stage is TAGS:
+        names = frame["tags"].explode().drop_nulls().struct.unnest().filter(pl.col("probability") >= 0.4)["name"]
+        top = names.value_counts(sort=True, name="n").head(15)
+        return {"tables": {"tags at 0.4": [{"tag": tag, "images": count} for tag, count in top.iter_rows()]}}
+    if stage is WATERMARKS:
+        sure = frame.filter(pl.col("boxes").list.eval(pl.element().struct.field("confidence") >= 0.3).list.any())
+        examples = sure.head(12).join(pictures, on="image_id", how="left")
+        shown_pictures = {"watermarked": thumbnails(store, examples)} if examples.height else {}
+        return {"numbers": {"with a box at 0.3": sure.height}, "pictures": shown_pictures}
+    norms = frame["vector"].list.eval(pl.element() ** 2).list.sum().sqrt().to_list()
+    return {
+        "numbers": {"dimensions": len(frame["vector"][0]), "projected dimensions": len(frame["projection"][0])},
+        "pictures": {"norm of the vectors": figures.histogram(norms)},
+    }
+
+
+def _captions(store: Store, key: str) -> Made:
+    """Captions of a shard as its sidecars have them."""
+    pictures = store.read_slice(CAPTIONS, "raw_images", key)
+    listed = store.read_slice(CAPTIONS, "source_listing", key)
+    said = pictures.join(listed, on=["source", "source_id"], how="left").sort("source", "source_id")
+    chosen = said.group_by("image_id").agg(pl.col("caption")).sort("image_id")
+    frame = chosen.select(
+        "image_id",
+        pl.lit("sidecar").alias("model"),
+        pl.col("caption").map_elements(choose_caption, return_dtype=pl.String, skip_nulls=False),
+    )
+    return Made(frame=frame, rows_in=frame.height, report={"numbers": {"with a caption": frame["caption"].count()}})

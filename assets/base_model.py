@@ -1,0 +1,34 @@
+"""`base_model`: what training starts from, by digest, so that every checkpoint can name it."""
+
+import dagster as dg
+import polars as pl
+
+from assets.metadata import describe, materialize
+from assets.partitions import mirror, models
+from resources.stages import Scope, Stage
+from resources.store import Made, Store
+from training.base_model import inspect
+from training.data.tables import TABLES
+
+STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
+
+
+@dg.asset(partitions_def=models, **describe(STAGE, "train", "huggingface"))
+def base_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """The model folder that runs start from: family, size, digest, and its name as a checkpoint."""
+
+    def make(key: str) -> Made:
+        digest = store.model_digest(key)
+        row = {
+            "name": key,
+            "checkpoint": f"base.{digest[:8]}@0",
+            "digest": digest,
+            "parents": [],
+            **inspect(store.model_path(key)),
+        }
+        numbers = {"parameters (millions)": round(row["num_parameters"] / 1e6, 2), "family": row["family"]}
+        return Made(frame=pl.DataFrame([row], schema=TABLES["base_model"].schema), report={"numbers": numbers})
+
+    result = materialize(context, store, STAGE, make)
+    mirror(context.instance, store)
+    return result

@@ -1,0 +1,157 @@
+"""`checkpoints`: a training run. Starts the trainer, or attaches to it where it already runs, and follows its log."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+from resources.tracking import Tracking, workspace_tracking
+
+from assets.metadata import describe, materialize
+from assets.partitions import mirror, runs
+from resources import torchrun
+from resources.stages import Scope, Stage
+from resources.store import Made, Store
+from training.commit import lock
+from training.config import RunConfig
+from training.data.tables import TABLES
+from training.errors import DataError, TrackingError, TrainingError
+from training.evaluation import figures
+from training.event_log import read_events
+from training.progress import report
+from training.run_folder import EVENTS, INPUTS, RunInputs, read_config, read_ready, write_inputs
+from training.run_folder import checkpoints as ready_checkpoints
+
+FORWARD_EVERY_S = 10.0
+LOG_EVERY_S = 15.0
+
+STAGE = Stage(name="checkpoints", version=1, scope=Scope.RUN)
+
+
+class RunSettings(dg.Config):
+    """What the launch dialog may say of a run that has no configuration yet."""
+
+    recipe: str = ""
+    """Recipe whose [run] half to train; empty for a run that is configured already."""
+    set: list[str] = []
+    """`key=value` assignments over the recipe."""
+
+
+@dg.asset(
+    deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
+          dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping())],
+    partitions_def=runs,
+    **describe(STAGE, "train", "pytorch", "huggingface"),
+)  # fmt: skip
+def checkpoints(
+    context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per checkpoint of a training run, in diffusers layout, with the fingerprint of what it was trained on."""
+    from resources.workspace import configure_run
+
+    def make(key: str) -> Made:
+        if config.recipe:
+            configure_run(store.home, key, config.recipe, config.set)
+        folder = store.run_folder(key)
+        run = read_config(folder)
+        prepare(store, key, run)
+        tracking = workspace_tracking(store.home, store.config.tracking.uri)
+        ending = follow(context, folder, run, tracking)
+        forward(context, tracking, folder)
+        if ending["event"] != "finished":
+            reason = ending.get("reason", "it was asked to")
+            raise TrainingError(f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}")
+        return Made(frame=table(folder), report=_report(folder, tracking, key))
+
+    result = materialize(context, store, STAGE, make)
+    mirror(context.instance, store)
+    return result
+
+
+def prepare(store: Store, key: str, run: RunConfig) -> None:
+    """Write the run's inputs at its first launch: from then on it keeps its training set, whatever becomes current.
+
+    Raises:
+        DataError: the encoding has no training set yet, or the base model is not recorded.
+    """
+    folder = store.run_folder(key)
+    if (folder / INPUTS).exists():
+        return
+    manifest = store.manifest("training_set", run.encoding)
+    if manifest is None:
+        raise DataError(f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first")
+    with lock(store.home / "locks" / f"run.{key}.lock", f"run {key}"):
+        inputs = RunInputs(
+            run=key,
+            training_set=store.table_file("training_set", run.encoding),
+            training_set_sha256=manifest.files[0].sha256,
+            fingerprint=manifest.digest,
+            latents=store.home / "latents" / run.encoding,
+            base_model=store.model_path(run.base),
+            base_digest=store.model_digest(run.base),
+        )
+        write_inputs(folder, inputs)
+
+
+def follow(context: dg.AssetExecutionContext, folder: Path, run: RunConfig, tracking: Tracking) -> dict[str, Any]:
+    """Start or attach, show progress until the trainer ends, and return its last line.
+
+    A cancellation in the UI asks the trainer to stop and waits for it; the end of this process alone leaves it be.
+    """
+    handle = torchrun.start_or_attach(folder, run.num_processes)
+    forwarded = logged = 0.0
+    try:
+        for event in handle.events():
+            report("samples", min(event.get("samples_seen", 0), run.num_samples), run.num_samples)
+            now = time.monotonic()
+            if event["event"] not in ("step", "progress") or now - logged > LOG_EVERY_S:
+                logged = now
+                context.log.info(" ".join(f"{name}={value}" for name, value in event.items() if name != "config")[:500])
+            if now - forwarded > FORWARD_EVERY_S:
+                forwarded = now
+                forward(context, tracking, folder)
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
+        asked = context.instance.get_run_by_id(context.run_id)
+        if asked is not None and asked.status == dg.DagsterRunStatus.CANCELING:
+            handle.stop()
+        raise
+    return dict(handle.wait())
+
+
+def forward(context: dg.AssetExecutionContext, tracking: Tracking, folder: Path) -> None:
+    """Send new events to MLflow; when it is away, say so and go on: the log keeps everything."""
+    try:
+        tracking.forward(folder)
+    except TrackingError as error:
+        context.log.warning(f"MLflow: {error}")
+
+
+def table(folder: Path) -> pl.DataFrame:
+    """Rows of the table `checkpoints` for a run."""
+    rows = []
+    for path in ready_checkpoints(folder):
+        ready = read_ready(path)
+        rows.append(
+            {
+                "checkpoint": ready.checkpoint,
+                "run": ready.run,
+                "samples_seen": ready.samples_seen,
+                "folder": path.name,
+                "digest": ready.digest,
+                "training_set": ready.fingerprint,
+                "validation_loss": ready.validation_loss,
+            }
+        )
+    return pl.DataFrame(rows, schema=TABLES["checkpoints"].schema)
+
+
+def _report(folder: Path, tracking: Tracking, run: str) -> dict[str, Any]:
+    """Curves of the run and the way to MLflow."""
+    events = read_events(folder / EVENTS)
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    return {
+        "numbers": {"samples seen": events[-1]["samples_seen"] if events else 0},
+        "pictures": {"training loss": figures.sparkline(losses)} if losses else {},
+        "links": {"MLflow run": url} if (url := tracking.run_url(run)) else {},
+    }

@@ -1,0 +1,311 @@
+"""Asset checks: what must hold of each table, said once, shown beside the asset, able to fail."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import dagster as dg
+import polars as pl
+
+from resources.store import Store
+from training.evaluation.prompt_sets import overlap
+
+MIN_USABLE_SHARE = 0.5
+MAX_JUNK_SHARE = 0.5
+MIN_PAIR_ACCURACY = 0.6
+MAX_RECONSTRUCTION_ERROR = 24.0
+MAX_TRUNCATED_SHARE = 0.05
+ALL: list[dg.AssetChecksDefinition] = []
+
+
+class Finding(NamedTuple):
+    """Outcome of a check: whether the rule holds, the rule, and the numbers behind it."""
+
+    holds: bool
+    rule: str
+    numbers: Mapping[str, Any]
+
+
+def _check(asset: str, *, error: bool = False) -> Callable[[Callable[[Store], Finding]], None]:
+    """Register a rule about an asset: with `error` its breach is one, else a warning."""
+
+    def register(rule: Callable[[Store], Finding]) -> None:
+        @dg.asset_check(asset=asset, name=rule.__name__, description=rule.__doc__)
+        def check(store: dg.ResourceParam[Store]) -> dg.AssetCheckResult:
+            finding = rule(store)
+            return dg.AssetCheckResult(
+                passed=finding.holds,
+                severity=dg.AssetCheckSeverity.ERROR if error else dg.AssetCheckSeverity.WARN,
+                description=finding.rule,
+                metadata=dict(finding.numbers),
+            )
+
+        ALL.append(check)
+
+    return register
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _report_numbers(store: Store, table: str) -> list[Mapping[str, Any]]:
+    manifests = [store.manifest(table, part) for part in store.parts(table)]
+    return [manifest.report.get("numbers", {}) for manifest in manifests if manifest is not None]
+
+
+@_check("source_listing")
+def sidecars_readable(store: Store) -> Finding:
+    """Every sidecar could be read."""
+    problems = sum(int(numbers.get("sidecar problems", 0)) for numbers in _report_numbers(store, "source_listing"))
+    return Finding(problems == 0, "no sidecar is unreadable or ill-typed", {"problems": problems})
+
+
+@_check("raw_images")
+def mostly_usable(store: Store) -> Finding:
+    """Most candidates are pictures; many rejections mean a wrong folder or a wrong limit."""
+    accepted = store.read("raw_images", ["image_id"]).height
+    rejected = store.read("rejected_images", ["stage"]).filter(pl.col("stage") == "raw_images").height
+    share = _share(accepted, accepted + rejected)
+    return Finding(
+        share >= MIN_USABLE_SHARE,
+        f"at least {MIN_USABLE_SHARE:.0%} of the candidates are usable",
+        {"accepted": accepted, "rejected": rejected, "share": share},
+    )
+
+
+@_check("raw_images", error=True)
+def every_candidate_accounted_for(store: Store) -> Finding:
+    """Candidates = accepted + rejected, exactly, in every shard that was read."""
+    listed = store.read("source_listing", ["source", "source_id", "shard"])
+    read = listed.filter(pl.col("shard").is_in(store.parts("raw_images")))
+    accepted = store.read("raw_images", ["source", "source_id"])
+    rejected = store.read("rejected_images", ["stage", "source", "source_id"]).filter(pl.col("stage") == "raw_images")
+    known = pl.concat([accepted, rejected.drop("stage")])
+    lost = read.join(known, on=["source", "source_id"], how="anti").height
+    twice = int(known.is_duplicated().sum())
+    return Finding(
+        lost == 0 and twice == 0,
+        "each candidate is accepted or rejected, and only once",
+        {"candidates": read.height, "lost": lost, "twice": twice},
+    )
+
+
+@_check("embeddings", error=True)
+def projections_normalised(store: Store) -> Finding:
+    """Projected embeddings are finite and of length 1: aesthetic and CLIP scores rest on it."""
+    norms = store.read("embeddings", ["projection"])["projection"].list.eval(pl.element() ** 2).list.sum().sqrt()
+    off = int(((norms - 1).abs() > 1e-3).sum() + norms.is_nan().sum())
+    return Finding(off == 0, "every projection has length 1", {"embeddings": len(norms), "off": off})
+
+
+@_check("tags")
+def tagger_speaks(store: Store) -> Finding:
+    """The tagger says something about most pictures; silence means a wrong model or preprocessing."""
+    tags = store.read("tags", ["tags"])["tags"]
+    silent = int((tags.list.len() == 0).sum())
+    return Finding(
+        _share(silent, len(tags)) <= 0.5,
+        "at most half of the pictures have no tag at all",
+        {"pictures": len(tags), "without": silent},
+    )
+
+
+@_check("captions")
+def captions_have_no_markup(store: Store) -> Finding:
+    """Captions are sentences, not HTML."""
+    captions = store.read("captions", ["caption"])["caption"].drop_nulls()
+    marked = int(captions.str.contains(r"<[A-Za-z/!]").sum())
+    return Finding(marked == 0, "no caption contains markup", {"captions": len(captions), "with markup": marked})
+
+
+@_check("watermark_boxes", error=True)
+def boxes_inside_pictures(store: Store) -> Finding:
+    """Every box lies inside its upright picture."""
+    boxes = store.read("watermark_boxes", ["image_id", "boxes"]).explode("boxes").drop_nulls().unnest("boxes")
+    sizes = store.read("raw_images", ["image_id", "height", "width"]).unique("image_id")
+    joined = boxes.join(sizes, on="image_id", how="left")
+    inside = (pl.col("y0") >= 0) & (pl.col("x0") >= 0) & (pl.col("y1") <= pl.col("height")) & (
+        pl.col("x1") <= pl.col("width")
+    )  # fmt: skip
+    outside = joined.height - joined.filter(inside).height
+    return Finding(outside == 0, "all boxes lie inside", {"boxes": joined.height, "outside": outside})
+
+
+@_check("duplicate_groups", error=True)
+def one_kept_per_group(store: Store) -> Finding:
+    """Of every group exactly one candidate goes on."""
+    kept = store.read("duplicate_groups", ["group", "kept"]).group_by("group").agg(pl.col("kept").sum())
+    wrong = kept.filter(pl.col("kept") != 1).height
+    return Finding(wrong == 0, "one of each group is kept", {"groups": kept.height, "wrong": wrong})
+
+
+@_check("quality_pairs")
+def judgements_readable(store: Store) -> Finding:
+    """Every line of the judgement files could be read."""
+    bad = sum(int(numbers.get("unreadable lines", 0)) for numbers in _report_numbers(store, "quality_pairs"))
+    return Finding(bad == 0, "no judgement is unreadable", {"unreadable": bad})
+
+
+@_check("quality_model")
+def beats_chance(store: Store) -> Finding:
+    """The fitted head orders held-out pairs better than chance; a supplied one is taken as it is."""
+    row = store.read("quality_model", ["model", "report"]).row(0, named=True)
+    accuracy = json.loads(row["report"]).get("held_out_accuracy")
+    holds = row["model"] == "supplied" or (accuracy is not None and accuracy >= MIN_PAIR_ACCURACY)
+    rule = f"held-out pair accuracy is at least {MIN_PAIR_ACCURACY}"
+    return Finding(holds, rule, {"heads": row["model"], **({"accuracy": accuracy} if accuracy is not None else {})})
+
+
+@_check("quality_scores")
+def not_mostly_junk(store: Store) -> Finding:
+    """At most half of the pictures score 0; more means a junk head that does not fit these pictures."""
+    scores = store.read("quality_scores", ["score"])["score"]
+    junk = int((scores == 0).sum())
+    share = _share(junk, len(scores))
+    return Finding(
+        share <= MAX_JUNK_SHARE, f"at most {MAX_JUNK_SHARE:.0%} are junk", {"pictures": len(scores), "junk": junk}
+    )
+
+
+@_check("tag_vocabulary", error=True)
+def no_alias_is_a_tag(store: Store) -> Finding:
+    """No name is both a canonical tag and an alias of another."""
+    frame = store.read("tag_vocabulary", ["tag", "aliases"])
+    aliases = set(frame["aliases"].explode().drop_nulls())
+    both = sorted(aliases & set(frame["tag"]))
+    return Finding(not both, "canonical names and aliases are apart", {"tags": frame.height, "both": len(both)})
+
+
+@_check("selected_images", error=True)
+def splits_never_leak(store: Store) -> Finding:
+    """No duplicate cluster has pictures in both splits, and the stable list is of training pictures only."""
+    kept = store.read("selected_images", ["cluster", "split", "stable", "kept"]).filter(pl.col("kept"))
+    parted = kept.group_by("cluster").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1).height
+    misplaced = kept.filter(pl.col("stable") & (pl.col("split") != "train")).height
+    return Finding(
+        parted == 0 and misplaced == 0,
+        "clusters are in one split; stable pictures are training pictures",
+        {"kept": kept.height, "parted clusters": parted, "stable outside train": misplaced},
+    )
+
+
+@_check("selected_images")
+def something_held_out(store: Store) -> Finding:
+    """There is a validation picture."""
+    held_out = store.read("selected_images", ["split"]).filter(pl.col("split") == "validation").height
+    return Finding(held_out > 0, "at least one picture is held out", {"validation": held_out})
+
+
+@_check("bucket_assignments", error=True)
+def resized_covers_bucket(store: Store) -> Finding:
+    """The resized picture covers its bucket and was never enlarged."""
+    frame = store.read("bucket_assignments")
+    covers = (pl.col("resized_height") >= pl.col("bucket_height")) & (pl.col("resized_width") >= pl.col("bucket_width"))
+    shrunk = (pl.col("resized_height") <= pl.col("height")) & (pl.col("resized_width") <= pl.col("width"))
+    wrong = frame.height - frame.filter(covers & shrunk).height
+    return Finding(wrong == 0, "resized covers the bucket without enlarging", {"images": frame.height, "wrong": wrong})
+
+
+@_check("latents")
+def reconstruction_faithful(store: Store) -> Finding:
+    """Decoded latents look like the crops they came from."""
+    errors = [float(numbers.get("reconstruction error (of 255)", 0)) for numbers in _report_numbers(store, "latents")]
+    worst = max(errors, default=0.0)
+    rule = f"mean absolute error is at most {MAX_RECONSTRUCTION_ERROR} of 255"
+    return Finding(worst <= MAX_RECONSTRUCTION_ERROR, rule, {"worst shard": worst})
+
+
+@_check("training_set", error=True)
+def all_samples_encoded(store: Store) -> Finding:
+    """Every sample has latents."""
+    missing = 0
+    for part in store.parts("training_set"):
+        samples = store.read("training_set", ["image_id"], [part])
+        encoded = [name for name in store.parts("latents") if name.startswith(f"{part}|")]
+        missing += samples.join(store.read("latents", ["image_id"], encoded), on="image_id", how="anti").height
+    return Finding(missing == 0, "no sample is without latents", {"missing": missing})
+
+
+@_check("prompt_statistics")
+def prompts_not_cut(store: Store) -> Finding:
+    """Few prompts are longer than the text encoders' chunks."""
+    reports = _report_numbers(store, "prompt_statistics")
+    cut, whole = (sum(int(numbers.get(name, 0)) for numbers in reports) for name in ("truncated", "prompts"))
+    rule = f"at most {MAX_TRUNCATED_SHARE:.0%} of the prompts are cut"
+    return Finding(_share(cut, whole) <= MAX_TRUNCATED_SHARE, rule, {"prompts": whole, "cut": cut})
+
+
+@_check("base_model", error=True)
+def base_unchanged(store: Store) -> Finding:
+    """The folder still holds the weights that were recorded."""
+    recorded = store.read("base_model", ["digest"], ["base"])["digest"][0]
+    found = store.model_digest("base")
+    return Finding(
+        recorded == found, "digest of the folder is the recorded one", {"recorded": recorded, "found": found}
+    )
+
+
+@_check("checkpoints")
+def validation_improves(store: Store) -> Finding:
+    """The last checkpoint of each run has no higher validation loss than its first."""
+    frame = store.read("checkpoints", ["run", "samples_seen", "validation_loss"]).drop_nulls().sort("samples_seen")
+    ends = frame.group_by("run", maintain_order=True).agg(
+        pl.col("validation_loss").first().alias("first"), pl.col("validation_loss").last().alias("last")
+    )
+    worse = ends.filter(pl.col("last") > pl.col("first"))["run"].to_list()
+    return Finding(
+        not worse, "validation loss does not rise over a run", {"runs": ends.height, "worse": ", ".join(worse)}
+    )
+
+
+@_check("prompt_sets", error=True)
+def prompts_never_trained(store: Store) -> Finding:
+    """No evaluation prompt is a training caption."""
+    captions = (
+        store.read("training_set", ["split", "caption"]).filter(pl.col("split") == "train")["caption"].drop_nulls()
+    )
+    found = [name for part in store.parts("prompt_sets")
+             for name in overlap(store.read("prompt_sets", parts=[part]), captions)]  # fmt: skip
+    return Finding(not found, "no prompt of a set equals a training caption", {"found": ", ".join(found[:10])})
+
+
+@_check("sample_images")
+def pictures_not_blank(store: Store) -> Finding:
+    """Sample images are not all one picture: equal pixels for different prompts mean a dead model."""
+    frame = pl.concat([store.read("sample_images", ["sha256"], [part]).with_columns(part=pl.lit(part))
+                       for part in store.parts("sample_images")])  # fmt: skip
+    repeated = int(frame.is_duplicated().sum())
+    return Finding(repeated == 0, "no two pictures of a checkpoint are equal", {"equal": repeated})
+
+
+@_check("eval_metrics", error=True)
+def every_picture_scored(store: Store) -> Finding:
+    """Each sample image has a finite CLIP score."""
+    unscored = 0
+    for part in store.parts("eval_metrics"):
+        scores = store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])
+        good = scores.filter((pl.col("metric") == "clip_score") & pl.col("value").is_finite())
+        pictures = store.read("sample_images", ["prompt_id"], [part])
+        unscored += pictures.join(good, on="prompt_id", how="anti").height
+    return Finding(unscored == 0, "every sample image has a finite CLIP score", {"without": unscored})
+
+
+@_check("verdicts")
+def nothing_got_worse(store: Store) -> Finding:
+    """No checkpoint is worse than its base on any metric over all prompts."""
+    frame = store.read("verdicts").filter((pl.col("group") == "all") & (pl.col("verdict") == "worse"))
+    worse = [f"{b} ({metric})" for b, metric in frame.select("b", "metric").iter_rows()]
+    return Finding(not worse, "no verdict over all prompts is `worse`", {"worse": ", ".join(worse)})
+
+
+@_check("release", error=True)
+def release_complete(store: Store) -> Finding:
+    """Every file of a release is there with the size recorded."""
+    missing = []
+    for part in store.parts("release"):
+        for file, num_bytes in store.read("release", ["file", "bytes"], [part]).iter_rows():
+            path = store.home / "release" / part / file
+            if not path.is_file() or path.stat().st_size != num_bytes:
+                missing.append(f"{part}/{file}")
+    return Finding(not missing, "all files of a release are whole", {"missing": ", ".join(missing[:10])})

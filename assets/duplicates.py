@@ -1,0 +1,37 @@
+"""Which pictures are the same one: by bytes, by pixels, or nearly."""
+
+import dagster as dg
+from training.data.duplicates import find_groups
+
+from assets.metadata import describe, materialize
+from assets.raw_images import thumbnails
+from resources.stages import Reads, Scope, Stage
+from resources.store import Made, Store
+
+COLUMNS = (
+    "source", "source_id", "image_id", "locator", "height", "width", "bytes", "pixel_digest", "phash", "phash_mirrored",
+    "contrast",
+)  # fmt: skip
+STAGE = Stage(name="duplicate_groups", version=1, scope=Scope.ALL, reads=(Reads("raw_images", COLUMNS),))
+
+
+@dg.asset(deps=["raw_images"], **describe(STAGE, "curate"))
+def duplicate_groups(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per candidate that is a copy of another, and which one of each group goes on."""
+
+    def make(key: str) -> Made:
+        raw = store.read_slice(STAGE, "raw_images", key)
+        groups = find_groups(raw)
+        kinds = groups["kind"].value_counts(sort=True, name="n")
+        examples = groups.join(raw.select("source", "source_id", "locator"), on=["source", "source_id"]).head(16)
+        captions = [f"{group[:4]} {kind}" for group, kind in examples.select("group", "kind").iter_rows()]
+        return Made(
+            frame=groups,
+            report={
+                "numbers": {"groups": groups["group"].n_unique(), "dropped": int((~groups["kept"]).sum())},
+                "tables": {"candidates by kind": [{"kind": kind, "count": n} for kind, n in kinds.iter_rows()]},
+                "pictures": {"groups": thumbnails(store, examples, captions)} if examples.height else {},
+            },
+        )
+
+    return materialize(context, store, STAGE, make)

@@ -1,0 +1,119 @@
+"""How every stage looks and behaves in Dagster: declared once, materialized one way, shown one way."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from resources.stages import Stage
+from resources.store import Made, Store
+from resources.warehouse import rebuild
+from training.commit import Manifest, json_digest
+from training.data.tables import TABLES
+from training.errors import DataError
+
+OWNER = "team:foundry"
+_TYPE_WORDS = {"String": "string", "Int8": "int", "Int32": "int", "Int64": "int", "UInt64": "int", "Boolean": "bool"}
+
+
+def describe(stage: Stage, group: str, *kinds: str) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table."""
+    table = TABLES[stage.name]
+    columns = [
+        dg.TableColumn(name, _type_word(str(column.dtype)), description=column.about)
+        for name, column in table.columns.items()
+    ]
+    return {
+        "group_name": group,
+        "kinds": {"parquet", *kinds},
+        "owners": [OWNER],
+        "code_version": str(stage.version),
+        "metadata": {
+            "dagster/column_schema": dg.TableSchema(columns=columns),
+            "dagster/table_name": stage.name,
+            "one row per": table.row,
+        },
+        "backfill_policy": dg.BackfillPolicy.single_run(),
+    }
+
+
+def _type_word(dtype: str) -> str:
+    word = dtype.partition("(")[0]
+    return _TYPE_WORDS.get(
+        word, {"Float32": "float", "Float64": "float", "Datetime": "timestamp"}.get(word, word.lower())
+    )
+
+
+def materialize(
+    context: dg.AssetExecutionContext, store: Store, stage: Stage, make: Callable[[str], Made]
+) -> dg.MaterializeResult:
+    """Bring the run's partitions of a stage up to date: each is locked, checked, made if stale, committed, shown.
+
+    A partition that is current already is not made again: its recorded report is shown. So a run is never needed to
+    be right, and never wrong to repeat.
+    """
+    keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ["all"]
+    digests = {}
+    for key in keys:
+        manifest = bring_up_to_date(context, store, stage, key, make)
+        digests[key] = manifest.digest
+        metadata = shown(manifest, store, partitioned=keys != ["all"])
+        if keys == ["all"]:
+            context.add_output_metadata(metadata)
+        else:
+            context.add_asset_metadata(metadata, partition_key=key)
+    rebuild(store)
+    version = next(iter(digests.values())) if len(digests) == 1 else json_digest(digests)
+    return dg.MaterializeResult(data_version=dg.DataVersion(version))
+
+
+def bring_up_to_date(
+    context: dg.AssetExecutionContext, store: Store, stage: Stage, key: str, make: Callable[[str], Made]
+) -> Manifest:
+    """The committed manifest of one partition, made now if it is stale."""
+    part = stage.part(key)
+    with store.writing(stage.name, part):
+        manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
+        if manifest is not None and manifest.basis == basis:
+            context.log.info(f"{stage.name} {key}: current, nothing to do")
+            return manifest
+        if basis is None:
+            missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
+            raise DataError(f"{stage.name} {key}: nothing is committed in {', '.join(missing)} yet; run that first")
+        started = time.monotonic()
+        made = make(key)
+        manifest = store.commit(stage, key, made, basis, seconds=time.monotonic() - started)
+        context.log.info(f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}")
+        return manifest
+
+
+def shown(manifest: Manifest, store: Store, *, partitioned: bool) -> dict[str, Any]:
+    """Dagster metadata of a committed part."""
+    report = manifest.report
+    count = "dagster/partition_row_count" if partitioned else "dagster/row_count"
+    metadata: dict[str, Any] = {count: manifest.rows, "digest": manifest.digest}
+    for name in ("rows_in", "rows_rejected", "seconds"):
+        if report.get(name) is not None:
+            metadata[name.replace("_", " ")] = report[name]
+    for name, value in report.get("numbers", {}).items():
+        metadata[name] = value
+    for name, markdown in report.get("pictures", {}).items():
+        metadata[name] = dg.MetadataValue.md(markdown)
+    for name, rows in report.get("tables", {}).items():
+        metadata[name] = _table(rows)
+    for name, url in report.get("links", {}).items():
+        metadata[name] = dg.MetadataValue.url(url)
+    if manifest.files:
+        folder = store.table_folder(manifest.table, manifest.part)
+        metadata["file"] = dg.MetadataValue.path(str(folder / manifest.files[0].name))
+    return metadata
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows]
+    return dg.MetadataValue.table(records)
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -1,0 +1,158 @@
+"""Ingest: what there is (`source_listing`), and which of it is a picture (`raw_images`)."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import polars as pl
+
+from assets.metadata import describe, materialize
+from assets.partitions import mirror, shards
+from resources.stages import Per, Reads, Scope, Stage
+from resources.store import Made, Store
+from training.data import sources
+from training.data.decode_pool import DecodePool
+from training.data.images import Facts
+from training.data.tables import TABLES, Reason, rejections
+from training.errors import DataError
+from training.evaluation import figures
+from training.progress import track
+
+
+def _scan(store: Store, key: str) -> dict[str, str]:
+    """Digests of what the sources hold now."""
+    return {
+        f"source:{source.name}": sources.scan_digest(source, store.source_root(source.name))
+        for source in store.config.sources
+    }
+
+
+LISTING = Stage(
+    name="source_listing",
+    version=1,
+    scope=Scope.ALL,
+    config=lambda config, key: {"sources": [source.name for source in config.sources], "shard_size": config.shard_size},
+    others=_scan,
+)
+
+CANDIDATES = ("source", "source_id", "locator", "bytes", "modified_ns", "gone_at")
+RAW_IMAGES = Stage(
+    name="raw_images",
+    version=1,
+    scope=Scope.SHARD,
+    reads=(Reads("source_listing", CANDIDATES, Per.ROWS),),
+    config=lambda config, key: config.decode,
+)
+
+
+@dg.asset(**describe(LISTING, "ingest"))
+def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """Every candidate that the sources ever held, with its own metadata and its shard. Only grows."""
+
+    def make(key: str) -> Made:
+        found, problems = [], []
+        for source in store.config.sources:
+            frame, bad = sources.list_folder(source, store.source_root(source.name))
+            found.append(frame)
+            problems.extend(bad)
+        previous = store.read("source_listing")
+        listed = pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
+        merged = sources.merge_listing(previous, listed, shard_size=store.config.shard_size, now=datetime.now(UTC))
+        if merged.is_empty():
+            folders = ", ".join(str(store.source_root(source.name)) for source in store.config.sources) or "none"
+            raise DataError(f"no image file in any source (looked in: {folders}); add pictures or another [[sources]]")
+        report = {
+            "numbers": {
+                "shards": merged["shard"].n_unique(),
+                "gone": merged["gone_at"].is_not_null().sum(),
+                "sidecar problems": len(problems),
+            },
+            "tables": {"sidecar problems": [dict(item) for item in problems[:20]]} if problems else {},
+        }
+        return Made(frame=merged, rows_in=merged.height, report=report)
+
+    result = materialize(context, store, LISTING, make)
+    mirror(context.instance, store)
+    return result
+
+
+@dg.asset(deps=["source_listing"], partitions_def=shards, **describe(RAW_IMAGES, "ingest"))
+def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per file that is a picture: its identity, size, hashes. All others are in rejected_images with a reason."""
+
+    def make(key: str) -> Made:
+        candidates = store.read_slice(RAW_IMAGES, "source_listing", key)
+        accepted, rejected = read_candidates(store, candidates)
+        frame = pl.DataFrame(accepted, schema=TABLES["raw_images"].schema)
+        return Made(
+            frame=frame,
+            rejected=rejections("raw_images", rejected),
+            rows_in=candidates.height,
+            report={
+                "numbers": {"upright turned": int((frame["orientation"] > 1).sum())},
+                "pictures": _pictures(store, frame),
+                "tables": {"rejected by reason": _counts(rejected)},
+            },
+        )
+
+    return materialize(context, store, RAW_IMAGES, make)
+
+
+def read_candidates(store: Store, candidates: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Rows of raw_images and rejections for the candidates of one shard: one of them each, in order."""
+    accepted: list[dict[str, object]] = []
+    rejected: list[dict[str, object]] = []
+    forgotten = store.forgotten()
+    present = candidates.filter(pl.col("gone_at").is_null())
+    for row in candidates.filter(pl.col("gone_at").is_not_null()).iter_rows(named=True):
+        rejected.append({**_identity(row), "reason": Reason.GONE, "value": row["gone_at"].isoformat()})
+    paths = [image_path(store, row) for row in present.iter_rows(named=True)]
+    with DecodePool(store.config.decode) as pool:
+        facts = track(pool.facts(paths), "pictures", len(paths))
+        for row, result in zip(present.iter_rows(named=True), facts, strict=True):
+            if not isinstance(result, Facts):
+                rejected.append({**_identity(row), **asdict(result)})
+            elif result.image_id in forgotten:
+                rejected.append({**_identity(row), "image_id": result.image_id, "reason": Reason.FORGOTTEN})
+            else:
+                accepted.append({**_identity(row), "locator": row["locator"], **asdict(result)})
+    return accepted, rejected
+
+
+def image_path(store: Store, row: dict[str, object]) -> Path:
+    """Where the bytes of a candidate lie."""
+    return sources.locate(store.source_root(str(row["source"])), str(row["locator"]))
+
+
+def _identity(row: dict[str, object]) -> dict[str, object]:
+    return {"source": row["source"], "source_id": row["source_id"]}
+
+
+def _counts(rejected: list[dict[str, object]]) -> list[dict[str, object]]:
+    reasons = pl.Series([str(row["reason"]) for row in rejected], dtype=pl.String)
+    return [{"reason": name, "count": count} for name, count in reasons.value_counts(sort=True, name="n").iter_rows()]
+
+
+def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
+    """A contact sheet of the first pictures and the distribution of their sizes."""
+    if frame.is_empty():
+        return {}
+    megapixels = (frame["height"].cast(pl.Float64) * frame["width"] / 1e6).to_list()
+    return {
+        "thumbnails": thumbnails(store, frame.head(16)),
+        "megapixels": figures.histogram(megapixels),
+    }
+
+
+def thumbnails(store: Store, rows: pl.DataFrame, captions: list[str] | None = None) -> str:
+    """A contact sheet of the pictures of `rows` (source, locator) as Markdown; unreadable ones are left out."""
+    paths = [image_path(store, row) for row in rows.iter_rows(named=True)]
+    captions = captions or [""] * len(paths)
+    shown, said = [], []
+    with DecodePool(store.config.decode) as pool:
+        for pixels, caption in zip(pool.pixels(paths), captions, strict=True):
+            if isinstance(pixels, np.ndarray):
+                shown.append(np.asarray(figures.fit(pixels, 96, 96)))
+                said.append(caption)
+    return figures.contact_sheet(shown, said if any(said) else None)

@@ -1,0 +1,77 @@
+"""`selected_images`: which pictures go on, by which rule the others fell, and the split that never leaks."""
+
+import dagster as dg
+import polars as pl
+from training.data.selection import funnel, select
+
+from assets.metadata import describe, materialize
+from assets.raw_images import thumbnails
+from assets.tags import aliases_digest, read_aliases
+from resources.stages import Reads, Scope, Stage
+from resources.store import Made, Store
+from training.evaluation import figures
+
+STAGE = Stage(
+    name="selected_images",
+    version=1,
+    scope=Scope.ALL,
+    reads=(
+        Reads("source_listing", ("source", "source_id", "shard", "tags", "rating", "created_at", "split", "crop_box")),
+        Reads("raw_images", ("source", "source_id", "image_id", "locator", "height", "width", "bytes")),
+        Reads("duplicate_groups", ("group", "source", "source_id", "image_id", "kind", "kept")),
+        Reads("quality_scores", ("image_id", "score")),
+        Reads("tags", ("image_id", "tags")),
+        Reads("captions", ("image_id", "model", "caption")),
+        Reads("watermark_boxes", ("image_id", "boxes")),
+    ),
+    config=lambda config, key: {"selection": _plain(config.selection), "tags": _plain(config.tags)},
+    others=aliases_digest,
+)
+
+
+def _plain(section: object) -> dict[str, object]:
+    from training import toml
+
+    return toml.dump(section)
+
+
+@dg.asset(
+    deps=["source_listing", "raw_images", "duplicate_groups", "quality_scores", "tags", "captions", "watermark_boxes"],
+    **describe(STAGE, "curate", "polars"),
+)
+def selected_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per picture: kept or the rule that dropped it, its split, score, tags, caption and boxes."""
+
+    def make(key: str) -> Made:
+        tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
+        frame = select(
+            **tables,
+            previous=store.read("selected_images", ["image_id", "split", "stable"]),
+            selection=store.config.selection,
+            tag_config=store.config.tags,
+            aliases=read_aliases(store),
+        )
+        return Made(frame=frame, report=_report(store, frame))
+
+    return materialize(context, store, STAGE, make)
+
+
+def _report(store: Store, frame: pl.DataFrame) -> dict[str, object]:
+    kept = frame.filter(pl.col("kept"))
+    dropped = frame.filter(~pl.col("kept")).unique("rule", keep="first", maintain_order=True).head(12)
+    splits = dict(kept["split"].value_counts(name="n").iter_rows())
+    scores = kept["score"].value_counts(name="n").sort("score")
+    return {
+        "numbers": {
+            "kept": kept.height,
+            "train": splits.get("train", 0),
+            "validation": splits.get("validation", 0),
+            "stable": int(kept["stable"].sum()),
+        },
+        "tables": {"funnel": funnel(frame).to_dicts()},
+        "pictures": {
+            "scores of the kept": figures.bars([(str(score), n) for score, n in scores.iter_rows()]),
+            "kept": thumbnails(store, kept.head(16)),
+            "one that each rule dropped": thumbnails(store, dropped, dropped["rule"].to_list()),
+        },
+    }

@@ -1,0 +1,64 @@
+"""`tag_vocabulary`: every canonical tag, how often it occurs, and what CLIP's tokenizer makes of it."""
+
+import dagster as dg
+
+from assets.metadata import describe, materialize
+from resources.stages import Reads, Scope, Stage
+from resources.store import Made, Store, file_digest
+from training.data.tags import Aliases, load_aliases, vocabulary
+
+
+def aliases_digest(store: Store, key: str) -> dict[str, str]:
+    """Digest of the alias table, an input that is no table of ours."""
+    name = store.config.tags.aliases
+    return {"aliases": file_digest(store.resource_path(name)) if name else "none"}
+
+
+STAGE = Stage(
+    name="tag_vocabulary",
+    version=1,
+    scope=Scope.ALL,
+    reads=(
+        Reads("raw_images", ("image_id", "source", "source_id")),
+        Reads("source_listing", ("source", "source_id", "tags")),
+        Reads("tags", ("image_id", "tags")),
+    ),
+    config=lambda config, key: config.tags,
+    models=("clip",),
+    others=aliases_digest,
+)
+
+
+def read_aliases(store: Store) -> Aliases:
+    """The workspace's alias table, resolved."""
+    name = store.config.tags.aliases
+    return load_aliases(store.resource_path(name) if name else None)
+
+
+@dg.asset(deps=["raw_images", "source_listing", "tags"], **describe(STAGE, "curate", "polars"))
+def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per canonical tag: category, aliases, counts by origin, CLIP pieces."""
+
+    def make(key: str) -> Made:
+        from training.models.text_encoders import load_tokenizer
+
+        tokenizer = load_tokenizer(store.model_path("clip"))
+        aliases = read_aliases(store)
+        frame = vocabulary(
+            raw_images=store.read_slice(STAGE, "raw_images", key),
+            listing=store.read_slice(STAGE, "source_listing", key),
+            tags=store.read_slice(STAGE, "tags", key),
+            config=store.config.tags,
+            aliases=aliases,
+            pieces=tokenizer.tokenize,
+        )
+        top = frame.sort("num_images", "tag", descending=[True, False]).head(25)
+        return Made(
+            frame=frame,
+            report={
+                "numbers": {"shattered into 4 or more pieces": int((frame["pieces"].list.len() >= 4).sum())},
+                "tables": {"most frequent": top.select("tag", "category", "num_images").to_dicts()},
+            },
+        )
+
+    return materialize(context, store, STAGE, make)

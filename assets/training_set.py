@@ -1,0 +1,56 @@
+"""`training_set`: what a run trains on, frozen under a fingerprint."""
+
+import dagster as dg
+import polars as pl
+
+from assets.metadata import describe, materialize
+from assets.partitions import encodings
+from resources.stages import Per, Reads, Scope, Stage
+from resources.store import Made, Store
+from training.evaluation import figures
+from training.training_set import freeze
+
+STAGE = Stage(
+    name="training_set",
+    version=1,
+    scope=Scope.ENCODING,
+    reads=(
+        Reads("selected_images", ("image_id", "shard", "height", "width", "kept", "score", "tags", "caption", "words",
+                                  "boxes", "split", "stable")),
+        Reads("bucket_assignments", ("image_id", "bucket_height", "bucket_width"), Per.ENCODING),
+        Reads("latents", ("image_id",), Per.ENCODING_ALL),
+    ),
+)  # fmt: skip
+
+
+@dg.asset(
+    deps=[
+        "selected_images",
+        "bucket_assignments",
+        dg.AssetDep("latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")),
+    ],
+    partitions_def=encodings,
+    **describe(STAGE, "encode", "polars"),
+)
+def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per sample of an encoding. Its digest is the fingerprint that runs and checkpoints carry."""
+
+    def make(key: str) -> Made:
+        tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
+        frame = freeze(tables["selected_images"], tables["bucket_assignments"], tables["latents"])
+        splits = frame["split"].value_counts(name="n").sort("split")
+        lengths = frame["tags"].list.len().to_list()
+        return Made(
+            frame=frame,
+            report={
+                "numbers": {
+                    **dict(splits.iter_rows()),
+                    "with a caption": frame["caption"].count(),
+                    "with a watermark": int((frame["boxes"].list.len() > 0).sum()),
+                    "without a tag": int(frame.select((pl.col("tags").list.len() == 0).sum()).item()),
+                },
+                "pictures": {"tags per sample": figures.histogram(lengths)},
+            },
+        )
+
+    return materialize(context, store, STAGE, make)

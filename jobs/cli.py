@@ -1,0 +1,242 @@
+"""`foundry`: the command line. Thin: each command checks its arguments, calls one function and prints."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from resources.store import Store, find_home
+from training.errors import PipelineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a folder of pictures to a fine-tuned, evaluated Stable Diffusion model.",
+)
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="The workspace; default: FOUNDRY_HOME, the nearest one above, ./workspace."),
+]
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one line on stderr and status 2."""
+    try:
+        app(standalone_mode=False)
+    except PipelineError as error:
+        print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (28, 122):
+            raise
+        print(f"foundry: no space left on device ({error.filename}); free some space and run it again", file=sys.stderr)
+        sys.exit(2)
+
+
+def _open(home: Path | None, *, quiet: bool = False) -> Store:
+    """The workspace of a command; says which."""
+    store = Store(find_home(home))
+    _ = store.config
+    if not quiet:
+        print(f"workspace {store.home}", file=sys.stderr)
+    return store
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Folder of the new workspace.")],
+    source: Annotated[list[str] | None, typer.Option("--source", help="Folder of pictures; may repeat.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="Recipe whose [workspace] half to copy.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use the demo's tiny models and sizes.")] = False,
+) -> None:
+    """Make a workspace."""
+    from resources.workspace import create
+
+    create(path.expanduser().resolve(), sources=source or [], preset=preset, tiny=tiny)
+    print(f"made {path.expanduser().resolve()}; next: foundry run --home {path}")
+
+
+@app.command()
+def run(
+    home: Home = None,
+    select: Annotated[str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")] = None,
+    only: Annotated[bool, typer.Option("--only", help="Leave stale stages upstream of the selection alone.")] = False,
+    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Start no partition after this.")] = None,
+) -> None:
+    """Bring the graph up to date: does what is missing or stale, and only that."""
+    from jobs import console, pipeline
+
+    store = _open(home)
+    started = time.monotonic()
+    with console.progress() as announce:
+        outcomes = pipeline.run(store.home, select=select, only=only, max_minutes=max_minutes, started=announce)
+    console.summary(Store(store.home), outcomes, time.monotonic() - started)
+    if any(outcome.unfinished for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One DuckDB statement over the tables.")],
+    home: Home = None,
+    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option("--format", help="How to print.")] = "table",
+) -> None:
+    """Query every table."""
+    from jobs import console
+    from resources.warehouse import query as ask
+
+    console.rows(ask(_open(home), query), format)
+
+
+@app.command()
+def verify(
+    home: Home = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Move damage to quarantine/ for the next run.")] = False,
+) -> None:
+    """Compare every committed file with its manifest."""
+    from resources import upkeep
+
+    store = _open(home)
+    problems = upkeep.verify(store)
+    for problem in problems:
+        print(f"{problem.kind}: {problem.detail}")
+    damage = [problem for problem in problems if problem.kind == "damage"]
+    print(f"{len(damage)} damaged, {len(problems) - len(damage)} orphans, {len(upkeep.digests(store))} parts checked")
+    if damage and repair:
+        for path in upkeep.repair(store, problems):
+            print(f"moved to {path}")
+        print(f"rebuild with: foundry run --home {store.home}")
+    elif damage:
+        print("repair with: foundry verify --repair", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def digest(
+    home: Home = None,
+    table: Annotated[str | None, typer.Option("--table", help="Only this table.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Digests of a training run's checkpoints.")] = None,
+    against: Annotated[Path | None, typer.Option("--against", help="Another workspace to compare with.")] = None,
+) -> None:
+    """Print logical digests, or compare two workspaces within the tolerance of each column."""
+    from resources import upkeep
+
+    store = _open(home)
+    if run is not None:
+        found = upkeep.run_digests(store, run)
+    elif against is None:
+        found = upkeep.digests(store, table)
+    else:
+        lines = upkeep.differences(store, Store(against.expanduser().resolve()), table)
+        print("\n".join(lines) or "equal")
+        raise typer.Exit(1 if lines else 0)
+    for name, value in found.items():
+        print(f"{value}  {name}")
+
+
+@app.command()
+def gc(home: Home = None) -> None:
+    """Delete what no manifest names and is older than a day."""
+    from resources import upkeep
+
+    removed, num_bytes = upkeep.collect_garbage(_open(home))
+    print(f"removed {len(removed)} files, {num_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def forget(image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None) -> None:
+    """Remove every row and latent derived from images, for ever."""
+    from resources import upkeep
+
+    store = _open(home)
+    done = upkeep.forget(store, image_id)
+    print(f"rewrote {len(done['parts'])} parts, removed {len(done['generations'])} generations of latents")
+    for name in done["sources"]:
+        print(f"the file itself lies in your folder, delete it there: {name}")
+    print(f"runs that saw one of them: {', '.join(done['runs']) or 'none'}")
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Option("--run", help="Name of the training run.")],
+    home: Home = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe whose [run] half to train.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
+) -> None:
+    """Start, resume or follow a training run."""
+    from jobs import console, pipeline
+    from resources import torchrun, workspace
+    from training import recipes
+
+    store = _open(home)
+    if stop:
+        print(torchrun.stop(store.run_folder(run)))
+        return
+    if recipe is not None:
+        shrink = workspace.tiny_rules(recipe, tiny=tiny)
+        config = recipes.run_config(recipes.recipe_path(workspace.RECIPES, recipe), set_ or [], tiny=shrink)
+        if dry_run:
+            print(recipes.run_toml(config))
+            return
+        workspace.write_run(store.home, run, config)
+    else:
+        workspace.require_run(store, run)
+    with console.progress() as announce:
+        outcomes = pipeline.run(store.home, select=f"checkpoints or {_BEFORE_TRAINING}", run=run, started=announce)
+    console.summary(Store(store.home), outcomes, 0.0)
+
+
+_BEFORE_TRAINING = "training_set or base_model"
+
+
+@app.command()
+def buckets(
+    plan: Annotated[str, typer.Argument(help="Name of a bucket plan.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value: scale.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Print the sizes of a bucket plan as [height, width]."""
+    from training import toml
+    from training.config import BucketConfig
+    from training.data.buckets import plan as sizes
+
+    config = toml.build(BucketConfig, toml.override({"plan": plan}, set_ or []))
+    listed = [[size.height, size.width] for size in sizes(config.plan, config.scale)]
+    print(json.dumps(listed) if as_json else "\n".join(map(json.dumps, listed)))
+
+
+@app.command()
+def prompts(
+    run: Annotated[str, typer.Option("--run", help="Training run whose prompts to make.")],
+    home: Home = None,
+    n: Annotated[int, typer.Option("--n", help="How many.")] = 20,
+) -> None:
+    """Print prompts as the run will see them."""
+    from resources.workspace import example_prompts
+
+    for prompt in example_prompts(_open(home), run, n):
+        print(prompt or "(empty)")
+
+
+@app.command()
+def up(
+    home: Home = None,
+    port: Annotated[int, typer.Option("--port", help="Dagster's port.")] = 3000,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="MLflow's port.")] = 5000,
+) -> None:
+    """Serve Dagster and MLflow for one workspace on 127.0.0.1."""
+    from resources.serve import serve
+
+    raise typer.Exit(serve(_open(home).home, dagster_port=port, mlflow_port=mlflow_port))

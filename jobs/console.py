@@ -1,0 +1,120 @@
+"""What the command line shows: progress bars while stages run, and a summary afterwards."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jobs.pipeline import Outcome
+from resources.store import Store
+from training.progress import listen
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int], None]]:
+    """Bars for the stage at work: its partitions, and what it counts within one."""
+    columns = (
+        TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def announce(stage: str, num_partitions: int) -> None:
+            for task in tasks.values():
+                bars.remove_task(task)  # type: ignore[arg-type]
+            tasks.clear()
+            plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
+            console.print(f"[bold]{stage}[/bold]{plural}")
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(f"  {what}", total=total)
+            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+        unlisten = listen(advance)
+        try:
+            yield announce
+        finally:
+            unlisten()
+
+
+def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
+    """Rows in, out and rejected, and seconds, per stage; then base against fine-tuned, and what to do next."""
+    console = Console(width=max(Console().width, 100))
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "partitions", "made now", "rows in", "rows out", "rejected", "seconds"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for item in outcomes:
+        made = str(item.num_made) if item.num_made else "current"
+        table.add_row(
+            item.stage, str(item.num_partitions), made, str(item.rows_in or ""), str(item.rows_out),
+            str(item.rows_rejected), f"{item.seconds:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    made_now = sum(outcome.num_made for outcome in outcomes)
+    if not made_now:
+        console.print("everything selected is up to date: nothing was done")
+    for item in outcomes:
+        if item.unfinished:
+            console.print(f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run")
+    _verdicts(store, console)
+    if seconds:
+        console.print(f"took {seconds:.0f} s")
+
+
+def _verdicts(store: Store, console: Console) -> None:
+    """Base against fine-tuned, once there is a verdict."""
+    parts = store.parts("verdicts")
+    if not parts:
+        return
+    rows = store.read("verdicts", parts=parts).sort("b", "metric", "group")
+    table = Table(title="base against fine-tuned, paired by prompt", title_justify="left")
+    for name in ("checkpoint", "metric", "prompts", "n", "base", "fine-tuned", "difference (95 %)", "verdict"):
+        table.add_column(name)
+    for row in rows.iter_rows(named=True):
+        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        table.add_row(
+            row["b"], row["metric"], row["group"], str(row["num_prompts"]), f"{row['mean_a']:.4f}",
+            f"{row['mean_b']:.4f}", interval, row["verdict"],
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
+    )
+    console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
+
+
+def rows(frame: pl.DataFrame, format: Literal["table", "jsonl", "csv"]) -> None:
+    """Print a frame: a table for people, JSON lines or CSV for programs (text that a spreadsheet would run is quoted)."""
+    if format == "jsonl":
+        for row in frame.iter_rows(named=True):
+            print(json.dumps(row, ensure_ascii=False, default=str))
+        return
+    plain = frame.select(_as_text(column) for column in frame.get_columns())
+    if format == "csv":
+        sys.stdout.write(plain.with_columns(pl.col(pl.String).str.replace(r"^([=+\-@\t\r])", "'$1")).write_csv())
+        return
+    table = Table()
+    for name in plain.columns:
+        table.add_column(name)
+    for row in plain.iter_rows():
+        table.add_row(*("" if value is None else str(value) for value in row))
+    Console().print(table, markup=False)
+    print(f"{frame.height} rows")
+
+
+def _as_text(column: pl.Series) -> pl.Series:
+    if not isinstance(column.dtype, (pl.List, pl.Struct, pl.Array)):
+        return column
+    texts = [
+        None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in column.to_list()
+    ]
+    return pl.Series(column.name, texts, dtype=pl.String)

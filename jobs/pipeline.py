@@ -1,0 +1,171 @@
+"""`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run per stage."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dagster as dg
+
+from assets.partitions import mirror
+from jobs.definitions import STAGES, defs
+from resources.instance import instance as open_instance
+from resources.run_launcher import holder_tags, report_dead_runs
+from resources.stages import Scope, Stage
+from resources.store import Store
+from resources.warehouse import rebuild
+from training.commit import lock
+from training.errors import ConfigError, PipelineError
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What `foundry run` did for one stage."""
+
+    stage: str
+    num_made: int
+    num_partitions: int
+    seconds: float
+    rows_in: int = 0
+    rows_out: int = 0
+    rows_rejected: int = 0
+    unfinished: list[str] = field(default_factory=list)
+    """Stale partitions left because time was up."""
+
+
+def run(
+    home: Path,
+    *,
+    select: str | None = None,
+    only: bool = False,
+    max_minutes: float | None = None,
+    started: Callable[[str, int], None] = lambda stage, partitions: None,
+) -> list[Outcome]:
+    """Bring the selected stages, and unless `only` all that they follow from, up to date.
+
+    Args:
+        home: The workspace.
+        select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`); None for everything.
+        only: Leave stale stages upstream of the selection alone.
+        max_minutes: Start no further partition after this.
+        started: Told of each stage that has work, before it begins.
+
+    Raises:
+        LockedError: another `foundry run` works on this workspace.
+        PipelineError: a stage failed; what was committed before stays.
+    """
+    store = Store(home)
+    _ = store.config
+    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    with (
+        lock(home / "locks" / "foundry-run.lock", f"`foundry run` in {home}", wait_s=0.0),
+        open_instance(home) as instance,
+    ):
+        report_dead_runs(instance)
+        outcomes = []
+        for stages in _selected(select, only=only):
+            mirror(instance, store)
+            outcomes.extend(_bring_up_to_date(instance, Store(home), stages, deadline, started))
+    rebuild(store)
+    return outcomes
+
+
+def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
+    """The chosen stages in the order of the graph; those that one body makes come together."""
+    graph = defs.resolve_asset_graph()
+    chosen = set(STAGES)
+    if select is not None:
+        try:
+            selection = dg.AssetSelection.from_string(select)
+            keys = (selection if only else selection.upstream()).resolve(graph)
+        except (dg.DagsterError, ValueError) as error:
+            raise ConfigError(f"--select {select!r}: {str(error).splitlines()[0]}") from None
+        chosen = {key.to_user_string() for key in keys}
+        if not chosen:
+            raise ConfigError(f"--select {select!r} matches no asset; there are: {', '.join(sorted(STAGES))}")
+    bodies: dict[int, list[Stage]] = {}
+    for key in graph.toposorted_asset_keys:
+        if (name := key.to_user_string()) in chosen and name in STAGES:
+            bodies.setdefault(id(graph.get(key).assets_def), []).append(STAGES[name])
+    yield from bodies.values()
+
+
+def _bring_up_to_date(
+    instance: dg.DagsterInstance,
+    store: Store,
+    stages: list[Stage],
+    deadline: float | None,
+    started: Callable[[str, int], None],
+) -> list[Outcome]:
+    """Run one body over the stale partitions of its stages."""
+    begin = time.monotonic()
+    stale = {stage.name: store.stale(stage) for stage in stages}
+    keys = sorted(set().union(*stale.values()))
+    left: list[str] = []
+    if keys:
+        started(" + ".join(stage.name for stage in stages if stale[stage.name]), len(keys))
+        chosen = [stage for stage in stages if stale[stage.name]]
+        for batch in _batches(chosen[0], keys, one_by_one=deadline is not None):
+            if deadline is not None and time.monotonic() > deadline:
+                left.extend(batch)
+                continue
+            _execute(instance, chosen, batch)
+    seconds = time.monotonic() - begin
+    return [_outcome(Store(store.home), stage, stale[stage.name], left, seconds) for stage in stages]
+
+
+def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[str]]:
+    """How stale partitions are put into runs: shards as one range, of one encoding each; everything else singly."""
+    if one_by_one or stage.scope not in (Scope.SHARD, Scope.ENCODING_SHARD):
+        return [[key] for key in keys]
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.rpartition("|")[0], []).append(key)
+    return list(groups.values())
+
+
+def _execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str]) -> None:
+    """One in-process Dagster run; a failure is raised as the error that caused it."""
+    tags = {**holder_tags()}
+    partition = None
+    if stages[0].scope is not Scope.ALL:
+        if len(keys) == 1:
+            partition = keys[0]
+        else:
+            tags |= {RANGE_START: keys[0], RANGE_END: keys[-1]}
+    job = defs.resolve_implicit_global_asset_job_def()
+    try:
+        job.execute_in_process(
+            instance=instance,
+            asset_selection=[dg.AssetKey(stage.name) for stage in stages],
+            partition_key=partition,
+            tags=tags,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    except dg.DagsterExecutionStepExecutionError as error:
+        cause = error.user_exception
+        if isinstance(cause, PipelineError):
+            raise type(cause)(f"{stages[0].name}: {cause}") from None
+        raise
+
+
+def _outcome(store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float) -> Outcome:
+    """Numbers of a stage from its committed manifests."""
+    keys = store.keys(stage.scope)
+    outcome = Outcome(
+        stage=stage.name,
+        num_made=len([key for key in stale if key not in left]),
+        num_partitions=len(keys),
+        seconds=seconds if stale else 0.0,
+        unfinished=[key for key in stale if key in left],
+    )
+    for key in keys:
+        manifest = store.manifest(stage.name, stage.part(key))
+        if manifest is not None:
+            outcome.rows_in += manifest.report.get("rows_in") or 0
+            outcome.rows_out += manifest.rows
+            outcome.rows_rejected += manifest.report.get("rows_rejected") or 0
+    return outcome

@@ -1,0 +1,12 @@
+"""A training run: started here, or attached to where it already runs."""
+
+import dagster as dg
+
+from assets.partitions import runs
+
+JOB = dg.define_asset_job(
+    "train",
+    selection=dg.AssetSelection.assets("prompt_statistics", "checkpoints"),
+    partitions_def=runs,
+    description="Start or resume a training run and follow it to its end.",
+)

@@ -1,0 +1,523 @@
+"""The workspace: the only code that builds its paths, and the one place that decides what is current."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from resources.stages import Per, Reads, Scope, Stage
+from training import toml
+from training.commit import (
+    Entry,
+    Manifest,
+    atomic_file,
+    check_entry,
+    column_digests,
+    commit_manifest,
+    json_digest,
+    lock,
+    logical_digest,
+    read_manifest,
+    sha256_file,
+    write_json,
+    write_parquet,
+)
+from training.config import FORMAT, ModelsConfig, WorkspaceConfig, check_name
+from training.data.tables import TABLES
+from training.errors import ConfigError, DamageError, DataError, ModelError, WorkspaceError
+
+CONFIG_FILE = "foundry.toml"
+CODE_ROOT = Path(__file__).resolve().parents[1]
+DEMO_PREFIX = "demo:"
+
+
+def find_home(home: Path | None = None, start: Path | None = None) -> Path:
+    """The workspace a command works on: `home`, else FOUNDRY_HOME, else the nearest parent with foundry.toml, else
+    `./workspace`."""
+    if home is not None:
+        return home.expanduser().resolve()
+    if named := os.environ.get("FOUNDRY_HOME"):
+        return Path(named).expanduser().resolve()
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    return start / "workspace"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a stage made of one partition."""
+
+    frame: pl.DataFrame
+    """Rows of the stage's table."""
+    rejected: pl.DataFrame | None = None
+    """Rows of `rejected_images`; None where the stage cannot reject."""
+    rows_in: int | None = None
+    """Rows it was given: checked against rows out plus rejected."""
+    files: tuple[Entry, ...] = ()
+    """Further content files in the table's folder."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers, pictures and links for the UI."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads and commits the parts of one workspace."""
+
+    home: Path
+    run_id: str = ""
+    """Dagster run on whose behalf parts are committed."""
+
+    @cached_property
+    def config(self) -> WorkspaceConfig:
+        """The workspace's foundry.toml.
+
+        Raises:
+            WorkspaceError: there is no workspace here, or a newer version made it.
+            ConfigError: a key or value is wrong.
+        """
+        path = self.home / CONFIG_FILE
+        if not path.is_file():
+            raise WorkspaceError(
+                f"{self.home} is no workspace ({CONFIG_FILE} is missing); make one with `foundry init`"
+            )
+        values = toml.load(path)
+        found = values.get("format")
+        if not isinstance(found, int) or found > FORMAT:
+            raise WorkspaceError(
+                f"{path}: format={found!r}, this version reads format {FORMAT}; "
+                "install the version of Diffusion Foundry that made the workspace, or a newer one"
+            )
+        return toml.build(WorkspaceConfig, values, origin=path)
+
+    # --- paths -------------------------------------------------------------------------------------------------
+
+    def table_folder(self, table: str, part: str) -> Path:
+        """Folder with the content files and the manifest of a part."""
+        if table == "latents":
+            encoding, _, shard = part.partition("|")
+            return self.home / "latents" / encoding / shard
+        return self.home / "tables" / table
+
+    def run_folder(self, run: str) -> Path:
+        """Folder of a training run."""
+        return self.home / "runs" / check_name("run", run)
+
+    def sample_folder(self, checkpoint: str) -> Path:
+        """Folder of a checkpoint's sample images."""
+        return self.home / "sample_images" / checkpoint
+
+    def source_root(self, source: str) -> Path:
+        """Folder of a source.
+
+        Raises:
+            DataError: it is not there.
+        """
+        config = next((item for item in self.config.sources if item.name == source), None)
+        if config is None:
+            raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {source!r}")
+        root = (self.home / Path(config.path).expanduser()).resolve()
+        if not root.is_dir():
+            raise DataError(f"source {source!r}: {root} is not a folder; mend its path in {self.home / CONFIG_FILE}")
+        return root
+
+    def resource_path(self, name: str) -> Path:
+        """A path from the configuration: relative to the workspace, or embedded (`demo:NAME`)."""
+        if name.startswith(DEMO_PREFIX):
+            return CODE_ROOT / "demo" / name.removeprefix(DEMO_PREFIX)
+        return (self.home / Path(name).expanduser()).resolve()
+
+    def model_path(self, key: str) -> Path:
+        """Folder of the model under `[models] key`.
+
+        Raises:
+            ModelError: the folder is missing; the message says what to do.
+        """
+        name = getattr(self.config.models, key)
+        path = self.resource_path(name)
+        if not path.is_dir():
+            repository = getattr(ModelsConfig(), key).removeprefix("models/")
+            raise ModelError(
+                f"[models] {key} = {name!r}: folder {path} is missing; fetch {repository} with "
+                f"`hf download … --local-dir {path}`, set the key in {self.home / CONFIG_FILE}, "
+                "or start with `foundry init --preset demo`, which needs no weights"
+            )
+        return path
+
+    # --- manifests ---------------------------------------------------------------------------------------------
+
+    def manifest_path(self, table: str, part: str) -> Path:
+        """The manifest of a part; for latents, of its current generation."""
+        folder = self.table_folder(table, part)
+        if table != "latents":
+            return folder / f"{part}.json"
+        return max(folder.glob("g[0-9][0-9][0-9][0-9].json"), default=folder / "g0001.json")
+
+    def manifest(self, table: str, part: str) -> Manifest | None:
+        """The committed manifest of a part, or None."""
+        return read_manifest(self.manifest_path(table, part))
+
+    def parts(self, table: str) -> list[str]:
+        """Names of all committed parts of a table, sorted."""
+        if table == "latents":
+            found = {path.parent for path in (self.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json")}
+            return sorted(f"{path.parent.name}|{path.name}" for path in found)
+        return sorted(path.stem for path in (self.home / "tables" / table).glob("*.json"))
+
+    def table_file(self, table: str, part: str) -> Path:
+        """The Parquet file of a committed part, checked against its manifest on the first open of this process.
+
+        Raises:
+            DataError: the part is not committed.
+            DamageError: the file does not match its manifest.
+        """
+        manifest = self.manifest(table, part)
+        if manifest is None:
+            raise DataError(f"table {table} has no part {part!r} yet; run `foundry run --select {table}`")
+        entry = manifest.files[0]
+        folder = self.table_folder(table, part)
+        if (path := folder / entry.name) not in self._checked:
+            check_entry(folder, entry)
+            self._checked.add(path)
+        return path
+
+    @cached_property
+    def _checked(self) -> set[Path]:
+        return set()
+
+    @cached_property
+    def _rows_digests(self) -> dict[tuple[str, str, tuple[str, ...]], dict[str, str]]:
+        return {}
+
+    @cached_property
+    def _model_digests(self) -> dict[str, str]:
+        return {}
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def read(self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None) -> pl.DataFrame:
+        """Rows of the given parts (default: all), sorted by the table's key."""
+        schema = TABLES[table].schema
+        names = list(columns) or list(schema)
+        wanted = self.parts(table) if parts is None else list(parts)
+        frames = [pl.read_parquet(self.table_file(table, part), columns=names, memory_map=False) for part in wanted]
+        frames = [frame.select(names) for frame in frames]
+        return pl.concat(frames) if frames else pl.DataFrame(schema={name: schema[name] for name in names})
+
+    def read_slice(self, stage: Stage, table: str, key: str) -> pl.DataFrame:
+        """Exactly the slice of `table` that the stage declares to read for partition `key`."""
+        reads = next(item for item in stage.reads if item.table == table)
+        frame = self.read(table, self._columns_with_shard(reads), self._parts_of(stage, reads, key))
+        if reads.per in (Per.ROWS, Per.ENCODING_ROWS):
+            frame = frame.filter(pl.col("shard") == stage.shard(key))
+        return frame.select(list(reads.columns) or list(TABLES[table].schema))
+
+    def _columns_with_shard(self, reads: Reads) -> tuple[str, ...]:
+        by_rows = reads.per in (Per.ROWS, Per.ENCODING_ROWS)
+        if not reads.columns or not by_rows or "shard" in reads.columns:
+            return reads.columns
+        return (*reads.columns, "shard")
+
+    def _parts_of(self, stage: Stage, reads: Reads, key: str) -> list[str]:
+        """The committed parts that a slice covers."""
+        parts = self.parts(reads.table)
+        match reads.per:
+            case Per.ALL | Per.ROWS:
+                return parts
+            case Per.SHARD:
+                shard = stage.shard(key)
+                return [part for part in parts if part == shard or part.startswith(f"{shard}.")]
+            case Per.KEY:
+                return [part for part in parts if part == key]
+            case Per.ENCODING | Per.ENCODING_ROWS:
+                return [part for part in parts if part == stage.encoding(key)]
+            case Per.ENCODING_ALL:
+                return [part for part in parts if part.startswith(f"{stage.encoding(key)}|")]
+
+    # --- currency ----------------------------------------------------------------------------------------------
+
+    def keys(self, scope: Scope) -> list[str]:
+        """The partitions that exist now."""
+        match scope:
+            case Scope.ALL:
+                return ["all"]
+            case Scope.SHARD:
+                return self.shards()
+            case Scope.ENCODING:
+                return sorted(self.config.encodings)
+            case Scope.ENCODING_SHARD:
+                return [f"{name}|{shard}" for name in sorted(self.config.encodings) for shard in self.shards()]
+            case Scope.MODEL:
+                return ["base"]
+            case Scope.PROMPT_SET:
+                return sorted(self.config.prompt_sets)
+            case Scope.RUN:
+                return sorted(path.parent.name for path in (self.home / "runs").glob("*/config.toml"))
+            case Scope.CHECKPOINT:
+                return self.checkpoints_to_evaluate()
+
+    def shards(self) -> list[str]:
+        """All shards of the listing, sorted."""
+        if self.manifest("source_listing", "all") is None:
+            return []
+        return sorted(self.read("source_listing", ["shard"])["shard"].unique().to_list())
+
+    def base_checkpoint(self) -> str | None:
+        """Name of the base model as a checkpoint, once it is recorded."""
+        if self.manifest("base_model", "base") is None:
+            return None
+        return str(self.read("base_model", ["checkpoint"], ["base"])["checkpoint"][0])
+
+    def checkpoints_to_evaluate(self) -> list[str]:
+        """The base model and the last checkpoint of each run that has ended."""
+        base = self.base_checkpoint()
+        names = [base] if base else []
+        for part in self.parts("checkpoints"):
+            rows = self.read("checkpoints", ["checkpoint", "samples_seen"], [part]).sort("samples_seen")
+            names.extend(rows["checkpoint"].to_list()[-1:])
+        return names
+
+    def slice_digest(self, stage: Stage, reads: Reads, key: str) -> str | None:
+        """Logical digest of the slice that partition `key` reads; None while a needed part is missing."""
+        parts = self._parts_of(stage, reads, key)
+        if not parts:
+            return None
+        digests = {}
+        for part in parts:
+            manifest = self.manifest(reads.table, part)
+            assert manifest is not None
+            if reads.per in (Per.ROWS, Per.ENCODING_ROWS):
+                digests[part] = self._rows_digest(manifest, reads, stage.shard(key))
+            elif reads.columns:
+                chosen = {name: manifest.columns[name] for name in reads.columns}
+                digests[part] = logical_digest(chosen, manifest.rows)
+            else:
+                digests[part] = manifest.digest
+        return json_digest(digests)
+
+    def _rows_digest(self, manifest: Manifest, reads: Reads, shard: str) -> str:
+        """Digest of one shard's rows of a whole table; all shards are digested in one pass and remembered."""
+        memo_key = (manifest.table, f"{manifest.part}:{manifest.digest}", reads.columns)
+        if memo_key not in self._rows_digests:
+            columns = list(reads.columns) or list(TABLES[reads.table].schema)
+            frame = self.read(reads.table, self._columns_with_shard(reads), [manifest.part])
+            self._rows_digests[memo_key] = {
+                str(name): logical_digest(column_digests(rows.select(columns)), rows.height)
+                for (name,), rows in frame.partition_by("shard", as_dict=True).items()
+            }
+        return self._rows_digests[memo_key].get(shard, "no rows")
+
+    def basis(self, stage: Stage, key: str) -> dict[str, Any] | None:
+        """What the partition would be made from now; None while an input is missing."""
+        inputs: dict[str, str] = {}
+        for reads in stage.reads:
+            digest = self.slice_digest(stage, reads, key)
+            if digest is None:
+                return None
+            inputs[reads.label] = digest
+        inputs.update(stage.others(self, key))
+        return {
+            "version": stage.version,
+            "inputs": inputs,
+            "config": json_digest(self.section(stage, key)),
+            "models": {name: self.model_digest(name) for name in stage.models},
+        }
+
+    def section(self, stage: Stage, key: str) -> Any:
+        """The stage's section of the configuration as plain values."""
+        section = stage.config(self.config, key)
+        return section if isinstance(section, Mapping) else toml.dump(section)
+
+    def is_current(self, stage: Stage, key: str) -> bool:
+        """Whether the committed part is what would be made now."""
+        manifest = self.manifest(stage.name, stage.part(key))
+        return manifest is not None and manifest.basis == self.basis(stage, key)
+
+    def stale(self, stage: Stage) -> list[str]:
+        """Partitions whose committed part is missing or made from something else than what is there now."""
+        return [key for key in self.keys(stage.scope) if not self.is_current(stage, key)]
+
+    def model_digest(self, key: str) -> str:
+        """Digest of a model's files; remembered in the workspace by path, sizes and times."""
+        from training.models.weights import model_digest
+
+        folder = self.model_path(key)
+        if str(folder) not in self._model_digests:
+            stamp = sorted(
+                (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
+                for p in folder.rglob("*")
+                if p.is_file()
+            )
+            memo_path = self.home / "cache" / "models" / f"{json_digest([str(folder), stamp])[:16]}.json"
+            try:
+                digest = str(json.loads(memo_path.read_bytes())["digest"])
+            except (OSError, ValueError, KeyError):
+                digest = model_digest(folder)
+                write_json(memo_path, {"folder": str(folder), "digest": digest})
+            self._model_digests[str(folder)] = digest
+        return self._model_digests[str(folder)]
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, table: str, part: str) -> Iterator[None]:
+        """Hold the part's lock: one writer at a time, and a dead one holds nothing."""
+        path = self.home / "locks" / f"{table}.{part}.lock"
+        with lock(path, f"{table} {part} in {self.home}"):
+            yield
+
+    def commit(self, stage: Stage, key: str, made: Made, basis: Mapping[str, Any], seconds: float) -> Manifest:
+        """Write content, then replace the manifest of partition `key`.
+
+        Raises:
+            DataError: rows do not add up, or do not fit the table's schema.
+        """
+        table = TABLES[stage.name]
+        part = stage.part(key)
+        frame = table.conform(made.frame)
+        num_rejected = 0 if made.rejected is None else made.rejected.height
+        if made.rows_in is not None and made.rows_in != frame.height + num_rejected:
+            raise DataError(
+                f"{stage.name} {key}: {made.rows_in} rows in, but {frame.height} out and {num_rejected} rejected"
+            )
+        rejected = self._commit_rejected(stage, key, made.rejected) if made.rejected is not None else {}
+        folder = self.table_folder(stage.name, part)
+        stem, path = part, folder / f"{part}.json"
+        if stage.name == "latents":
+            stem = str(made.report["generation"])
+            path = folder / f"{stem}.json"
+        digests = column_digests(frame)
+        manifest = Manifest(
+            table=stage.name,
+            part=part,
+            version=stage.version,
+            files=(write_parquet(folder, stem, frame), *made.files),
+            rows=frame.height,
+            digest=logical_digest(digests, frame.height),
+            columns=digests,
+            inputs=basis["inputs"],
+            config=self.section(stage, key),
+            models=basis["models"],
+            rejected=rejected,
+            report={
+                **made.report,
+                "rows_in": made.rows_in,
+                "rows_rejected": num_rejected,
+                "seconds": round(seconds, 2),
+            },
+            provenance=self._provenance(),
+        )
+        commit_manifest(path, manifest)
+        return manifest
+
+    def _commit_rejected(self, stage: Stage, key: str, rejected: pl.DataFrame) -> dict[str, Any]:
+        table = TABLES["rejected_images"]
+        part = f"{stage.name}.{key}"
+        frame = table.conform(rejected).sort(list(table.columns), nulls_last=True)
+        digests = column_digests(frame)
+        digest = logical_digest(digests, frame.height)
+        folder = self.table_folder("rejected_images", part)
+        manifest = Manifest(
+            table="rejected_images",
+            part=part,
+            version=stage.version,
+            files=(write_parquet(folder, part, frame),),
+            rows=frame.height,
+            digest=digest,
+            columns=digests,
+            provenance=self._provenance(),
+        )
+        commit_manifest(folder / f"{part}.json", manifest)
+        return {"part": part, "digest": digest, "rows": frame.height}
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "git": git_revision(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": socket.gethostname(),
+            "dagster_run": self.run_id,
+        }
+
+    def resume_batches(
+        self,
+        table: str,
+        key: str,
+        identity: str,
+        batches: Sequence[Any],
+        run: Callable[[Iterable[Any]], Iterator[pl.DataFrame]],
+    ) -> Iterator[pl.DataFrame]:
+        """Yield the frame of every batch in order; those that an earlier, killed attempt finished are read back.
+
+        Args:
+            table: What is being made.
+            key: Its partition.
+            identity: Digest of everything the frames follow from; finished batches of another identity are dropped.
+            batches: All batches, in order.
+            run: Works off the batches it is given, in order.
+        """
+        folder = self._partial_folder(table, key)
+        mine = folder / identity[:16]
+        if folder.is_dir():
+            for other in folder.iterdir():
+                if other != mine:
+                    shutil.rmtree(other)
+        paths = [mine / f"{number:06d}.parquet" for number in range(len(batches))]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        fresh = run([batches[number] for number in missing])
+        for number, path in enumerate(paths):
+            if number not in missing:
+                yield pl.read_parquet(path)
+                continue
+            frame = next(fresh)
+            with atomic_file(path) as temporary:
+                frame.write_parquet(temporary)
+            yield frame
+
+    def clear_partial(self, table: str, key: str) -> None:
+        """Drop the finished batches of a partition: it is committed."""
+        shutil.rmtree(self._partial_folder(table, key), ignore_errors=True)
+
+    def _partial_folder(self, table: str, key: str) -> Path:
+        return self.home / "tables" / table / f"{key}.partial"
+
+    # --- what people forbid ------------------------------------------------------------------------------------
+
+    def forgotten(self) -> frozenset[str]:
+        """Image ids that must never return."""
+        path = self.home / "forget.txt"
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        return frozenset(line.split("#")[0].strip() for line in lines if line.split("#")[0].strip())
+
+
+def git_revision() -> str:
+    """Revision of the code that runs, or an empty string outside a checkout."""
+    command = ["git", "-C", str(CODE_ROOT), "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def check_committed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Problems of a part's content files, one line each."""
+    problems = []
+    for entry in manifest.files:
+        try:
+            check_entry(folder, entry)
+        except DamageError as error:
+            problems.append(str(error))
+    return problems
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or `absent`."""
+    return sha256_file(path) if path.is_file() else "absent"

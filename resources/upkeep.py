@@ -1,0 +1,284 @@
+"""Looks after what is committed: verify and repair, digests, garbage, and forgetting."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from resources.store import Store
+from training.commit import (
+    TEMPORARY_PREFIX,
+    Manifest,
+    check_entry,
+    column_digests,
+    commit_manifest,
+    logical_digest,
+    read_manifest,
+    sync_folder,
+    write_bytes,
+    write_parquet,
+)
+from training.data.tables import TABLES
+from training.errors import ConfigError, DamageError
+from training.run_folder import INPUTS, check_checkpoint, read_inputs
+
+DAY_S = 86_400
+QUARANTINE = "quarantine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something that `verify` found."""
+
+    kind: str
+    """`damage` (rebuilt by --repair and the next run) or `orphan` (no manifest names it; gc removes it)."""
+    path: Path
+    detail: str
+
+
+def manifest_paths(store: Store) -> Iterator[Path]:
+    """Every manifest of the workspace: all tables, all generations of latents."""
+    yield from sorted((store.home / "tables").glob("*/*.json"))
+    yield from sorted((store.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json"))
+
+
+def verify(store: Store) -> list[Problem]:
+    """Compare every committed file with its manifest in full, and find files that no manifest names."""
+    problems: list[Problem] = []
+    for path in manifest_paths(store):
+        try:
+            manifest = read_manifest(path)
+        except DamageError as error:
+            problems.append(Problem(kind="damage", path=path, detail=str(error)))
+            continue
+        assert manifest is not None
+        for entry in manifest.files:
+            try:
+                check_entry(path.parent, entry)
+            except DamageError as error:
+                problems.append(Problem(kind="damage", path=path, detail=str(error)))
+                break
+    for folder in sorted((store.home / "runs").glob("*/checkpoints/samples_*")):
+        try:
+            check_checkpoint(folder)
+        except DamageError as error:
+            problems.append(Problem(kind="damage", path=folder, detail=str(error)))
+    problems.extend(
+        Problem(kind="orphan", path=path, detail=f"{path} is named by no manifest") for path in orphans(store)
+    )
+    return problems
+
+
+def repair(store: Store, problems: list[Problem]) -> list[Path]:
+    """Move what is damaged to quarantine/, so that the next run rebuilds just that; return where it went."""
+    moved = []
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for problem in problems:
+        if problem.kind != "damage":
+            continue
+        target = store.home / QUARANTINE / stamp / problem.path.relative_to(store.home)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in _content(problem.path):
+            if path.exists():
+                shutil.move(path, target.parent / path.name)
+        # The manifest goes last: until then the part is damaged, afterwards it is missing; never half of it.
+        shutil.move(problem.path, target)
+        sync_folder(problem.path.parent)
+        moved.append(target)
+    return moved
+
+
+def _content(manifest_path: Path) -> list[Path]:
+    """Content files of a manifest that can still be read."""
+    if manifest_path.is_dir():
+        return []
+    try:
+        manifest = read_manifest(manifest_path)
+    except DamageError:
+        return []
+    return [] if manifest is None else [manifest_path.parent / entry.name for entry in manifest.files]
+
+
+def orphans(store: Store) -> list[Path]:
+    """Files under tables/ and latents/ that no manifest and no run names, and checkpoints without READY.json."""
+    named: set[Path] = set()
+    for path in manifest_paths(store):
+        named.add(path)
+        named.update(_content(path))
+    named.update(training_sets_in_use(store))
+    found = []
+    for top in ("tables", "latents"):
+        for folder, folders, names in os.walk(store.home / top):
+            folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
+            found.extend(Path(folder) / name for name in sorted(names) if Path(folder) / name not in named)
+    for path in sorted((store.home / "runs").glob(f"*/checkpoints/{TEMPORARY_PREFIX}*")):
+        found.append(path)
+    return found
+
+
+def training_sets_in_use(store: Store) -> set[Path]:
+    """Frozen sets that a run names: kept for as long as the run is."""
+    used = set()
+    for path in (store.home / "runs").glob(f"*/{INPUTS}"):
+        used.add(read_inputs(path.parent).training_set)
+    return used
+
+
+def collect_garbage(store: Store, *, min_age_s: float = DAY_S) -> tuple[list[Path], int]:
+    """Delete orphans and partial batches older than a day; return them and their bytes."""
+    removed, total = [], 0
+    candidates = orphans(store) + sorted((store.home / "tables").glob("*/*.partial"))
+    for path in candidates:
+        if time.time() - path.stat().st_mtime < min_age_s:
+            continue
+        files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+        total += sum(item.stat().st_size for item in files)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        removed.append(path)
+    return removed, total
+
+
+def digests(store: Store, table: str | None = None) -> dict[str, str]:
+    """Logical digest of every committed part, by `table part`.
+
+    Raises:
+        ConfigError: there is no such table.
+    """
+    if table is not None and table not in TABLES:
+        raise ConfigError(f"--table {table!r}: there are {', '.join(sorted(TABLES))}")
+    found = {}
+    for name in [table] if table else sorted(TABLES):
+        for part in store.parts(name):
+            manifest = store.manifest(name, part)
+            assert manifest is not None
+            found[f"{name} {part}"] = manifest.digest
+    return found
+
+
+def differences(store: Store, other: Store, table: str | None = None) -> list[str]:
+    """Where two workspaces disagree beyond the tolerance of each column, one line each."""
+    mine, theirs = digests(store, table), digests(other, table)
+    lines = [f"{name}: only in {store.home}" for name in sorted(mine.keys() - theirs.keys())]
+    lines += [f"{name}: only in {other.home}" for name in sorted(theirs.keys() - mine.keys())]
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            owner, _, part = name.partition(" ")
+            lines.extend(f"{name}: {line}" for line in _frame_differences(store, other, owner, part))
+    return lines
+
+
+def _frame_differences(store: Store, other: Store, table: str, part: str) -> list[str]:
+    """Columns of one part that differ by more than their tolerance."""
+    schema = TABLES[table]
+    a, b = (item.read(table, parts=[part]) for item in (store, other))
+    if a.height != b.height:
+        return [f"{a.height} rows here, {b.height} there"]
+    lines = []
+    for name, column in schema.columns.items():
+        if column_digests(a.select(name)) == column_digests(b.select(name)):
+            continue
+        if column.tolerance is None:
+            lines.append(f"column {name} differs")
+        elif (gap := _largest_gap(a[name], b[name])) > column.tolerance:
+            lines.append(f"column {name} differs by {gap:.3g}, tolerance {column.tolerance:g}")
+    return lines
+
+
+def _largest_gap(a: pl.Series, b: pl.Series) -> float:
+    """Largest absolute difference of two columns; infinite where their shapes or non-numbers differ."""
+    if isinstance(a.dtype, pl.List):
+        if not a.list.len().equals(b.list.len()):
+            return float("inf")
+        return _largest_gap(a.explode().drop_nulls(), b.explode().drop_nulls())
+    if isinstance(a.dtype, pl.Struct):
+        return max(_largest_gap(a.struct.field(item.name), b.struct.field(item.name)) for item in a.dtype.fields)
+    if not a.dtype.is_numeric():
+        return 0.0 if a.equals(b) else float("inf")
+    if not a.is_null().equals(b.is_null()):
+        return float("inf")
+    gap = (a.cast(pl.Float64) - b.cast(pl.Float64)).abs().max()
+    return 0.0 if gap is None else float(gap)  # type: ignore[arg-type]
+
+
+def forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
+    """Remove every row derived from the images, keep their ids so that they never return, list runs that saw them.
+
+    Returns:
+        `parts` rewritten, `generations` of latents removed (the next run encodes those shards again), `sources` files
+        of folder sources (read where they lie, so the user deletes them) and `runs` whose training set held one.
+
+    Raises:
+        ConfigError: an id is no SHA-256.
+    """
+    for image_id in image_ids:
+        if len(image_id) != 64 or set(image_id) - set("0123456789abcdef"):
+            raise ConfigError(f"{image_id!r} is no image id (64 hexadecimal digits); find it with `foundry sql`")
+    result: dict[str, list[str]] = {"parts": [], "generations": [], "sources": [], "runs": []}
+    result["runs"] = _runs_that_saw(store, image_ids)
+    located = store.read("raw_images", ["source", "source_id", "image_id"]).filter(pl.col("image_id").is_in(image_ids))
+    result["sources"] = [f"{source}: {source_id}" for source, source_id, _ in located.iter_rows()]
+    known = store.forgotten()
+    lines = sorted(known | set(image_ids))
+    write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
+    for path in list(manifest_paths(store)):
+        manifest = read_manifest(path)
+        assert manifest is not None
+        if manifest.table == "latents":
+            result["generations"] += _forget_generation(path, manifest, image_ids)
+        elif manifest.table in TABLES:
+            result["parts"] += _forget_rows(store, path, manifest, image_ids)
+    return result
+
+
+def _runs_that_saw(store: Store, image_ids: list[str]) -> list[str]:
+    seen = []
+    for path in sorted((store.home / "runs").glob(f"*/{INPUTS}")):
+        file = read_inputs(path.parent).training_set
+        if file.is_file() and pl.read_parquet(file, columns=["image_id"])["image_id"].is_in(image_ids).any():
+            seen.append(path.parent.name)
+    return seen
+
+
+def _forget_generation(path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
+    """Delete a generation of latents that holds one of the images: manifest first, then content."""
+    file = path.parent / manifest.files[0].name
+    if not file.is_file() or not pl.read_parquet(file, columns=["image_id"])["image_id"].is_in(image_ids).any():
+        return []
+    path.unlink()
+    sync_folder(path.parent)
+    for entry in manifest.files:
+        (path.parent / entry.name).unlink(missing_ok=True)
+    return [f"{manifest.part} {path.stem}"]
+
+
+def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
+    """Write a part again without the rows that name one of the images, and delete the old content."""
+    names = [name for name in ("image_id", "a", "b") if name in TABLES[manifest.table].columns]
+    if manifest.table == "verdicts" or not names:
+        return []
+    old = path.parent / manifest.files[0].name
+    frame = pl.read_parquet(old)
+    kept = frame.filter(~pl.any_horizontal([pl.col(name).is_in(image_ids).fill_null(False) for name in names]))
+    if kept.height == frame.height:
+        return []
+    digests_ = column_digests(kept)
+    stem = old.name.rpartition("-")[0]
+    entry = write_parquet(path.parent, stem, kept)
+    fields = {name: getattr(manifest, name) for name in Manifest.__slots__}
+    fields |= {
+        "files": (entry, *manifest.files[1:]),
+        "rows": kept.height,
+        "columns": digests_,
+        "digest": logical_digest(digests_, kept.height),
+        "report": {**manifest.report, "pictures": {}},
+    }
+    commit_manifest(path, Manifest(**fields))
+    old.unlink()
+    return [f"{manifest.table} {manifest.part}"]

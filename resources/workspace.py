@@ -1,0 +1,74 @@
+"""Makes workspaces and starts runs in them: the files that people edit, written once."""
+
+from pathlib import Path
+
+from resources import instance
+from resources.store import CODE_ROOT, CONFIG_FILE, Store
+from training import recipes, toml
+from training.commit import lock, write_bytes
+from training.config import FREE_KEYS, RunConfig
+from training.errors import ConfigError, WorkspaceError
+from training.run_folder import CONFIG, EVENTS, read_config
+
+RECIPES = CODE_ROOT / "recipes"
+TINY = RECIPES / "tiny.toml"
+
+
+def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) -> None:
+    """Make a workspace: foundry.toml, its Dagster instance, and for the demo its pictures, judgements and run.
+
+    Raises:
+        WorkspaceError: there is one already.
+        ConfigError: a source is no folder, or there is no such preset.
+    """
+    if (home / CONFIG_FILE).exists():
+        raise WorkspaceError(f"{home} is a workspace already ({CONFIG_FILE} exists); edit that file, or choose another")
+    for source in sources:
+        if not Path(source).expanduser().is_dir():
+            raise ConfigError(f"--source {source}: not a folder")
+    shrink = tiny_rules(preset, tiny=tiny)
+    if preset is None:
+        if not sources:
+            raise ConfigError("name at least one --source FOLDER, or take --preset demo")
+        text = recipes.plain_workspace_toml(sources, tiny=shrink)
+    else:
+        text = recipes.workspace_toml(recipes.recipe_path(RECIPES, preset), sources, tiny=shrink)
+    home.mkdir(parents=True, exist_ok=True)
+    if preset == "demo" and not sources:
+        _draw_demo(home)
+    if preset == "demo":
+        write_run(home, "demo", recipes.run_config(RECIPES / "demo.toml", [], tiny=None))
+    instance.write_instance(home)
+    write_bytes(home / CONFIG_FILE, text.encode())
+
+
+def tiny_rules(recipe: str | None, *, tiny: bool) -> Path | None:
+    """The rules of `--tiny`; the demo is tiny already."""
+    return TINY if tiny and recipe != "demo" else None
+
+
+def _draw_demo(home: Path) -> None:
+    """Draw the demo's pictures and its scripted judgements into the workspace."""
+    from demo.pictures import write_world
+
+    write_world(home)
+
+
+def write_run(home: Path, run: str, config: RunConfig) -> None:
+    """Fix a run's configuration by its first launch.
+
+    Raises:
+        ConfigError: the run exists with other values; the message lists them.
+    """
+    store = Store(home)
+    folder = store.run_folder(run)
+    path = folder / CONFIG
+    with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
+        if path.exists():
+            before, after = toml.flatten(toml.dump(read_config(folder))), toml.flatten(toml.dump(config))
+            changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+            fixed = [key for key in changed if not key.startswith(FREE_KEYS)]
+            if fixed and (folder / EVENTS).exists():
+                listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
+                raise ConfigError(f"run {run!r} was started with other values ({listed}); choose another --run name")
+        write_bytes(path, recipes.run_toml(config).encode())

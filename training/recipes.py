@@ -1,0 +1,123 @@
+"""Recipe files: a `[workspace]` half for `foundry init` and a `[run]` half for `foundry train`."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from training import toml
+from training.config import RunConfig, WorkspaceConfig
+from training.errors import ConfigError
+
+
+def recipe_path(folder: Path, name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ConfigError: there is no such recipe; the message lists those that are there.
+    """
+    path = folder / f"{name}.toml"
+    if not path.is_file() or name == "tiny":
+        known = sorted(item.stem for item in folder.glob("*.toml") if item.stem != "tiny")
+        raise ConfigError(f"no recipe is named {name!r}; there are: {', '.join(known)}")
+    return path
+
+
+def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
+    """The `[workspace]` half as the text of a new foundry.toml, comments kept.
+
+    Args:
+        path: Recipe file.
+        sources: Folders that replace the recipe's sources; empty keeps them.
+        tiny: `tiny.toml` when the workspace is for the demo's models.
+
+    Raises:
+        ConfigError: the half has an unknown key or an impossible value.
+    """
+    text = path.read_text("utf-8")
+    start = re.search(r"^\[workspace\]$", text, re.MULTILINE)
+    end = re.search(r"^\[+run\b", text, re.MULTILINE)
+    if start is None:
+        raise ConfigError(f"{path} has no [workspace] half")
+    body = text[start.end() : end.start() if end else len(text)]
+    document = tomlkit.parse(re.sub(r"^(\s*\[+)workspace\.", r"\1", body.strip() + "\n", flags=re.MULTILINE))
+    if sources:
+        document["sources"] = _source_tables(sources)
+    if tiny is not None:
+        _shrink(document, "workspace", toml.load(tiny))
+    toml.build(WorkspaceConfig, document.unwrap(), origin=path)
+    return tomlkit.dumps(document)
+
+
+def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:
+    """A foundry.toml without a recipe: SDXL's defaults."""
+    document = tomlkit.document()
+    document["format"] = 1
+    document["sources"] = _source_tables(sources)
+    document["encodings"] = {"sdxl": {"buckets": {"plan": "bigasp_v1"}}}
+    if tiny is not None:
+        _shrink(document, "workspace", toml.load(tiny))
+    toml.build(WorkspaceConfig, document.unwrap())
+    return tomlkit.dumps(document)
+
+
+def run_config(path: Path, assignments: list[str], *, tiny: Path | None) -> RunConfig:
+    """The `[run]` half, with `key=value` assignments applied.
+
+    Raises:
+        ConfigError: there is no such half, or a key or value is wrong.
+    """
+    values = toml.load(path).get("run")
+    if values is None:
+        raise ConfigError(f"{path} has no [run] half")
+    values = copy.deepcopy(values)
+    if tiny is not None:
+        _shrink(values, "run", toml.load(tiny))
+    return toml.build(RunConfig, toml.override(values, assignments), origin=path, prefix="run.")
+
+
+def run_toml(config: RunConfig) -> str:
+    """A resolved run as the text of its config.toml."""
+    return tomlkit.dumps(toml.dump(config))
+
+
+def _source_tables(folders: list[str]) -> Any:
+    tables = tomlkit.aot()
+    names: set[str] = set()
+    for folder in folders:
+        stem = re.sub(r"[^a-z0-9_.-]+", "-", Path(folder).name.lower()).strip("-._") or "source"
+        name, number = stem[:40], 2
+        while name in names:
+            name, number = f"{stem[:40]}-{number}", number + 1
+        names.add(name)
+        table = tomlkit.table()
+        table.update({"name": name, "kind": "folder", "path": str(Path(folder).expanduser().resolve())})
+        tables.append(table)
+    return tables
+
+
+def _shrink(values: Any, half: str, rules: dict[str, Any]) -> None:
+    """Apply `tiny.toml` to one half in place."""
+    for path, value in rules["replace"].items():
+        for table, key in _places(values, half, path, create=True):
+            table[key] = value
+    for path, divisor in rules["divide"].items():
+        for table, key in _places(values, half, path, create=False):
+            if key in table:
+                table[key] = max(1, -(-table[key] // divisor)) if table[key] else 0
+
+
+def _places(values: Any, half: str, path: str, *, create: bool) -> list[tuple[Any, str]]:
+    """The tables and keys that a dotted path with `*` names inside a half."""
+    first, *parents, last = path.split(".")
+    if first != half:
+        return []
+    tables = [values]
+    for parent in parents:
+        if parent == "*":
+            tables = [table[key] for table in tables for key in table]
+        else:
+            tables = [table.setdefault(parent, {}) if create else table.get(parent, {}) for table in tables]
+    return [(table, last) for table in tables]
