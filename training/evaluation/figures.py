@@ -44,19 +44,21 @@ def bars(counts: Sequence[tuple[str, float]]) -> str:
 
 
 def histogram(values: Iterable[float]) -> str:
-    """The distribution of `values` in 24 bars, with the smallest and the largest under it; non-finite ones are left out."""
+    """The distribution of `values` in 24 bars, with its ends under it; non-finite ones are left out."""
     finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     if not len(finite):
         return "nothing to show"
-    counts, _ = np.histogram(finite, bins=_NUM_BINS)
-    ends = [(1, f"{finite.min():.4g}"), (_NUM_BINS - 2, f"{finite.max():.4g}")]
-    return _chart(counts.tolist(), ends)
+    low, high = float(finite.min()), float(finite.max())
+    # np.histogram refuses ranges that 24 bins cannot part; equal values stand in the middle.
+    places = (finite - low) / (high - low) * _NUM_BINS if high > low else np.full(len(finite), _NUM_BINS / 2)
+    counts = np.bincount(places.astype(np.int64).clip(0, _NUM_BINS - 1), minlength=_NUM_BINS)
+    return _chart(counts.tolist(), [(1, f"{low:.4g}"), (_NUM_BINS - 2, f"{high:.4g}")])
 
 
 def sparkline(values: Sequence[float]) -> str:
     """A curve over equal steps, thinned to 60 points, with its first and last value; non-finite ones are gaps."""
-    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 60)).round().astype(int)) if values else []
-    points = [(place, values[place]) for place in places if math.isfinite(values[place])]
+    kept = sorted({round(place) for place in np.linspace(0, len(values) - 1, min(len(values), 60)).tolist()})
+    points = [(place, values[place]) for place in kept if math.isfinite(values[place])]
     if not points:
         return "nothing to show"
     low, high = min(value for _, value in points), max(value for _, value in points)

@@ -101,8 +101,8 @@ def refuse_overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> None:
     found = overlap(prompts, trained)
     if found:
         raise EvaluationError(
-            f"{len(found)} of {prompts.height} prompts were trained on ({', '.join(found[:5])}): a prompt set must hold "
-            "none of the training captions"
+            f"{len(found)} of {prompts.height} prompts were trained on ({', '.join(found[:5])}): a prompt set must "
+            "hold none of the training captions"
         )
 
 

@@ -1,0 +1,45 @@
+"""Samplers by the names that people use, as diffusers' schedulers with the settings that hold for latents.
+
+A checkpoint's own scheduler config is for SDXL `EulerDiscreteScheduler` with leading spacing; a sampler made from it
+starts at sigma 11.5 instead of 14.6 and never sees pure noise. So only what describes the training is taken from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+
+Sampler = Literal["dpmpp_2m_karras", "euler_a", "ddim"]
+
+LABELS: Mapping[Sampler, str] = {"dpmpp_2m_karras": "DPM++ 2M Karras", "euler_a": "Euler a", "ddim": "DDIM"}
+"""As A1111 and its relatives write them into pictures."""
+
+_TRAINING_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+
+SamplingScheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | EulerAncestralDiscreteScheduler
+
+
+def make_scheduler(sampler: Sampler, noise_scheduler_config: Mapping[str, Any], num_steps: int) -> SamplingScheduler:
+    """A scheduler with its timesteps set; it holds the state of one batch, so make one for each.
+
+    Args:
+        sampler: Its name in the configuration.
+        noise_scheduler_config: `scheduler_config.json` of the checkpoint: betas and prediction type.
+        num_steps: Steps, each one call of the UNet.
+
+    Source: Karras et al., arXiv:2206.00364, eq. 5 (rho = 7); Lu et al., arXiv:2211.01095, algorithm 2; Lin et al.,
+    arXiv:2305.08891, section 3.3 (trailing timesteps, so that DDIM starts from pure noise).
+    """
+    trained = {key: noise_scheduler_config[key] for key in _TRAINING_KEYS if key in noise_scheduler_config}
+    scheduler: SamplingScheduler
+    if sampler == "dpmpp_2m_karras":
+        scheduler = DPMSolverMultistepScheduler(
+            **trained, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=True
+        )
+    elif sampler == "euler_a":
+        scheduler = EulerAncestralDiscreteScheduler(**trained, timestep_spacing="linspace")
+    else:
+        # Latents leave [-1, 1], so nothing is clipped; the last step ends at the schedule's own first alpha.
+        scheduler = DDIMScheduler(**trained, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    return scheduler
