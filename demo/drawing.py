@@ -37,7 +37,7 @@ def draw(scene: Scene) -> Drawn:
 def spoil(image: Image.Image, flaw: str, severity: float, rng: np.random.Generator) -> Image.Image:
     """Lower the quality of an RGB picture by one visible flaw.
 
-    Strength is relative to the picture's size, so that a flaw survives the shrinking to a bucket or a tiny model's input.
+    Strength is relative to the picture's size, so that a flaw survives the shrinking to a bucket.
 
     Args:
         image: RGB.
@@ -125,8 +125,7 @@ def _outline(pen: ImageDraw.ImageDraw, shape: Shape, centre: float, radius: floa
         return
     cos, sin = math.cos(shape.angle), math.sin(shape.angle)
     corners = [
-        (centre + radius * (x * cos - y * sin), centre + radius * (x * sin + y * cos))
-        for x, y in _polygon(shape.kind)
+        (centre + radius * (x * cos - y * sin), centre + radius * (x * sin + y * cos)) for x, y in _polygon(shape.kind)
     ]
     pen.polygon(corners, fill=255)
 
@@ -141,7 +140,20 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
         return [(0.0, -1.05), (0.68, 0.0), (0.0, 1.05), (-0.68, 0.0)]
     if kind == "cross":
         a, b = 0.32, 0.98
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if kind == "star":
         spokes = [(1.05 if i % 2 == 0 else 0.42, math.pi * i / 5) for i in range(10)]
         return [(length * math.sin(turn), -length * math.cos(turn)) for length, turn in spokes]
@@ -166,7 +178,9 @@ def _stamp(image: Image.Image, scene: Scene) -> Box:
     x0, y0, x1, y1 = font.getbbox(scene.watermark, stroke_width=edge)
     ink_height, ink_width = math.ceil(y1 - y0), math.ceil(x1 - x0)
     margin = round(0.03 * min(height, width))
-    left = {"left": margin, "right": width - margin - ink_width}.get(scene.corner.split("_")[-1], (width - ink_width) // 2)
+    left = {"left": margin, "right": width - margin - ink_width}.get(
+        scene.corner.split("_")[-1], (width - ink_width) // 2
+    )
     top = margin if scene.corner.startswith("top") else height - margin - ink_height
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)

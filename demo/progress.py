@@ -1,35 +1,40 @@
-"""Progress bars for the demo's builders."""
+"""Progress bars for the demo's builders, and plain lines now and then where nobody watches a terminal."""
 
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 30.0
 
 
 class Steps:
-    """Counts to a total with a bar on stderr; plain lines every 30 s where stderr is no terminal."""
+    """Counts to a total; `note` shows running means beside the bar."""
 
     def __init__(self, total: int, title: str) -> None:
         self.total = total
         self.title = title
         self.notes: dict[str, float] = {}
-        terminal = sys.stderr.isatty()
-        self.bar: Any = tqdm(total=total, desc=title, mininterval=0.5 if terminal else 30.0, ascii=not terminal)
-        self.shown = time.monotonic()
 
     def __iter__(self) -> Iterator[int]:
-        for step in range(self.total):
-            yield step
-            self.bar.update()
-        self.bar.close()
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        printed = time.monotonic()
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            task = progress.add_task(self.title, total=self.total)
+            for step in range(self.total):
+                yield step
+                text = " ".join([self.title, *(f"{name}={value:.4f}" for name, value in self.notes.items())])
+                progress.update(task, advance=1, description=text)
+                if not console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
+                    printed = time.monotonic()
+                    console.print(f"{text}: {step + 1} of {self.total}")
 
     def note(self, **values: float) -> None:
-        """Show running means of these values beside the bar."""
+        """Take these values into the running means."""
         for name, value in values.items():
             self.notes[name] = 0.98 * self.notes.get(name, value) + 0.02 * value
-        self.bar.set_postfix({name: f"{value:.4f}" for name, value in self.notes.items()}, refresh=False)
 
 
 def steps(total: int, title: str) -> Steps:

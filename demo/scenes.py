@@ -104,9 +104,10 @@ def sample_scene(seed: int, *key: int | str, star_share: float = 0.28, watermark
     background = rng.choice(list(COLOURS))
     two = rng.random() < 0.12
     large = rng.random() < 0.5
+    size = _sample_size(rng)
     return Scene(
-        size=_sample_size(rng),
-        shapes=_sample_shapes(rng, background, star_share, two, large),
+        size=size,
+        shapes=_sample_shapes(rng, size, background, star_share=star_share, two=two, large=large),
         large=large,
         background=background,
         pattern=rng.choice(PATTERNS),
@@ -139,31 +140,33 @@ def _sample_size(rng: random.Random) -> Size:
 
 
 def _sample_shapes(
-    rng: random.Random, background: str, star_share: float, two: bool, large: bool
+    rng: random.Random, size: Size, background: str, *, star_share: float, two: bool, large: bool
 ) -> tuple[Shape, ...]:
+    """One or two shapes inside the central square, so that CLIP's centre crop shows what the words say."""
     others = [kind for kind in SHAPES if kind != TAUGHT_LATER]
     first = TAUGHT_LATER if rng.random() < star_share else rng.choice(others)
+    second = rng.choice([kind for kind in others if kind != first])
     colours = [colour for colour in COLOURS if colour != background]
     rng.shuffle(colours)
-    if not two:
-        radius = rng.uniform(0.33, 0.42) if large else rng.uniform(0.17, 0.22)
-        reach = 0.5 - radius
-        y, x = 0.5 + rng.uniform(-0.7, 0.7) * reach, 0.5 + rng.uniform(-0.7, 0.7) * reach
-        return (Shape(kind=first, colour=colours[0], y=y, x=x, radius=radius, angle=rng.uniform(-0.2, 0.2)),)
-    second = rng.choice([kind for kind in others if kind != first])
-    along = rng.choice(((0.3, 0.3), (0.3, 0.7)))
-    places = [along, (1 - along[0], 1 - along[1])]
-    rng.shuffle(places)
+    if two:
+        side = rng.choice((-0.2, 0.2))
+        radii = [rng.uniform(0.19, 0.24) for _ in range(2)]
+        places = [(-0.2 + rng.uniform(-0.04, 0.04), side), (0.2 + rng.uniform(-0.04, 0.04), -side)]
+        rng.shuffle(places)
+    else:
+        radii = [rng.uniform(0.33, 0.42) if large else rng.uniform(0.17, 0.22)]
+        places = [(rng.uniform(-0.6, 0.6) * (0.5 - radii[0]), rng.uniform(-0.6, 0.6) * (0.5 - radii[0]))]
+    short = min(size)
     return tuple(
         Shape(
             kind=kind,
             colour=colour,
-            y=place[0] + rng.uniform(-0.04, 0.04),
-            x=place[1] + rng.uniform(-0.04, 0.04),
-            radius=rng.uniform(0.19, 0.24),
+            y=0.5 + down * short / size.height,
+            x=0.5 + right * short / size.width,
+            radius=radius,
             angle=rng.uniform(-0.2, 0.2),
         )
-        for kind, colour, place in zip((first, second), colours, places, strict=False)
+        for kind, colour, radius, (down, right) in zip((first, second), colours, radii, places, strict=False)
     )
 
 
@@ -214,3 +217,24 @@ def alias(tag: str, rng: random.Random, prob: float) -> str:
 
 def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def mutate(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene with one word wrong: mostly the shape or its colour."""
+    what = rng.choice(("kind", "kind", "colour", "colour", "background", "pattern", "large"))
+    if what == "background":
+        others = [name for name in COLOURS if name not in (scene.background, scene.shapes[0].colour)]
+        return replace(scene, background=rng.choice(others))
+    if what == "pattern":
+        return replace(scene, pattern=rng.choice([name for name in PATTERNS if name != scene.pattern]))
+    if what == "large" and len(scene.shapes) == 1:
+        return replace(scene, large=not scene.large)
+    place = rng.randrange(len(scene.shapes))
+    shape = scene.shapes[place]
+    if what == "colour":
+        taken = {other.colour for other in scene.shapes} | {scene.background}
+        wrong = replace(shape, colour=rng.choice([name for name in COLOURS if name not in taken]))
+    else:
+        kinds = {other.kind for other in scene.shapes}
+        wrong = replace(shape, kind=rng.choice([name for name in SHAPES if name not in kinds]))
+    return replace(scene, shapes=(*scene.shapes[:place], wrong, *scene.shapes[place + 1 :]))

@@ -1,0 +1,89 @@
+"""Prompts of the demo: how its base model is spoken to, and the fixed prompts that it is judged by."""
+
+import csv
+import random
+from pathlib import Path
+
+from demo.scenes import TAUGHT_LATER, Scene, alias, caption_of, clean, sample_scene, score_tags, tags_of
+from training.data.geometry import Size
+from training.seeds import Purpose, generator
+
+COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
+NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 36, 14
+EVALUATION_SIZES = (Size(128, 128), Size(152, 104), Size(104, 152), Size(120, 128))
+FILE = Path(__file__).with_name("prompts.csv")
+WORLD_SEED, NUM_WORLD_PICTURES = 7, 300
+"""The default world, whose pictures no prompt repeats."""
+
+
+def training_prompt(scene: Scene, rng: random.Random, *, drop: float = 0.15, alias_prob: float = 0.05) -> str:
+    """A prompt that is true of `scene`: half the time tags, half the time a caption, often with score words.
+
+    Args:
+        scene: The picture's truth.
+        rng: Draws wording, order and what is left out.
+        drop: Probability that a tag of the ground is left out.
+        alias_prob: Probability that a word is swapped for another name of the same thing.
+    """
+    scores = score_tags(scene.quality, rng) if rng.random() < 0.7 else []
+    if rng.random() < 0.5:
+        return ", ".join([*scores, caption_of(scene, rng)])
+    tags = tags_of(scene)
+    grounds = [tag for tag in tags if tag.endswith("_background") and rng.random() >= drop]
+    others = [tag for tag in tags if not tag.endswith("_background")]
+    words = [*others, *grounds]
+    if rng.random() < 0.3:
+        rng.shuffle(words)
+    words = [*scores, *(alias(word, rng, alias_prob) for word in words)]
+    if rng.random() < 0.3:
+        words = [word.replace("_", " ") for word in words]
+    return ", ".join(words)
+
+
+def demo_prompts() -> list[dict[str, str]]:
+    """The demo's evaluation prompts, from `demo/prompts.csv`; groups are `star` and `general`."""
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_prompts(path: Path = FILE) -> None:
+    """Make the evaluation prompts anew: scenes that the default world does not hold, in best quality.
+
+    A scene is taken when no picture of the world shows that colour and shape on that ground, so that no prompt equals
+    a training caption and none is answered by heart.
+    """
+    world = [sample_scene(WORLD_SEED, "world", index) for index in range(NUM_WORLD_PICTURES)]
+    held = {key for scene in world for key in _keys(scene)}
+    rows: list[dict[str, object]] = []
+    index = 0
+    wanted = {"star": NUM_STAR_PROMPTS, "general": NUM_GENERAL_PROMPTS}
+    while any(wanted.values()):
+        scene = clean(sample_scene(WORLD_SEED, "prompt", index, star_share=0.7))
+        index += 1
+        group = "star" if scene.shapes[0].kind == TAUGHT_LATER else "general"
+        if not wanted[group] or len(scene.shapes) == 2 or held & _keys(scene):
+            continue
+        wanted[group] -= 1
+        held |= _keys(scene)
+        number = NUM_STAR_PROMPTS - wanted[group] if group == "star" else NUM_GENERAL_PROMPTS - wanted[group]
+        size = EVALUATION_SIZES[number % len(EVALUATION_SIZES)]
+        words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "prompt words", index))
+        text = words if number % 2 else ", ".join(tags_of(scene))
+        rows.append(
+            {
+                "prompt_id": f"{group}-{number:02d}",
+                "text": f"score_8_up, {text}",
+                "negative": "",
+                "group": group,
+                "height": size.height,
+                "width": size.width,
+            }
+        )
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: str(row["prompt_id"])))
+
+
+def _keys(scene: Scene) -> set[tuple[str, ...]]:
+    return {(shape.colour, shape.kind, scene.background, scene.pattern) for shape in scene.shapes}
