@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from training.commit import lock
@@ -28,6 +28,8 @@ START_TIMEOUT_S = 180
 """How long the pages may take to answer, seconds; 10 is usual on two cores."""
 STOP_TIMEOUT_S = 15
 """How long children may take to end before they are killed, seconds."""
+LAST_LINES = 12
+"""How much of a dead child's log is shown."""
 PR_SET_PDEATHSIG = 1
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -87,20 +89,28 @@ class _Children:
     def start(self, name: str, port: int = 0) -> None:
         """Start one of `CHILDREN`."""
         arguments = [name, self._home, port, self._socket, os.getpid()]
-        self._running[name] = subprocess.Popen(
-            # -P: the folder that the user happens to be in is no place to import from.
-            [sys.executable, "-P", "-m", "resources.serve", *map(str, arguments)],
-            cwd=self._home,
-            env=os.environ | {"FOUNDRY_HOME": str(self._home), "DAGSTER_HOME": str(self._home / "dagster")},
-            start_new_session=True,
-        )
+        with self._log(name).open("wb") as log:
+            self._running[name] = subprocess.Popen(
+                # -P: the folder that the user happens to be in is no place to import from.
+                [sys.executable, "-P", "-m", "resources.serve", *map(str, arguments)],
+                cwd=self._home,
+                env=os.environ | {"FOUNDRY_HOME": str(self._home), "DAGSTER_HOME": str(self._home / "dagster")},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def ended(self) -> str | None:
-        """Which child has ended by itself and how, or None."""
+        """Which child has ended by itself and what it said last, or None."""
         for name, process in self._running.items():
             if (status := process.poll()) is not None:
-                return f"{name} ended by itself (status {status})"
+                lines = self._log(name).read_text(errors="replace").splitlines()[-LAST_LINES:]
+                said = [f"{name} ended by itself (status {status}), so all is stopped; {self._log(name)} ends with:"]
+                return "\n  ".join(said + lines)
         return None
+
+    def _log(self, name: str) -> Path:
+        return self._home / "dagster" / f"{name.replace(' ', '_').lower()}.log"
 
     def stop(self, asked: list[int]) -> None:
         """End all children and what they started; a second Ctrl-C does not wait for them."""
@@ -137,7 +147,7 @@ def _watch(children: _Children, asked: list[int], ports: dict[str, int]) -> int:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not asked:
         if ended := children.ended():
-            print(f"{ended}; all is stopped", file=sys.stderr, flush=True)
+            print(ended, file=sys.stderr, flush=True)
             return 1
         if waiting and time.monotonic() > deadline:
             print(f"{', '.join(waiting)} did not answer within {START_TIMEOUT_S} s", file=sys.stderr, flush=True)
@@ -194,12 +204,10 @@ def _code_server(home: Path, port: int, code_socket: Path) -> None:
 
     with instance(home):
         pass  # creates the databases, which several processes at once could not: the others wait for the socket
-    package = find_spec("jobs")
-    assert package is not None
-    assert package.origin is not None
+    # Imported by name, because imports point the other way; before Dagster does, because its error hides the cause.
+    root = Path(str(import_module("jobs.definitions").__file__)).parents[1]
     arguments = ["--socket", str(code_socket), "--location-name", LOCATION, "--log-level", "warning"]
-    # Dagster drops the first entry of sys.path; the folder that holds `jobs` is named instead.
-    arguments += ["--module-name", "jobs.definitions", "--working-directory", str(Path(package.origin).parents[1])]
+    arguments += ["--module-name", "jobs.definitions", "--working-directory", str(root)]
     grpc_command.main(arguments, standalone_mode=False)
 
 
