@@ -224,10 +224,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _dpi(image: Image.Image) -> float | None:
-    """Horizontal dots per inch, where the file holds them: Pillow makes up 72 for a JPEG that has only EXIF."""
+    """Horizontal dots per inch, where the file holds them: Pillow makes up 72 for some JPEGs and 1 for a TIFF."""
     try:
-        jpeg_says_nothing = image.format in ("JPEG", "MPO") and image.info.get("jfif_unit") not in (1, 2)
-        if jpeg_says_nothing and _X_RESOLUTION_TAG not in image.getexif():
+        by_tag = image.format in ("JPEG", "MPO", "TIFF") and image.info.get("jfif_unit") not in (1, 2)
+        if by_tag and _X_RESOLUTION_TAG not in image.getexif():
             return None
         dpi = float(image.info["dpi"][0])
     except Exception:
