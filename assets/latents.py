@@ -42,7 +42,7 @@ STAGE = Stage(
     **describe(STAGE, "encode", "pytorch", "huggingface"),
 )
 def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per kept image: where its latents lie and exactly how it was placed. Files are bucket-pure safetensors."""
+    """One row per kept image: where its latents lie, and exactly how it was placed."""
 
     def make(key: str) -> Made:
         encoding = store.config.encodings[STAGE.encoding(key)]

@@ -1,5 +1,6 @@
 """Ingest: what there is (`source_listing`), and which of it is a picture (`raw_images`)."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
 
 @dg.asset(deps=["source_listing"], partitions_def=shards, **describe(RAW_IMAGES, "ingest"))
 def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per file that is a picture: its identity, size, hashes. All others are in rejected_images with a reason."""
+    """One row per file that is a picture. All others are in rejected_images, each with its reason."""
 
     def make(key: str) -> Made:
         candidates = store.read_slice(RAW_IMAGES, "source_listing", key)

@@ -87,10 +87,12 @@ class Stage:
     """Digests of inputs that are no tables: folders, files people made, runs."""
     model: str = ""
     """For tables with rows per model: the model whose rows this stage writes."""
+    prefix: str = ""
+    """For tables whose parts are pairs: what stands before the partition's key."""
 
     def part(self, key: str) -> str:
         """Name of the part that holds the partition `key`."""
-        return f"{key}.{self.model}" if self.model else key
+        return f"{self.prefix}{key}.{self.model}" if self.model else f"{self.prefix}{key}"
 
     def shard(self, key: str) -> str:
         """The shard of a partition key (`sdxl|s000012` -> `s000012`)."""

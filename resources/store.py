@@ -35,6 +35,7 @@ from training.commit import (
 from training.config import FORMAT, ModelsConfig, WorkspaceConfig, check_name
 from training.data.tables import TABLES
 from training.errors import ConfigError, DamageError, DataError, ModelError, WorkspaceError
+from training.run_folder import checkpoint_folder, read_ready
 
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[1]
@@ -287,6 +288,25 @@ class Store:
             rows = self.read("checkpoints", ["checkpoint", "samples_seen"], [part]).sort("samples_seen")
             names.extend(rows["checkpoint"].to_list()[-1:])
         return names
+
+    def checkpoint_folder(self, checkpoint: str) -> Path:
+        """Model folder of `<run>@<samples_seen>`, or of a base model.
+
+        Raises:
+            DataError: there is no such checkpoint.
+        """
+        run, _, samples = checkpoint.rpartition("@")
+        if checkpoint == self.base_checkpoint():
+            return self.model_path("base")
+        if not samples.isdigit() or run.startswith("base."):
+            raise DataError(f"{checkpoint!r} is no checkpoint of this workspace (<run>@<samples_seen>)")
+        return checkpoint_folder(self.run_folder(run), int(samples))
+
+    def checkpoint_digest(self, checkpoint: str) -> str:
+        """Digest of a checkpoint's weights."""
+        if checkpoint == self.base_checkpoint():
+            return self.model_digest("base")
+        return read_ready(self.checkpoint_folder(checkpoint)).digest
 
     def slice_digest(self, stage: Stage, reads: Reads, key: str) -> str | None:
         """Logical digest of the slice that partition `key` reads; None while a needed part is missing."""

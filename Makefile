@@ -1,0 +1,41 @@
+# make demo | test | check | up | bench. Everything is installed into .venv; nothing else is needed but Python 3.11+.
+PYTHON ?= python3
+HOME_DIR ?= workspace
+PORT ?= 3000
+MLFLOW_PORT ?= 5000
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-all check format up bench
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## The whole graph on drawn pictures and tiny models: about five minutes on two cores.
+	test -f $(HOME_DIR)/foundry.toml || $(BIN)/foundry init $(HOME_DIR) --preset demo
+	$(BIN)/foundry run --home $(HOME_DIR)
+
+test: $(STAMP)  ## The tests, without the long proofs.
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP)  ## The tests with the long proofs.
+	$(BIN)/python -m pytest -q -m 'not gpu and not weights'
+
+check: $(STAMP)  ## Format, lint and types, then the tests.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+up: $(STAMP)  ## Dagster and MLflow on 127.0.0.1 until Ctrl-C.
+	@exec $(BIN)/foundry up --home $(HOME_DIR) --port $(PORT) --mlflow-port $(MLFLOW_PORT)
+
+bench: $(STAMP)  ## Every benchmark; each prints its ratios.
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -1,0 +1,77 @@
+"""`sample_images`: what a checkpoint draws for the fixed prompts, each picture from its own seed."""
+
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from assets.metadata import describe, materialize
+from assets.partitions import checkpoints
+from resources import devices
+from resources.stages import Scope, Stage
+from resources.store import Made, Store
+from training.errors import DataError
+from training.evaluation import figures
+from training.progress import report
+
+NUM_SHOWN = 16
+
+
+def _inputs(store: Store, key: str) -> dict[str, str]:
+    """Digests of the checkpoint's weights and of the prompts."""
+    manifest = store.manifest("prompt_sets", store.config.evaluation.prompt_set)
+    return {"checkpoint": store.checkpoint_digest(key), "prompts": manifest.digest if manifest else "absent"}
+
+
+STAGE = Stage(
+    name="sample_images",
+    version=1,
+    scope=Scope.CHECKPOINT,
+    config=lambda config, key: config.evaluation,
+    others=_inputs,
+)
+
+
+@dg.asset(
+    deps=[dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
+          for name in ("checkpoints", "base_model", "prompt_sets")],
+    partitions_def=checkpoints,
+    **describe(STAGE, "evaluate", "pytorch", "huggingface"),
+)  # fmt: skip
+def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
+
+    def make(key: str) -> Made:
+        from training.evaluation.sampling import sample_folder
+
+        prompts = prompts_of(store)
+        folder = store.sample_folder(key)
+        with devices.hold("evaluate", store.config.devices, store.home) as device:
+            frame = sample_folder(
+                store.checkpoint_folder(key), key, prompts, store.config.evaluation, folder, device=device,
+                progress=lambda done, total: report("sample images", done, total),
+            )  # fmt: skip
+        return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})
+
+    return materialize(context, store, STAGE, make)
+
+
+def prompts_of(store: Store) -> pl.DataFrame:
+    """The prompt set of the workspace's evaluation.
+
+    Raises:
+        DataError: there is none of that name, or it is not committed yet.
+    """
+    name = store.config.evaluation.prompt_set
+    if store.manifest("prompt_sets", name) is None:
+        known = ", ".join(sorted(store.config.prompt_sets)) or "none"
+        raise DataError(f"evaluation.prompt_set = {name!r} is not committed; [prompt_sets] has: {known}")
+    return store.read("prompt_sets", parts=[name])
+
+
+def sheet(folder: Path, frame: pl.DataFrame) -> str:
+    """A contact sheet of the first pictures, captioned with their prompts."""
+    from training.evaluation.clip_score import read_picture
+
+    shown = frame.head(NUM_SHOWN)
+    return figures.contact_sheet([read_picture(folder / file) for file in shown["file"]], shown["text"].to_list())
