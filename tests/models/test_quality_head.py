@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from training.errors import DataError, ModelError
 from training.models import quality_head
@@ -142,7 +143,9 @@ def test_unusable_models_and_embeddings_name_the_rule(tmp_path, fitted):
     with pytest.raises(ModelError, match="foundry run --select quality_model"):
         QualityModel.load(tmp_path, "cpu")
     model.save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"width": 31}))
-    with pytest.raises(ModelError, match="another architecture"):
+    (tmp_path / "config.json").write_text(json.dumps({"cuts": None}))
+    with pytest.raises(ModelError, match="cuts=None"):
         QualityModel.load(tmp_path, "cpu")
+    save_file({"utility.linear1.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="another architecture"):
+        QualityModel.read_heads(tmp_path / "model.safetensors", [0.0])

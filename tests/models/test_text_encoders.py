@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 
 from training.data.tokens import tokenize
 from training.errors import ModelError
-from training.models.text_encoders import encode_sd1, encode_sdxl, ids_tensor, load_tokenizer, tokenize_batch
+from training.models.text_encoders import encode_sd1, encode_sdxl, ids_tensor, load_tokenizer
 
 PROMPTS = ["", "red cat", "a dog, watermark, score_9"]
 
@@ -26,8 +26,13 @@ def sd1(sd1_folder):
     return StableDiffusionPipeline.from_pretrained(sd1_folder)
 
 
+def tokenize_batch(prompts, tokenizers):
+    num_chunks = max(prompt.num_chunks for prompt in tokenize(prompts, tokenizers[0]))
+    return [ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), "cpu") for tokenizer in tokenizers]
+
+
 def encode(pipeline, prompts):
-    ids = tokenize_batch(prompts, (pipeline.tokenizer, pipeline.tokenizer_2), "cpu")
+    ids = tokenize_batch(prompts, (pipeline.tokenizer, pipeline.tokenizer_2))
     with torch.inference_mode():
         return encode_sdxl(pipeline.text_encoder, pipeline.text_encoder_2, *ids)
 
@@ -60,7 +65,7 @@ def test_long_prompts_are_encoded_chunk_by_chunk_and_pooled_from_the_first(sdxl)
 
 
 def test_each_encoder_gets_its_own_pads(sdxl):
-    first, second = tokenize_batch(["red cat"], (sdxl.tokenizer, sdxl.tokenizer_2), "cpu")
+    first, second = tokenize_batch(["red cat"], (sdxl.tokenizer, sdxl.tokenizer_2))
     eos = sdxl.tokenizer.eos_token_id
     assert first.shape == second.shape == (1, 1, 77)
     assert first[0, 0, 3:].tolist() == [eos] * 74
@@ -69,7 +74,7 @@ def test_each_encoder_gets_its_own_pads(sdxl):
 
 
 def test_sd1_equals_diffusers(sd1):
-    (ids,) = tokenize_batch(PROMPTS, (sd1.tokenizer,), "cpu")
+    (ids,) = tokenize_batch(PROMPTS, (sd1.tokenizer,))
     with torch.inference_mode():
         result = encode_sd1(sd1.text_encoder, ids)
         expected = [sd1.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in PROMPTS]
@@ -83,7 +88,7 @@ def test_clip_skip_2_equals_an_encoder_without_its_last_layer(sd1):
     config.num_hidden_layers -= 1
     shorter = CLIPTextModel(config).eval()
     shorter.load_state_dict(sd1.text_encoder.state_dict(), strict=False)
-    (ids,) = tokenize_batch(PROMPTS, (sd1.tokenizer,), "cpu")
+    (ids,) = tokenize_batch(PROMPTS, (sd1.tokenizer,))
     with torch.inference_mode():
         skipped = encode_sd1(sd1.text_encoder, ids, clip_skip=2).hidden_states
         assert not torch.allclose(skipped, encode_sd1(sd1.text_encoder, ids).hidden_states)
@@ -91,7 +96,7 @@ def test_clip_skip_2_equals_an_encoder_without_its_last_layer(sd1):
 
 
 def test_gradients_reach_the_encoders(sdxl):
-    ids = tokenize_batch(["red cat"], (sdxl.tokenizer, sdxl.tokenizer_2), "cpu")
+    ids = tokenize_batch(["red cat"], (sdxl.tokenizer, sdxl.tokenizer_2))
     embedding = sdxl.text_encoder.get_input_embeddings().weight
     embedding.requires_grad_(True)
     encode_sdxl(sdxl.text_encoder, sdxl.text_encoder_2, *ids).hidden_states.sum().backward()

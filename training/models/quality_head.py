@@ -90,29 +90,44 @@ class QualityModel:
             source="judged pairs of this workspace",
             command="foundry run --select quality_model",
         )
-        config = weights.read_config(folder / "config.json")
-        state = weights.read_tensors(folder / "model.safetensors")
+        cuts = weights.read_config(folder / "config.json").get("cuts")
+        if not isinstance(cuts, list):
+            raise ModelError(f"quality model: {folder / 'config.json'} has cuts={cuts!r}, not a list of cut points")
+        return cls.read_heads(folder / "model.safetensors", cuts, device)
+
+    @classmethod
+    def read_heads(cls, path: Path, cuts: Sequence[float], device: str | torch.device = "cpu") -> "QualityModel":
+        """Load the heads alone, of one file that `write_heads` wrote; their sizes are those of the tensors.
+
+        Raises:
+            ModelError: The file is broken or holds other tensors.
+        """
+        state = weights.read_tensors(path)
         heads = {}
         for name in ("utility", "junk"):
             part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             if part or name == "utility":
-                heads[name] = ScalarHead(config["width"], config["hidden"])
-                weights.load_state(heads[name], part, folder / "model.safetensors")
-        return cls(heads["utility"], heads.get("junk"), config["cuts"], device)
+                shape = part["linear1.weight"].shape if "linear1.weight" in part else (_HIDDEN, 1)
+                heads[name] = ScalarHead(width=shape[1], hidden=shape[0])
+                weights.load_state(heads[name], part, path)
+        return cls(heads["utility"], heads.get("junk"), cuts, device)
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` (sizes and cut points) and `model.safetensors`."""
+        """Write `config.json` (the cut points) and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
+        config = {"class": "QualityModel", "cuts": list(self.cuts)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        self.write_heads(folder / "model.safetensors")
+
+    def write_heads(self, path: Path) -> None:
+        """Write the heads alone to one safetensors file."""
         heads = {"utility": self.utility} | ({} if self.junk is None else {"junk": self.junk})
         state = {
             f"{name}.{key}": value.cpu().contiguous()
             for name, head in heads.items()
             for key, value in head.state_dict().items()
         }
-        hidden, width = self.utility.linear1.weight.shape
-        config = {"class": "QualityModel", "width": width, "hidden": hidden, "cuts": list(self.cuts)}
-        save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(state, path)
 
     def preprocess(self, embeddings: np.ndarray) -> torch.Tensor:
         """CLIP class tokens `(N, width)` as an fp32 tensor.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.data.tokens import TokenizedPrompt, tokenize
+from training.data.tokens import TokenizedPrompt
 from training.errors import ModelError
 
 
@@ -45,15 +45,6 @@ def ids_tensor(prompts: Sequence[TokenizedPrompt], device: str | torch.device) -
     """Token ids `(B, n, 77)` int64 of prompts that have the same number of chunks."""
     assert len({prompt.num_chunks for prompt in prompts}) == 1, "prompts of one batch share a number of chunks"
     return torch.tensor([prompt.ids for prompt in prompts], dtype=torch.int64, device=device)
-
-
-def tokenize_batch(
-    prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer], device: str | torch.device
-) -> tuple[torch.Tensor, ...]:
-    """Token ids `(B, n, 77)` per tokenizer, n being what the longest prompt needs, at most 3."""
-    first = tokenize(prompts, tokenizers[0])
-    num_chunks = max(prompt.num_chunks for prompt in first)
-    return tuple(ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), device) for tokenizer in tokenizers)
 
 
 def encode_sdxl(

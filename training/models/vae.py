@@ -31,10 +31,13 @@ class EncodedImage:
 
 
 class Vae:
-    """The adapter: batches of images of one size to rows of latents, and latents to images."""
+    """The adapter: batches of images of one size to rows of latents, and latents to images.
+
+    The model given must be in fp32: SDXL's own VAE overflows in half precision.
+    """
 
     def __init__(self, model: AutoencoderKL, device: str | torch.device) -> None:
-        self.model = model.to(device, torch.float32).eval().requires_grad_(False)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.scale = 2 ** (len(model.config.block_out_channels) - 1)
         """Pixels per latent along a side."""
