@@ -4,6 +4,7 @@ A checkpoint's own scheduler config is for SDXL `EulerDiscreteScheduler` with le
 starts at sigma 11.5 instead of 14.6 and never sees pure noise. So only what describes the training is taken from it.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -31,15 +32,18 @@ def make_scheduler(sampler: Sampler, noise_scheduler_config: Mapping[str, Any], 
     arXiv:2305.08891, section 3.3 (trailing timesteps, so that DDIM starts from pure noise).
     """
     trained = {key: noise_scheduler_config[key] for key in _TRAINING_KEYS if key in noise_scheduler_config}
-    scheduler: SamplingScheduler
-    if sampler == "dpmpp_2m_karras":
-        scheduler = DPMSolverMultistepScheduler(
-            **trained, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=True
-        )
-    elif sampler == "euler_a":
-        scheduler = EulerAncestralDiscreteScheduler(**trained, timestep_spacing="linspace")
-    else:
-        # Latents leave [-1, 1], so nothing is clipped; the last step ends at the schedule's own first alpha.
-        scheduler = DDIMScheduler(**trained, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(num_steps)
+    with warnings.catch_warnings():
+        # diffusers 0.42 reads tensors with np.array, which NumPy 2 deprecates for those that cannot say `copy`.
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword", DeprecationWarning)
+        scheduler = _make(sampler, trained)
+        scheduler.set_timesteps(num_steps)
     return scheduler
+
+
+def _make(sampler: Sampler, trained: dict[str, Any]) -> SamplingScheduler:
+    if sampler == "dpmpp_2m_karras":
+        return DPMSolverMultistepScheduler(**trained, solver_order=2, use_karras_sigmas=True)
+    if sampler == "euler_a":
+        return EulerAncestralDiscreteScheduler(**trained, timestep_spacing="linspace")
+    # Latents leave [-1, 1], so nothing is clipped; the last step ends at the schedule's own first alpha.
+    return DDIMScheduler(**trained, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
