@@ -65,7 +65,7 @@ def write_instance(home: Path) -> None:
 
 @contextlib.contextmanager
 def instance(home: Path) -> Iterator[dg.DagsterInstance]:
-    """Open the workspace's instance; inside, DAGSTER_HOME of this process names it.
+    """Open the workspace's instance; inside, DAGSTER_HOME and FOUNDRY_HOME of this process name the workspace.
 
     Raises:
         WorkspaceError: `dagster.yaml` is missing, or places storage outside the workspace.
@@ -74,16 +74,18 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
     if not (folder / "dagster.yaml").is_file():
         raise WorkspaceError(f"{folder / 'dagster.yaml'} is missing; write it with `foundry init {home}`")
     check_storage(InstanceRef.from_dir(str(folder)), home)
-    before = os.environ.get("DAGSTER_HOME")
-    os.environ["DAGSTER_HOME"] = str(folder)
+    names = {"DAGSTER_HOME": str(folder), "FOUNDRY_HOME": str(home.resolve())}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= names
     try:
         with dg.DagsterInstance.get() as opened:
             yield opened
     finally:
-        if before is None:
-            del os.environ["DAGSTER_HOME"]
-        else:
-            os.environ["DAGSTER_HOME"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_instance(opened: dg.DagsterInstance, home: Path) -> None:

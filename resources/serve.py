@@ -7,9 +7,9 @@ process group with it. A trainer is a session of its own and outlives all of the
 
 import contextlib
 import ctypes
-import fcntl
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
+from resources import torchrun
 from training.commit import lock
 from training.errors import ConfigError, PipelineError
 
@@ -28,6 +29,8 @@ START_TIMEOUT_S = 180
 """How long the pages may take to answer, seconds; 10 is usual on two cores."""
 STOP_TIMEOUT_S = 15
 """How long children may take to end before they are killed, seconds."""
+FIRST_PAGES = {"Dagster": "asset-groups", "MLflow": "#/experiments?workflowType=machine_learning"}
+"""The asset graph, and MLflow's view for training instead of the one for agents."""
 LAST_LINES = 12
 """How much of a dead child's log is shown."""
 PR_SET_PDEATHSIG = 1
@@ -49,8 +52,8 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
     with lock(home / "locks" / "up.lock", f"`foundry up` on {home}", wait_s=0):
         _check_port(dagster_port, "Dagster", "--port")
         _check_port(mlflow_port, "MLflow", "--mlflow-port")
-        with _signals() as asked, tempfile.TemporaryDirectory(prefix="foundry-") as folder:
-            children = _Children(home, Path(folder) / "code.sock")
+        with _signals() as asked, tempfile.TemporaryDirectory(prefix="foundry-") as sockets:
+            children = _Children(home, Path(sockets) / "code.sock")
             try:
                 children.start("code server")
                 children.start("Dagster", dagster_port)
@@ -59,23 +62,10 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
                 return _watch(children, asked, {"Dagster": dagster_port, "MLflow": mlflow_port})
             finally:
                 children.stop(asked)
-                for run in running_trainers(home):
-                    print(
-                        f"Training run {run} goes on; follow it with `foundry train --home {home} --run {run}`",
-                        flush=True,
-                    )
-
-
-def running_trainers(home: Path) -> list[str]:
-    """Names of the runs whose trainer holds its lock."""
-    names = []
-    for path in sorted(home.glob("runs/*/trainer.lock")):
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                names.append(path.parent.name)
-    return names
+                for folder in sorted((home / "runs").glob("*/")):
+                    if torchrun.is_running(folder):
+                        follow = f"foundry train --home {home} --run {folder.name}"
+                        print(f"Training run {folder.name} goes on; follow it with `{follow}`", flush=True)
 
 
 class _Children:
@@ -156,7 +146,7 @@ def _watch(children: _Children, asked: list[int], ports: dict[str, int]) -> int:
             waiting = {name: port for name, port in waiting.items() if not _answers(port)}
             if not waiting:
                 for name, port in ports.items():
-                    print(f"{name:8}http://{HOST}:{port}", flush=True)
+                    print(f"{name:8}http://{HOST}:{port}/{FIRST_PAGES[name]}", flush=True)
                 print("Ctrl-C stops both.", flush=True)
         time.sleep(0.2)
     return 0
@@ -275,17 +265,22 @@ def _wait_for(code_socket: Path) -> None:
         time.sleep(0.1)
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int, sockets: Path) -> None:
     """End this process and all that it started when `parent` ends, even by kill -9."""
-    signal.signal(signal.SIGHUP, lambda *_: os.killpg(0, signal.SIGKILL))
+
+    def end(*_: object) -> None:
+        shutil.rmtree(sockets, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGHUP, end)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:
-        raise SystemExit(1)
+        end()
 
 
 def main(name: str, home: str, port: str, code_socket: str, parent: str) -> None:
     """What a child process does."""
-    _die_with(int(parent))
+    _die_with(int(parent), Path(code_socket).parent)
     try:
         CHILDREN[name](Path(home), int(port), Path(code_socket))
     except PipelineError as error:

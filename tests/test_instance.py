@@ -102,16 +102,19 @@ def test_storage_outside_of_the_workspace_is_refused(tmp_path, monkeypatch, key,
     assert not other.exists()
 
 
-def test_the_environment_is_restored(tmp_path, monkeypatch):
+def test_inside_the_environment_names_the_workspace(tmp_path, monkeypatch):
     write_instance(tmp_path)
-    for before in (None, "/elsewhere"):
-        if before is None:
-            monkeypatch.delenv("DAGSTER_HOME", raising=False)
-        else:
-            monkeypatch.setenv("DAGSTER_HOME", before)
-        with instance(tmp_path):
-            assert os.environ["DAGSTER_HOME"] == str(tmp_path / "dagster")
-        assert os.environ.get("DAGSTER_HOME") == before
+    inside = {"DAGSTER_HOME": str(tmp_path / "dagster"), "FOUNDRY_HOME": str(tmp_path)}
+    for name in inside:
+        monkeypatch.delenv(name, raising=False)
+    with instance(tmp_path):
+        assert {name: os.environ.get(name) for name in inside} == inside
+    assert not inside.keys() & os.environ.keys()
+    for name in inside:
+        monkeypatch.setenv(name, "/elsewhere")
+    with instance(tmp_path):
+        assert {name: os.environ.get(name) for name in inside} == inside
+    assert {os.environ[name] for name in inside} == {"/elsewhere"}
 
 
 def test_a_folder_without_settings_is_no_instance(tmp_path):

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import dagster as dg
 import httpx
 import pytest
+from dagster._core.storage.tags import GRPC_INFO_TAG
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -144,7 +145,11 @@ def both(tmp_path_factory, code) -> Iterator[tuple[Up, Up]]:
     try:
         for up in ups:
             lines = [up.process.stdout.readline() for _ in range(3)]
-            assert lines == [f"Dagster {up.dagster}\n", f"MLflow  {up.mlflow}\n", "Ctrl-C stops both.\n"]
+            assert [line.partition("/#")[0].strip() for line in lines] == [
+                f"Dagster {up.dagster}/asset-groups",
+                f"MLflow  {up.mlflow}",
+                "Ctrl-C stops both.",
+            ]
         yield ups[0], ups[1]
     finally:
         for up in ups:
@@ -256,10 +261,13 @@ def test_kill_9_of_up_takes_children_and_runs_along(both):
         run = opened.get_run_by_id(run_id)
         assert opened.run_launcher.check_run_worker_health(run).status.name == "RUNNING"
         assert len(up.processes()) >= 5
+        sockets = Path(json.loads(run.tags[GRPC_INFO_TAG])["socket"]).parent
+        assert sockets.is_dir()
         os.kill(up.process.pid, signal.SIGKILL)
         wait_until(lambda: not up.processes(), 20)
         health = opened.run_launcher.check_run_worker_health(run)
         assert (health.status.name, health.msg) == ("NOT_FOUND", "its code server is gone")
+        assert not sockets.exists()
 
 
 def test_ctrl_c_leaves_nothing_but_the_trainer(both):
