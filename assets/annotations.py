@@ -6,7 +6,6 @@ from functools import partial
 
 import dagster as dg
 import polars as pl
-from training.data.captions import choose_caption
 
 from assets.metadata import describe, shown
 from assets.partitions import shards
@@ -17,6 +16,7 @@ from resources.store import Made, Store
 from resources.warehouse import rebuild
 from training.annotations import ROWS, Annotator, failures
 from training.commit import Manifest, json_digest
+from training.data.captions import from_sources
 from training.data.tables import rejections
 from training.errors import DataError
 from training.evaluation import figures
@@ -164,13 +164,10 @@ def _report(store: Store, stage: Stage, frame: pl.DataFrame, pictures: pl.DataFr
 
 def _captions(store: Store, key: str) -> Made:
     """Captions of a shard as its sidecars have them."""
-    pictures = store.read_slice(CAPTIONS, "raw_images", key)
-    listed = store.read_slice(CAPTIONS, "source_listing", key)
-    said = pictures.join(listed, on=["source", "source_id"], how="left").sort("source", "source_id")
-    chosen = said.group_by("image_id").agg(pl.col("caption")).sort("image_id")
-    frame = chosen.select(
-        "image_id",
-        pl.lit("sidecar").alias("model"),
-        pl.col("caption").map_elements(choose_caption, return_dtype=pl.String, skip_nulls=False),
+    raw = store.read_slice(CAPTIONS, "raw_images", key)
+    frame = from_sources(store.read_slice(CAPTIONS, "source_listing", key), raw)
+    return Made(
+        frame=frame,
+        rows_in=raw["image_id"].n_unique(),
+        report={"numbers": {"with a caption": frame["caption"].count()}},
     )
-    return Made(frame=frame, rows_in=frame.height, report={"numbers": {"with a caption": frame["caption"].count()}})

@@ -1,16 +1,16 @@
 """Which pictures are the same one: by bytes, by pixels, or nearly."""
 
 import dagster as dg
-from training.data.duplicates import find_groups
 
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from resources.stages import Reads, Scope, Stage
 from resources.store import Made, Store
+from training.data.duplicates import find_groups
 
 COLUMNS = (
     "source", "source_id", "image_id", "locator", "height", "width", "bytes", "pixel_digest", "phash", "phash_mirrored",
-    "contrast",
+    "brightness", "contrast",
 )  # fmt: skip
 STAGE = Stage(name="duplicate_groups", version=1, scope=Scope.ALL, reads=(Reads("raw_images", COLUMNS),))
 

@@ -101,7 +101,8 @@ def shown(manifest: Manifest, store: Store, *, partitioned: bool) -> dict[str, A
     for name, markdown in report.get("pictures", {}).items():
         metadata[name] = dg.MetadataValue.md(markdown)
     for name, rows in report.get("tables", {}).items():
-        metadata[name] = _table(rows)
+        if rows:
+            metadata[name] = _table(rows)
     for name, url in report.get("links", {}).items():
         metadata[name] = dg.MetadataValue.url(url)
     if manifest.files:

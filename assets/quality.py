@@ -115,9 +115,7 @@ def quality_scores(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
         utility, junk = quality.judge(heads, embeddings)
         projections = np.array(embeddings["projection"].to_list(), dtype=np.float32)
         aesthetic = Aesthetic.load(store.model_path("aesthetic"), "cpu")(projections) if len(projections) else []
-        frame = scores.score_table(
-            embeddings["image_id"], utility, junk, aesthetic, raw, model["cut_points"], store.config.quality
-        )
+        frame = quality.score_table(raw, utility, junk, aesthetic, model["cut_points"], store.config.quality)
         return Made(frame=frame, rows_in=embeddings.height, report=_report(store, frame, raw))
 
     return materialize(context, store, SCORES, make)

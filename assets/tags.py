@@ -32,7 +32,7 @@ STAGE = Stage(
 def read_aliases(store: Store) -> Aliases:
     """The workspace's alias table, resolved."""
     name = store.config.tags.aliases
-    return load_aliases(store.resource_path(name) if name else None)
+    return load_aliases(store.resource_path(name)) if name else Aliases()
 
 
 @dg.asset(deps=["raw_images", "source_listing", "tags"], **describe(STAGE, "curate", "polars"))
@@ -43,14 +43,15 @@ def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
         from training.models.text_encoders import load_tokenizer
 
         tokenizer = load_tokenizer(store.model_path("clip"))
-        aliases = read_aliases(store)
+        config = store.config.tags
+        raw, listing = (store.read_slice(STAGE, table, key) for table in ("raw_images", "source_listing"))
         frame = vocabulary(
-            raw_images=store.read_slice(STAGE, "raw_images", key),
-            listing=store.read_slice(STAGE, "source_listing", key),
-            tags=store.read_slice(STAGE, "tags", key),
-            config=store.config.tags,
-            aliases=aliases,
-            pieces=tokenizer.tokenize,
+            raw.join(listing, on=["source", "source_id"]).select("image_id", "tags"),
+            store.read_slice(STAGE, "tags", key),
+            threshold=config.threshold,
+            aliases=read_aliases(store),
+            blacklist=config.blacklist,
+            pieces=lambda tags: [tokenizer.tokenize(tag) for tag in tags],
         )
         top = frame.sort("num_images", "tag", descending=[True, False]).head(25)
         return Made(

@@ -78,7 +78,9 @@ def run(
     store = _open(home)
     started = time.monotonic()
     with console.progress() as announce:
-        outcomes = pipeline.run(store.home, select=select, only=only, max_minutes=max_minutes, started=announce)
+        outcomes = pipeline.bring_up_to_date(
+            store.home, select=select, only=only, max_minutes=max_minutes, started=announce
+        )
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
     if any(outcome.unfinished for outcome in outcomes):
         raise typer.Exit(1)
@@ -172,7 +174,7 @@ def train(
     recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe whose [run] half to train.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
 ) -> None:
     """Start, resume or follow a training run."""
@@ -182,23 +184,25 @@ def train(
 
     store = _open(home)
     if stop:
-        print(torchrun.stop(store.run_folder(run)))
+        folder = store.run_folder(run)
+        if not torchrun.is_running(folder):
+            print(f"run {run}: no trainer is running")
+            return
+        ending = torchrun.start_or_attach(folder, 1).stop()
+        print(f"run {run}: {ending['event']} at {ending['samples_seen']} samples")
+        return
+    if recipe is not None and dry_run:
+        rules = workspace.tiny_rules(recipe, tiny=tiny)
+        path = recipes.recipe_path(workspace.RECIPES, recipe)
+        print(recipes.run_toml(recipes.run_config(path, set_ or [], tiny=rules)))
         return
     if recipe is not None:
-        shrink = workspace.tiny_rules(recipe, tiny=tiny)
-        config = recipes.run_config(recipes.recipe_path(workspace.RECIPES, recipe), set_ or [], tiny=shrink)
-        if dry_run:
-            print(recipes.run_toml(config))
-            return
-        workspace.write_run(store.home, run, config)
-    else:
-        workspace.require_run(store, run)
+        workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
+    workspace.require_run(store, run)
+    started = time.monotonic()
     with console.progress() as announce:
-        outcomes = pipeline.run(store.home, select=f"checkpoints or {_BEFORE_TRAINING}", run=run, started=announce)
-    console.summary(Store(store.home), outcomes, 0.0)
-
-
-_BEFORE_TRAINING = "training_set or base_model"
+        outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
+    console.summary(Store(store.home), outcomes, time.monotonic() - started)
 
 
 @app.command()

@@ -36,12 +36,13 @@ class Outcome:
     """Stale partitions left because time was up."""
 
 
-def run(
+def bring_up_to_date(
     home: Path,
     *,
     select: str | None = None,
     only: bool = False,
     max_minutes: float | None = None,
+    run: str | None = None,
     started: Callable[[str, int], None] = lambda stage, partitions: None,
 ) -> list[Outcome]:
     """Bring the selected stages, and unless `only` all that they follow from, up to date.
@@ -51,6 +52,7 @@ def run(
         select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`); None for everything.
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
+        run: Of all training runs, only this one.
         started: Told of each stage that has work, before it begins.
 
     Raises:
@@ -68,7 +70,7 @@ def run(
         outcomes = []
         for stages in _selected(select, only=only):
             mirror(instance, store)
-            outcomes.extend(_bring_up_to_date(instance, Store(home), stages, deadline, started))
+            outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started))
     rebuild(store)
     return outcomes
 
@@ -93,16 +95,19 @@ def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
     yield from bodies.values()
 
 
-def _bring_up_to_date(
+def _run_body(
     instance: dg.DagsterInstance,
     store: Store,
     stages: list[Stage],
+    run: str | None,
     deadline: float | None,
     started: Callable[[str, int], None],
 ) -> list[Outcome]:
     """Run one body over the stale partitions of its stages."""
     begin = time.monotonic()
     stale = {stage.name: store.stale(stage) for stage in stages}
+    if run is not None and stages[0].scope is Scope.RUN:
+        stale = {name: [key for key in keys if key == run] for name, keys in stale.items()}
     keys = sorted(set().union(*stale.values()))
     left: list[str] = []
     if keys:
@@ -145,11 +150,8 @@ def _execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[s
             tags=tags,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
-    except dg.DagsterExecutionStepExecutionError as error:
-        cause = error.user_exception
-        if isinstance(cause, PipelineError):
-            raise type(cause)(f"{stages[0].name}: {cause}") from None
-        raise
+    except PipelineError as error:
+        raise type(error)(f"{stages[0].name}: {error}") from None
 
 
 def _outcome(store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float) -> Outcome:

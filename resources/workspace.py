@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from resources import instance
+from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
 from training.commit import lock, write_bytes
 from training.config import FREE_KEYS, RunConfig
+from training.data.prompts import make_prompt
 from training.errors import ConfigError, WorkspaceError
 from training.run_folder import CONFIG, EVENTS, read_config
+from training.seeds import Purpose, generator
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -72,3 +75,35 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
                 listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
                 raise ConfigError(f"run {run!r} was started with other values ({listed}); choose another --run name")
         write_bytes(path, recipes.run_toml(config).encode())
+
+
+def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
+    """Fix a run's configuration from a recipe.
+
+    Raises:
+        ConfigError: no such recipe, a wrong key or value, or a started run with other values.
+    """
+    rules = tiny_rules(recipe, tiny=tiny)
+    write_run(home, run, recipes.run_config(recipes.recipe_path(RECIPES, recipe), assignments, tiny=rules))
+
+
+def require_run(store: Store, run: str) -> None:
+    """Check that a run is configured.
+
+    Raises:
+        ConfigError: it is not; the message lists those that are.
+    """
+    if not (store.run_folder(run) / CONFIG).is_file():
+        known = ", ".join(store.keys(Scope.RUN)) or "none"
+        raise ConfigError(f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}")
+
+
+def example_prompts(store: Store, run: str, num_prompts: int) -> list[str]:
+    """Prompts of the first samples of a run's training set, as epoch 0 makes them."""
+    require_run(store, run)
+    config = read_config(store.run_folder(run))
+    samples = store.read("training_set", parts=[config.encoding]).head(num_prompts)
+    return [
+        make_prompt(sample, config.prompts, generator(config.seed, Purpose.PROMPT, 0, sample["image_id"]))[0]
+        for sample in samples.iter_rows(named=True)
+    ]

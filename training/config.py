@@ -84,7 +84,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsConfig:
-    """Folders of borrowed weights; relative to the workspace, or `demo:NAME` for the embedded tiny ones."""
+    """Folders of borrowed weights; relative to the workspace, or `demo:PATH` inside `demo/`."""
 
     clip: str = "models/clip-vit-large-patch14"
     """CLIPModel: embeddings, CLIP score, quality and aesthetics."""
@@ -120,7 +120,7 @@ class TagConfig:
     threshold: float = 0.4
     """Tagger probability from which a tag counts. JoyTag's published working point."""
     aliases: str = ""
-    """CSV `name,category,count,"alias1,alias2"` without a header; relative to the workspace, or `demo:aliases`."""
+    """CSV `name,category,count,"alias1,alias2"` without a header; relative to the workspace."""
     blacklist: tuple[str, ...] = ()
     """Canonical tags that are dropped."""
 
@@ -242,7 +242,7 @@ class PromptSetConfig:
     """Prompts that checkpoints are judged by."""
 
     file: str
-    """CSV with columns prompt_id, text, negative, group, height, width; or `demo:prompts`."""
+    """CSV with columns prompt_id, text, negative, group, height, width; relative to the workspace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from training.config import QualityConfig
-from training.data.quality import cut_points
+from training.data.quality import cut_points, percentiles, scores
 from training.errors import ModelError
 
 if TYPE_CHECKING:
@@ -88,6 +88,40 @@ def judge(model: "QualityModel", embeddings: pl.DataFrame) -> tuple[np.ndarray, 
     utility = np.array([row.utility for row in rows], dtype=np.float32)
     junk = np.array([row.junk_probability or 0.0 for row in rows], dtype=np.float32)
     return utility, junk
+
+
+def score_table(
+    raw: pl.DataFrame,
+    utility: np.ndarray,
+    junk: np.ndarray,
+    aesthetic: Sequence[float],
+    cuts: Sequence[float],
+    config: QualityConfig,
+) -> pl.DataFrame:
+    """Rows of `quality_scores`.
+
+    Args:
+        raw: image_id, height, width, bytes and low-level measures, in the order of the other arguments.
+        utility: `(N,)`.
+        junk: Junk probability `(N,)`.
+        aesthetic: LAION aesthetic score per image.
+        cuts: Frozen cut points of scores 1-9.
+        config: Junk threshold and the shares that the cut points stand for.
+    """
+    return raw.select(
+        "image_id",
+        pl.Series("utility", utility, dtype=pl.Float32),
+        pl.Series("percentile", percentiles(utility, cuts, config.shares), dtype=pl.Float32),
+        pl.Series("score", scores(utility, junk, cuts, config.junk_threshold), dtype=pl.Int8),
+        pl.Series("junk_prob", junk, dtype=pl.Float32),
+        pl.Series("aesthetic", np.asarray(aesthetic), dtype=pl.Float32),
+        "brightness",
+        "contrast",
+        "sharpness",
+        (pl.col("bytes") / (pl.col("height").cast(pl.Float64) * pl.col("width")))
+        .cast(pl.Float32)
+        .alias("bytes_per_pixel"),
+    )
 
 
 def _matrix(embeddings: pl.DataFrame) -> np.ndarray:

@@ -11,8 +11,8 @@ import polars as pl
 
 from training.errors import DataError
 
-BOX = pl.Struct({name: pl.Float64 for name in ("y0", "x0", "y1", "x1")})
-SCORED_BOX = pl.Struct({name: pl.Float64 for name in ("y0", "x0", "y1", "x1", "confidence")})
+BOX = pl.Struct(dict.fromkeys(("y0", "x0", "y1", "x1"), pl.Float64))
+SCORED_BOX = pl.Struct(dict.fromkeys(("y0", "x0", "y1", "x1", "confidence"), pl.Float64))
 TAG = pl.Struct({"name": pl.String, "category": pl.String})
 SCORED_TAG = pl.Struct({"name": pl.String, "probability": pl.Float32})
 UTC = pl.Datetime("us", "UTC")
