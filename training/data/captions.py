@@ -1,0 +1,45 @@
+"""Which sentence a picture is trained with."""
+
+import polars as pl
+
+from training.data.tables import TABLES
+
+SIDECAR = "sidecar"
+"""Model name under which a source's own sentences stand in `captions`."""
+
+
+def from_sources(listing: pl.DataFrame, raw_images: pl.DataFrame) -> pl.DataFrame:
+    """The sources' own sentences as rows of `captions`.
+
+    Args:
+        listing: Columns source, source_id, caption.
+        raw_images: Columns source, source_id, image_id.
+
+    Returns:
+        `captions` with model `sidecar`, a row for each image: the sentence of its first candidate that has one,
+        null when none has.
+    """
+    joined = raw_images.select("source", "source_id", "image_id").join(
+        listing.select("source", "source_id", "caption"), on=["source", "source_id"], how="left"
+    )
+    found = (
+        joined.sort("source", "source_id")
+        .group_by("image_id")
+        .agg(pl.col("caption").drop_nulls().first())
+        .select("image_id", "caption", model=pl.lit(SIDECAR))
+    )
+    return TABLES["captions"].conform(found)
+
+
+def choose(captions: pl.DataFrame) -> pl.DataFrame:
+    """One sentence per image: the source's own before a model's, models in order of name, empty ones never.
+
+    Args:
+        captions: Rows of `captions`, of any models.
+
+    Returns:
+        Columns image_id, caption; images without a sentence are absent.
+    """
+    present = captions.filter(pl.col("caption").str.strip_chars() != "")
+    ranked = present.sort(pl.col("model") != SIDECAR, "model")
+    return ranked.group_by("image_id").agg(pl.col("caption").first()).sort("image_id")
