@@ -117,7 +117,7 @@ def write_world(folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: i
     _add_trouble(world, num_pictures)
     lines = [json.dumps(row, ensure_ascii=False) for row in world.rows]
     (folder / "truth.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    _write_aliases(folder / "aliases.csv", world.rows)
+    write_aliases(folder / "aliases.csv", num_pictures=num_pictures, seed=seed)
     pairs = folder / "labels" / "pairs" / "demo.jsonl"
     pairs.parent.mkdir(parents=True, exist_ok=True)
     judged = judge_pairs(world.rows, PAIRS_PER_PICTURE * num_pictures, seed)
@@ -144,7 +144,7 @@ def _add_pictures(world: World, count: int) -> None:
 def _add_copies(world: World, count: int) -> None:
     """Equal bytes, equal pixels in another encoding, and nearly equal pictures (shrunk and packed anew)."""
     rng = generator(world.seed, Purpose.DEMO, "copies")
-    originals = [row for row in world.rows if row["kind"] == "good" and row["quality"] >= 4]
+    originals = [row for row in world.rows if row["kind"] == "good"]
     each = math.ceil(count / 36)
     for number, row in enumerate(rng.sample(originals, 3 * each)):
         data = (world.pictures / row["path"]).read_bytes()
@@ -168,7 +168,7 @@ def _add_copies(world: World, count: int) -> None:
 
 
 def _add_junk(world: World, count: int) -> None:
-    for index in range(math.ceil(count / 15)):
+    for index in range(max(2, math.ceil(count / 15))):
         image = trouble.draw_junk(world.seed, "world", index)
         size = {"height": image.height, "width": image.width}
         world.add(f"downloads/junk_{index:03d}.jpg", trouble.encode(image, "jpg"), "junk", quality=0, junk=True, **size)
@@ -193,9 +193,10 @@ def _add_trouble(world: World, count: int) -> None:
         world.add_scene(f"trouble/{name}", trouble.encode(draw(scene).image, "png"), "odd_name", scene, None)
 
 
-def _write_aliases(path: Path, rows: list[Row]) -> None:
-    """Tag, category, count and aliases, without a header: the layout of danbooru's table for tag completion."""
-    counts = {tag: sum(tag in row["tags"] for row in rows) for tag in all_tags()}
+def write_aliases(path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED) -> None:
+    """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion, no header."""
+    scenes = [sample_scene(seed, "world", index) for index in range(num_pictures)]
+    counts = {tag: sum(tag in tags_of(scene) for scene in scenes) for tag in all_tags()}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
