@@ -3,6 +3,7 @@
 The trainer outlives whoever started it; another process attaches to it by its lock and its log. Free of torch.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -89,7 +90,8 @@ class TrainerHandle:
                     f"run {self.folder.name} is trained on {holder[2]}, stop it there: kill {holder[1]}"
                 )
             # Rank 0 alone: all ranks agree on its wish, and torchrun has no deadline then.
-            _signal(int(holder[1]), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+                os.kill(int(holder[1]), signal.SIGTERM)
         elif self.process is not None:
             self.process.terminate()  # still starting: nothing to save
         return self.wait()
@@ -156,10 +158,3 @@ def _attempt_offset(path: Path) -> int:
 
 def _read_text(path: Path) -> str:
     return path.read_text("utf-8", errors="replace") if path.is_file() else ""
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself a moment ago

@@ -150,41 +150,80 @@ class TinyRun:
     rows: pl.DataFrame
 
 
-@pytest.fixture
-def make_run(tmp_path, tiny_sdxl):
-    """`make_run("name", key=value, ...)`: a run of 22 + 5 images, 6 steps of 8 samples, unless told otherwise."""
+def build_run(workspace, base_model, name, changes):
+    """Write a run into a workspace that has the tiny training set and its latents, which are made when missing."""
     import tomlkit
 
     from training.models.weights import model_digest
 
     rows = training_rows(22, 5)
-    table = tmp_path / "tables" / "training_set"
+    table = workspace / "tables" / "training_set"
     entry = commit.write_parquet(table, "tiny.f", rows)
     for shard in SHARDS:
-        write_generation(tmp_path / "latents" / "tiny" / shard, 1, rows.filter(pl.col("shard") == shard))
+        folder = workspace / "latents" / "tiny" / shard
+        if not folder.exists():
+            write_generation(folder, 1, rows.filter(pl.col("shard") == shard))
+    values = {
+        "encoding": "tiny",
+        "num_samples": 48,
+        "seed": 11,
+        "reduction": "canonical",
+        "prompts": {"mean_tags": 8.0, "std_tags": 6.0},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 3},
+        "optimizer": {"learning_rate": 1e-3, "warmup_samples": 16, "ema_half_life_samples": 24},
+        "loss": {"watermark_weight": 0.25, "noise_offset": 0.05},
+        "validation": {"every_samples": 24},
+        "checkpoints": {"every_samples": 24},
+    }
+    assignments = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    config = toml.build(RunConfig, toml.override(values, assignments))
+    folder = workspace / "runs" / name
+    folder.mkdir(parents=True)
+    (folder / run_folder.CONFIG).write_text(tomlkit.dumps(toml.dump(config)))
+    inputs = run_folder.RunInputs(
+        run=name, training_set=table / entry.name, training_set_sha256=entry.sha256, fingerprint="f" * 16,
+        latents=workspace / "latents" / "tiny", base_model=base_model, base_digest=model_digest(base_model),
+    )  # fmt: skip
+    run_folder.write_inputs(folder, inputs)
+    return TinyRun(folder, config, inputs, rows)
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_sdxl):
+    """`make_run("name", **{"a.b": value})`: 22 + 5 images, 7 steps of up to 8 samples unless told otherwise."""
 
     def make(name="demo", **changes):
-        values = {
-            "encoding": "tiny",
-            "num_samples": 48,
-            "seed": 11,
-            "reduction": "canonical",
-            "prompts": {"mean_tags": 8.0, "std_tags": 6.0},
-            "batch": {"global_batch_size": 8, "micro_batch_size": 3},
-            "optimizer": {"learning_rate": 1e-3, "warmup_samples": 16, "ema_half_life_samples": 24},
-            "loss": {"watermark_weight": 0.25, "noise_offset": 0.05},
-            "validation": {"every_samples": 24},
-            "checkpoints": {"every_samples": 24},
-        }
-        config = toml.build(RunConfig, toml.override(values, [f"{k}={json.dumps(v)}" for k, v in changes.items()]))
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / run_folder.CONFIG).write_text(tomlkit.dumps(toml.dump(config)))
-        inputs = run_folder.RunInputs(
-            run=name, training_set=table / entry.name, training_set_sha256=entry.sha256, fingerprint="f" * 16,
-            latents=tmp_path / "latents" / "tiny", base_model=tiny_sdxl, base_digest=model_digest(tiny_sdxl),
-        )  # fmt: skip
-        run_folder.write_inputs(folder, inputs)
-        return TinyRun(folder, config, inputs, rows)
+        return build_run(tmp_path, tiny_sdxl, name, changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, tiny_sdxl):
+    """A finished run that nobody disturbed; not to be written to."""
+    run = build_run(tmp_path_factory.mktemp("unbroken"), tiny_sdxl, "unbroken", {})
+    assert train_here(run) == "finished"
+    return run
+
+
+def train_here(run, stop_at=None, prepare=None):
+    """Train in this process; the `stop_at`-th question for a stop is answered with yes."""
+    from training.event_log import EventLog
+    from training.ranks import Ranks
+    from training.trainer import Trainer
+
+    asked = iter(range(1, 1_000_000))
+    with EventLog(run.folder / run_folder.EVENTS) as log:
+        trainer = Trainer(
+            folder=run.folder, config=run.config, inputs=run.inputs, ranks=Ranks(), log=log,
+            stop_requested=lambda: next(asked) == stop_at,
+        )  # fmt: skip
+        if prepare is not None:
+            prepare(trainer)
+        return trainer.run()
+
+
+@pytest.fixture
+def train():
+    """`train(run, stop_at=n)`, see `train_here`."""
+    return train_here

@@ -6,7 +6,7 @@ Written under a temporary name and renamed. Safetensors and JSON only: nothing i
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def save(folder: Path, state: TrainingState, config: RunConfig, inputs: RunInput
             samples_seen=clock.samples_seen,
             files=files,
             state_files=_entries(temporary / STATE, prefix=f"{STATE}/"),
-            digest=commit.json_digest([[entry.name, entry.sha256] for entry in files]),
+            digest=_weights_digest(files),
             fingerprint=inputs.fingerprint,
             base_digest=inputs.base_digest,
             validation_loss=clock.validation_loss,
@@ -181,6 +181,14 @@ def _save_state(folder: Path, state: TrainingState) -> None:
         shadows = {name: shadow.cpu().contiguous() for name, shadow in state.ema.shadows.items()}
         save_file(shadows, folder / _EMA_STATE)
     (folder / _CLOCK).write_text(json.dumps(dataclasses.asdict(state.clock), indent=1, sort_keys=True) + "\n")
+
+
+def _weights_digest(files: Sequence[commit.Entry]) -> str:
+    """Over the trained model alone: configs name the versions of libraries, and the average is another model."""
+    weights = (entry for entry in files if entry.name.endswith(".safetensors"))
+    return commit.json_digest(
+        [[entry.name, entry.sha256] for entry in weights if not entry.name.startswith(f"{EMA_FOLDER}/")]
+    )
 
 
 def _entries(folder: Path, prefix: str = "") -> tuple[commit.Entry, ...]:

@@ -112,7 +112,7 @@ class Ready:
     state_files: tuple[commit.Entry, ...]
     """What a resume needs besides; removed when the checkpoint is no longer among the last."""
     digest: str
-    """SHA-256 over names and digests of `files`."""
+    """SHA-256 over names and digests of the weights among `files`, the averaged ones aside."""
     fingerprint: str
     """Of the training set."""
     base_digest: str

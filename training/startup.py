@@ -54,6 +54,11 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, device: torch.de
     if config.prompts.empty_prob > 0:
         # The model learns what the empty prompt is, so pipelines must not replace it by zeros.
         parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=False)
+    # Libraries note the folder that a model was loaded from in its config: equal models would differ by it.
+    parts.unet.register_to_config(_name_or_path="")
+    parts.vae.register_to_config(_name_or_path="")
+    for encoder in parts.text_encoders:
+        encoder.config.name_or_path = ""
     dataset = Dataset(read_training_set(inputs), inputs.latents, config, parts.tokenizers)
     for module in (parts.unet, *parts.text_encoders):
         module.to(device)  # the VAE stays on the CPU: it is only saved again

@@ -1,0 +1,154 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from resources import torchrun
+from training import run_folder
+from training.event_log import read_events
+
+LONG = {"num_samples": 4000, "validation.every_samples": 4000, "checkpoints.every_samples": 22}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    # Bits depend on the number of threads, and two ranks share one core here.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def ranks_of(handle):
+    """Process ids of the ranks; each is the leader of a session of its own."""
+    listed = subprocess.run(["pgrep", "-P", str(handle.process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def kill(handle):
+    """torchrun and all ranks at once, as when a machine goes down."""
+    for pid in (*ranks_of(handle), handle.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    handle.process.wait()
+
+
+@pytest.fixture
+def start():
+    """Starts trainers and leaves none behind."""
+    handles = []
+
+    def begin(run, num_processes=1):
+        handle = torchrun.start_or_attach(run.folder, num_processes)
+        handles.append(handle)
+        return handle
+
+    yield begin
+    for handle in handles:
+        if handle.process is not None and handle.process.poll() is None:
+            kill(handle)
+
+
+def until(handle, event):
+    return next(line for line in handle.events() if line["event"] == event)
+
+
+def contents(run, samples_seen):
+    ready = run_folder.read_ready(run_folder.checkpoint_folder(run.folder, samples_seen))
+    return {entry.name: entry.sha256 for entry in (*ready.files, *ready.state_files)}
+
+
+def output(run):
+    return (run.folder / run_folder.OUTPUT).read_text()
+
+
+def test_two_ranks_make_the_bits_of_one(unbroken, make_run, start):
+    run = make_run("two", num_processes=2)
+    assert start(run, 2).wait()["event"] == "finished", output(run)
+    assert read_events(run.folder / run_folder.EVENTS)[0]["num_ranks"] == 2
+    assert contents(run, 52) == contents(unbroken, 52)
+    losses = [
+        [event["loss"].hex() for event in read_events(one.folder / run_folder.EVENTS) if "loss" in event]
+        for one in (run, unbroken)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_trainer_is_attached_to_stopped_killed_and_resumed(make_run, start):
+    run = make_run(**LONG)
+    first = start(run)
+    until(first, "step")
+    assert torchrun.is_running(run.folder)
+    assert os.getsid(first.process.pid) == first.process.pid != os.getsid(0)
+
+    second = torchrun.start_or_attach(run.folder, 1)
+    assert second.process is None
+    assert next(second.events())["event"] == "started"
+    ending = second.stop()
+    assert ending["event"] == "stopped"
+    assert first.wait() == ending
+    assert not torchrun.is_running(run.folder)
+    saved = run_folder.checkpoints(run.folder)[-1]
+    assert run_folder.read_ready(saved).samples_seen == ending["samples_seen"]
+
+    third = start(run)
+    assert until(third, "resumed")["samples_seen"] == ending["samples_seen"]
+    until(third, "checkpoint")
+    until(third, "step")
+    kill(third)
+    killed = third.wait()
+    assert killed["event"] == "failed"
+    assert "without a last line" in killed["reason"]
+
+    fourth = start(run)
+    resumed = until(fourth, "resumed")
+    assert resumed["samples_seen"] % 22 in (0, 8, 16)
+    assert resumed["samples_seen"] > ending["samples_seen"]
+    # torchrun's own way of stopping, as a machine's shutdown uses it.
+    fourth.process.send_signal(signal.SIGTERM)
+    assert fourth.wait()["event"] == "stopped", output(run)
+    events = read_events(run.folder / run_folder.EVENTS)
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_two_killed_and_resumed_ranks_make_the_bits_of_an_unbroken_one(unbroken, make_run, start):
+    run = make_run("broken")
+    for num_processes in (2, 1):
+        handle = start(run, num_processes)
+        until(handle, "checkpoint" if num_processes == 2 else "step")
+        kill(handle)
+    assert start(run, 2).wait()["event"] == "finished", output(run)
+    assert contents(run, 52) == contents(unbroken, 52)
+
+
+@pytest.mark.slow
+def test_the_death_of_one_rank_ends_all_and_is_logged(make_run, start):
+    run = make_run(**LONG)
+    handle = start(run, 2)
+    until(handle, "step")
+    rank_0 = until(torchrun.start_or_attach(run.folder, 1), "started")["pid"]
+    (other,) = [pid for pid in ranks_of(handle) if pid != rank_0]
+    began = time.monotonic()
+    os.kill(other, signal.SIGKILL)
+    ending = handle.wait()
+    assert ending["event"] == "failed"
+    assert "rank" in ending["reason"]
+    assert time.monotonic() - began < 60
+    assert not torchrun.is_running(run.folder)
+
+
+def test_a_run_that_cannot_start_says_why_in_one_line(make_run, start):
+    run = make_run()
+    text = (run.folder / run_folder.CONFIG).read_text()
+    (run.folder / run_folder.CONFIG).write_text(text.replace("num_samples", "num_sampels"))
+    ending = start(run).wait()
+    assert ending["event"] == "failed"
+    assert "num_sampels" in ending["reason"]
+    assert f"training failed: {ending['reason']}" in output(run)
+    assert "training.errors" not in output(run)
+
+
+def test_importing_the_launcher_leaves_torch_alone():
+    code = "import resources.torchrun, sys; sys.exit('torch' in sys.modules or 'dagster' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,275 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from training import checkpoint, run_folder
+from training.errors import TrainingError
+from training.event_log import read_events
+from training.models.unet import load_pipeline_parts
+from training.prefetch import Prefetch
+from training.ranks import Ranks
+from training.trainer import Trainer
+
+MEASURED = ("images_per_s", "data_wait", "eta_s")
+
+
+def contents(run, samples_seen):
+    """Digests of all files of a checkpoint: every tensor of the model, the optimizer and the average, and the clock."""
+    ready = run_folder.read_ready(run_folder.checkpoint_folder(run.folder, samples_seen))
+    return {entry.name: entry.sha256 for entry in (*ready.files, *ready.state_files)}
+
+
+def history(run, *events):
+    """The run's numbers, losses as exact hex."""
+    return [
+        {
+            key: value.hex() if isinstance(value, float) else value
+            for key, value in event.items()
+            if key not in ("time_ms", "attempt", "seconds", *MEASURED)
+        }
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] in events
+    ]
+
+
+def last(run):
+    return read_events(run.folder / run_folder.EVENTS)[-1]
+
+
+def test_a_run_writes_its_log_and_checkpoints_that_sampling_can_load(unbroken):
+    events = read_events(unbroken.folder / run_folder.EVENTS)
+    assert events[0]["event"] == "started"
+    assert events[0]["fingerprint"] == unbroken.inputs.fingerprint
+    steps = [event for event in events if event["event"] == "step"]
+    # 22 images in steps of 8: 8, 8, 6, and the run ends with the step that reaches 48.
+    assert [event["samples_seen"] for event in steps] == [8, 16, 22, 30, 38, 44, 52]
+    assert [event["epoch"] for event in steps] == [0, 0, 0, 1, 1, 1, 2]
+    assert [event["samples_seen"] for event in events if event["event"] == "validation"] == [0, 30, 52]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    assert [event["checkpoint"] for event in saved] == ["unbroken@30", "unbroken@52"]
+    assert events[-1]["event"] == "finished"
+    for event in saved:
+        folder = unbroken.folder / event["folder"]
+        ready = run_folder.read_ready(folder)
+        assert ready.digest == event["digest"]
+        assert ready.validation_loss == event["validation_loss"]
+        assert load_pipeline_parts(folder, "cpu").family == "sdxl"
+    assert run_folder.checkpoints(unbroken.folder) == [unbroken.folder / event["folder"] for event in saved]
+
+
+# Stop requests are asked for before each micro-batch of up to 3 samples: in the first step, inside a step, at the
+# border of an epoch, just after a checkpoint.
+@pytest.mark.parametrize("stops", [(1,), (3, 5), (10, 10), (14, 1, 4), (2, 2, 2, 2)])
+def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(unbroken, make_run, train, stops):
+    broken = make_run("broken")
+    for stop_at in stops:
+        assert train(broken, stop_at=stop_at) == "stopped"
+        assert last(broken)["event"] == "stopped"
+    assert train(broken) == "finished"
+    assert history(broken, "step", "validation") == history(unbroken, "step", "validation")
+    assert contents(broken, 52) == contents(unbroken, 52)
+
+
+def lose_moments(path, state):
+    state.clock = checkpoint.Clock(**json.loads((path / "state" / "clock.json").read_text()))
+
+
+def lose_clock(path, state):
+    original_restore(path, state)
+    state.clock.step_in_epoch = 0
+
+
+def lose_average(path, state):
+    ema, state.ema = state.ema, None
+    original_restore(path, state)
+    state.ema = ema
+
+
+original_restore = checkpoint.restore_state
+
+
+@pytest.mark.parametrize("forget", [lose_moments, lose_clock, lose_average])
+def test_a_resume_that_forgets_something_is_seen_to_differ(unbroken, make_run, train, monkeypatch, forget):
+    broken = make_run("broken")
+    train(broken, stop_at=5)
+    monkeypatch.setattr(checkpoint, "restore_state", forget)
+    train(broken)
+    samples_seen = last(broken)["samples_seen"]
+    assert samples_seen != 52 or contents(broken, 52) != contents(unbroken, 52)
+
+
+def test_torn_checkpoints_are_ignored_reported_and_written_again(unbroken, make_run, train):
+    broken = make_run("broken")
+    train(broken)
+    newest, older = (run_folder.checkpoint_folder(broken.folder, samples) for samples in (52, 30))
+    weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    (broken.folder / "checkpoints" / ".tmp-1-samples_000000052").mkdir()
+    train(broken)
+    resumed = next(event for event in read_events(broken.folder / run_folder.EVENTS) if event["event"] == "resumed")
+    assert resumed["checkpoint"] == "broken@30"
+    (warning,) = [event for event in read_events(broken.folder / run_folder.EVENTS) if event["event"] == "warning"]
+    assert "diffusion_pytorch_model.safetensors has SHA-256" in warning["message"]
+    assert contents(broken, 52) == contents(unbroken, 52)
+
+    (older / run_folder.READY).unlink()
+    shutil.rmtree(newest)
+    train(broken)
+    assert read_events(broken.folder / run_folder.EVENTS)[-1]["event"] == "finished"
+    assert contents(broken, 52) == contents(unbroken, 52)
+    assert contents(broken, 30) == contents(unbroken, 30)
+
+
+def test_older_checkpoints_keep_their_weights_and_a_true_ready_file(make_run, train):
+    run = make_run(**{"checkpoints.every_samples": 8, "checkpoints.keep_last": 2})
+    train(run)
+    folders = run_folder.checkpoints(run.folder)
+    assert [int(folder.name[8:]) for folder in folders] == [8, 16, 30, 38, 44, 52]
+    assert [(folder / "state").exists() for folder in folders] == [False] * 4 + [True] * 2
+    for folder in folders:
+        ready = run_folder.read_ready(folder)
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert {entry.name for entry in ready.files} <= present
+
+
+def test_only_what_the_config_names_is_trained(make_run, train):
+    run = make_run(**{"train_text_encoder": True, "train_text_encoder_2": False})
+    trained = {}
+    train(run, prepare=lambda trainer: trained.update(trainer.state.parameters))
+    before = load_pipeline_parts(run.inputs.base_model, "cpu")
+    after = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 52), "cpu")
+    for old, new in zip(before.text_encoders[1].parameters(), after.text_encoders[1].parameters(), strict=True):
+        assert torch.equal(old, new)
+    changed = {
+        name
+        for name, old in before.text_encoders[0].named_parameters()
+        if not torch.equal(old, after.text_encoders[0].get_parameter(name))
+    }
+    assert {f"text_encoder.{name}" for name in changed} == {name for name in trained if name.startswith("text_")}
+    assert not any("layers.2" in name or "final_layer_norm" in name for name in trained)
+    assert any("layers.1" in name for name in changed)
+    # Every trained parameter takes part, so that none waits for a gradient that never comes.
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.values())
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [(False, False, set()), (True, True, {"1", "2"})])
+def test_text_encoders_train_only_when_asked(make_run, train, first, second, expected):
+    run = make_run(**{"train_text_encoder": first, "train_text_encoder_2": second, "num_samples": 8})
+    train(run)
+    before = load_pipeline_parts(run.inputs.base_model, "cpu")
+    after = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 8), "cpu")
+    changed = {
+        str(number)
+        for number, (old, new) in enumerate(zip(before.text_encoders, after.text_encoders, strict=True), 1)
+        if any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    }
+    assert changed == expected
+
+
+def test_fast_reduction_agrees_with_canonical(unbroken, make_run, train):
+    run = make_run("fast", reduction="fast")
+    train(run)
+    pairs = zip(history(run, "step"), history(unbroken, "step"), strict=True)
+    for fast, canonical in pairs:
+        assert float.fromhex(fast["loss"]) == pytest.approx(float.fromhex(canonical["loss"]), abs=1e-6)
+
+
+def test_bf16_autocast_stays_close_and_keeps_fp32_weights(unbroken, make_run, train):
+    run = make_run("bf16", precision="bf16")
+    train(run)
+    for half, full in zip(history(run, "step"), history(unbroken, "step"), strict=True):
+        assert float.fromhex(half["loss"]) == pytest.approx(float.fromhex(full["loss"]), rel=0.03)
+        assert half["loss"] != full["loss"]
+    parts = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 52), "cpu")
+    assert {parameter.dtype for parameter in parts.unet.parameters()} == {torch.float32}
+
+
+def test_a_micro_batch_size_changes_only_rounding(unbroken, make_run, train):
+    # One bucket at a time means other micro-batches make other steps, so all images go into one step.
+    losses = []
+    for size in (1, 22):
+        run = make_run(f"micro{size}", **{"batch.micro_batch_size": size, "batch.global_batch_size": 22})
+        train(run)
+        losses.append([float.fromhex(event["loss"]) for event in history(run, "step")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def poison(trainer, bad_steps):
+    """Make the loss of the named steps (counted from 1) not a number."""
+    plain = trainer._losses
+
+    def losses(*draw):
+        value = plain(*draw)
+        return value * math.nan if trainer.state.clock.step + 1 in bad_steps else value
+
+    trainer._losses = losses
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
+    run = make_run(**{"optimizer.schedule": "linear", "optimizer.warmup_samples": 0})
+    weights = []
+
+    def prepare(trainer):
+        poison(trainer, {2, 3})
+        skip = trainer._skip
+
+        def watched(*arguments):
+            weights.append(trainer.state.parts.unet.conv_in.weight.detach().clone())
+            skip(*arguments)
+
+        trainer._skip = watched
+
+    assert train(run, prepare=prepare) == "finished"
+    assert torch.equal(*weights)
+    steps = history(run, "step")
+    assert [event["step"] for event in steps] == [1, 4, 5, 6, 7]
+    assert steps[-1]["num_skipped"] == 2
+    # The rate's clock leaves the 14 skipped samples out: step 4 is trained from sample 8 to 16.
+    assert float.fromhex(steps[1]["learning_rate"]) == pytest.approx(1e-3 * (1 - 12 / 48))
+    warnings = history(run, "warning")
+    assert [warning["kind"] for warning in warnings] == ["not_finite", "not_finite"]
+    assert len(warnings[0]["image_ids"]) == 8
+
+
+def test_eight_such_steps_in_a_row_end_the_run_with_the_last_good_state(make_run, train):
+    run = make_run(num_samples=200)
+    with pytest.raises(TrainingError, match="saved at 16 samples"):
+        train(run, prepare=lambda trainer: poison(trainer, range(3, 100)))
+    good = make_run("good", num_samples=200)
+
+    def prepare(trainer):
+        trainer.stop_requested = lambda: trainer.state.clock.step == 2
+
+    assert train(good, prepare=prepare) == "stopped"
+    assert contents(run, 16) == contents(good, 16)
+
+
+def test_a_tiny_model_overfits_one_batch(make_run):
+    run = make_run(
+        **{
+            "batch.global_batch_size": 4, "batch.micro_batch_size": 4, "optimizer.learning_rate": 1e-2,
+            "optimizer.schedule": "constant", "loss.min_snr_gamma": 0, "loss.watermark_weight": 1.0,
+            "optimizer.weight_decay": 0, "optimizer.ema_half_life_samples": 0,
+        }
+    )  # fmt: skip
+    trainer = Trainer(
+        folder=run.folder, config=run.config, inputs=run.inputs, ranks=Ranks(), log=None, stop_requested=lambda: False
+    )
+    rows = trainer.order.micro_batches(0)
+    assert len(rows) >= 1
+    fixed = {tuple(own.tolist()): trainer._draw(own) for own in rows}
+    losses = []
+    trainer._log_step = lambda *_, loss, **__: losses.append(loss)
+    for _ in range(70):
+        trainer.state.clock.step_in_epoch = 0
+        with Prefetch(lambda own: fixed[tuple(own.tolist())], rows) as draws:
+            trainer._step(draws)
+    print([round(x, 3) for x in losses[::10]])
+    assert losses[0] > 0.8
+    assert np.mean(losses[-5:]) < 0.01
