@@ -74,7 +74,7 @@ def _report(store: Store, key: str, frame: pl.DataFrame) -> dict[str, Any]:
     groups = frame.filter(pl.col("metric").is_in(["clip_score", "aesthetic"])).group_by("group", "metric")
     url = workspace_tracking(store.home, store.config.tracking.uri).run_url(key.partition("@")[0])
     return {
-        "numbers": {name: value for name, value in summary.filter(pl.col("value").is_not_nan()).select("metric", "value").iter_rows()},
+        "numbers": dict(summary.filter(pl.col("value").is_not_nan()).select("metric", "value").iter_rows()),
         "tables": {
             "means by group": groups.agg(pl.col("value").mean().alias("mean")).sort("metric", "group").to_dicts()
         },

@@ -1,12 +1,12 @@
 """`prompt_statistics`: what the model will really read, before a GPU-hour is spent."""
 
 import dagster as dg
-from training.data.prompts import make_prompt, statistics
 
 from assets.metadata import describe, materialize
 from assets.partitions import runs
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest
+from training.data.prompts import make_prompt, statistics
 from training.data.tokens import tokenize
 from training.errors import DataError
 from training.evaluation import figures

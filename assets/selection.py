@@ -2,13 +2,13 @@
 
 import dagster as dg
 import polars as pl
-from training.data.selection import funnel, select
 
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from assets.tags import aliases_digest, read_aliases
 from resources.stages import Reads, Scope, Stage
 from resources.store import Made, Store
+from training.data.selection import funnel, select
 from training.evaluation import figures
 
 STAGE = Stage(

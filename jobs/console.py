@@ -93,7 +93,7 @@ def _verdicts(store: Store, console: Console) -> None:
 
 
 def rows(frame: pl.DataFrame, format: Literal["table", "jsonl", "csv"]) -> None:
-    """Print a frame: a table for people, JSON lines or CSV for programs (text that a spreadsheet would run is quoted)."""
+    """Print a frame: a table for people, JSON lines or CSV for programs (what a spreadsheet would run is quoted)."""
     if format == "jsonl":
         for row in frame.iter_rows(named=True):
             print(json.dumps(row, ensure_ascii=False, default=str))

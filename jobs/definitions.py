@@ -75,7 +75,7 @@ defs = dg.Definitions(
             sample_images,
             eval_metrics,
             release,
-        ]  # fmt: skip
+        ]
     ),
     asset_checks=checks.ALL,
     jobs=[annotate.JOB, curate.JOB, encode.JOB, train.JOB, evaluate.JOB],

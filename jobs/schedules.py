@@ -27,5 +27,5 @@ ALL = [
         cron_schedule="*/15 * * * *",
         name="tracking_catch_up",
         description="Every 15 minutes: what trainers logged while MLflow was away.",
-    )  # fmt: skip
+    )
 ]
