@@ -107,7 +107,7 @@ def training_rows(num_train, num_validation):
     return TABLES["training_set"].conform(pl.DataFrame(rows, schema=TABLES["training_set"].schema))
 
 
-def write_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000):
+def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000):
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
     for bucket in BUCKETS:
@@ -162,7 +162,7 @@ def build_run(workspace, base_model, name, changes):
     for shard in SHARDS:
         folder = workspace / "latents" / "tiny" / shard
         if not folder.exists():
-            write_generation(folder, 1, rows.filter(pl.col("shard") == shard))
+            commit_generation(folder, 1, rows.filter(pl.col("shard") == shard))
     values = {
         "encoding": "tiny",
         "num_samples": 48,
@@ -196,6 +196,12 @@ def make_run(tmp_path, tiny_sdxl):
         return build_run(tmp_path, tiny_sdxl, name, changes)
 
     return make
+
+
+@pytest.fixture
+def write_generation():
+    """`write_generation(folder, number, rows)`, see `commit_generation`."""
+    return commit_generation
 
 
 @pytest.fixture(scope="session")

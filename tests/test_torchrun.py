@@ -30,6 +30,8 @@ def kill(handle):
     for pid in (*ranks_of(handle), handle.process.pid):
         os.kill(pid, signal.SIGKILL)
     handle.process.wait()
+    while handle.is_alive():
+        time.sleep(0.05)
 
 
 @pytest.fixture

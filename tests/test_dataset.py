@@ -1,0 +1,171 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from training import epochs, run_folder
+from training.data.geometry import Box, Placement, Size
+from training.data.latent_files import from_bfloat16, read_generation
+from training.dataset import Dataset, watermark_mask
+from training.errors import DamageError, DataError
+from training.models.text_encoders import load_tokenizer
+
+
+@pytest.fixture
+def open_run(make_run, tiny_sdxl):
+    tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
+
+    def open_it(**changes):
+        run = make_run(**changes)
+        dataset = Dataset(run.rows, run.inputs.latents, run.config, tokenizers)
+        dataset.use_latents(dataset.pin_latents())
+        return run, dataset
+
+    return open_it
+
+
+def one_bucket(dataset, epoch):
+    """Rows of one bucket and one number of chunks."""
+    chunks = dataset.count_chunks(np.arange(len(dataset.image_ids)), epoch)
+    wide = (dataset.buckets == (32, 48)).all(axis=1)
+    return np.flatnonzero(wide & (chunks == chunks[np.flatnonzero(wide)[0]]))
+
+
+def test_a_batch_is_what_the_tables_say(open_run):
+    run, dataset = open_run(**{"prompts.empty_prob": 0.0})
+    rows = one_bucket(dataset, 0)
+    assert len(rows) >= 2
+    batch = dataset.batch(rows, None)
+    assert batch.latents.shape == (len(rows), 4, 4, 6)
+    # training_rows: source 64 x 112 for the bucket 32 x 48, resized to 32 x 56, generation 1 crops one column.
+    assert batch.original_size.tolist() == [[64, 112]] * len(rows)
+    assert batch.crop_top_left.tolist() == [[0, 1]] * len(rows)
+    assert batch.target_size.tolist() == [[32, 48]] * len(rows)
+    for position, row in enumerate(rows):
+        shard = run.rows["shard"][int(row)]
+        generation = read_generation(run.inputs.latents / shard, 1)
+        place = generation.table().row(by_predicate=pl.col("image_id") == batch.image_ids[position], named=True)
+        mean, _ = generation.open_files()[place["file"]].gather([place["row"]])
+        assert np.array_equal(batch.latents[position].numpy(), from_bfloat16(mean[0]))
+    for ids, tokenizer in zip(batch.ids, dataset.tokenizers, strict=True):
+        assert ids.shape[0] == len(rows)
+        words = tokenizer(batch.prompts[0], add_special_tokens=False)["input_ids"][:75]
+        assert ids[0, 0, 1 : 1 + len(words)].tolist() == words
+    assert batch.ids[0].shape == batch.ids[1].shape
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_but_on_the_epoch(open_run):
+    _, dataset = open_run()
+    rows = one_bucket(dataset, 3)
+    together = dataset.batch(rows, 3)
+    alone = dataset.batch(rows[1:2], 3)
+    assert torch.equal(together.latents[1], alone.latents[0])
+    assert together.prompts[1] == alone.prompts[0]
+    assert torch.equal(together.mask[1], alone.mask[0])
+    other = dataset.batch(rows[1:2], 4)
+    assert not torch.equal(other.latents, alone.latents)
+
+
+def test_the_posterior_is_drawn_around_the_mean_with_its_variance(open_run):
+    _, dataset = open_run(**{"prompts.empty_prob": 1.0})
+    rows = one_bucket(dataset, 0)
+    mean = dataset.batch(rows, None).latents
+    draws = torch.stack([dataset.batch(rows, epoch).latents - mean for epoch in range(40)])
+    # write_generation stores a log-variance of -4: a standard deviation of exp(-2).
+    assert draws.std().item() == pytest.approx(np.exp(-2), rel=0.05)
+    assert draws.mean().abs().item() < 0.01
+
+
+def test_latents_without_log_variance_are_the_mean(open_run, write_generation):
+    run, dataset = open_run()
+    for shard in ("s000000", "s000001"):
+        rows = run.rows.filter(pl.col("shard") == shard)
+        write_generation(run.inputs.latents / shard, 2, rows, log_variance=False)
+    dataset.use_latents(dataset.pin_latents())
+    rows = one_bucket(dataset, 0)
+    batch = dataset.batch(rows, 0)
+    assert torch.equal(batch.latents, dataset.batch(rows, None).latents)
+    assert batch.crop_top_left.tolist() == [[0, 2]] * len(rows)
+
+
+def test_missing_latents_are_counted_over_all_shards(open_run, write_generation):
+    run, dataset = open_run()
+    for shard, gone in (("s000000", 3), ("s000001", 2)):
+        folder = run.inputs.latents / shard
+        (folder / "g0001.json").unlink()
+        write_generation(folder, 2, run.rows.filter(pl.col("shard") == shard)[gone:])
+    with pytest.raises(DataError, match=r"^5 of 27 images .* have no latents"):
+        dataset.pin_latents()
+
+
+def test_latents_of_another_bucket_plan_are_refused(open_run):
+    run, dataset = open_run()
+    table = run.rows.with_columns(bucket_height=pl.lit(40, pl.Int32))
+    other = Dataset(table, run.inputs.latents, run.config, dataset.tokenizers)
+    with pytest.raises(DataError, match="27 images lie in another bucket"):
+        other.use_latents(other.pin_latents())
+
+
+def test_a_set_without_training_images_is_refused(open_run):
+    run, dataset = open_run()
+    with pytest.raises(DataError, match="none with split 'train'"):
+        Dataset(dataset.table.with_columns(split=pl.lit("validation")), run.inputs.latents, run.config, ())
+
+
+def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation):
+    run, dataset = open_run()
+
+    def open_at(epoch):
+        pins = epochs.prepare_epoch(run.folder, epoch, dataset, run.config, "f")
+        order = epochs.open_epoch(run.folder, epoch, dataset)
+        assert sorted(order.samples.tolist()) == dataset.train_rows.tolist()
+        return {shard: pin["generation"] for shard, pin in pins.items()}
+
+    assert open_at(0) == {"s000000": 1, "s000001": 1}
+    write_generation(run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001"))
+    assert open_at(0) == {"s000000": 1, "s000001": 1}
+    assert open_at(1) == {"s000000": 1, "s000001": 2}
+    # A lost order is made again, with the same pins and the same bytes.
+    path = run.folder / run_folder.EPOCHS / "0.npz"
+    before = path.read_bytes()
+    path.unlink()
+    assert open_at(0) == {"s000000": 1, "s000001": 1}
+    assert path.read_bytes() == before
+
+
+def test_an_epoch_of_another_set_is_refused(open_run):
+    run, dataset = open_run()
+    epochs.prepare_epoch(run.folder, 0, dataset, run.config, "one set")
+    with pytest.raises(DamageError, match="another set or config"):
+        epochs.prepare_epoch(run.folder, 0, dataset, run.config, "another set")
+
+
+PLACEMENT = Placement(
+    original=Size(200, 400), resized=Size(100, 200), crop_top=4, crop_left=40, bucket=Size(96, 128), flip=False
+)
+
+
+def test_a_mask_of_a_hand_worked_box():
+    # Source rows 40..88 and columns 100..132 halve to rows 20..44 and columns 50..66, less the crop rows 16..40 and
+    # columns 10..26: latent rows 2..4, and of the columns 1 to 3 six, eight and two eighths.
+    mask = watermark_mask([Box(40, 100, 88, 132)], PLACEMENT, 8, 0.2)
+    assert mask.shape == (12, 16)
+    expected = np.ones((12, 16))
+    expected[2:5, 1:4] = 1 - 0.8 * np.array([6, 8, 2]) / 8
+    np.testing.assert_allclose(mask, expected, atol=1e-6)
+
+
+def test_a_mask_is_mirrored_with_its_picture_and_clipped_to_the_crop():
+    boxes = [Box(40, 100, 88, 132), Box(0, 0, 10, 10), Box(190, 330, 200, 400)]
+    mask = watermark_mask(boxes, PLACEMENT, 8, 0.0)
+    flipped = watermark_mask(boxes, PLACEMENT._replace(flip=True), 8, 0.0)
+    np.testing.assert_array_equal(flipped, mask[:, ::-1])
+    assert mask[0, 0] == 1  # the second box is cut off
+    assert mask[11, 15] == pytest.approx(1 - 5 / 8 * 3 / 8, abs=1e-6)
+
+
+def test_overlapping_boxes_count_once():
+    box = Box(40, 100, 88, 132)
+    np.testing.assert_array_equal(
+        watermark_mask([box, box], PLACEMENT, 8, 0.5), watermark_mask([box], PLACEMENT, 8, 0.5)
+    )

@@ -1,0 +1,134 @@
+import functools
+import json
+import shutil
+import signal
+
+import polars as pl
+import pytest
+import torch
+
+from training import commit, run_folder
+from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
+from training.event_log import read_events
+from training.run import main
+
+
+def change_config(run, old, new):
+    path = run.folder / run_folder.CONFIG
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def change_inputs(run, **values):
+    path = run.folder / run_folder.INPUTS
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def run_again(run, train):
+    run.config = run_folder.read_config(run.folder)
+    run.inputs = run_folder.read_inputs(run.folder)
+    return train(run)
+
+
+def test_inputs_survive_a_move_of_the_whole_workspace(make_run, train, tmp_path):
+    run = make_run(num_samples=8)
+    assert run_folder.read_inputs(run.folder) == run.inputs
+    assert not json.loads((run.folder / run_folder.INPUTS).read_text())["latents"].startswith("/")
+    moved = tmp_path / "elsewhere"
+    for name in ("tables", "latents", "runs"):
+        shutil.move(tmp_path / name, moved / name)
+    inputs = run_folder.read_inputs(moved / "runs" / "demo")
+    assert inputs.latents == moved / "latents" / "tiny"
+    assert inputs.training_set.is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"base_digest": "0" * 64}, ModelError, "base model .* inputs.json says 0000"),
+        ({"training_set_sha256": "0" * 64}, DamageError, "training set .*inputs.json says SHA-256 0000"),
+        ({"training_set": "nowhere.parquet"}, DamageError, "nowhere.parquet: no such file"),
+        ({"latents": "nowhere"}, DataError, "27 of 27 images of the training set have no latents"),
+        ({"format": 2}, ConfigError, "format 2"),
+        ({"surprise": 1}, ConfigError, "surprise"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(make_run, train, change, error, message):
+    run = make_run()
+    change_inputs(run, **change)
+    with pytest.raises(error, match=message):
+        run_again(run, train)
+    assert not (run.folder / run_folder.CHECKPOINTS).exists()
+
+
+def test_a_run_keeps_its_values_but_may_change_intervals_and_ranks(make_run, train):
+    run = make_run(num_samples=8)
+    train(run)
+    change_config(run, "every_samples = 24", "every_samples = 48")
+    change_config(run, "num_processes = 1", "num_processes = 2")
+    assert run_again(run, train) == "finished"
+    change_config(run, "weight_decay = 0.1", "weight_decay = 0.2")
+    change_config(run, "seed = 11", "seed = 12")
+    with pytest.raises(TrainingError, match=r"optimizer.weight_decay: 0.1 -> 0.2; seed: 11 -> 12"):
+        run_again(run, train)
+
+
+def test_a_run_keeps_its_training_set(make_run, train):
+    run = make_run(num_samples=8)
+    train(run)
+    change_inputs(run, fingerprint="e" * 16)
+    with pytest.raises(TrainingError, match=r"was trained on set ffffffffffffffff, inputs\.json names eeee"):
+        run_again(run, train)
+
+
+def test_a_resume_needs_no_base_model(make_run, train, tmp_path, tiny_sdxl):
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    run = make_run(num_samples=22)
+    change_inputs(run, base_model=str(base))
+    run.inputs = run_folder.read_inputs(run.folder)
+    assert train(run, stop_at=5) == "stopped"
+    shutil.rmtree(base)
+    assert run_again(run, train) == "finished"
+
+
+@pytest.fixture
+def keep_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, keep_signals, capsys):
+    run = make_run()
+    for shard in ("s000000", "s000001"):
+        folder = run.inputs.latents / shard
+        rows = run.rows.filter(pl.col("shard") == shard)
+        manifest = json.loads((folder / "g0001.json").read_text())
+        table = pl.read_parquet(folder / manifest["files"][-1]["name"])
+        entry = commit.write_parquet(folder, "g0001", table.head(len(rows) - 2))
+        manifest["files"][-1] = {"name": entry.name, "sha256": entry.sha256, "bytes": entry.bytes}
+        (folder / "g0001.json").write_text(json.dumps(manifest))
+    assert main([str(run.folder)]) == 1
+    (event,) = read_events(run.folder / run_folder.EVENTS)
+    assert event["event"] == "failed"
+    assert event["reason"].startswith("4 of 27 images of the training set have no latents")
+    assert capsys.readouterr().err == f"training failed: {event['reason']}\n"
+
+
+def test_a_second_trainer_leaves_the_first_ones_log_alone(make_run, keep_signals, capsys, monkeypatch):
+    run = make_run()
+    lock = commit.lock
+    monkeypatch.setattr(commit, "lock", functools.partial(lock, wait_s=0.2))
+    with lock(run.folder / run_folder.LOCK, "the run"):
+        assert main([str(run.folder)]) == 1
+    assert "is held by pid" in capsys.readouterr().err
+    assert not (run.folder / run_folder.EVENTS).exists()
+
+
+def test_wrong_calls_are_refused(tmp_path, keep_signals, capsys):
+    assert main([]) == 2
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+
+from training import noise
+from training.dataset import Dataset
+from training.models.text_encoders import load_tokenizer
+from training.ranks import Ranks
+from training.validate import validation_loss
+
+
+@pytest.fixture
+def dataset(make_run, tiny_sdxl):
+    run = make_run()
+    tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
+    dataset = Dataset(run.rows, run.inputs.latents, run.config, tokenizers)
+    dataset.use_latents(dataset.pin_latents())
+    return dataset
+
+
+def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
+    rows = dataset.train_rows
+    seen = {}
+
+    def losses(batch, timesteps, draw):
+        assert batch.mask is None
+        assert len({prompt.shape for prompt in batch.ids}) == 1
+        for image_id, step, own in zip(batch.image_ids, timesteps.tolist(), draw, strict=True):
+            assert image_id not in seen
+            seen[image_id] = (step, own)
+        return timesteps.float()
+
+    loss = validation_loss(rows, dataset, losses, Ranks(), 1000)
+    expected = noise.stratified_timesteps(11, [dataset.image_ids[row] for row in rows], 1000)
+    assert {image_id: step for image_id, (step, _) in seen.items()} == {
+        dataset.image_ids[row]: step for row, step in zip(rows, expected.tolist(), strict=True)
+    }
+    # The mean over samples, though micro-batches have 1 to 3 of them.
+    assert loss == pytest.approx(expected.double().mean().item())
+    first, seen = seen, {}
+    validation_loss(rows, dataset, losses, Ranks(), 1000)
+    assert all(torch.equal(first[image_id][1], seen[image_id][1]) for image_id in first)
+
+
+def test_prompts_of_validation_never_change(dataset):
+    prompts = [[dataset.prompt(row, None) for row in dataset.validation_rows.tolist()] for _ in range(2)]
+    assert prompts[0] == prompts[1]
+
+
+def test_an_empty_list_has_no_loss(dataset):
+    assert validation_loss(np.array([], dtype=int), dataset, None, Ranks(), 1000) is None
+
+
+def test_no_gradient_is_recorded(dataset):
+    def losses(batch, timesteps, draw):
+        assert not torch.is_grad_enabled()
+        return torch.zeros(len(timesteps))
+
+    assert validation_loss(dataset.validation_rows, dataset, losses, Ranks(), 1000) == 0
