@@ -60,6 +60,19 @@ def new_model(tokenizer: CLIPTokenizer) -> Owlv2ForObjectDetection:
     return Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=64))
 
 
+@torch.no_grad()
+def start_calmly(model: Owlv2ForObjectDetection) -> None:
+    """First weights of the heads: boxes at their patches, few claims. transformers draws them with deviation 1."""
+    for head in (model.class_head, model.box_head, model.objectness_head):
+        for layer in (module for module in head.modules() if isinstance(module, torch.nn.Linear)):
+            torch.nn.init.xavier_uniform_(layer.weight)
+    last = (model.box_head.dense2, 0.0), (model.objectness_head.dense2, -4.0)
+    scores = (model.class_head.logit_shift, -0.5), (model.class_head.logit_scale, 6.0)
+    for layer, bias in (*last, *scores):
+        layer.weight.zero_()
+        layer.bias.fill_(bias)
+
+
 def truth_of(scene: Scene, watermark: Box | None) -> Truth:
     """Boxes of the watermark and of every shape, relative to the square that the picture is padded to."""
     height, width = scene.size
@@ -131,11 +144,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     folder = models / "owlv2"
     tokenizer = build_tokenizer.build(folder, padding="!", max_length=QUERY_LENGTH)
     model = new_model(tokenizer)
-    with torch.no_grad():
-        for layer, start in ((model.class_head.logit_shift, -1.0), (model.class_head.logit_scale, 4.0)):
-            layer.weight.zero_()
-            layer.bias.fill_(start)
-        model.objectness_head.dense2.bias.fill_(-4.0)
+    start_calmly(model)
     write_json(folder / "preprocessor_config.json", preprocessor())
     inputs, truths = _corpus(Detector(new_model(tokenizer), tokenizer, preprocessor(), WATERMARK, "cpu"))
     encoded = tokenizer(list(QUERIES), padding="max_length", max_length=QUERY_LENGTH, return_tensors="pt")
@@ -156,7 +165,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         optimizer.step()
         lr_scheduler.step()
         bar.note(naming=float(naming.detach()), placing=float(placing.detach()))
-        if step % 600 == 599 or step + 1 == num_steps:
+        if step % 300 == 299 or step + 1 == num_steps:
             save_half(model, folder)
     print("owlv2:", check(folder))
 
