@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from scipy.special import stdtr, stdtrit
 
 from training.data.tables import TABLES
 from training.errors import EvaluationError
@@ -158,6 +157,8 @@ class PairedTest:
     @classmethod
     def of(cls, a: np.ndarray, b: np.ndarray) -> "PairedTest":
         """Of scores `(N,)` in the same order of prompts; a single pair has an infinite interval."""
+        from scipy.special import stdtr, stdtrit  # here: `sentence` is used where the graph is drawn
+
         count = len(a)
         differences = b - a
         mean = float(differences.mean())

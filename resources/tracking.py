@@ -1,0 +1,396 @@
+"""From event logs and score tables to MLflow, outside of the training process: safe to repeat, never in its way.
+
+MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint, weights stay on disk.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from PIL import Image
+
+from resources import tracking_spool
+from resources.tracking_spool import Chunk
+from training import commit, run_folder
+from training.errors import TrackingError
+from training.evaluation import verdict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+NUM_PICTURES = 12
+"""Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
+DEFAULT_UI = "http://127.0.0.1:5000"
+"""Where `foundry up` serves MLflow unless told otherwise."""
+RUN_TAG = "foundry.run"
+_PROXIED = "mlflow-artifacts:/"
+_THUMBNAIL_PX = 256
+_SETTINGS = {
+    # The defaults block 246 s per call when a server is away (measured).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "true",
+}
+_STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
+    """The tracker of a workspace: its own `mlflow.db`, or the one that `[tracking] uri` names.
+
+    Args:
+        home: The workspace; experiments are named after its folder.
+        uri: MLflow tracking URI; empty for the workspace's own.
+    """
+    home = home.resolve()
+    own = not uri
+    return Tracking(
+        uri=uri or f"sqlite:///{home / 'mlflow.db'}",
+        experiment=home.name if own else f"{home.name}-{hashlib.sha256(str(home).encode()).hexdigest()[:6]}",
+        artifacts=home / "mlartifacts" if own else None,
+        ui=uri.rstrip("/") if uri.startswith("http") else DEFAULT_UI,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracking:
+    """One experiment of one MLflow. Every method raises nothing but TrackingError, within seconds."""
+
+    uri: str
+    """MLflow tracking URI."""
+    experiment: str
+    """Name of the experiment; made when first needed."""
+    artifacts: Path | None = None
+    """Folder of the artifacts where this process writes them itself; None where the server does. The database then
+    holds no absolute path, and a workspace can be moved or copied."""
+    ui: str = DEFAULT_UI
+    """Address of MLflow's web pages."""
+
+    def forward(self, folder: Path, tags: Mapping[str, str] | None = None) -> int:
+        """Send what a run's event log holds and MLflow does not have yet, with the times at which it happened.
+
+        Args:
+            folder: The run's folder; its name is the run's.
+            tags: Further tags of the run, such as a link to Dagster.
+
+        Returns:
+            The number of metrics sent. Killed at any point, the next call goes on without a loss or a repetition.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses, or another process forwards this run; nothing is lost.
+        """
+        sent = 0
+        what = f"forwarding of run {folder.name}"
+        with _explained(f"{what} to {_masked(self.uri)} failed"), commit.lock(folder / "tracking.lock", what):
+            client = self._client()
+            run = self._run(client, folder.name)
+            state = tracking_spool.read_state(folder, run.info.run_id)
+            if state.offset == 0:
+                self._describe(client, run, folder)
+            if tags:
+                _log_batch(client, run.info.run_id, tags=tags)
+            for chunk in tracking_spool.pending(folder, state):
+                self._send(client, run, folder, chunk)
+                tracking_spool.write_state(folder, chunk.state)
+                sent += len(chunk.points)
+        return sent
+
+    def log_evaluation(self, checkpoint: str, *, metrics: pl.DataFrame, samples: pl.DataFrame, folder: Path) -> None:
+        """Send a checkpoint's summary, means by group and a handful of pictures; what is there already stays.
+
+        Args:
+            checkpoint: `<run>@<samples_seen>`.
+            metrics: Rows of table `eval_metrics`.
+            samples: Rows of table `sample_images`.
+            folder: Where their files are.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        name, step = _parts(checkpoint)
+        with _explained(f"scores of {checkpoint} are not sent to {_masked(self.uri)}"):
+            client = self._client()
+            run = self._run(client, name)
+            model = self._model(client, run, checkpoint, {})
+            self._log_scores(client, run, model.model_id, step, _score_points(metrics))
+            for row in choose_pictures(samples, NUM_PICTURES).iter_rows(named=True):
+                self._put_picture(client, run, step, row["prompt_id"], folder / row["file"])
+            _log_batch(client, run.info.run_id, tags={"mlflow.loggedImages": "True"})
+
+    def log_verdicts(self, verdicts: pl.DataFrame) -> None:
+        """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel.
+
+        Args:
+            verdicts: Rows of table `verdicts`.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        for row in verdicts.filter(pl.col("group") == verdict.ALL).iter_rows(named=True):
+            name, _ = _parts(row["b"])
+            with _explained(f"verdict on {row['b']} is not sent to {_masked(self.uri)}"):
+                client = self._client()
+                run = self._run(client, name)
+                text = f"{verdict.sentence(row)}; {row['b']} against {row['a']}"
+                tags = {f"verdict.{row['metric']}": row["verdict"], f"verdict.{row['metric']}.text": text}
+                _log_batch(client, run.info.run_id, tags=tags)
+                client.set_logged_model_tags(self._model(client, run, row["b"], {}).model_id, tags)
+
+    def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
+        """Keep a file, such as a report or a contact sheet, as artifact `evaluation/<samples_seen>/<name>`.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        run_name, step = _parts(checkpoint)
+        with _explained(f"{name} of {checkpoint} is not sent to {_masked(self.uri)}"):
+            client = self._client()
+            self._put(client, self._run(client, run_name), f"evaluation/{step:09d}/{name}", content)
+
+    def run_url(self, run: str) -> str:
+        """MLflow's page of a run, which is made where there is none yet; empty when MLflow is away."""
+        try:
+            with _explained(run):
+                info = self._run(self._client(), run).info
+        except TrackingError:
+            return ""
+        return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+
+    def experiment_url(self) -> str:
+        """MLflow's page of the experiment with its charts; empty when MLflow is away."""
+        try:
+            with _explained(self.experiment):
+                experiment_id = self._experiment_id(self._client())
+        except TrackingError:
+            return ""
+        return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+
+    def _client(self) -> "MlflowClient":
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow 3.17 imports modules that others have deprecated
+            from mlflow import MlflowClient
+
+            if self.uri.startswith("sqlite:///"):
+                create_database(Path(self.uri.removeprefix("sqlite:///")))
+            return MlflowClient(tracking_uri=self.uri)
+
+    def _experiment_id(self, client: "MlflowClient") -> str:
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        from mlflow.exceptions import MlflowException
+
+        location = None if self.artifacts is None else f"{_PROXIED}{_slug(self.experiment)}"
+        # MLflow's pages show curves and pictures for this kind of experiment, and chats for the default one.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return str(client.create_experiment(self.experiment, artifact_location=location, tags=tags))
+        except MlflowException:
+            again = client.get_experiment_by_name(self.experiment)
+            if again is None:
+                raise
+            return str(again.experiment_id)  # another process was faster
+
+    def _run(self, client: "MlflowClient", name: str) -> "Run":
+        """The run of that name; of two that were made at once, always the older one."""
+        experiment_id = self._experiment_id(client)
+        name_filter = f"tags.`{RUN_TAG}` = '{name}'"
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        found = client.search_runs([experiment_id], name_filter, max_results=1, order_by=order)
+        return found[0] if found else client.create_run(experiment_id, tags={RUN_TAG: name}, run_name=name)
+
+    def _model(self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]) -> "LoggedModel":
+        """The LoggedModel of a checkpoint, made where there is none."""
+        from mlflow.entities import LoggedModelOutput
+
+        name = re.sub(r"[/:.%\"']", "-", checkpoint)
+        model_filter = f"name = '{name}' AND source_run_id = '{run.info.run_id}'"
+        found = client.search_logged_models([run.info.experiment_id], filter_string=model_filter, max_results=1)
+        step = _parts(checkpoint)[1]
+        params = {"checkpoint": checkpoint, "samples_seen": str(step)}
+        model = found[0] if found else client.create_logged_model(
+            run.info.experiment_id, name=name, source_run_id=run.info.run_id, params=params, model_type="checkpoint"
+        )  # fmt: skip
+        if str(model.status) != "READY":
+            client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
+            model = client.finalize_logged_model(model.model_id, "READY")
+        if tags:
+            client.set_logged_model_tags(model.model_id, dict(tags))
+        return model
+
+    def _describe(self, client: "MlflowClient", run: "Run", folder: Path) -> None:
+        """Headline params, the whole config, and what the run is trained on."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        config, inputs = run_folder.read_config(folder), run_folder.read_inputs(folder)
+        text = (folder / run_folder.CONFIG).read_bytes()
+        # MLflow prints all params above every picture: six at most.
+        params = {
+            "num_samples": config.num_samples,
+            "batch.global_batch_size": config.batch.global_batch_size,
+            "optimizer.learning_rate": config.optimizer.learning_rate,
+            "seed": config.seed,
+            "encoding": config.encoding,
+            "base": inputs.base_digest[:8],
+        }
+        _log_batch(client, run.info.run_id, params=params, tags={"foundry.fingerprint": inputs.fingerprint})
+        self._put(client, run, run_folder.CONFIG, text)
+        source = json.dumps({"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint})
+        # 36 characters are all that MLflow's column holds.
+        data = Dataset(name=config.encoding, digest=inputs.fingerprint[:36], source_type="local", source=source)
+        client.log_inputs(run.info.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+    def _send(self, client: "MlflowClient", run: "Run", folder: Path, chunk: Chunk) -> None:
+        from mlflow.entities import Metric
+
+        run_id = run.info.run_id
+        metrics = [Metric(point.name, point.value, point.time_ms, point.samples_seen) for point in chunk.points]
+        tags = {"foundry.last_warning": chunk.last_warning[:1_000]} if chunk.last_warning else {}
+        if chunk.phase is not None and chunk.phase["event"] == "failed":
+            tags["foundry.reason"] = str(chunk.phase.get("reason", ""))[:1_000]
+        _log_batch(client, run_id, metrics=metrics, tags=tags)
+        for event in chunk.checkpoints:
+            tags = {"folder": f"{folder.name}/{event['folder']}", "digest": str(event["digest"])}
+            self._model(client, run, str(event["checkpoint"]), tags)
+        if chunk.phase is not None:
+            status = _STATUS[chunk.phase["event"]]
+            if status == "RUNNING":
+                client.update_run(run_id, status=status)
+            else:
+                client.set_terminated(run_id, status, end_time=chunk.phase["time_ms"])
+
+    def _log_scores(
+        self, client: "MlflowClient", run: "Run", model_id: str, step: int, scores: Mapping[str, float]
+    ) -> None:
+        """Log scores that are not there with the same value: scoring again replaces, sending again does nothing."""
+        from mlflow.entities import Metric
+
+        run_id, now = run.info.run_id, time.time_ns() // 1_000_000
+        new = []
+        for name, value in scores.items():
+            history = [item for item in client.get_metric_history(run_id, name) if item.step == step]
+            latest = max(history, key=lambda item: item.timestamp, default=None)
+            if latest is None or latest.value != value:
+                new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
+        _log_batch(client, run_id, metrics=new)
+
+    def _put_picture(self, client: "MlflowClient", run: "Run", step: int, prompt_id: str, path: Path) -> None:
+        """One picture of MLflow's grid and its thumbnail, under names that sending again repeats."""
+        key = f"samples~{_slug(prompt_id)}"
+        unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.info.run_id}/{step}/{prompt_id}")
+        # The form of `MlflowClient.log_image`, whose own names differ each time: drawing again would add, not replace.
+        stem = f"images/{key}+step+{step}+timestamp+{run.info.start_time}+{unique}"
+        thumbnail = io.BytesIO()
+        with Image.open(path, formats=("PNG",)) as image:
+            small = image.convert("RGB")
+            small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+            small.save(thumbnail, "WEBP")
+        self._put(client, run, f"{stem}.png", path.read_bytes())
+        self._put(client, run, f"{stem}+compressed.webp", thumbnail.getvalue())
+
+    def _put(self, client: "MlflowClient", run: "Run", name: str, content: bytes) -> None:
+        """Write one artifact; the same name again replaces it."""
+        if self.artifacts is not None and run.info.artifact_uri.startswith(_PROXIED):
+            commit.write_bytes(self.artifacts / run.info.artifact_uri.removeprefix(_PROXIED) / name, content)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, Path(name).name)
+            path.write_bytes(content)
+            client.log_artifact(run.info.run_id, str(path), str(Path(name).parent))
+
+
+def create_database(path: Path) -> None:
+    """Create MLflow's SQLite database, one process at a time: two at once would break it. Takes 3 to 6 s, once."""
+    if path.is_file():
+        return
+    with commit.lock(path.parent / "locks" / "mlflow.lock", f"the MLflow database {path}", wait_s=120):
+        if not path.is_file():
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            # Under another name first: a kill in the middle leaves no half database that looks whole.
+            fresh = path.with_name(f"{commit.TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+            fresh.unlink(missing_ok=True)
+            SqlAlchemyStore(f"sqlite:///{fresh}", _PROXIED).engine.dispose()
+            os.replace(fresh, path)
+
+
+def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The first pictures of each group in turn, `count` in all: the same prompts for every checkpoint."""
+    turn = pl.int_range(pl.len()).over("group").alias("turn")
+    return samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
+
+
+def _score_points(metrics: pl.DataFrame) -> dict[str, float]:
+    """Summary and means by group under names that MLflow takes; what is not finite is left out."""
+    summary = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_finite())
+    found = {f"eval/{_metric_name(name)}": value for name, value in summary.select("metric", "value").iter_rows()}
+    own = metrics.filter(pl.col("prompt_id").is_not_null() & pl.col("value").is_finite())
+    means = own.group_by("metric", "group").agg(pl.col("value").mean()).sort("metric", "group")
+    return found | {f"eval_groups/{metric} {_slug(group)}": value for metric, group, value in means.iter_rows()}
+
+
+def _metric_name(column: str) -> str:
+    """`25%_LAIONScore` -> `aesthetic_q25`, `Clipscore_mean` -> `clip_score_mean`."""
+    name, _, rest = column.partition("_")
+    if name == "Clipscore":
+        return f"clip_score_{rest}"
+    return f"aesthetic_q{name[:-1]}" if name.endswith("%") else f"aesthetic_{name}"
+
+
+def _parts(checkpoint: str) -> tuple[str, int]:
+    """Run and samples_seen of `<run>@<samples_seen>`."""
+    run, _, step = checkpoint.rpartition("@")
+    assert run, f"{checkpoint} is no checkpoint"
+    return run, int(step)
+
+
+def _slug(text: str) -> str:
+    """`text` in characters that keys, file names and filters take; what had to change keeps a digest."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _log_batch(
+    client: "MlflowClient", run_id: str, *, metrics: list[Any] | None = None,
+    params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    from mlflow.entities import Param, RunTag
+
+    client.log_batch(
+        run_id,
+        metrics=metrics or [],
+        params=[Param(name, str(value)) for name, value in (params or {}).items()],
+        tags=[RunTag(name, value) for name, value in (tags or {}).items()],
+        synchronous=True,
+    )
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn any error into TrackingError: a tracker must never end what it tracks."""
+    try:
+        yield
+    except Exception as error:  # MLflow, requests, SQLAlchemy and Pillow raise kinds of their own
+        reason = _masked(" ".join(str(error).split()))[:300] or type(error).__name__
+        raise TrackingError(f"{what}: {reason}; it is sent with the next call") from error
+
+
+def _masked(text: str) -> str:
+    """`text` without the credentials of addresses in it."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
