@@ -1,5 +1,6 @@
 """Workers that hang, crash, starve or never start: each costs one row; order and memory stay as promised."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -147,12 +149,22 @@ def test_paths_are_taken_only_a_few_ahead(folder):
 
 def test_closing_ends_every_worker_whatever_it_does(folder):
     with DecodePool(DecodeConfig(num_workers=2)) as pool:
-        stream = pool.facts(paths(folder)[1:2] * 20)
-        next(stream)
         processes = [worker._process for worker in pool._workers]
-        os.kill(processes[0].pid, signal.SIGSTOP)
+        wait_ready(pool, folder)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+
+        def wait_for_ever():
+            with contextlib.suppress(PipelineError, CancelledError):
+                list(pool.facts(paths(folder)))
+
+        waiting = threading.Thread(target=wait_for_ever)
+        waiting.start()
+        time.sleep(0.5)
         started = time.monotonic()
     assert time.monotonic() - started < 10
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
     assert all(process.returncode is not None for process in processes)
 
 

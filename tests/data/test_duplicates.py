@@ -169,3 +169,12 @@ def test_guards_part_what_only_the_hash_joins(overrides):
     assert duplicates.find_groups(synthetic([BASE, BASE])).height == 2
     assert duplicates.find_groups(synthetic([BASE, BASE], **overrides)).is_empty()
     assert duplicates.find_groups(synthetic([1 << 63, 1 << 63])).is_empty()
+
+
+@pytest.mark.parametrize("band", range(4))
+def test_any_band_may_be_the_one_that_agrees(band):
+    changed = BASE
+    for other in set(range(4)) - {band}:
+        changed ^= 1 << (16 * other + 5)
+    assert duplicates.find_groups(synthetic([BASE, changed])).height == 2
+    assert duplicates.find_groups(synthetic([BASE, changed ^ 1 << (16 * band)])).is_empty()

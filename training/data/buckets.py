@@ -105,9 +105,6 @@ def _nearest(source: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _cover(size: np.ndarray, bucket: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The smallest resize that covers the bucket, one side equal to it, and what it overhangs; both (N, 2)."""
-    ratios = bucket / size
-    scale = ratios.max(axis=1, keepdims=True)
-    resized = np.maximum((size * scale + 0.5).astype(np.int64), bucket)
-    exact = ratios == scale  # This side equals the bucket's; rounding must not make it one larger.
-    resized = np.where(exact, bucket, resized)
+    scale = (bucket / size).max(axis=1, keepdims=True)
+    resized = (size * scale + 0.5).astype(np.int64)
     return resized, resized - bucket

@@ -67,12 +67,8 @@ def cover(original: Size, bucket: Size) -> Size:
     """
     if original.height < bucket.height or original.width < bucket.width:
         raise DataError(f"picture of {original} px is smaller than its bucket of {bucket} px: never enlarged")
-    ratios = bucket.height / original.height, bucket.width / original.width
-    scale = max(ratios)
-    # The side that decides is exact by definition; rounding could make it one pixel more.
-    height = bucket.height if ratios[0] == scale else max(int(original.height * scale + 0.5), bucket.height)
-    width = bucket.width if ratios[1] == scale else max(int(original.width * scale + 0.5), bucket.width)
-    return Size(height, width)
+    scale = max(bucket.height / original.height, bucket.width / original.width)
+    return Size(int(original.height * scale + 0.5), int(original.width * scale + 0.5))
 
 
 def _around(low: float, high: float, scale: float, side: int, slack: int) -> int:

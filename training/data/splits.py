@@ -28,7 +28,8 @@ def assign(
     nothing would be held out. A single image is never held out.
 
     Where two clusters have grown into one whose members were on both sides before, each of those stays on its
-    side; its other members belong to neither (`split` is null), because they resemble both.
+    side; its other members belong to neither (`split` is null), because they resemble both. When none of those
+    is kept any more, the others train: what was held out is gone, and what trained has been seen.
 
     Args:
         images: Columns image_id, cluster, kept, source_split (train, validation or null). Images that are not
@@ -48,12 +49,13 @@ def assign(
         was_validation=(pl.col("before") == "validation").any(),
         says_train=(pl.col("source_split") == "train").filter("kept").any(),
         says_validation=(pl.col("source_split") == "validation").filter("kept").any(),
+        keeps_known=pl.col("before").filter("kept").is_not_null().any(),
         size=pl.col("kept").sum(),
     )
     torn = pl.col("was_train") & pl.col("was_validation")
     sides = sides.filter(pl.col("size") > 0).with_columns(
         side=pl.when(torn)
-        .then(pl.lit("torn"))
+        .then(pl.when("keeps_known").then(pl.lit("torn")).otherwise(pl.lit("train")))
         .when(pl.col("was_validation"))
         .then(pl.lit("validation"))
         .when(pl.col("was_train"))
