@@ -235,7 +235,7 @@ def judge_pairs(rows: list[Row], count: int, seed: int) -> list[dict[str, str]]:
                 "b": b,
                 "outcome": _outcome(usable.get(a), usable.get(b), rng),
                 "rater": "demo",
-                "source": "scripted",
+                "origin": "scripted",
                 "created_at": (START + timedelta(seconds=20 * index)).isoformat(),
             }
         )
