@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.commit import lock
-
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -119,9 +117,12 @@ def mlflow_application(home: Path, port: int) -> Application:
 
     Only for a process of its own: MLflow reads its settings from the environment while it is imported.
     """
+    from resources.tracking import create_database
+
     (home / "mlartifacts").mkdir(parents=True, exist_ok=True)
+    create_database(home / "mlflow.db")
     os.environ |= {
-        "_MLFLOW_SERVER_FILE_STORE": tracking_uri(home),
+        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{home / 'mlflow.db'}",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "mlartifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
@@ -130,21 +131,7 @@ def mlflow_application(home: Path, port: int) -> Application:
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "DO_NOT_TRACK": "true",
     }
-    create_tracking_database(home)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow 3.17 imports a module that Starlette has deprecated
         from mlflow.server.fastapi_app import app
     return Guard(app, port)
-
-
-def tracking_uri(home: Path) -> str:
-    """MLflow's URI of the workspace's own database."""
-    return f"sqlite:///{home.resolve() / 'mlflow.db'}"
-
-
-def create_tracking_database(home: Path) -> None:
-    """Create or upgrade the workspace's MLflow database, one process at a time: two at once would break it."""
-    with lock(home / "locks" / "mlflow.lock", f"the MLflow database of {home}", wait_s=120):
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        SqlAlchemyStore(tracking_uri(home), str(home / "mlartifacts"))
