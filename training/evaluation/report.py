@@ -29,7 +29,7 @@ body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: v
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { margin: 0 0 4px; font-size: 26px; } h2 { margin: 36px 0 12px; font-size: 18px; }
 .muted, figcaption small { color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; align-items: start; }
 figure { margin: 0; padding: 10px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 figcaption { margin-top: 8px; font-size: 13px; overflow-wrap: anywhere; }
 figcaption p { margin: 0; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden; }
@@ -117,24 +117,21 @@ def render(
 
 def _prompts(sides: Sequence[Side], count: int) -> list[dict[str, object]]:
     """Rows of the first side's samples with `change` of the CLIP score and `scores` per side, best change first."""
-    scores = []
+    scores: list[dict[tuple[str, str], float]] = []
     for side in sides:
-        own = side.metrics.filter(pl.col("prompt_id").is_not_null())
+        judged = side.metrics.filter(pl.col("prompt_id").is_not_null())
         scores.append(
             {
                 (row["prompt_id"], row["metric"]): row["value"]
-                for row in own.iter_rows(named=True)
+                for row in judged.iter_rows(named=True)
                 if row["metric"] in _METRICS
             }
         )
     rows = []
     for row in sides[0].samples.sort("prompt_id").iter_rows(named=True):
-        own = [
-            {metric: table.get((row["prompt_id"], metric)) for metric in ("clip_score", "aesthetic")}
-            for table in scores
-        ]
-        before, after = own[0]["clip_score"], own[-1]["clip_score"]
-        rows.append({**row, "scores": own, "change": 0.0 if before is None or after is None else after - before})
+        shown = [{metric: table.get((row["prompt_id"], metric)) for metric in _METRICS} for table in scores]
+        before, after = shown[0]["clip_score"], shown[-1]["clip_score"]
+        rows.append({**row, "scores": shown, "change": 0.0 if before is None or after is None else after - before})
     rows.sort(key=lambda row: -row["change"])
     if len(rows) > count:
         half = count // 2
@@ -192,7 +189,7 @@ def _verdict_table(verdicts: pl.DataFrame) -> str:
     rows = []
     in_order = verdicts.with_columns(first=pl.col("group") != "all").sort("first", "group", "metric")
     for row in in_order.iter_rows(named=True):
-        needed = f" <small class=muted>{row['num_needed']} prompts would decide</small>" if row["num_needed"] else ""
+        needed = f" <small class=muted>{row['num_needed']} would do</small>" if row["num_needed"] else ""
         numbers = (
             row["num_prompts"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}", f"{row['difference']:+.4f}",
             f"{row['low']:+.4f} … {row['high']:+.4f}", f"{row['p_holm']:.2g}", f"{row['win_rate']:.0%}",
@@ -221,6 +218,6 @@ def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
     return (
         f"<figure><svg class=chart viewBox='0 0 300 150' preserveAspectRatio=none role=img aria-label='{escape(name)}'>"
         f"<line x1=0 x2=300 y1=149 y2=149 /><polyline points='{path}' vector-effect=non-scaling-stroke /></svg>"
-        f"<figcaption>{escape(name)}<br><small>{min(ys):.4g} to {max(ys):.4g}, last {points[-1][1]:.4g} at {points[-1][0]:,} "
-        "samples</small></figcaption></figure>"
+        f"<figcaption>{escape(name)}<br><small>{min(ys):.4g} to {max(ys):.4g}, last {points[-1][1]:.4g} at "
+        f"{points[-1][0]:,} samples</small></figcaption></figure>"
     )

@@ -133,7 +133,7 @@ def sentence(row: Mapping[str, object]) -> str:
         "better": "better", "worse": "worse", "same": "the same within the margin", "unclear": "unclear",
         "too_few_prompts": "too few prompts to tell",
     }  # fmt: skip
-    needed = f"; about {row['num_needed']} prompts would decide" if row["num_needed"] is not None else ""
+    needed = f"; about {row['num_needed']} prompts would do" if row["num_needed"] is not None else ""
     return (
         f"{row['metric']} ({row['group']}): {words[str(row['verdict'])]}, {row['difference']:+.4f} "
         f"[{row['low']:+.4f}, {row['high']:+.4f}] over {row['num_prompts']} prompts{needed}"
