@@ -16,7 +16,8 @@ def training_set(*samples):
     """Rows of `(height, width, score, tags, caption, split)`."""
     rows = [
         {"image_id": f"{n:064x}", "shard": "s000000", "height": height, "width": width, "bucket_height": height,
-         "bucket_width": width, "score": score, "caption": caption, "words": [], "boxes": [], "split": split, "stable": False,
+         "bucket_width": width, "score": score, "caption": caption, "words": [], "boxes": [], "split": split,
+         "stable": False,
          "tags": [{"name": tag, "category": "general"} for tag in tags]}
         for n, (height, width, score, tags, caption, split) in enumerate(samples)
     ]  # fmt: skip
@@ -34,7 +35,8 @@ SET = training_set(
 def card(rows=SET, verdicts=None, **changes):
     values = {
         "checkpoint": "demo@48000", "digest": "d" * 64, "base": "stable-diffusion-xl-base-1.0", "base_digest": "b" * 64,
-        "family": "sdxl", "license_name": "openrail++", "fingerprint": "f" * 64, "training_set": model_card.count_set(rows),
+        "family": "sdxl", "license_name": "openrail++", "fingerprint": "f" * 64,
+        "training_set": model_card.count_set(rows),
         "run": RunConfig(encoding="sdxl", prompts=PromptConfig(caption_prob=0.5)), "evaluation": EvaluationConfig(),
         "verdicts": TABLES["verdicts"].empty() if verdicts is None else verdicts,
     }  # fmt: skip
@@ -72,7 +74,7 @@ def test_the_card_says_what_was_counted():
 
 def test_tags_stand_in_bands():
     facts = model_card.count_set(SET)
-    many = tuple((f"t{n}", 5000 - n) for n in range(150)) + (("middle", 500), ("rare", 3))
+    many = (*tuple((f"t{n}", 5000 - n) for n in range(150)), ("middle", 500), ("rare", 3))
     text = model_card.render(
         card(
             training_set=model_card.SetFacts(

@@ -128,11 +128,9 @@ def test_a_missing_picture_leaves_a_gap_and_no_error(sides):
 def test_a_browser_draws_both_halves_of_a_slider(sides, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(report.render("t", sides, TABLES["verdicts"].empty(), {}, {}))
-    subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,900", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--screenshot={tmp_path / 'shot.png'}", path.as_uri()],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,900"]
+    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}"]
+    subprocess.run(["chromium", *options, *places, path.as_uri()], check=True, capture_output=True, timeout=120)
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
     red = (np.abs(shot - (254, 0, 0)).max(axis=2) < 8).nonzero()
     blue = (np.abs(shot - (0, 0, 254)).max(axis=2) < 8).nonzero()
