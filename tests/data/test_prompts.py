@@ -11,12 +11,13 @@ from training.config import PromptConfig
 from training.data import prompts
 from training.data.tables import TABLES
 
+BOX = {"y0": 0.0, "x0": 0.0, "y1": 1.0, "x1": 1.0, "confidence": 0.5}
 NAMES = [f"tag_{n:02d}" for n in range(100)]
 
 
 def sample(num_tags=100, **changes):
     tags = [{"name": name, "category": "general"} for name in NAMES[:num_tags]]
-    return {"tags": tags, "words": [], "caption": None, "score": 7, "watermark": False, **changes}
+    return {"tags": tags, "words": [], "caption": None, "score": 7, "boxes": [], **changes}
 
 
 def many(config, count=4000, **changes):
@@ -45,7 +46,7 @@ configs = st.builds(
     seed=st.integers(0, 2**64),
 )
 def test_every_prompt_obeys_the_recipe(config, num_tags, words, caption, score, watermark, seed):
-    one = sample(num_tags, words=words, caption=caption, score=score, watermark=watermark)
+    one = sample(num_tags, words=words, caption=caption, score=score, boxes=[{}] if watermark else [])
     text, trace = prompts.make_prompt(one, config, random.Random(seed))
     assert (text, trace) == prompts.make_prompt(one, config, random.Random(seed))
     if trace["kind"] == "empty":
@@ -79,7 +80,7 @@ def test_the_number_of_tags_is_normal_and_cut_at_one():
 
 
 def test_every_tag_and_every_place_is_equally_likely():
-    _, traces = many(PromptConfig(empty_prob=0, mean_tags=5, std_tags=0), num_tags=10, watermark=True)
+    _, traces = many(PromptConfig(empty_prob=0, mean_tags=5, std_tags=0), num_tags=10, boxes=[{}])
     seen = Counter(name for trace in traces for name in trace["tags"])
     assert seen.pop("watermark") == 4000
     assert all(count / 4000 == pytest.approx(0.4, abs=0.04) for count in seen.values())

@@ -30,7 +30,7 @@ def make_prompt(sample: Mapping[str, Any], config: PromptConfig, rng: random.Ran
     `score_N_up`, `score_N` before them; spaces for underscores with `spaces_prob`, in the whole prompt.
 
     Args:
-        sample: tags (rows of TAG), words, caption, score, watermark, as in `selected_images`.
+        sample: tags (rows of TAG), words, caption, score and watermark boxes, as in `training_set`.
         config: The recipe.
         rng: Draws everything.
 
@@ -43,7 +43,7 @@ def make_prompt(sample: Mapping[str, Any], config: PromptConfig, rng: random.Ran
     if rng.random() < config.empty_prob:
         return "", {"kind": "empty"}
     names = {tag["name"] for tag in sample["tags"]} | set(sample["words"])
-    if sample["watermark"]:
+    if sample["boxes"]:
         names.add(WATERMARK)
     caption = sample["caption"]
     use_caption = rng.random() < config.caption_prob
