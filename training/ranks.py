@@ -1,11 +1,14 @@
 """The processes of a training run: who is who, what they agree on, and how their gradients become one."""
 
+import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+
+from training.errors import TrainingError
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -33,7 +36,8 @@ class Ranks:
         if self.size == 1:
             return flag
         value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
+        with _peers():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
         return bool(value.item())
 
     def barrier(self) -> None:
@@ -43,7 +47,8 @@ class Ranks:
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all ranks, in place. Exact where each element is non-zero on one rank only."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with _peers():
+                dist.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -51,9 +56,9 @@ class Ranks:
         if self.size == 1:
             return
         for chunk in _chunks(parameters, 64_000_000):
-            flat = _flatten(chunk)
-            dist.all_reduce(flat)
-            _unflatten(flat, chunk)
+            flat = self.sum_(_flatten(chunk))
+            for part, parameter in zip(flat.split([p.numel() for p in chunk]), chunk, strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def gather_gradients(self, parameters: Sequence[torch.nn.Parameter], num_ranks: int) -> list[list[torch.Tensor]]:
         """Every rank's gradients of one round of micro-batches (`canonical`).
@@ -69,7 +74,8 @@ class Ranks:
             return [[_gradient(parameter) for parameter in parameters]]
         own = _flatten(parameters)
         flats = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(flats, own)
+        with _peers():
+            dist.all_gather(flats, own)
         sizes = [parameter.numel() for parameter in parameters]
         return [
             [part.view_as(parameter) for part, parameter in zip(flat.split(sizes), parameters, strict=True)]
@@ -82,17 +88,24 @@ class Ranks:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """A message that cannot be exchanged means that another rank has ended, whose own output says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another rank of this run was lost, the last checkpoint is kept; start the run again ({reason})"
+        ) from error
+
+
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     return torch.cat([_gradient(parameter).reshape(-1) for parameter in parameters])
-
-
-def _unflatten(flat: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
-    for part, parameter in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 def _chunks(parameters: Sequence[torch.nn.Parameter], max_numbers: int) -> list[list[torch.nn.Parameter]]:

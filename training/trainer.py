@@ -72,7 +72,7 @@ class Trainer:
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
         self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)
         self.saved_at = self.state.clock.samples_seen
-        self.last_good = copy.copy(self.state.clock)
+        self.last_good = self.state.clock
         self.recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATE_WINDOW_STEPS)
         self._open_epoch()
         self._log_opening(start)
@@ -110,6 +110,8 @@ class Trainer:
         """One optimizer step; False when a stop request dropped it, with nothing changed."""
         clock, optimizer, parameters = self.state.clock, self.state.optimizer, list(self.state.parameters.values())
         began, waited = time.monotonic(), draws.waited_s
+        if clock.skipped_in_row == 0:
+            self.last_good = copy.copy(clock)
         micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
         offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
         losses = torch.zeros(size, device=self.ranks.device)
@@ -155,7 +157,6 @@ class Trainer:
         self._advance(size)
         clock.samples_trained += size
         clock.skipped_in_row = 0
-        self.last_good = copy.copy(clock)
         seconds = time.monotonic() - began
         data_wait = (draws.waited_s - waited) / seconds
         self._log_step(seconds, size, loss=loss, grad_norm=grad_norm, learning_rate=rate, data_wait=data_wait)
