@@ -86,6 +86,16 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert orders[3] == again
 
 
+def test_samples_meet_others_in_each_epoch():
+    company = []
+    for epoch in (0, 1):
+        order = make_order(
+            np.full((40, 2), 64), np.ones(40, dtype=int), seed=0, epoch=epoch, micro_batch_size=4, global_batch_size=40
+        )
+        company.append({frozenset(rows.tolist()) for rows in order.micro_batches(0)})
+    assert company[0] != company[1]
+
+
 SCRIPT = """
 import numpy as np
 from training.order import make_order

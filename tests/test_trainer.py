@@ -116,6 +116,7 @@ def test_torn_checkpoints_are_ignored_reported_and_written_again(unbroken, make_
     assert resumed["checkpoint"] == "broken@30"
     (warning,) = [event for event in read_events(broken.folder / run_folder.EVENTS) if event["event"] == "warning"]
     assert "diffusion_pytorch_model.safetensors has SHA-256" in warning["message"]
+    assert not list((broken.folder / "checkpoints").glob(".tmp-*"))
     assert contents(broken, 52) == contents(unbroken, 52)
 
     (older / run_folder.READY).unlink()

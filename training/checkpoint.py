@@ -78,6 +78,8 @@ def save(folder: Path, state: TrainingState, config: RunConfig, inputs: RunInput
     if target.exists():
         # Whole checkpoints are resumed from and never written again, so this one is torn or rotten.
         shutil.rmtree(target)
+    for left in target.parent.glob(f"{commit.TEMPORARY_PREFIX}*"):
+        shutil.rmtree(left)  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
         save_diffusers_folder(state.parts, temporary, torch.float32)
         if state.ema is not None:

@@ -215,7 +215,7 @@ class Trainer:
         return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
 
     def _open_epoch(self) -> None:
-        """Fix the clock's epoch if nobody has, and read it; its log line names the generations of latents."""
+        """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
         epoch = self.state.clock.epoch
         if self.ranks.rank == 0:
             prepare_epoch(self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint)

@@ -35,13 +35,22 @@ def write(folder, count, *, max_bytes=1_000_000, log_variance=True, generation=3
     return writer, values
 
 
-@given(st.lists(st.floats(width=32, min_value=-(2.0**127), max_value=2.0**127), min_size=1))
-def test_bfloat16_rounds_as_torch_does(values):
-    array = np.array(values, dtype=np.float32)
+def check_rounding(array):
     expected = torch.tensor(array).to(torch.bfloat16)
     bits = to_bfloat16(array)
     assert np.array_equal(bits, expected.view(torch.uint16).numpy())
     assert np.array_equal(from_bfloat16(bits), expected.float().numpy())
+
+
+@given(st.integers(0, 0x7F7E), st.booleans(), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]))
+def test_bfloat16_rounds_halves_to_even_as_torch_does(upper, negative, lower):
+    bits = negative << 31 | upper << 16 | lower
+    check_rounding(np.array([bits], dtype=np.uint32).view(np.float32))
+
+
+@given(st.lists(st.floats(width=32, min_value=-(2.0**127), max_value=2.0**127), min_size=1))
+def test_bfloat16_rounds_as_torch_does(values):
+    check_rounding(np.array(values, dtype=np.float32))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo(np.float32).max])
@@ -118,6 +127,15 @@ def test_damage_is_named_at_open(tmp_path, damage):
     damage(tmp_path / writer.entries[0].name)
     with pytest.raises(DamageError, match=writer.entries[0].name):
         LatentFile(tmp_path, writer.entries[0])
+
+
+def test_a_file_whose_header_does_not_account_for_its_size_is_damage(tmp_path):
+    writer, _ = write(tmp_path, 5)
+    path = tmp_path / writer.entries[0].name
+    damage_grown(path)
+    entry = commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+    with pytest.raises(DamageError, match="bytes by its header"):
+        LatentFile(tmp_path, entry)
 
 
 def test_a_flipped_bit_is_noticed_before_the_first_row_is_used(tmp_path):
