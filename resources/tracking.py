@@ -3,25 +3,23 @@
 MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint, weights stay on disk.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import tempfile
 import time
 import uuid
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 from PIL import Image
 
-from resources import tracking_spool
+from resources import mlflow_calls, tracking_spool
+from resources.mlflow_calls import PROXIED
 from resources.tracking_spool import Chunk
 from training import commit, run_folder
 from training.errors import TrackingError
@@ -36,16 +34,7 @@ NUM_PICTURES = 12
 DEFAULT_UI = "http://127.0.0.1:5000"
 """Where `foundry up` serves MLflow unless told otherwise."""
 RUN_TAG = "foundry.run"
-_PROXIED = "mlflow-artifacts:/"
 _THUMBNAIL_PX = 256
-_SETTINGS = {
-    # The defaults block 246 s per call when a server is away (measured).
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "DO_NOT_TRACK": "true",
-}
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -95,14 +84,17 @@ class Tracking:
         """
         sent = 0
         what = f"forwarding of run {folder.name}"
-        with _explained(f"{what} to {_masked(self.uri)} failed"), commit.lock(folder / "tracking.lock", what):
-            client = self._client()
+        with (
+            mlflow_calls.explained(f"{what} to {mlflow_calls.masked(self.uri)} failed"),
+            commit.lock(folder / "tracking.lock", what),
+        ):
+            client = mlflow_calls.connect(self.uri)
             run = self._run(client, folder.name)
             state = tracking_spool.read_state(folder, run.info.run_id)
             if state.offset == 0:
                 self._describe(client, run, folder)
             if tags:
-                _log_batch(client, run.info.run_id, tags=tags)
+                mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
             for chunk in tracking_spool.pending(folder, state):
                 self._send(client, run, folder, chunk)
                 tracking_spool.write_state(folder, chunk.state)
@@ -122,14 +114,14 @@ class Tracking:
             TrackingError: MLflow is away, hung or refuses.
         """
         name, step = _parts(checkpoint)
-        with _explained(f"scores of {checkpoint} are not sent to {_masked(self.uri)}"):
-            client = self._client()
+        with mlflow_calls.explained(f"scores of {checkpoint} are not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
             run = self._run(client, name)
             model = self._model(client, run, checkpoint, {})
             self._log_scores(client, run, model.model_id, step, _score_points(metrics))
             for row in choose_pictures(samples, NUM_PICTURES).iter_rows(named=True):
                 self._put_picture(client, run, step, row["prompt_id"], folder / row["file"])
-            _log_batch(client, run.info.run_id, tags={"mlflow.loggedImages": "True"})
+            mlflow_calls.log_batch(client, run.info.run_id, tags={"mlflow.loggedImages": "True"})
 
     def log_verdicts(self, verdicts: pl.DataFrame) -> None:
         """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel.
@@ -142,12 +134,12 @@ class Tracking:
         """
         for row in verdicts.filter(pl.col("group") == verdict.ALL).iter_rows(named=True):
             name, _ = _parts(row["b"])
-            with _explained(f"verdict on {row['b']} is not sent to {_masked(self.uri)}"):
-                client = self._client()
+            with mlflow_calls.explained(f"verdict on {row['b']} is not sent to {mlflow_calls.masked(self.uri)}"):
+                client = mlflow_calls.connect(self.uri)
                 run = self._run(client, name)
                 text = f"{verdict.sentence(row)}; {row['b']} against {row['a']}"
                 tags = {f"verdict.{row['metric']}": row["verdict"], f"verdict.{row['metric']}.text": text}
-                _log_batch(client, run.info.run_id, tags=tags)
+                mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
                 client.set_logged_model_tags(self._model(client, run, row["b"], {}).model_id, tags)
 
     def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
@@ -157,15 +149,15 @@ class Tracking:
             TrackingError: MLflow is away, hung or refuses.
         """
         run_name, step = _parts(checkpoint)
-        with _explained(f"{name} of {checkpoint} is not sent to {_masked(self.uri)}"):
-            client = self._client()
+        with mlflow_calls.explained(f"{name} of {checkpoint} is not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
             self._put(client, self._run(client, run_name), f"evaluation/{step:09d}/{name}", content)
 
     def run_url(self, run: str) -> str:
         """MLflow's page of a run, which is made where there is none yet; empty when MLflow is away."""
         try:
-            with _explained(run):
-                info = self._run(self._client(), run).info
+            with mlflow_calls.explained(run):
+                info = self._run(mlflow_calls.connect(self.uri), run).info
         except TrackingError:
             return ""
         return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
@@ -173,22 +165,11 @@ class Tracking:
     def experiment_url(self) -> str:
         """MLflow's page of the experiment with its charts; empty when MLflow is away."""
         try:
-            with _explained(self.experiment):
-                experiment_id = self._experiment_id(self._client())
+            with mlflow_calls.explained(self.experiment):
+                experiment_id = self._experiment_id(mlflow_calls.connect(self.uri))
         except TrackingError:
             return ""
         return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-
-    def _client(self) -> "MlflowClient":
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow 3.17 imports modules that others have deprecated
-            from mlflow import MlflowClient
-
-            if self.uri.startswith("sqlite:///"):
-                create_database(Path(self.uri.removeprefix("sqlite:///")))
-            return MlflowClient(tracking_uri=self.uri)
 
     def _experiment_id(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -196,7 +177,7 @@ class Tracking:
             return str(found.experiment_id)
         from mlflow.exceptions import MlflowException
 
-        location = None if self.artifacts is None else f"{_PROXIED}{_slug(self.experiment)}"
+        location = None if self.artifacts is None else f"{PROXIED}{mlflow_calls.slug(self.experiment)}"
         # MLflow's pages show curves and pictures for this kind of experiment, and chats for the default one.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
@@ -249,7 +230,7 @@ class Tracking:
             "encoding": config.encoding,
             "base": inputs.base_digest[:8],
         }
-        _log_batch(client, run.info.run_id, params=params, tags={"foundry.fingerprint": inputs.fingerprint})
+        mlflow_calls.log_batch(client, run.info.run_id, params=params, tags={"foundry.fingerprint": inputs.fingerprint})
         self._put(client, run, run_folder.CONFIG, text)
         source = json.dumps({"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint})
         # 36 characters are all that MLflow's column holds.
@@ -264,7 +245,7 @@ class Tracking:
         tags = {"foundry.last_warning": chunk.last_warning[:1_000]} if chunk.last_warning else {}
         if chunk.phase is not None and chunk.phase["event"] == "failed":
             tags["foundry.reason"] = str(chunk.phase.get("reason", ""))[:1_000]
-        _log_batch(client, run_id, metrics=metrics, tags=tags)
+        mlflow_calls.log_batch(client, run_id, metrics=metrics, tags=tags)
         for event in chunk.checkpoints:
             tags = {"folder": f"{folder.name}/{event['folder']}", "digest": str(event["digest"])}
             self._model(client, run, str(event["checkpoint"]), tags)
@@ -288,11 +269,11 @@ class Tracking:
             latest = max(history, key=lambda item: item.timestamp, default=None)
             if latest is None or latest.value != value:
                 new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
-        _log_batch(client, run_id, metrics=new)
+        mlflow_calls.log_batch(client, run_id, metrics=new)
 
     def _put_picture(self, client: "MlflowClient", run: "Run", step: int, prompt_id: str, path: Path) -> None:
         """One picture of MLflow's grid and its thumbnail, under names that sending again repeats."""
-        key = f"samples~{_slug(prompt_id)}"
+        key = f"samples~{mlflow_calls.slug(prompt_id)}"
         unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.info.run_id}/{step}/{prompt_id}")
         # The form of `MlflowClient.log_image`, whose own names differ each time: drawing again would add, not replace.
         stem = f"images/{key}+step+{step}+timestamp+{run.info.start_time}+{unique}"
@@ -306,28 +287,13 @@ class Tracking:
 
     def _put(self, client: "MlflowClient", run: "Run", name: str, content: bytes) -> None:
         """Write one artifact; the same name again replaces it."""
-        if self.artifacts is not None and run.info.artifact_uri.startswith(_PROXIED):
-            commit.write_bytes(self.artifacts / run.info.artifact_uri.removeprefix(_PROXIED) / name, content)
+        if self.artifacts is not None and run.info.artifact_uri.startswith(PROXIED):
+            commit.write_bytes(self.artifacts / run.info.artifact_uri.removeprefix(PROXIED) / name, content)
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, Path(name).name)
             path.write_bytes(content)
             client.log_artifact(run.info.run_id, str(path), str(Path(name).parent))
-
-
-def create_database(path: Path) -> None:
-    """Create MLflow's SQLite database, one process at a time: two at once would break it. Takes 3 to 6 s, once."""
-    if path.is_file():
-        return
-    with commit.lock(path.parent / "locks" / "mlflow.lock", f"the MLflow database {path}", wait_s=120):
-        if not path.is_file():
-            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-            # Under another name first: a kill in the middle leaves no half database that looks whole.
-            fresh = path.with_name(f"{commit.TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
-            fresh.unlink(missing_ok=True)
-            SqlAlchemyStore(f"sqlite:///{fresh}", _PROXIED).engine.dispose()
-            os.replace(fresh, path)
 
 
 def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
@@ -342,7 +308,9 @@ def _score_points(metrics: pl.DataFrame) -> dict[str, float]:
     found = {f"eval/{_metric_name(name)}": value for name, value in summary.select("metric", "value").iter_rows()}
     own = metrics.filter(pl.col("prompt_id").is_not_null() & pl.col("value").is_finite())
     means = own.group_by("metric", "group").agg(pl.col("value").mean()).sort("metric", "group")
-    return found | {f"eval_groups/{metric} {_slug(group)}": value for metric, group, value in means.iter_rows()}
+    return found | {
+        f"eval_groups/{metric} {mlflow_calls.slug(group)}": value for metric, group, value in means.iter_rows()
+    }
 
 
 def _metric_name(column: str) -> str:
@@ -358,39 +326,3 @@ def _parts(checkpoint: str) -> tuple[str, int]:
     run, _, step = checkpoint.rpartition("@")
     assert run, f"{checkpoint} is no checkpoint"
     return run, int(step)
-
-
-def _slug(text: str) -> str:
-    """`text` in characters that keys, file names and filters take; what had to change keeps a digest."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def _log_batch(
-    client: "MlflowClient", run_id: str, *, metrics: list[Any] | None = None,
-    params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
-    from mlflow.entities import Param, RunTag
-
-    client.log_batch(
-        run_id,
-        metrics=metrics or [],
-        params=[Param(name, str(value)) for name, value in (params or {}).items()],
-        tags=[RunTag(name, value) for name, value in (tags or {}).items()],
-        synchronous=True,
-    )
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn any error into TrackingError: a tracker must never end what it tracks."""
-    try:
-        yield
-    except Exception as error:  # MLflow, requests, SQLAlchemy and Pillow raise kinds of their own
-        reason = _masked(" ".join(str(error).split()))[:300] or type(error).__name__
-        raise TrackingError(f"{what}: {reason}; it is sent with the next call") from error
-
-
-def _masked(text: str) -> str:
-    """`text` without the credentials of addresses in it."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
