@@ -4,7 +4,6 @@ from typing import Any
 
 import dagster as dg
 import polars as pl
-from resources.tracking import workspace_tracking
 
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
@@ -12,6 +11,7 @@ from assets.sample_images import prompts_of
 from resources import devices
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
+from resources.tracking import workspace_tracking
 from training.data.tables import TABLES
 from training.errors import DataError, TrackingError
 from training.evaluation import figures, prompt_sets
@@ -62,10 +62,7 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
             )
         return Made(frame=frame, report=_report(store, key, frame))
 
-    result = materialize(context, store, METRICS, make)
-    for key in context.partition_keys:
-        _track(context, store, key)
-    return result
+    return materialize(context, store, METRICS, make)
 
 
 def _report(store: Store, key: str, frame: pl.DataFrame) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def _report(store: Store, key: str, frame: pl.DataFrame) -> dict[str, Any]:
 
 
 def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
-    """Send scores and a handful of pictures to MLflow; when it is away, say so and go on."""
+    """Send scores, verdicts and a handful of pictures to MLflow; when it is away, say so and go on."""
     try:
         tracking = workspace_tracking(store.home, store.config.tracking.uri)
         tracking.log_evaluation(
@@ -93,6 +90,8 @@ def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
             samples=store.read("sample_images", parts=[key]),
             folder=store.sample_folder(key),
         )
+        if VERDICTS.part(key) in store.parts("verdicts"):
+            tracking.log_verdicts(store.read("verdicts", parts=[VERDICTS.part(key)]))
     except TrackingError as error:
         context.log.warning(f"MLflow: {error}")
 
@@ -133,4 +132,7 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
             },
         )
 
-    return materialize(context, store, VERDICTS, make)
+    result = materialize(context, store, VERDICTS, make)
+    for key in context.partition_keys:
+        _track(context, store, key)
+    return result

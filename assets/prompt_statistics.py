@@ -51,7 +51,8 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
             for sample in samples.iter_rows(named=True)
         ]
         tokens = tokenize([prompt for prompt, _ in made], tokenizer, max_chunks=config.prompts.max_chunks)
-        frame = statistics(made, tokens)
+        counts = [item.num_tokens for item in tokens]
+        frame = statistics([trace for _, trace in made], counts, config.prompts.max_chunks)
         return Made(
             frame=frame,
             report={
@@ -61,7 +62,7 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
                     "truncated": sum(item.num_truncated > 0 for item in tokens),
                 },
                 "tables": {"examples": [{"prompt": prompt} for prompt, _ in made[:NUM_EXAMPLES]]},
-                "pictures": {"tokens per prompt": figures.histogram([item.num_tokens for item in tokens])},
+                "pictures": {"tokens per prompt": figures.histogram(counts)},
             },
         )
 

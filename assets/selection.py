@@ -16,10 +16,10 @@ STAGE = Stage(
     version=1,
     scope=Scope.ALL,
     reads=(
-        Reads("source_listing", ("source", "source_id", "shard", "tags", "rating", "created_at", "split", "crop_box")),
-        Reads("raw_images", ("source", "source_id", "image_id", "locator", "height", "width", "bytes")),
+        Reads("source_listing", ("source", "source_id", "shard", "gone_at", "tags", "rating", "split", "crop_box")),
+        Reads("raw_images", ("source", "source_id", "image_id", "locator", "height", "width")),
         Reads("duplicate_groups", ("group", "source", "source_id", "image_id", "kind", "kept")),
-        Reads("quality_scores", ("image_id", "score")),
+        Reads("quality_scores", ("image_id", "score", "bytes_per_pixel")),
         Reads("tags", ("image_id", "tags")),
         Reads("captions", ("image_id", "model", "caption")),
         Reads("watermark_boxes", ("image_id", "boxes")),
@@ -44,12 +44,14 @@ def selected_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[S
 
     def make(key: str) -> Made:
         tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
+        tagger_tags = tables.pop("tags")
         frame = select(
             **tables,
-            previous=store.read("selected_images", ["image_id", "split", "stable"]),
-            selection=store.config.selection,
-            tag_config=store.config.tags,
+            tagger_tags=tagger_tags,
             aliases=read_aliases(store),
+            tag_config=store.config.tags,
+            config=store.config.selection,
+            previous=store.read("selected_images", ["image_id", "split", "stable"]),
         )
         return Made(frame=frame, report=_report(store, frame))
 

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import dagster as dg
@@ -15,7 +17,7 @@ from resources.stages import Scope, Stage
 from resources.store import Store
 from resources.warehouse import rebuild
 from training.commit import lock
-from training.errors import ConfigError, PipelineError
+from training.errors import ConfigError, DataError, PipelineError
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
@@ -49,7 +51,8 @@ def bring_up_to_date(
 
     Args:
         home: The workspace.
-        select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`); None for everything.
+        select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`), several joined by commas;
+            None for everything.
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
         run: Of all training runs, only this one.
@@ -71,8 +74,25 @@ def bring_up_to_date(
         for stages in _selected(select, only=only):
             mirror(instance, store)
             outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started))
+            if any(stage.name == "raw_images" for stage in stages):
+                _require_a_picture(Store(home))
     rebuild(store)
     return outcomes
+
+
+def _require_a_picture(store: Store) -> None:
+    """Stop where no candidate is usable: every later stage would work on nothing.
+
+    Raises:
+        DataError: says how many candidates there are and why they were rejected.
+    """
+    if not store.stale(STAGES["raw_images"]) and store.read("raw_images", ["image_id"]).is_empty():
+        rejected = store.read("rejected_images", ["stage", "reason"]).filter(stage="raw_images")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows())
+        raise DataError(
+            f"none of {rejected.height} candidates is a usable picture ({reasons}); see them with "
+            f'`foundry sql --home {store.home} "from rejected_images"`'
+        )
 
 
 def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
@@ -81,7 +101,8 @@ def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
     chosen = set(STAGES)
     if select is not None:
         try:
-            selection = dg.AssetSelection.from_string(select)
+            selections = [dg.AssetSelection.from_string(part.strip()) for part in select.split(",")]
+            selection = reduce(or_, selections)
             keys = (selection if only else selection.upstream()).resolve(graph)
         except (dg.DagsterError, ValueError) as error:
             raise ConfigError(f"--select {select!r}: {str(error).splitlines()[0]}") from None

@@ -1,9 +1,9 @@
 """Work by the clock: catching up MLflow with what trainers wrote while it was away."""
 
 import dagster as dg
-from resources.tracking import workspace_tracking
 
 from resources.store import Store
+from resources.tracking import workspace_tracking
 
 
 @dg.op

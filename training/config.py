@@ -98,6 +98,8 @@ class ModelsConfig:
     """Owlv2ForObjectDetection."""
     base: str = "models/stable-diffusion-xl-base-1.0"
     """Diffusers folder that training starts from."""
+    base_license: str = "openrail++"
+    """Licence of the base model as Hugging Face names it; its fine-tunes inherit it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

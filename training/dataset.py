@@ -87,9 +87,7 @@ class Dataset:
         image_id = self.image_ids[row]
         keys = (Purpose.VALIDATION, "prompt") if epoch is None else (Purpose.PROMPT, epoch)
         rng = seeds.generator(self.config.seed, *keys, image_id)
-        sample = self.table.row(row, named=True)
-        sample["watermark"] = bool(sample["boxes"])
-        return make_prompt(sample, self.config.prompts, rng)[0]
+        return make_prompt(self.table.row(row, named=True), self.config.prompts, rng)[0]
 
     def count_chunks(self, rows: np.ndarray, epoch: int | None) -> np.ndarray:
         """Text chunks that the prompts of `rows` fill in an epoch, `(len(rows),)` int64."""
