@@ -1,0 +1,58 @@
+"""Commands in processes of their own, and the small workspace that the graph's tests work on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PHOTOS = ROOT.parent / "shared" / "photos"
+SMALL_RUN = """
+encoding = "sdxl"
+num_samples = 96
+[prompts]
+mean_tags = 5.0
+std_tags = 2.0
+max_chunks = 1
+[batch]
+global_batch_size = 16
+micro_batch_size = 16
+[optimizer]
+learning_rate = 3e-4
+warmup_samples = 16
+[validation]
+every_samples = 48
+[checkpoints]
+every_samples = 48
+"""
+
+
+def foundry(*arguments, check=True, threads=None, **options):
+    """Run a command of the installed `foundry` in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("FOUNDRY_HOME", "DAGSTER_HOME")}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("foundry"), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, check=False, **options,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, f"foundry {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_small(home, source):
+    """A workspace on the small folder, with a short run and few prompts."""
+    foundry("init", home, "--preset", "demo", "--source", source)
+    prompts = ROOT / "demo" / "prompts.csv"
+    (home / "prompts.csv").write_text("".join(prompts.read_text().splitlines(keepends=True)[:7]))
+    text = (home / "foundry.toml").read_text().replace('file = "demo:prompts.csv"', 'file = "prompts.csv"')
+    text = text.replace("num_steps = 20", "num_steps = 4")
+    (home / "foundry.toml").write_text(text)
+    (home / "runs" / "demo" / "config.toml").write_text(SMALL_RUN)
+
+
+def digests(home):
+    """Logical digest of every part, as `foundry digest` prints them."""
+    lines = foundry("digest", "--home", home).stdout.splitlines()
+    return dict(reversed(line.split("  ", 1)) for line in lines)
