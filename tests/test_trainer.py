@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training import checkpoint, run_folder
-from training.errors import TrainingError
+from training.errors import DamageError, TrainingError
 from training.event_log import read_events
 from training.models.unet import load_pipeline_parts
 from training.prefetch import Prefetch
@@ -137,6 +137,10 @@ def test_older_checkpoints_keep_their_weights_and_a_true_ready_file(make_run, tr
         ready = run_folder.read_ready(folder)
         present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert {entry.name for entry in ready.files} <= present
+        assert run_folder.check_checkpoint(folder) == ready
+    (folders[-1] / "state" / "clock.json").unlink()
+    with pytest.raises(DamageError, match=r"clock\.json is gone"):
+        run_folder.check_checkpoint(folders[-1])
 
 
 def test_only_what_the_config_names_is_trained(make_run, train):

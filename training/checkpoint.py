@@ -114,13 +114,12 @@ def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
     torn = []
     for path in sorted((folder / run_folder.CHECKPOINTS).glob("samples_*"), reverse=True):
         try:
-            ready = run_folder.read_ready(path)
-            for entry in (*ready.files, *ready.state_files):
-                commit.check_entry(path, entry)
+            run_folder.check_checkpoint(path)
         except DamageError as error:
             torn.append(f"ignored an incomplete checkpoint: {error}")
         else:
-            return path, torn
+            if (path / STATE).exists():
+                return path, torn
     return None, torn
 
 

@@ -148,6 +148,18 @@ def read_ready(folder: Path) -> Ready:
     return ready
 
 
+def check_checkpoint(folder: Path) -> Ready:
+    """Compare all files of a checkpoint with its READY.json; one whose `state/` was freed by retention is whole.
+
+    Raises:
+        DamageError: names the first file that is gone, cut or changed.
+    """
+    ready = read_ready(folder)
+    for entry in (*ready.files, *(ready.state_files if (folder / STATE).exists() else ())):
+        commit.check_entry(folder, entry)
+    return ready
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Folders of a run's checkpoints with a readable READY.json, oldest first."""
     ready = []
