@@ -69,7 +69,7 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
                 "gone": merged["gone_at"].is_not_null().sum(),
                 "sidecar problems": len(problems),
             },
-            "tables": {"sidecar problems": [dict(item) for item in problems[:20]]} if problems else {},
+            "tables": {"sidecar problems": [item._asdict() for item in problems[:20]]},
         }
         return Made(frame=merged, rows_in=merged.height, report=report)
 

@@ -138,7 +138,7 @@ def _run_body(
             if deadline is not None and time.monotonic() > deadline:
                 left.extend(batch)
                 continue
-            _execute(instance, chosen, batch)
+            execute(instance, chosen, batch)
     seconds = time.monotonic() - begin
     return [_outcome(Store(store.home), stage, stale[stage.name], left, seconds) for stage in stages]
 
@@ -153,7 +153,7 @@ def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[st
     return list(groups.values())
 
 
-def _execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str]) -> None:
+def execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str]) -> None:
     """One in-process Dagster run; a failure is raised as the error that caused it."""
     tags = {**holder_tags()}
     partition = None

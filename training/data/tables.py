@@ -84,9 +84,7 @@ class Table:
         frame = frame.select(list(self.columns))
         for name, column in self.columns.items():
             if frame.schema[name] != column.dtype:
-                raise DataError(
-                    f"table {self.name}: column {name} is {frame.schema[name]}, must be {column.dtype}"
-                )
+                raise DataError(f"table {self.name}: column {name} is {frame.schema[name]}, must be {column.dtype}")
         if self.key:
             if frame.select(self.key).is_duplicated().any():
                 twice = frame.filter(frame.select(self.key).is_duplicated()).select(self.key).row(0)
@@ -111,9 +109,7 @@ TABLES: dict[str, Table] = {
             ("source", "source_id"),
             {
                 "source": _c(pl.String, "name of the source in foundry.toml"),
-                "source_id": _c(
-                    pl.String, "identity within the source: the relative path, odd bytes percent-encoded"
-                ),
+                "source_id": _c(pl.String, "identity within the source: the relative path, odd bytes percent-encoded"),
                 "locator": _c(pl.String, "where the bytes are, relative to the source"),
                 "shard": _c(pl.String, "partition, given when first listed and kept"),
                 "bytes": _c(pl.Int64, "size when listed"),
@@ -193,9 +189,7 @@ TABLES: dict[str, Table] = {
             {
                 "image_id": _IMAGE_ID,
                 "model": _MODEL,
-                "tags": _c(
-                    pl.List(SCORED_TAG), "names above the floor with probability, sorted by name", 1e-3
-                ),
+                "tags": _c(pl.List(SCORED_TAG), "names above the floor with probability, sorted by name", 1e-3),
             },
         ),
         Table(
@@ -227,9 +221,7 @@ TABLES: dict[str, Table] = {
                 "source": _c(pl.String, "name of the source"),
                 "source_id": _c(pl.String, "identity within the source"),
                 "image_id": _IMAGE_ID,
-                "kind": _c(
-                    pl.String, "what ties it to the one kept: exact, pixels or near; `kept` for the kept one"
-                ),
+                "kind": _c(pl.String, "what ties it to the one kept: exact, pixels or near; `kept` for the kept one"),
                 "kept": _c(pl.Boolean, "this one goes on"),
                 "why": _c(pl.String, "the rule that kept or dropped it"),
             },
@@ -319,9 +311,7 @@ TABLES: dict[str, Table] = {
                 "caption": _c(pl.String, "the sentence to train on; null when there is none"),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags of the source"),
                 "watermark": _c(pl.Boolean, "a watermark box above the threshold"),
-                "boxes": _c(
-                    pl.List(SCORED_BOX), "watermark boxes above the threshold, upright source pixels", 0.5
-                ),
+                "boxes": _c(pl.List(SCORED_BOX), "watermark boxes above the threshold, upright source pixels", 0.5),
                 "flip": _c(pl.Boolean, "mirror it when encoding"),
                 "crop_box": _c(BOX, "crop wished by the source"),
             },
@@ -418,9 +408,7 @@ TABLES: dict[str, Table] = {
                 "folder": _c(pl.String, "folder under the run's checkpoints/"),
                 "digest": _c(pl.String, "SHA-256 over the weights"),
                 "training_set": _c(pl.String, "fingerprint of the set it was trained on"),
-                "validation_loss": _c(
-                    pl.Float64, "plain loss when it was saved; null before the first", 1e-4
-                ),
+                "validation_loss": _c(pl.Float64, "plain loss when it was saved; null before the first", 1e-4),
             },
         ),
         Table(
@@ -462,9 +450,7 @@ TABLES: dict[str, Table] = {
                 "group": _c(pl.String, "label of the prompt; null in a summary row"),
                 "metric": _c(pl.String, "clip_score, aesthetic, embedding; or a column of the summary"),
                 "value": _c(pl.Float64, "the number", 1e-3),
-                "embedding": _c(
-                    pl.List(pl.Float32), "projected features of the picture, in `embedding` rows", 1e-4
-                ),
+                "embedding": _c(pl.List(pl.Float32), "projected features of the picture, in `embedding` rows", 1e-4),
             },
         ),
         Table(
@@ -514,9 +500,7 @@ def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     table = TABLES["rejected_images"]
     for row in rows:
         if row["reason"] not in set(Reason):
-            raise DataError(
-                f"stage {stage}: reason {row['reason']!r} is not in the closed list {sorted(Reason)}"
-            )
+            raise DataError(f"stage {stage}: reason {row['reason']!r} is not in the closed list {sorted(Reason)}")
     full = [
         {
             name: str(value) if (value := {**row, "stage": stage}.get(name)) is not None else None
@@ -525,3 +509,27 @@ def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
         for row in rows
     ]
     return pl.DataFrame(full, schema=table.schema) if full else table.empty()
+
+
+def markdown() -> str:
+    """`docs/tables.md`: every table with its columns."""
+    lines = [
+        "# Tables",
+        "",
+        "Made from `training/data/tables.py` by `python -m training.data.tables`. A tolerance marks outputs of models:",
+        "equal inputs may differ by so much between machines; all else is equal everywhere.",
+        "",
+        f"Reasons in `rejected_images`, a closed list: {', '.join(f'`{reason}`' for reason in Reason)}.",
+    ]
+    for table in TABLES.values():
+        key = ", ".join(f"`{name}`" for name in table.key) or "none"
+        lines += ["", f"## {table.name}", "", f"One row per {table.row}. Key: {key}.", ""]
+        lines += ["| column | type | meaning | tolerance |", "| --- | --- | --- | --- |"]
+        for name, column in table.columns.items():
+            tolerance = "" if column.tolerance is None else f"{column.tolerance:g}"
+            lines.append(f"| `{name}` | {str(column.dtype).replace('|', ' ')} | {column.about} | {tolerance} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
