@@ -18,9 +18,9 @@ from training.data.geometry import Box
 from training.models.detector import QUERY_LENGTH, Detector
 from training.seeds import Purpose, integer, numpy_generator
 
-NUM_PICTURES = 5000
-NUM_STEPS = 2600
-BATCH = 32
+NUM_PICTURES = 3000
+NUM_STEPS = 1500
+BATCH = 24
 SIDE = 96
 REPEATS = 3
 """Each truth is matched to this many patches: learns faster, and non-maximum suppression removes the echoes."""
