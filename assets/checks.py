@@ -95,7 +95,7 @@ def every_candidate_accounted_for(store: Store) -> Finding:
 def projections_normalised(store: Store) -> Finding:
     """Projected embeddings are finite and of length 1: aesthetic and CLIP scores rest on it."""
     norms = store.read("embeddings", ["projection"])["projection"].list.eval(pl.element() ** 2).list.sum().sqrt()
-    off = int(((norms - 1).abs() > 1e-3).sum() + norms.is_nan().sum())
+    off = len(norms) - int(((norms - 1).abs() <= 1e-3).sum())
     return Finding(off == 0, "every projection has length 1", {"embeddings": len(norms), "off": off})
 
 

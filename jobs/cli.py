@@ -1,6 +1,7 @@
 """`foundry`: the command line. Thin: each command checks its arguments, calls one function and prints."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ Home = Annotated[
 
 def main() -> None:
     """Run a command; what the user can mend is one line on stderr and status 2."""
+    # OpenMP's threads spin while they wait: on a shared machine that is fifty times slower than sleeping.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=False)
     except PipelineError as error:

@@ -105,8 +105,8 @@ def rows(frame: pl.DataFrame, format: Literal["table", "jsonl", "csv"]) -> None:
     table = Table()
     for name in plain.columns:
         table.add_column(name)
-    for row in plain.iter_rows():
-        table.add_row(*("" if value is None else str(value) for value in row))
+    for values in plain.iter_rows():
+        table.add_row(*("" if value is None else str(value) for value in values))
     Console().print(table, markup=False)
     print(f"{frame.height} rows")
 

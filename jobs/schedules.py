@@ -4,6 +4,7 @@ import dagster as dg
 
 from resources.store import Store
 from resources.tracking import workspace_tracking
+from training.errors import TrackingError
 
 
 @dg.op
@@ -11,8 +12,12 @@ def forward_events(context: dg.OpExecutionContext, store: dg.ResourceParam[Store
     """Send every run's new events to MLflow; safe to repeat, and nothing is lost when the server is away."""
     tracking = workspace_tracking(store.home, store.config.tracking.uri)
     for folder in sorted(path.parent for path in (store.home / "runs").glob("*/events.jsonl")):
-        tracking.forward(folder)
-        context.log.info(f"forwarded {folder.name}")
+        try:
+            num_sent = tracking.forward(folder)
+        except TrackingError as error:
+            context.log.warning(f"{folder.name}: {error}")
+            continue
+        context.log.info(f"{folder.name}: {num_sent} metrics sent")
 
 
 @dg.job(description="Send to MLflow whatever training runs have logged since the last time.")

@@ -117,7 +117,7 @@ def mlflow_application(home: Path, port: int) -> Application:
 
     Only for a process of its own: MLflow reads its settings from the environment while it is imported.
     """
-    from resources.tracking import create_database
+    from resources.mlflow_calls import create_database
 
     (home / "mlartifacts").mkdir(parents=True, exist_ok=True)
     create_database(home / "mlflow.db")

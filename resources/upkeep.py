@@ -24,7 +24,7 @@ from training.commit import (
 )
 from training.data.tables import TABLES
 from training.errors import ConfigError, DamageError
-from training.run_folder import INPUTS, check_checkpoint, read_inputs
+from training.run_folder import INPUTS, check_checkpoint, checkpoints, read_inputs, read_ready
 
 DAY_S = 86_400
 QUARANTINE = "quarantine"
@@ -110,7 +110,7 @@ def orphans(store: Store) -> list[Path]:
         named.add(path)
         named.update(_content(path))
     named.update(training_sets_in_use(store))
-    found = []
+    found: list[Path] = []
     for top in ("tables", "latents"):
         for folder, folders, names in os.walk(store.home / top):
             folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
@@ -160,6 +160,18 @@ def digests(store: Store, table: str | None = None) -> dict[str, str]:
             assert manifest is not None
             found[f"{name} {part}"] = manifest.digest
     return found
+
+
+def run_digests(store: Store, run: str) -> dict[str, str]:
+    """Digest of the weights of every checkpoint of a run, by name.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+    """
+    found = [read_ready(folder) for folder in checkpoints(store.run_folder(run))]
+    if not found:
+        raise ConfigError(f"run {run!r} has no checkpoint under {store.run_folder(run)}")
+    return {ready.checkpoint: ready.digest for ready in found}
 
 
 def differences(store: Store, other: Store, table: str | None = None) -> list[str]:

@@ -16,8 +16,8 @@ ANNOTATORS = ("clip", "tagger", "detector")
 
 ROWS = pl.Schema(
     {
-        "image_id": pl.String,
-        "failure": pl.String,
+        "image_id": pl.String(),
+        "failure": pl.String(),
         "vector": pl.List(pl.Float32),
         "projection": pl.List(pl.Float32),
         "tags": pl.List(SCORED_TAG),

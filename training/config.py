@@ -267,7 +267,13 @@ class EvaluationConfig:
     """Difference of aesthetic score that matters."""
 
     def __post_init__(self) -> None:
-        _positive("evaluation", num_steps=self.num_steps, batch_size=self.batch_size)
+        _positive(
+            "evaluation",
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            clip_margin=self.clip_margin,
+            aesthetic_margin=self.aesthetic_margin,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,6 +421,9 @@ class ValidationConfig:
     """Interval, samples."""
     num_images: int = 2048
     """Held-out and stable images at most."""
+
+    def __post_init__(self) -> None:
+        _positive("validation", every_samples=self.every_samples, num_images=self.num_images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

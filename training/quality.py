@@ -50,18 +50,19 @@ def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *,
     known = pairs.filter(pl.col("a").is_in(list(rows)) & pl.col("b").is_in(list(rows))).sort("pair_id")
     judged = known.filter(pl.col("outcome").is_in(["a", "b", "tie"]))
     junk = known.filter(pl.col("outcome") == "both_junk")
+    report: dict[str, Any] = {}
     if judged.height < config.min_pairs:
-        model, report, origin = QualityModel.load(supplied, "cpu"), {}, "supplied"
+        model, origin = QualityModel.load(supplied, "cpu"), "supplied"
     else:
         ids_a, ids_b = judged["a"].to_list(), judged["b"].to_list()
         target = judged["outcome"].replace_strict({"a": 1.0, "b": 0.0, "tie": 0.5}, return_dtype=pl.Float64).to_numpy()
-        utility, report = fit_utility(
+        utility, utility_report = fit_utility(
             vectors[[rows[i] for i in ids_a]], vectors[[rows[i] for i in ids_b]], target,
             ids_a=ids_a, ids_b=ids_b, seed=SEED,
         )  # fmt: skip
         junk_ids = sorted({*junk["a"], *junk["b"]})
         good_ids = sorted({*ids_a, *ids_b} - set(junk_ids))
-        junk_head = None
+        report, junk_head = dict(utility_report), None
         if junk_ids:
             ids = [*junk_ids, *good_ids]
             is_junk = np.array([True] * len(junk_ids) + [False] * len(good_ids))
@@ -71,7 +72,7 @@ def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *,
     pool = np.array([row.utility for row in model(vectors)]) if len(vectors) else np.zeros(0)
     cuts = cut_points(pool, config.shares) if origin == "fitted" else model.cuts
     return FittedQuality(
-        origin=origin, num_pairs=judged.height, cut_points=tuple(cuts), report=dict(report), save=model.write_heads
+        origin=origin, num_pairs=judged.height, cut_points=tuple(cuts), report=report, save=model.write_heads
     )
 
 

@@ -108,11 +108,12 @@ def test_a_full_disk(empty, tmp_path):
     import os
     import subprocess
 
-    home, source = empty
+    _, source = empty
     Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good.png")
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", small]).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", small]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
         pytest.skip("needs root to mount a small file system")
     try:
         foundry("init", small / "w", "--preset", "demo", "--source", source)

@@ -86,10 +86,20 @@ class Table:
             if frame.schema[name] != column.dtype:
                 raise DataError(f"table {self.name}: column {name} is {frame.schema[name]}, must be {column.dtype}")
         if self.key:
-            if frame.select(self.key).is_duplicated().any():
-                twice = frame.filter(frame.select(self.key).is_duplicated()).select(self.key).row(0)
-                raise DataError(f"table {self.name}: key {self.key} = {twice} appears more than once")
             frame = frame.sort(self.key, nulls_last=True)
+            keys = frame.select(self.key)
+            same = (
+                keys.slice(1)
+                .select(
+                    pl.all_horizontal(
+                        pl.col(name).eq_missing(keys[name].slice(0, max(len(keys) - 1, 0))) for name in self.key
+                    )
+                )
+                .to_series()
+            )
+            if same.any():
+                twice = keys.row(same.arg_max() or 0)
+                raise DataError(f"table {self.name}: key {self.key} = {twice} appears more than once")
         return frame.rechunk()
 
 
