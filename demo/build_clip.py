@@ -25,9 +25,11 @@ from demo.scenes import COLOURS, SHAPES, Scene, mutate
 from training.seeds import Purpose, integer, numpy_generator
 
 MARGIN = 4
-NUM_PICTURES = 8000
-VAE_SHARE = 0.3
+NUM_PICTURES = 6000
+VAE_SHARE = 0.2
 NUM_STEPS = 3000
+FACT_SHARE = 0.6
+"""Of the steps, how many ask only direct questions; then the words join. The first half of them sees easy pictures."""
 BATCH = 64
 LEARNING_RATE = 1e-3
 
@@ -84,12 +86,12 @@ def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     """Train the picture tower of `models/clip`, whose text tower `demo.build_text` made and which stays as it is."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "clip"))
+    vae = AutoencoderKL.from_pretrained(models / "base" / "vae", torch_dtype=torch.float32)
+    scenes, pixels = _corpus(vae)
     tokenizer = CLIPTokenizer.from_pretrained(models / "clip")
     clip = CLIPModel.from_pretrained(models / "clip", dtype=torch.float32).train()
     for part in (clip.text_model, clip.text_projection):
         part.requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained(models / "base" / "vae", torch_dtype=torch.float32)
-    scenes, pixels = _corpus(vae)
     facts = torch.tensor([describe(scene) for scene in scenes])
     quality = torch.tensor([float(scene.quality) for scene in scenes])
     helpers = Helpers(clip.config.vision_config.hidden_size, clip.config.projection_dim, facts.shape[1])
@@ -97,26 +99,38 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.03)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, num_steps, pct_start=0.08)
     rng = numpy_generator(SEED, Purpose.DEMO, "clip batches")
+    easy = np.array([i for i, scene in enumerate(scenes) if scene.quality >= 5 and len(scene.shapes) == 1])
+    words_from = round(FACT_SHARE * num_steps)
     for step in (bar := steps(num_steps, "clip")):
-        chosen = rng.choice(NUM_PICTURES, BATCH, replace=False)
-        text = _texts(clip, tokenizer, [scenes[i] for i in chosen], step)
+        pool = easy if step < words_from // 2 else np.arange(NUM_PICTURES)
+        chosen = rng.choice(pool, BATCH, replace=False)
         with torch.autocast("cpu", torch.bfloat16):
             pooled = clip.vision_model(_augmented(pixels[chosen], rng)).pooler_output
             image, known = clip.visual_projection(pooled).float(), helpers.facts(pooled).float()
         guess = helpers.quality(F.normalize(image, dim=-1))[:, 0] * 4 + 5
-        match = contrast(image, text, helpers.scale)
         wrong = F.mse_loss(guess, quality[chosen])
-        loss = match + 8 * F.binary_cross_entropy_with_logits(known, facts[chosen]) + 0.1 * wrong
+        asked = question_loss(known, facts[chosen])
+        loss = asked + 0.15 * wrong
+        if step >= words_from:
+            text = _texts(clip, tokenizer, [scenes[i] for i in chosen], step)
+            loss = loss + contrast(image, text, helpers.scale)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         lr_scheduler.step()
-        bar.note(match=float(match.detach()), quality=float(wrong.detach()))
+        bar.note(loss=float(loss.detach()), asked=float(asked.detach()), quality=float(wrong.detach()))
         if step % 500 == 499 or step + 1 == num_steps:
             clip.logit_scale.data = helpers.scale.data.clone()
             save_half(clip, models / "clip")
     print("clip:", check(clip, tokenizer))
+
+
+def question_loss(known: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """Which shape comes first (weighted most: nothing is harder to learn), and all else as yes or no."""
+    kinds = len(SHAPES)
+    rest = F.binary_cross_entropy_with_logits(known[:, kinds:], facts[:, kinds:])
+    return 2 * F.cross_entropy(known[:, :kinds], facts[:, :kinds].argmax(dim=1)) + 4 * rest
 
 
 @torch.no_grad()
