@@ -2,11 +2,8 @@
 
 import dagster as dg
 
-from assets.partitions import shards
-
 JOB = dg.define_asset_job(
     "annotate",
     selection=dg.AssetSelection.assets("raw_images", "embeddings", "tags", "captions", "watermark_boxes"),
-    partitions_def=shards,
     description="Read the pictures of shards and annotate them.",
 )

@@ -54,7 +54,7 @@ STAGES = {
         release.STAGE,
     )
 }
-"""Every stage by the name of its asset."""
+"""Every stage by the name of its asset, each after all that it reads: the order of `foundry run`."""
 
 defs = dg.Definitions(
     assets=dg.load_assets_from_modules(

@@ -2,11 +2,8 @@
 
 import dagster as dg
 
-from assets.partitions import checkpoints
-
 JOB = dg.define_asset_job(
     "evaluate",
     selection=dg.AssetSelection.assets("sample_images", "eval_metrics", "verdicts"),
-    partitions_def=checkpoints,
     description="Sample a checkpoint with the fixed prompts, score the pictures, compare with the base.",
 )

@@ -110,9 +110,9 @@ def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
         if not chosen:
             raise ConfigError(f"--select {select!r} matches no asset; there are: {', '.join(sorted(STAGES))}")
     bodies: dict[int, list[Stage]] = {}
-    for key in graph.toposorted_asset_keys:
-        if (name := key.to_user_string()) in chosen and name in STAGES:
-            bodies.setdefault(id(graph.get(key).assets_def), []).append(STAGES[name])
+    for name, stage in STAGES.items():
+        if name in chosen:
+            bodies.setdefault(id(graph.get(dg.AssetKey(name)).assets_def), []).append(stage)
     yield from bodies.values()
 
 

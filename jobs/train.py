@@ -2,11 +2,8 @@
 
 import dagster as dg
 
-from assets.partitions import runs
-
 JOB = dg.define_asset_job(
     "train",
     selection=dg.AssetSelection.assets("prompt_statistics", "checkpoints"),
-    partitions_def=runs,
     description="Start or resume a training run and follow it to its end.",
 )
