@@ -6,13 +6,13 @@ from typing import Any
 
 import dagster as dg
 import polars as pl
-from resources.tracking import Tracking, workspace_tracking
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
 from resources import torchrun
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
+from resources.tracking import Tracking, workspace_tracking
 from training.commit import lock
 from training.config import RunConfig
 from training.data.tables import TABLES
@@ -153,5 +153,7 @@ def _report(folder: Path, tracking: Tracking, run: str) -> dict[str, Any]:
     return {
         "numbers": {"samples seen": events[-1]["samples_seen"] if events else 0},
         "pictures": {"training loss": figures.sparkline(losses)} if losses else {},
-        "links": {"MLflow run": url} if (url := tracking.run_url(run)) else {},
+        "links": {"MLflow run": url, "MLflow, all runs": tracking.experiment_url()}
+        if (url := tracking.run_url(run))
+        else {},
     }

@@ -7,8 +7,9 @@ to 127.0.0.1 does not help against that, because the request comes from the user
 import contextlib
 import os
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Scope = MutableMapping[str, Any]
@@ -17,6 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MLFLOW_PATH = "/mlflow"
+"""Where Dagster's pages find MLflow, whichever ports are served: links that are stored must stay true."""
 LOCATION = "foundry"
 """Name of the code location: Dagster keeps cursors and sensor states under it."""
 
@@ -32,13 +35,17 @@ class Answer(NamedTuple):
 class Guard:
     """Lets through what our own pages and local programs ask for; answers the rest itself."""
 
-    def __init__(self, application: Application, port: int):
+    def __init__(self, application: Application, port: int, elsewhere: Mapping[str, str] = MappingProxyType({})):
+        """Serve `application` on `port`; `elsewhere` has paths that other pages of ours answer, and their addresses."""
         self._application = application
         self._port = port
+        self._elsewhere = elsewhere
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         answer = None if scope["type"] == "lifespan" else judge(scope, self._port)
+        if answer is None and scope["type"] == "http" and (address := self._elsewhere.get(scope["path"].rstrip("/"))):
+            answer = Answer(307, "moved", address)  # a browser keeps what stands after the #
         if answer is None:
             await self._application(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -87,12 +94,13 @@ def judge(scope: Scope, port: int) -> Answer | None:
 
 
 @contextlib.contextmanager
-def dagster_application(socket: Path, port: int) -> Iterator[Application]:
+def dagster_application(socket: Path, port: int, *, mlflow_port: int) -> Iterator[Application]:
     """Dagster's web application for the instance of DAGSTER_HOME, behind the guard.
 
     Args:
         socket: Unix socket of a running code server.
         port: The port that will be served.
+        mlflow_port: Where MLflow is served.
     """
     import dagster as dg
     from dagster._core.workspace.context import WorkspaceProcessContext
@@ -102,7 +110,8 @@ def dagster_application(socket: Path, port: int) -> Iterator[Application]:
     with dg.DagsterInstance.get() as instance:
         instance.optimize_for_webserver(statement_timeout=15_000, pool_recycle=3600, max_overflow=20)
         with WorkspaceProcessContext(instance, code_location(socket), version=__version__) as context:
-            yield Guard(create_app_from_workspace_process_context(context), port)
+            application = create_app_from_workspace_process_context(context)
+            yield Guard(application, port, {MLFLOW_PATH: f"http://127.0.0.1:{mlflow_port}/"})
 
 
 def code_location(socket: Path) -> Any:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from resources import torchrun
 from training.commit import lock
@@ -38,6 +39,13 @@ PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Ports(NamedTuple):
+    """Where the pages are."""
+
+    dagster: int
+    mlflow: int
+
+
 def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> int:
     """Serve the workspace's pages until a signal asks to stop or a child ends by itself.
 
@@ -53,12 +61,10 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
         _check_port(dagster_port, "Dagster", "--port")
         _check_port(mlflow_port, "MLflow", "--mlflow-port")
         with _signals() as asked, tempfile.TemporaryDirectory(prefix="foundry-") as sockets:
-            children = _Children(home, Path(sockets) / "code.sock")
+            children = _Children(home, Ports(dagster_port, mlflow_port), Path(sockets) / "code.sock")
             try:
-                children.start("code server")
-                children.start("Dagster", dagster_port)
-                children.start("daemon")
-                children.start("MLflow", mlflow_port)
+                for name in CHILDREN:
+                    children.start(name)
                 return _watch(children, asked, {"Dagster": dagster_port, "MLflow": mlflow_port})
             finally:
                 children.stop(asked)
@@ -71,14 +77,15 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
 class _Children:
     """The processes of one `foundry up`."""
 
-    def __init__(self, home: Path, code_socket: Path):
+    def __init__(self, home: Path, ports: Ports, code_socket: Path):
         self._home = home
+        self._ports = ports
         self._socket = code_socket
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, port: int = 0) -> None:
+    def start(self, name: str) -> None:
         """Start one of `CHILDREN`."""
-        arguments = [name, self._home, port, self._socket, os.getpid()]
+        arguments = [name, self._home, *self._ports, self._socket, os.getpid()]
         with self._log(name).open("wb") as log:
             self._running[name] = subprocess.Popen(
                 # -P: the folder that the user happens to be in is no place to import from.
@@ -186,7 +193,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _code_server(home: Path, port: int, code_socket: Path) -> None:
+def _code_server(home: Path, ports: Ports, code_socket: Path) -> None:
     from dagster._cli.api import grpc_command
 
     from resources.guard import LOCATION
@@ -201,15 +208,15 @@ def _code_server(home: Path, port: int, code_socket: Path) -> None:
     grpc_command.main(arguments, standalone_mode=False)
 
 
-def _webserver(home: Path, port: int, code_socket: Path) -> None:
+def _webserver(home: Path, ports: Ports, code_socket: Path) -> None:
     from resources.guard import dagster_application
 
     _wait_for(code_socket)
-    with dagster_application(code_socket, port) as application:
-        _run_uvicorn(application, port)
+    with dagster_application(code_socket, ports.dagster, mlflow_port=ports.mlflow) as application:
+        _run_uvicorn(application, ports.dagster)
 
 
-def _daemon(home: Path, port: int, code_socket: Path) -> None:
+def _daemon(home: Path, ports: Ports, code_socket: Path) -> None:
     import dagster as dg
     from dagster._daemon.controller import daemon_controller_from_instance
     from dagster._utils.interrupts import capture_interrupts, setup_interrupt_handlers
@@ -227,13 +234,13 @@ def _daemon(home: Path, port: int, code_socket: Path) -> None:
         controller.check_daemon_loop()
 
 
-def _mlflow(home: Path, port: int, code_socket: Path) -> None:
+def _mlflow(home: Path, ports: Ports, code_socket: Path) -> None:
     from resources.guard import mlflow_application
 
-    _run_uvicorn(mlflow_application(home, port), port)
+    _run_uvicorn(mlflow_application(home, ports.mlflow), ports.mlflow)
 
 
-CHILDREN: dict[str, Callable[[Path, int, Path], None]] = {
+CHILDREN: dict[str, Callable[[Path, Ports, Path], None]] = {
     "code server": _code_server,
     "Dagster": _webserver,
     "daemon": _daemon,
@@ -278,11 +285,11 @@ def _die_with(parent: int, sockets: Path) -> None:
         end()
 
 
-def main(name: str, home: str, port: str, code_socket: str, parent: str) -> None:
+def main(name: str, home: str, dagster_port: str, mlflow_port: str, code_socket: str, parent: str) -> None:
     """What a child process does."""
     _die_with(int(parent), Path(code_socket).parent)
     try:
-        CHILDREN[name](Path(home), int(port), Path(code_socket))
+        CHILDREN[name](Path(home), Ports(int(dagster_port), int(mlflow_port)), Path(code_socket))
     except PipelineError as error:
         sys.exit(str(error))
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 from PIL import Image
 
-from resources import mlflow_calls, tracking_spool
+from resources import guard, mlflow_calls, tracking_spool
 from resources.mlflow_calls import PROXIED
 from resources.tracking_spool import Chunk
 from training import commit, run_folder
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
-DEFAULT_UI = "http://127.0.0.1:5000"
-"""Where `foundry up` serves MLflow unless told otherwise."""
 RUN_TAG = "foundry.run"
 _THUMBNAIL_PX = 256
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -51,7 +49,7 @@ def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
         uri=uri or f"sqlite:///{home / 'mlflow.db'}",
         experiment=home.name if own else f"{home.name}-{hashlib.sha256(str(home).encode()).hexdigest()[:6]}",
         artifacts=home / "mlartifacts" if own else None,
-        ui=uri.rstrip("/") if uri.startswith("http") else DEFAULT_UI,
+        ui=uri.rstrip("/") if uri.startswith("http") else guard.MLFLOW_PATH,
     )
 
 
@@ -66,8 +64,8 @@ class Tracking:
     artifacts: Path | None = None
     """Folder of the artifacts where this process writes them itself; None where the server does. The database then
     holds no absolute path, and a workspace can be moved or copied."""
-    ui: str = DEFAULT_UI
-    """Address of MLflow's web pages."""
+    ui: str = guard.MLFLOW_PATH
+    """Address of MLflow's web pages, as Dagster's pages link to it."""
 
     def forward(self, folder: Path, tags: Mapping[str, str] | None = None) -> int:
         """Send what a run's event log holds and MLflow does not have yet, with the times at which it happened.

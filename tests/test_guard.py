@@ -143,3 +143,26 @@ def test_the_application_hears_nothing_of_a_refused_request():
     assert b"open http://127.0.0.1:3000/" in sent[1]["body"]
     sent, ran = drive(request(kind="websocket", origin="http://evil.test"))
     assert (ran, sent[0]["type"]) == ([], "websocket.close")
+
+
+def test_dagsters_pages_find_mlflow_on_whichever_port():
+    sent = []
+
+    async def application(scope, receive, send):
+        sent.append("application")
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(application, PORT, {"/mlflow": "http://127.0.0.1:5123/"})
+    for path in ("/mlflow", "/mlflow/"):
+        sent.clear()
+        asyncio.run(guard(request(path=path, sec_fetch_dest="document"), None, send))
+        assert sent[0]["status"] == 307
+        assert (b"location", b"http://127.0.0.1:5123/") in sent[0]["headers"]
+    sent.clear()
+    asyncio.run(guard(request(path="/mlflow/other"), None, send))
+    assert sent == ["application"]
+    sent.clear()
+    asyncio.run(guard(request(path="/mlflow", sec_fetch_site="cross-site"), None, send))
+    assert sent[0]["status"] == 403

@@ -460,9 +460,9 @@ def test_a_copied_workspace_is_its_own(home, run, tmp_path):
 def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
     tracking = workspace_tracking(home)
     url = tracking.run_url("demo")
-    assert url == f"http://127.0.0.1:5000/#/experiments/1/runs/{the_run(home).info.run_id}"
+    assert url == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}"
     assert tracking.run_url("demo") == url
-    assert tracking.experiment_url().startswith("http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART")
+    assert tracking.experiment_url().startswith("/mlflow/#/experiments/1/runs?compareRunsMode=CHART")
 
 
 def test_a_shared_server_keeps_workspaces_apart(tmp_path):
