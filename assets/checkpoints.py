@@ -9,7 +9,7 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
-from resources import torchrun
+from resources import devices, torchrun
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
@@ -57,7 +57,7 @@ def checkpoints(
         run = read_config(folder)
         prepare(store, key, run)
         tracking = workspace_tracking(store.home, store.config.tracking.uri)
-        ending = follow(context, folder, run, tracking)
+        ending = follow(context, store, folder, run, tracking)
         forward(context, tracking, folder)
         if ending["event"] != "finished":
             reason = ending.get("reason", "it was asked to")
@@ -94,12 +94,14 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
         write_inputs(folder, inputs)
 
 
-def follow(context: dg.AssetExecutionContext, folder: Path, run: RunConfig, tracking: Tracking) -> dict[str, Any]:
+def follow(
+    context: dg.AssetExecutionContext, store: Store, folder: Path, run: RunConfig, tracking: Tracking
+) -> dict[str, Any]:
     """Start or attach, show progress until the trainer ends, and return its last line.
 
     A cancellation in the UI asks the trainer to stop and waits for it; the end of this process alone leaves it be.
     """
-    handle = torchrun.start_or_attach(folder, run.num_processes)
+    handle = start(store, folder, run)
     forwarded = logged = 0.0
     try:
         for event in handle.events():
@@ -117,6 +119,14 @@ def follow(context: dg.AssetExecutionContext, folder: Path, run: RunConfig, trac
             handle.stop()
         raise
     return dict(handle.wait())
+
+
+def start(store: Store, folder: Path, run: RunConfig) -> torchrun.TrainerHandle:
+    """Attach to the run's trainer, or start one that holds its cards for as long as it lives."""
+    if torchrun.is_running(folder):
+        return torchrun.start_or_attach(folder, run.num_processes)
+    with devices.hold_for_trainer(store.config.devices, store.home, run.num_processes) as (cards, locks):
+        return torchrun.start_or_attach(folder, run.num_processes, cards, locks)
 
 
 def forward(context: dg.AssetExecutionContext, tracking: Tracking, folder: Path) -> None:

@@ -36,7 +36,8 @@ def main() -> None:
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        print("foundry: interrupted; what is committed stays, run the same command again", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (28, 122):

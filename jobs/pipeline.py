@@ -173,6 +173,8 @@ def execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[st
         )
     except PipelineError as error:
         raise type(error)(f"{stages[0].name}: {error}") from None
+    except dg.DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
 
 
 def _outcome(store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float) -> Outcome:

@@ -40,19 +40,64 @@ def hold(kind: Kind, config: DevicesConfig, home: Path, *, say: Callable[[str], 
     Raises:
         ConfigError: there are cards, and `[devices]` names none of them.
     """
-    visible = visible_cards()
-    allowed = getattr(config, kind)
-    cards = {f"cuda:{i}": card for i, card in enumerate(visible) if not allowed or card in map(str, allowed)}
-    if visible and not cards:
-        raise ConfigError(f"[devices] {kind} = {list(allowed)} names none of this machine's cards {visible}")
+    cards = _allowed_cards(kind, config)
     if not cards:
         yield "cpu"
         return
     name, file = _first_free(kind, cards, say)
     with file:
-        _sign(file, f"{kind} of {home} (pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        _sign(file, _holder(kind, home))
         yield name
         _sign(file, "")
+
+
+@contextlib.contextmanager
+def hold_for_trainer(
+    config: DevicesConfig, home: Path, num_cards: int, *, say: Callable[[str], None] = print
+) -> Iterator[tuple[list[str], list[int]]]:
+    """Hold cards on behalf of a process that outlives this one: whoever inherits the descriptors holds them on.
+
+    Args:
+        config: The workspace's `[devices]`.
+        home: The workspace, named to whoever waits.
+        num_cards: One per rank.
+        say: Told for whom we wait.
+
+    Yields:
+        The cards for CUDA_VISIBLE_DEVICES, and the descriptors to pass on; both empty where there is no card.
+
+    Raises:
+        ConfigError: `[devices] train` allows fewer cards than the run has ranks.
+    """
+    cards = _allowed_cards("train", config)
+    if cards and len(cards) < num_cards:
+        raise ConfigError(
+            f"num_processes={num_cards}, but [devices] train allows {len(cards)} cards: {list(cards.values())}"
+        )
+    with contextlib.ExitStack() as stack:
+        held: list[str] = []
+        locks: list[int] = []
+        while cards and len(held) < num_cards:
+            name, file = _first_free("train", cards, say)
+            stack.enter_context(file)
+            _sign(file, _holder("train", home))
+            held.append(cards.pop(name))
+            locks.append(file.fileno())
+        yield held, locks
+
+
+def _allowed_cards(kind: Kind, config: DevicesConfig) -> dict[str, str]:
+    """torch's name -> card, of those that `[devices]` allows for a kind of work; empty on a machine without cards."""
+    visible = visible_cards()
+    allowed = getattr(config, kind)
+    cards = {f"cuda:{i}": card for i, card in enumerate(visible) if not allowed or card in map(str, allowed)}
+    if visible and not cards:
+        raise ConfigError(f"[devices] {kind} = {list(allowed)} names none of this machine's cards {visible}")
+    return cards
+
+
+def _holder(kind: Kind, home: Path) -> str:
+    return f"{kind} of {home} (pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')})"
 
 
 def visible_cards() -> list[str]:

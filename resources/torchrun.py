@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training import run_folder
@@ -116,12 +116,16 @@ class TrainerHandle:
         return f": {lines[-1].strip()}" if lines else ""
 
 
-def start_or_attach(folder: Path, num_processes: int) -> TrainerHandle:
+def start_or_attach(
+    folder: Path, num_processes: int, cards: Sequence[str] = (), locks: Sequence[int] = ()
+) -> TrainerHandle:
     """Start the trainer of a run, or attach to the one that runs.
 
     Args:
         folder: Has `config.toml` and `inputs.json`.
         num_processes: Ranks on this machine, when it is started.
+        cards: What CUDA_VISIBLE_DEVICES becomes; empty leaves it as it is.
+        locks: Descriptors that torchrun inherits, and with them the cards, for as long as it lives.
     """
     if is_running(folder):
         return TrainerHandle(folder, None, _attempt_offset(folder / run_folder.EVENTS))
@@ -131,6 +135,7 @@ def start_or_attach(folder: Path, num_processes: int) -> TrainerHandle:
         *("-m", "training.run", str(folder.resolve())),
     ]
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {}
     events = folder / run_folder.EVENTS
     offset = events.stat().st_size if events.is_file() else 0
     with (folder / run_folder.OUTPUT).open("ab") as output:
@@ -140,7 +145,8 @@ def start_or_attach(folder: Path, num_processes: int) -> TrainerHandle:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            pass_fds=tuple(locks),
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **visible},
         )
     return TrainerHandle(folder, process, offset)
 

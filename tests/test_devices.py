@@ -106,3 +106,22 @@ def test_locks_follow_the_card_and_not_its_place_in_cuda_visible_devices(monkeyp
     with hold("train", DevicesConfig(train=(3,)), Path("a")) as name:
         assert name == "cuda:0"
         assert [path.name for path in devices.state_folder().iterdir()] == ["cuda3.lock"]
+
+
+def test_a_trainer_holds_its_cards_after_its_starter_is_gone(monkeypatch, tmp_path):
+    cards(monkeypatch, "0", "1", "2")
+    with devices.hold_for_trainer(DevicesConfig(), tmp_path, 2) as (held, locks):
+        assert held == ["0", "1"]
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=locks)
+    with hold("annotate", DevicesConfig(), tmp_path) as name:
+        assert name == "cuda:2"
+    child.kill()
+    child.wait()
+    with hold("annotate", DevicesConfig(), tmp_path) as name:
+        assert name == "cuda:0"
+
+
+def test_more_ranks_than_cards_is_refused(monkeypatch, tmp_path):
+    cards(monkeypatch, "0", "1", "2")
+    with pytest.raises(ConfigError, match=r"num_processes=3, but \[devices\] train allows 2 cards"):
+        devices.hold_for_trainer(DevicesConfig(train=(1, 2)), tmp_path, 3).__enter__()
