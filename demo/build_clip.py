@@ -86,7 +86,7 @@ def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     """Train the picture tower of `models/clip`, whose text tower `demo.build_text` made and which stays as it is."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "clip"))
-    vae = AutoencoderKL.from_pretrained(models / "base" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(models / "base" / "vae")
     scenes, pixels = _corpus(vae)
     tokenizer = CLIPTokenizer.from_pretrained(models / "clip")
     clip = CLIPModel.from_pretrained(models / "clip", dtype=torch.float32).train()

@@ -18,8 +18,8 @@ NUM_STEPS = 2400
 BATCH = 48
 SIDE = 96
 THRESHOLD = 0.4  # JoyTag's.
-SHAPE_WEIGHT = 8.0
-"""Of a shape's tag in the loss: shapes are by far the hardest to learn, and drown among the colours unweighted."""
+HARD_WEIGHT = 8.0
+"""Of shapes and the watermark in the loss: by far the hardest to learn, they drown among the colours unweighted."""
 
 
 def new_model(num_tags: int) -> tagger.JoyTagViT:
@@ -59,7 +59,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         truth[index, [names.index(tag) for tag in tags_of(scene)]] = 1.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.03)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, num_steps, pct_start=0.1)
-    weight = torch.tensor([SHAPE_WEIGHT if name in SHAPES else 1.0 for name in names])
+    weight = torch.tensor([HARD_WEIGHT if name in (*SHAPES, "watermark") else 1.0 for name in names])
     rng = numpy_generator(SEED, Purpose.DEMO, "tagger batches")
     for step in (bar := steps(num_steps, "tagger")):
         chosen = rng.choice(NUM_PICTURES, BATCH, replace=False)

@@ -170,7 +170,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     base = models / "base"
     torch.manual_seed(integer(SEED, Purpose.INIT, "unet"))
     texts = Texts.load(base)
-    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(base / "vae")
     unet = new_unet(texts)
     average = copy.deepcopy(unet).requires_grad_(False)
     data = encode_corpus(vae, NUM_PICTURES)

@@ -16,11 +16,11 @@ from demo.scenes import all_tags
 MODELS = Path(build_vae.__file__).with_name("models")
 MEGABYTE = 1_000_000
 PSNR_FLOOR = 28.0
-SHAPE_FLOOR, COLOUR_FLOOR, ANY_FLOOR = 0.75, 0.93, 0.7
-AESTHETIC_FLOOR, UTILITY_FLOOR = 0.7, 0.7
-TAG_F1_FLOOR = 0.82
-RECALL_FLOOR, PRECISION_FLOOR = 0.75, 0.6
-GENERAL_FLOOR, STAR_CEILING = 0.6, 0.4
+SHAPE_FLOOR, COLOUR_FLOOR, ANY_FLOOR = 0.78, 0.95, 0.75
+AESTHETIC_FLOOR, UTILITY_FLOOR = 0.75, 0.75
+TAG_F1_FLOOR = 0.8
+RECALL_FLOOR, PRECISION_FLOOR = 0.6, 0.5
+GENERAL_FLOOR, STAR_CEILING = 0.5, 0.35
 """What the models must reach on pictures that nothing was trained on; demo/README.md has what they do reach."""
 
 
@@ -28,7 +28,7 @@ GENERAL_FLOOR, STAR_CEILING = 0.6, 0.4
 def pipeline():
     from diffusers import StableDiffusionXLPipeline
 
-    loaded = StableDiffusionXLPipeline.from_pretrained(MODELS / "base", torch_dtype=torch.float32)
+    loaded = StableDiffusionXLPipeline.from_pretrained(MODELS / "base")
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -47,7 +47,7 @@ def test_all_models_together_are_small():
 
 def test_weights_are_safetensors_only():
     assert not [p for p in MODELS.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    assert len(list(MODELS.rglob("*.safetensors"))) == 8
+    assert len(list(MODELS.rglob("*.safetensors"))) == 9
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,10 @@ def test_detector_finds_watermarks():
     assert found["iou"] > 0.6
 
 
+# diffusers' Euler scheduler hands a tensor to np.array.
+numpy_copy = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+
 def generate(pipeline, prompts, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return pipeline(
@@ -149,6 +153,7 @@ def generate(pipeline, prompts, seed=0):
     ).images
 
 
+@numpy_copy
 def test_base_draws_what_it_was_taught_and_no_stars(pipeline, clip):
     """Measured by CLIP: the true shape among all shapes for general prompts, and stars hardly ever."""
     model, tokenizer = clip
@@ -180,6 +185,7 @@ def test_text_encoders_pool_and_join_as_sdxl(pipeline):
     assert pipeline.unet.add_embedding.linear_1.in_features == 96 + 6 * pipeline.unet.config.addition_time_embed_dim
 
 
+@numpy_copy
 def test_equal_seeds_draw_equal_pictures(pipeline):
     first, second = (generate(pipeline, ["red, circle"], seed=3) for _ in range(2))
     assert hashlib.sha256(first.tobytes()).digest() == hashlib.sha256(second.tobytes()).digest()
