@@ -8,6 +8,7 @@ from PIL import Image
 
 from demo.drawing import draw
 from demo.scenes import Scene, sample_scene
+from training.data.buckets import plan
 from training.data.geometry import Box, Placement, Size
 from training.seeds import Purpose, generator
 
@@ -15,15 +16,8 @@ SEED = 20261120
 """Seed of everything the models learn from; the demo world has another, so no picture is in both."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BUCKETS = tuple(
-    sorted(
-        Size(height * 8, width * 8)
-        for height in range(8, 33)
-        for width in range(8, 33)
-        if 14784 <= height * width * 64 <= 16384 and 0.5 <= width / height <= 3.0
-    )
-)
-"""bigASP's 26 SDXL buckets divided by 8. Source: `encode-vaes.py`, area 946,176–1,048,576, aspect 0.5–3."""
+BUCKETS = tuple(sorted(plan("bigasp_v1", 8)))
+"""bigASP's 26 SDXL buckets divided by 8, the demo's scale."""
 
 
 class Placed(NamedTuple):
