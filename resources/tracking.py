@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
 RUN_TAG = "foundry.run"
+_TRAINING_VIEW = "workflowType=machine_learning"
+"""MLflow opens its pages for agents unless told otherwise."""
+_HEADLINES = ("clip_score_mean", "aesthetic_mean")
+_NOTE, _OUR_NOTE = "mlflow.note.content", "Verdict: "
 _THUMBNAIL_PX = 256
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -122,7 +126,8 @@ class Tracking:
             mlflow_calls.log_batch(client, run.info.run_id, tags={"mlflow.loggedImages": "True"})
 
     def log_verdicts(self, verdicts: pl.DataFrame) -> None:
-        """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel.
+        """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of them as
+        the run's description, unless a person has written one.
 
         Args:
             verdicts: Rows of table `verdicts`.
@@ -130,15 +135,17 @@ class Tracking:
         Raises:
             TrackingError: MLflow is away, hung or refuses.
         """
-        for row in verdicts.filter(pl.col("group") == verdict.ALL).iter_rows(named=True):
-            name, _ = _parts(row["b"])
-            with mlflow_calls.explained(f"verdict on {row['b']} is not sent to {mlflow_calls.masked(self.uri)}"):
+        for (a, b), rows in verdicts.group_by("a", "b", maintain_order=True):
+            with mlflow_calls.explained(f"verdict on {b} is not sent to {mlflow_calls.masked(self.uri)}"):
                 client = mlflow_calls.connect(self.uri)
-                run = self._run(client, name)
-                text = f"{verdict.sentence(row)}; {row['b']} against {row['a']}"
-                tags = {f"verdict.{row['metric']}": row["verdict"], f"verdict.{row['metric']}.text": text}
+                run = self._run(client, _parts(str(b))[0])
+                overall = rows.filter(pl.col("group") == verdict.ALL)
+                tags = {f"verdict.{metric}": word for metric, word in overall.select("metric", "verdict").iter_rows()}
+                client.set_logged_model_tags(self._model(client, run, str(b), {}).model_id, tags)
+                if run.data.tags.get(_NOTE, _OUR_NOTE).startswith(_OUR_NOTE):
+                    said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
+                    tags[_NOTE] = f"{_OUR_NOTE}{b} against {a}\n{said}"
                 mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
-                client.set_logged_model_tags(self._model(client, run, row["b"], {}).model_id, tags)
 
     def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
         """Keep a file, such as a report or a contact sheet, as artifact `evaluation/<samples_seen>/<name>`.
@@ -158,7 +165,7 @@ class Tracking:
                 info = self._run(mlflow_calls.connect(self.uri), run).info
         except TrackingError:
             return ""
-        return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+        return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}?{_TRAINING_VIEW}"
 
     def experiment_url(self) -> str:
         """MLflow's page of the experiment with its charts; empty when MLflow is away."""
@@ -167,7 +174,7 @@ class Tracking:
                 experiment_id = self._experiment_id(mlflow_calls.connect(self.uri))
         except TrackingError:
             return ""
-        return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&{_TRAINING_VIEW}"
 
     def _experiment_id(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -301,9 +308,13 @@ def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
 
 
 def _score_points(metrics: pl.DataFrame) -> dict[str, float]:
-    """Summary and means by group under names that MLflow takes; what is not finite is left out."""
+    """Summary and means by group under names that MLflow takes; what is not finite is left out.
+
+    What stands before the slash is a section of MLflow's page; it shows them by the alphabet, so the headlines first.
+    """
     summary = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_finite())
-    found = {f"eval/{_metric_name(name)}": value for name, value in summary.select("metric", "value").iter_rows()}
+    named = {_metric_name(name): value for name, value in summary.select("metric", "value").iter_rows()}
+    found = {f"{'eval' if name in _HEADLINES else 'eval_spread'}/{name}": value for name, value in named.items()}
     own = metrics.filter(pl.col("prompt_id").is_not_null() & pl.col("value").is_finite())
     means = own.group_by("metric", "group").agg(pl.col("value").mean()).sort("metric", "group")
     return found | {

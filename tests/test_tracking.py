@@ -398,11 +398,11 @@ def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_pictures(home, run):
         tracking.log_evaluation("base.abc@0", **sampled(home, "base.abc@0"))
     values = {key: (step, value) for key, step, value, _ in rows(home) if key.startswith("eval") and step == 40}
     assert values["eval/clip_score_mean"] == (40, 0.3)
-    assert values["eval/aesthetic_q25"] == (40, 5.5)
+    assert values["eval_spread/aesthetic_q25"] == (40, 5.5)
     assert values["eval_groups/clip_score caption"][1] == pytest.approx(
         0.2 + np.mean([n for n in range(20) if n % 3]) / 100
     )
-    assert "eval/aesthetic_skew" not in values
+    assert "eval_spread/aesthetic_skew" not in values
     names = [name for name in rows(home) if name[0] == "eval/clip_score_mean"]
     assert [(step, value) for _, step, value, _ in names] == [(0, 0.3), (40, 0.3)]
     (model,) = client_of(home).search_logged_models(["1"], filter_string="name = 'demo@40'")
@@ -438,10 +438,15 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
     tracking.log_verdicts(verdicts)
     tags = the_run(home).data.tags
     assert tags["verdict.clip_score"] == "better"
-    assert tags["verdict.clip_score.text"].endswith("over 50 prompts; demo@40 against base.abc@0")
+    said = tags["mlflow.note.content"].splitlines()
+    assert said[0] == "Verdict: demo@40 against base.abc@0"
+    assert [line[:21] for line in said[2:]] == ["- clip_score (all): b", "- clip_score (hands):"]
     (model,) = client_of(home).search_logged_models(["1"])
     assert model.tags["verdict.clip_score"] == "better"
     assert files_of(home)[0].endswith("/artifacts/evaluation/000000040/report.html")
+    client_of(home).set_tag(the_run(home).info.run_id, "mlflow.note.content", "I like it.")
+    tracking.log_verdicts(verdicts)
+    assert the_run(home).data.tags["mlflow.note.content"] == "I like it."
 
 
 def test_a_copied_workspace_is_its_own(home, run, tmp_path):
@@ -460,7 +465,7 @@ def test_a_copied_workspace_is_its_own(home, run, tmp_path):
 def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
     tracking = workspace_tracking(home)
     url = tracking.run_url("demo")
-    assert url == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}"
+    assert url == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}?workflowType=machine_learning"
     assert tracking.run_url("demo") == url
     assert tracking.experiment_url().startswith("/mlflow/#/experiments/1/runs?compareRunsMode=CHART")
 
