@@ -14,6 +14,9 @@ from training.data.tables import TABLES
 from training.errors import DataError
 
 OWNER = "team:foundry"
+DIGEST_SHOWN = 16
+"""Characters of a digest that fit beside the other metadata; the whole is the asset's data version."""
+SIGNIFICANT_DIGITS = 5
 _TYPE_WORDS = {"String": "string", "Int8": "int", "Int32": "int", "Int64": "int", "UInt64": "int", "Boolean": "bool"}
 
 
@@ -89,22 +92,25 @@ def bring_up_to_date(
 
 
 def shown(manifest: Manifest, store: Store, *, partitioned: bool) -> dict[str, Any]:
-    """Dagster metadata of a committed part."""
+    """Dagster metadata of a committed part: what a person looks for first stands first."""
     report = manifest.report
     count = "dagster/partition_row_count" if partitioned else "dagster/row_count"
-    metadata: dict[str, Any] = {count: manifest.rows, "digest": manifest.digest}
-    for name in ("rows_in", "rows_rejected", "seconds"):
+    metadata: dict[str, Any] = {count: manifest.rows}
+    for name, label in (("rows_in", "rows in"), ("rows_rejected", "rows rejected")):
         if report.get(name) is not None:
-            metadata[name.replace("_", " ")] = report[name]
-    for name, value in report.get("numbers", {}).items():
-        metadata[name] = value
+            metadata[label] = report[name]
     for name, markdown in report.get("pictures", {}).items():
         metadata[name] = dg.MetadataValue.md(markdown)
+    for name, value in report.get("numbers", {}).items():
+        metadata[name] = _rounded(value)
     for name, rows in report.get("tables", {}).items():
         if rows:
             metadata[name] = _table(rows)
     for name, url in report.get("links", {}).items():
         metadata[name] = dg.MetadataValue.url(url)
+    metadata["digest"] = manifest.digest[:DIGEST_SHOWN]
+    if report.get("seconds") is not None:
+        metadata["seconds"] = report["seconds"]
     if manifest.files:
         folder = store.table_folder(manifest.table, manifest.part)
         metadata["file"] = dg.MetadataValue.path(str(folder / manifest.files[0].name))
@@ -117,4 +123,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 
 
 def _cell(value: Any) -> str | int | float | bool | None:
+    value = _rounded(value)
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with the digits that people read; the tables keep all."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value

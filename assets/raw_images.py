@@ -91,7 +91,7 @@ def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
             rejected=rejections("raw_images", rejected),
             rows_in=candidates.height,
             report={
-                "numbers": {"upright turned": int((frame["orientation"] > 1).sum())},
+                "numbers": {"turned upright": int((frame["orientation"] > 1).sum())},
                 "pictures": _pictures(store, frame),
                 "tables": {"rejected by reason": _counts(rejected)},
             },

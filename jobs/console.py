@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jobs.pipeline import Outcome
 from resources.store import Store
+from training.evaluation import verdict
 from training.progress import listen
 
 
@@ -75,17 +76,20 @@ def _verdicts(store: Store, console: Console) -> None:
     parts = store.parts("verdicts")
     if not parts:
         return
-    rows = store.read("verdicts", parts=parts).sort("b", "metric", "group")
-    table = Table(title="base against fine-tuned, paired by prompt", title_justify="left")
-    for name in ("checkpoint", "metric", "prompts", "n", "base", "fine-tuned", "difference (95 %)", "verdict"):
-        table.add_column(name)
-    for row in rows.iter_rows(named=True):
-        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-        table.add_row(
-            row["b"], row["metric"], row["group"], str(row["num_prompts"]), f"{row['mean_a']:.4f}",
-            f"{row['mean_b']:.4f}", interval, row["verdict"],
-        )  # fmt: skip
-    console.print(table)
+    frame = store.read("verdicts", parts=parts).sort("b", "metric", pl.col("group") != verdict.ALL, "group")
+    for (a, b), rows in frame.group_by("a", "b", maintain_order=True):
+        table = Table(title=f"{b} against {a}, paired by prompt", title_justify="left")
+        table.add_column("metric (prompts)")
+        for name in ("base", "fine-tuned", "difference, 95 % interval", "verdict"):
+            table.add_column(name, no_wrap=True)
+        for row in rows.iter_rows(named=True):
+            table.add_row(
+                f"{row['metric']}, {row['group']} ({row['num_prompts']})",
+                f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
+                f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
+                row["verdict"].replace("_", " "),
+            )  # fmt: skip
+        console.print(table, markup=False)
     console.print(
         f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
     )
