@@ -9,7 +9,7 @@ from assets.metadata import describe, materialize
 from assets.partitions import runs
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
-from resources.tracking import workspace_tracking
+from resources.tracking import choose_pictures, workspace_tracking
 from training import release as releasing
 from training.commit import write_bytes
 from training.errors import DataError, TrackingError
@@ -17,6 +17,10 @@ from training.evaluation import contact_sheet, figures, report
 from training.evaluation.report import Side
 from training.event_log import read_events
 from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
+
+NUM_SHOWN = 8
+NUM_IN_SHEET = 24
+"""Prompts, of each group in turn, in Dagster's metadata and in the contact sheet."""
 
 
 def _last(store: Store, run: str) -> str:
@@ -135,11 +139,12 @@ def render_card(store: Store, run: str, last: str) -> str:
 
 
 def _grid(store: Store, last: str) -> str:
-    """Base and checkpoint side by side for the first prompts, as Markdown."""
+    """Base and checkpoint side by side for a few prompts, as Markdown."""
     from training.evaluation.clip_score import read_picture
 
     before, after = _sides(store, last)
-    rows = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id").head(8)
+    both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
+    rows = choose_pictures(both, NUM_SHOWN)
     pictures, captions = [], []
     for row in rows.iter_rows(named=True):
         pictures += [read_picture(before.folder / row["file"]), read_picture(after.folder / row["after"])]
@@ -153,15 +158,14 @@ def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
 
     last = _last(store, key)
     before, after = _sides(store, last)
+    both = before.samples.filter(pl.col("prompt_id").is_in(after.samples["prompt_id"]))
     rows = [
         contact_sheet.Row(
             title=row["prompt_id"],
             text=row["text"],
             pictures=[read_picture(side.folder / row["file"]) for side in (before, after)],
         )
-        for row in before.samples.filter(pl.col("prompt_id").is_in(after.samples["prompt_id"]))
-        .head(24)
-        .iter_rows(named=True)
+        for row in choose_pictures(both, NUM_IN_SHEET).iter_rows(named=True)
     ]
     sheet = contact_sheet.grid(rows, [before.checkpoint, after.checkpoint])
     write_bytes(store.home / "sample_images" / f"{key}_contact_sheet.jpg", sheet)
