@@ -78,7 +78,7 @@ def _verdicts(store: Store, console: Console) -> None:
         return
     frame = store.read("verdicts", parts=parts).sort("b", "metric", pl.col("group") != verdict.ALL, "group")
     for (a, b), rows in frame.group_by("a", "b", maintain_order=True):
-        table = Table(title=f"{b} against {a}, paired by prompt", title_justify="left")
+        table = Table(title=f"base against fine-tuned: {b} against {a}, paired by prompt", title_justify="left")
         table.add_column("metric (prompts)")
         for name in ("base", "fine-tuned", "difference, 95 % interval", "verdict"):
             table.add_column(name, no_wrap=True)
