@@ -25,6 +25,8 @@ from demo.scenes import COLOURS, SHAPES, Scene, mutate
 from training.seeds import Purpose, integer, numpy_generator
 
 MARGIN = 4
+MAX_BEND_PX = 2.2
+"""Standard deviation of the bending of outlines at 64 px, at most."""
 NUM_PICTURES = 6000
 VAE_SHARE = 0.2
 NUM_STEPS = 3000
@@ -58,8 +60,24 @@ def through_vae(vae: AutoencoderKL, image: Image.Image, split: str, index: int) 
     return Image.fromarray(((made.movedim(0, -1) + 1) * 127.5 + 0.5).to(torch.uint8).numpy())
 
 
+def _warped(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Turn, scale and, for three of four, bend (N, 3, S, S) smoothly: a generator's outlines are never straight."""
+    count, side = len(images), images.shape[-1]
+    reach = rng.uniform(0, MAX_BEND_PX, count) * (rng.random(count) >= 0.25) * 2 / side
+    field = torch.from_numpy(rng.normal(size=(count, 2, 6, 6))).float()
+    field = F.interpolate(field, size=(side, side), mode="bicubic", align_corners=True)
+    field *= torch.from_numpy(reach).float().view(-1, 1, 1, 1)
+    ys, xs = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    angle = torch.from_numpy(rng.normal(0, 0.15, count)).float().view(-1, 1, 1)
+    scale = torch.from_numpy(rng.uniform(0.85, 1.2, count)).float().view(-1, 1, 1)
+    across = (xs * torch.cos(angle) - ys * torch.sin(angle)) * scale + field[:, 0]
+    down = (xs * torch.sin(angle) + ys * torch.cos(angle)) * scale + field[:, 1]
+    grid = torch.stack([across, down], dim=-1)  # (N, S, S, 2)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+
+
 def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Random shift, mirror, and for some a slight blur or noise."""
+    """Random shift, mirror, bend, and for some a slight blur or noise."""
     top, left = rng.integers(2 * MARGIN + 1, size=2)
     cut = pixels[:, top : top + SIDE, left : left + SIDE]
     images = normalised(cut[:, :, ::-1] if rng.random() < 0.5 else cut)
@@ -68,7 +86,7 @@ def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     images[soft] = F.avg_pool2d(F.pad(images[soft], (1, 1, 1, 1), mode="replicate"), 3, 1)
     noisy = share > 0.9
     images[noisy] += 0.12 * torch.from_numpy(rng.normal(size=images[noisy].shape)).float()
-    return images
+    return _warped(images, rng)
 
 
 def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from demo import trouble
 from demo.drawing import draw, spoil
 from demo.pictures import judge_pairs, write_world
-from demo.prompts import COLUMNS, demo_prompts, write_prompts
+from demo.prompts import COLUMNS, WORLD_STAR_SHARE, demo_prompts, write_prompts
 from demo.scenes import FLAWS, SHAPES, all_tags, caption_of, clean, mutate, sample_scene, tags_of
 from training.seeds import Purpose, generator, numpy_generator
 
@@ -173,9 +173,9 @@ def test_sidecars_name_the_truth_through_the_alias_table(world, truth):
     assert {name: int(count) for name, _, count, _ in table}["star"] == stars
 
 
-def test_a_quarter_to_a_third_of_the_world_are_stars():
-    stars = [sample_scene(7, "world", index).shapes[0].kind == "star" for index in range(300)]
-    assert 0.24 <= np.mean(stars) <= 0.36
+def test_half_of_the_world_are_stars():
+    scenes = [sample_scene(7, "world", index, star_share=WORLD_STAR_SHARE) for index in range(300)]
+    assert 0.44 <= np.mean([scene.shapes[0].kind == "star" for scene in scenes]) <= 0.56
     assert not any("star" in tags_of(sample_scene(7, "base", i, star_share=0.0)) for i in range(200))
 
 
