@@ -45,11 +45,9 @@ def chromium(width: int = 1440, height: int = 900) -> Iterator["Page"]:
         driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
         try:
             driver.set_page_load_timeout(60)
-            driver.execute_cdp_cmd(
-                "Emulation.setDeviceMetricsOverride",
-                {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-            )
-            yield Page(driver)
+            page = Page(driver)
+            page.resize(width, height)
+            yield page
         finally:
             driver.quit()
 
@@ -63,6 +61,13 @@ class Page:
     def open(self, url: str) -> None:
         """Go to an address."""
         self.driver.get(url)
+
+    def resize(self, width: int, height: int, scale: float = 1.0) -> None:
+        """Give the page so many CSS pixels, each `scale` pixels of a screenshot."""
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False},
+        )
 
     def text(self) -> str:
         """What a person reads."""

@@ -1,0 +1,212 @@
+"""`foundry up` on the demo's finished workspace, looked at with a browser the way people do."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from browser import chromium, needs_chromium
+
+from jobs.definitions import STAGES
+
+pytestmark = needs_chromium
+
+ASSETS = """{ assetNodes { assetKey { path } partitionStats { numMaterialized numPartitions numFailed }
+    assetMaterializations(limit: 1) { runId }
+    assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization { status } } } } } }"""
+RUNS = "{ runsOrError(limit: 1000) { ... on Runs { results { runId } } } }"
+LAUNCH = {
+    "query": "mutation Launch($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) "
+    "{ __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+    "variables": {
+        "params": {
+            "selector": {
+                "repositoryLocationName": "foundry",
+                "repositoryName": "__repository__",
+                "pipelineName": "__ASSET_JOB",
+                "assetSelection": [{"path": ["source_listing"]}],
+            },
+            "mode": "default",
+            "runConfigData": {},
+        }
+    },
+}
+CURVES = "return [...document.querySelectorAll('.js-plotly-plot path.js-line')].map(line => line.getTotalLength())"
+"""Lengths of the lines in MLflow's charts, pixels."""
+PAGES_S = 60
+
+
+class Up:
+    """A running `foundry up` and a browser."""
+
+    def __init__(self, home, page):
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+            for item in sockets:
+                item.bind(("127.0.0.1", 0))
+            ports = [item.getsockname()[1] for item in sockets]
+        self.home, self.page = home, page
+        self.dagster, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("foundry"), "up", "--home", str(home),
+             "--port", str(ports[0]), "--mlflow-port", str(ports[1])],
+            env={name: value for name, value in os.environ.items() if name not in ("FOUNDRY_HOME", "DAGSTER_HOME")},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.said = []
+        for line in self.process.stdout:
+            self.said.append(line.strip())
+            if "Ctrl-C" in line:
+                return
+        raise AssertionError("\n".join(self.said))
+
+    def ask(self, query, **body):
+        """Let a page of Dagster ask its server, as its own scripts do."""
+        if not self.page.driver.current_url.startswith(f"{self.dagster}/"):
+            self.page.open(self.dagster)
+        answer = self.page.driver.execute_async_script(
+            """
+            const done = arguments[arguments.length - 1];
+            fetch('/graphql', {method: 'POST', headers: {'Content-Type': 'application/json'}, body: arguments[0]})
+                .then(r => r.text()).then(done, e => done(String(e)));
+            """,
+            json.dumps({"query": query, **body}),
+        )
+        assert '"errors"' not in answer, answer
+        return json.loads(answer)["data"]
+
+    def runs(self):
+        """Ids of all runs."""
+        return {run["runId"] for run in self.ask(RUNS)["runsOrError"]["results"]}
+
+    def processes(self):
+        """All processes that serve this workspace, by their environment."""
+        marked = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"FOUNDRY_HOME={self.home}\0".encode() in path.read_bytes():
+                    marked.add(int(path.parent.name))
+        return marked
+
+
+@pytest.fixture(scope="module")
+def up(demo, tmp_path_factory):
+    """`foundry up` on a copy of the demo's workspace."""
+    home = tmp_path_factory.mktemp("ui") / "workspace"
+    shutil.copytree(demo, home, symlinks=True)
+    with chromium() as page:
+        served = Up(home, page)
+        try:
+            yield served
+        finally:
+            for pid in {served.process.pid, *served.processes()}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            served.process.communicate()
+
+
+def last_part(up, asset):
+    """The newest partition of an asset."""
+    query = """query Keys($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) {
+        ... on AssetNode { partitionKeys } } }"""
+    return up.ask(query, variables={"key": {"path": [asset]}})["assetNodeOrError"]["partitionKeys"][-1]
+
+
+def open_part(up, asset):
+    """Open the page that shows the newest partition of an asset."""
+    up.page.open(f"{up.dagster}/assets/{asset}?view=partitions&partition={last_part(up, asset)}")
+    up.page.wait_for_text("Metadata", "Latest materialization", timeout_s=PAGES_S)
+
+
+def test_the_graph_shows_every_asset_as_materialized(up):
+    groups = ",".join(
+        f"global@global:{group}" for group in ("ingest", "annotate", "curate", "encode", "train", "evaluate")
+    )
+    up.page.open(f"{up.dagster}/asset-groups?expanded={groups}")
+    up.page.wait_for_text(*STAGES, timeout_s=PAGES_S)
+    assert not up.page.errors()
+    nodes = {node["assetKey"]["path"][-1]: node for node in up.ask(ASSETS)["assetNodes"]}
+    assert nodes.keys() == STAGES.keys()
+    for name, node in nodes.items():
+        assert node["assetMaterializations"], f"{name} was never materialized"
+        if (stats := node["partitionStats"]) is not None:
+            assert stats["numMaterialized"] == stats["numPartitions"] > 0 == stats["numFailed"], f"{name}: {stats}"
+
+
+def test_every_check_passed(up):
+    up.page.open(f"{up.dagster}/assets/raw_images?view=checks")
+    up.page.wait_for_text("every_candidate_accounted_for", "mostly_usable", "Passed", timeout_s=PAGES_S)
+    assert "Failed" not in up.page.text()
+    nodes = {
+        node["assetKey"]["path"][-1]: node["assetChecksOrError"]["checks"] for node in up.ask(ASSETS)["assetNodes"]
+    }
+    found = {
+        f"{asset}.{check['name']}": (check["executionForLatestMaterialization"] or {}).get("status")
+        for asset, checks in nodes.items()
+        for check in checks
+    }
+    assert len(found) >= 20
+    assert set(found.values()) == {"SUCCEEDED"}, found
+
+
+def test_thumbnails_and_charts_are_visible(up):
+    open_part(up, "raw_images")
+    up.page.wait_for_text("thumbnails", "megapixels", timeout_s=PAGES_S)
+    up.page.wait(lambda: kinds(up.page.pictures()) >= {"image/svg+xml"}, "the chart of sizes")
+    up.page.click("[Show Markdown]")
+    up.page.wait(lambda: "image/jpeg" in kinds(up.page.pictures(96)), "the thumbnails")
+
+
+def kinds(addresses):
+    """Media types of `data:` addresses."""
+    return {address.removeprefix("data:").partition(";")[0] for address in addresses if address.startswith("data:")}
+
+
+def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
+    page = up.page
+    open_part(up, "checkpoints")
+    page.wait_for_text("MLflow run", timeout_s=PAGES_S)
+    page.open(page.driver.execute_script("return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href"))
+    page.wait_for_text("Finished", "train/loss", "optimizer.learning_rate", "Verdict: demo@", timeout_s=PAGES_S)
+    assert page.driver.current_url.startswith(f"{up.mlflow}/#/experiments/"), page.driver.current_url
+    run = page.driver.current_url.partition("?")[0]
+    page.open(f"{run}/model-metrics")
+    page.wait_for_text("train", "val", "samples", timeout_s=PAGES_S)
+    page.resize(1440, 6000)  # MLflow draws what is in view only
+    page.wait(lambda: max(page.driver.execute_script(CURVES), default=0) > 100, "a curve")
+    page.wait(lambda: any("get-artifact" in address for address in page.pictures(64)), "a picture that the model drew")
+    page.resize(1440, 900)
+    page.open(f"{run}/artifacts/config.toml")
+    page.wait_for_text("num_samples", timeout_s=PAGES_S)
+
+
+def test_a_foreign_page_cannot_start_a_run(up):
+    page = up.page
+    before = up.runs()
+    attempt = {"method": "POST", "mode": "no-cors", "body": json.dumps(LAUNCH)}
+    for foreign in ("data:text/html,<p>a page of somebody else</p>", f"{up.mlflow}/"):
+        page.open(foreign)
+        for options in (attempt, attempt | {"mode": "cors", "headers": {"Content-Type": "application/json"}}):
+            answer = page.fetch(f"{up.dagster}/graphql", **options)
+            assert answer in ("opaque 0", "TypeError: Failed to fetch"), answer
+    assert up.runs() == before
+    started = up.ask(**LAUNCH)["launchPipelineExecution"]
+    assert started["__typename"] == "LaunchRunSuccess", started
+    assert up.runs() == before | {started["run"]["runId"]}
+
+
+def test_ctrl_c_leaves_nothing_running(up):
+    assert len(up.processes()) >= 4
+    began = time.monotonic()
+    os.kill(up.process.pid, signal.SIGINT)
+    said, _ = up.process.communicate(timeout=60)
+    assert (up.process.returncode, said) == (0, "")
+    assert time.monotonic() - began < 30
+    assert up.processes() == set()
