@@ -195,7 +195,7 @@ def _add_trouble(world: World, count: int) -> None:
 
 def write_aliases(path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED) -> None:
     """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion, no header."""
-    scenes = [sample_scene(seed, "world", index) for index in range(num_pictures)]
+    scenes = [sample_scene(seed, "world", index, star_share=WORLD_STAR_SHARE) for index in range(num_pictures)]
     counts = {tag: sum(tag in tags_of(scene) for scene in scenes) for tag in all_tags()}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,10 +1,11 @@
 """Prompts of the demo: how its base model is spoken to, and the fixed prompts that it is judged by."""
 
 import csv
+import itertools
 import random
 from pathlib import Path
 
-from demo.scenes import TAUGHT_LATER, Scene, alias, caption_of, clean, sample_scene, score_tags, tags_of
+from demo.scenes import COLOURS, Scene, alias, caption_of, clean, sample_scene, score_tags, tags_of
 from training.data.geometry import Size
 from training.seeds import Purpose, generator
 
@@ -49,45 +50,53 @@ def demo_prompts() -> list[dict[str, str]]:
 
 
 def write_prompts(path: Path = FILE) -> None:
-    """Make the evaluation prompts anew: scenes that the default world does not hold, in best quality.
+    """Make the evaluation prompts anew.
 
-    A scene is taken when no picture of the world shows that colour and shape on that ground, so that no prompt equals
-    a training caption and none is answered by heart. They were drawn after everything else of the demo was fixed
-    (models, recipe, scorer), so that nothing was tuned on them or on the seeds that follow from their ids.
+    Star prompts name the shape and little else, because CLIP reads all words of a prompt and the new one is what is
+    asked about. General ones describe scenes that no picture of the default world shows. No prompt equals a training
+    caption. They were made after everything else of the demo was fixed (models, recipe, scorer): nothing was tuned
+    on them, or on the seeds that follow from their ids.
     """
-    world = [
-        sample_scene(WORLD_SEED, "world", index, star_share=WORLD_STAR_SHARE) for index in range(NUM_WORLD_PICTURES)
-    ]
-    held = {key for scene in world for key in _keys(scene)}
-    rows: list[dict[str, object]] = []
-    index = 0
-    wanted = {"star": NUM_STAR_PROMPTS, "general": NUM_GENERAL_PROMPTS}
-    while any(wanted.values()):
-        scene = clean(sample_scene(WORLD_SEED, "held-out prompt", index, star_share=0.7))
-        index += 1
-        group = "star" if scene.shapes[0].kind == TAUGHT_LATER else "general"
-        if not wanted[group] or len(scene.shapes) == 2 or held & _keys(scene):
-            continue
-        wanted[group] -= 1
-        held |= _keys(scene)
-        number = NUM_STAR_PROMPTS - wanted[group] if group == "star" else NUM_GENERAL_PROMPTS - wanted[group]
-        size = EVALUATION_SIZES[number % len(EVALUATION_SIZES)]
-        words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "held-out prompt words", index))
-        text = words if number % 2 else ", ".join(tags_of(scene))
-        rows.append(
-            {
-                "prompt_id": f"held-out-{group}-{number:02d}",
-                "text": f"score_8_up, {text}",
-                "negative": "",
-                "group": group,
-                "height": size.height,
-                "width": size.width,
-            }
-        )
+    rows = [_row("star", number, text) for number, text in enumerate(_star_texts(), start=1)]
+    rows += [_row("general", number, text) for number, text in enumerate(_general_texts(), start=1)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: str(row["prompt_id"])))
+
+
+def _row(group: str, number: int, text: str) -> dict[str, object]:
+    size = EVALUATION_SIZES[number % len(EVALUATION_SIZES)]
+    return {
+        "prompt_id": f"fresh-{group}-{number:02d}",
+        "text": text,
+        "negative": "",
+        "group": group,
+        "height": size.height,
+        "width": size.width,
+    }
+
+
+def _star_texts() -> list[str]:
+    forms = ("a large {} star", "{}, star, large", "a {} star", "{}, star", "star, {}")
+    return [form.format(colour) for form in forms for colour in COLOURS][:NUM_STAR_PROMPTS]
+
+
+def _general_texts() -> list[str]:
+    world = [
+        sample_scene(WORLD_SEED, "world", index, star_share=WORLD_STAR_SHARE) for index in range(NUM_WORLD_PICTURES)
+    ]
+    held = {key for scene in world for key in _keys(scene)}
+    texts: list[str] = []
+    indices = itertools.count()
+    while len(texts) < NUM_GENERAL_PROMPTS:
+        index = next(indices)
+        scene = clean(sample_scene(WORLD_SEED, "fresh prompt", index, star_share=0))
+        if len(scene.shapes) == 1 and not held & _keys(scene):
+            held |= _keys(scene)
+            words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "fresh prompt words", index))
+            texts.append(f"score_8_up, {words if len(texts) % 2 else ', '.join(tags_of(scene))}")
+    return texts
 
 
 def _keys(scene: Scene) -> set[tuple[str, ...]]:

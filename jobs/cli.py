@@ -27,8 +27,9 @@ Home = Annotated[
 
 def main() -> None:
     """Run a command; what the user can mend is one line on stderr and status 2."""
-    # OpenMP's threads spin while they wait: on a shared machine that is fifty times slower than sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin long while they wait, which on a shared machine is fifty times slower than sleeping at once;
+    # sleeping at once makes the small layers of the tiny models twice as slow. This spins for some microseconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app(standalone_mode=False)
     except PipelineError as error:

@@ -120,8 +120,8 @@ def test_a_run_arrives_whole_with_its_own_times_and_again_changes_nothing(home, 
     info = the_run(home)
     assert info.info.status == "FINISHED"
     assert info.info.end_time == read_events(run / "events.jsonl")[-1]["time_ms"]
-    assert len(info.data.params) <= 6
-    assert info.data.params["seed"] == "7"
+    assert len(info.data.params) <= 2
+    assert info.data.tags["foundry.seed"] == "7"
     (data,) = info.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("sdxl", "f" * 36)
     assert sorted(output.step for output in info.outputs.model_outputs) == [40, 80]

@@ -174,7 +174,7 @@ def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
     open_part(up, "checkpoints")
     page.wait_for_text("MLflow run", timeout_s=PAGES_S)
     page.open(page.driver.execute_script("return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href"))
-    page.wait_for_text("Finished", "train/loss", "optimizer.learning_rate", "Verdict: demo@", timeout_s=PAGES_S)
+    page.wait_for_text("Finished", "train/loss", "num_samples", "Verdict: demo@", timeout_s=PAGES_S)
     assert page.driver.current_url.startswith(f"{up.mlflow}/#/experiments/"), page.driver.current_url
     run = page.driver.current_url.partition("?")[0]
     page.open(f"{run}/model-metrics")
