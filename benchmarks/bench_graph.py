@@ -34,9 +34,7 @@ def import_cost() -> None:
         [sys.executable, "-c", "import sys, jobs.definitions; print('torch' in sys.modules)"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    print(
-        f"import jobs.definitions      {ours:.2f} s CPU (limit {LIMIT_IMPORT_S}), {ours / dagster:.2f} x `import dagster`"
-    )
+    print(f"import jobs.definitions: {ours:.2f} s CPU (limit {LIMIT_IMPORT_S}), {ours / dagster:.2f} x Dagster alone")
     print(f"  of which the interpreter   {bare:.2f} s; torch imported: {heavy}")
 
 
