@@ -47,7 +47,7 @@ def served(home: Path) -> Iterator[tuple[str, str]]:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
         ports = [str(item.getsockname()[1]) for item in (one, two)]
-    foundry = Path(sys.executable).with_name("foundry")
+    foundry = str(Path(sys.executable).with_name("foundry"))
     command = [foundry, "up", "--home", str(home), "--port", ports[0], "--mlflow-port", ports[1]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -69,14 +69,14 @@ def remember(page: Page, address: str) -> None:
 
 def graph(page: Page, dagster: str) -> None:
     """The whole asset graph, every group open."""
-    page.resize(1152, 1340, scale=1.25)
+    page.resize(1152, 1390, scale=1.25)
     page.open(f"{dagster}/asset-groups")
     page.wait_for_text(*GROUPS)
     page.driver.execute_script(HIDE_TREE)
     page.driver.execute_script("window.dispatchEvent(new KeyboardEvent('keydown', {code: 'KeyE', altKey: true}))")
     time.sleep(SETTLE_S)
     page.driver.execute_script(ZOOM_OUT)
-    time.sleep(1)
+    time.sleep(3 * SETTLE_S)  # states come group by group
     save(page, "dagster-graph.png")
 
 

@@ -221,21 +221,20 @@ class Tracking:
         return model
 
     def _describe(self, client: "MlflowClient", run: "Run", folder: Path) -> None:
-        """Headline params, the whole config, and what the run is trained on."""
+        """Headlines, the whole config, and what the run is trained on."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         config, inputs = run_folder.read_config(folder), run_folder.read_inputs(folder)
         text = (folder / run_folder.CONFIG).read_bytes()
-        # MLflow prints all params above every picture: six at most.
-        params = {
-            "num_samples": config.num_samples,
-            "batch.global_batch_size": config.batch.global_batch_size,
-            "optimizer.learning_rate": config.optimizer.learning_rate,
-            "seed": config.seed,
-            "encoding": config.encoding,
-            "base": inputs.base_digest[:8],
+        # MLflow prints all params above every picture, and then cuts the picture: two fit into one line.
+        params = {"num_samples": config.num_samples, "learning_rate": config.optimizer.learning_rate}
+        tags = {
+            "foundry.fingerprint": inputs.fingerprint,
+            "foundry.base": inputs.base_digest[:8],
+            "foundry.seed": str(config.seed),
+            "foundry.global_batch_size": str(config.batch.global_batch_size),
         }
-        mlflow_calls.log_batch(client, run.info.run_id, params=params, tags={"foundry.fingerprint": inputs.fingerprint})
+        mlflow_calls.log_batch(client, run.info.run_id, params=params, tags=tags)
         self._put(client, run, run_folder.CONFIG, text)
         source = json.dumps({"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint})
         # 36 characters are all that MLflow's column holds.
