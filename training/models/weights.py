@@ -134,15 +134,16 @@ def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.
         ModelError: The folder is unusable, or its weights do not fill the model one to one.
     """
     transformers.utils.logging.disable_progress_bar()
-    dtype = (
+    options = (
         # Mismatches are let through to be named below: transformers' own error only points at a printed table.
         {"dtype": torch.float32, "ignore_mismatched_sizes": True}
         if issubclass(model_class, transformers.PreTrainedModel)
-        else {"torch_dtype": torch.float32}
+        # Low memory use needs accelerate, which nothing else here does.
+        else {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     )
     try:
         model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **dtype
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
