@@ -67,8 +67,8 @@ def test_new_pictures_are_added_and_nothing_else_is_read_again(small_copy, tmp_p
 
 def test_a_raised_version_redoes_that_stage_alone(small_copy, monkeypatch):
     """Equal output has an equal digest, so nothing below is redone."""
+    from jobs import definitions, pipeline  # isort: skip - it silences Dagster's beta warnings first
     from assets import duplicates
-    from jobs import definitions, pipeline
 
     monkeypatch.setenv("FOUNDRY_HOME", str(small_copy))
     raised = replace(duplicates.STAGE, version=duplicates.STAGE.version + 1)
