@@ -63,10 +63,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
             model=model,
             model_files=[entry.name for entry in read_ready(model).files],
             texts={"README.md": render_card(store, key, last), "report.html": page},
-            copies={
-                "config.toml": store.run_folder(key) / CONFIG,
-                "training_set.parquet": read_inputs(store.run_folder(key)).training_set,
-            },
+            copies={"config.toml": store.run_folder(key) / CONFIG},
         )
         return Made(
             frame=releasing.table(folder),

@@ -31,12 +31,12 @@ def main() -> None:
     # sleeping at once makes the small layers of the tiny models twice as slow. This spins for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
-        app(standalone_mode=False)
+        # Outside of standalone mode, `typer.Exit` comes back as its status.
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except PipelineError as error:
         print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         print("foundry: interrupted; what is committed stays, run the same command again", file=sys.stderr)
         sys.exit(130)

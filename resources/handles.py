@@ -11,7 +11,7 @@ from resources.store import Store, find_home
 @dg.resource
 def store_resource(context: dg.InitResourceContext) -> Store:
     """The store of this process's workspace; refuses a Dagster instance that lies outside of it."""
-    store = Store(find_home(), run_id=context.run_id or "")
+    store = Store(find_home(), run_id=context.run.run_id if context.run else "")
     if context.instance is not None:
         check_instance(context.instance, store.home)
     return store

@@ -411,7 +411,7 @@ class Store:
             raise DataError(
                 f"{stage.name} {key}: {made.rows_in} rows in, but {frame.height} out and {num_rejected} rejected"
             )
-        rejected = self._commit_rejected(stage, key, made.rejected) if made.rejected is not None else {}
+        rejected = {} if made.rejected is None else self.commit_rejected(stage.name, stage.version, key, made.rejected)
         folder = self.table_folder(stage.name, part)
         stem, path = part, folder / f"{part}.json"
         if stage.name == "latents":
@@ -441,9 +441,10 @@ class Store:
         commit_manifest(path, manifest)
         return manifest
 
-    def _commit_rejected(self, stage: Stage, key: str, rejected: pl.DataFrame) -> dict[str, Any]:
+    def commit_rejected(self, stage: str, version: int, key: str, rejected: pl.DataFrame) -> dict[str, Any]:
+        """Commit what a stage could not use of a partition; returns what the stage's manifest says of it."""
         table = TABLES["rejected_images"]
-        part = f"{stage.name}.{key}"
+        part = f"{stage}.{key}"
         frame = table.conform(rejected).sort(list(table.columns), nulls_last=True)
         digests = column_digests(frame)
         digest = logical_digest(digests, frame.height)
@@ -451,7 +452,7 @@ class Store:
         manifest = Manifest(
             table="rejected_images",
             part=part,
-            version=stage.version,
+            version=version,
             files=(write_parquet(folder, part, frame),),
             rows=frame.height,
             digest=digest,

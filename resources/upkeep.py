@@ -22,7 +22,7 @@ from training.commit import (
     write_bytes,
     write_parquet,
 )
-from training.data.tables import TABLES
+from training.data.tables import TABLES, Reason, rejections
 from training.errors import ConfigError, DamageError
 from training.run_folder import INPUTS, check_checkpoint, checkpoints, read_inputs, read_ready
 
@@ -280,6 +280,8 @@ def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[s
     kept = frame.filter(~pl.any_horizontal([pl.col(name).is_in(image_ids).fill_null(False) for name in names]))
     if kept.height == frame.height:
         return []
+    if manifest.table == "raw_images":
+        _reject_forgotten(store, manifest, frame.filter(pl.col("image_id").is_in(image_ids)))
     digests_ = column_digests(kept)
     stem = old.name.rpartition("-")[0]
     entry = write_parquet(path.parent, stem, kept)
@@ -294,3 +296,16 @@ def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[s
     commit_manifest(path, Manifest(**fields))
     old.unlink()
     return [f"{manifest.table} {manifest.part}"]
+
+
+def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> None:
+    """Move accepted candidates to `rejected_images`: every candidate stays accounted for."""
+    part = f"raw_images.{manifest.part}"
+    known = store.read("rejected_images", parts=[part] if part in store.parts("rejected_images") else [])
+    rows: list[dict[str, object]] = [
+        {**row, "reason": Reason.FORGOTTEN}
+        for row in gone.select("source", "source_id", "image_id").iter_rows(named=True)
+    ]
+    store.commit_rejected(
+        "raw_images", manifest.version, manifest.part, pl.concat([known, rejections("raw_images", rows)])
+    )

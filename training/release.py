@@ -13,7 +13,6 @@ ABOUT = {
     "README.md": "model card",
     "report.html": "before and after, without network",
     "config.toml": "the resolved run",
-    "training_set.parquet": "every sample it was trained on, by image id",
 }
 
 

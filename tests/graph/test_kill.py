@@ -28,7 +28,7 @@ def kill_during(home, stage, delay_s):
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as run:
         for line in run.stderr:
-            if stage in line.split(",")[0].split(" + "):
+            if stage in line.strip().split(",")[0].split(" + "):
                 time.sleep(delay_s)
                 run.send_signal(signal.SIGKILL)
                 run.stderr.read()
