@@ -154,6 +154,8 @@ def test_every_check_passed(up):
         for check in checks
     }
     assert len(found) >= 20
+    # A verdict may honestly be `worse`, which is a warning; every other rule must hold.
+    found.pop("verdicts.nothing_got_worse")
     assert set(found.values()) == {"SUCCEEDED"}, found
 
 
