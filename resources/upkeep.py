@@ -273,7 +273,7 @@ def _forget_generation(path: Path, manifest: Manifest, image_ids: list[str]) -> 
 def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
     """Write a part again without the rows that name one of the images, and delete the old content."""
     names = [name for name in ("image_id", "a", "b") if name in TABLES[manifest.table].columns]
-    if manifest.table == "verdicts" or not names:
+    if manifest.table in ("verdicts", "rejected_images") or not names:
         return []
     old = path.parent / manifest.files[0].name
     frame = pl.read_parquet(old)
