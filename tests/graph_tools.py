@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "photos"
+UNSET = ("FOUNDRY_HOME", "DAGSTER_HOME", "OMP_NUM_THREADS")
 SMALL_RUN = """
 encoding = "sdxl"
 num_samples = 96
@@ -29,7 +30,7 @@ every_samples = 48
 
 def foundry(*arguments, check=True, threads=None, **options):
     """Run a command of the installed `foundry` in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("FOUNDRY_HOME", "DAGSTER_HOME")}
+    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
