@@ -68,7 +68,11 @@ def count_set(rows: pl.DataFrame) -> SetFacts:
         rows: Of table `training_set`.
     """
     train = rows.filter(pl.col("split") == "train")
-    buckets = train.group_by("bucket_height", "bucket_width").len("n").sort("n", "bucket_height", "bucket_width", descending=True)
+    buckets = (
+        train.group_by("bucket_height", "bucket_width")
+        .len("n")
+        .sort("n", "bucket_height", "bucket_width", descending=True)
+    )
     names = train.select(pl.col("tags").explode(empty_as_null=False, keep_nulls=False)).unnest("tags")
     tags = names.group_by("name").len("n").sort(["n", "name"], descending=[True, False])
     return SetFacts(
