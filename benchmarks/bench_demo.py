@@ -44,7 +44,7 @@ def main() -> None:
             parent = psutil.Process(run.pid)
             while run.poll() is None:
                 peak = max(peak, tree_bytes(parent))
-                time.sleep(0.2)
+                time.sleep(2.0)  # reading a large process's memory map is work of its own
 
         watcher = threading.Thread(target=watch)
         watcher.start()
