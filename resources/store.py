@@ -34,7 +34,7 @@ from training.commit import (
 )
 from training.config import FORMAT, ModelsConfig, WorkspaceConfig, check_name
 from training.data.tables import TABLES
-from training.errors import ConfigError, DamageError, DataError, ModelError, WorkspaceError
+from training.errors import ConfigError, DataError, ModelError, WorkspaceError
 from training.run_folder import checkpoint_folder, read_ready
 
 CONFIG_FILE = "foundry.toml"
@@ -526,17 +526,6 @@ def git_revision() -> str:
     command = ["git", "-C", str(CODE_ROOT), "rev-parse", "--short=12", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def check_committed_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Problems of a part's content files, one line each."""
-    problems = []
-    for entry in manifest.files:
-        try:
-            check_entry(folder, entry)
-        except DamageError as error:
-            problems.append(str(error))
-    return problems
 
 
 def file_digest(path: Path) -> str:
