@@ -204,6 +204,11 @@ class EncodingConfig:
     """Where in the slack the crop lies; random is keyed by (generation, image_id)."""
     vae: str = "base"
     """`base` for the VAE inside [models] base, or a folder."""
+    precision: Literal["tf32", "fp32", "bf16"] = "tf32"
+    """Arithmetic of the VAE: TF32 where the device has it, else fp32; bf16 only where the reconstruction of the
+    shard's first pictures is as good as in fp32."""
+    tile_above_px: int = 4_194_304
+    """Buckets of more pixels are encoded in overlapping tiles, which bounds the memory."""
     log_variance: bool = True
     """Store the posterior's log-variance, so that each epoch draws anew."""
     batch_size: int = 8
@@ -214,7 +219,31 @@ class EncodingConfig:
     """Largest latent file, bytes."""
 
     def __post_init__(self) -> None:
-        _positive("encodings.*", batch_size=self.batch_size, max_file_bytes=self.max_file_bytes)
+        _positive(
+            "encodings.*",
+            tile_above_px=self.tile_above_px,
+            batch_size=self.batch_size,
+            max_file_bytes=self.max_file_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReencodingConfig:
+    """How latents are encoded anew while training goes on, by the schedule `reencode_latents`."""
+
+    num_shards: int = 0
+    """Shards per hour and encoding, those with the oldest latents first; 0 for all that are old enough."""
+    min_age_hours: float = 24.0
+    """Latents younger than this stay."""
+    max_minutes: float = 55.0
+    """No shard is begun when this much time has gone since the schedule's tick."""
+
+    def __post_init__(self) -> None:
+        _positive("reencoding", max_minutes=self.max_minutes)
+        if self.num_shards < 0 or self.min_age_hours < 0:
+            raise ConfigError(
+                f"reencoding: num_shards={self.num_shards} and min_age_hours={self.min_age_hours} must be >= 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +329,8 @@ class WorkspaceConfig:
     """Rules of taste."""
     encodings: dict[str, EncodingConfig] = field(default_factory=dict)
     """Encodings by name."""
+    reencoding: ReencodingConfig = field(default_factory=ReencodingConfig)
+    """When latents are encoded anew."""
     prompt_sets: dict[str, PromptSetConfig] = field(default_factory=dict)
     """Prompt sets by name."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -459,6 +490,9 @@ class RunConfig:
     """Autocast of forward and backward; weights stay fp32."""
     num_processes: int = 1
     """Ranks that torchrun starts."""
+    latents_url: str = ""
+    """Folder `latents/<encoding>` of another workspace or a bucket, as fsspec reads it (`s3://...`); its files are
+    fetched in the order of training. Empty for the workspace's own."""
     reduction: Literal["canonical", "fast"] = "fast"
     """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -479,5 +513,5 @@ class RunConfig:
         _positive("run", num_samples=self.num_samples, num_processes=self.num_processes)
 
 
-FREE_KEYS = ("validation.", "checkpoints.", "num_processes")
-"""Keys of a run that may change when it is resumed: intervals, retention and the number of ranks."""
+FREE_KEYS = ("validation.", "checkpoints.", "num_processes", "latents_url")
+"""Keys of a run that may change when it is resumed: intervals, retention, ranks, and where latents are read."""
