@@ -7,42 +7,50 @@ from assets.metadata import describe, materialize
 from assets.partitions import encodings
 from resources.stages import Reads, Scope, Stage
 from resources.store import Made, Store
-from training.data.buckets import assign
+from training import toml
+from training.data.buckets import assign, nothing_fits, report
 from training.data.tables import rejections
+from training.errors import DataError
 from training.evaluation import figures
 
-SIZES = ("image_id", "shard", "height", "width", "kept")
+MAX_BARS = 12
+BATCH_SIZES = (4, 8, 16)
+"""Micro-batch sizes for which the report counts what would be left over."""
+COLUMNS = ("image_id", "shard", "height", "width", "kept", "tags")
 STAGE = Stage(
     name="bucket_assignments",
-    version=1,
+    version=2,
     scope=Scope.ENCODING,
-    reads=(Reads("selected_images", SIZES),),
-    config=lambda config, key: config.encodings[key].buckets,
+    reads=(Reads("selected_images", COLUMNS),),
+    config=lambda config, key: {
+        "buckets": toml.dump(config.encodings[key].buckets),
+        "up_crop": toml.dump(config.encodings[key].up_crop),
+        "seed": config.encodings[key].seed,
+    },
 )
 
 
 @dg.asset(deps=["selected_images"], partitions_def=encodings, **describe(STAGE, "encode", "polars"))
 def bucket_assignments(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per kept image: its bucket, resized size and crop slack."""
+    """One row per kept image: its bucket, resized size, and crop slack or padding."""
 
     def make(key: str) -> Made:
+        encoding = store.config.encodings[key]
         kept = store.read_slice(STAGE, "selected_images", key).filter(pl.col("kept")).drop("kept")
-        placed, rejected = assign(kept, store.config.encodings[key].buckets)
-        counts = (
-            placed.group_by("bucket_height", "bucket_width")
-            .len("images")
-            .sort("images", "bucket_height", descending=True)
-        )
-        rows = [{"height": height, "width": width, "images": n} for height, width, n in counts.iter_rows()]
-        bars = [(f"{row['height']}×{row['width']}", int(row["images"])) for row in rows[:12]]
+        kept = kept.with_columns(pl.col("tags").list.eval(pl.element().struct.field("name")))
+        placed, rejected = assign(kept, encoding.buckets, encoding.up_crop, seed=encoding.seed)
+        if kept.height and placed.is_empty():
+            raise DataError(f"encoding {key!r}: {nothing_fits(kept, encoding.buckets)}")
+        found = report(placed, BATCH_SIZES)
+        bars = [(f"{height}×{width}", images) for height, width, images, *_ in found.buckets.iter_rows()]
         return Made(
             frame=placed,
             rejected=rejections(STAGE.name, rejected),
             rows_in=kept.height,
             report={
-                "numbers": {"mean share of area kept": float(placed["area_kept"].mean() or 0)},  # type: ignore[arg-type]
-                "tables": {"images per bucket (height, width)": rows},
-                "pictures": {"images per bucket": figures.bars(bars)},
+                "numbers": found.numbers,
+                "tables": {"images per bucket": found.buckets.to_dicts()},
+                "pictures": {"images per bucket, height × width": figures.bars(bars[:MAX_BARS])},
             },
         )
 

@@ -1,20 +1,24 @@
 """Asset checks: what must hold of each table, said once, shown beside the asset, able to fail."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import dagster as dg
 import polars as pl
 
+from resources import generations
 from resources.store import Store
+from training.data.latent_files import MAX_RECONSTRUCTION_ERROR
 from training.evaluation.prompt_sets import overlap
 
 MIN_USABLE_SHARE = 0.5
 MAX_JUNK_SHARE = 0.5
 MIN_PAIR_ACCURACY = 0.6
-MAX_RECONSTRUCTION_ERROR = 24.0
 MAX_TRUNCATED_SHARE = 0.05
+MAX_LISTED = 50
 ALL: list[dg.AssetChecksDefinition] = []
 
 
@@ -198,13 +202,21 @@ def something_held_out(store: Store) -> Finding:
 
 
 @_check("bucket_assignments", error=True)
-def resized_covers_bucket(store: Store) -> Finding:
-    """The resized picture covers its bucket and was never enlarged."""
-    frame = store.read("bucket_assignments")
-    covers = (pl.col("resized_height") >= pl.col("bucket_height")) & (pl.col("resized_width") >= pl.col("bucket_width"))
-    shrunk = (pl.col("resized_height") <= pl.col("height")) & (pl.col("resized_width") <= pl.col("width"))
-    wrong = frame.height - frame.filter(covers & shrunk).height
-    return Finding(wrong == 0, "resized covers the bucket without enlarging", {"images": frame.height, "wrong": wrong})
+def resized_fills_bucket(store: Store) -> Finding:
+    """The resized picture covers its bucket, or lies within it where it is padded; never enlarged unless allowed."""
+    wrong = images = 0
+    for name in store.parts("bucket_assignments"):
+        frame = store.read("bucket_assignments", parts=[name])
+        low, high = pl.min_horizontal, pl.max_horizontal
+        gaps = [pl.col(f"resized_{side}") - pl.col(f"bucket_{side}") for side in ("height", "width")]
+        fills = pl.when("padded").then((high(*gaps) == 0) & (low(*gaps) <= 0)).otherwise(low(*gaps) == 0)
+        shrunk = (pl.col("resized_height") <= pl.col("height")) & (pl.col("resized_width") <= pl.col("width"))
+        encoding = store.config.encodings.get(name)
+        grown = pl.lit(encoding is not None and encoding.buckets.allow_upscale)
+        images += frame.height
+        wrong += frame.height - frame.filter(fills & (shrunk | grown)).height
+    rule = "resized covers the bucket, or is padded to it, without enlarging"
+    return Finding(wrong == 0, rule, {"images": images, "wrong": wrong})
 
 
 @_check("latents")
@@ -214,6 +226,37 @@ def reconstruction_faithful(store: Store) -> Finding:
     worst = max(errors, default=0.0)
     rule = f"mean absolute error is at most {MAX_RECONSTRUCTION_ERROR} of 255"
     return Finding(worst <= MAX_RECONSTRUCTION_ERROR, rule, {"worst shard": worst})
+
+
+@_check("latents", error=True)
+def generations_hold_all(store: Store) -> Finding:
+    """The current generation of each shard holds every image that has a bucket, or rejected it."""
+    encoded = {item.part: item for item in generations.listed(store) if item.current}
+    older = Counter(item.part for item in generations.listed(store) if not item.current)
+    rejected = store.read(
+        "rejected_images", ["stage"], [p for p in store.parts("rejected_images") if p.startswith("latents.")]
+    )
+    placed = store.read("bucket_assignments", ["image_id"]).height
+    held = sum(item.images for item in encoded.values())
+    now = datetime.now(UTC)
+    oldest = sorted(encoded.values(), key=lambda item: item.encoded_at)[:MAX_LISTED]
+    rows = [
+        dg.TableRecord({
+            "shard": item.part,
+            "generation": item.generation,
+            "age, hours": round((now - item.encoded_at).total_seconds() / 3600, 1),
+            "encoded (UTC)": item.encoded_at.strftime("%Y-%m-%d %H:%M"),
+            "images": item.images,
+            "MB": round(item.num_bytes / 1e6, 2),
+            "older generations": older[item.part],
+        })
+        for item in oldest
+    ]  # fmt: skip
+    numbers: dict[str, Any] = {"images with a bucket": placed, "encoded": held, "rejected": rejected.height}
+    if rows:
+        numbers["generations, the oldest first"] = dg.MetadataValue.table(rows)
+    rule = "encoded and rejected are together all images with a bucket"
+    return Finding(held + rejected.height == placed, rule, numbers)
 
 
 @_check("training_set", error=True)

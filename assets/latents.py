@@ -1,6 +1,9 @@
 """`latents`: every kept picture, placed in its bucket and encoded by the VAE, generation by generation."""
 
-from functools import partial
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -9,72 +12,136 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import encoding_shards
 from assets.raw_images import image_path
-from resources import devices
+from resources import devices, generations
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
+from training import toml
 from training.data.geometry import Box, Size
-from training.data.latent_files import generations
+from training.data.latent_files import Generation, read_generation
+from training.data.latent_files import generations as numbers_of
 from training.data.tables import rejections
 from training.evaluation import figures
-from training.latents import EncodedShard, Picture, encode_shard
+from training.latents import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
 
 if TYPE_CHECKING:
     from training.models.vae import Vae
 
+
+def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
+    """Boxes decide latents only where crops avoid them: elsewhere new boxes make nothing stale."""
+    if not store.config.encodings[STAGE.encoding(key)].avoid_watermarks:
+        return {}
+    digest = store.slice_digest(STAGE, _BOXES, key)
+    return {_BOXES.label: digest or "none"}
+
+
+_BOXES = Reads("watermark_boxes", ("image_id", "boxes"), Per.SHARD)
 STAGE = Stage(
     name="latents",
-    version=1,
+    version=2,
     scope=Scope.ENCODING_SHARD,
     reads=(
         Reads(
-            "bucket_assignments", ("image_id", "height", "width", "bucket_height", "bucket_width"), Per.ENCODING_ROWS
+            "bucket_assignments",
+            ("image_id", "height", "width", "bucket_height", "bucket_width", "padded"),
+            Per.ENCODING_ROWS,
         ),
-        Reads("selected_images", ("image_id", "source", "locator", "flip", "crop_box"), Per.ROWS),
+        Reads("selected_images", ("image_id", "source", "locator", "flip", "crop_box", "split", "stable"), Per.ROWS),
     ),
     config=lambda config, key: config.encodings[key.partition("|")[0]],
-    models=("base",),
+    models=("vae",),
+    others=_watermarks_read,
 )
 
 
 @dg.asset(
-    deps=["bucket_assignments", "selected_images"],
+    deps=["bucket_assignments", "selected_images", "watermark_boxes"],
     partitions_def=encoding_shards,
     **describe(STAGE, "encode", "pytorch", "huggingface"),
 )
 def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per kept image: where its latents lie, and exactly how it was placed."""
+    """One row per kept image: where its latents lie, and exactly how it was placed.
+
+    In a run with the tag `foundry/reencode` a shard that is current is encoded anew, as the next generation.
+    """
+    tags = context.run.tags
+    anew = generations.REENCODE_TAG in tags
+    deadline = float(tags.get(generations.DEADLINE_TAG, "inf"))
+
+    def is_due(key: str) -> bool:
+        if anew and time.time() > deadline:
+            context.log.info(f"latents {key}: the time for re-encoding is over, this generation stays")
+        return anew and time.time() <= deadline
 
     def make(key: str) -> Made:
         encoding = store.config.encodings[STAGE.encoding(key)]
         pictures = _pictures(store, key)
         folder = store.table_folder("latents", key)
-        generation = max(generations(folder), default=0) + 1
-        with devices.hold("encode", store.config.devices, store.home) as device:
+        number = max(numbers_of(folder), default=0) + 1
+        say = context.log.info
+        with devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say) as device:
             shard = encode_shard(
-                pictures, folder=folder, generation=generation, encoding=encoding, decode=store.config.decode,
-                load_vae=partial(_load_vae, store, encoding.vae, device),
-            )  # fmt: skip
+                pictures,
+                EncodeJob(
+                    folder=folder,
+                    generation=number,
+                    encoding=encoding,
+                    decode=store.config.decode,
+                    vae_digest=store.vae_digest(STAGE.encoding(key)),
+                    load_vae=lambda: _load_vae(
+                        store.vae_folder(STAGE.encoding(key)), device, encoding.precision, encoding.tile_above_px
+                    ),
+                    previous=None if anew else _reusable(store, key),
+                    show_watermarks=store.config.selection.watermark_threshold,
+                ),
+            )
         return Made(
             frame=shard.frame,
             rejected=rejections("latents", shard.rejected),
             rows_in=len(pictures),
             files=shard.files,
-            report={"generation": f"g{generation:04d}", **_report(shard, generation)},
+            report={"generation": f"g{number:04d}", **_report(shard, number)},
         )
 
-    return materialize(context, store, STAGE, make)
+    result = materialize(context, store, STAGE, make, again=is_due)
+    if anew:
+        for key in context.partition_keys:
+            removed, num_bytes = generations.collect(store, key)
+            if removed:
+                names = ", ".join(path.stem for path in removed)
+                context.log.info(f"latents {key}: removed {names}, {num_bytes / 1e6:.1f} MB")
+    return result
 
 
-def _load_vae(store: Store, name: str, device: str) -> "Vae":
+@lru_cache(maxsize=1)
+def _load_vae(folder: Path, device: str, precision: str, tile_above_px: int) -> "Vae":
+    """One VAE serves all shards of a run."""
     from training.models.vae import Vae
 
-    return Vae.load(store.model_path("base") / "vae" if name == "base" else store.resource_path(name), device)
+    return Vae.load(folder, device, precision=precision, tile_above_px=tile_above_px)  # type: ignore[arg-type]
+
+
+def _reusable(store: Store, key: str) -> Generation | None:
+    """The current generation, where its rows are what would be made now: equal code, VAE and crop policy."""
+    manifest, basis = store.manifest("latents", key), store.basis(STAGE, key)
+    if manifest is None or basis is None:
+        return None
+    boxes = _watermarks_read(store, key)
+    equal = (
+        manifest.version == STAGE.version
+        and dict(manifest.models) == basis["models"]
+        and same_policy(manifest.config, toml.dump(store.config.encodings[STAGE.encoding(key)]))
+        and all(manifest.inputs.get(label) == digest for label, digest in boxes.items())
+    )
+    folder = store.table_folder("latents", key)
+    return read_generation(folder, max(numbers_of(folder))) if equal else None
 
 
 def _pictures(store: Store, key: str) -> list[Picture]:
     """The kept images of a shard that have a bucket."""
     assigned = store.read_slice(STAGE, "bucket_assignments", key)
     chosen = store.read_slice(STAGE, "selected_images", key)
+    marked = _boxes(store, key)
     return [
         Picture(
             image_id=row["image_id"],
@@ -83,29 +150,43 @@ def _pictures(store: Store, key: str) -> list[Picture]:
             bucket=Size(row["bucket_height"], row["bucket_width"]),
             flip=row["flip"],
             crop_box=None if row["crop_box"] is None else Box(**row["crop_box"]),
+            padded=row["padded"],
+            measured=row["split"] == "validation" or row["stable"],
+            watermarks=marked.get(row["image_id"], ()),
         )
         for row in assigned.join(chosen, on="image_id", how="inner").sort("image_id").iter_rows(named=True)
     ]
 
 
-def _report(shard: EncodedShard, generation: int) -> dict[str, object]:
-    """Numbers of the pass, and a few crops beside what their latents decode to."""
-    if not shard.shown:
-        return {"numbers": {"generation number": generation}}
-    pairs = [picture for _, crop, decoded in shard.shown for picture in (crop, decoded)]
-    captions = [text for image_id, _, _ in shard.shown for text in (f"{image_id[:6]} crop", "decoded")]
+def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
+    """Watermark boxes of the shard's images: to avoid, and to draw into the pictures that are shown."""
+    shard = STAGE.shard(key)
+    parts = [part for part in store.parts("watermark_boxes") if part == shard or part.startswith(f"{shard}.")]
+    rows = store.read("watermark_boxes", ["image_id", "boxes"], parts).unique("image_id", keep="first")
     return {
-        "numbers": {
-            "generation number": generation,
-            "reconstruction error (of 255)": round(shard.mean_error, 3),
-            "latent files": len(shard.files),
-            "MB": round(sum(entry.bytes for entry in shard.files) / 1e6, 3),
-        },
-        "pictures": {"crop and decoded latents": figures.contact_sheet(pairs, captions)},
-        "tables": {
-            "buckets": shard.frame.group_by("bucket_height", "bucket_width")
-            .len("images")
-            .sort(pl.col("images"), descending=True)
-            .to_dicts()
-        },
+        image_id: tuple((Box(box["y0"], box["x0"], box["y1"], box["x1"]), box["confidence"]) for box in boxes)
+        for image_id, boxes in rows.iter_rows()
     }
+
+
+def _report(shard: EncodedShard, number: int) -> dict[str, object]:
+    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop, decoded latents."""
+    numbers: dict[str, object] = {
+        "generation number": number,
+        "MB": round(sum(entry.bytes for entry in shard.files) / 1e6, 3),
+        "latent files": len(shard.files),
+        "copied from the generation before": shard.num_copied,
+    }
+    if shard.precision:
+        numbers |= {"precision": shard.precision, "batch size": shard.batch_size}
+    buckets = (
+        shard.frame.group_by("bucket_height", "bucket_width").len("images").sort(pl.col("images"), descending=True)
+    )
+    report: dict[str, object] = {"numbers": numbers, "tables": {"buckets": buckets.to_dicts()}}
+    if shard.shown:
+        pictures = [picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)]
+        captions = [text for item in shard.shown for text in (f"{item.image_id[:6]} source", "crop", "decoded latents")]
+        numbers["reconstruction error (of 255)"] = round(sum(item.error for item in shard.shown) / len(shard.shown), 3)
+        sheet = figures.contact_sheet(pictures, captions, columns=6)
+        report["pictures"] = {"source with crop and watermarks, crop, decoded latents": sheet}
+    return report

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import dagster as dg
@@ -49,17 +50,22 @@ def _type_word(dtype: str) -> str:
 
 
 def materialize(
-    context: dg.AssetExecutionContext, store: Store, stage: Stage, make: Callable[[str], Made]
+    context: dg.AssetExecutionContext,
+    store: Store,
+    stage: Stage,
+    make: Callable[[str], Made],
+    *,
+    again: Callable[[str], bool] = lambda key: False,
 ) -> dg.MaterializeResult:
     """Bring the run's partitions of a stage up to date: each is locked, checked, made if stale, committed, shown.
 
-    A partition that is current already is not made again: its recorded report is shown. So a run is never needed to
-    be right, and never wrong to repeat.
+    A partition that is current already is not made again, unless the run asks for that with `again`: its recorded
+    report is shown. So a run is never needed to be right, and never wrong to repeat.
     """
     keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ["all"]
     digests = {}
     for key in keys:
-        manifest = bring_up_to_date(context, store, stage, key, make)
+        manifest = bring_up_to_date(context, store, stage, key, make, again=again(key))
         digests[key] = manifest.digest
         metadata = shown(manifest, store, partitioned=keys != ["all"])
         if keys == ["all"]:
@@ -72,13 +78,19 @@ def materialize(
 
 
 def bring_up_to_date(
-    context: dg.AssetExecutionContext, store: Store, stage: Stage, key: str, make: Callable[[str], Made]
+    context: dg.AssetExecutionContext,
+    store: Store,
+    stage: Stage,
+    key: str,
+    make: Callable[[str], Made],
+    *,
+    again: bool = False,
 ) -> Manifest:
-    """The committed manifest of one partition, made now if it is stale."""
+    """The committed manifest of one partition, made now if it is stale or `again` asks for it."""
     part = stage.part(key)
     with store.writing(stage.name, part):
         manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
-        if manifest is not None and manifest.basis == basis:
+        if manifest is not None and manifest.basis == basis and not again:
             context.log.info(f"{stage.name} {key}: current, nothing to do")
             return manifest
         if basis is None:
@@ -109,6 +121,8 @@ def shown(manifest: Manifest, store: Store, *, partitioned: bool) -> dict[str, A
     for name, url in report.get("links", {}).items():
         metadata[name] = dg.MetadataValue.url(url)
     metadata["digest"] = manifest.digest[:DIGEST_SHOWN]
+    if made := manifest.provenance.get("time"):
+        metadata["made"] = dg.MetadataValue.timestamp(datetime.fromisoformat(made))
     if report.get("seconds") is not None:
         metadata["seconds"] = report["seconds"]
     if manifest.files:

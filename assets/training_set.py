@@ -12,12 +12,12 @@ from training.training_set import freeze
 
 STAGE = Stage(
     name="training_set",
-    version=1,
+    version=2,
     scope=Scope.ENCODING,
     reads=(
         Reads("selected_images", ("image_id", "shard", "height", "width", "kept", "score", "tags", "caption", "words",
-                                  "boxes", "split", "stable")),
-        Reads("bucket_assignments", ("image_id", "bucket_height", "bucket_width"), Per.ENCODING),
+                                  "boxes", "split", "stable", "flip")),
+        Reads("bucket_assignments", ("image_id", "bucket_height", "bucket_width", "padded"), Per.ENCODING),
         Reads("latents", ("image_id",), Per.ENCODING_ALL),
     ),
 )  # fmt: skip
@@ -47,6 +47,7 @@ def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
                     **dict(splits.iter_rows()),
                     "with a caption": frame["caption"].count(),
                     "with a watermark": int((frame["boxes"].list.len() > 0).sum()),
+                    "padded": int(tables["bucket_assignments"]["padded"].sum()),
                     "without a tag": int(frame.select((pl.col("tags").list.len() == 0).sum()).item()),
                 },
                 "pictures": {"tags per sample": figures.histogram(lengths)},

@@ -8,7 +8,8 @@ from PIL import Image
 
 from demo.drawing import draw
 from demo.scenes import Scene, sample_scene
-from training.data.buckets import plan
+from training.config import BucketConfig
+from training.data.bucket_plans import plan
 from training.data.geometry import Box, Placement, Size
 from training.seeds import Purpose, generator
 
@@ -16,7 +17,7 @@ SEED = 20261120
 """Seed of everything the models learn from; the demo world has another, so no picture is in both."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BUCKETS = tuple(sorted(plan("bigasp_v1", 8)))
+BUCKETS = plan(BucketConfig(plan="bigasp_v1", scale=8))
 """bigASP's 26 SDXL buckets divided by 8, the demo's scale."""
 
 

@@ -213,16 +213,18 @@ def train(
 @app.command()
 def buckets(
     plan: Annotated[str, typer.Argument(help="Name of a bucket plan.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value: scale.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in [encodings.*.buckets].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Print the sizes of a bucket plan as [height, width]."""
     from training import toml
     from training.config import BucketConfig
-    from training.data.buckets import plan as sizes
+    from training.data import bucket_plans
 
     config = toml.build(BucketConfig, toml.override({"plan": plan}, set_ or []))
-    listed = [[size.height, size.width] for size in sizes(config.plan, config.scale)]
+    if bucket_plans.follows_picture(config):
+        print("no list: each picture keeps its own size, cut to multiples of the step", file=sys.stderr)
+    listed = [[size.height, size.width] for size in bucket_plans.plan(config)]
     print(json.dumps(listed) if as_json else "\n".join(map(json.dumps, listed)))
 
 
@@ -237,6 +239,30 @@ def prompts(
 
     for prompt in example_prompts(_open(home), run, n):
         print(prompt or "(empty)")
+
+
+latents_app = typer.Typer(no_args_is_help=True, help="Encode latents anew, and move them in and out.")
+app.add_typer(latents_app, name="latents")
+
+
+@latents_app.command("reencode")
+def latents_reencode(
+    home: Home = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="Only this one.")] = None,
+    shards: Annotated[int, typer.Option("--shards", help="At most so many, the oldest first; 0 for all.", min=0)] = 0,
+    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Begin no shard after this.")] = None,
+) -> None:
+    """Write the next generation of the oldest latents now; a running trainer takes it up at its next epoch."""
+    from jobs import console, encode
+
+    store = _open(home)
+    with console.progress() as announce:
+        announce("latents", shards or len(store.parts("latents")))
+        done, left = encode.reencode(store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes)
+    print(f"encoded anew: {', '.join(done) or 'nothing'}")
+    if left:
+        print(f"no time for {len(left)} shards, the first is {left[0]}")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -8,8 +8,18 @@ from typing import Literal
 
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from jobs.pipeline import Outcome
 from resources.store import Store
@@ -17,12 +27,20 @@ from training.evaluation import verdict
 from training.progress import listen
 
 
+class _RateColumn(ProgressColumn):
+    """How many a second, lately."""
+
+    def render(self, task: Task) -> Text:
+        """`12.3/s`, or nothing while it is unknown."""
+        return Text(f"{task.speed:.3g}/s" if task.speed else "", style="progress.data.speed")
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
     """Bars for the stage at work: its partitions, and what it counts within one."""
     columns = (
-        TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
@@ -35,10 +53,10 @@ def progress() -> Iterator[Callable[[str, int], None]]:
             plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
             console.print(f"[bold]{stage}[/bold]{plural}")
 
-        def advance(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int, note: str) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(f"  {what}", total=total)
-            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+                tasks[what] = bars.add_task(f"  {what}", total=total, note=note)
+            bars.update(tasks[what], completed=done, total=total, note=note)  # type: ignore[arg-type]
 
         unlisten = listen(advance)
         try:

@@ -78,7 +78,7 @@ defs = dg.Definitions(
         ]
     ),
     asset_checks=checks.ALL,
-    jobs=[annotate.JOB, curate.JOB, encode.JOB, train.JOB, evaluate.JOB],
+    jobs=[annotate.JOB, curate.JOB, encode.JOB, encode.REENCODE_JOB, train.JOB, evaluate.JOB],
     schedules=schedules.ALL,
     sensors=sensors.ALL,
     resources={"store": store_resource, "io_manager": io_manager},

@@ -1,7 +1,7 @@
 """`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run per stage."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -153,9 +153,11 @@ def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[st
     return list(groups.values())
 
 
-def execute(instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str]) -> None:
+def execute(
+    instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str], *, tags: Mapping[str, str] | None = None
+) -> None:
     """One in-process Dagster run; a failure is raised as the error that caused it."""
-    tags = {**holder_tags()}
+    tags = {**holder_tags(), **(tags or {})}
     partition = None
     if stages[0].scope is not Scope.ALL:
         if len(keys) == 1:

@@ -25,13 +25,16 @@ def state_folder() -> Path:
 
 
 @contextlib.contextmanager
-def hold(kind: Kind, config: DevicesConfig, home: Path, *, say: Callable[[str], None] = print) -> Iterator[str]:
+def hold(
+    kind: Kind, config: DevicesConfig, home: Path, *, gives_way: bool = False, say: Callable[[str], None] = print
+) -> Iterator[str]:
     """Hold one card for as long as the context lasts.
 
     Args:
         kind: What it is for; `[devices]` says which cards that may be.
         config: The workspace's `[devices]`.
         home: The workspace, named to whoever waits.
+        gives_way: Take no card that anybody else waits for: for work that can be done at any time.
         say: Told for whom we wait, once for each holder.
 
     Yields:
@@ -44,7 +47,7 @@ def hold(kind: Kind, config: DevicesConfig, home: Path, *, say: Callable[[str], 
     if not cards:
         yield "cpu"
         return
-    name, file = _first_free(kind, cards, say)
+    name, file = _first_free(kind, cards, say, gives_way=gives_way)
     with file:
         _sign(file, _holder(kind, home))
         yield name
@@ -111,26 +114,45 @@ def visible_cards() -> list[str]:
     return [card.strip() for card in chosen.split(",")][: len(numbers)] if chosen else numbers
 
 
-def _first_free(kind: Kind, cards: dict[str, str], say: Callable[[str], None]) -> tuple[str, IO[str]]:
-    """Wait for one of the cards; the open file holds it."""
+def _first_free(
+    kind: Kind, cards: dict[str, str], say: Callable[[str], None], *, gives_way: bool = False
+) -> tuple[str, IO[str]]:
+    """Wait for one of the cards; the open file holds it. Whoever waits and does not give way is seen to wait."""
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     said = ""
-    while True:
-        holders = []
-        for name, card in cards.items():
-            file = (folder / f"cuda{card}.lock").open("a+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holders.append(f"{name} is held by {file.read() or 'a process that is just starting'}")
+    with contextlib.ExitStack() as flags:
+        while True:
+            obstacles = []
+            for name, card in cards.items():
+                file = (folder / f"cuda{card}.lock").open("a+")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    obstacles.append(f"{name} is held by {file.read() or 'a process that is just starting'}")
+                else:
+                    if not (gives_way and _is_wanted(folder, card)):
+                        return name, file
+                    obstacles.append(f"{name} is wanted by work that goes first")
                 file.close()
-            else:
-                return name, file
-        if said != (said := "; ".join(holders)):
-            say(f"{kind} waits: {said}")
-        time.sleep(POLL_S)
+            if not said and not gives_way:
+                for card in cards.values():
+                    flag = flags.enter_context((folder / f"cuda{card}.waiting").open("a"))
+                    fcntl.flock(flag, fcntl.LOCK_SH)
+            if said != (said := "; ".join(obstacles)):
+                say(f"{kind} waits: {said}")
+            time.sleep(POLL_S)
+
+
+def _is_wanted(folder: Path, card: str) -> bool:
+    """Whether somebody waits for the card: the kernel takes the flag of a waiter that died."""
+    with (folder / f"cuda{card}.waiting").open("a") as flag:
+        try:
+            fcntl.flock(flag, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _sign(file: IO[str], text: str) -> None:

@@ -82,7 +82,7 @@ class Stage:
     config: Callable[[WorkspaceConfig, str], Any] = nothing
     """The section of foundry.toml that it reads."""
     models: tuple[str, ...] = ()
-    """Keys under [models] whose weights it runs."""
+    """Keys under [models] whose weights it runs; `vae` is that of the partition's encoding."""
     others: Callable[["Store", str], Mapping[str, str]] = no_others
     """Digests of inputs that are no tables: folders, files people made, runs."""
     model: str = ""

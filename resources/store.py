@@ -351,7 +351,7 @@ class Store:
             "version": stage.version,
             "inputs": inputs,
             "config": json_digest(self.section(stage, key)),
-            "models": {name: self.model_digest(name) for name in stage.models},
+            "models": {name: self._stage_model(stage, name, key) for name in stage.models},
         }
 
     def section(self, stage: Stage, key: str) -> Any:
@@ -369,10 +369,25 @@ class Store:
         return [key for key in self.keys(stage.scope) if not self.is_current(stage, key)]
 
     def model_digest(self, key: str) -> str:
+        """Digest of the model under `[models] key`."""
+        return self._folder_digest(self.model_path(key))
+
+    def vae_folder(self, encoding: str) -> Path:
+        """Folder of an encoding's VAE."""
+        name = self.config.encodings[encoding].vae
+        return self.model_path("base") / "vae" if name == "base" else self.resource_path(name)
+
+    def vae_digest(self, encoding: str) -> str:
+        """Digest of an encoding's VAE."""
+        return self._folder_digest(self.vae_folder(encoding))
+
+    def _stage_model(self, stage: Stage, name: str, key: str) -> str:
+        return self.vae_digest(stage.encoding(key)) if name == "vae" else self.model_digest(name)
+
+    def _folder_digest(self, folder: Path) -> str:
         """Digest of a model's files; remembered in the workspace by path, sizes and times."""
         from training.models.weights import model_digest
 
-        folder = self.model_path(key)
         if str(folder) not in self._model_digests:
             stamp = sorted(
                 (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)

@@ -6,6 +6,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
+from resources import generations
 from resources.store import Store
 from training.commit import TEMPORARY_PREFIX
 from training.data.tables import TABLES
@@ -32,6 +33,9 @@ def rebuild(store: Store) -> Path:
             for name in TABLES:
                 connection.execute(f'create view "{name}" as {_select(store, name)}')
             connection.execute(VERDICTS)
+            connection.register("encoded", generations.table(store).to_arrow())
+            connection.execute("create table latent_generations as from encoded")
+            connection.unregister("encoded")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

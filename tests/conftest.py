@@ -115,7 +115,10 @@ def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_00
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
     for bucket in BUCKETS:
-        writer = BucketWriter(folder=folder, generation=number, bucket=bucket, max_bytes=max_bytes)
+        writer = BucketWriter(
+            folder=folder, generation=number, bucket=bucket, max_bytes=max_bytes,
+            metadata={"scaling_factor": "0.13025", "vae": "tiny"},
+        )  # fmt: skip
         members = rows.filter((pl.col("bucket_height") == bucket.height) & (pl.col("bucket_width") == bucket.width))
         for row in members.iter_rows(named=True):
             rng = np.random.default_rng([number, int(row["image_id"][:8], 16)])
@@ -131,7 +134,8 @@ def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_00
                     "image_id": row["image_id"], "file": file, "row": place, "bucket_height": bucket.height,
                     "bucket_width": bucket.width, "original_height": row["height"],
                     "original_width": row["width"], "resized_height": bucket.height,
-                    "resized_width": bucket.width + 8, "crop_top": 0, "crop_left": number, "flip": False,
+                    "resized_width": bucket.width + 8, "crop_top": 0, "crop_left": number, "pad_top": 0, "pad_left": 0,
+                    "flip": False, "encoded_in": number,
                 }
             )  # fmt: skip
     frame = TABLES["latents"].conform(pl.DataFrame(table, schema=TABLES["latents"].schema))
@@ -139,6 +143,7 @@ def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_00
     manifest = commit.Manifest(
         table="latents", part=folder.name, version=1, files=tuple(entries), rows=len(frame),
         digest=commit.logical_digest(commit.column_digests(frame), len(frame)),
+        provenance={"time": f"2026-01-{number:02d}T00:00:00Z"},
     )  # fmt: skip
     commit.commit_manifest(folder / f"g{number:04d}.json", manifest)
     return manifest

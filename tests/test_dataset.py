@@ -6,8 +6,9 @@ import torch
 from training import epochs, run_folder
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import from_bfloat16, read_generation
-from training.dataset import Dataset, watermark_mask
+from training.dataset import Dataset, loss_mask
 from training.errors import DamageError, DataError
+from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 
 
@@ -17,8 +18,8 @@ def open_run(make_run, tiny_sdxl):
 
     def open_it(**changes):
         run = make_run(**changes)
-        dataset = Dataset(run.rows, run.inputs.latents, run.config, tokenizers)
-        dataset.use_latents(dataset.pin_latents())
+        dataset = Dataset(run.rows, LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+        dataset.use_latents(dataset.pin_latents()[0])
         return run, dataset
 
     return open_it
@@ -81,7 +82,7 @@ def test_latents_without_log_variance_are_the_mean(open_run, write_generation):
     for shard in ("s000000", "s000001"):
         rows = run.rows.filter(pl.col("shard") == shard)
         write_generation(run.inputs.latents / shard, 2, rows, log_variance=False)
-    dataset.use_latents(dataset.pin_latents())
+    dataset.use_latents(dataset.pin_latents()[0])
     rows = one_bucket(dataset, 0)
     batch = dataset.batch(rows, 0)
     assert torch.equal(batch.latents, dataset.batch(rows, None).latents)
@@ -101,23 +102,23 @@ def test_missing_latents_are_counted_over_all_shards(open_run, write_generation)
 def test_latents_of_another_bucket_plan_are_refused(open_run):
     run, dataset = open_run()
     table = run.rows.with_columns(bucket_height=pl.lit(40, pl.Int32))
-    other = Dataset(table, run.inputs.latents, run.config, dataset.tokenizers)
+    other = Dataset(table, dataset.latents, run.config, dataset.tokenizers, 0.13025)
     with pytest.raises(DataError, match="27 images lie in another bucket"):
-        other.use_latents(other.pin_latents())
+        other.use_latents(other.pin_latents()[0])
 
 
 def test_a_set_without_training_images_is_refused(open_run):
     run, dataset = open_run()
     with pytest.raises(DataError, match="none with split 'train'"):
-        Dataset(dataset.table.with_columns(split=pl.lit("validation")), run.inputs.latents, run.config, ())
+        Dataset(dataset.table.with_columns(split=pl.lit("validation")), dataset.latents, run.config, (), 0.13025)
 
 
 def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation):
     run, dataset = open_run()
 
     def open_at(epoch):
-        pins = epochs.prepare_epoch(run.folder, epoch, dataset, run.config, "f")
-        order = epochs.open_epoch(run.folder, epoch, dataset)
+        pins, _ = epochs.prepare_epoch(run.folder, epoch, dataset, run.config, "f")
+        order = epochs.open_epoch(run.folder, epoch, 0, dataset)
         assert sorted(order.samples.tolist()) == dataset.train_rows.tolist()
         return {shard: pin["generation"] for shard, pin in pins.items()}
 
@@ -148,7 +149,7 @@ PLACEMENT = Placement(
 def test_a_mask_of_a_hand_worked_box():
     # Source rows 40..88 and columns 100..132 halve to rows 20..44 and columns 50..66, less the crop rows 16..40 and
     # columns 10..26: latent rows 2..4, and of the columns 1 to 3 six, eight and two eighths.
-    mask = watermark_mask([Box(40, 100, 88, 132)], PLACEMENT, 8, 0.2)
+    mask = loss_mask([Box(40, 100, 88, 132)], PLACEMENT, 8, 0.2)
     assert mask.shape == (12, 16)
     expected = np.ones((12, 16))
     expected[2:5, 1:4] = 1 - 0.8 * np.array([6, 8, 2]) / 8
@@ -157,8 +158,8 @@ def test_a_mask_of_a_hand_worked_box():
 
 def test_a_mask_is_mirrored_with_its_picture_and_clipped_to_the_crop():
     boxes = [Box(40, 100, 88, 132), Box(0, 0, 10, 10), Box(190, 330, 200, 400)]
-    mask = watermark_mask(boxes, PLACEMENT, 8, 0.0)
-    flipped = watermark_mask(boxes, PLACEMENT._replace(flip=True), 8, 0.0)
+    mask = loss_mask(boxes, PLACEMENT, 8, 0.0)
+    flipped = loss_mask(boxes, PLACEMENT._replace(flip=True), 8, 0.0)
     np.testing.assert_array_equal(flipped, mask[:, ::-1])
     assert mask[0, 0] == 1  # the second box is cut off
     assert mask[11, 15] == pytest.approx(1 - 5 / 8 * 3 / 8, abs=1e-6)
@@ -166,6 +167,31 @@ def test_a_mask_is_mirrored_with_its_picture_and_clipped_to_the_crop():
 
 def test_overlapping_boxes_count_once():
     box = Box(40, 100, 88, 132)
-    np.testing.assert_array_equal(
-        watermark_mask([box, box], PLACEMENT, 8, 0.5), watermark_mask([box], PLACEMENT, 8, 0.5)
-    )
+    np.testing.assert_array_equal(loss_mask([box, box], PLACEMENT, 8, 0.5), loss_mask([box], PLACEMENT, 8, 0.5))
+
+
+def test_latents_of_a_vae_that_scales_otherwise_are_refused(open_run):
+    run, dataset = open_run()
+    other = Dataset(run.rows, dataset.latents, run.config, dataset.tokenizers, 0.18215)
+    with pytest.raises(DataError, match=r"scaled by 0\.13025, the base model's VAE scales by 0\.18215"):
+        other.use_latents(other.pin_latents()[0])
+
+
+def test_padding_counts_nothing_also_in_validation(open_run):
+    # 96 x 64 fits into 96 x 128 with 32 columns on either side: four latent columns of sixteen.
+    placement = Placement(Size(192, 128), Size(96, 64), 0, 0, Size(96, 128), False, pad_top=0, pad_left=32)
+    mask = loss_mask([], placement, 8, 1.0)
+    assert mask[:, 4:12].min() == 1
+    assert mask[:, :4].max() == mask[:, 12:].max() == 0
+    odd = placement._replace(resized=Size(96, 60), pad_left=34, flip=True)
+    assert loss_mask([], odd, 8, 1.0)[0].tolist() == [0] * 4 + [2 / 8 + 0.5] + [1] * 6 + [6 / 8] + [0] * 4
+    # A watermark of the whole picture weighs as asked; the padding still weighs nothing.
+    assert loss_mask([Box(0, 0, 192, 128)], placement, 8, 0.25).max() == 0.25
+    _, dataset = open_run()
+    rows = one_bucket(dataset, 0)
+    assert dataset.batch(rows, None).mask is None
+    dataset._geometry = dataset._geometry.copy()
+    dataset._geometry[rows[0], 2:4] = (32, 40)
+    masked = dataset.batch(rows, None).mask
+    assert masked[0].min() == 0
+    assert masked[1:].min() == 1

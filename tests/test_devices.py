@@ -125,3 +125,50 @@ def test_more_ranks_than_cards_is_refused(monkeypatch, tmp_path):
     cards(monkeypatch, "0", "1", "2")
     with pytest.raises(ConfigError, match=r"num_processes=3, but \[devices\] train allows 2 cards"):
         devices.hold_for_trainer(DevicesConfig(train=(1, 2)), tmp_path, 3).__enter__()
+
+
+def test_work_that_gives_way_takes_no_card_that_another_waits_for(monkeypatch):
+    cards(monkeypatch, "0")
+    home, order, begun = Path("/data/cats"), [], threading.Event()
+
+    def first() -> None:
+        with hold("annotate", DevicesConfig(), home):
+            begun.set()
+            time.sleep(0.3)
+
+    def reencode() -> None:
+        with hold("encode", DevicesConfig(), home, gives_way=True, say=said.append):
+            order.append("encode")
+
+    def train() -> None:
+        with hold("train", DevicesConfig(), home, say=lambda line: None):
+            order.append("train")
+            time.sleep(0.3)
+
+    said: list[str] = []
+    threads = [threading.Thread(target=work) for work in (first, reencode, train)]
+    threads[0].start()
+    begun.wait(5)
+    threads[1].start()  # waits longer, and still goes last
+    time.sleep(0.1)
+    threads[2].start()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["train", "encode"]
+    assert any("held by annotate of /data/cats" in line for line in said)
+    with hold("encode", DevicesConfig(), home, gives_way=True):
+        pass  # nobody waits any more
+
+
+def test_a_waiter_that_was_killed_is_waited_for_no_longer(monkeypatch):
+    cards(monkeypatch, "0")
+    command = [sys.executable, "-u", "-c", HOLDER]
+    with (
+        hold("train", DevicesConfig(), Path("/data/cats")),
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiter,
+    ):
+        assert "annotate waits" in waiter.stdout.readline()
+        assert devices._is_wanted(devices.state_folder(), "0")
+        waiter.kill()
+    with hold("encode", DevicesConfig(), Path("/data/cats"), gives_way=True) as name:
+        assert name == "cuda:0"

@@ -4,6 +4,7 @@ import torch
 
 from training import noise
 from training.dataset import Dataset
+from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 from training.ranks import Ranks
 from training.validate import validation_loss
@@ -13,8 +14,8 @@ from training.validate import validation_loss
 def dataset(make_run, tiny_sdxl):
     run = make_run()
     tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
-    dataset = Dataset(run.rows, run.inputs.latents, run.config, tokenizers)
-    dataset.use_latents(dataset.pin_latents())
+    dataset = Dataset(run.rows, LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+    dataset.use_latents(dataset.pin_latents()[0])
     return dataset
 
 

@@ -227,9 +227,19 @@ def read_manifest(path: Path) -> Manifest | None:
         DamageError: it is there but unreadable, or was written by a newer version.
     """
     try:
-        values = json.loads(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest with this content.
+
+    Raises:
+        DamageError: it is unreadable, or was written by a newer version; the message names `path`.
+    """
+    try:
+        values = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
     if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:

@@ -5,9 +5,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from training.data.buckets import PLAN_NAMES
+from training.data.bucket_plans import OPTIONS, VAE_FACTOR, plan
 from training.errors import ConfigError
 
 FORMAT = 1
@@ -163,6 +163,13 @@ class SelectionConfig:
     """Images with one of these are dropped."""
     watermark_threshold: float = 0.3
     """Confidence from which a box counts as a watermark."""
+    flip_tags: tuple[str, ...] = ()
+    """Images with one of these (`facing_left`) are mirrored, so that all subjects face one way."""
+    never_flip_tags: tuple[str, ...] = (
+        "text", "english_text", "watermark", "signature", "logo", "speech_bubble", "left-handed",
+        "left-to-right_manga", "right-over-left_kimono", "left-hand_drive", "right-hand_drive",
+    )  # fmt: skip
+    """Images with one of these, or with a watermark box, are never mirrored: it would show."""
     drop_near_duplicates: bool = True
     """Keep one of each near-duplicate group."""
     num_validation: int = 2048
@@ -181,17 +188,90 @@ class SelectionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketConfig:
-    """The training resolutions of an encoding."""
+    """The training resolutions of an encoding. Sizes are height before width, pixels."""
 
     plan: str = "bigasp_v1"
-    """Name of a bucket plan."""
+    """Name of a bucket plan; `foundry buckets PLAN` prints it."""
     scale: int = 1
     """Every side of the plan is divided by this: 8 for the demo's tiny models."""
+    allow_upscale: bool = False
+    """Enlarge pictures that are smaller than every bucket, instead of rejecting them."""
+    area: int | None = None
+    """kohya: largest area, pixels; 1,048,576 unless given."""
+    min_side: int | None = None
+    """kohya: shortest side; 256."""
+    max_side: int | None = None
+    """kohya: longest side; 4096."""
+    step: int | None = None
+    """kohya: what sides are multiples of; 64."""
+    no_upscale: bool | None = None
+    """kohya: each picture keeps its own size, cut to multiples of `step`, and only one beyond the area shrinks."""
+    base_res: tuple[int, int] | None = None
+    """arb: the square that joins the list; 768, 768."""
+    max_size: tuple[int, int] | None = None
+    """arb: no size has more pixels than this; 768, 1152."""
+    divisible: int | None = None
+    """arb: what sides grow by; 64."""
+    max_ar_error: float | None = None
+    """arb: largest difference of width / height between a picture and its bucket; 4."""
+    min_dim: int | None = None
+    """arb: shortest side; 512."""
+    dim_limit: int | None = None
+    """arb: longest side; 1792."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """custom: the list."""
 
     def __post_init__(self) -> None:
-        if self.plan not in PLAN_NAMES:
-            raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(PLAN_NAMES)}")
+        if self.plan not in OPTIONS:
+            raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(OPTIONS)}")
         _positive("encodings.*.buckets", scale=self.scale)
+        for option in (name for names in OPTIONS.values() for name in names):
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if option not in OPTIONS[self.plan]:
+                own = ", ".join(OPTIONS[self.plan]) or "none"
+                raise ConfigError(f"encodings.*.buckets.{option}={value} is no option of plan {self.plan!r} ({own})")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                _positive("encodings.*.buckets", **{option: value})
+        if self.plan == "custom" and not self.sizes:
+            raise ConfigError("encodings.*.buckets.sizes must list [height, width] pairs for plan 'custom'")
+        if self.no_upscale and self.allow_upscale:
+            raise ConfigError("encodings.*.buckets: no_upscale=true and allow_upscale=true exclude each other")
+        if self.no_upscale and self.value("step") % (self.scale * VAE_FACTOR):
+            raise ConfigError(
+                f"encodings.*.buckets.step={self.value('step')} must be a multiple of {VAE_FACTOR} px after division "
+                f"by scale={self.scale}"
+            )
+        plan(self)
+
+    def value(self, option: str) -> Any:
+        """An option, or its default where it is not given."""
+        given = getattr(self, option)
+        return _BUCKET_DEFAULTS[option] if given is None else given
+
+
+_BUCKET_DEFAULTS: dict[str, Any] = {
+    "area": 1024 * 1024, "min_side": 256, "max_side": 4096, "step": 64, "no_upscale": False,
+    "base_res": (768, 768), "max_size": (768, 1152), "divisible": 64, "max_ar_error": 4.0, "min_dim": 512,
+    "dim_limit": 1792,
+}  # fmt: skip
+"""Kohaku XL Delta's settings of kohya's plan, and BPModel's of arb at 768."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpCropConfig:
+    """Pictures that are padded to their bucket instead of cropped, so that nothing of them is lost."""
+
+    share: float = 0.0
+    """Share of the eligible pictures that are padded, chosen by image_id; the others are cropped as ever."""
+    min_cut: float = 0.05
+    """Eligible are pictures of whose area the crop would cut at least this share,"""
+    except_tags: tuple[str, ...] = ("drawing", "illustration", "lineart", "sketch", "comic", "anime", "monochrome")
+    """and which have none of these tags: padding thins the lines of drawn pictures."""
+
+    def __post_init__(self) -> None:
+        _fraction("encodings.*.up_crop", share=self.share, min_cut=self.min_cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +280,13 @@ class EncodingConfig:
 
     buckets: BucketConfig = field(default_factory=BucketConfig)
     """Training resolutions."""
-    crop: Literal["random", "centre"] = "random"
-    """Where in the slack the crop lies; random is keyed by (generation, image_id)."""
+    crop: Literal["random", "centre", "subject"] = "random"
+    """Where in the slack the crop lies. `random` is keyed by (generation, image_id); `subject` draws the same way among
+    the crops that keep what stands out, so that heads stay in. A crop box from a sidecar wins over all."""
+    avoid_watermarks: float = 0.0
+    """Confidence from which a watermark box is kept out of the crop where the slack allows it; 0 for never."""
+    up_crop: UpCropConfig = field(default_factory=UpCropConfig)
+    """Which pictures are padded instead of cropped."""
     vae: str = "base"
     """`base` for the VAE inside [models] base, or a folder."""
     precision: Literal["tf32", "fp32", "bf16"] = "tf32"
@@ -215,10 +300,14 @@ class EncodingConfig:
     """Pictures encoded at a time, within a bucket; part of the result's identity."""
     seed: int = 0
     """Keys the crops."""
+    codec: Literal["raw", "split-zstd"] = "raw"
+    """How latent files hold their values, without loss: as they are, or in two thirds of the bytes at some cost in
+    reading."""
     max_file_bytes: int = 256_000_000
-    """Largest latent file, bytes."""
+    """Largest latent file before compression, bytes."""
 
     def __post_init__(self) -> None:
+        _fraction("encodings.*", avoid_watermarks=self.avoid_watermarks)
         _positive(
             "encodings.*",
             tile_above_px=self.tile_above_px,
@@ -388,8 +477,13 @@ class BatchConfig:
     """Samples per optimizer step, over all devices."""
     micro_batch_size: int = 8
     """Samples per forward pass on one device, at most."""
+    shards_at_a_time: int = 0
+    """Shards that are shuffled together, in a keyed order of shards; 0 for all. A few let training start while the
+    latents of the others still arrive (`latents_url`)."""
 
     def __post_init__(self) -> None:
+        if self.shards_at_a_time < 0:
+            raise ConfigError(f"batch.shards_at_a_time={self.shards_at_a_time} must be >= 0")
         _positive("batch", global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
         if self.micro_batch_size > self.global_batch_size:
             raise ConfigError(

@@ -3,9 +3,9 @@
 Reads the set's table once; latents, prompts and tokens are made when a batch is asked for.
 """
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,26 @@ import torch
 from transformers import CLIPTokenizer
 
 from training import noise, seeds
+from training.commit import Entry
 from training.config import RunConfig
 from training.data.geometry import Box, Placement, Size
-from training.data.latent_files import LatentFile, choose_generation, read_generation
+from training.data.latent_files import LatentFile, read_generation
 from training.data.prompts import make_prompt
 from training.data.tables import TABLES
 from training.data.tokens import count_chunks, tokenize
 from training.errors import DataError
+from training.latent_source import LatentSource
 from training.models.text_encoders import ids_tensor
 from training.seeds import Purpose
 
 Pins = dict[str, dict[str, Any]]
 """Per shard `{"generation": 3, "digest": "..."}`: which latents an epoch reads."""
 
+_OTHER_OPEN_FILES = 512
+"""Room for everything that is no latent file."""
 _GEOMETRY = (
-    "original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "flip",
+    "original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "pad_top",
+    "pad_left", "flip",
 )  # fmt: skip
 
 
@@ -56,15 +61,21 @@ class Dataset:
     """The samples of a run; rows are positions in the set's table, which is sorted by image_id."""
 
     def __init__(
-        self, table: pl.DataFrame, latents: Path, config: RunConfig, tokenizers: Sequence[CLIPTokenizer]
+        self,
+        table: pl.DataFrame,
+        latents: LatentSource,
+        config: RunConfig,
+        tokenizers: Sequence[CLIPTokenizer],
+        scaling_factor: float,
     ) -> None:
         """Take a set.
 
         Args:
             table: `training_set`.
-            latents: `latents/<encoding>`.
+            latents: Of its encoding.
             config: Prompts, loss and seed of the run.
             tokenizers: One per text encoder.
+            scaling_factor: Of the base model's VAE; latents scaled otherwise are refused.
 
         Raises:
             DataError: no sample trains.
@@ -73,6 +84,7 @@ class Dataset:
         self.latents = latents
         self.config = config
         self.tokenizers = tokenizers
+        self.scaling_factor = scaling_factor
         self.image_ids: list[str] = self.table["image_id"].to_list()
         self.buckets = self.table.select("bucket_height", "bucket_width").to_numpy()  # (N, 2)
         split = self.table["split"].to_numpy()
@@ -98,18 +110,23 @@ class Dataset:
             counts += [count_chunks(len(ids), self.config.prompts.max_chunks) for ids in encoded["input_ids"]]
         return np.array(counts, dtype=np.int64)
 
-    def pin_latents(self) -> Pins:
-        """For each shard the highest generation that holds all of the set's images of it.
+    def pin_latents(self) -> tuple[Pins, list[str]]:
+        """For each shard the highest whole generation that holds all of the set's images of it.
+
+        Returns:
+            The pins, and a line for every generation that was passed over because its files are not all there.
 
         Raises:
             DataError: images of the set have no latents; the message counts them.
             DamageError: a manifest or its table is damaged.
         """
         pins: Pins = {}
+        notes: list[str] = []
         lacking: dict[str, int] = {}
         for (shard,), part in self.table.select("shard", "image_id").group_by("shard", maintain_order=True):
             name = str(shard)
-            generation, missing = choose_generation(self.latents / name, part["image_id"].to_list())
+            generation, missing, passed_over = self.latents.choose(name, part["image_id"].to_list())
+            notes += passed_over
             if generation is None:
                 lacking[name] = missing
             else:
@@ -117,29 +134,31 @@ class Dataset:
         if lacking:
             raise DataError(
                 f"{sum(lacking.values())} of {len(self.table)} images of the training set have no latents in "
-                f"{self.latents} (shards {', '.join(sorted(lacking)[:5])}): run `foundry run --select latents`"
+                f"{self.latents.url or self.latents.folder} (shards {', '.join(sorted(lacking)[:5])})"
+                f"{''.join('; ' + note for note in notes[:3])}: run `foundry run --select latents`"
             )
-        return pins
+        return pins, notes
 
     def use_latents(self, pins: Pins) -> None:
         """Read the generations that an epoch is pinned to; batches come from them from now on.
 
         Raises:
-            DataError: a generation was replaced since it was pinned, or an image lies in another bucket than the
-                set says.
+            DataError: a generation was replaced since it was pinned, an image lies in another bucket than the set
+                says, or the latents are scaled by another factor than the base model's.
             DamageError: a table or latent file is damaged.
         """
-        frames, self._files = [], list[LatentFile]()
+        frames, self._files = [], list[tuple[str, Entry]]()
+        self._opened = dict[int, LatentFile]()
         for shard, pin in pins.items():
-            generation = read_generation(self.latents / shard, pin["generation"])
+            generation = read_generation(self.latents.folder / shard, pin["generation"])
             if generation.manifest.digest != pin["digest"]:
                 raise DataError(
                     f"latents of shard {shard}, generation {pin['generation']}, have digest "
                     f"{generation.manifest.digest[:16]}, this epoch began with {pin['digest'][:16]}"
                 )
-            files = generation.open_files()
-            numbers = {name: len(self._files) + number for number, name in enumerate(files)}
-            self._files += files.values()
+            entries = [entry for entry in generation.manifest.files if entry.name.endswith(".safetensors")]
+            numbers = {entry.name: len(self._files) + number for number, entry in enumerate(entries)}
+            self._files += [(shard, entry) for entry in entries]
             frames.append(
                 generation.table().with_columns(
                     pl.col("file").replace_strict(numbers, return_dtype=pl.Int32).alias("number")
@@ -154,7 +173,32 @@ class Dataset:
                 f"{joined['row'].null_count()} are gone: rebuild training_set and latents together"
             )
         self._places = joined.select("number", "row").to_numpy()  # (N, 2)
-        self._geometry = joined.select(pl.col(name).cast(pl.Int64) for name in _GEOMETRY).to_numpy()  # (N, 7)
+        self._geometry = joined.select(pl.col(name).cast(pl.Int64) for name in _GEOMETRY).to_numpy()
+        _allow_open_files(len(self._files))
+        if not self.latents.url:
+            for number in range(len(self._files)):
+                self._open(number)  # what is cut or foreign is told of now, not in the middle of the epoch
+
+    def fetch_in_order(self, samples: np.ndarray) -> None:
+        """Let latent files that lie elsewhere arrive in this order of rows, those for validation first."""
+        rows = np.concatenate([self.validation_rows, self.stable_rows, np.asarray(samples)])
+        numbers, first = np.unique(self._places[rows, 0], return_index=True)
+        self.latents.prefetch([self._files[number] for number in numbers[np.argsort(first)].tolist()])
+
+    def _open(self, number: int) -> LatentFile:
+        """A latent file of the epoch, fetched if need be."""
+        if number not in self._opened:
+            shard, entry = self._files[number]
+            self.latents.fetch(shard, entry)
+            file = LatentFile(self.latents.folder / shard, entry)
+            found = file.metadata.get("scaling_factor")
+            if found is None or float(found) != self.scaling_factor:
+                raise DataError(
+                    f"{file.path} holds latents scaled by {found}, the base model's VAE scales by "
+                    f"{self.scaling_factor}: encode with a VAE of the model's family"
+                )
+            self._opened[number] = file
+        return self._opened[number]
 
     def batch(self, rows: np.ndarray, epoch: int | None) -> Batch:
         """The samples of `rows` (one bucket, one number of chunks) in an epoch; None for validation's fixed view.
@@ -179,15 +223,15 @@ class Dataset:
             original_size=geometry[:, 0:2],
             crop_top_left=geometry[:, 4:6],
             target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
-            mask=self._masks(rows) if epoch is not None and self.config.loss.watermark_weight < 1 else None,
+            mask=self._masks(rows, 1.0 if epoch is None else self.config.loss.watermark_weight),
         )
 
     def _gather(self, rows: np.ndarray, image_ids: list[str], epoch: int | None) -> torch.Tensor:
         """Latents `(B, 4, h, w)` fp32: drawn from the posterior in an epoch, its mean for validation."""
         numbers, in_file = self._places[rows].T
         latents: np.ndarray | None = None
-        for number in np.unique(numbers):
-            file, members = self._files[number], np.flatnonzero(numbers == number)
+        for number in np.unique(numbers).tolist():
+            file, members = self._open(number), np.flatnonzero(numbers == number)
             mean, log_variance = file.gather(in_file[members])
             if latents is None:
                 latents = np.empty((2, len(rows), *mean.shape[1:]), dtype=np.uint16)
@@ -201,11 +245,15 @@ class Dataset:
         draw = noise.draw_noise(self.config.seed, Purpose.POSTERIOR, epoch, image_ids, mean.shape[1:])
         return mean + torch.exp(log_variance / 2) * draw
 
-    def _masks(self, rows: np.ndarray) -> torch.Tensor:
-        """Weights `(B, 1, h, w)` of latent pixels: the area mean of 1, or the mask's weight under a watermark."""
+    def _masks(self, rows: np.ndarray, watermark_weight: float) -> torch.Tensor | None:
+        """Weights `(B, 1, h, w)` of latent pixels; None where all are 1."""
+        geometry = self._geometry[rows]
+        padded = (geometry[:, 2:4] < self.buckets[rows]).any(axis=1)
+        if watermark_weight == 1 and not padded.any():
+            return None
         masks = []
-        for row in rows.tolist():
-            height, width, resized_h, resized_w, top, left, flip = self._geometry[row].tolist()
+        for row, values in zip(rows.tolist(), geometry.tolist(), strict=True):
+            height, width, resized_h, resized_w, top, left, pad_top, pad_left, flip = values
             placement = Placement(
                 original=Size(height, width),
                 resized=Size(resized_h, resized_w),
@@ -213,32 +261,54 @@ class Dataset:
                 crop_left=left,
                 bucket=Size(*self.buckets[row].tolist()),
                 flip=bool(flip),
+                pad_top=pad_top,
+                pad_left=pad_left,
             )
-            latent_height = self._files[self._places[row, 0]].shape[2]
+            latent_height = self._open(self._places[row, 0]).shape[2]
             boxes = [Box(box["y0"], box["x0"], box["y1"], box["x1"]) for box in self.table["boxes"][row]]
             scale = placement.bucket.height // latent_height
-            masks.append(watermark_mask(boxes, placement, scale, self.config.loss.watermark_weight))
+            masks.append(loss_mask(boxes if watermark_weight < 1 else [], placement, scale, watermark_weight))
         return torch.from_numpy(np.stack(masks))[:, None]
 
 
-def watermark_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: float) -> np.ndarray:
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files to hold a map of each latent file.
+
+    Raises:
+        DataError: the system's own limit is lower.
+    """
+    needed = count + _OTHER_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise DataError(
+            f"{count} latent files need {needed} open files, this process may have {hard} (`ulimit -Hn`): raise that, "
+            "or encode with a larger max_file_bytes"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def loss_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: float) -> np.ndarray:
     """How much each latent pixel of a sample counts, `(H/scale, W/scale)` fp32.
 
     Args:
-        boxes: In upright source pixels.
-        placement: How the source became the bucket's picture.
+        boxes: Watermarks, in upright source pixels.
+        placement: How the source became the bucket's picture; its padding counts nothing.
         scale: Pixels per latent along a side, 8.
         weight: Of a latent pixel wholly under a box; one partly covered lies between this and 1.
     """
     height, width = placement.bucket
-    covered = np.zeros((height, width), dtype=np.float32)
+    top, left = placement.pad_top - placement.crop_top, placement.pad_left - placement.crop_left
+    weights = np.zeros((height, width), dtype=np.float32)
+    bottom, right = top + placement.resized.height, left + placement.resized.width
+    weights[max(top, 0) : bottom, max(left, 0) : right] = 1
     per_y = placement.resized.height / placement.original.height
     per_x = placement.resized.width / placement.original.width
     for box in boxes:
-        y0, y1 = (round(y * per_y) - placement.crop_top for y in (box.y0, box.y1))
-        x0, x1 = (round(x * per_x) - placement.crop_left for x in (box.x0, box.x1))
-        if placement.flip:
-            x0, x1 = width - x1, width - x0
-        covered[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = 1
-    share = covered.reshape(height // scale, scale, width // scale, scale).mean(axis=(1, 3))
-    return 1 - share * (1 - weight)
+        y0, y1 = (round(y * per_y) + top for y in (box.y0, box.y1))
+        x0, x1 = (round(x * per_x) + left for x in (box.x0, box.x1))
+        inside = weights[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+        np.minimum(inside, weight, out=inside)
+    if placement.flip:
+        weights = weights[:, ::-1]
+    return weights.reshape(height // scale, scale, width // scale, scale).mean(axis=(1, 3))

@@ -11,30 +11,33 @@ from training import commit, run_folder, toml
 from training.config import RunConfig
 from training.dataset import Dataset, Pins
 from training.errors import DamageError
-from training.order import EpochOrder, make_order, read_order, write_order
+from training.order import EpochOrder, assign_windows, make_order, read_order, write_order
 
 
-def prepare_epoch(folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str) -> Pins:
+def prepare_epoch(
+    folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str
+) -> tuple[Pins, list[str]]:
     """Write order and pins of an epoch unless they are there; called by one process.
 
     Returns:
-        The pinned generations.
+        The pinned generations, and a line for each that was passed over because it is not whole.
 
     Raises:
         DataError: images of the set have no latents.
     """
     manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
     content = manifest.with_suffix(".npz")
+    notes: list[str] = []
     key = commit.json_digest([fingerprint, toml.dump(config.prompts), toml.dump(config.batch), config.seed, epoch])
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())
         if written["order"]["key"] != key:
             raise DamageError(f"{manifest} was written for another set or config; a run folder holds one run")
         if content.is_file() and commit.sha256_file(content) == written["order"]["sha256"]:
-            return written["latents"]
+            return written["latents"], notes
         pins = written["latents"]
     else:
-        pins = dataset.pin_latents()
+        pins, notes = dataset.pin_latents()
     order = make_order(
         dataset.buckets[dataset.train_rows],
         dataset.count_chunks(dataset.train_rows, epoch),
@@ -42,16 +45,22 @@ def prepare_epoch(folder: Path, epoch: int, dataset: Dataset, config: RunConfig,
         epoch=epoch,
         micro_batch_size=config.batch.micro_batch_size,
         global_batch_size=config.batch.global_batch_size,
+        windows=assign_windows(
+            dataset.table["shard"].gather(dataset.train_rows).to_list(),
+            seed=config.seed,
+            epoch=epoch,
+            shards_at_a_time=config.batch.shards_at_a_time,
+        ),
     )
     rows = dataclasses.replace(order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype))
     sha256 = write_order(content, rows)
     described = {"key": key, "file": content.name, "sha256": sha256}
     commit.write_json(manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins})
-    return pins
+    return pins, notes
 
 
-def open_epoch(folder: Path, epoch: int, dataset: Dataset) -> EpochOrder:
-    """Read what `prepare_epoch` wrote, on every rank: the order, and latents into `dataset`.
+def open_epoch(folder: Path, epoch: int, step: int, dataset: Dataset) -> EpochOrder:
+    """Read what `prepare_epoch` wrote, on every rank: the order, and latents into `dataset`, from a step on.
 
     Raises:
         DamageError: a file of the epoch, or a latent file, is damaged.
@@ -59,4 +68,14 @@ def open_epoch(folder: Path, epoch: int, dataset: Dataset) -> EpochOrder:
     manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
     written = json.loads(manifest.read_bytes())
     dataset.use_latents(written["latents"])
-    return read_order(manifest.with_suffix(".npz"), written["order"]["sha256"])
+    order = read_order(manifest.with_suffix(".npz"), written["order"]["sha256"])
+    dataset.fetch_in_order(order.samples[order.first_sample(step) :])
+    return order
+
+
+def pinned(folder: Path) -> list[Pins]:
+    """The pins that a run may read again: of every epoch from that of its oldest resumable checkpoint on."""
+    clocks = sorted((folder / run_folder.CHECKPOINTS).glob(f"samples_*/{run_folder.STATE}/clock.json"))
+    first = min((json.loads(path.read_bytes())["epoch"] for path in clocks), default=0)
+    manifests = (folder / run_folder.EPOCHS).glob("*.json")
+    return [json.loads(path.read_bytes())["latents"] for path in sorted(manifests) if int(path.stem) >= first]

@@ -2,8 +2,8 @@
 
 Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
 model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
-no such line. A `resumed` line takes back every `step`, `validation`, `checkpoint` and `warning` before it that lies
-beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again.
+no such line. A `resumed` line takes back every `step`, `epoch`, `validation`, `checkpoint` and `warning` before it that
+lies beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 OPENINGS = frozenset({"started", "resumed"})
 ENDINGS = frozenset({"finished", "stopped", "failed"})
-_REPEATED = frozenset({"step", "validation", "checkpoint", "warning"})
+_REPEATED = frozenset({"step", "epoch", "validation", "checkpoint", "warning"})
 
 Event = dict[str, Any]
 
@@ -76,3 +76,8 @@ def read_events(path: Path) -> list[Event]:
             kept = [old for old in kept if old["event"] not in _REPEATED or old["samples_seen"] <= limit]
         kept.append(event)
     return kept
+
+
+def has_finished(path: Path) -> bool:
+    """Whether the run came to its end: a stopped or failed one may go on."""
+    return any(event["event"] == "finished" for event in read_lines(path)[-1:])

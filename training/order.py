@@ -5,8 +5,10 @@ epoch's last one what is left. Nothing is dropped or repeated.
 """
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,10 @@ class EpochOrder:
         first, last = self.step_starts[step], self.step_starts[step + 1]
         return int(self.micro_starts[last] - self.micro_starts[first])
 
+    def first_sample(self, step: int) -> int:
+        """Position in `samples` at which a step begins."""
+        return int(self.micro_starts[self.step_starts[step]])
+
     def micro_batches(self, step: int) -> list[np.ndarray]:
         """The micro-batches of a step, each as rows of the training set; rank r of w takes r, r + w, ..."""
         return [
@@ -52,6 +58,7 @@ def make_order(
     epoch: int,
     micro_batch_size: int,
     global_batch_size: int,
+    windows: np.ndarray | None = None,
 ) -> EpochOrder:
     """Shuffle within each (bucket, chunks) group, cut micro-batches, shuffle those, fill steps.
 
@@ -62,20 +69,19 @@ def make_order(
         epoch: Number of the epoch; with the seed it keys every shuffle.
         micro_batch_size: Samples per micro-batch, at most; remainders stay as short ones.
         global_batch_size: Samples per step; a micro-batch that would overshoot is split.
+        windows: `(N,)` part of the epoch, 0, 1, ..., that each sample belongs to: every shuffle stays within a part.
+            None for one part.
     """
     keys = np.column_stack([buckets, num_chunks])
-    groups, member_of = np.unique(keys, axis=0, return_inverse=True)
-    by_group = np.argsort(member_of.reshape(-1), kind="stable")
+    parts = np.zeros(len(keys), dtype=np.int64) if windows is None else windows
     micros: list[np.ndarray] = []
-    for key, members in zip(
-        groups.tolist(), np.split(by_group, np.cumsum(np.bincount(member_of.reshape(-1)))[:-1]), strict=True
-    ):
-        rng = seeds.numpy_generator(seed, Purpose.ORDER, epoch, "samples", *key)
-        shuffled = rng.permutation(members)
-        micros += np.split(shuffled, range(micro_batch_size, len(shuffled), micro_batch_size))
-    seeds.numpy_generator(seed, Purpose.ORDER, epoch, "micro_batches").shuffle(order := np.arange(len(micros)))
-    samples = np.concatenate([micros[number] for number in order]).astype(np.int32)
-    micro_starts = np.concatenate([[0], np.cumsum([len(micros[number]) for number in order])])
+    for part in range(parts.max(initial=0) + 1):
+        members = np.flatnonzero(parts == part)
+        own = _cut(keys[members], [seed, Purpose.ORDER, epoch, part], micro_batch_size)
+        seeds.numpy_generator(seed, Purpose.ORDER, epoch, part, "micro_batches").shuffle(order := np.arange(len(own)))
+        micros += [members[own[number]] for number in order]
+    samples = np.concatenate(micros).astype(np.int32)
+    micro_starts = np.concatenate([[0], np.cumsum([len(micro) for micro in micros])])
     step_borders = np.append(np.arange(0, len(samples), global_batch_size), len(samples))
     micro_starts = np.union1d(micro_starts, step_borders)
     return EpochOrder(
@@ -83,6 +89,35 @@ def make_order(
         micro_starts=micro_starts.astype(np.int64),
         step_starts=np.searchsorted(micro_starts, step_borders).astype(np.int64),
     )
+
+
+def _cut(keys: np.ndarray, seed_keys: list[Any], micro_batch_size: int) -> list[np.ndarray]:
+    """Shuffled positions of each group of equal keys, in pieces of at most `micro_batch_size`."""
+    groups, member_of = np.unique(keys, axis=0, return_inverse=True)
+    member_of = member_of.reshape(-1)
+    by_group = np.split(np.argsort(member_of, kind="stable"), np.cumsum(np.bincount(member_of))[:-1])
+    pieces: list[np.ndarray] = []
+    for key, members in zip(groups.tolist(), by_group, strict=True):
+        shuffled = seeds.numpy_generator(*seed_keys, "samples", *key).permutation(members)
+        pieces += np.split(shuffled, range(micro_batch_size, len(shuffled), micro_batch_size))
+    return pieces
+
+
+def assign_windows(shards: Sequence[str], *, seed: int, epoch: int, shards_at_a_time: int) -> np.ndarray | None:
+    """Which part of an epoch each sample belongs to, `(N,)` int64: shards in a keyed order, so many at a time.
+
+    Args:
+        shards: Of the samples.
+        seed: The run's.
+        epoch: Keys the order of the shards.
+        shards_at_a_time: Shards per part; 0 for one part, which is None.
+    """
+    if not shards_at_a_time:
+        return None
+    names = sorted(set(shards))
+    seeds.numpy_generator(seed, Purpose.ORDER, epoch, "shards").shuffle(order := np.arange(len(names)))
+    place = {names[number]: position // shards_at_a_time for position, number in enumerate(order.tolist())}
+    return np.array([place[name] for name in shards], dtype=np.int64)
 
 
 def write_order(path: Path, order: EpochOrder) -> str:

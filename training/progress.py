@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-Listener = Callable[[str, int, int], None]
-"""Called with what is counted, how many are done, and how many there are."""
+Listener = Callable[[str, int, int, str], None]
+"""Called with what is counted, how many are done, how many there are, and a note such as the bytes written."""
 
 _listeners: list[Listener] = []
 
@@ -16,10 +16,10 @@ def listen(listener: Listener) -> Callable[[], None]:
     return lambda: _listeners.remove(listener)
 
 
-def report(what: str, done: int, total: int) -> None:
+def report(what: str, done: int, total: int, note: str = "") -> None:
     """Tell the listeners that `done` of `total` are finished."""
     for listener in _listeners:
-        listener(what, done, total)
+        listener(what, done, total, note)
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from training import checkpoint, commit
+from training import checkpoint, commit, run_folder
 from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
 from training.config import RunConfig
@@ -15,6 +15,7 @@ from training.data.tables import TABLES
 from training.dataset import Dataset
 from training.ema import Ema
 from training.errors import DamageError, ModelError
+from training.latent_source import LatentSource
 from training.models.unet import load_pipeline_parts
 from training.models.weights import model_digest
 from training.optim import make_optimizer
@@ -59,7 +60,14 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, device: torch.de
     parts.vae.register_to_config(_name_or_path="")
     for encoder in parts.text_encoders:
         encoder.config.name_or_path = ""
-    dataset = Dataset(read_training_set(inputs), inputs.latents, config, parts.tokenizers)
+    fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
+    dataset = Dataset(
+        read_training_set(inputs),
+        LatentSource(fetched, config.latents_url),
+        config,
+        parts.tokenizers,
+        parts.vae.config.scaling_factor,
+    )
     for module in (parts.unet, *parts.text_encoders):
         module.to(device)  # the VAE stays on the CPU: it is only saved again
     parameters = trained_parameters(

@@ -74,8 +74,8 @@ class Trainer:
         self.saved_at = self.state.clock.samples_seen
         self.last_good = self.state.clock
         self.recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATE_WINDOW_STEPS)
-        self._open_epoch()
         self._log_opening(start)
+        self._open_epoch()
 
     def run(self) -> str:
         """Train to the end or to a stop request; returns `finished` or `stopped`, which is also logged.
@@ -215,12 +215,16 @@ class Trainer:
         return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
 
     def _open_epoch(self) -> None:
-        """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
+        """Fix order and latents of the clock's epoch unless an earlier attempt has, read them, and log which."""
         epoch = self.state.clock.epoch
         if self.ranks.rank == 0:
-            prepare_epoch(self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint)
+            pins, notes = prepare_epoch(self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint)
+            for message in notes:
+                self._log("warning", kind="generation_not_whole", message=message, epoch=epoch)
+            generations = {shard: pin["generation"] for shard, pin in pins.items()}
+            self._log("epoch", epoch=epoch, generations=generations)
         self.ranks.barrier()
-        self.order = open_epoch(self.folder, epoch, self.dataset)
+        self.order = open_epoch(self.folder, epoch, self.state.clock.step_in_epoch, self.dataset)
 
     def _upcoming(self) -> list[np.ndarray]:
         """This rank's micro-batches from the clock's step to the end of the epoch."""

@@ -1,4 +1,4 @@
-import json
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from training import commit
@@ -13,9 +14,7 @@ from training.data.geometry import Size
 from training.data.latent_files import (
     BucketWriter,
     LatentFile,
-    choose_generation,
     from_bfloat16,
-    generations,
     to_bfloat16,
 )
 from training.data.tables import TABLES
@@ -25,8 +24,15 @@ BUCKET = Size(48, 32)
 SHAPE = (4, 6, 4)
 
 
-def write(folder, count, *, max_bytes=1_000_000, log_variance=True, generation=3):
-    writer = BucketWriter(folder=folder, generation=generation, bucket=BUCKET, max_bytes=max_bytes)
+@pytest.fixture(params=["raw", "split-zstd"])
+def codec(request):
+    return request.param
+
+
+def write(folder, count, *, max_bytes=1_000_000, log_variance=True, generation=3, codec="raw"):
+    writer = BucketWriter(
+        folder=folder, generation=generation, bucket=BUCKET, max_bytes=max_bytes, codec=codec, metadata={"vae": "v"}
+    )
     rng = np.random.default_rng(0)
     values = rng.standard_normal((count, 2, *SHAPE), dtype=np.float32)
     for number, (latents, spread) in enumerate(values):
@@ -83,10 +89,10 @@ def test_files_written_by_safetensors_are_read(tmp_path):
     assert np.array_equal(rows, latents[[2, 0, 2]].view(torch.uint16).numpy())
 
 
-def test_no_file_is_larger_than_the_limit_and_equal_input_gives_equal_bytes(tmp_path):
+def test_no_file_is_larger_than_the_limit_and_equal_input_gives_equal_bytes(tmp_path, codec):
     limit = 3000
-    writer, values = write(tmp_path / "a", 20, max_bytes=limit)
-    again, _ = write(tmp_path / "b", 20, max_bytes=limit)
+    writer, values = write(tmp_path / "a", 20, max_bytes=limit, codec=codec)
+    again, _ = write(tmp_path / "b", 20, max_bytes=limit, codec=codec)
     assert len(writer.entries) > 1
     assert all(entry.bytes <= max(limit, 1000) for entry in writer.entries)
     assert writer.entries == again.entries
@@ -118,12 +124,26 @@ def damage_shape(path):
 
 
 def damage_name(path):
-    path.write_bytes(path.read_bytes().replace(b'"latents"', b'"lalents"'))
+    path.write_bytes(path.read_bytes().replace(b'"latents', b'"lalents'))
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_grown, damage_gone, damage_foreign, damage_shape, damage_name])
-def test_damage_is_named_at_open(tmp_path, damage):
-    writer, _ = write(tmp_path, 5)
+def damage_codec(path):
+    path.write_bytes(path.read_bytes().replace(b'"raw"', b'"zip"').replace(b'"split-zstd"', b'"split-bz-2"'))
+
+
+def damage_header_length(path):
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+DAMAGES = [
+    damage_cut, damage_grown, damage_gone, damage_foreign, damage_shape, damage_name, damage_codec,
+    damage_header_length,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_at_open(tmp_path, damage, codec):
+    writer, _ = write(tmp_path, 5, codec=codec)
     damage(tmp_path / writer.entries[0].name)
     with pytest.raises(DamageError, match=writer.entries[0].name):
         LatentFile(tmp_path, writer.entries[0])
@@ -138,8 +158,8 @@ def test_a_file_whose_header_does_not_account_for_its_size_is_damage(tmp_path):
         LatentFile(tmp_path, entry)
 
 
-def test_a_flipped_bit_is_noticed_before_the_first_row_is_used(tmp_path):
-    writer, _ = write(tmp_path, 5)
+def test_a_flipped_bit_is_noticed_before_the_first_row_is_used(tmp_path, codec):
+    writer, _ = write(tmp_path, 5, codec=codec)
     path = tmp_path / writer.entries[0].name
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
@@ -168,28 +188,71 @@ def commit_generation(folder, number, image_ids):
     commit.commit_manifest(folder / f"g{number:04d}.json", manifest)
 
 
-def test_the_highest_generation_that_holds_all_images_is_chosen(tmp_path):
-    commit_generation(tmp_path, 1, ["a", "b", "c"])
-    commit_generation(tmp_path, 2, ["a", "b"])
-    commit_generation(tmp_path, 10, ["b"])
-    (tmp_path / "g0011-abcdefgh.parquet").write_bytes(b"no manifest names me")
-    assert generations(tmp_path) == [1, 2, 10]
-    chosen = {}
-    for wanted in ("b", "ab", "abc"):
-        generation, missing = choose_generation(tmp_path, list(wanted))
-        assert missing == 0
-        chosen[wanted] = generation.number
-    assert chosen == {"b": 10, "ab": 2, "abc": 1}
-    assert choose_generation(tmp_path, ["a", "x", "y"]) == (None, 2)
-    assert choose_generation(tmp_path / "nowhere", ["a", "b"]) == (None, 2)
+def test_two_files_that_changed_places_are_noticed(tmp_path, codec):
+    writer, _ = write(tmp_path, 6, max_bytes=1200, codec=codec)
+    a, b = (tmp_path / entry.name for entry in writer.entries[:2])
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    with pytest.raises(DamageError, match=writer.entries[0].name):
+        LatentFile(tmp_path, writer.entries[0]).gather([0])
 
 
-def test_a_generation_whose_table_was_changed_is_damage(tmp_path):
-    commit_generation(tmp_path, 1, ["a"])
-    manifest = json.loads((tmp_path / "g0001.json").read_text())
-    path = tmp_path / manifest["files"][0]["name"]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DamageError, match=path.name):
-        choose_generation(tmp_path, ["a"])
+def rebuilt(path):
+    """The file as it is now, under a manifest that agrees with it: only its content can be wrong."""
+    return commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+
+
+def test_frames_and_offsets_that_are_wrong_though_the_digest_is_right_are_damage(tmp_path):
+    writer, _ = write(tmp_path, 5, codec="split-zstd")
+    path = tmp_path / writer.entries[0].name
+    file = LatentFile(tmp_path, writer.entries[0])
+    whole, header = path.read_bytes(), file._header
+    for name, at, patch in (
+        ("latents.exponent", 0, b"none"),  # no zstd frame
+        ("latents.offsets", 8, (1 << 40).to_bytes(8, "little")),  # beyond the end
+        ("latents.offsets", 8, (-5).to_bytes(8, "little", signed=True)),  # backwards
+    ):
+        start = file._start + header[name]["data_offsets"][0] + at
+        path.write_bytes(whole[:start] + patch + whole[start + len(patch) :])
+        with pytest.raises(DamageError, match=r"latents: (row|offsets)"):
+            LatentFile(tmp_path, rebuilt(path)).gather([0])
+
+
+def test_rows_are_copied_bit_for_bit_between_codecs(tmp_path, codec):
+    writer, _ = write(tmp_path / "a", 4, codec="raw")
+    means, spreads = LatentFile(tmp_path / "a", writer.entries[0]).gather([3, 1])
+    copy = BucketWriter(folder=tmp_path / "b", generation=4, bucket=BUCKET, max_bytes=10_000, codec=codec)
+    for number, image_id in enumerate(("image3", "image1")):
+        copy.add_bits(image_id, means[number], spreads[number])
+    copy.finish()
+    file = LatentFile(tmp_path / "b", copy.entries[0])
+    again = file.gather([0, 1])
+    assert np.array_equal(again[0], means)
+    assert np.array_equal(again[1], spreads)
+    assert file.metadata == {"codec": codec}
+    assert file.shape == (2, *SHAPE)
+
+
+def test_the_header_says_what_the_writer_was_told(tmp_path, codec):
+    writer, _ = write(tmp_path, 2, codec=codec, log_variance=False)
+    file = LatentFile(tmp_path, writer.entries[0])
+    assert file.metadata == {"codec": codec, "vae": "v"}
+    assert not file.has_log_variance
+    assert file.gather([1])[1] is None
+    with safe_open(tmp_path / writer.entries[0].name, "np") as opened:
+        assert opened.metadata() == file.metadata
+
+
+def test_a_file_holds_nothing_open_until_its_first_row_is_asked_for(tmp_path):
+    writer, _ = write(tmp_path, 300, max_bytes=1200)
+
+    def descriptors():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    files = [LatentFile(tmp_path, entry) for entry in writer.entries]
+    assert len(files) >= 100
+    assert descriptors() == before
+    files[0].gather([0])
+    assert descriptors() == before + 1  # Python's mmap keeps one per map

@@ -48,3 +48,12 @@ class Placement(NamedTuple):
     """Size of the picture that is encoded."""
     flip: bool
     """Mirrored left to right after the crop."""
+    pad_top: int = 0
+    """Rows of padding above, where the resized image is smaller than the bucket."""
+    pad_left: int = 0
+    """Columns of padding on the left, before the mirroring."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether the bucket is larger than the resized image in any dimension."""
+        return self.resized.height < self.bucket.height or self.resized.width < self.bucket.width

@@ -91,7 +91,7 @@ def select(
     )
     frame = _apply_rules(frame, config)
     frame = _split(frame, config, previous)
-    return _finish(frame)
+    return _finish(frame, config)
 
 
 def _images(source_listing: pl.DataFrame, raw_images: pl.DataFrame) -> pl.DataFrame:
@@ -159,7 +159,7 @@ def _split(frame: pl.DataFrame, config: SelectionConfig, previous: pl.DataFrame 
     )
 
 
-def _finish(frame: pl.DataFrame) -> pl.DataFrame:
+def _finish(frame: pl.DataFrame, config: SelectionConfig) -> pl.DataFrame:
     words = pl.col("rating").replace_strict(
         RATING_WORDS, default=pl.lit([], dtype=pl.List(pl.String)), return_dtype=pl.List(pl.String)
     )
@@ -168,10 +168,17 @@ def _finish(frame: pl.DataFrame) -> pl.DataFrame:
         words=words.fill_null(pl.lit([], dtype=pl.List(pl.String))),
         watermark=pl.col("watermark").fill_null(False),
         boxes=pl.col("boxes").fill_null(pl.lit([], dtype=pl.List(SCORED_BOX))),
-        flip=pl.lit(False),
+    ).with_columns(
+        flip=_has_tag(config.flip_tags) & ~_has_tag(config.never_flip_tags) & (pl.col("boxes").list.len() == 0)
     )
     table = TABLES["selected_images"]
     return table.conform(frame.select(list(table.columns)))
+
+
+def _has_tag(names: tuple[str, ...]) -> pl.Expr:
+    """Whether an image has one of the tags."""
+    own = pl.col("tags").list.eval(pl.element().struct.field("name"))
+    return own.list.set_intersection(pl.lit(list(names), dtype=pl.List(pl.String))).list.len() > 0
 
 
 def funnel(selected: pl.DataFrame) -> pl.DataFrame:

@@ -13,6 +13,8 @@ from html import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from training.data.geometry import Box, Placement
+
 MAX_INLINE = 1_000
 """Characters from which Dagster hides Markdown behind a link."""
 MAX_SHEET = 32_000
@@ -21,6 +23,7 @@ INK, PAPER, MUTED = "#1f2430", "#ffffff", "#6b7280"
 _FILL = "#4f43dd"
 _WIDTH, _HEIGHT = 300, 60
 _NUM_BINS = 24
+_SOURCE_PX, _CROP_COLOUR, _WATERMARK_COLOUR = 192, "#ffd400", "#e5202a"
 _TILE_PX, _COLUMNS, _GAP_PX, _CAPTION_PX = 96, 8, 4, 13
 
 
@@ -72,16 +75,19 @@ def sparkline(values: Sequence[float]) -> str:
     return _svg_markdown(body, "curve")
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str] | None = None) -> str:
-    """Pictures in rows of eight as one JPEG in Markdown of at most 32,000 characters.
+def contact_sheet(
+    pictures: Sequence[np.ndarray], captions: Sequence[str] | None = None, *, columns: int = _COLUMNS
+) -> str:
+    """Pictures in rows as one JPEG in Markdown of at most 32,000 characters.
 
     Args:
         pictures: `(H, W, 3)` uint8, of any sizes; each is fitted into a square of 96 px.
         captions: One per picture, written under it and cut to its width.
+        columns: Pictures in a row.
     """
     if not pictures:
         return "no pictures"
-    sheet = _tiles(pictures, captions)
+    sheet = _tiles(pictures, captions, columns)
     for scale in (1.0, 0.75, 0.5, 0.35):
         size = (max(round(sheet.width * scale), 1), max(round(sheet.height * scale), 1))
         smaller = sheet if scale == 1.0 else sheet.resize(size, Image.Resampling.LANCZOS)
@@ -90,6 +96,30 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str] | None
             if len(markdown) <= MAX_SHEET:
                 return markdown
     raise AssertionError(f"{len(pictures)} pictures do not fit into a contact sheet: show fewer")
+
+
+def placed_source(pixels: np.ndarray, placement: Placement, watermarks: Sequence[Box]) -> np.ndarray:
+    """A source picture, small, with its crop framed in yellow and its watermark boxes in red.
+
+    Args:
+        pixels: `(H, W, 3)` uint8, the upright source.
+        placement: Where it went in its bucket; a padded picture is framed whole.
+        watermarks: In pixels of the source.
+    """
+    small = fit(pixels, _SOURCE_PX, _SOURCE_PX)
+    draw, scale = ImageDraw.Draw(small), small.height / pixels.shape[0]
+    per_y = placement.resized.height / placement.original.height
+    per_x = placement.resized.width / placement.original.width
+    height = min(placement.bucket.height, placement.resized.height) / per_y
+    width = min(placement.bucket.width, placement.resized.width) / per_x
+    top, left = placement.crop_top / per_y, placement.crop_left / per_x
+    crop = Box(top, left, top + height, left + width)
+    for box, colour in [(crop, _CROP_COLOUR), *((box, _WATERMARK_COLOUR) for box in watermarks)]:
+        y0, x0, y1, x1 = (round(side * scale) for side in box)
+        corner = (min(x1, small.width) - 1, min(y1, small.height) - 1)
+        if corner[0] > max(x0, 0) and corner[1] > max(y0, 0):
+            draw.rectangle([(max(x0, 0), max(y0, 0)), corner], outline=colour, width=2)
+    return np.asarray(small)
 
 
 def fit(picture: np.ndarray | Image.Image, height: int, width: int) -> Image.Image:
@@ -127,16 +157,16 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _tiles(pictures: Sequence[np.ndarray], captions: Sequence[str] | None) -> Image.Image:
+def _tiles(pictures: Sequence[np.ndarray], captions: Sequence[str] | None, most: int) -> Image.Image:
     step = _TILE_PX + _GAP_PX
     row = step + (_CAPTION_PX if captions else 0)
-    columns = min(len(pictures), _COLUMNS)
-    rows = -(-len(pictures) // _COLUMNS)
+    columns = min(len(pictures), most)
+    rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * step + _GAP_PX, rows * row + _GAP_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, picture in enumerate(pictures):
-        top = _GAP_PX + number // _COLUMNS * row
-        left = _GAP_PX + number % _COLUMNS * step
+        top = _GAP_PX + number // columns * row
+        left = _GAP_PX + number % columns * step
         small = fit(picture, _TILE_PX, _TILE_PX)
         sheet.paste(small, (left + (_TILE_PX - small.width) // 2, top + (_TILE_PX - small.height) // 2))
         if captions and number < len(captions):

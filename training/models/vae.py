@@ -161,6 +161,11 @@ class Vae:
         levels = (decoded.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
         return levels.permute(0, 2, 3, 1).cpu().numpy()
 
+    def free_memory(self) -> None:
+        """Give back what a batch that was too large has left behind."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def check_bf16(self, images: Sequence[np.ndarray]) -> None:
         """Refuse bf16 where it costs quality: encode images both ways, decode both, compare with the images.
 
@@ -170,7 +175,8 @@ class Vae:
         """
         batch, errors = self.preprocess(images), {}
         asked = self.precision
-        for precision in ("fp32", asked):
+        both: tuple[Precision, ...] = ("fp32", asked)
+        for precision in both:
             self.precision = precision
             latents = self.forward(batch)[0]
             self.precision = asked
@@ -188,13 +194,11 @@ class Vae:
 @contextlib.contextmanager
 def _arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
     """Matrix products and convolutions in the precision; what was set before is set again afterwards."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    before = cuda.matmul.allow_tf32, cudnn.allow_tf32
     try:
-        for flag in flags:
-            flag.allow_tf32 = precision == "tf32"
+        cuda.matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+        cuda.matmul.allow_tf32, cudnn.allow_tf32 = before
