@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from resources.store import Store
-from training import epochs, run_folder
+from training import run_folder
 from training.commit import Entry, read_manifest, sync_folder
 from training.data.latent_files import generations
 from training.errors import DamageError
@@ -157,7 +157,7 @@ def _needed(store: Store) -> Iterator[Path]:
         if has_finished(path.parent / run_folder.EVENTS):
             continue
         inputs = run_folder.read_inputs(path.parent)
-        for pins in epochs.pinned(path.parent):
+        for pins in run_folder.pinned_latents(path.parent):
             for shard, pin in pins.items():
                 yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
         samples = pl.read_parquet(inputs.training_set, columns=["shard", "image_id"])

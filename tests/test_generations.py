@@ -11,7 +11,6 @@ import pytest
 from resources import generations
 from resources.store import Store
 from training import run_folder
-from training.epochs import pinned
 from training.event_log import read_events
 
 
@@ -91,7 +90,7 @@ def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store
     ]
     assert generations_seen == [{"s000000": 1, "s000001": 1}, {"s000000": 3, "s000001": 1}]
     add(run, write_generation, "s000000", 4)
-    assert {pin["s000000"]["generation"] for pin in pinned(run.folder)} == {3}
+    assert {pin["s000000"]["generation"] for pin in run_folder.pinned_latents(run.folder)} == {3}
     generations.collect(store, min_age_s=0)
     # 3 is pinned by the epoch of the last checkpoint; 1 and 2 belong to no epoch that can come back.
     assert numbers(store) == [("s000000", 3), ("s000000", 4), ("s000001", 1)]

@@ -71,11 +71,3 @@ def open_epoch(folder: Path, epoch: int, step: int, dataset: Dataset) -> EpochOr
     order = read_order(manifest.with_suffix(".npz"), written["order"]["sha256"])
     dataset.fetch_in_order(order.samples[order.first_sample(step) :])
     return order
-
-
-def pinned(folder: Path) -> list[Pins]:
-    """The pins that a run may read again: of every epoch from that of its oldest resumable checkpoint on."""
-    clocks = sorted((folder / run_folder.CHECKPOINTS).glob(f"samples_*/{run_folder.STATE}/clock.json"))
-    first = min((json.loads(path.read_bytes())["epoch"] for path in clocks), default=0)
-    manifests = (folder / run_folder.EPOCHS).glob("*.json")
-    return [json.loads(path.read_bytes())["latents"] for path in sorted(manifests) if int(path.stem) >= first]

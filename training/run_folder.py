@@ -172,3 +172,15 @@ def checkpoints(folder: Path) -> list[Path]:
             continue
         ready.append(path)
     return ready
+
+
+def pinned_latents(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Generations of latents that a run may read again: of every epoch from that of its oldest resumable checkpoint on.
+
+    Returns:
+        What each such epoch's file says, per shard `{"generation": 3, "digest": "..."}`.
+    """
+    clocks = sorted((folder / CHECKPOINTS).glob(f"samples_*/{STATE}/clock.json"))
+    first = min((json.loads(path.read_bytes())["epoch"] for path in clocks), default=0)
+    manifests = sorted((folder / EPOCHS).glob("*.json"))
+    return [json.loads(path.read_bytes())["latents"] for path in manifests if int(path.stem) >= first]

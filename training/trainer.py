@@ -74,8 +74,9 @@ class Trainer:
         self.saved_at = self.state.clock.samples_seen
         self.last_good = self.state.clock
         self.recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATE_WINDOW_STEPS)
-        self._log_opening(start)
         self._open_epoch()
+        self._log_opening(start)
+        self._log_epoch()
 
     def run(self) -> str:
         """Train to the end or to a stop request; returns `finished` or `stopped`, which is also logged.
@@ -91,6 +92,7 @@ class Trainer:
             if clock.step_in_epoch == self.order.num_steps:
                 clock.epoch, clock.step_in_epoch = clock.epoch + 1, 0
                 self._open_epoch()
+                self._log_epoch()
             with Prefetch(self._draw, self._upcoming()) as draws:
                 while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
                     before = clock.samples_seen
@@ -215,16 +217,23 @@ class Trainer:
         return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
 
     def _open_epoch(self) -> None:
-        """Fix order and latents of the clock's epoch unless an earlier attempt has, read them, and log which."""
+        """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
         epoch = self.state.clock.epoch
         if self.ranks.rank == 0:
-            pins, notes = prepare_epoch(self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint)
-            for message in notes:
-                self._log("warning", kind="generation_not_whole", message=message, epoch=epoch)
-            generations = {shard: pin["generation"] for shard, pin in pins.items()}
-            self._log("epoch", epoch=epoch, generations=generations)
+            self.pins, self.passed_over = prepare_epoch(
+                self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint
+            )
         self.ranks.barrier()
         self.order = open_epoch(self.folder, epoch, self.state.clock.step_in_epoch, self.dataset)
+
+    def _log_epoch(self) -> None:
+        """Say which generations of latents the epoch reads, and which were not whole."""
+        if self.log is None:
+            return
+        epoch = self.state.clock.epoch
+        for message in self.passed_over:
+            self._log("warning", kind="generation_not_whole", message=message, epoch=epoch)
+        self._log("epoch", epoch=epoch, generations={shard: pin["generation"] for shard, pin in self.pins.items()})
 
     def _upcoming(self) -> list[np.ndarray]:
         """This rank's micro-batches from the clock's step to the end of the epoch."""

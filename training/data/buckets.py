@@ -126,7 +126,7 @@ def _among_covered(
         distance[~covered] = np.inf
         least = distance.min(axis=1, keepdims=True)
         chosen = np.argmax(distance <= least + _TIE, axis=1)
-        some: np.ndarray = covered.any(axis=1)
+        some: np.ndarray = np.asarray(covered.any(axis=1))
         bucket[rows[some]] = sizes[chosen[some]]
         fits[rows] = some
     return bucket, fits | allow_upscale

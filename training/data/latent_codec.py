@@ -27,7 +27,9 @@ def encode(bits: np.ndarray) -> tuple[np.ndarray, bytes]:
     """
     rotated = (bits << np.uint16(1)) | (bits >> np.uint16(15))
     exponent = (rotated >> np.uint16(8)).astype(np.uint8)
-    return rotated.astype(np.uint8), zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(exponent.tobytes())
+    return rotated.astype(np.uint8), zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(
+        exponent.tobytes()
+    )
 
 
 def decode(mantissa: np.ndarray, frames: Sequence[bytes | memoryview]) -> np.ndarray:
