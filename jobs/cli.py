@@ -152,11 +152,14 @@ def digest(
 
 @app.command()
 def gc(home: Home = None) -> None:
-    """Delete what no manifest names and is older than a day."""
-    from resources import upkeep
+    """Delete what no manifest names and is older than a day, and generations of latents that nobody reads any more."""
+    from resources import generations, upkeep
 
-    removed, num_bytes = upkeep.collect_garbage(_open(home))
+    store = _open(home)
+    replaced, latent_bytes = generations.collect(store)
+    removed, num_bytes = upkeep.collect_garbage(store)
     print(f"removed {len(removed)} files, {num_bytes / 1e6:.1f} MB")
+    print(f"removed {len(replaced)} generations of latents, {latent_bytes / 1e6:.1f} MB")
 
 
 @app.command()
