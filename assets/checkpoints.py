@@ -14,12 +14,12 @@ from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
 from training.commit import lock
-from training.config import RunConfig
 from training.data.tables import TABLES
 from training.errors import DataError, TrackingError, TrainingError
 from training.evaluation import figures
 from training.event_log import read_events
 from training.progress import report
+from training.run_config import RunConfig
 from training.run_folder import EVENTS, INPUTS, RunInputs, read_config, read_ready, write_inputs
 from training.run_folder import checkpoints as ready_checkpoints
 

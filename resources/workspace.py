@@ -7,9 +7,9 @@ from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
 from training.commit import lock, write_bytes
-from training.config import FREE_KEYS, RunConfig
 from training.data.prompts import make_prompt
 from training.errors import ConfigError, WorkspaceError
+from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import CONFIG, EVENTS, read_config
 from training.seeds import Purpose, generator
 

@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 
 from training import commit, run_folder, toml
-from training.config import RunConfig
 from training.data.geometry import Size
 from training.data.latent_files import BucketWriter
 from training.data.tables import TABLES
+from training.run_config import RunConfig
 
 # Sums over other numbers of threads have other bits: proofs of bit-equality pin one, here and in their children.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from training.config import OptimizerConfig
 from training.optim import learning_rate, make_optimizer, set_learning_rate
+from training.run_config import OptimizerConfig
 
 
 def config(**changes):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from training import config as configs
 from training import toml
-from training.config import RunConfig, SelectionConfig, WorkspaceConfig
+from training.config import SelectionConfig, WorkspaceConfig
 from training.errors import ConfigError
+from training.run_config import RunConfig
 
 
 def write(tmp_path, text):

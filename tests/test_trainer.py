@@ -186,7 +186,7 @@ def test_fast_reduction_agrees_with_canonical(unbroken, make_run, train):
 
 
 def test_bf16_autocast_stays_close_and_keeps_fp32_weights(unbroken, make_run, train):
-    run = make_run("bf16", precision="bf16")
+    run = make_run("bf16", precision="bf16_amp")
     train(run)
     for half, full in zip(history(run, "step"), history(unbroken, "step"), strict=True):
         assert float.fromhex(half["loss"]) == pytest.approx(float.fromhex(full["loss"]), rel=0.03)
@@ -259,7 +259,7 @@ def test_a_tiny_model_overfits_one_batch(make_run):
     run = make_run(
         **{
             "batch.global_batch_size": 4, "batch.micro_batch_size": 4, "optimizer.learning_rate": 1e-2,
-            "optimizer.schedule": "constant", "loss.min_snr_gamma": 0, "loss.watermark_weight": 1.0,
+            "optimizer.schedule": "constant", "loss.weighting": "plain", "loss.watermark_weight": 1.0,
             "optimizer.weight_decay": 0, "optimizer.ema_half_life_samples": 0,
         }
     )  # fmt: skip

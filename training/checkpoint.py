@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training import commit, run_folder, toml
-from training.config import FREE_KEYS, RunConfig
 from training.ema import Ema
 from training.errors import DamageError, TrainingError
 from training.models.unet import PipelineParts, save_diffusers_folder
+from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import STATE, Ready, RunInputs
 
 EMA_FOLDER = "ema"

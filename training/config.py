@@ -1,6 +1,6 @@
-"""Every option of a workspace and of a run: frozen dataclasses, the only home of a default, read from TOML.
+"""Every option of a workspace: frozen dataclasses, the only home of a default, read from `foundry.toml`.
 
-`[workspace]` half of a recipe and `foundry.toml` become `WorkspaceConfig`; a `[run]` half becomes `RunConfig`.
+A recipe's `[workspace]` half becomes `WorkspaceConfig`; its `[run]` half is in `training/run_config.py`.
 """
 
 import re
@@ -24,13 +24,15 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def _positive(owner: str, **values: float) -> None:
+def check_positive(owner: str, **values: float) -> None:
+    """Raise ConfigError unless all values are greater than 0; `owner` names their table."""
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{owner}.{name}={value} must be greater than 0")
 
 
-def _fraction(owner: str, **values: float) -> None:
+def check_fractions(owner: str, **values: float) -> None:
+    """Raise ConfigError unless all values lie between 0 and 1; `owner` names their table."""
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{owner}.{name}={value} must lie between 0 and 1")
@@ -71,7 +73,7 @@ class DecodeConfig:
     """Decoding processes."""
 
     def __post_init__(self) -> None:
-        _positive(
+        check_positive(
             "decode",
             max_bytes=self.max_bytes,
             max_pixels=self.max_pixels,
@@ -112,7 +114,7 @@ class AnnotateConfig:
     """What the detector is asked for."""
 
     def __post_init__(self) -> None:
-        _positive("annotate", batch_size=self.batch_size)
+        check_positive("annotate", batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,7 @@ class TagConfig:
     """Canonical tags that are dropped."""
 
     def __post_init__(self) -> None:
-        _fraction("tags", threshold=self.threshold)
+        check_fractions("tags", threshold=self.threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +146,7 @@ class QualityConfig:
     def __post_init__(self) -> None:
         if len(self.shares) != 9 or abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) <= 0:
             raise ConfigError(f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1")
-        _fraction("quality", junk_threshold=self.junk_threshold)
+        check_fractions("quality", junk_threshold=self.junk_threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +182,8 @@ class SelectionConfig:
     """Keys the split."""
 
     def __post_init__(self) -> None:
-        _fraction("selection", watermark_threshold=self.watermark_threshold)
-        _positive("selection", max_aspect=self.max_aspect, num_validation=self.num_validation)
+        check_fractions("selection", watermark_threshold=self.watermark_threshold)
+        check_positive("selection", max_aspect=self.max_aspect, num_validation=self.num_validation)
         if not 0 <= self.min_score <= 9:
             raise ConfigError(f"selection.min_score={self.min_score} must lie between 0 and 9")
 
@@ -224,7 +226,7 @@ class BucketConfig:
     def __post_init__(self) -> None:
         if self.plan not in OPTIONS:
             raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(OPTIONS)}")
-        _positive("encodings.*.buckets", scale=self.scale)
+        check_positive("encodings.*.buckets", scale=self.scale)
         for option in (name for names in OPTIONS.values() for name in names):
             value = getattr(self, option)
             if value is None:
@@ -233,7 +235,7 @@ class BucketConfig:
                 own = ", ".join(OPTIONS[self.plan]) or "none"
                 raise ConfigError(f"encodings.*.buckets.{option}={value} is no option of plan {self.plan!r} ({own})")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                _positive("encodings.*.buckets", **{option: value})
+                check_positive("encodings.*.buckets", **{option: value})
         if self.plan == "custom" and not self.sizes:
             raise ConfigError("encodings.*.buckets.sizes must list [height, width] pairs for plan 'custom'")
         if self.no_upscale and self.allow_upscale:
@@ -271,7 +273,7 @@ class UpCropConfig:
     """and which have none of these tags: padding thins the lines of drawn pictures."""
 
     def __post_init__(self) -> None:
-        _fraction("encodings.*.up_crop", share=self.share, min_cut=self.min_cut)
+        check_fractions("encodings.*.up_crop", share=self.share, min_cut=self.min_cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,8 +309,8 @@ class EncodingConfig:
     """Largest latent file before compression, bytes."""
 
     def __post_init__(self) -> None:
-        _fraction("encodings.*", avoid_watermarks=self.avoid_watermarks)
-        _positive(
+        check_fractions("encodings.*", avoid_watermarks=self.avoid_watermarks)
+        check_positive(
             "encodings.*",
             tile_above_px=self.tile_above_px,
             batch_size=self.batch_size,
@@ -328,7 +330,7 @@ class ReencodingConfig:
     """No shard is begun when this much time has gone since the schedule's tick."""
 
     def __post_init__(self) -> None:
-        _positive("reencoding", max_minutes=self.max_minutes)
+        check_positive("reencoding", max_minutes=self.max_minutes)
         if self.num_shards < 0 or self.min_age_hours < 0:
             raise ConfigError(
                 f"reencoding: num_shards={self.num_shards} and min_age_hours={self.min_age_hours} must be >= 0"
@@ -385,7 +387,7 @@ class EvaluationConfig:
     """Difference of aesthetic score that matters."""
 
     def __post_init__(self) -> None:
-        _positive(
+        check_positive(
             "evaluation",
             num_steps=self.num_steps,
             batch_size=self.batch_size,
@@ -430,182 +432,10 @@ class WorkspaceConfig:
     """Where runs are compared."""
 
     def __post_init__(self) -> None:
-        _positive("workspace", shard_size=self.shard_size)
+        check_positive("workspace", shard_size=self.shard_size)
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ConfigError(f"sources: names {names} must differ")
         for kind, keys in (("encoding", self.encodings), ("prompt set", self.prompt_sets)):
             for name in keys:
                 check_name(kind, name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptConfig:
-    """How a sample's prompt is made, anew in each epoch."""
-
-    mean_tags: float = 32.0
-    """Mean of the normal distribution of the number of tags. bigASP, measured on people's prompts."""
-    std_tags: float = 19.8
-    """Its standard deviation."""
-    caption_prob: float = 0.0
-    """Probability that a sample with a caption uses it instead of tags."""
-    empty_prob: float = 0.1
-    """Probability of the empty string, for classifier-free guidance."""
-    score_tags: bool = True
-    """Begin tag prompts with a random few of `score_N` and `score_N_up`."""
-    spaces_prob: float = 0.5
-    """Probability that a prompt writes spaces for underscores."""
-    max_chunks: int = 3
-    """Text-encoder chunks of 75 tokens, at most."""
-
-    def __post_init__(self) -> None:
-        _fraction(
-            "prompts",
-            caption_prob=self.caption_prob,
-            empty_prob=self.empty_prob,
-            spaces_prob=self.spaces_prob,
-        )
-        if not 1 <= self.max_chunks <= 3:
-            raise ConfigError(f"prompts.max_chunks={self.max_chunks} must lie between 1 and 3")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchConfig:
-    """How many samples make one optimizer step."""
-
-    global_batch_size: int = 2048
-    """Samples per optimizer step, over all devices."""
-    micro_batch_size: int = 8
-    """Samples per forward pass on one device, at most."""
-    shards_at_a_time: int = 0
-    """Shards that are shuffled together, in a keyed order of shards; 0 for all. A few let training start while the
-    latents of the others still arrive (`latents_url`)."""
-
-    def __post_init__(self) -> None:
-        if self.shards_at_a_time < 0:
-            raise ConfigError(f"batch.shards_at_a_time={self.shards_at_a_time} must be >= 0")
-        _positive("batch", global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
-        if self.micro_batch_size > self.global_batch_size:
-            raise ConfigError(
-                f"batch.micro_batch_size={self.micro_batch_size} exceeds "
-                f"batch.global_batch_size={self.global_batch_size}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning rate."""
-
-    learning_rate: float = 1e-4
-    """Peak rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after the warm-up, to 0 at the end (constant stays)."""
-    warmup_samples: int = 100_000
-    """Samples of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
-    epsilon: float = 1e-8
-    """AdamW's."""
-    weight_decay: float = 0.1
-    """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm; 0 for never."""
-    ema_half_life_samples: int = 0
-    """Half-life of the averaged weights, samples; 0 for none."""
-
-    def __post_init__(self) -> None:
-        _positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
-        if self.warmup_samples < 0 or self.ema_half_life_samples < 0 or self.max_grad_norm < 0 or self.weight_decay < 0:
-            raise ConfigError(
-                "optimizer: warmup_samples, ema_half_life_samples, max_grad_norm, weight_decay must be >= 0"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossConfig:
-    """What the UNet is asked to minimise."""
-
-    min_snr_gamma: float = 5.0
-    """min-SNR weighting, arXiv:2303.09556 section 3.4; 0 for the plain loss."""
-    noise_offset: float = 0.0
-    """Standard deviation of a constant added to each channel's noise."""
-    watermark_weight: float = 1.0
-    """Weight of latent pixels under a watermark box; 1 for no mask."""
-
-    def __post_init__(self) -> None:
-        _fraction("loss", watermark_weight=self.watermark_weight)
-        if self.min_snr_gamma < 0 or self.noise_offset < 0:
-            raise ConfigError("loss: min_snr_gamma and noise_offset must be >= 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationConfig:
-    """The plain loss on held-out images, with fixed noise and stratified timesteps."""
-
-    every_samples: int = 50_000
-    """Interval, samples."""
-    num_images: int = 2048
-    """Held-out and stable images at most."""
-
-    def __post_init__(self) -> None:
-        _positive("validation", every_samples=self.every_samples, num_images=self.num_images)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointConfig:
-    """When weights are saved and which are kept."""
-
-    every_samples: int = 500_000
-    """Interval, samples; the end of the run is always saved."""
-    keep_last: int = 2
-    """Whole checkpoints with optimizer state to keep; older ones keep their weights only."""
-
-    def __post_init__(self) -> None:
-        _positive("checkpoints", every_samples=self.every_samples, keep_last=self.keep_last)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """One training run: fixed by its first launch, stored beside every checkpoint."""
-
-    encoding: str
-    """Encoding whose training set and latents it reads."""
-    num_samples: int = 30_000_000
-    """Length, samples."""
-    seed: int = 0
-    """Keys order, prompts, timesteps and noise."""
-    base: str = "base"
-    """Key under [models] of the model it starts from."""
-    train_text_encoder: bool = True
-    """Train text encoder 1."""
-    train_text_encoder_2: bool = False
-    """Train text encoder 2."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of forward and backward; weights stay fp32."""
-    num_processes: int = 1
-    """Ranks that torchrun starts."""
-    latents_url: str = ""
-    """Folder `latents/<encoding>` of another workspace or a bucket, as fsspec reads it (`s3://...`); its files are
-    fetched in the order of training. Empty for the workspace's own."""
-    reduction: Literal["canonical", "fast"] = "fast"
-    """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
-    prompts: PromptConfig = field(default_factory=PromptConfig)
-    """Prompts."""
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    """Batches."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """Loss."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Validation."""
-    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Checkpoints."""
-
-    def __post_init__(self) -> None:
-        check_name("encoding", self.encoding)
-        _positive("run", num_samples=self.num_samples, num_processes=self.num_processes)
-
-
-FREE_KEYS = ("validation.", "checkpoints.", "num_processes", "latents_url")
-"""Keys of a run that may change when it is resumed: intervals, retention, ranks, and where latents are read."""

@@ -15,7 +15,6 @@ from transformers import CLIPTokenizer
 
 from training import noise, seeds
 from training.commit import Entry
-from training.config import RunConfig
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import LatentFile, read_generation
 from training.data.prompts import make_prompt
@@ -24,6 +23,7 @@ from training.data.tokens import count_chunks, tokenize
 from training.errors import DataError
 from training.latent_source import LatentSource
 from training.models.text_encoders import ids_tensor
+from training.run_config import RunConfig
 from training.seeds import Purpose
 
 Pins = dict[str, dict[str, Any]]

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from training import commit, run_folder, toml
-from training.config import RunConfig
 from training.dataset import Dataset, Pins
 from training.errors import DamageError
 from training.order import EpochOrder, assign_windows, make_order, read_order, write_order
+from training.run_config import RunConfig
 
 
 def prepare_epoch(

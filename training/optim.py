@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from training.config import OptimizerConfig
+from training.run_config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -8,8 +8,9 @@ from typing import Any
 import tomlkit
 
 from training import toml
-from training.config import RunConfig, WorkspaceConfig
+from training.config import WorkspaceConfig
 from training.errors import ConfigError
+from training.run_config import RunConfig
 
 
 def recipe_path(folder: Path, name: str) -> Path:

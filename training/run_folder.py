@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from training import commit, toml
-from training.config import RunConfig, check_name
+from training.config import check_name
 from training.errors import ConfigError, DamageError
+from training.run_config import RunConfig
 
 FORMAT = 1
 CONFIG = "config.toml"

@@ -10,7 +10,6 @@ import torch
 from training import checkpoint, commit, run_folder
 from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
-from training.config import RunConfig
 from training.data.tables import TABLES
 from training.dataset import Dataset
 from training.ema import Ema
@@ -19,6 +18,7 @@ from training.latent_source import LatentSource
 from training.models.unet import load_pipeline_parts
 from training.models.weights import model_digest
 from training.optim import make_optimizer
+from training.run_config import RunConfig
 from training.run_folder import RunInputs
 
 

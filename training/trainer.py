@@ -15,7 +15,6 @@ import torch
 
 from training import checkpoint, noise, run_folder
 from training.conditioning import make_time_ids, predict
-from training.config import RunConfig
 from training.dataset import Batch
 from training.epochs import open_epoch, prepare_epoch
 from training.errors import TrainingError
@@ -24,6 +23,7 @@ from training.loss import min_snr_weights, mse_per_sample, prediction_target
 from training.optim import learning_rate, set_learning_rate
 from training.prefetch import Prefetch
 from training.ranks import Ranks
+from training.run_config import RunConfig
 from training.run_folder import RunInputs
 from training.seeds import Purpose
 from training.startup import Start, prepare
@@ -201,7 +201,8 @@ class Trainer:
     def _losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Weighted loss per sample `(B,)` fp32, with gradients."""
         plain = self._plain_losses(batch, timesteps, draw)
-        timesteps, gamma = timesteps.to(self.ranks.device), self.config.loss.min_snr_gamma
+        timesteps = timesteps.to(self.ranks.device)
+        gamma = self.config.loss.min_snr_gamma if self.config.loss.weighting == "min_snr" else 0
         return plain * min_snr_weights(timesteps, self.signal, gamma, self.prediction_type)
 
     def _plain_losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
@@ -212,7 +213,7 @@ class Trainer:
         target = prediction_target(self.prediction_type, latents, draw, timesteps, self.signal)
         time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size).to(device)
         ids = [tensor.to(device) for tensor in batch.ids]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16_amp"):
             prediction = predict(self.state.parts, noised, timesteps, ids, time_ids)
         return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
 

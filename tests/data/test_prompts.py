@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config import PromptConfig
 from training.data import prompts
 from training.data.tables import TABLES
+from training.run_config import PromptConfig
 
 BOX = {"y0": 0.0, "x0": 0.0, "y1": 1.0, "x1": 1.0, "confidence": 0.5}
 NAMES = [f"tag_{n:02d}" for n in range(100)]

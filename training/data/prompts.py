@@ -10,9 +10,9 @@ from typing import Any
 
 import polars as pl
 
-from training.config import PromptConfig
 from training.data.tables import TABLES
 from training.data.tokens import count_chunks
+from training.run_config import PromptConfig
 
 WATERMARK = "watermark"
 """The tag that is always in a prompt whose image has one."""

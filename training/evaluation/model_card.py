@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from training.config import EvaluationConfig, RunConfig
+from training.config import EvaluationConfig
 from training.data.geometry import Size
 from training.evaluation.schedulers import LABELS
 from training.evaluation.verdict import sentence
+from training.run_config import RunConfig
 
 RELIABLE, WITH_EMPHASIS = 1_000, 100
 """Images from which a tag works by itself, and from which it works when it is stressed. Source: bigASP's page."""
@@ -184,7 +185,7 @@ def _training(card: Card, samples_seen: int) -> str:
         "warm-up": f"{run.optimizer.warmup_samples:,} samples",
         "weight decay": run.optimizer.weight_decay,
         "trained": "UNet" + (f" and text encoder {' and '.join(encoders)}" if encoders else ""),
-        "min-SNR gamma": run.loss.min_snr_gamma or "off",
+        "loss weighting": run.loss.weighting,
         "empty prompts": f"{run.prompts.empty_prob:.0%}",
         "precision": run.precision,
         "seed": run.seed,
