@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         # Filling memory that is written anyway costs a quarter of a step and makes nothing more deterministic.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     log: EventLog | None = None
     ranks: Ranks | None = None
     with contextlib.ExitStack() as held:
