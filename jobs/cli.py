@@ -30,6 +30,8 @@ def main() -> None:
     # OpenMP's threads spin long while they wait, which on a shared machine is fifty times slower than sleeping at once;
     # sleeping at once makes the small layers of the tiny models twice as slow. This spins for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # oneDNN compiles a kernel for each shape and keeps 1,024 of them: buckets times batch sizes are many more.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     try:
         # Outside of standalone mode, `typer.Exit` comes back as its status.
         status = app(standalone_mode=False)
