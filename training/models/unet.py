@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
@@ -125,13 +126,16 @@ def check_parts(parts: PipelineParts, origin: str) -> None:
         raise ModelError(f"parts of model {origin} do not fit together: {'; '.join(broken)}")
 
 
-def save_diffusers_folder(parts: PipelineParts, folder: Path, dtype: torch.dtype) -> None:
+def save_diffusers_folder(
+    parts: PipelineParts, folder: Path, dtype: torch.dtype, overrides: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> None:
     """Write a complete model folder that diffusers' pipelines of the family load.
 
     Args:
         parts: The model; it is left as it is, weights are cast on their way to the file.
         folder: Created where missing. Files are not synced: the caller commits the folder by renaming it.
         dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the latter.
+        overrides: Weights to write in place of the modules' own, by part and name (`unet.conv_in.weight`).
 
     Raises:
         ModelError: The parts do not fit together, or a finite weight leaves the range of `dtype`.
@@ -152,12 +156,12 @@ def save_diffusers_folder(parts: PipelineParts, folder: Path, dtype: torch.dtype
         index["requires_safety_checker"] = False
     for name, module in (("unet", parts.unet), ("vae", parts.vae)):
         module.save_config(folder / name)
-        _save_weights(module, folder / name / _DIFFUSION_FILE, dtype, prefix="")
+        _save_weights(module, folder / name / _DIFFUSION_FILE, dtype, overrides, part=name, prefix="")
     for number, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers, strict=True)):
         suffix = f"_{number + 1}" if number else ""
         index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-        _save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype)
+        _save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype, overrides)
         tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     _write_json(folder / "scheduler" / "scheduler_config.json", parts.noise_scheduler_config)
     _write_json(folder / "model_index.json", index)
@@ -192,7 +196,12 @@ def _require(folder: Path, files: list[str]) -> None:
     )
 
 
-def _save_text_encoder(encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path, dtype: torch.dtype) -> None:
+def _save_text_encoder(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    folder: Path,
+    dtype: torch.dtype,
+    overrides: Mapping[str, torch.Tensor],
+) -> None:
     config = encoder.config.to_dict() | {
         "architectures": [type(encoder).__name__],
         "dtype": str(dtype).removeprefix("torch."),
@@ -200,12 +209,21 @@ def _save_text_encoder(encoder: CLIPTextModel | CLIPTextModelWithProjection, fol
     _write_json(folder / "config.json", config)
     # transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
     prefix = "text_model." if isinstance(encoder, CLIPTextModel) else ""
-    _save_weights(encoder, folder / "model.safetensors", dtype, prefix=prefix)
+    _save_weights(encoder, folder / "model.safetensors", dtype, overrides, part=folder.name, prefix=prefix)
 
 
-def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype, *, prefix: str) -> None:
+def _save_weights(
+    module: torch.nn.Module,
+    path: Path,
+    dtype: torch.dtype,
+    overrides: Mapping[str, torch.Tensor],
+    *,
+    part: str,
+    prefix: str,
+) -> None:
     state = {}
-    for key, value in module.state_dict().items():
+    for key, own in module.state_dict().items():
+        value = overrides.get(f"{part}.{key}", own)
         cast = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         if value.is_floating_point() and not torch.isfinite(cast).all() and torch.isfinite(value).all():
             raise ModelError(f"weight {key} of {path} leaves the range of {dtype}: save it as torch.float32")
