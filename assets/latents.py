@@ -75,13 +75,13 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
 
     def make(key: str) -> Made:
         encoding = store.config.encodings[STAGE.encoding(key)]
-        pictures = _pictures(store, key)
+        chosen = pictures(store, key)
         folder = store.table_folder("latents", key)
         number = max(numbers_of(folder), default=0) + 1
         say = context.log.info
         with devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say) as device:
             shard = encode_shard(
-                pictures,
+                chosen,
                 EncodeJob(
                     folder=folder,
                     generation=number,
@@ -98,7 +98,7 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
         return Made(
             frame=shard.frame,
             rejected=rejections("latents", shard.rejected),
-            rows_in=len(pictures),
+            rows_in=len(chosen),
             files=shard.files,
             report={"generation": f"g{number:04d}", **_report(shard, number)},
         )
@@ -137,7 +137,7 @@ def _reusable(store: Store, key: str) -> Generation | None:
     return read_generation(folder, max(numbers_of(folder))) if equal else None
 
 
-def _pictures(store: Store, key: str) -> list[Picture]:
+def pictures(store: Store, key: str) -> list[Picture]:
     """The kept images of a shard that have a bucket."""
     assigned = store.read_slice(STAGE, "bucket_assignments", key)
     chosen = store.read_slice(STAGE, "selected_images", key)
@@ -184,9 +184,9 @@ def _report(shard: EncodedShard, number: int) -> dict[str, object]:
     )
     report: dict[str, object] = {"numbers": numbers, "tables": {"buckets": buckets.to_dicts()}}
     if shard.shown:
-        pictures = [picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)]
+        shown = [picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)]
         captions = [text for item in shard.shown for text in (f"{item.image_id[:6]} source", "crop", "decoded latents")]
         numbers["reconstruction error (of 255)"] = round(sum(item.error for item in shard.shown) / len(shard.shown), 3)
-        sheet = figures.contact_sheet(pictures, captions, columns=6)
+        sheet = figures.contact_sheet(shown, captions, columns=6)
         report["pictures"] = {"source with crop and watermarks, crop, decoded latents": sheet}
     return report

@@ -270,6 +270,39 @@ def latents_reencode(
         raise typer.Exit(1)
 
 
+@latents_app.command("import")
+def latents_import(
+    folder: Annotated[Path, typer.Argument(help="Folder of the files.")],
+    encoding: Annotated[str, typer.Option("--encoding", help="Encoding that they become.")],
+    kind: Annotated[Literal["kohya", "bigasp"], typer.Option("--format", help="Whose files they are.")] = "kohya",
+    index: Annotated[Path | None, typer.Option("--index", help="CSV file,source_id: whose each file is.")] = None,
+    home: Home = None,
+) -> None:
+    """Take over latents that another trainer has cached; what is missing is encoded by the next run."""
+    from jobs import exchange
+
+    store = _open(home)
+    done = exchange.import_latents(store, encoding, folder.expanduser().resolve(), kind, index)
+    print(f"imported {done.num_images} images into {len(done.shards)} shards")
+    print(f"reconstruction error of a sample: {done.error:.1f} of 255")
+    for reason, count in done.refused:
+        print(f"not imported: {count} {reason}")
+    print(f"encode the others with: foundry run --home {store.home} --select latents")
+
+
+@latents_app.command("export")
+def latents_export(
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    encoding: Annotated[str, typer.Option("--encoding", help="Encoding to write.")],
+    home: Home = None,
+) -> None:
+    """Write the current latents as kohya's trainers cache them, one .npz a picture."""
+    from jobs import exchange
+
+    written = exchange.export_latents(_open(home), encoding, folder.expanduser().resolve())
+    print(f"wrote {written} files to {folder}")
+
+
 @app.command()
 def up(
     home: Home = None,
