@@ -15,7 +15,7 @@ from assets.raw_images import image_path
 from resources import devices, generations
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
-from training import toml
+from training import progress, toml
 from training.data.geometry import Box, Size
 from training.data.latent_files import Generation, read_generation
 from training.data.latent_files import generations as numbers_of
@@ -79,7 +79,9 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
         folder = store.table_folder("latents", key)
         number = max(numbers_of(folder), default=0) + 1
         say = context.log.info
-        with devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say) as device:
+        hold = devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say)
+        with hold as device, progress.told(say):
+            began = time.monotonic()
             shard = encode_shard(
                 chosen,
                 EncodeJob(
@@ -95,12 +97,13 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
                     show_watermarks=store.config.selection.watermark_threshold,
                 ),
             )
+            seconds = time.monotonic() - began
         return Made(
             frame=shard.frame,
             rejected=rejections("latents", shard.rejected),
             rows_in=len(chosen),
             files=shard.files,
-            report={"generation": f"g{number:04d}", **_report(shard, number)},
+            report={"generation": f"g{number:04d}", **_report(shard, number, encoding.batch_size, seconds)},
         )
 
     result = materialize(context, store, STAGE, make, again=is_due)
@@ -169,8 +172,15 @@ def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
     }
 
 
-def _report(shard: EncodedShard, number: int) -> dict[str, object]:
-    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop, decoded latents."""
+def _report(shard: EncodedShard, number: int, batch_size: int, seconds: float) -> dict[str, object]:
+    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop, decoded latents.
+
+    Args:
+        shard: What was made.
+        number: Of the generation.
+        batch_size: That was asked for.
+        seconds: That it took.
+    """
     numbers: dict[str, object] = {
         "generation number": number,
         "MB": round(sum(entry.bytes for entry in shard.files) / 1e6, 3),
@@ -178,7 +188,10 @@ def _report(shard: EncodedShard, number: int) -> dict[str, object]:
         "copied from the generation before": shard.num_copied,
     }
     if shard.precision:
-        numbers |= {"precision": shard.precision, "batch size": shard.batch_size}
+        fresh = shard.frame.height - shard.num_copied
+        numbers |= {"precision": shard.precision, "batch size": shard.batch_size, "encoded per second": fresh / seconds}
+        if shard.batch_size < batch_size:
+            numbers["started again, out of memory with batches of"] = batch_size
     buckets = (
         shard.frame.group_by("bucket_height", "bucket_width").len("images").sort(pl.col("images"), descending=True)
     )

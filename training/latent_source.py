@@ -58,7 +58,7 @@ class LatentSource:
             if not self.url and (problem := _incomplete(generation)):
                 notes.append(problem)
                 continue
-            lacking = len(wanted.difference(generation.table()["image_id"]))
+            lacking = len(wanted.difference(generation.table()["image_id"].to_list()))
             if lacking == 0:
                 return generation, 0, notes
             fewest = min(fewest, lacking)

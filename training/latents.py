@@ -140,7 +140,8 @@ def encode_shard(pictures: Sequence[Picture], job: EncodeJob) -> EncodedShard:
             if "out of memory" not in str(error).lower() or size == 1:
                 raise
             size //= 2
-        vae.free_memory()
+        finally:
+            vae.free_memory()  # before the next attempt, and for whoever gets the card when the shard is done
 
 
 def reusable_rows(
