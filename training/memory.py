@@ -1,0 +1,217 @@
+"""Bytes of device memory that a training run needs, from configs alone: weights and their copies, then activations.
+
+Closed forms over a model's modules; what libraries and kernels take beside them is one constant.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from training.data.bucket_plans import VAE_FACTOR
+from training.data.tokens import CHUNK_LENGTH
+from training.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate, meta_model
+from training.run_config import OptimizerName, RunConfig
+
+CONTEXT_BYTES = 3e9
+"""CUDA context, libraries and their workspaces. performance.md section 1.3."""
+
+# Optimizer state per trained parameter. Adafactor keeps a row and a column of each matrix, which is next to nothing;
+# Prodigy keeps the first weights and a running sum beside AdamW's two.
+_STATE_BYTES: dict[OptimizerName, int] = {
+    "adamw": 8, "adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "adafactor": 0, "prodigy": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device."""
+
+    num_parameters: int
+    """Of UNet and text encoders."""
+    num_trained: int
+    """Of them, trained."""
+    weights: float
+    """Trained weights, their fp32 master copy or 16-bit casts, and frozen text encoders."""
+    gradients: float
+    """Of trained weights."""
+    optimizer: float
+    """Its state, this rank's share where it is sharded."""
+    ema: float
+    """Averaged weights, fp32."""
+    activations: float
+    """What one micro-batch of the largest bucket and prompt keeps for its backward pass."""
+    context: float = CONTEXT_BYTES
+    """Libraries."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations + self.context
+
+
+def estimate_memory(
+    model: ModelConfigs, config: RunConfig, *, height: int, width: int, num_chunks: int, num_ranks: int
+) -> MemoryEstimate:
+    """Memory of one rank of a run.
+
+    Args:
+        model: The base model's configs.
+        config: Precision, optimizer, micro-batch, checkpointing and sharding of the run.
+        height: Of the largest bucket, pixels.
+        width: Of the largest bucket, pixels.
+        num_chunks: Text chunks of the longest prompt.
+        num_ranks: Devices of the run.
+    """
+    numbers = range(len(model.text_encoders))
+    unet = _unet_parameters(frozen(model.unet))
+    total = unet + sum(
+        encoder_parameters(encoder, num_layers=encoder["num_hidden_layers"], embeddings=True, projects=number == 1)
+        + 2 * int(encoder["hidden_size"])
+        for number, encoder in enumerate(model.text_encoders)
+    )
+    trained = unet + sum(_trained_encoder_parameters(model, number, config) for number in numbers)
+    # Autocast casts fp32 weights once per pass and keeps the casts till its end; bf16 weights have an fp32 master.
+    copies = 4 if config.precision == "fp32" else 6
+    ranks = num_ranks if config.compute.shard_optimizer else 1
+    sample = activation_bytes(model.unet, config, height, width, num_chunks * CHUNK_LENGTH)
+    sample += num_chunks * sum(_encoder_activation_bytes(model, number, config) for number in numbers)
+    return MemoryEstimate(
+        num_parameters=total,
+        num_trained=trained,
+        weights=trained * copies + (total - trained) * (2 if config.precision == "bf16" else 4),
+        gradients=trained * 4,
+        optimizer=trained * _STATE_BYTES[config.optimizer.name] / ranks,
+        ema=trained * 4 if config.optimizer.ema_half_life_samples else 0,
+        activations=sample * config.batch.micro_batch_size,
+    )
+
+
+def activation_bytes(unet: Mapping[str, Any], config: RunConfig, height: int, width: int, tokens: int) -> float:
+    """What the UNet's forward pass of one sample keeps for the backward pass.
+
+    With gradient checkpointing a block keeps its input alone, and the largest of them is there once, computed again.
+
+    Args:
+        unet: The UNet's config.
+        config: Precision and `compute.gradient_checkpointing` of the run.
+        height: Of the picture, pixels.
+        width: Of the picture, pixels.
+        tokens: Text tokens.
+
+    Source: counted by torch's saved-tensor hooks, tests/test_memory.py; performance.md section 1.3 for autocast.
+    """
+    counted = areas(-(-height // VAE_FACTOR), -(-width // VAE_FACTOR), len(unet["block_out_channels"]))
+    plain = _plain_bytes(config)
+    norm = 2 if config.precision == "bf16" else 4  # autocast computes norms in fp32
+    kept, again = 0.0, dict[str, float]()
+    for saved in _unet_saved(frozen(unet)):
+        positions = tokens if saved.place.count == "tokens" else counted[saved.place.level]
+        size = positions * (plain * saved.plain + norm * saved.norm)
+        if norm > plain:
+            size += positions * plain * saved.recast
+        if is_checkpointed(saved.place.unit, config.compute.gradient_checkpointing):
+            again[saved.place.unit] = again.get(saved.place.unit, 0.0) + size
+            kept += positions * plain * saved.unit_input
+        else:
+            kept += size
+    return kept + max(again.values(), default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    """Numbers per position that a module keeps for the backward pass."""
+
+    place: Place
+    plain: float
+    """In the arithmetic of products."""
+    norm: float
+    """In the arithmetic of norms."""
+    recast: float
+    """In the arithmetic of products, where a norm's has to be cast to it: autocast does so for each reader apart."""
+    unit_input: float
+    """All that a checkpointed unit keeps; stands in its first norm."""
+
+
+@functools.lru_cache(maxsize=8)
+def _unet_saved(config: str) -> tuple[_Saved, ...]:
+    num_levels = len(json.loads(config)["block_out_channels"])
+    found = []
+    for name, module in meta_model(UNet2DConditionModel, config).named_modules():
+        plain = norm = recast = unit_input = 0.0
+        match module:
+            case torch.nn.GroupNorm() | torch.nn.LayerNorm():
+                channels = module.num_channels if isinstance(module, torch.nn.GroupNorm) else module.normalized_shape[0]
+                in_residual = ".resnets." in name or name == "conv_norm_out"
+                norm = channels * (2 if in_residual else 1)  # there its output is kept too, for the SiLU behind it
+                unit_input = channels if name.endswith(".norm1") else 0.0
+            case torch.nn.Conv2d() if name.endswith("conv_shortcut"):
+                recast = module.in_channels  # else it reads what norm1 has kept
+            case torch.nn.Conv2d():
+                plain = module.in_channels * (4 if module.stride[0] == 2 else 1)
+            case torch.nn.Linear():
+                plain = _linear_saved(name, module)
+                recast = module.in_features if name.endswith(("attn1.to_k", "attn1.to_v")) else 0.0
+        if plain or norm or recast:
+            place = locate(name, num_levels)
+            found.append(_Saved(place=place, plain=plain, norm=norm, recast=recast, unit_input=unit_input))
+    return tuple(item for item in found if item.place.count != "once")
+
+
+def _linear_saved(name: str, module: torch.nn.Linear) -> float:
+    """Numbers per position that a linear layer and what follows it keep; shared inputs are counted once."""
+    if name.endswith("to_q"):
+        return module.in_features + module.out_features
+    if name.endswith(("to_k", "to_v")):
+        return module.out_features
+    if name.endswith("ff.net.0.proj"):
+        return module.in_features + 1.5 * module.out_features  # both halves, and the gate after its GELU
+    return module.in_features
+
+
+@functools.lru_cache(maxsize=8)
+def _unet_parameters(config: str) -> int:
+    return sum(parameter.numel() for parameter in meta_model(UNet2DConditionModel, config).parameters())
+
+
+def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> int:
+    """Parameters of a CLIP text model but for its final norm, or of a part of it.
+
+    Args:
+        config: The text model's, as in its `config.json`.
+        num_layers: Layers to count.
+        embeddings: Count token and position embeddings.
+        projects: Count the projection of the pooled output.
+    """
+    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width  # attention, two linear, two norms
+    embedded = (config["vocab_size"] + config["max_position_embeddings"]) * width if embeddings else 0
+    return int(embedded + num_layers * layer + (width * config["projection_dim"] if projects else 0))
+
+
+def _trained_encoder_parameters(model: ModelConfigs, number: int, config: RunConfig) -> int:
+    encoder, num_layers = model.text_encoders[number], model.trained_layers(number, config)
+    if not num_layers:
+        return 0
+    size = encoder_parameters(
+        encoder, num_layers=num_layers, embeddings=not config.freeze_embeddings, projects=number == 1
+    )
+    # SDXL reads its first encoder before the final norm.
+    return size if model.family == "sdxl" and number == 0 else size + 2 * int(encoder["hidden_size"])
+
+
+def _encoder_activation_bytes(model: ModelConfigs, number: int, config: RunConfig) -> float:
+    """What one chunk keeps in a text encoder."""
+    encoder, num_layers = model.text_encoders[number], model.trained_layers(number, config)
+    width, inner = encoder["hidden_size"], encoder["intermediate_size"]
+    groups = config.compute.gradient_checkpointing
+    numbers = width if "all" in groups or "text_encoders" in groups else 8 * width + 4 * inner
+    return CHUNK_LENGTH * num_layers * numbers * float(_plain_bytes(config))
+
+
+def _plain_bytes(config: RunConfig) -> int:
+    return 4 if config.precision == "fp32" else 2
