@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from training import gpus
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
 from training.errors import ModelError
 from training.models.weights import read_config
-from training.run_config import RunConfig
+from training.run_config import Precision, RunConfig
 
 Family = Literal["sdxl", "sd1"]
 Count = Literal["pixels", "tokens", "once"]
@@ -272,6 +273,13 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
         return flops
 
     return count
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Operations per second that a device can do at best in a run's arithmetic; None where no data sheet is known."""
+    if device.type != "cuda":
+        return None
+    return gpus.peak_flops(gpus.detect_gpu(torch.cuda.get_device_name(device)), precision)
 
 
 def frozen(config: Mapping[str, Any]) -> str:
