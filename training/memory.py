@@ -75,9 +75,9 @@ def estimate_memory(
         for number, encoder in enumerate(model.text_encoders)
     )
     trained = unet + sum(_trained_encoder_parameters(model, number, config) for number in numbers)
-    # Autocast casts fp32 weights once per pass and keeps the casts till its end; bf16 weights have an fp32 master.
-    copies = 4 if config.precision == "fp32" else 6
     ranks = num_ranks if config.compute.shard_optimizer else 1
+    # Autocast casts fp32 weights once per pass and keeps the casts till its end; bf16 weights have an fp32 master.
+    copies = {"fp32": 4.0, "bf16": 2 + 4 / ranks}.get(config.precision, 6.0)
     sample = activation_bytes(model.unet, config, height, width, num_chunks * CHUNK_LENGTH)
     sample += num_chunks * sum(_encoder_activation_bytes(model, number, config) for number in numbers)
     return MemoryEstimate(

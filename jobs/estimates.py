@@ -1,0 +1,286 @@
+"""What a training run will take and cost, told before it begins: for `foundry train --dry-run` and `foundry cost`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from resources.store import Store
+from training.commit import Manifest
+from training.cost import Cost, Rates, Workload, length_lines, read_rates, training_rate
+from training.data.tables import TABLES
+from training.errors import ConfigError, DataError, ModelError
+from training.gpus import find_gpu, peak_flops
+from training.order import EpochOrder, assign_windows, make_order
+from training.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from training.flops import ModelConfigs
+
+_TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """The cards that a user means to rent."""
+
+    num_gpus: int
+    """Of them."""
+    gpu: str
+    """Name in training/gpus.py."""
+    dollars_per_hour: float
+    """Of one card."""
+    rates: Path | None
+    """What a benchmark measured; None for the defaults."""
+
+    def resolve(self) -> Rates:
+        """The rates on the card.
+
+        Raises:
+            ConfigError: no data sheet of it is known, or the file of rates cannot be used.
+        """
+        rates = Rates() if self.rates is None else read_rates(self.rates)
+        return rates if rates.gpu == self.gpu.upper() else rates.on(self.gpu)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """Epoch 0 of a run on the workspace's training set."""
+
+    num_held_out: int
+    """Images that validate."""
+    buckets: np.ndarray
+    """`(N, 2)` heights and widths of the samples that train, pixels."""
+    num_chunks: np.ndarray
+    """`(N,)` text chunks of their prompts."""
+    order: EpochOrder
+    """Of them."""
+
+
+def count_epoch(store: Store, config: RunConfig) -> Epoch | None:
+    """Make epoch 0 of a run as its trainer will; None while the encoding has no training set. Writes nothing.
+
+    Raises:
+        ConfigError: the workspace has no such encoding.
+        DataError: no sample trains, or images of the set have no latents.
+    """
+    from resources.workspace import prompt_maker
+
+    if config.encoding not in store.config.encodings:
+        raise ConfigError(
+            f"encoding={config.encoding!r} is none of the workspace's: {', '.join(sorted(store.config.encodings))}"
+        )
+    if store.manifest("training_set", config.encoding) is None:
+        return None
+    maker = prompt_maker(store, config)
+    samples = maker.samples
+    rows = np.flatnonzero(~samples.validates)
+    if not len(rows):
+        raise DataError(f"training set {config.encoding} has no sample with split 'train': nothing to train on")
+    if not config.latents_url:
+        shards = [samples.shard_names[code] for code in samples.shards.tolist()]
+        _check_latents(store, config, pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}))
+    buckets, num_chunks = samples.buckets[rows], maker.count_chunks(rows, 0)
+    windows = assign_windows(
+        [samples.shard_names[code] for code in samples.shards[rows].tolist()], seed=config.seed, epoch=0,
+        shards_at_a_time=config.batch.shards_at_a_time,
+    )  # fmt: skip
+    order = make_order(
+        buckets, num_chunks, seed=config.seed, epoch=0, micro_batch_size=config.batch.micro_batch_size,
+        global_batch_size=config.batch.global_batch_size, windows=windows,
+    )  # fmt: skip
+    return Epoch(num_held_out=len(samples) - len(rows), buckets=buckets, num_chunks=num_chunks, order=order)
+
+
+def _check_latents(store: Store, config: RunConfig, images: pl.DataFrame) -> None:
+    """Check that some generation of each shard holds all of the set's images.
+
+    Raises:
+        DataError: not all have latents; the message counts them.
+    """
+    from training.latent_source import LatentSource
+
+    folder, lacking = store.home / "latents" / config.encoding, 0
+    source = LatentSource(folder)
+    for (shard,), part in images.group_by("shard", maintain_order=True):
+        lacking += source.choose(str(shard), part["image_id"].to_list())[1]
+    if lacking:
+        raise DataError(
+            f"{lacking} of {len(images)} images of the training set have no latents in {folder}: run `foundry run "
+            "--select latents`"
+        )
+
+
+def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
+    """Everything that can be known of a run without loading weights, as lines for people.
+
+    Raises:
+        ModelError: the base model is missing or of another family than the recipe's.
+        ConfigError: an option that the model does not have, an unknown card, or rates that cannot be used.
+        DataError: images of the set have no latents, or none trains.
+    """
+    from training.flops import read_model_configs
+    from training.memory import estimate_memory
+
+    rates, folder = hardware.resolve(), store.model_path(config.base)
+    model = read_model_configs(folder)
+    if config.family not in ("any", model.family):
+        raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
+    if config.train_text_encoder_2 and len(model.text_encoders) == 1:
+        raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
+    epoch = count_epoch(store, config)
+    shapes = _shapes(store, config, epoch)
+    height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
+    memory = estimate_memory(
+        model, config, height=height, width=width, num_chunks=max(chunks for *_, chunks in shapes),
+        num_ranks=hardware.num_gpus,
+    )  # fmt: skip
+    card = find_gpu(rates.gpu)
+    parts = ("weights", "gradients", "optimizer", "ema", "activations", "context")
+    listed = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in parts)
+    lines = [
+        f"model: {model.family}, {memory.num_trained:,} of {memory.num_parameters:,} parameters trained",
+        f"memory per card: about {memory.total / 1e9:.2f} GB ({listed})",
+    ]
+    if memory.total > card.memory_bytes:
+        lines.append(
+            f"memory: more than the {card.memory_bytes / 1e9:.0f} GB of one {card.name}; lower batch.micro_batch_size, "
+            "or set compute.gradient_checkpointing or compute.shard_optimizer"
+        )
+    lines += _epoch_lines(config, epoch)
+    flops = _sample_flops(model, config, shapes)
+    peak = peak_flops(card, config.precision)
+    if peak is None:
+        raise ConfigError(f"precision={config.precision!r}: {card.name} has no fast arithmetic for it")
+    # One utilization for all arithmetic; fp32 is slower by what the card can do in it.
+    rate = training_rate(rates, flops / _TERA) * peak / card.half
+    hours = config.num_samples / rate / 3600
+    return [
+        *lines,
+        f"compute: {flops / _TERA:.4g} TFLOP per sample, {rate:,.4g} images/s per {card.name} at "
+        f"{rates.mfu:.0%} of its peak ({'default rates' if hardware.rates is None else hardware.rates})",
+        f"time: {hours / hardware.num_gpus:,.2f} hours on {hardware.num_gpus} x {card.name}, {hours:,.2f} GPU-hours, "
+        f"${hours * hardware.dollars_per_hour:,.2f} at ${hardware.dollars_per_hour:g} an hour",
+    ]
+
+
+def _sample_flops(model: "ModelConfigs", config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:
+    """Operations of the mean sample, forward and backward."""
+    from training.flops import training_flops
+
+    count = training_flops(model, config)
+    return sum(count(*shape).model * share for shape, share in shapes.items()) / sum(shapes.values())
+
+
+def _shapes(store: Store, config: RunConfig, epoch: Epoch | None) -> dict[tuple[int, int, int], int]:
+    """Samples by (height, width, chunks); before there is a set, one of each size of the plan with longest prompts."""
+    if epoch is not None:
+        keys = np.column_stack([epoch.buckets, epoch.num_chunks])
+        found, counts = np.unique(keys, axis=0, return_counts=True)
+        return {(h, w, n): count for (h, w, n), count in zip(found.tolist(), counts.tolist(), strict=True)}
+    from training.data.bucket_plans import plan
+
+    sizes = plan(store.config.encodings[config.encoding].buckets)
+    if not sizes:
+        raise DataError(
+            f"encoding {config.encoding}: sizes follow the pictures; run `foundry run --select training_set`"
+        )
+    return {(size.height, size.width, config.prompts.max_chunks): 1 for size in sizes}
+
+
+def _epoch_lines(config: RunConfig, epoch: Epoch | None) -> list[str]:
+    """Steps, epochs and micro-batches, and the short ones of each bucket."""
+    batch = config.batch
+    if epoch is None:
+        steps = -(-config.num_samples // batch.global_batch_size)
+        return [f"steps: {steps:,}; no training set yet: epochs and micro-batches are not known"]
+    num_train, order = len(epoch.buckets), epoch.order
+    whole, rest = divmod(config.num_samples, num_train)
+    steps = whole * order.num_steps + -(-rest // batch.global_batch_size)
+    sizes = np.diff(order.micro_starts)
+    of_micro = epoch.buckets[order.samples[order.micro_starts[:-1]]]
+    short = sizes < batch.micro_batch_size
+    lines = [
+        f"training set: {num_train:,} images train, {epoch.num_held_out:,} validate",
+        f"steps: {steps:,} of {batch.global_batch_size} samples in {config.num_samples / num_train:,.2f} epochs of "
+        f"{order.num_steps:,}",
+        f"micro-batches per epoch: {len(sizes):,} of up to {batch.micro_batch_size}, {short.sum():,} short",
+        "bucket        samples  micro-batches  short",
+    ]
+    found, samples = np.unique(epoch.buckets, axis=0, return_counts=True)
+    for position in np.argsort(-samples, kind="stable"):
+        here = (of_micro == found[position]).all(axis=1)
+        name = "x".join(map(str, found[position].tolist()))
+        lines.append(f"{name:<12}{samples[position]:>9,}{here.sum():>15,}{(here & short).sum():>7,}")
+    return lines + length_lines(num_train, config.num_samples, batch.global_batch_size)
+
+
+def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], list[str]]:
+    """What a workspace's tables say of a run's work: images, samples, operations, bytes stored by kind, and advice.
+
+    Raises:
+        ConfigError: there is no such run.
+        DataError: nothing is ingested yet.
+    """
+    from resources.workspace import require_run
+    from training.flops import read_model_configs
+    from training.run_folder import read_config
+
+    require_run(store, run)
+    config = read_config(store.run_folder(run))
+    num_images = _rows(store, "raw_images")
+    if not num_images:
+        raise DataError(f"{store.home} has no images yet: run `foundry run --select raw_images`, or name --images")
+    stored = {"raw": float(store.read("raw_images", ["bytes"])["bytes"].sum()), "latents": 0.0, "tables": 0.0}
+    stored["embeddings"] = 0.0
+    for table in TABLES:
+        for part in store.parts(table):
+            for entry in _manifest(store, table, part).files:
+                kind = "embeddings" if table == "embeddings" else "tables"
+                stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
+    epoch = count_epoch(store, config)
+    flops = _sample_flops(read_model_configs(store.model_path(config.base)), config, _shapes(store, config, epoch))
+    work = Workload(
+        num_images=num_images, num_samples=config.num_samples, training_tflop=flops / _TERA,
+        # The base model and the run's last checkpoint draw every prompt once.
+        num_generated=2 * _rows(store, "prompt_sets"),
+    )  # fmt: skip
+    num_train = num_images if epoch is None else len(epoch.buckets)
+    return work, stored, length_lines(num_train, config.num_samples, config.batch.global_batch_size)
+
+
+def _rows(store: Store, table: str) -> int:
+    return sum(_manifest(store, table, part).rows for part in store.parts(table))
+
+
+def _manifest(store: Store, table: str, part: str) -> Manifest:
+    manifest = store.manifest(table, part)
+    assert manifest is not None, "a part that is listed is committed"
+    return manifest
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """A bill for people."""
+    lines = ["stored", *(f"  {kind:<28}{_size(size):>12}" for kind, size in cost.stored_bytes.items())]
+    lines.append(f"  in an object store{'':<10}{'':>4}${cost.store_dollars_per_month:,.2f} a month")
+    lines.append(f"GPU-hours, {cost.gpu}")
+    lines += [f"  {stage:<28}{hours:>12,.2f}" for stage, hours in cost.gpu_hours.items()]
+    lines.append(f"  {'all':<28}{cost.total_gpu_hours:>12,.2f}")
+    lines.append("core-hours")
+    lines += [f"  {stage:<28}{hours:>12,.2f}" for stage, hours in cost.core_hours.items()]
+    return [
+        *lines,
+        f"training at {cost.training_images_per_s:,.4g} images/s per card; captions are not counted: no rate is known",
+        f"{cost.days:,.2f} days on {cost.num_gpus} x {cost.gpu}",
+        f"${cost.gpu_dollars:,.2f} for the cards, ${cost.dollars:,.2f} with storage, transfer and idle time",
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes / 1e3:,.2f} kB"
