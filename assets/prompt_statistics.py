@@ -1,37 +1,39 @@
 """`prompt_statistics`: what the model will really read, before a GPU-hour is spent."""
 
 import dagster as dg
+import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import runs
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest
-from training.data.prompts import make_prompt, statistics
-from training.data.tokens import tokenize
+from training.data import prompt_statistics as counted
 from training.errors import DataError
 from training.evaluation import figures
+from training.run_config import PromptConfig
 from training.run_folder import CONFIG, read_config
-from training.seeds import Purpose, generator
 
 NUM_EXAMPLES = 12
 MAX_SAMPLES = 10_000
+NUM_TAGS = 30
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the run's configuration and of its encoding's training set."""
+    """Digests of the run's configuration, its encoding's training set, and the vocabulary."""
     encoding = read_config(store.run_folder(key)).encoding
-    manifest = store.manifest("training_set", encoding)
+    manifest, words = store.manifest("training_set", encoding), store.manifest("tag_vocabulary", "all")
     return {
         "config": file_digest(store.run_folder(key) / CONFIG),
         "training_set": manifest.digest if manifest else "absent",
+        "tag_vocabulary": words.digest if words else "absent",
     }
 
 
-STAGE = Stage(name="prompt_statistics", version=1, scope=Scope.RUN, models=("base",), others=_inputs)
+STAGE = Stage(name="prompt_statistics", version=2, scope=Scope.RUN, models=("base",), others=_inputs)
 
 
 @dg.asset(
-    deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping())],
+    deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
     partitions_def=runs,
     **describe(STAGE, "train", "polars"),
 )
@@ -39,31 +41,48 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
     """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples."""
 
     def make(key: str) -> Made:
-        from training.models.text_encoders import load_tokenizer
+        from resources.workspace import prompt_maker
 
         config = read_config(store.run_folder(key))
         if store.manifest("training_set", config.encoding) is None:
             raise DataError(f"prompt_statistics {key}: training_set {config.encoding} is not committed; run that first")
-        samples = store.read("training_set", parts=[config.encoding]).head(MAX_SAMPLES)
-        tokenizer = load_tokenizer(store.model_path("base") / "tokenizer")
-        made = [
-            make_prompt(sample, config.prompts, generator(config.seed, Purpose.PROMPT, 0, sample["image_id"]))
-            for sample in samples.iter_rows(named=True)
+        maker = prompt_maker(store, config)
+        made = maker.make(range(min(len(maker.samples), MAX_SAMPLES)), 0)
+        frame = counted.statistics(made)
+        report = _report(frame, config.prompts)
+        report["tables"]["examples"] = [
+            {"prompt": one.text, "tokens": one.num_tokens, "kind": one.prompt.trace["kind"]}
+            for one in made[:NUM_EXAMPLES]
         ]
-        tokens = tokenize([prompt for prompt, _ in made], tokenizer, max_chunks=config.prompts.max_chunks)
-        counts = [item.num_tokens for item in tokens]
-        frame = statistics([trace for _, trace in made], counts, config.prompts.max_chunks)
-        return Made(
-            frame=frame,
-            report={
-                "numbers": {
-                    "prompts": len(made),
-                    "empty": sum(prompt == "" for prompt, _ in made),
-                    "truncated": sum(item.num_truncated > 0 for item in tokens),
-                },
-                "tables": {"examples": [{"prompt": prompt} for prompt, _ in made[:NUM_EXAMPLES]]},
-                "pictures": {"tokens per prompt": figures.histogram(counts)},
-            },
-        )
+        report["numbers"]["zeroed"] = sum(one.zeroed for one in made)
+        return Made(frame=frame, report=report)
 
     return materialize(context, store, STAGE, make)
+
+
+def _report(frame: pl.DataFrame, config: PromptConfig) -> dict[str, dict[str, object]]:
+    """Numbers, warnings and plots of the statistics."""
+    kinds = dict(frame.filter(pl.col("statistic") == "kind").select("key", "count").iter_rows())
+    tags = frame.filter(pl.col("statistic") == "tag").sort("count", "key", descending=[True, False]).head(NUM_TAGS)
+    truncated = frame.filter(pl.col("statistic") == "num_truncated")
+    return {
+        "numbers": {
+            "prompts": sum(kinds.values()),
+            "empty": kinds.get("empty", 0),
+            "truncated": int(truncated["count"].sum()),
+            "tokens cut off": sum(counted.histogram_of(frame, "num_truncated")),
+        },
+        "tables": {
+            "warnings": [{"warning": line} for line in counted.warnings(frame, config)],
+            "most frequent tags": tags.select(tag="key", prompts="count").to_dicts(),
+        },
+        "pictures": {
+            "tags per prompt": figures.histogram(counted.histogram_of(frame, "num_tags")),
+            "tokens per prompt": figures.histogram(counted.histogram_of(frame, "num_tokens")),
+            "prompts by tokens that their chunks hold, found of wanted": figures.shares(
+                counted.chunk_mix(frame, config)
+            ),
+            "kinds of prompts": figures.bars(sorted(kinds.items())),
+            "tags by frequency": figures.bars([("", count) for count in tags["count"].to_list()]),
+        },
+    }

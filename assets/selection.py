@@ -13,7 +13,7 @@ from training.evaluation import figures
 
 STAGE = Stage(
     name="selected_images",
-    version=2,
+    version=3,
     scope=Scope.ALL,
     reads=(
         Reads("source_listing", ("source", "source_id", "shard", "gone_at", "tags", "rating", "split", "crop_box")),

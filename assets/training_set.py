@@ -12,11 +12,11 @@ from training.training_set import freeze
 
 STAGE = Stage(
     name="training_set",
-    version=2,
+    version=3,
     scope=Scope.ENCODING,
     reads=(
-        Reads("selected_images", ("image_id", "shard", "height", "width", "kept", "score", "tags", "caption", "words",
-                                  "boxes", "split", "stable", "flip")),
+        Reads("selected_images", ("image_id", "shard", "height", "width", "kept", "score", "tags", "caption",
+                                  "made_caption", "words", "boxes", "split", "stable", "flip")),
         Reads("bucket_assignments", ("image_id", "bucket_height", "bucket_width", "padded"), Per.ENCODING),
         Reads("latents", ("image_id",), Per.ENCODING_ALL),
     ),
@@ -46,6 +46,7 @@ def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
                 "numbers": {
                     **dict(splits.iter_rows()),
                     "with a caption": frame["caption"].count(),
+                    "with a made caption": frame["made_caption"].count(),
                     "with a watermark": int((frame["boxes"].list.len() > 0).sum()),
                     "padded": int(tables["bucket_assignments"]["padded"].sum()),
                     "without a tag": int(frame.select((pl.col("tags").list.len() == 0).sum()).item()),

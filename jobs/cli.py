@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from resources.store import Store, find_home
-from training.errors import PipelineError
+from training.errors import ConfigError, PipelineError
+from training.run_config import BatchConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +24,10 @@ Home = Annotated[
     Path | None,
     typer.Option("--home", help="The workspace; default: FOUNDRY_HOME, the nearest one above, ./workspace."),
 ]
+
+Gpu = Annotated[str, typer.Option("--gpu", help="Kind of card, for estimates.")]
+Price = Annotated[float, typer.Option("--price", help="Dollars per card and hour.")]
+RatesFile = Annotated[Path | None, typer.Option("--rates", help="JSON that benchmarks/train_throughput.py wrote.")]
 
 
 def main() -> None:
@@ -184,11 +189,15 @@ def train(
     recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe whose [run] half to train.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; write nothing.")] = False,
+    gpus: Annotated[int, typer.Option("--gpus", help="With --dry-run: cards.", min=1)] = 1,
+    gpu: Gpu = "H200",
+    price: Price = 3.0,
+    rates: RatesFile = None,
     stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
 ) -> None:
     """Start, resume or follow a training run."""
-    from jobs import console, pipeline
+    from jobs import console, estimates, pipeline
     from resources import torchrun, workspace
     from training import recipes
 
@@ -204,7 +213,10 @@ def train(
     if recipe is not None and dry_run:
         rules = workspace.tiny_rules(recipe, tiny=tiny)
         path = recipes.recipe_path(workspace.RECIPES, recipe)
-        print(recipes.run_toml(recipes.run_config(path, set_ or [], tiny=rules)))
+        config = recipes.run_config(path, set_ or [], tiny=rules)
+        hardware = estimates.Hardware(num_gpus=gpus, gpu=gpu, dollars_per_hour=price, rates=rates)
+        print(recipes.run_toml(config))
+        print("\n".join(estimates.dry_run(store, config, hardware)))
         return
     if recipe is not None:
         workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
@@ -213,6 +225,40 @@ def train(
     with console.progress() as announce:
         outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
+
+
+@app.command()
+def cost(
+    home: Home = None,
+    run: Annotated[str | None, typer.Option("--run", help="Configured run of the workspace.")] = None,
+    images: Annotated[int, typer.Option("--images", help="Without --run: images of the data set.")] = 0,
+    samples: Annotated[int, typer.Option("--samples", help="Without --run: samples to train on.")] = 0,
+    generated: Annotated[int | None, typer.Option("--generated", help="Pictures drawn by evaluations.", min=0)] = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="Cards.", min=1)] = 1,
+    gpu: Gpu = "H200",
+    price: Price = 3.0,
+    rates: RatesFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Estimate storage, GPU-hours, days and money of a fine-tune."""
+    from dataclasses import replace
+
+    from jobs import estimates
+    from training import cost as model
+
+    stored = None
+    if run is not None:
+        work, stored, advice = estimates.workspace_work(_open(home), run)
+    elif images and samples:
+        work = model.Workload(num_images=images, num_samples=samples)
+        advice = model.length_lines(images, samples, BatchConfig().global_batch_size)
+    else:
+        raise ConfigError("cost needs --run NAME, or --images N and --samples M")
+    if generated is not None:
+        work = replace(work, num_generated=generated)
+    hardware = estimates.Hardware(num_gpus=gpus, gpu=gpu, dollars_per_hour=price, rates=rates)
+    bill = model.estimate_cost(work, hardware.resolve(), num_gpus=gpus, dollars_per_hour=price, stored_bytes=stored)
+    print(json.dumps(model.as_json(bill)) if as_json else "\n".join([*estimates.cost_lines(bill), *advice]))
 
 
 @app.command()
@@ -235,15 +281,27 @@ def buckets(
 
 @app.command()
 def prompts(
-    run: Annotated[str, typer.Option("--run", help="Training run whose prompts to make.")],
+    run: Annotated[str | None, typer.Option("--run", help="Training run whose prompts to make.")] = None,
     home: Home = None,
     n: Annotated[int, typer.Option("--n", help="How many.")] = 20,
+    trace: Annotated[bool, typer.Option("--trace", help="Say how each came about.")] = False,
+    fit: Annotated[Path | None, typer.Option("--fit", help="People's prompts, one a line: measure them.")] = None,
 ) -> None:
-    """Print prompts as the run will see them."""
-    from resources.workspace import example_prompts
+    """Print prompts as a run will see them, or what people's prompts say of mean_tags and std_tags."""
+    from training.data import prompt_statistics
 
-    for prompt in example_prompts(_open(home), run, n):
-        print(prompt or "(empty)")
+    if (run is None) == (fit is None):
+        raise ConfigError("prompts needs either --run NAME or --fit FILE")
+    if fit is not None:
+        mean, std = prompt_statistics.fit_lengths(fit)
+        print(f"mean_tags = {mean:.1f}\nstd_tags = {std:.1f}")
+    else:
+        from resources.workspace import example_prompts
+
+        for prompt in example_prompts(_open(home), run or "", n):
+            print(prompt.text or "(empty)")
+            if trace:
+                print(f"    {prompt_statistics.trace_line(prompt)}")
 
 
 latents_app = typer.Typer(no_args_is_help=True, help="Encode latents anew, and move them in and out.")

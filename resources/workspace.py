@@ -7,11 +7,12 @@ from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
 from training.commit import lock, write_bytes
-from training.data.prompts import make_prompt
-from training.errors import ConfigError, WorkspaceError
+from training.data import vocabulary
+from training.data.prompt_maker import MadePrompt, PromptMaker
+from training.data.samples import Samples
+from training.errors import ConfigError, DataError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import CONFIG, EVENTS, read_config
-from training.seeds import Purpose, generator
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -98,12 +99,31 @@ def require_run(store: Store, run: str) -> None:
         raise ConfigError(f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}")
 
 
-def example_prompts(store: Store, run: str, num_prompts: int) -> list[str]:
-    """Prompts of the first samples of a run's training set, as epoch 0 makes them."""
+def prompt_maker(store: Store, config: RunConfig) -> PromptMaker:
+    """Makes a run's prompts from the workspace's tables, as the trainer will from what is frozen with the run.
+
+    Raises:
+        DamageError: the set's file is damaged.
+    """
+    from training.models.text_encoders import load_tokenizer
+
+    samples = Samples(store.table_file("training_set", config.encoding))
+    known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
+    base = store.model_path(config.base)
+    names = ("tokenizer", "tokenizer_2") if (base / "tokenizer_2").is_dir() else ("tokenizer",)
+    return PromptMaker(samples, known, config.prompts, config.seed, [load_tokenizer(base / name) for name in names])
+
+
+def example_prompts(store: Store, run: str, num_prompts: int) -> list[MadePrompt]:
+    """Prompts of the first samples of a run's training set, as epoch 0 makes them.
+
+    Raises:
+        ConfigError: there is no such run.
+        DataError: its encoding has no training set yet.
+    """
     require_run(store, run)
     config = read_config(store.run_folder(run))
-    samples = store.read("training_set", parts=[config.encoding]).head(num_prompts)
-    return [
-        make_prompt(sample, config.prompts, generator(config.seed, Purpose.PROMPT, 0, sample["image_id"]))[0]
-        for sample in samples.iter_rows(named=True)
-    ]
+    if store.manifest("training_set", config.encoding) is None:
+        raise DataError(f"run {run}: training_set {config.encoding} is not committed; run `foundry run` first")
+    maker = prompt_maker(store, config)
+    return maker.make(range(min(num_prompts, len(maker.samples))), 0)

@@ -6,6 +6,7 @@ import torch
 from training import epochs, run_folder
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import from_bfloat16, read_generation
+from training.data.vocabulary import Vocabulary
 from training.dataset import Dataset, loss_mask
 from training.errors import DamageError, DataError
 from training.latent_source import LatentSource
@@ -18,7 +19,7 @@ def open_run(make_run, tiny_sdxl):
 
     def open_it(**changes):
         run = make_run(**changes)
-        dataset = Dataset(run.rows, LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+        dataset = Dataset(run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
         dataset.use_latents(dataset.pin_latents()[0])
         return run, dataset
 
@@ -48,7 +49,7 @@ def test_a_batch_is_what_the_tables_say(open_run):
         place = generation.table().row(by_predicate=pl.col("image_id") == batch.image_ids[position], named=True)
         mean, _ = generation.open_files()[place["file"]].gather([place["row"]])
         assert np.array_equal(batch.latents[position].numpy(), from_bfloat16(mean[0]))
-    for ids, tokenizer in zip(batch.ids, dataset.tokenizers, strict=True):
+    for ids, tokenizer in zip(batch.ids, dataset.prompt_maker.tokenizers, strict=True):
         assert ids.shape[0] == len(rows)
         words = tokenizer(batch.prompts[0], add_special_tokens=False)["input_ids"][:75]
         assert ids[0, 0, 1 : 1 + len(words)].tolist() == words
@@ -102,7 +103,7 @@ def test_missing_latents_are_counted_over_all_shards(open_run, write_generation)
 def test_latents_of_another_bucket_plan_are_refused(open_run):
     run, dataset = open_run()
     table = run.rows.with_columns(bucket_height=pl.lit(40, pl.Int32))
-    other = Dataset(table, dataset.latents, run.config, dataset.tokenizers, 0.13025)
+    other = Dataset(table, Vocabulary(), dataset.latents, run.config, (), 0.13025)
     with pytest.raises(DataError, match="27 images lie in another bucket"):
         other.use_latents(other.pin_latents()[0])
 
@@ -110,7 +111,9 @@ def test_latents_of_another_bucket_plan_are_refused(open_run):
 def test_a_set_without_training_images_is_refused(open_run):
     run, dataset = open_run()
     with pytest.raises(DataError, match="none with split 'train'"):
-        Dataset(dataset.table.with_columns(split=pl.lit("validation")), dataset.latents, run.config, (), 0.13025)
+        Dataset(
+            run.rows.with_columns(split=pl.lit("validation")), Vocabulary(), dataset.latents, run.config, (), 0.13025
+        )
 
 
 def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation):
@@ -172,7 +175,7 @@ def test_overlapping_boxes_count_once():
 
 def test_latents_of_a_vae_that_scales_otherwise_are_refused(open_run):
     run, dataset = open_run()
-    other = Dataset(run.rows, dataset.latents, run.config, dataset.tokenizers, 0.18215)
+    other = Dataset(run.rows, Vocabulary(), dataset.latents, run.config, (), 0.18215)
     with pytest.raises(DataError, match=r"scaled by 0\.13025, the base model's VAE scales by 0\.18215"):
         other.use_latents(other.pin_latents()[0])
 

@@ -24,6 +24,10 @@ from training.errors import DamageError, LockedError, WorkspaceError
 
 MANIFEST_FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
+_ROW_GROUP = 131_072
+"""Rows of a Parquet row group: what is read at once."""
+_DICTIONARY_BYTES = 8_000_000
+"""A column with longer dictionaries is written out in full."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -275,8 +279,36 @@ def write_named(folder: Path, stem: str, suffix: str, write: Callable[[Path], No
 
 
 def write_parquet(folder: Path, part: str, frame: pl.DataFrame) -> Entry:
-    """Write a table as `<part>-<digest8>.parquet`."""
-    return write_named(folder, part, ".parquet", lambda path: frame.write_parquet(path, compression="zstd"))
+    """Write a table as `<part>-<digest8>.parquet`.
+
+    Arrow writes it, with dictionaries for strings also inside lists, which Polars writes out in full: a training set
+    is less than half as large, and opens without making its strings.
+    """
+    import pyarrow.parquet as pq
+
+    strings = [path for name, dtype in frame.schema.items() for path in _string_paths(name, dtype)]
+    return write_named(
+        folder,
+        part,
+        ".parquet",
+        lambda path: pq.write_table(
+            frame.to_arrow(compat_level=pl.CompatLevel.oldest()),
+            path,
+            row_group_size=_ROW_GROUP,
+            compression="zstd",
+            use_dictionary=strings,
+            dictionary_pagesize_limit=_DICTIONARY_BYTES,
+        ),
+    )
+
+
+def _string_paths(name: str, dtype: pl.DataType) -> list[str]:
+    """Parquet's names of the string columns in a column of this type."""
+    if isinstance(dtype, pl.List):
+        return _string_paths(f"{name}.list.element", dtype.inner)  # type: ignore[arg-type]
+    if isinstance(dtype, pl.Struct):
+        return [path for item in dtype.fields for path in _string_paths(f"{name}.{item.name}", item.dtype)]  # type: ignore[arg-type]
+    return [name] if dtype == pl.String else []
 
 
 def check_entry(folder: Path, entry: Entry, *, whole: bool = True) -> None:

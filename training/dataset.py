@@ -6,6 +6,7 @@ Reads the set's table once; latents, prompts and tokens are made when a batch is
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,16 @@ import polars as pl
 import torch
 from transformers import CLIPTokenizer
 
-from training import noise, seeds
+from training import noise
 from training.commit import Entry
+from training.data.chunk_counts import count_in_processes
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import LatentFile, read_generation
-from training.data.prompts import make_prompt
-from training.data.tables import TABLES
-from training.data.tokens import count_chunks, tokenize
+from training.data.prompt_maker import PromptMaker
+from training.data.samples import Samples
+from training.data.vocabulary import Vocabulary
 from training.errors import DataError
 from training.latent_source import LatentSource
-from training.models.text_encoders import ids_tensor
 from training.run_config import RunConfig
 from training.seeds import Purpose
 
@@ -53,6 +54,10 @@ class Batch:
     """`(B, 2)` fp32, pixels of the resized image."""
     target_size: torch.Tensor
     """`(B, 2)` fp32, the bucket in pixels."""
+    zeroed: torch.Tensor
+    """`(B,)` bool: samples whose text conditioning, hidden states and pooled, is to be replaced by zeros."""
+    num_truncated: int
+    """Tokens of its prompts that no chunk holds."""
     mask: torch.Tensor | None
     """Weight of each latent pixel, `(B, 1, h, w)` fp32; None when all are 1, as in validation."""
 
@@ -62,7 +67,8 @@ class Dataset:
 
     def __init__(
         self,
-        table: pl.DataFrame,
+        training_set: Path | pl.DataFrame,
+        vocabulary: Vocabulary,
         latents: LatentSource,
         config: RunConfig,
         tokenizers: Sequence[CLIPTokenizer],
@@ -71,44 +77,46 @@ class Dataset:
         """Take a set.
 
         Args:
-            table: `training_set`.
+            training_set: `training_set`, or its file: then other processes can help with a million prompts.
+            vocabulary: Of its tags, as frozen with the run.
             latents: Of its encoding.
             config: Prompts, loss and seed of the run.
             tokenizers: One per text encoder.
             scaling_factor: Of the base model's VAE; latents scaled otherwise are refused.
 
         Raises:
-            DataError: no sample trains.
+            DataError: no sample trains, or the set cannot be read.
         """
-        self.table = TABLES["training_set"].conform(table)
+        self.samples = Samples(training_set)
         self.latents = latents
         self.config = config
-        self.tokenizers = tokenizers
         self.scaling_factor = scaling_factor
-        self.image_ids: list[str] = self.table["image_id"].to_list()
-        self.buckets = self.table.select("bucket_height", "bucket_width").to_numpy()  # (N, 2)
-        split = self.table["split"].to_numpy()
-        self.train_rows = np.flatnonzero(split == "train")
-        self.validation_rows = np.flatnonzero(split == "validation")
-        self.stable_rows = np.flatnonzero((split == "train") & self.table["stable"].to_numpy())
+        self.image_ids = self.samples.image_ids
+        self.buckets = self.samples.buckets  # (N, 2)
+        self.train_rows = np.flatnonzero(~self.samples.validates)
+        self.validation_rows = np.flatnonzero(self.samples.validates)
+        self.stable_rows = np.flatnonzero(~self.samples.validates & self.samples.stable)
         if not len(self.train_rows):
-            raise DataError(f"training set has {len(split)} rows and none with split 'train': nothing to train on")
+            raise DataError(
+                f"training set has {len(self.samples)} rows and none with split 'train': nothing to train on"
+            )
+        self._file = training_set if isinstance(training_set, Path) else None
+        self.prompt_maker = PromptMaker(self.samples, vocabulary, config.prompts, config.seed, tokenizers)
 
     def prompt(self, row: int, epoch: int | None) -> str:
         """The prompt of a sample in an epoch; with None the one it is validated with, always the same."""
-        image_id = self.image_ids[row]
-        keys = (Purpose.VALIDATION, "prompt") if epoch is None else (Purpose.PROMPT, epoch)
-        rng = seeds.generator(self.config.seed, *keys, image_id)
-        return make_prompt(self.table.row(row, named=True), self.config.prompts, rng)[0]
+        return self.prompt_maker.make([row], epoch)[0].text
 
     def count_chunks(self, rows: np.ndarray, epoch: int | None) -> np.ndarray:
-        """Text chunks that the prompts of `rows` fill in an epoch, `(len(rows),)` int64."""
-        counts = []
-        for start in range(0, len(rows), 4096):
-            prompts = [self.prompt(row, epoch) for row in rows[start : start + 4096].tolist()]
-            encoded = self.tokenizers[0](prompts, add_special_tokens=False, truncation=False, verbose=False)
-            counts += [count_chunks(len(ids), self.config.prompts.max_chunks) for ids in encoded["input_ids"]]
-        return np.array(counts, dtype=np.int64)
+        """Text chunks that the prompts of `rows` (ascending) have in an epoch, `(len(rows),)` int64."""
+        if self._file is None:
+            return self.prompt_maker.count_chunks(rows, epoch)
+        return count_in_processes(self.prompt_maker, self._file, rows, epoch)
+
+    def shards_of(self, rows: np.ndarray) -> list[str]:
+        """Shard of each of these rows."""
+        names = self.samples.shard_names
+        return [names[code] for code in self.samples.shards[rows].tolist()]
 
     def pin_latents(self) -> tuple[Pins, list[str]]:
         """For each shard the highest whole generation that holds all of the set's images of it.
@@ -123,9 +131,10 @@ class Dataset:
         pins: Pins = {}
         notes: list[str] = []
         lacking: dict[str, int] = {}
-        for (shard,), part in self.table.select("shard", "image_id").group_by("shard", maintain_order=True):
-            name = str(shard)
-            generation, missing, passed_over = self.latents.choose(name, part["image_id"].to_list())
+        samples = self.samples
+        by_shard = np.split(np.argsort(samples.shards, kind="stable"), np.cumsum(np.bincount(samples.shards))[:-1])
+        for name, rows in sorted(zip(samples.shard_names, by_shard, strict=True)):
+            generation, missing, passed_over = self.latents.choose(name, samples.image_ids.take(rows))
             notes += passed_over
             if generation is None:
                 lacking[name] = missing
@@ -133,7 +142,7 @@ class Dataset:
                 pins[name] = {"generation": generation.number, "digest": generation.manifest.digest}
         if lacking:
             raise DataError(
-                f"{sum(lacking.values())} of {len(self.table)} images of the training set have no latents in "
+                f"{sum(lacking.values())} of {len(samples)} images of the training set have no latents in "
                 f"{self.latents.url or self.latents.folder} (shards {', '.join(sorted(lacking)[:5])})"
                 f"{''.join('; ' + note for note in notes[:3])}: run `foundry run --select latents`"
             )
@@ -164,8 +173,8 @@ class Dataset:
                     pl.col("file").replace_strict(numbers, return_dtype=pl.Int32).alias("number")
                 )
             )
-        joined = self.table.select("image_id", pl.col("bucket_height").alias("h"), pl.col("bucket_width").alias("w"))
-        joined = joined.join(pl.concat(frames), on="image_id", how="left", maintain_order="left")
+        own = {"image_id": list(self.image_ids), "h": self.buckets[:, 0], "w": self.buckets[:, 1]}
+        joined = pl.DataFrame(own).join(pl.concat(frames), on="image_id", how="left", maintain_order="left")
         wrong = joined.filter((pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width")))
         if len(wrong) or joined["row"].null_count():
             raise DataError(
@@ -206,23 +215,19 @@ class Dataset:
         Raises:
             DamageError: a latent file is damaged.
         """
-        image_ids = [self.image_ids[row] for row in rows.tolist()]
-        prompts = [self.prompt(row, epoch) for row in rows.tolist()]
-        max_chunks = self.config.prompts.max_chunks
-        first = tokenize(prompts, self.tokenizers[0], max_chunks=max_chunks)
-        chunks = first[0].num_chunks
-        tokens = [first] + [
-            tokenize(prompts, tokenizer, max_chunks=chunks, min_chunks=chunks) for tokenizer in self.tokenizers[1:]
-        ]
+        image_ids = self.image_ids.take(rows)
+        made = self.prompt_maker.make(rows.tolist(), epoch)
         geometry = torch.from_numpy(self._geometry[rows]).to(torch.float32)
         return Batch(
             image_ids=image_ids,
-            prompts=prompts,
+            prompts=[prompt.text for prompt in made],
             latents=self._gather(rows, image_ids, epoch),
-            ids=tuple(ids_tensor(prompts, "cpu") for prompts in tokens),
+            ids=tuple(torch.from_numpy(ids) for ids in self.prompt_maker.ids(made)),
             original_size=geometry[:, 0:2],
             crop_top_left=geometry[:, 4:6],
             target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
+            zeroed=torch.tensor([prompt.zeroed for prompt in made]),
+            num_truncated=sum(prompt.num_truncated for prompt in made),
             mask=self._masks(rows, 1.0 if epoch is None else self.config.loss.watermark_weight),
         )
 
@@ -265,9 +270,8 @@ class Dataset:
                 pad_left=pad_left,
             )
             latent_height = self._open(self._places[row, 0]).shape[2]
-            boxes = [Box(box["y0"], box["x0"], box["y1"], box["x1"]) for box in self.table["boxes"][row]]
-            scale = placement.bucket.height // latent_height
-            masks.append(loss_mask(boxes if watermark_weight < 1 else [], placement, scale, watermark_weight))
+            boxes = self.samples.boxes(row) if watermark_weight < 1 else []
+            masks.append(loss_mask(boxes, placement, placement.bucket.height // latent_height, watermark_weight))
         return torch.from_numpy(np.stack(masks))[:, None]
 
 

@@ -46,7 +46,7 @@ def prepare_epoch(
         micro_batch_size=config.batch.micro_batch_size,
         global_batch_size=config.batch.global_batch_size,
         windows=assign_windows(
-            dataset.table["shard"].gather(dataset.train_rows).to_list(),
+            dataset.shards_of(dataset.train_rows),
             seed=config.seed,
             epoch=epoch,
             shards_at_a_time=config.batch.shards_at_a_time,

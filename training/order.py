@@ -72,7 +72,7 @@ def make_order(
         windows: `(N,)` part of the epoch, 0, 1, ..., that each sample belongs to: every shuffle stays within a part.
             None for one part.
     """
-    keys = np.column_stack([buckets, num_chunks])
+    keys = (buckets[:, 0].astype(np.int64) << 40) | (buckets[:, 1].astype(np.int64) << 8) | num_chunks
     parts = np.zeros(len(keys), dtype=np.int64) if windows is None else windows
     micros: list[np.ndarray] = []
     for part in range(parts.max(initial=0) + 1):
@@ -92,14 +92,16 @@ def make_order(
 
 
 def _cut(keys: np.ndarray, seed_keys: list[Any], micro_batch_size: int) -> list[np.ndarray]:
-    """Shuffled positions of each group of equal keys, in pieces of at most `micro_batch_size`."""
-    groups, member_of = np.unique(keys, axis=0, return_inverse=True)
-    member_of = member_of.reshape(-1)
+    """Shuffled positions of each group of equal keys (height, width, chunks), in pieces of the micro-batch's size."""
+    groups, member_of = np.unique(keys, return_inverse=True)
+    # Sorting numbers of 16 bits is a matter of counting them.
+    member_of = member_of.astype(np.uint16 if len(groups) < 65_536 else np.int64)
     by_group = np.split(np.argsort(member_of, kind="stable"), np.cumsum(np.bincount(member_of))[:-1])
     pieces: list[np.ndarray] = []
     for key, members in zip(groups.tolist(), by_group, strict=True):
-        shuffled = seeds.numpy_generator(*seed_keys, "samples", *key).permutation(members)
-        pieces += np.split(shuffled, range(micro_batch_size, len(shuffled), micro_batch_size))
+        parts = (key >> 40, key >> 8 & 0xFFFFFFFF, key & 0xFF)
+        shuffled = seeds.numpy_generator(*seed_keys, "samples", *parts).permutation(members)
+        pieces += [shuffled[start : start + micro_batch_size] for start in range(0, len(shuffled), micro_batch_size)]
     return pieces
 
 

@@ -38,12 +38,15 @@ def digest(seed: int, purpose: Purpose, *keys: Key) -> bytes:
 
     Lengths and types are part of the hash, so ("ab", "c"), ("a", "bc") and (1,), ("1",) all differ.
     """
-    hasher = hashlib.sha256()
-    for part in (seed, purpose.value, *keys):
+    return _feed(hashlib.sha256(), seed, purpose.value, *keys).digest()
+
+
+def _feed(hasher: "hashlib._Hash", *parts: Key) -> "hashlib._Hash":
+    for part in parts:
         kind = b"i" if isinstance(part, int) else b"s"
         data = str(part).encode()
         hasher.update(kind + len(data).to_bytes(8, "little") + data)
-    return hasher.digest()
+    return hasher
 
 
 def integer(seed: int, purpose: Purpose, *keys: Key) -> int:
@@ -54,6 +57,19 @@ def integer(seed: int, purpose: Purpose, *keys: Key) -> int:
 def generator(seed: int, purpose: Purpose, *keys: Key) -> random.Random:
     """A standard-library generator for one draw (its first 16 digest bytes are the seed)."""
     return random.Random(int.from_bytes(digest(seed, purpose, *keys)[:16], "little"))  # noqa: S311
+
+
+class Stream:
+    """Generators of many draws that share all but their last key: what they share is hashed once."""
+
+    def __init__(self, seed: int, purpose: Purpose, *keys: Key) -> None:
+        """The keys that the draws share."""
+        self._shared = _feed(hashlib.sha256(), seed, purpose.value, *keys)
+
+    def generator(self, key: Key) -> random.Random:
+        """The generator that `generator` makes for the shared keys and this one."""
+        hasher = _feed(self._shared.copy(), key)
+        return random.Random(int.from_bytes(hasher.digest()[:16], "little"))  # noqa: S311
 
 
 def numpy_generator(seed: int, purpose: Purpose, *keys: Key) -> np.random.Generator:

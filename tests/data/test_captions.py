@@ -1,4 +1,4 @@
-"""A source's own sentence comes before a model's."""
+"""A source's own sentence and a model's are kept apart."""
 
 import polars as pl
 
@@ -19,11 +19,12 @@ def table(*rows):
     return pl.DataFrame(rows, schema=TABLES["captions"].schema, orient="row")
 
 
-def test_the_sources_own_sentence_wins_and_empty_ones_never_do():
+def test_an_image_has_its_own_sentence_and_one_that_a_model_made_and_no_empty_ones():
     rows = [
         ("1", "blip", "made"), ("1", "sidecar", "given"), ("2", "sidecar", None), ("2", "zoe", "z"),
-        ("2", "blip", "b"), ("3", "sidecar", "  "), ("4", "blip", ""), ("4", "zoe", "z"),
+        ("2", "blip", "b"), ("3", "sidecar", "  "), ("4", "blip", ""), ("4", "zoe", "z"), ("5", "sidecar", "only"),
     ]  # fmt: skip
     found = captions.choose(table(*rows))
-    assert found.rows() == [("1", "given"), ("2", "b"), ("4", "z")]
+    assert found.columns == ["image_id", "caption", "made_caption"]
+    assert found.rows() == [("1", "given", "made"), ("2", None, "b"), ("4", None, "z"), ("5", "only", None)]
     assert captions.choose(table()).is_empty()

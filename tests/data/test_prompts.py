@@ -1,145 +1,300 @@
-"""bigASP's recipe: every prompt obeys the rules, and thousands of them follow the stated distributions."""
+"""Prompts: pure functions whose every choice has the stated distribution, and whose pieces are what they say."""
 
+import dataclasses
+import itertools
+import math
 import random
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from training.data import prompts
-from training.data.tables import TABLES
+from training.data import prompts, spelling
+from training.data.samples import Sample
+from training.data.vocabulary import Vocabulary
 from training.run_config import PromptConfig
+from training.seeds import Purpose, generator
 
-BOX = {"y0": 0.0, "x0": 0.0, "y1": 1.0, "x1": 1.0, "confidence": 0.5}
-NAMES = [f"tag_{n:02d}" for n in range(100)]
+NAMES = [f"tag_{number:03d}" for number in range(100)]
+ALIASES = Vocabulary({}, {name: (f"{name}_one", f"{name}_two") for name in NAMES[::2]})
+PLAIN = PromptConfig(
+    mean_tags=0, empty_prob=0, alias_prob=0, spaces_prob=0, mixed_prob=0, loose_separators_prob=0, score_tags=False
+)
+BOORU = {
+    "1girl": "people", "2boys": "people", "miku": "character", "vocaloid": "copyright", "someone": "artist",
+    "long_hair": "general", "sky": "general", "highres": "meta", "masterpiece": "special", "newest": "special",
+}  # fmt: skip
+
+
+def recipe(**changes):
+    return dataclasses.replace(PLAIN, **changes)
 
 
 def sample(num_tags=100, **changes):
-    tags = [{"name": name, "category": "general"} for name in NAMES[:num_tags]]
-    return {"tags": tags, "words": [], "caption": None, "score": 7, "boxes": [], **changes}
+    return Sample(NAMES[:num_tags], [], 7, None, None, False)._replace(**changes)
 
 
-def many(config, count=4000, **changes):
-    made = [prompts.make_prompt(sample(**changes), config, random.Random(i)) for i in range(count)]
-    return [text for text, _ in made], [trace for _, trace in made]
+def make(one, config, seed, vocabulary=ALIASES):
+    return prompts.make_prompt(one, vocabulary, config, random.Random(seed))
 
 
+def many(config, count=4000, vocabulary=ALIASES, **changes):
+    one = sample(**changes)
+    return [make(one, config, number, vocabulary) for number in range(count)]
+
+
+def fits(counts, expected):
+    """Chi-square: whether counts by key may come from probabilities by key, at one in a thousand."""
+    assert set(counts) <= {key for key, share in expected.items() if share}
+    total = sum(counts.values())
+    keys = [key for key, share in expected.items() if share]
+    return stats.chisquare([counts[key] for key in keys], [expected[key] * total for key in keys]).pvalue > 1e-3
+
+
+shares = st.sampled_from([0.0, 0.3, 1.0])
+hostile = st.one_of(
+    st.text(min_size=1, max_size=12).filter(str.strip),
+    st.sampled_from(["a,b", "(o)_(o)", ":)", "photo_(medium)", "😀_smile", "x" * 5000, ">_<", "it's", "<|endoftext|>"]),
+)
+samples = st.builds(
+    Sample,
+    tags=st.lists(st.one_of(st.sampled_from(NAMES), hostile), unique=True, max_size=40).map(sorted),
+    words=st.lists(st.sampled_from(["safe", "newest"]), unique=True),
+    score=st.sampled_from([None, *range(1, 10)]),
+    caption=st.sampled_from([None, "A sentence.", "One line\n\nanother line", " \n "]),
+    made_caption=st.sampled_from([None, "a made one"]),
+    watermark=st.booleans(),
+)
 configs = st.builds(
     PromptConfig,
-    mean_tags=st.floats(-10, 60),
+    mean_tags=st.sampled_from([0.0, 3.0, 32.0]),
     std_tags=st.floats(0, 30),
-    caption_prob=st.floats(0, 1),
-    empty_prob=st.floats(0, 1),
+    min_tags=st.integers(1, 5),
+    order=st.sampled_from(["shuffled", "kohaku"]),
+    first_tags=st.sampled_from([(), ("tag_003", "tag_001"), ("watermark",)]),
+    tag_dropout=shares,
+    alias_prob=shares,
+    spaces_prob=st.sampled_from([0.0, 0.5]),
+    mixed_prob=st.sampled_from([0.0, 0.5]),
+    loose_separators_prob=shares,
+    misspelling_prob=shares,
     score_tags=st.booleans(),
-    spaces_prob=st.sampled_from([0.0, 0.5, 1.0]),
+    caption_prob=st.sampled_from([0.0, 0.4]),
+    caption_and_tags_prob=st.sampled_from([0.0, 0.6]),
+    made_caption_prob=shares,
+    empty_prob=st.sampled_from([0.0, 0.1, 1.0]),
+    empty_as=st.sampled_from(["string", "zeros"]),
+    chunk_shares=st.sampled_from([(), (0.25, 0.5, 0.25)]),
 )
 
 
-@given(
-    config=configs,
-    num_tags=st.integers(0, 100),
-    words=st.lists(st.sampled_from(["safe", "newest"]), unique=True),
-    caption=st.sampled_from([None, "A sentence."]),
-    score=st.sampled_from([None, *range(10)]),
-    watermark=st.booleans(),
-    seed=st.integers(0, 2**64),
-)
-def test_every_prompt_obeys_the_recipe(config, num_tags, words, caption, score, watermark, seed):
-    one = sample(num_tags, words=words, caption=caption, score=score, boxes=[{}] if watermark else [])
-    text, trace = prompts.make_prompt(one, config, random.Random(seed))
-    assert (text, trace) == prompts.make_prompt(one, config, random.Random(seed))
+@given(one=samples, config=configs, seed=st.integers(0, 2**64))
+def test_every_prompt_obeys_its_recipe(one, config, seed):
+    prompt = make(one, config, seed)
+    assert prompt == make(one, config, seed)
+    trace = prompt.trace
+    assert prompt.num_chunks in ((1, 2, 3) if config.chunk_shares else (None,))
+    assert len(prompt.pieces) == len(prompt.bare)
+    assert prompt.gaps is None or len(prompt.gaps) == len(prompt.pieces)
     if trace["kind"] == "empty":
-        assert text == ""
+        assert (prompt.text, trace["as"]) == ("", config.empty_as)
         return
+    available = {*one.tags, *one.words} | ({"watermark"} if one.watermark else set())
     if trace["kind"] == "caption":
-        assert text == caption
+        lines = {"given": one.caption, "made": one.made_caption}[trace["caption"]].splitlines()
+        assert prompt.text == [line.strip() for line in lines if line.strip()][trace["line"]]
         return
-    available = {*NAMES[:num_tags], *words} | ({"watermark"} if watermark else set())
-    assert set(trace["tags"]) <= available
-    assert len(set(trace["tags"])) == len(trace["tags"]) == trace["num_tags"]
-    assert len(trace["tags"]) >= min(1, len(available))
-    assert ("watermark" in trace["tags"]) == watermark
-    allowed = {f"score_{step}_up" for step in range(1, (score or 0) + 1)} | {f"score_{score}"}
-    assert set(trace["score_tags"]) <= allowed
-    assert len(trace["score_tags"]) <= 3
-    assert bool(trace["score_tags"]) == bool(config.score_tags and score)
-    written = [n.replace("_", " ") if trace["spaces"] else n for n in (*trace["score_tags"], *trace["tags"])]
-    assert text == ", ".join(written)
+    tags = trace["tags"]
+    assert set(tags) | set(trace["dropped"]) <= available
+    assert len(set(tags)) == len(tags) == trace["num_tags"]
+    assert not set(tags) & set(trace["dropped"])
+    first = [name for name in config.first_tags if name in available]
+    assert tags[: len(first)] == first
+    assert ("watermark" in tags) == one.watermark
+    assert (trace["kind"] == "caption_and_tags") == ("caption" in trace)
+    assert set(trace["score_tags"]) <= {f"score_{n}_up" for n in range(1, (one.score or 0) + 1)} | {
+        f"score_{one.score}"
+    }
+    assert bool(trace["score_tags"]) == bool(config.score_tags and one.score)
+    for written in trace["aliases"].values():
+        assert written.endswith(("_one", "_two"))
 
 
-def test_the_number_of_tags_is_normal_and_cut_at_one():
-    _, traces = many(PromptConfig(empty_prob=0))
-    counts = [trace["num_tags"] for trace in traces]
-    # N(32, 19.8) cut below at 1, above at the 100 tags there are.
-    rng = random.Random(1)
-    expected = [min(max(1, int(rng.gauss(32, 19.8))), 100) for _ in range(20_000)]
-    assert sum(counts) / len(counts) == pytest.approx(sum(expected) / len(expected), abs=1.0)
-    assert counts.count(1) / len(counts) == pytest.approx(expected.count(1) / len(expected), abs=0.015)
-    assert min(counts) == 1
+def test_plain_tags_are_written_as_they_are():
+    assert make(sample(0, tags=["b_c", "a", "(d)"], words=["safe"]), PLAIN, 0).text in {
+        ", ".join(order) for order in itertools.permutations(["b_c", "a", "(d)", "safe"])
+    }
+
+
+def test_the_number_of_tags_has_the_stated_distribution():
+    wanted = [prompt.trace["wanted"] for prompt in many(recipe(mean_tags=32, std_tags=19.8), 20_000)]
+    # Whole numbers of N(32, 19.8); what is below 2 falls on 1. Spread over its unit, each is the normal number again.
+    at_least_two = [value + random.Random(place).random() for place, value in enumerate(wanted) if value >= 2]
+    lower = (2 - 32) / 19.8
+    assert stats.kstest(at_least_two, stats.truncnorm(lower, math.inf, 32, 19.8).cdf).pvalue > 1e-3
+    share = stats.norm.cdf(lower)
+    assert fits(Counter(value == 1 for value in wanted), {True: share, False: 1 - share})
+    assert min(wanted) == 1
+
+
+def test_as_many_tags_as_wanted_and_there_are():
+    for prompt in many(recipe(mean_tags=5, std_tags=4, min_tags=3), num_tags=6):
+        assert prompt.trace["num_tags"] == min(prompt.trace["wanted"], 6)
+        assert prompt.trace["wanted"] >= 3
 
 
 def test_every_tag_and_every_place_is_equally_likely():
-    _, traces = many(PromptConfig(empty_prob=0, mean_tags=5, std_tags=0), num_tags=10, boxes=[{}])
-    seen = Counter(name for trace in traces for name in trace["tags"])
+    made = many(recipe(mean_tags=5, std_tags=0), num_tags=10, watermark=True)
+    seen = Counter(name for prompt in made for name in prompt.trace["tags"])
     assert seen.pop("watermark") == 4000
-    assert all(count / 4000 == pytest.approx(0.4, abs=0.04) for count in seen.values())
-    places = Counter(trace["tags"].index("watermark") for trace in traces)
-    assert all(places[place] / 4000 == pytest.approx(0.2, abs=0.03) for place in range(5))
+    assert fits(seen, dict.fromkeys(NAMES[:10], 0.1))
+    places = Counter(prompt.trace["tags"].index("watermark") for prompt in made)
+    assert fits(places, dict.fromkeys(range(5), 0.2))
+    orders = Counter(tuple(prompt.trace["tags"]) for prompt in many(PLAIN, num_tags=3))
+    assert len(orders) == 6
+    assert fits(orders, dict.fromkeys(orders, 1 / 6))
 
 
-@pytest.mark.parametrize(("score", "exact"), [(1, 0.75), (9, 0.2)])
-def test_score_tags_are_one_to_three_of_those_that_hold(score, exact):
-    texts, traces = many(PromptConfig(empty_prob=0, spaces_prob=0), score=score)
-    counts = Counter(len(trace["score_tags"]) for trace in traces)
+@pytest.mark.parametrize("score", [1, 2, 9])
+def test_score_tags_have_hand_worked_shares(score):
+    made = many(recipe(score_tags=True), 8000, num_tags=2, score=score)
     most = min(3, score + 1)
-    assert all(counts[k] / 4000 == pytest.approx(1 / most, abs=0.04) for k in range(1, most + 1))
-    # E[k] / (score + 1): trainers.md 2a.
-    assert sum(f"score_{score}" in t["score_tags"] for t in traces) / 4000 == pytest.approx(exact, abs=0.03)
-    assert all(text.startswith("score_") for text in texts)
+    assert fits(Counter(len(p.trace["score_tags"]) for p in made), dict.fromkeys(range(1, most + 1), 1 / most))
+    # trainers.md 2a: each of the score + 1 names is there with E[k] / (score + 1).
+    share = (1 + most) / 2 / (score + 1)
+    exact = sum(f"score_{score}" in p.trace["score_tags"] for p in made)
+    assert fits({True: exact, False: 8000 - exact}, {True: share, False: 1 - share})
+    assert {1: 0.75, 2: 2 / 3, 9: 0.2}[score] == pytest.approx(share)
+    assert all(p.text.startswith("score_") and "score_" not in p.text.split(", tag")[1] for p in made)
 
 
-def test_shares_of_empty_caption_and_spaces():
-    texts, traces = many(PromptConfig(empty_prob=0.1, caption_prob=0.3, spaces_prob=0.5), caption="A sentence.")
-    kinds = Counter(trace["kind"] for trace in traces)
-    assert texts.count("") / 4000 == pytest.approx(0.1, abs=0.02)
-    assert kinds["caption"] / 4000 == pytest.approx(0.27, abs=0.03)
-    spaced = [trace["spaces"] for trace in traces if trace["kind"] == "tags"]
-    assert sum(spaced) / len(spaced) == pytest.approx(0.5, abs=0.04)
+def test_kinds_have_hand_worked_shares():
+    config = recipe(empty_prob=0.1, caption_prob=0.2, caption_and_tags_prob=0.3)
+    kinds = Counter(prompt.trace["kind"] for prompt in many(config, caption="A sentence."))
+    assert fits(kinds, {"empty": 0.1, "caption": 0.18, "caption_and_tags": 0.27, "tags": 0.45})
+
+
+def test_spellings_and_separators_have_hand_worked_shares():
+    made = many(recipe(spaces_prob=0.25, mixed_prob=0.25, loose_separators_prob=0.2), 3000, num_tags=20)
+    assert fits(Counter(p.trace["spelling"] for p in made), {"spaces": 0.25, "mixed": 0.25, "underscores": 0.5})
+    assert fits(Counter(p.trace["loose"] for p in made), {True: 0.2, False: 0.8})
+    mixed = [p for p in made if p.trace["spelling"] == "mixed"]
+    spaced = sum(len(re.findall("tag \\d", p.text)) for p in mixed)
+    assert fits({True: spaced, False: 20 * len(mixed) - spaced}, {True: 0.8, False: 0.2})
+    loose = [p for p in made if p.trace["loose"] and p.trace["spelling"] == "underscores"]
+    between = Counter(gap for p in loose for gap in re.split(r"tag_\d+", p.text)[1:-1])
+    assert fits(between, {", ": 0.64, ",": 0.16, "  ": 0.16, " ": 0.04})
+    assert all(set(re.split(r"tag_\d+", p.text)) == {"", ", "} for p in made[:500]
+               if not p.trace["loose"] and p.trace["spelling"] == "underscores")  # fmt: skip
+
+
+def test_aliases_are_exchanged_at_their_rate():
+    made = many(recipe(alias_prob=0.2), 2000, num_tags=10)
+    exchanged = Counter(alias for prompt in made for alias in prompt.trace["aliases"].values())
+    assert set(exchanged) == {f"{name}_{which}" for name in NAMES[:10:2] for which in ("one", "two")}
+    total = sum(exchanged.values())
+    assert fits({True: total, False: 5 * 2000 - total}, {True: 0.2, False: 0.8})
+    assert fits(exchanged, dict.fromkeys(exchanged, 0.1))
+    for prompt in made[:100]:
+        written = [prompt.trace["aliases"].get(name, name) for name in prompt.trace["tags"]]
+        assert prompt.text == ", ".join(written)
+
+
+def test_dropout_takes_general_and_special_tags_only():
+    one = sample(0, tags=sorted(set(BOORU) - {"masterpiece", "newest"}), words=["masterpiece", "newest"])
+    made = [make(one, recipe(tag_dropout=0.1, always_tags=("sky",)), n, Vocabulary(BOORU, {})) for n in range(4000)]
+    dropped = Counter(name for prompt in made for name in prompt.trace["dropped"])
+    assert set(dropped) == {"long_hair", "highres", "masterpiece", "newest"}
+    total = sum(dropped.values())
+    assert fits({True: total, False: 16_000 - total}, {True: 0.1, False: 0.9})
+
+
+def test_kohakus_order():
+    one = sample(0, tags=sorted(set(BOORU) - {"masterpiece", "newest"}), words=["masterpiece", "newest"])
+    rest = set()
+    for seed in range(200):
+        prompt = make(one, recipe(order="kohaku"), seed, Vocabulary(BOORU, {}))
+        assert prompt.text.startswith("1girl, 2boys, miku, vocaloid, someone, ")
+        rest.add(prompt.trace["tags"][5:][0])
+    assert rest == {"long_hair", "sky", "highres", "masterpiece", "newest"}
+
+
+def test_first_tags_open_the_prompt_and_always_tags_stay():
+    config = recipe(mean_tags=4, std_tags=0, first_tags=("tag_050", "absent", "tag_001"), always_tags=("tag_007",))
+    made = many(config, 300)
+    assert all(p.trace["tags"][:2] == ["tag_050", "tag_001"] and "tag_007" in p.trace["tags"] for p in made)
+    assert {p.trace["num_tags"] for p in made} == {4}
+
+
+def test_given_and_made_captions_and_lines_by_their_shares():
+    config = recipe(caption_prob=1, made_caption_prob=0.95)
+    made = many(config, caption="given", made_caption="one\n\n two \nthree")
+    assert fits(Counter(p.trace["caption"] for p in made), {"made": 0.95, "given": 0.05})
+    lines = Counter(p.text for p in made if p.trace["caption"] == "made")
+    assert fits(lines, {"one": 1 / 3, "two": 1 / 3, "three": 1 / 3})
+    assert {p.text for p in many(config, 20, caption="given")} == {"given"}
+
+
+@pytest.mark.parametrize(("caption", "text"), [("A dog.", "A dog. tag_000"), ("a dog", "a dog, tag_000")])
+def test_a_caption_and_then_tags(caption, text):
+    assert make(sample(1, caption=caption), recipe(caption_and_tags_prob=1), 0).text == text
 
 
 def test_a_sample_with_nothing_but_a_caption_uses_it():
-    config = PromptConfig(empty_prob=0, caption_prob=0)
-    assert prompts.make_prompt(sample(0, caption="Only this."), config, random.Random(0))[0] == "Only this."
-    text, trace = prompts.make_prompt(sample(0, score=None), config, random.Random(0))
-    assert (text, trace["num_tags"]) == ("", 0)
+    assert make(sample(0, caption="Only this."), PLAIN, 0).text == "Only this."
+    prompt = make(sample(0, score=None, caption=" \n"), PLAIN, 0)
+    assert (prompt.text, prompt.trace["num_tags"]) == ("", 0)
 
 
 def test_faces_keep_their_underscore():
-    one = sample(0, tags=[{"name": name, "category": "general"} for name in ("o_o", "^_^", "long_hair")], score=None)
-    text, _ = prompts.make_prompt(one, PromptConfig(empty_prob=0, spaces_prob=1, std_tags=0), random.Random(0))
-    assert sorted(text.split(", ")) == ["^_^", "long hair", "o_o"]
+    one = sample(0, tags=["^_^", "long_hair", "o_o"], score=5)
+    prompt = make(one, recipe(spaces_prob=1, score_tags=True), 0)
+    assert sorted(prompt.text.split(", ")[-3:]) == ["^_^", "long hair", "o_o"]
+    assert prompt.text.startswith("score ")
 
 
-def test_the_order_of_tags_in_the_table_does_not_matter():
-    forwards, backwards = sample(), sample()
-    backwards["tags"] = backwards["tags"][::-1]
-    made = [prompts.make_prompt(s, PromptConfig(), random.Random(5)) for s in (forwards, backwards)]
-    assert made[0] == made[1]
+@given(text=st.text(max_size=30), seed=st.integers(0, 1000))
+def test_a_slip_is_one_letter(text, seed):
+    slip = spelling.misspell(text, random.Random(seed))
+    if sum(letter.isalpha() for letter in text) < 4:
+        assert slip == text
+        return
+    assert abs(len(slip) - len(text)) <= 1
+    if len(slip) == len(text):
+        wrong = [place for place in range(len(text)) if slip[place] != text[place]]
+        assert len(wrong) == 2
+        assert [slip[place] for place in wrong] == [text[place] for place in reversed(wrong)]
+    else:
+        short, long = sorted((slip, text), key=len)
+        assert any(long[:place] + long[place + 1 :] == short for place in range(len(long)))
 
 
-def test_statistics_count_what_the_model_sees():
-    traces = [
-        {"kind": "empty"},
-        {"kind": "caption"},
-        {"kind": "tags", "num_tags": 2, "tags": ["a", "b"], "score_tags": ["score_7"], "spaces": True},
-        {"kind": "tags", "num_tags": 1, "tags": ["a"], "score_tags": [], "spaces": False},
+def test_slips_come_at_their_rate_and_are_traced():
+    made = many(recipe(misspelling_prob=0.1, spaces_prob=0.5), 1000, num_tags=0, tags=["some_words", "xy"])
+    slips = sum(len(prompt.trace["misspelled"]) for prompt in made)
+    assert all(set(prompt.trace["misspelled"]) <= {"some_words"} for prompt in made)
+    assert fits({True: slips, False: 1000 - slips}, {True: 0.1, False: 0.9})
+    for prompt in made:
+        for written in prompt.trace["misspelled"].values():
+            assert written in prompt.text
+
+
+def test_chunks_have_their_shares():
+    made = many(recipe(chunk_shares=(0.09, 0.66, 0.25), empty_prob=0.1))
+    assert fits(Counter(p.num_chunks for p in made), {1: 0.09, 2: 0.66, 3: 0.25})
+    config = recipe(chunk_shares=(0.09, 0.66, 0.25))
+    assert [prompts.draw_chunks(config, random.Random(n)) for n in range(50)] == [
+        p.num_chunks for p in many(config, 50)
     ]
-    found = prompts.statistics(traces, [0, 75, 76, 500], max_chunks=3)
-    assert found.schema == TABLES["prompt_statistics"].schema
-    assert {(s, k): c for s, k, c in found.rows()} == {
-        ("kind", "empty"): 1, ("kind", "caption"): 1, ("kind", "tags"): 2, ("num_tags", "2"): 1, ("num_tags", "1"): 1,
-        ("num_tokens", "0"): 1, ("num_tokens", "75"): 1, ("num_tokens", "76"): 1, ("num_tokens", "500"): 1,
-        ("num_chunks", "1"): 2, ("num_chunks", "2"): 1, ("num_chunks", "3"): 1, ("tag", "a"): 2, ("tag", "b"): 1,
-        ("tag", "score_7"): 1,
-    }  # fmt: skip
+
+
+def test_a_prompt_follows_from_its_key_alone():
+    """Written down once: another version of the library must not change what a run reads."""
+    prompt = prompts.make_prompt(sample(12), ALIASES, PromptConfig(mean_tags=4), generator(1, Purpose.PROMPT, 2, "id"))
+    assert prompt.text == (
+        "score 2 up,score 1 up score 4 up, tag 009  tag 011, tag 008 one, tag 002, "
+        "tag 004, tag 001, tag 007  tag 003 tag 005, tag 000  tag 010  tag 006"
+    )

@@ -1,9 +1,14 @@
 """Chunks of 77: nothing is lost, doubled or reordered, and each encoder gets its own pads."""
 
+import json
+import string
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS, count_chunks, tokenize
+from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS, TokenCache, count_chunks, encode, fill_chunks, tokenize
 
 
 class Words:
@@ -49,3 +54,69 @@ def test_chunk_counts_at_the_borders():
 
 def test_no_prompts_give_no_rows():
     assert tokenize([], Words()) == []
+
+
+@given(lengths=st.lists(st.integers(0, 225), min_size=1, max_size=4), pad=st.sampled_from([0, 1001]))
+def test_filled_chunks_are_those_of_tokenize(lengths, pad):
+    texts = [" ".join(str(number) for number in range(length)) for length in lengths]
+    most = max(count_chunks(length) for length in lengths)
+    expected = [one.ids for one in tokenize(texts, Words(pad), min_chunks=most)]
+    found = fill_chunks([np.arange(length) for length in lengths], most, Words(pad))
+    assert found.dtype == np.int64
+    assert found.tolist() == [[list(row) for row in rows] for rows in expected]
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), limit=st.integers(1, 100))
+def test_a_prompt_is_cut_after_a_piece_and_loses_its_comma(lengths, limit):
+    bare = [" ".join("7" * length) for length in lengths]
+    pieces = [text + " 9" for text in bare[:-1]] + bare[-1:]  # a comma is a token of its own, here 9
+    kept, tokens = TokenCache(Words()).fit(pieces, bare, limit)
+    assert tokens.tolist() == [int(word) for word in " ".join(kept).split()][:limit]
+    if lengths[0] > limit:
+        assert (kept, len(tokens)) == ([bare[0]], limit)
+        return
+    assert kept == [*pieces[: len(kept) - 1], bare[len(kept) - 1]]
+    if len(kept) < len(pieces):
+        assert len(tokens) + 1 + lengths[len(kept)] > limit
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """SDXL's two: CLIP's tokenizer with merges, which pad with the end and with `!`."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    rows = ["long hair blue eyes photo medium standing outdoors score up watermark it's they've we're"] * 4
+    letters = list(bytes_to_unicode().values())
+    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    backend.train_from_iterator(rows, trainer)
+    learned = json.loads(backend.to_str())["model"]["merges"]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learned)]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    merges = [tuple(pair) for pair in learned]
+    return [
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")
+    ]
+
+
+odd = st.text(
+    st.one_of(
+        st.sampled_from(string.ascii_letters + string.digits + "_()'!,.;:-&<|>^@ \t\n"),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=15,
+)
+
+
+@given(texts=st.lists(odd, max_size=6), end=st.booleans())
+def test_words_between_spaces_have_the_tokens_that_they_have_together(tokenizers, texts, end):
+    text = " ".join(texts) + ("<|endoftext|>," if end else "")
+    for tokenizer in tokenizers:
+        assert TokenCache(tokenizer).encode(text.split(" ")).tolist() == encode([text], tokenizer)[0]

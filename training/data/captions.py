@@ -1,4 +1,4 @@
-"""Which sentence a picture is trained with."""
+"""Which sentences a picture is trained with: its source's own, and one that a model made."""
 
 import polars as pl
 
@@ -32,14 +32,22 @@ def from_sources(listing: pl.DataFrame, raw_images: pl.DataFrame) -> pl.DataFram
 
 
 def choose(captions: pl.DataFrame) -> pl.DataFrame:
-    """One sentence per image: the source's own before a model's, models in order of name, empty ones never.
+    """Each image's own sentence and the one that a model made.
 
     Args:
-        captions: Rows of `captions`, of any models.
+        captions: Rows of `captions`, of any models; empty sentences count as none.
 
     Returns:
-        Columns image_id, caption; images without a sentence are absent.
+        Columns image_id, caption (the source's own, null when it has none), made_caption (of the first model by name
+        that has one); images without a sentence are absent.
     """
-    present = captions.filter(pl.col("caption").str.strip_chars() != "")
-    ranked = present.sort(pl.col("model") != SIDECAR, "model")
-    return ranked.group_by("image_id").agg(pl.col("caption").first()).sort("image_id")
+    present = captions.filter(pl.col("caption").str.strip_chars() != "").sort("model")
+    own = pl.col("model") == SIDECAR
+    return (
+        present.group_by("image_id")
+        .agg(
+            pl.col("caption").filter(own).first(),
+            made_caption=pl.col("caption").filter(~own).first(),
+        )
+        .sort("image_id")
+    )

@@ -1,103 +1,181 @@
-"""What a sample's prompt says in one epoch: bigASP's recipe, with a trace of every choice.
+"""What a sample's prompt says in one epoch, with a trace of every choice.
 
-A pure function of the sample, the recipe and the generator, which the caller keys by (epoch, image_id).
+A pure function of the sample, the frozen vocabulary, the recipe and the generator, which the caller keys by (epoch,
+image_id).
 """
 
-import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from random import Random
+from typing import Any, NamedTuple
 
-import polars as pl
-
-from training.data.tables import TABLES
-from training.data.tokens import count_chunks
+from training.data import spelling
+from training.data.samples import Sample
+from training.data.vocabulary import GENERAL, PEOPLE, Vocabulary
 from training.run_config import PromptConfig
 
 WATERMARK = "watermark"
-"""The tag that is always in a prompt whose image has one."""
+"""The tag of an image that has one."""
 _MAX_SCORE_TAGS = 3
-_SHORT_TAG = 3
-"""Tags of at most this many characters are faces (o_o, ^_^) and keep their underscore. Kohaku's rule."""
+_PLACES = {PEOPLE: 0, "character": 1, "copyright": 2, "artist": 3}
+"""Categories that stand before special and general tags in Kohaku's order."""
+_UP = [f"score_{step}_up" for step in range(1, 10)]
+_SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
 
-def make_prompt(sample: Mapping[str, Any], config: PromptConfig, rng: random.Random) -> tuple[str, dict[str, Any]]:
+class Prompt(NamedTuple):
+    """A prompt, in pieces that no token of CLIP spans."""
+
+    pieces: list[str]
+    """Tags with the commas after them, words of a caption."""
+    bare: list[str]
+    """The same without the commas that part them, so that a prompt can be cut after any of them."""
+    gaps: list[str] | None
+    """White space after each piece; None where a single space parts all of them."""
+    num_chunks: int | None
+    """Chunks that the recipe's shares give it; None lets it have those that it fills."""
+    trace: dict[str, Any]
+    """Every choice. `kind`: empty, caption, caption_and_tags, tags; `as` of an empty one: string or zeros; `caption`:
+    given or made, and `line` of it; of tags `wanted`, `num_tags`, `tags` and `score_tags` (canonical, in order),
+    `dropped`, `aliases` and `misspelled` by tag, `spelling`, `loose`."""
+
+    @property
+    def text(self) -> str:
+        """The prompt as a string."""
+        if self.gaps is None:
+            return " ".join(self.pieces)
+        return "".join([part for pair in zip(self.pieces, self.gaps, strict=True) for part in pair])
+
+
+def make_prompt(sample: Sample, vocabulary: Vocabulary, config: PromptConfig, rng: Random) -> Prompt:
     """The prompt of one sample.
 
-    In order: the empty string with `empty_prob`; the caption with `caption_prob` when there is one (always when
-    there is nothing else); else tags: their number from a normal distribution, at least 1, a uniform choice of
-    so many of the image's tags and words, the watermark's always in, shuffled; one to three of `score_1_up` …
-    `score_N_up`, `score_N` before them; spaces for underscores with `spaces_prob`, in the whole prompt.
+    In order: the number of chunks where the recipe has shares of them; the empty prompt with `empty_prob`; caption,
+    caption and tags, or tags, by their shares; a caption alone where there is no tag.
 
     Args:
-        sample: tags (rows of TAG), words, caption, score and watermark boxes, as in `training_set`.
+        sample: As `Samples` gives it.
+        vocabulary: Categories and aliases of its tags.
         config: The recipe.
         rng: Draws everything.
 
-    Returns:
-        The prompt, and a trace: kind (empty, caption or tags), and for tags also num_tags, tags, score_tags
-        (canonical names in the order of the prompt) and spaces.
-
-    Source: bigASP v1's page and data.py; it floors the number of tags at 5, its page names no floor.
+    Source: bigASP v1's page and data.py (tags, score tags, spelling, separators); HakuBooru's caption.py (order);
+    DALL-E 3, section 3 (given and made captions).
     """
+    num_chunks = draw_chunks(config, rng)
     if rng.random() < config.empty_prob:
-        return "", {"kind": "empty"}
-    names = {tag["name"] for tag in sample["tags"]} | set(sample["words"])
-    if sample["boxes"]:
-        names.add(WATERMARK)
-    caption = sample["caption"]
-    use_caption = rng.random() < config.caption_prob
-    if caption and (use_caption or not names):
-        return caption, {"kind": "caption"}
-    tags = _choose_tags(names, config, rng)
-    score_tags = _choose_score_tags(sample["score"], rng) if config.score_tags else []
-    spaces = rng.random() < config.spaces_prob
-    written = [_write(name, spaces) for name in (*score_tags, *tags)]
-    trace = {"kind": "tags", "num_tags": len(tags), "tags": tags, "score_tags": score_tags, "spaces": spaces}
-    return ", ".join(written), trace
+        return Prompt([], [], None, num_chunks, {"kind": "empty", "as": config.empty_as})
+    names = sample.tags + sample.words
+    if sample.watermark and WATERMARK not in names:
+        names.append(WATERMARK)
+    trace: dict[str, Any] = {"kind": "tags"}
+    words: list[str] = []
+    if sample.caption or sample.made_caption:
+        draw = rng.random()
+        alone = draw < config.caption_prob or not names
+        if alone or draw < config.caption_prob + config.caption_and_tags_prob:
+            words, trace = _choose_caption(sample, config, rng)
+        if words and alone:
+            return Prompt(words, words, None, num_chunks, trace)
+    tags, trace["wanted"], trace["dropped"] = _choose_tags(names, vocabulary, config, rng)
+    score_tags = choose_score_tags(sample.score, rng) if config.score_tags else []
+    trace["num_tags"], trace["tags"], trace["score_tags"] = len(tags), tags, score_tags
+    pieces, bare, gaps = _write(tags, score_tags, vocabulary, config, rng, trace)
+    if words:
+        trace["kind"] = "caption_and_tags"
+        comma = "," if pieces and not words[-1].endswith(_SENTENCE_ENDS) else ""
+        gaps = [" "] * len(words) + gaps if gaps is not None else None
+        pieces, bare = [*words[:-1], words[-1] + comma, *pieces], [*words, *bare]
+    return Prompt(pieces, bare, gaps, num_chunks, trace)
 
 
-def _choose_tags(names: set[str], config: PromptConfig, rng: random.Random) -> list[str]:
-    wanted = max(1, int(rng.gauss(config.mean_tags, config.std_tags)))
-    always = names & {WATERMARK}
-    others = sorted(names - always)
-    count = min(max(wanted, len(always)), len(names)) - len(always)
-    chosen = [*always, *rng.sample(others, count)]
-    rng.shuffle(chosen)
-    return chosen
+def draw_chunks(config: PromptConfig, rng: Random) -> int | None:
+    """Chunks of a prompt by the recipe's shares, the first draw of its generator; None where it has no shares."""
+    if not config.chunk_shares:
+        return None
+    draw = rng.random() * sum(config.chunk_shares)
+    return next(
+        (number for number, share in enumerate(accumulate(config.chunk_shares), 1) if draw < share),
+        len(config.chunk_shares),
+    )
 
 
-def _choose_score_tags(score: int | None, rng: random.Random) -> list[str]:
+def _choose_caption(sample: Sample, config: PromptConfig, rng: Random) -> tuple[list[str], dict[str, Any]]:
+    """Words of the sentence that is used, and the trace of its choice; no words where all its lines are blank."""
+    given, made = ([line.strip() for line in (text or "").splitlines() if line.strip()]
+                   for text in (sample.caption, sample.made_caption))  # fmt: skip
+    take_made = bool(made) and (not given or rng.random() < config.made_caption_prob)
+    lines = made if take_made else given
+    if not lines:
+        return [], {"kind": "tags"}
+    line = int(rng.random() * len(lines))
+    return lines[line].split(" "), {"kind": "caption", "caption": "made" if take_made else "given", "line": line}
+
+
+def _choose_tags(
+    names: list[str], vocabulary: Vocabulary, config: PromptConfig, rng: Random
+) -> tuple[list[str], int, list[str]]:
+    """Tags in the order of the prompt, the number that was wanted, and those that dropout took."""
+    first = [name for name in config.first_tags if name in names]
+    always = [name for name in config.always_tags if name in names and name not in first]
+    others = [name for name in names if name not in first and name not in always] if first or always else names
+    dropped: list[str] = []
+    category, random = vocabulary.category, rng.random
+    if config.tag_dropout:
+        dropped = [
+            name for name in others if category.get(name, GENERAL) not in _PLACES and random() < config.tag_dropout
+        ]
+        gone = set(dropped)
+        others = [name for name in others if name not in gone]
+    num_forced = len(first) + len(always)
+    wanted = num_forced + len(others)
+    if config.mean_tags:
+        wanted = max(config.min_tags, int(rng.gauss(config.mean_tags, config.std_tags)))
+    chosen = _shuffled(others, rng)[: max(wanted - num_forced, 0)]
+    for name in always:
+        chosen.insert(int(random() * (len(chosen) + 1)), name)
+    if config.order == "kohaku":
+        placed = [name for name in chosen if category.get(name, GENERAL) in _PLACES]
+        placed.sort(key=lambda name: (_PLACES[category[name]], name))
+        chosen = placed + [name for name in chosen if category.get(name, GENERAL) not in _PLACES]
+    return first + chosen, wanted, dropped
+
+
+def _shuffled(names: list[str], rng: Random) -> list[str]:
+    """Different names in random order: by a number drawn for each."""
+    random = rng.random
+    keys = {name: random() for name in names}
+    return sorted(keys, key=keys.__getitem__)
+
+
+def choose_score_tags(score: int | None, rng: Random) -> list[str]:
     """One to three of `score_1_up` to `score_N_up` and `score_N`, so that each alone comes to mean something."""
     if not score:
         return []
-    candidates = [*(f"score_{step}_up" for step in range(1, score + 1)), f"score_{score}"]
-    return rng.sample(candidates, rng.randint(1, min(_MAX_SCORE_TAGS, len(candidates))))
+    count = 1 + int(rng.random() * min(_MAX_SCORE_TAGS, score + 1))
+    return _shuffled([*_UP[:score], f"score_{score}"], rng)[:count]
 
 
-def _write(name: str, spaces: bool) -> str:
-    return name.replace("_", " ") if spaces and len(name) > _SHORT_TAG else name
-
-
-def statistics(traces: Sequence[Mapping[str, Any]], token_counts: Sequence[int], max_chunks: int) -> pl.DataFrame:
-    """What the model will see: counts over prompts.
-
-    Args:
-        traces: Second results of `make_prompt`.
-        token_counts: Tokens of each prompt, without BOS, EOS and pads.
-        max_chunks: Chunks of 75 tokens at most.
-
-    Returns:
-        `prompt_statistics`: kind, num_tags (of tag prompts), num_tokens, num_chunks, and tag (also score tags).
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    for trace, num_tokens in zip(traces, token_counts, strict=True):
-        counts["kind", trace["kind"]] += 1
-        counts["num_tokens", str(num_tokens)] += 1
-        counts["num_chunks", str(count_chunks(num_tokens, max_chunks))] += 1
-        if trace["kind"] == "tags":
-            counts["num_tags", str(trace["num_tags"])] += 1
-            counts.update(("tag", name) for name in (*trace["score_tags"], *trace["tags"]))
-    rows = [(statistic, key, count) for (statistic, key), count in counts.items()]
-    table = TABLES["prompt_statistics"]
-    return table.conform(pl.DataFrame(rows, schema=table.schema, orient="row"))
+def _write(
+    tags: list[str],
+    score_tags: list[str],
+    vocabulary: Vocabulary,
+    config: PromptConfig,
+    rng: Random,
+    trace: dict[str, Any],
+) -> tuple[list[str], list[str], list[str] | None]:
+    """Pieces, bare pieces and gaps of the tags as they are typed; the choices go into `trace`."""
+    names, trace["aliases"] = spelling.mutate(tags, vocabulary.aliases, config.alias_prob, rng)
+    trace["spelling"] = spelling.choose_spelling(config, rng)
+    written = spelling.write(score_tags + names, trace["spelling"], rng)
+    trace["misspelled"] = misspelled = {}
+    if config.misspelling_prob:
+        for place, name in enumerate(tags, len(score_tags)):
+            if (
+                rng.random() < config.misspelling_prob
+                and (slip := spelling.misspell(written[place], rng)) != written[place]
+            ):
+                misspelled[name] = written[place] = slip
+    trace["loose"] = rng.random() < config.loose_separators_prob
+    if trace["loose"]:
+        return spelling.separate_loosely(written, rng)
+    return spelling.separate(written), written, None

@@ -318,7 +318,8 @@ TABLES: dict[str, Table] = {
                 "cluster": _c(pl.String, "duplicate group, or its own id: never parted by a split"),
                 "score": _c(pl.Int8, "quality 0-9", 1),
                 "tags": _c(pl.List(TAG), "canonical tags, sorted by name, of source and tagger"),
-                "caption": _c(pl.String, "the sentence to train on; null when there is none"),
+                "caption": _c(pl.String, "the source's sentence, or several, a line each; null when it has none"),
+                "made_caption": _c(pl.String, "a model's sentence, or several, a line each; null when there is none"),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags of the source"),
                 "watermark": _c(pl.Boolean, "a watermark box above the threshold"),
                 "boxes": _c(pl.List(SCORED_BOX), "watermark boxes above the threshold, upright source pixels", 0.5),
@@ -382,7 +383,8 @@ TABLES: dict[str, Table] = {
                 "bucket_width": _c(pl.Int32, "px"),
                 "score": _c(pl.Int8, "quality 1-9"),
                 "tags": _c(pl.List(TAG), "canonical tags, sorted by name"),
-                "caption": _c(pl.String, "sentence; null when there is none"),
+                "caption": _c(pl.String, "the source's sentence, or several, a line each; null when it has none"),
+                "made_caption": _c(pl.String, "a model's sentence, or several, a line each; null when there is none"),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags"),
                 "boxes": _c(pl.List(SCORED_BOX), "watermark boxes, upright source pixels"),
                 "split": _c(pl.String, "train or validation"),
@@ -408,7 +410,9 @@ TABLES: dict[str, Table] = {
             "statistic x key",
             ("statistic", "key"),
             {
-                "statistic": _c(pl.String, "num_tags, num_tokens, num_chunks, tag, kind"),
+                "statistic": _c(
+                    pl.String, "num_tags, num_tokens, num_chunks, num_truncated, tag, kind, caption or spelling"
+                ),
                 "key": _c(pl.String, "value or tag"),
                 "count": _c(pl.Int64, "prompts"),
             },

@@ -19,6 +19,11 @@ CATEGORIES = ("general", "artist", "character", "copyright", "meta", "rating")
 
 _NUMBERS = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
 """Danbooru's API numbers, as tagcomplete's CSV and the WD taggers' use them."""
+LETTERBOXED = "letterboxed"
+"""Tag of a sample with padding, so that a prompt can ask for none."""
+
+_OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+_SIDE = re.compile(rf"(?<![a-zA-Z])({'|'.join(_OTHER_SIDE)})(?![a-zA-Z])")
 _ESCAPED = re.compile(r"\\+([()])")
 _MAX_FIELD_BYTES = 10_000_000
 
@@ -30,6 +35,11 @@ def canonical(name: str) -> str:
     """
     text = unicodedata.normalize("NFC", _ESCAPED.sub(r"\1", name).lower())
     return "_".join(text.split()) if text.strip("_ \t\n\r") else ""
+
+
+def swap_sides(text: str) -> str:
+    """`text` with the words left and right exchanged, their capitals kept; `_` parts words as a space does."""
+    return _SIDE.sub(lambda match: _OTHER_SIDE[match[0]], text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,16 @@ A chunk is BOS, up to 75 tokens, EOS and pads; a prompt has one chunk or more, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
+
+import numpy as np
 
 CHUNK_TOKENS = 75
 CHUNK_LENGTH = 77
 MAX_CHUNKS = 3
+_MAX_CACHED = 500_000
+"""Pieces that a cache holds, some 100 MB; then it begins anew."""
 
 
 class Tokenizer(Protocol):
@@ -19,6 +24,8 @@ class Tokenizer(Protocol):
     bos_token_id: int
     eos_token_id: int
     pad_token_id: int
+    backend_tokenizer: Any
+    """The `tokenizers.Tokenizer` that does the work."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, truncation: bool, verbose: bool) -> Any:
         """A mapping with `input_ids`: one list of ids per text."""
@@ -64,9 +71,14 @@ def tokenize(
     assert 1 <= min_chunks <= max_chunks, (min_chunks, max_chunks)
     if not prompts:
         return []
+    return [_cut(ids, tokenizer, min_chunks, max_chunks) for ids in encode(prompts, tokenizer)]
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each text, without BOS, EOS and pads."""
     # verbose=False: "longer than the maximum length" is what chunks are for.
-    encoded = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)
-    return [_cut(list(ids), tokenizer, min_chunks, max_chunks) for ids in encoded["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _cut(tokens: list[int], tokenizer: Tokenizer, min_chunks: int, max_chunks: int) -> TokenizedPrompt:
@@ -79,3 +91,74 @@ def _cut(tokens: list[int], tokenizer: Tokenizer, min_chunks: int, max_chunks: i
     return TokenizedPrompt(
         ids=tuple(rows), num_tokens=len(tokens), num_truncated=max(len(tokens) - num_chunks * CHUNK_TOKENS, 0)
     )
+
+
+def fill_chunks(prompts: Sequence[np.ndarray], num_chunks: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Lay the tokens of prompts out as one text encoder reads them.
+
+    Args:
+        prompts: Tokens of each prompt, at most `75 * num_chunks`.
+        num_chunks: Chunks of all; what a prompt does not fill stays empty.
+        tokenizer: Of that encoder.
+
+    Returns:
+        `(len(prompts), num_chunks, 77)` int64.
+    """
+    out = np.full((len(prompts), num_chunks, CHUNK_LENGTH), tokenizer.pad_token_id, dtype=np.int64)
+    out[:, :, 0] = tokenizer.bos_token_id
+    for number, tokens in enumerate(prompts):
+        assert len(tokens) <= num_chunks * CHUNK_TOKENS, (len(tokens), num_chunks)
+        for chunk in range(num_chunks):
+            words = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
+            out[number, chunk, 1 : 1 + len(words)] = words
+            out[number, chunk, 1 + len(words)] = tokenizer.eos_token_id
+    return out
+
+
+class TokenCache:
+    """Tokens of the pieces that prompts are made of: each piece is tokenized once.
+
+    Exact for pieces that no token spans: CLIP's pre-tokenizer ends every word at white space, and where letters or
+    digits meet other characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Cache what this tokenizer says."""
+        self.tokenizer = tokenizer
+        self._tokens: dict[str, bytes] = {}
+
+    def encode(self, pieces: Sequence[str]) -> np.ndarray:
+        """Tokens of all pieces in a row, `(n,)` int32."""
+        known = self._tokens.__getitem__
+        try:
+            packed = b"".join(map(known, pieces))
+        except KeyError:
+            self.add(pieces)
+            packed = b"".join(map(known, pieces))
+        return np.frombuffer(packed, dtype=np.int32)
+
+    def add(self, pieces: Sequence[str]) -> None:
+        """Tokenize those pieces that are new."""
+        if len(self._tokens) > _MAX_CACHED:
+            self._tokens.clear()
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._tokens]
+        for piece, tokens in zip(new, encode(new, self.tokenizer) if new else (), strict=True):
+            self._tokens[piece] = np.array(tokens, dtype=np.int32).tobytes()
+
+    def fit(self, pieces: Sequence[str], bare: Sequence[str], limit: int) -> tuple[list[str], np.ndarray]:
+        """As many pieces from the first on as have at most `limit` tokens, the last one without its comma.
+
+        Args:
+            pieces: As in the prompt.
+            bare: The same without the commas that part them.
+            limit: Tokens.
+
+        Returns:
+            The pieces that are left, and their tokens. Of a first piece that is longer than all, its first tokens.
+        """
+        lengths = [len(self.encode([piece])) for piece in pieces]
+        last = [len(self.encode([piece])) for piece in bare]
+        before = list(accumulate(lengths, initial=0))
+        count = next((place for place in range(len(pieces), 0, -1) if before[place - 1] + last[place - 1] <= limit), 1)
+        kept = [*pieces[: count - 1], bare[count - 1]]
+        return kept, self.encode(kept)[:limit]
