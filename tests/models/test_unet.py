@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from training.errors import ModelError
-from training.models.unet import load_pipeline_parts, save_diffusers_folder
+from training.errors import ConfigError, ModelError
+from training.models.unet import load_pipeline_parts, save_diffusers_folder, with_schedule
+from training.noise import alphas_cumprod
 
 FAMILIES = [("sdxl", StableDiffusionXLPipeline), ("sd1", StableDiffusionPipeline)]
 
@@ -146,3 +147,59 @@ def test_a_missing_part_says_which_file_and_how_to_fetch_it(sdxl_folder, tmp_pat
         load_pipeline_parts(folder, "cpu")
     with pytest.raises(ModelError, match="no such folder"):
         load_pipeline_parts(tmp_path / "nowhere", "cpu")
+
+
+def test_zero_terminal_snr_is_algorithm_1_and_recorded_for_samplers(sd1_folder, tmp_path):
+    parts = load_pipeline_parts(sd1_folder, "cpu")
+    before = alphas_cumprod(parts.noise_scheduler_config).double().sqrt()
+    changed = with_schedule(parts, "base", zero_terminal_snr=True)
+    # arXiv:2305.08891, algorithm 1: shift so that the last is 0, scale so that the first stays.
+    expected = ((before - before[-1]) * before[0] / (before[0] - before[-1])).square()
+    torch.testing.assert_close(alphas_cumprod(changed.noise_scheduler_config).double(), expected, rtol=1e-4, atol=1e-7)
+    assert alphas_cumprod(changed.noise_scheduler_config)[-1] == 0
+    save_diffusers_folder(changed, tmp_path, torch.float32)
+    config = StableDiffusionPipeline.from_pretrained(tmp_path).scheduler.config
+    assert (config.rescale_betas_zero_snr, config.prediction_type, config.timestep_spacing) == (
+        True, "v_prediction", "trailing",
+    )  # fmt: skip
+    again = load_pipeline_parts(tmp_path, "cpu")
+    assert with_schedule(again, "base", zero_terminal_snr=True).noise_scheduler_config == again.noise_scheduler_config
+    assert "rescale_betas_zero_snr" not in parts.noise_scheduler_config or (
+        not parts.noise_scheduler_config["rescale_betas_zero_snr"]
+    )
+
+
+def test_a_sampler_that_does_not_know_the_option_is_replaced(sd1_folder):
+    parts = load_pipeline_parts(sd1_folder, "cpu")
+    parts.noise_scheduler_config["_class_name"] = "PNDMScheduler"
+    assert (
+        with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config["_class_name"] == "PNDMScheduler"
+    )
+    assert with_schedule(parts, "base", zero_terminal_snr=True).noise_scheduler_config["_class_name"] == "DDIMScheduler"
+
+
+def test_another_prediction_type_is_recorded(sdxl_folder, tmp_path):
+    parts = load_pipeline_parts(sdxl_folder, "cpu")
+    assert with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config == parts.noise_scheduler_config
+    save_diffusers_folder(with_schedule(parts, "v_prediction", zero_terminal_snr=False), tmp_path, torch.float32)
+    assert StableDiffusionXLPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "v_prediction"
+    # A v-prediction model is trained on to predict the noise, too.
+    back = with_schedule(load_pipeline_parts(tmp_path, "cpu"), "epsilon", zero_terminal_snr=False)
+    assert back.noise_scheduler_config["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("own", "prediction_type", "asked", "message"),
+    [
+        ("epsilon", "base", True, "^zero_terminal_snr=true"),
+        ("epsilon", "epsilon", True, "^zero_terminal_snr=true"),
+        ("zero", "base", False, "^the base model's schedule has zero terminal SNR"),
+        ("zero", "epsilon", False, "^the base model's schedule has zero terminal SNR"),
+    ],
+)
+def test_the_noise_cannot_be_predicted_where_there_is_no_signal(sdxl_folder, own, prediction_type, asked, message):
+    parts = load_pipeline_parts(sdxl_folder, "cpu")
+    parts.noise_scheduler_config["rescale_betas_zero_snr"] = own == "zero"
+    with pytest.raises(ConfigError, match=message):
+        with_schedule(parts, prediction_type, zero_terminal_snr=asked)
+    with_schedule(parts, "v_prediction", zero_terminal_snr=asked)

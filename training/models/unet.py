@@ -1,12 +1,13 @@
-"""A whole Stable Diffusion model in diffusers layout: loaded and checked as one, saved as one.
+"""A whole Stable Diffusion model: loaded from a folder or file and checked as one, saved as one in diffusers layout.
 
 The family, `sdxl` or `sd1`, is read from the configs, and the parts are checked to fit together before anything is
 computed with them: a folder mixed from two models would train without an error and never draw a picture.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,17 +16,19 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from training import base_model
 from training.data.tokens import CHUNK_LENGTH
-from training.errors import ModelError
-from training.models import weights
+from training.errors import ConfigError, ModelError
+from training.models import single_file, weights
 from training.models.text_encoders import load_tokenizer
 
 Family = Literal["sdxl", "sd1"]
 
 _PIPELINES: dict[Family, str] = {"sdxl": "StableDiffusionXLPipeline", "sd1": "StableDiffusionPipeline"}
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
+_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 _DIFFUSION_FILE = "diffusion_pytorch_model.safetensors"
 # Six numbers of SDXL's conditioning: original size, crop, target size, two each.
 _NUM_TIME_IDS = 6
@@ -52,40 +55,57 @@ class PipelineParts:
     that was trained on empty prompts wants the latter. Always False for SD 1.x, which has no such switch."""
 
 
-def load_pipeline_parts(folder: Path, device: str | torch.device) -> PipelineParts:
-    """Load a diffusers folder and check that its parts belong together.
+def load_pipeline_parts(model: Path, device: str | torch.device) -> PipelineParts:
+    """Load a model and check that its parts belong together.
 
     Args:
-        folder: Has `model_index.json` and a folder per part, all weights as safetensors.
+        model: A diffusers folder, which has `model_index.json` and a folder per part, all weights as safetensors; or a
+            single .safetensors file, see `base_model`.
         device: Where the modules go.
 
     Raises:
         ModelError: Files are missing, the family is unknown, or shapes do not fit together.
     """
-    family = _detect_family(folder)
-    suffixes = ("", "_2") if family == "sdxl" else ("",)
-    files = [f"{part}/config.json" for part in ("unet", "vae")]
-    files += [f"{part}/{_DIFFUSION_FILE}" for part in ("unet", "vae")]
-    files += [f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", "model.safetensors")]
-    files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
-    _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
-    encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
-    parts = PipelineParts(
-        family=family,
-        unet=weights.from_pretrained(UNet2DConditionModel, folder / "unet", device),
-        vae=weights.from_pretrained(AutoencoderKL, folder / "vae", device),
-        text_encoders=tuple(
-            weights.from_pretrained(encoder_class, folder / f"text_encoder{suffix}", device)
-            for encoder_class, suffix in zip(encoder_classes, suffixes, strict=False)
-        ),
-        tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
-        noise_scheduler_config=weights.read_config(folder / "scheduler" / "scheduler_config.json"),
-        # diffusers' own default, which published model_index.json files leave out or repeat.
-        force_zeros_for_empty_prompt=family == "sdxl"
-        and bool(weights.read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)),
-    )
-    check_parts(parts, str(folder))
+    parts = _load_single_file(model, device) if model.suffix == base_model.SUFFIX else _load_folder(model, device)
+    check_parts(parts, str(model))
     return parts
+
+
+def named_modules(parts: PipelineParts) -> dict[str, UNet2DConditionModel | CLIPTextModel]:
+    """UNet and text encoders by the names of their folders, which open the names of their parameters."""
+    return {"unet": parts.unet} | dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
+
+
+def with_schedule(
+    parts: PipelineParts, prediction_type: Literal["base", "epsilon", "v_prediction"], *, zero_terminal_snr: bool
+) -> PipelineParts:
+    """The model with another prediction type or noise schedule, which pipelines read from what is saved of it.
+
+    Args:
+        parts: The model; it is left as it is.
+        prediction_type: What its UNet is to predict; `base` for what it does.
+        zero_terminal_snr: Rescale the schedule so that its last step holds no signal; False leaves it as it is.
+
+    Raises:
+        ConfigError: the last step holds no signal and the noise is to be predicted.
+
+    Source: arXiv:2305.08891, algorithm 1 (rescaling) and section 3.3 (samplers must begin at the last step).
+    """
+    config = dict(parts.noise_scheduler_config)
+    if prediction_type != "base":
+        config["prediction_type"] = prediction_type
+    if zero_terminal_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = getattr(diffusers, config["_class_name"], None)
+        if scheduler is None or "rescale_betas_zero_snr" not in inspect.signature(scheduler.__init__).parameters:
+            config["_class_name"] = "DDIMScheduler"  # PNDM, the sampler that SD 1.x names, does not know the option
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        whose = "zero_terminal_snr=true" if zero_terminal_snr else "the base model's schedule has zero terminal SNR"
+        raise ConfigError(
+            f'{whose}, and the UNet is to predict the noise (prediction_type="{prediction_type}"): the last step holds '
+            'no signal, is asked for its own input and learns nothing; take prediction_type="v_prediction"'
+        )
+    return replace(parts, noise_scheduler_config=config)
 
 
 def check_parts(parts: PipelineParts, origin: str) -> None:
@@ -165,6 +185,72 @@ def save_diffusers_folder(
         tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     _write_json(folder / "scheduler" / "scheduler_config.json", parts.noise_scheduler_config)
     _write_json(folder / "model_index.json", index)
+
+
+def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
+    family = _detect_family(folder)
+    suffixes = _suffixes(family)
+    files = [f"{part}/config.json" for part in ("unet", "vae")]
+    files += [f"{part}/{_DIFFUSION_FILE}" for part in ("unet", "vae")]
+    files += [f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", "model.safetensors")]
+    files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
+    _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
+    return PipelineParts(
+        family=family,
+        unet=weights.from_pretrained(UNet2DConditionModel, folder / "unet", device),
+        vae=weights.from_pretrained(AutoencoderKL, folder / "vae", device),
+        text_encoders=tuple(
+            weights.from_pretrained(encoder_class, folder / f"text_encoder{suffix}", device)
+            for encoder_class, suffix in zip(_ENCODERS, suffixes, strict=False)
+        ),
+        tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
+        noise_scheduler_config=weights.read_config(folder / "scheduler" / "scheduler_config.json"),
+        force_zeros_for_empty_prompt=_force_zeros(folder, family),
+    )
+
+
+def _load_single_file(path: Path, device: str | torch.device) -> PipelineParts:
+    base_model.require_file(path)
+    folder = base_model.config_folder(path)
+    family, tensors = _detect_family(folder), weights.read_tensors(path)
+    if (found := base_model.detect_family(tensors, path)) != family:
+        raise ModelError(f"{path} is of family {found}, but the configurations in {folder} are of {family}")
+    suffixes = _suffixes(family)
+    unet, vae = (
+        model_class.from_config(weights.read_config(folder / part / "config.json"))
+        for model_class, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    encoders = tuple(
+        encoder_class(CLIPTextConfig.from_dict(weights.read_config(folder / f"text_encoder{suffix}" / "config.json")))
+        for encoder_class, suffix in zip(_ENCODERS, suffixes, strict=False)
+    )
+    weights.load_state(unet, single_file.unet_state(tensors, unet.config), path)
+    weights.load_state(vae, single_file.vae_state(tensors, vae.config), path)
+    weights.load_state(encoders[0], single_file.clip_state(tensors), path)
+    if family == "sdxl":
+        weights.load_state(encoders[1], single_file.open_clip_state(tensors, encoders[1]), path)
+    for module in (unet, vae, *encoders):
+        module.to(device).eval().requires_grad_(False)
+    scheduler = weights.read_config(folder / "scheduler" / "scheduler_config.json")
+    return PipelineParts(
+        family=family,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
+        noise_scheduler_config=scheduler | base_model.schedule_changes(tensors),
+        force_zeros_for_empty_prompt=_force_zeros(folder, family),
+    )
+
+
+def _suffixes(family: Family) -> tuple[str, ...]:
+    return ("", "_2") if family == "sdxl" else ("",)
+
+
+def _force_zeros(folder: Path, family: Family) -> bool:
+    # diffusers' own default, which published model_index.json files leave out or repeat.
+    index = weights.read_config(folder / "model_index.json")
+    return family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _detect_family(folder: Path) -> Family:

@@ -50,14 +50,18 @@ def require(folder: Path, files: Sequence[str], *, name: str, source: str, comma
         raise ModelError(f"{name}: {', '.join(pointers)} in {folder} are Git LFS pointers, not weights; {remedy}")
 
 
-def model_digest(folder: Path) -> str:
+def model_digest(model: Path) -> str:
     """The SHA-256 that stands for a model: over sorted relative names and contents of weights and configs.
 
     Files that decide nothing (READMEs, pickles, images, hidden files) are left out.
 
+    Args:
+        model: A folder, or a single .safetensors file, to which the configs in the folder of its name belong.
+
     Raises:
-        ModelError: The folder holds no weights or configuration.
+        ModelError: There are no weights or configuration.
     """
+    folder = model.with_suffix("") if model.is_file() else model
     files = [
         path
         for path in folder.rglob("*")
@@ -65,11 +69,13 @@ def model_digest(folder: Path) -> str:
         and path.suffix in _DIGESTED
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    if model.is_file():
+        files = [model, *(path for path in files if path.suffix != ".safetensors")]
     if not files:
         raise ModelError(f"model folder {folder} holds no .safetensors, .json or .txt file")
     hasher = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder).as_posix().encode()
+    for path in sorted(files, key=lambda path: _relative(path, folder)):
+        relative = _relative(path, folder).encode()
         hasher.update(len(relative).to_bytes(8, "little") + relative)
         hasher.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
@@ -150,6 +156,11 @@ def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
     _refuse_mismatch(folder, sorted(info["missing_keys"]), [], sorted(mismatched))
     return model.to(device).eval().requires_grad_(False)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The name of a model's file; a single file's own does not count, so that it may be renamed as a folder may."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.suffix
 
 
 def _refuse_mismatch(origin: Path, missing: list[str], unknown: list[str], shapes: list[str]) -> None:
