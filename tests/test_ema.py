@@ -46,3 +46,20 @@ def test_swapped_shows_the_average_and_restores_the_weights_even_after_an_error(
         look()
     assert torch.equal(parameters["weight"], own)
     assert torch.equal(ema.shadows["weight"], average)
+
+
+def test_it_goes_on_from_its_shadows_and_passes_over_those_of_other_ranks():
+    parameters = model()
+    straight, saved = Ema(parameters, 10), Ema(parameters, 10)
+    for ema, sizes in ((straight, (3, 4, 5)), (saved, (3, 4))):
+        for number, size in enumerate(sizes):
+            moved = {name: torch.nn.Parameter(value + number) for name, value in parameters.items()}
+            ema.update(moved, size)
+    resumed = Ema({name: torch.nn.Parameter(value * 0) for name, value in parameters.items()}, 10)
+    resumed.restore({**{name: value.clone() for name, value in saved.shadows.items()}, "elsewhere": torch.ones(1)})
+    resumed.update({name: value + 2 for name, value in parameters.items()}, 5)
+    assert all(torch.equal(resumed.shadows[name], straight.shadows[name]) for name in straight.shadows)
+    with pytest.raises(KeyError, match="bias"):
+        resumed.restore({"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"average of weight is \[4\] instead of \[3\]"):
+        resumed.restore({"weight": torch.zeros(4), "bias": torch.zeros(2)})

@@ -7,37 +7,45 @@ import torch
 
 
 class Ema:
-    """Shadows of the trained parameters, by name."""
+    """Shadows of the trained weights, by name."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], half_life_samples: int) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], half_life_samples: int) -> None:
         """Start from the present weights.
 
         Args:
-            parameters: The trained ones, by name.
+            weights: The trained ones in fp32, by name.
             half_life_samples: After so many samples a weight's past counts half.
         """
         self.half_life_samples = half_life_samples
-        self.shadows = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.shadows = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, torch.nn.Parameter], num_samples: int) -> None:
+    def update(self, weights: Mapping[str, torch.Tensor], num_samples: int) -> None:
         """Move the shadows after a step of `num_samples` samples."""
-        weight = 1 - 0.5 ** (num_samples / self.half_life_samples)
+        share = 1 - 0.5 ** (num_samples / self.half_life_samples)
         names = list(self.shadows)
-        torch._foreach_lerp_(
-            [self.shadows[name] for name in names], [parameters[name].detach() for name in names], weight
-        )
+        torch._foreach_lerp_([self.shadows[name] for name in names], [weights[name].detach() for name in names], share)
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from saved shadows; names that are not ours are another rank's.
+
+        Raises:
+            KeyError: a shadow is missing.
+            ValueError: a shadow has another shape.
+        """
+        for name, shadow in self.shadows.items():
+            if state[name].shape != shadow.shape:
+                raise ValueError(f"average of {name} is {list(state[name].shape)} instead of {list(shadow.shape)}")
+            shadow.copy_(state[name])
 
     @contextlib.contextmanager
     def swapped(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-        """The model holds the averaged weights inside the block, and its own afterwards."""
-        self._swap(parameters)
+        """The model holds the averaged weights inside the block, in its own precision, and its own afterwards."""
+        kept = {name: parameters[name].data for name in self.shadows}
         try:
+            for name, shadow in self.shadows.items():
+                parameters[name].data = shadow.to(kept[name].dtype)
             yield
         finally:
-            self._swap(parameters)
-
-    def _swap(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        for name, shadow in self.shadows.items():
-            parameter = parameters[name]
-            parameter.data, self.shadows[name] = shadow, parameter.data
+            for name, own in kept.items():
+                parameters[name].data = own

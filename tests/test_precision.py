@@ -1,0 +1,207 @@
+"""Each precision computes and keeps what it says, and a run goes on from its state bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.conditioning import make_time_ids, predict, trained_parameters
+from training.ema import Ema
+from training.models.unet import load_pipeline_parts, save_diffusers_folder
+from training.optim import make_optimizer, optimizer_state, restore_optimizer
+from training.precision import Arithmetic
+from training.run_config import OptimizerConfig
+
+CPU = torch.device("cpu")
+PRECISIONS = ["fp32", "fp16_amp", "bf16_amp", "bf16"]
+ADAMW = OptimizerConfig(learning_rate=1e-3)
+
+
+class Run:
+    """The pieces that the training loop holds, and one step of it."""
+
+    def __init__(self, folder, precision, *, train_text=True):
+        self.parts = load_pipeline_parts(folder, "cpu")
+        self.parameters = trained_parameters(self.parts, text_encoder=train_text, text_encoder_2=False)
+        self.arithmetic = Arithmetic(precision, self.parts, self.parameters, self.parameters, CPU)
+        self.optimizer = make_optimizer(ADAMW, self.arithmetic.weights)
+        self.ema = Ema(self.arithmetic.weights, 10)
+
+    def loss(self, number, time_ids=None):
+        torch.manual_seed(number)
+        noised, target = torch.randn(2, 2, 4, 4, 4)
+        ids = [torch.randint(0, 200, (2, 1, 77)) for _ in self.parts.text_encoders]
+        sizes = torch.tensor([[1023.0, 800, 0, 7, 640, 896]] * 2) if time_ids is None else time_ids
+        with self.arithmetic.autocast():
+            prediction = predict(self.parts, noised, torch.tensor([3, 900]), ids, sizes)
+        return (prediction.float() - target).square().mean()
+
+    def step(self, number):
+        self.arithmetic.clear_gradients()
+        for micro_batch in range(2):
+            self.arithmetic.backward(self.loss(2 * number + micro_batch) / 2)
+        norm = self.arithmetic.unscale_and_clip(1.0)
+        self.arithmetic.step(self.optimizer)
+        self.ema.update(self.arithmetic.weights, 2)
+        return norm
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_three_steps_saved_and_three_more_are_six_straight(tiny_sdxl, tmp_path, precision):
+    straight = Run(tiny_sdxl, precision)
+    for number in range(6):
+        straight.step(number)
+    first = Run(tiny_sdxl, precision)
+    for number in range(3):
+        first.step(number)
+    overrides = {**first.arithmetic.frozen, **first.arithmetic.weights}
+    save_diffusers_folder(first.parts, tmp_path, torch.float32, overrides)
+    second = Run(tmp_path, precision)
+    moments = optimizer_state(first.optimizer, first.arithmetic.weights)
+    restore_optimizer(second.optimizer, second.arithmetic.weights, moments)
+    second.ema.restore(first.ema.shadows)
+    second.arithmetic.restore_scaler(first.arithmetic.scaler_state())
+    for number in range(3, 6):
+        second.step(number)
+    assert equal(straight.arithmetic.weights, second.arithmetic.weights)
+    assert equal(straight.ema.shadows, second.ema.shadows)
+    assert equal(straight.parameters, second.parameters)
+    assert straight.arithmetic.scaler_state() == second.arithmetic.scaler_state()
+    assert not equal(straight.ema.shadows, straight.arithmetic.weights)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_follows_the_fp32_gradients(tiny_sdxl, precision):
+    plain, other = Run(tiny_sdxl, "fp32"), Run(tiny_sdxl, precision)
+    norms = [run.step(0) for run in (plain, other)]
+    # 16 bits leave the direction: bf16 has 8 bits of mantissa.
+    cosine = torch.nn.functional.cosine_similarity(
+        plain.arithmetic.gradients(), other.arithmetic.gradients(), dim=0
+    ).item()
+    assert cosine > 0.995
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert other.arithmetic.gradients().dtype == torch.float32
+    assert all(weight.dtype == torch.float32 for weight in other.arithmetic.weights.values())
+
+
+def test_gradients_are_autograds_own_and_one_buffer(tiny_sdxl):
+    run = Run(tiny_sdxl, "fp32")
+    wanted = torch.autograd.grad(run.loss(5), list(run.parameters.values()))
+    run.arithmetic.backward(run.loss(5))
+    assert torch.equal(run.arithmetic.gradients(), torch.cat([gradient.reshape(-1) for gradient in wanted]))
+    run.arithmetic.set_gradients([torch.full_like(gradient, 2.0) for gradient in wanted])
+    assert (run.arithmetic.gradients() == 2).all()
+    expected = 2 * run.arithmetic.gradients().numel() ** 0.5
+    assert run.arithmetic.unscale_and_clip(0) == pytest.approx(expected)
+    assert (run.arithmetic.gradients() == 2).all(), "0 never clips"
+    run.arithmetic.unscale_and_clip(1.0)
+    assert run.arithmetic.gradients().norm().item() == pytest.approx(1, rel=1e-4)
+    run.arithmetic.clear_gradients()
+    assert not run.arithmetic.gradients().any()
+
+
+def test_pure_bf16_trains_what_bf16_weights_alone_would_round_away(tiny_sdxl):
+    run = Run(tiny_sdxl, "bf16")
+    assert {parameter.dtype for parameter in run.parts.unet.parameters()} == {torch.bfloat16}
+    name = "unet.conv_in.weight"
+    weight, held = run.arithmetic.weights[name], run.parameters[name]
+    with torch.no_grad():
+        weight.fill_(1.0)
+        held.fill_(1.0)
+    # One step is a tenth of what bf16 can hold next to 1; ten of them must arrive.
+    small = torch.optim.SGD([weight], lr=2.0**-11)
+    for _ in range(16):
+        weight.grad.fill_(-1.0)
+        run.arithmetic.step(small)
+    assert (weight == 1 + 16 * 2.0**-11).all()
+    assert (held == 1.0078125).all()
+
+
+def test_pure_bf16_keeps_what_it_does_not_train_as_it_was(tiny_sdxl, tmp_path):
+    before = load_pipeline_parts(tiny_sdxl, "cpu").text_encoders[1].state_dict()
+    run = Run(tiny_sdxl, "bf16", train_text=False)
+    run.step(0)
+    save_diffusers_folder(run.parts, tmp_path, torch.float32, {**run.arithmetic.frozen, **run.arithmetic.weights})
+    after = load_pipeline_parts(tmp_path, "cpu").text_encoders[1].state_dict()
+    assert equal(before, after)
+    assert run.arithmetic.frozen.keys().isdisjoint(run.arithmetic.weights)
+    assert not Run(tiny_sdxl, "bf16_amp").arithmetic.frozen
+
+
+def test_averages_are_shown_in_the_models_precision_and_leave_it_as_it_was(tiny_sdxl):
+    run = Run(tiny_sdxl, "bf16")
+    run.step(0)
+    before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+    with run.ema.swapped(run.parameters):
+        for name, shadow in run.ema.shadows.items():
+            assert torch.equal(run.parameters[name], shadow.bfloat16())
+        run.loss(3)
+    assert equal(before, run.parameters)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sizes_reach_the_embedder_in_fp32(tiny_sdxl, precision):
+    # bf16 holds 1,022 and 1,024 but not 1,023; fp16 not 4,097.
+    run = Run(tiny_sdxl, precision)
+    seen = []
+    run.parts.unet.add_time_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pairs = [torch.tensor([[value, 4097.0]]) for value in (1023.0, 7.0, 640.0)]
+    losses = [run.loss(1, make_time_ids(*(torch.cat([pair] * 2) for pair in pairs)))]
+    assert seen[0].dtype == torch.float32
+    assert seen[0].tolist() == [1023, 4097, 7, 4097, 640, 4097] * 2
+    pairs[0] = torch.tensor([[1024.0, 4097.0]])
+    losses.append(run.loss(1, make_time_ids(*(torch.cat([pair] * 2) for pair in pairs))))
+    assert losses[0] != losses[1]
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 4))
+def test_the_scale_moves_as_torchs_scaler_does(finite, interval):
+    from training import precision
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    theirs = torch.amp.GradScaler("cpu", growth_interval=interval)
+    sgd = torch.optim.SGD([parameter], lr=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_GROWTH_STEPS", interval)
+        ours = scaler(parameter)
+        for good in finite:
+            theirs.scale(parameter.sum() * (1.0 if good else float("inf"))).backward()
+            theirs.step(sgd)
+            theirs.update()
+            ours.step(sgd) if good else ours.skip()
+            parameter.grad.zero_()
+            assert ours.scaler_state()["scale"] == theirs.get_scale()
+            again = scaler(torch.nn.Parameter(torch.zeros(2)))
+            again.restore_scaler(ours.scaler_state())
+            assert again.scaler_state() == ours.scaler_state()
+
+
+def scaler(parameter):
+    """An `fp16_amp` arithmetic of one parameter; it reads no model."""
+    return Arithmetic("fp16_amp", None, {"unet.w": parameter}, {"unet.w": parameter}, CPU)
+
+
+def test_a_scale_below_one_is_a_collapse():
+    ours = scaler(torch.nn.Parameter(torch.zeros(2)))
+    assert ours.scaler_state()["scale"] == 65_536
+    for _ in range(16):
+        ours.skip()
+    assert not ours.collapsed
+    ours.skip()
+    assert ours.collapsed
+
+
+def test_gradients_are_unscaled_before_they_are_clipped_and_overflow_shows_in_the_norm():
+    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    ours = scaler(parameter)
+    ours.backward(parameter.square().sum() / 2)
+    assert parameter.grad.tolist() == [3 * 65_536, 4 * 65_536]
+    assert ours.unscale_and_clip(2.5) == pytest.approx(5)
+    torch.testing.assert_close(parameter.grad, torch.tensor([1.5, 2.0]), rtol=1e-5, atol=0)
+    ours.clear_gradients()
+    ours.backward(parameter.sum() * float("inf"))
+    assert not torch.tensor(ours.unscale_and_clip(1.0)).isfinite()
