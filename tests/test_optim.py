@@ -1,13 +1,38 @@
+"""Optimizers against hand-worked steps, their rates, and their state, exact through safetensors."""
+
+from importlib import metadata
+
 import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from safetensors.torch import load_file, save_file
 
-from training.optim import learning_rate, make_optimizer, set_learning_rate
+from training.errors import ConfigError
+from training.optim import make_optimizer, optimizer_state, restore_optimizer, schedule_factor, set_learning_rates
 from training.run_config import OptimizerConfig
+
+NAMES = ["adamw", "lion", "adafactor", "prodigy"]
 
 
 def config(**changes):
     return OptimizerConfig(**{"learning_rate": 2e-3, "warmup_samples": 100, **changes})
+
+
+def make_weights():
+    torch.manual_seed(0)
+    shapes = {"unet.conv.weight": (4, 3, 2, 2), "unet.conv.bias": (4,), "text_encoder.layer.weight": (5, 4)}
+    weights = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    weights["unet.conv.weight"].data = weights["unet.conv.weight"].data.to(memory_format=torch.channels_last)
+    return weights
+
+
+def steps(optimizer, weights, numbers):
+    for number in numbers:
+        torch.manual_seed(number)
+        for weight in weights.values():
+            weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape))
+        set_learning_rates(optimizer, 1 / (1 + number))
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -18,9 +43,8 @@ def config(**changes):
         ("cosine", 50, 0.5), ("cosine", 100, 1), ("cosine", 600, 0.5), ("cosine", 350, 0.853553), ("cosine", 1100, 0),
     ],
 )  # fmt: skip
-def test_the_rate_at_hand_worked_points(schedule, samples, share):
-    rate = learning_rate(config(schedule=schedule), samples, 1100)
-    assert rate == pytest.approx(2e-3 * share, abs=1e-9)
+def test_the_factor_at_hand_worked_points(schedule, samples, share):
+    assert schedule_factor(config(schedule=schedule), samples, 1100) == pytest.approx(share, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -29,30 +53,194 @@ def test_the_rate_at_hand_worked_points(schedule, samples, share):
 )
 def test_the_shape_is_the_librarys(schedule, library):
     # One sample a step: the library counts steps.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = library(optimizer, num_warmup_steps=100, num_training_steps=1100)
     for step in range(1100):
-        assert learning_rate(config(schedule=schedule), step, 1100) == pytest.approx(scheduler.get_last_lr()[0])
+        factor = schedule_factor(config(schedule=schedule), step, 1100)
+        assert factor == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
 
 
 def test_without_warm_up_the_first_rate_is_the_peak():
-    assert learning_rate(config(warmup_samples=0), 0, 1000) == 2e-3
+    assert schedule_factor(config(warmup_samples=0), 0, 1000) == 1
 
 
-def test_the_optimizer_is_adamw_with_decay_on_everything():
-    torch.manual_seed(0)
-    start, gradient = torch.randn(5), torch.randn(5)
-    settings = config(weight_decay=0.1, betas=(0.8, 0.9), epsilon=1e-6)
-    parameter = torch.nn.Parameter(start.clone())
-    optimizer = make_optimizer(settings, [parameter])
-    set_learning_rate(optimizer, 0.01)
-    expected, moment, square = start.clone(), torch.zeros(5), torch.zeros(5)
-    for step in range(1, 4):
-        parameter.grad = gradient.clone()
+def test_groups_have_their_own_rates_under_one_schedule():
+    weights = make_weights()
+    optimizer = make_optimizer(config(learning_rate=4e-5, text_encoder_learning_rate=1e-5), weights)
+    assert set_learning_rates(optimizer, 0.5) == {"learning_rate": 2e-5, "text_encoder_learning_rate": 5e-6}
+    by_group = {group["name"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert by_group["text_encoders"] == {id(weights["text_encoder.layer.weight"])}
+    assert len(by_group["unet"]) == 2
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-5, 5e-6]
+    shared = make_optimizer(config(learning_rate=4e-5), weights)
+    assert set_learning_rates(shared, 1) == {"learning_rate": 4e-5, "text_encoder_learning_rate": 4e-5}
+    alone = make_optimizer(config(), {"unet.conv.bias": weights["unet.conv.bias"]})
+    assert set_learning_rates(alone, 1).keys() == {"learning_rate"}
+
+
+def two_steps(settings, start, gradients):
+    weights = {"unet.w": torch.nn.Parameter(start.clone())}
+    optimizer = make_optimizer(settings, weights)
+    for gradient in gradients:
+        weights["unet.w"].grad = gradient.clone()
+        set_learning_rates(optimizer, 1.0)
         optimizer.step()
+    return weights["unet.w"].detach(), optimizer
+
+
+START, GRADIENTS = torch.tensor([1.0, -2.0, 0.5]), [torch.tensor([0.3, -0.1, 0.2]), torch.tensor([-0.2, 0.4, 0.2])]
+
+
+def test_adamw_against_its_formulas_with_decay_on_everything():
+    settings = config(weight_decay=0.1, betas=(0.8, 0.9), epsilon=1e-6, learning_rate=0.01)
+    found, optimizer = two_steps(settings, START, GRADIENTS)
+    expected, moment, square = START.clone(), torch.zeros(3), torch.zeros(3)
+    for step, gradient in enumerate(GRADIENTS, 1):
         moment, square = 0.8 * moment + 0.2 * gradient, 0.9 * square + 0.1 * gradient**2
         expected = expected * (1 - 0.01 * 0.1)
         expected -= 0.01 * (moment / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-6)
-    torch.testing.assert_close(parameter.detach(), expected)
+    torch.testing.assert_close(found, expected)
+    assert optimizer.defaults["fused"]
+
+
+def test_lion_steps_by_the_sign_of_its_interpolated_moment():
+    settings = config(name="lion", weight_decay=0.1, betas=(0.9, 0.95), learning_rate=0.01)
+    found, _ = two_steps(settings, START, GRADIENTS)
+    # Step 1: the moment is 0, the sign is the gradient's. Step 2: the moment is 0.05 of that, so for the first weight
+    # 0.9 * 0.05 * 0.3 - 0.1 * 0.2 < 0, and so on.
+    expected = START * (1 - 0.001) - 0.01 * torch.tensor([1.0, -1, 1])
+    expected = expected * (1 - 0.001) - 0.01 * torch.tensor([-1.0, 1, 1])
+    torch.testing.assert_close(found, expected)
+
+
+def test_adafactor_clips_its_update_at_the_threshold():
+    # First step: the second moment is the squared gradient, so the update is its sign, of root mean square 1; the rate
+    # is min(rate, 1 / sqrt(step)) times the weights' root mean square.
+    settings = config(name="adafactor", weight_decay=0.0, learning_rate=0.01, clip_threshold=1.0)
+    found, _ = two_steps(settings, START, GRADIENTS[:1])
+    scale = 0.01 * START.square().mean().sqrt()
+    torch.testing.assert_close(found, START - scale * GRADIENTS[0].sign())
+    with pytest.raises(ConfigError, match=r"clip_threshold=0.5 must be at least 1"):
+        make_optimizer(config(name="adafactor", clip_threshold=0.5), make_weights())
+
+
+def test_prodigy_against_its_formulas():
+    # arXiv:2306.06101, algorithm 4, without bias correction, d0 = 1e-6.
+    settings = config(name="prodigy", weight_decay=0.1, learning_rate=1.0, betas=(0.9, 0.99), epsilon=1e-8)
+    found, optimizer = two_steps(settings, START, GRADIENTS)
+    start, gradients = START.double(), [gradient.double() for gradient in GRADIENTS]
+    x, d, d_max, r = start.clone(), 1e-6, 1e-6, 0.0
+    m, v, s = torch.zeros(3, 3).double()
+    root = 0.99**0.5
+    for g in gradients:
+        m, v = 0.9 * m + 0.1 * d * g, 0.99 * v + 0.01 * (d * g) ** 2
+        # r and s are kept divided by d0, which cancels.
+        r, s = root * r + (d / 1e-6) * d * torch.dot(g, start - x).item(), root * s + (d / 1e-6) * d * g
+        estimate = r / s.abs().sum().item()
+        used, d_max = d, max(d_max, estimate)
+        d = max(d, estimate) if d == 1e-6 else d_max
+        x = x - used * 0.1 * x - used * m / (v.sqrt() + d * 1e-8)
+    torch.testing.assert_close(found, x.float(), rtol=1e-6, atol=1e-8)
+    assert optimizer.param_groups[0]["d"] == pytest.approx(d, rel=1e-5)
+
+
+def test_prodigys_rate_in_the_log_is_what_it_found_and_it_takes_no_other():
+    weights = make_weights()
+    optimizer = make_optimizer(config(name="prodigy", learning_rate=1.0), weights)
+    assert set_learning_rates(optimizer, 0.5)["learning_rate"] == pytest.approx(5e-7)
+    for rates in ({"learning_rate": 1e-4}, {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5}):
+        with pytest.raises(ConfigError, match=r"prodigy with learning_rate=.* set that to 1"):
+            make_optimizer(config(name="prodigy", **rates), weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_saved_and_three_more_are_six_straight(name, tmp_path):
+    settings = config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+    straight, saved, resumed = make_weights(), make_weights(), make_weights()
+    first = make_optimizer(settings, straight)
+    steps(first, straight, range(6))
+    second = make_optimizer(settings, saved)
+    steps(second, saved, range(3))
+    save_file(optimizer_state(second, saved), tmp_path / "optimizer.safetensors")
+    for key, weight in saved.items():
+        resumed[key].data.copy_(weight.data)
+    third = make_optimizer(settings, resumed)
+    restore_optimizer(third, resumed, load_file(tmp_path / "optimizer.safetensors"))
+    steps(third, resumed, range(3, 6))
+    for key in straight:
+        assert torch.equal(straight[key], resumed[key])
+        assert not torch.equal(straight[key], saved[key])
+    ours, theirs = optimizer_state(third, resumed), optimizer_state(first, straight)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    if name in ("adamw", "lion"):
+        moment = third.state[resumed["unet.conv.weight"]]["exp_avg"]
+        assert moment.stride() == resumed["unet.conv.weight"].stride(), "fused kernels want one memory format"
+
+
+def test_state_before_the_first_step_is_nothing_and_restores_nothing():
+    weights = make_weights()
+    optimizer = make_optimizer(config(), weights)
+    assert optimizer_state(optimizer, weights) == {}
+    restore_optimizer(optimizer, weights, {})
+    assert not optimizer.state
+
+
+def test_state_of_another_model_is_refused_and_of_another_rank_passed_over():
+    weights = make_weights()
+    optimizer = make_optimizer(config(), weights)
+    steps(optimizer, weights, range(1))
+    state = optimizer_state(optimizer, weights)
+    share = {"unet.conv.bias": weights["unet.conv.bias"]}
+    partial = make_optimizer(config(), share)
+    restore_optimizer(partial, share, state)
+    assert len(partial.state) == 1
+    with pytest.raises(KeyError, match=r"unet\.other"):
+        restore_optimizer(optimizer, {"unet.other": weights["unet.conv.bias"]}, state)
+    state["exp_avg.unet.conv.bias"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"exp_avg of unet.conv.bias is \[7\] instead of \[4\]"):
+        restore_optimizer(optimizer, weights, state)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
+def test_8_bit_optimizers_say_what_they_lack(monkeypatch, name):
+    def version(installed):
+        def answer(package):
+            assert package == "bitsandbytes"
+            if installed is None:
+                raise metadata.PackageNotFoundError(package)
+            return installed
+
+        monkeypatch.setattr(metadata, "version", answer)
+
+    for installed, message in (
+        (None, r"needs bitsandbytes.*diffusion-foundry\[gpu8bit\]"),
+        ("0.36.0", "0.36.0 to 0.41.0"), ("0.39.1", "0.36.0 to 0.41.0"), ("0.41.0", "0.36.0 to 0.41.0"),
+        ("0.35.4", "needs a GPU, the weights are on cpu"), ("0.41.1", "needs a GPU"), ("0.50.0rc1", "needs a GPU"),
+    ):  # fmt: skip
+        version(installed)
+        with pytest.raises(ConfigError, match=message):
+            make_optimizer(config(name=name), make_weights())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
+def test_8_bit_optimizers_go_on_exactly(name):
+    pytest.importorskip("bitsandbytes")
+
+    def large():
+        torch.manual_seed(0)
+        return {"unet.w": torch.nn.Parameter(torch.randn(128, 64, device="cuda"))}
+
+    straight, resumed = large(), large()
+    first, second = (make_optimizer(config(name=name), weights) for weights in (straight, resumed))
+    steps(first, straight, range(6))
+    steps(second, resumed, range(3))
+    state = {key: value.cpu() for key, value in optimizer_state(second, resumed).items()}
+    assert any(value.dtype == torch.uint8 for value in state.values())
+    third = make_optimizer(config(name=name), resumed)
+    restore_optimizer(third, resumed, state)
+    steps(third, resumed, range(3, 6))
+    assert torch.equal(straight["unet.w"], resumed["unet.w"])

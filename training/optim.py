@@ -1,44 +1,199 @@
-"""The optimizer and its learning rate, whose clock is samples trained on, skipped steps left out."""
+"""The optimizer, its learning rates, whose clock is samples trained on, and its state as plain tensors."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
 
 import torch
 
+from training.errors import ConfigError
 from training.run_config import OptimizerConfig
 
-
-def make_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with one group, fused (one pass over the weights); its learning rate is set before every step."""
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+UNET, TEXT_ENCODERS = "unet", "text_encoders"
+# What steps change in a group itself: a counter, and Prodigy's estimate of its rate.
+_GROUP_STATE = ("step", "d", "d_max", "d_hat", "d_numerator", "d_de_nom")
+# Kohaku XL Delta's page.
+_FIRST_BROKEN, _LAST_BROKEN = (0, 36, 0), (0, 41, 0)
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
 
 
-def learning_rate(config: OptimizerConfig, samples: float, num_samples: int) -> float:
-    """The rate at a point of the run.
+def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of a run, with one group for the UNet and one for the text encoders.
 
     Args:
-        config: Peak, shape and warm-up.
+        config: Name, peak rates and decay.
+        weights: The trained ones in fp32, by name; `unet.` opens those of the UNet.
+
+    Raises:
+        ConfigError: an option that the optimizer does not take, or a library or device that it needs is not there.
+
+    Source: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235, Lion arXiv:2302.06675, Prodigy arXiv:2306.06101.
+    """
+    groups = _groups(config, weights)
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    if config.name == "adamw":
+        # Fused: one pass over the weights.
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True, **decay)
+    if config.name == "adafactor":
+        if config.clip_threshold < 1:
+            raise ConfigError(f"optimizer.clip_threshold={config.clip_threshold:g} must be at least 1")
+        return torch.optim.Adafactor(groups, d=config.clip_threshold, **decay)
+    if config.name in ("adamw_8bit", "lion_8bit"):
+        return _make_8bit(config, groups)
+    import pytorch_optimizer
+
+    if config.name == "lion":
+        return pytorch_optimizer.Lion(groups, betas=config.betas, **decay)
+    if config.learning_rate != 1 or config.text_encoder_learning_rate not in (0, 1):
+        raise ConfigError(
+            f"optimizer.name=prodigy with learning_rate={config.learning_rate:g} and text_encoder_learning_rate="
+            f"{config.text_encoder_learning_rate:g}: it estimates one rate for all weights and multiplies it by "
+            "learning_rate; set that to 1 and leave the other at 0"
+        )
+    return pytorch_optimizer.Prodigy(groups, betas=config.betas, eps=config.epsilon, **decay)
+
+
+def schedule_factor(config: OptimizerConfig, samples: float, num_samples: int) -> float:
+    """The share of its peak that a rate has at a point of the run, in [0, 1].
+
+    Args:
+        config: Shape and warm-up.
         samples: Samples trained on; the trainer asks for the middle of a step, so that neither the first step nor
             the last has a rate of 0.
         num_samples: Length of the run.
     """
-    warmup = min(1.0, samples / config.warmup_samples) if config.warmup_samples else 1.0
-    if config.schedule == "constant" or samples < config.warmup_samples:
-        return config.learning_rate * warmup
+    if samples < config.warmup_samples:
+        return samples / config.warmup_samples
+    if config.schedule == "constant":
+        return 1.0
     done = min(1.0, (samples - config.warmup_samples) / max(1, num_samples - config.warmup_samples))
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - done)
-    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all groups of an optimizer the same rate."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Give each group its peak rate times `factor`.
+
+    Returns:
+        The rates by the log's names, `learning_rate` of the UNet and `text_encoder_learning_rate` where it has
+        weights; Prodigy's are the ones that it has come to.
+    """
+    names = {UNET: "learning_rate", TEXT_ENCODERS: "text_encoder_learning_rate"}
+    rates = {}
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = group["initial_lr"] * factor
+        rates[names[group["name"]]] = group["lr"] * group.get("d", 1.0)
+    return rates
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All that steps change in an optimizer, as tensors that safetensors can hold; numbers become 0-d tensors.
+
+    Args:
+        optimizer: From `make_optimizer`.
+        named: The weights that it steps, by name.
+
+    Returns:
+        `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first step.
+    """
+    tensors = {
+        f"{key}.{name}": _tensor(value)
+        for name, weight in named.items()
+        for key, value in optimizer.state.get(weight, {}).items()
+    }
+    for group in optimizer.param_groups if tensors else ():
+        # Prodigy's groups share their tensors, safetensors must not.
+        tensors |= {f"{key}.{group['name']}": _tensor(group[key]).clone() for key in _GROUP_STATE if key in group}
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Go on from `optimizer_state`, exactly; names that are not ours are another rank's.
+
+    Raises:
+        KeyError: there is state, but not of a weight.
+        ValueError: a moment has another shape than its weight.
+    """
+    fused = bool(optimizer.defaults.get("fused"))
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for path, tensor in state.items():
+        key, name = path.split(".", 1)
+        by_name.setdefault(name, {})[key] = tensor
+    for name, weight in named.items() if state else ():
+        for key, value in by_name[name].items():
+            if key in _MOMENTS and value.shape != weight.shape:
+                raise ValueError(f"{key} of {name} is {list(value.shape)} instead of {list(weight.shape)}")
+        optimizer.state[weight] = {key: _restored(value, weight, fused) for key, value in by_name[name].items()}
+    for group in optimizer.param_groups:
+        group |= {key: _number(value) for key, value in by_name.get(group["name"], {}).items()}
+
+
+def _groups(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Groups that have weights, with their peak rate as `initial_lr`, as torch's own schedules call it."""
+    rates = {UNET: config.learning_rate, TEXT_ENCODERS: config.text_encoder_learning_rate or config.learning_rate}
+    members: dict[str, list[torch.Tensor]] = {UNET: [], TEXT_ENCODERS: []}
+    for name, weight in weights.items():
+        members[UNET if name.startswith("unet.") else TEXT_ENCODERS].append(weight)
+    return [
+        {"params": params, "name": name, "lr": rates[name], "initial_lr": rates[name]}
+        for name, params in members.items()
+        if params
+    ]
+
+
+def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW or Lion whose moments are stored in 8 bits, arXiv:2110.02861.
+
+    Raises:
+        ConfigError: bitsandbytes is missing or has known errors, or the weights are not on a GPU.
+    """
+    try:
+        version = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"optimizer.name={config.name} needs bitsandbytes, which is not installed: run `pip install "
+            "'diffusion-foundry[gpu8bit]'`, or take adamw or lion"
+        ) from None
+    if _FIRST_BROKEN <= tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) <= _LAST_BROKEN:
+        raise ConfigError(
+            f"bitsandbytes {version}: 8-bit optimizers of 0.36.0 to 0.41.0 are known to be wrong; install a newer one"
+        )
+    devices = {weight.device.type for group in groups for weight in group["params"]}
+    if devices != {"cuda"}:
+        raise ConfigError(
+            f"optimizer.name={config.name} needs a GPU, the weights are on {', '.join(sorted(devices))}: take adamw or "
+            "lion there"
+        )
+    import bitsandbytes
+
+    if config.name == "lion_8bit":
+        return bitsandbytes.optim.Lion8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
+    return bitsandbytes.optim.AdamW8bit(
+        groups, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay
+    )
+
+
+def _tensor(value: object) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().contiguous()
+    assert isinstance(value, int | float), f"state of an optimizer that is no number: {value!r}"
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _number(value: torch.Tensor) -> torch.Tensor | int | float:
+    """What `_tensor` was given: it makes 0-d tensors of these two types of numbers only."""
+    is_number = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)
+    return value.item() if is_number else value.clone()
+
+
+def _restored(value: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor | int | float:
+    """State of a weight: moments are laid out in memory as it is, and only fused kernels count steps on the device."""
+    if value.dim() == 0:
+        number = _number(value)
+        return number.to(weight.device) if fused and isinstance(number, torch.Tensor) else number
+    if value.shape == weight.shape:
+        return torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(weight.device, copy=True)
