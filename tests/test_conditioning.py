@@ -1,6 +1,10 @@
+import dataclasses
+
+import pytest
 import torch
 
 from training.conditioning import make_time_ids, predict, trained_parameters
+from training.errors import ConfigError
 from training.models.unet import load_pipeline_parts
 
 
@@ -59,3 +63,86 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other_wants_one(tiny_sdx
         if parameter.requires_grad
     }
     assert wanting == {id(parameter) for parameter in trained.values()}
+
+
+@pytest.fixture
+def sd1(tiny_sdxl):
+    """A tiny SD 1.x: the first text encoder alone, and a UNet that is told nothing else."""
+    parts = load_pipeline_parts(tiny_sdxl, "cpu")
+    config = dict(parts.unet.config) | {
+        "cross_attention_dim": parts.text_encoders[0].config.hidden_size, "addition_embed_type": None,
+        "addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return dataclasses.replace(
+        parts, family="sd1", unet=type(parts.unet).from_config(config).eval(), text_encoders=parts.text_encoders[:1],
+        tokenizers=parts.tokenizers[:1],
+    )  # fmt: skip
+
+
+def batch(seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 900]), torch.randint(0, 200, (3, 2, 77)), torch.ones(3, 6)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd1"])
+def test_zeroed_samples_read_zeros_and_the_others_their_text(tiny_sdxl, sd1, family):
+    parts = sd1 if family == "sd1" else load_pipeline_parts(tiny_sdxl, "cpu")
+    noised, steps, ids, time_ids = batch()
+    ids = [ids] * len(parts.text_encoders)
+    zeroed = torch.tensor([False, True, False])
+    with torch.no_grad():
+        plain, some = (predict(parts, noised, steps, ids, time_ids, zeroed=flags) for flags in (None, zeroed))
+        text = torch.zeros(3, 2 * 77, parts.unet.config.cross_attention_dim)
+        added = {"text_embeds": torch.zeros(3, 8), "time_ids": time_ids} if family == "sdxl" else None
+        nothing = parts.unet(noised, steps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        others = predict(parts, noised, steps, [i.flip(-1) for i in ids], time_ids, zeroed=zeroed)
+        moved = predict(parts, noised, steps, ids, time_ids * 3, zeroed=zeroed)
+    torch.testing.assert_close(some[1], nothing[1])
+    torch.testing.assert_close(some[0::2], plain[0::2])
+    torch.testing.assert_close(some[1], others[1])
+    assert not torch.allclose(some[1], plain[1])
+    assert torch.allclose(some[1], moved[1]) == (family == "sd1"), "size conditioning is never dropped"
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_clip_skip_reads_an_earlier_layer_and_trains_none_behind_it(sd1, clip_skip):
+    noised, steps, ids, time_ids = batch()
+    trained = trained_parameters(sd1, text_encoder=True, text_encoder_2=False, clip_skip=clip_skip)
+    prediction = predict(sd1, noised, steps, [ids], time_ids, clip_skip=clip_skip)
+    prediction.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    encoder = sd1.text_encoders[0]
+    with torch.no_grad():
+        # facts/trainers.md (h): hidden states of that layer, through the final norm.
+        states = encoder(ids.flatten(0, 1), output_hidden_states=True).hidden_states[-clip_skip]
+        text = encoder.final_layer_norm(states).reshape(3, 154, -1)
+        expected = sd1.unet(noised, steps, encoder_hidden_states=text).sample
+    torch.testing.assert_close(prediction, expected)
+    layers = {name.split(".")[3] for name in trained if name.startswith("text_encoder.encoder.layers")}
+    assert layers == {str(number) for number in range(3 - clip_skip + 1)}
+
+
+def test_clip_skip_beyond_the_encoder_is_refused(sd1):
+    with pytest.raises(ConfigError, match="clip_skip=4: the text encoder has 3 layers"):
+        trained_parameters(sd1, text_encoder=True, text_encoder_2=False, clip_skip=4)
+
+
+def test_frozen_embeddings_stay_while_the_rest_of_the_encoders_trains(tiny_sdxl):
+    parts = load_pipeline_parts(tiny_sdxl, "cpu")
+    whole, rest = (
+        trained_parameters(parts, text_encoder=True, text_encoder_2=True, freeze_embeddings=frozen)
+        for frozen in (False, True)
+    )
+    assert whole.keys() - rest.keys() == {
+        "text_encoder.embeddings.token_embedding.weight", "text_encoder.embeddings.position_embedding.weight",
+        "text_encoder_2.text_model.embeddings.token_embedding.weight",
+        "text_encoder_2.text_model.embeddings.position_embedding.weight",
+    }  # fmt: skip
+    assert not parts.text_encoders[0].embeddings.token_embedding.weight.requires_grad
+    assert parts.text_encoders[0].encoder.layers[0].layer_norm1.weight.requires_grad
+
+
+def test_sd1_has_no_second_encoder_to_train(sd1):
+    trained = trained_parameters(sd1, text_encoder=True, text_encoder_2=True)
+    assert {name.split(".")[0] for name in trained} == {"unet", "text_encoder"}

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -5,40 +7,70 @@ from diffusers.training_utils import compute_snr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.loss import min_snr_weights, mse_per_sample, prediction_target
+from training.errors import TrainingError
+from training.loss import mse_per_sample, prediction_target, timestep_weights
+from training.run_config import LossConfig
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SIGNAL = SCHEDULER.alphas_cumprod
+# Shares of signal with SNR 1, 9 and 1/9; the last has 1,999, beyond the cap of `debiased`.
+SHARES = torch.tensor([0.5, 0.9, 0.1, 0.9995])
 
 
-def test_min_snr_against_hand_worked_values():
-    # Signal shares 0.5, 0.9, 0.1 have SNR 1, 9, 1/9.
-    signal = torch.tensor([0.5, 0.9, 0.1])
-    steps = torch.arange(3)
-    torch.testing.assert_close(min_snr_weights(steps, signal, 5.0, "epsilon"), torch.tensor([1.0, 5 / 9, 1.0]))
-    torch.testing.assert_close(
-        min_snr_weights(steps, signal, 5.0, "v_prediction"), torch.tensor([0.5, 0.5, (1 / 9) / (10 / 9)])
-    )
-    assert min_snr_weights(steps, signal, 0, "epsilon").tolist() == [1, 1, 1]
+def weights(weighting, signal=SIGNAL, prediction_type="epsilon", **changes):
+    return timestep_weights(LossConfig(weighting=weighting, **changes), signal, prediction_type)
 
 
-def test_min_snr_on_sdxls_schedule_as_measured():
+@pytest.mark.parametrize(
+    ("weighting", "prediction_type", "expected"),
+    [
+        ("plain", "epsilon", [1, 1, 1, 1]),
+        ("plain", "v_prediction", [1, 1, 1, 1]),
+        ("min_snr", "epsilon", [1, 5 / 9, 1, 5 / 1999]),
+        ("min_snr", "v_prediction", [1 / 2, 5 / 10, (1 / 9) / (10 / 9), 5 / 2000]),
+        ("debiased", "epsilon", [1, 1 / 3, 3, 1 / math.sqrt(1000)]),
+        ("debiased", "v_prediction", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
+        ("p2", "epsilon", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
+        ("p2", "v_prediction", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
+    ],
+)
+def test_weights_against_hand_worked_values(weighting, prediction_type, expected):
+    found = weights(weighting, SHARES, prediction_type)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-7)
+
+
+def test_gammas_are_the_cap_and_the_exponent():
+    torch.testing.assert_close(weights("min_snr", SHARES[:2], min_snr_gamma=1.0), torch.tensor([1.0, 1 / 9]))
+    torch.testing.assert_close(weights("p2", SHARES[:2], p2_gamma=0.5), torch.tensor([0.5**0.5, 0.1**0.5]))
+
+
+def test_weights_on_sdxls_schedule_as_measured():
     # facts/trainers.md (g): mean 0.917, 0.0043 at t = 0, 1 from t = 147; v: mean 0.294, max 0.833.
-    steps = torch.arange(1000)
-    weights = min_snr_weights(steps, SIGNAL, 5.0, "epsilon")
-    assert weights.mean().item() == pytest.approx(0.917, abs=5e-4)
-    assert weights[0].item() == pytest.approx(0.0043, abs=5e-5)
-    assert (weights[147:] == 1).all()
-    assert weights[146] < 1
-    velocity = min_snr_weights(steps, SIGNAL, 5.0, "v_prediction")
+    epsilon, velocity = weights("min_snr"), weights("min_snr", prediction_type="v_prediction")
+    assert epsilon.mean().item() == pytest.approx(0.917, abs=5e-4)
+    assert epsilon[0].item() == pytest.approx(0.0043, abs=5e-5)
+    assert (epsilon[147:] == 1).all()
+    assert epsilon[146] < 1
     assert velocity.mean().item() == pytest.approx(0.294, abs=5e-4)
     assert velocity.max().item() == pytest.approx(5 / 6, abs=2e-3)
+    # The same page: mean 3.02, up to 14.6, so the learning rate means something else with it.
+    debiased = weights("debiased")
+    assert debiased.mean().item() == pytest.approx(3.02, abs=5e-3)
+    assert debiased.max().item() == pytest.approx(14.6, abs=5e-2)
 
 
-def test_min_snr_uses_the_librarys_snr():
-    steps = torch.tensor([0, 10, 500, 999])
-    snr = compute_snr(SCHEDULER, steps)
-    torch.testing.assert_close(min_snr_weights(steps, SIGNAL, 5.0, "epsilon"), snr.clamp(max=5) / snr)
+@pytest.mark.parametrize("weighting", ["plain", "debiased", "p2"])
+def test_the_last_step_of_a_schedule_without_signal_weighs_something_or_is_refused(weighting):
+    rescaled = torch.cat([SIGNAL[:-1], torch.zeros(1)])
+    assert weights(weighting, rescaled, "v_prediction")[-1] == 1
+    with pytest.raises(TrainingError, match=r"min_snr.*zero terminal SNR.*weight 0"):
+        weights("min_snr", rescaled, "v_prediction")
+
+
+def test_weights_use_the_librarys_snr():
+    snr = compute_snr(SCHEDULER, torch.arange(1000))
+    torch.testing.assert_close(weights("min_snr"), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(weights("p2", p2_gamma=2.0), (1 + snr) ** -2.0)
 
 
 def test_targets_are_the_librarys():

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from training.errors import ConfigError
 from training.models.text_encoders import encode_sd1, encode_sdxl
-from training.models.unet import PipelineParts
+from training.models.unet import PipelineParts, named_modules
 
 
 def make_time_ids(original_size: torch.Tensor, crop_top_left: torch.Tensor, target_size: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,9 @@ def predict(
     timesteps: torch.Tensor,
     ids: Sequence[torch.Tensor],
     time_ids: torch.Tensor,
+    *,
+    clip_skip: int = 1,
+    zeroed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The UNet's prediction `(B, 4, h, w)` for noised latents; gradients flow where parameters ask for them.
 
@@ -36,43 +40,73 @@ def predict(
         noised: `(B, 4, h, w)`.
         timesteps: `(B,)` int64.
         ids: Token ids `(B, n, 77)` per text encoder.
-        time_ids: `(B, 6)`; SD 1.x, which has no such input, ignores them.
+        time_ids: `(B, 6)` fp32; SD 1.x, which has no such input, ignores them.
+        clip_skip: Layer of SD 1.x's text encoder, from the end.
+        zeroed: `(B,)` bool, samples that read zeros in place of their text; size and crop are told all the same.
     """
     if parts.family == "sd1":
-        text = encode_sd1(parts.text_encoders[0], ids[0])
-        added = None
+        text = encode_sd1(parts.text_encoders[0], ids[0], clip_skip)
     else:
         text = encode_sdxl(*parts.text_encoders, *ids)
-        added = {"text_embeds": text.pooled, "time_ids": time_ids}
-    return parts.unet(noised, timesteps, encoder_hidden_states=text.hidden_states, added_cond_kwargs=added).sample
+    hidden_states, pooled = text.hidden_states, text.pooled
+    if zeroed is not None:
+        hidden_states = hidden_states.masked_fill(zeroed.view(-1, 1, 1), 0)  # (B, n * 77, d)
+        pooled = None if pooled is None else pooled.masked_fill(zeroed.view(-1, 1), 0)  # (B, d_projection)
+    # The embedder turns time_ids into sines in fp32, whatever type the weights have, as long as they come in fp32.
+    added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+    return parts.unet(
+        noised.to(parts.unet.dtype), timesteps, encoder_hidden_states=hidden_states, added_cond_kwargs=added
+    ).sample
 
 
 def trained_parameters(
-    parts: PipelineParts, *, text_encoder: bool, text_encoder_2: bool
+    parts: PipelineParts,
+    *,
+    text_encoder: bool,
+    text_encoder_2: bool,
+    freeze_embeddings: bool = False,
+    clip_skip: int = 1,
 ) -> dict[str, torch.nn.Parameter]:
     """The parameters that a run trains, by name, with `requires_grad` set on them and on no others.
 
-    SDXL reads text encoder 1 before its last layer, so that layer and the final norm never get a gradient and are
-    left out; every parameter returned here gets one in every step.
+    Layers of text encoder 1 behind the one that is read never get a gradient and are left out, for SDXL the final norm
+    with them; every parameter returned here gets one in every step.
+
+    Args:
+        parts: The model.
+        text_encoder: Train text encoder 1.
+        text_encoder_2: Train text encoder 2, where there is one.
+        freeze_embeddings: Leave token and position embeddings of the text encoders out.
+        clip_skip: Layer of SD 1.x's text encoder that is read, from the end.
+
+    Raises:
+        ConfigError: the text encoder has fewer layers than `clip_skip`.
     """
-    modules: dict[str, torch.nn.Module] = {"unet": parts.unet}
-    if text_encoder:
-        modules["text_encoder"] = parts.text_encoders[0]
-    if text_encoder_2 and parts.family == "sdxl":
-        modules["text_encoder_2"] = parts.text_encoders[1]
-    unused: set[int] = set()
+    first = parts.text_encoders[0]
+    layers = list(first.encoder.layers)
+    if clip_skip > len(layers):
+        raise ConfigError(f"clip_skip={clip_skip}: the text encoder has {len(layers)} layers")
+    idle: list[torch.nn.Module] = layers[len(layers) - clip_skip + 1 :]
     if parts.family == "sdxl":
-        first = parts.text_encoders[0]
-        for module in (first.encoder.layers[-1], first.final_layer_norm):
-            unused |= {id(parameter) for parameter in module.parameters()}
+        idle = [layers[-1], first.final_layer_norm]
+    if freeze_embeddings:
+        idle += [
+            module
+            for encoder in parts.text_encoders
+            for module in encoder.modules()
+            if isinstance(module, torch.nn.Embedding)
+        ]
+    left_out = {id(parameter) for module in idle for parameter in module.parameters()}
+    wanted = {"unet": True, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    modules = named_modules(parts)
+    for module in modules.values():
+        module.requires_grad_(False)
     trained = {
         f"{name}.{key}": parameter
         for name, module in modules.items()
         for key, parameter in module.named_parameters()
-        if id(parameter) not in unused
+        if wanted[name] and id(parameter) not in left_out
     }
-    for module in (parts.unet, *parts.text_encoders):
-        module.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained

@@ -4,6 +4,9 @@ from typing import Literal
 
 import torch
 
+from training.errors import TrainingError
+from training.run_config import LossConfig
+
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -41,21 +44,34 @@ def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor, mask: torch.T
     return (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area
 
 
-def min_snr_weights(
-    timesteps: torch.Tensor, signal: torch.Tensor, gamma: float, prediction_type: PredictionType
-) -> torch.Tensor:
-    """Weight of each sample's loss, `(B,)` fp32: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
+def timestep_weights(config: LossConfig, signal: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
+    """The weight of a loss at each timestep, `(T,)` fp32; weights are not normalised.
+
+    For epsilon: `min_snr` min(SNR, gamma) / SNR, `debiased` 1 / sqrt(min(SNR, 1000)), `p2` (1 + SNR)^-gamma.
+    For v: `min_snr` min(SNR, gamma) / (SNR + 1), `debiased` 1 / (SNR + 1), `p2` as for epsilon.
 
     Args:
-        timesteps: `(B,)` int64.
+        config: Which, and its gamma.
         signal: `alphas_cumprod`, `(T,)`.
-        gamma: Cap of the signal-to-noise ratio; 0 gives weights of 1.
         prediction_type: What the UNet predicts.
 
-    Source: min-SNR, arXiv:2303.09556, section 3.4; gamma = 5 there.
+    Raises:
+        TrainingError: the schedule ends without signal, and `min_snr` would never learn its last step.
+
+    Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227.
     """
-    if gamma == 0:
-        return torch.ones(len(timesteps), device=signal.device)
-    share = signal[timesteps]
-    snr = share / (1 - share)
-    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    if config.weighting == "min_snr" and signal[-1] <= 0:
+        raise TrainingError(
+            'loss.weighting="min_snr" on a noise schedule of zero terminal SNR: its last step would have weight 0 and '
+            'never be learned; take "plain" or "debiased"'
+        )
+    snr = signal / (1 - signal)
+    noise_to_predict = prediction_type == "epsilon"
+    if config.weighting == "min_snr":
+        return snr.clamp(max=config.min_snr_gamma) / (snr if noise_to_predict else snr + 1)
+    if config.weighting == "debiased":
+        # The cap, kohya's, keeps the cleanest steps from having next to no weight.
+        return snr.clamp(max=1000).rsqrt() if noise_to_predict else 1 / (snr + 1)
+    if config.weighting == "p2":
+        return (1 + snr) ** -config.p2_gamma
+    return torch.ones_like(signal)
