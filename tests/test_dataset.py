@@ -34,8 +34,8 @@ def one_bucket(dataset, epoch):
 
 
 def test_a_batch_is_what_the_tables_say(open_run):
-    run, dataset = open_run(**{"prompts.empty_prob": 0.0})
-    rows = one_bucket(dataset, 0)
+    run, dataset = open_run()
+    rows = one_bucket(dataset, None)
     assert len(rows) >= 2
     batch = dataset.batch(rows, None)
     assert batch.latents.shape == (len(rows), 4, 4, 6)
@@ -49,6 +49,7 @@ def test_a_batch_is_what_the_tables_say(open_run):
         place = generation.table().row(by_predicate=pl.col("image_id") == batch.image_ids[position], named=True)
         mean, _ = generation.open_files()[place["file"]].gather([place["row"]])
         assert np.array_equal(batch.latents[position].numpy(), from_bfloat16(mean[0]))
+    assert (batch.zeroed.tolist(), batch.num_truncated) == ([False] * len(rows), 0)
     for ids, tokenizer in zip(batch.ids, dataset.prompt_maker.tokenizers, strict=True):
         assert ids.shape[0] == len(rows)
         words = tokenizer(batch.prompts[0], add_special_tokens=False)["input_ids"][:75]
@@ -68,8 +69,21 @@ def test_a_sample_does_not_depend_on_its_neighbours_but_on_the_epoch(open_run):
     assert not torch.equal(other.latents, alone.latents)
 
 
+def test_a_batch_says_what_is_zeroed_and_cut(open_run):
+    changes = {"empty_prob": 0.5, "empty_as": "zeros", "max_chunks": 1, "mean_tags": 0}
+    _, dataset = open_run(**{f"prompts.{name}": value for name, value in changes.items()})
+    rows = one_bucket(dataset, 1)
+    batch = dataset.batch(rows, 1)
+    assert batch.zeroed.tolist() == [prompt == "" for prompt in batch.prompts]
+    assert 0 < batch.zeroed.sum() < len(rows)
+    whole = sum(len(dataset.prompt_maker.tokenizers[0](prompt.text, add_special_tokens=False)["input_ids"])
+                for prompt in dataset.prompt_maker.prompts(rows.tolist(), 1))  # fmt: skip
+    kept = sum(len(made.tokens) for made in dataset.prompt_maker.make(rows.tolist(), 1))
+    assert batch.num_truncated == whole - kept > 0
+
+
 def test_the_posterior_is_drawn_around_the_mean_with_its_variance(open_run):
-    _, dataset = open_run(**{"prompts.empty_prob": 1.0})
+    _, dataset = open_run(**{"prompts.max_chunks": 1})
     rows = one_bucket(dataset, 0)
     mean = dataset.batch(rows, None).latents
     draws = torch.stack([dataset.batch(rows, epoch).latents - mean for epoch in range(40)])
@@ -79,7 +93,7 @@ def test_the_posterior_is_drawn_around_the_mean_with_its_variance(open_run):
 
 
 def test_latents_without_log_variance_are_the_mean(open_run, write_generation):
-    run, dataset = open_run()
+    run, dataset = open_run(**{"prompts.max_chunks": 1})
     for shard in ("s000000", "s000001"):
         rows = run.rows.filter(pl.col("shard") == shard)
         write_generation(run.inputs.latents / shard, 2, rows, log_variance=False)
@@ -191,7 +205,7 @@ def test_padding_counts_nothing_also_in_validation(open_run):
     # A watermark of the whole picture weighs as asked; the padding still weighs nothing.
     assert loss_mask([Box(0, 0, 192, 128)], placement, 8, 0.25).max() == 0.25
     _, dataset = open_run()
-    rows = one_bucket(dataset, 0)
+    rows = one_bucket(dataset, None)
     assert dataset.batch(rows, None).mask is None
     dataset._geometry = dataset._geometry.copy()
     dataset._geometry[rows[0], 2:4] = (32, 40)

@@ -65,11 +65,13 @@ class Stream:
     def __init__(self, seed: int, purpose: Purpose, *keys: Key) -> None:
         """The keys that the draws share."""
         self._shared = _feed(hashlib.sha256(), seed, purpose.value, *keys)
+        self._random = random.Random()  # noqa: S311
 
     def generator(self, key: Key) -> random.Random:
-        """The generator that `generator` makes for the shared keys and this one."""
+        """The generator that `generator` makes for the shared keys and this one; valid until the next is asked for."""
         hasher = _feed(self._shared.copy(), key)
-        return random.Random(int.from_bytes(hasher.digest()[:16], "little"))  # noqa: S311
+        self._random.seed(int.from_bytes(hasher.digest()[:16], "little"))
+        return self._random
 
 
 def numpy_generator(seed: int, purpose: Purpose, *keys: Key) -> np.random.Generator:

@@ -1,10 +1,8 @@
 """Chunks of 77: nothing is lost, doubled or reordered, and each encoder gets its own pads."""
 
-import json
 import string
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,32 +78,6 @@ def test_a_prompt_is_cut_after_a_piece_and_loses_its_comma(lengths, limit):
         assert len(tokens) + 1 + lengths[len(kept)] > limit
 
 
-@pytest.fixture(scope="module")
-def tokenizers():
-    """SDXL's two: CLIP's tokenizer with merges, which pad with the end and with `!`."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    rows = ["long hair blue eyes photo medium standing outdoors score up watermark it's they've we're"] * 4
-    letters = list(bytes_to_unicode().values())
-    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    backend.train_from_iterator(rows, trainer)
-    learned = json.loads(backend.to_str())["model"]["merges"]
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learned)]
-    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: number for number, word in enumerate(words)}
-    merges = [tuple(pair) for pair in learned]
-    return [
-        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")
-    ]
-
-
 odd = st.text(
     st.one_of(
         st.sampled_from(string.ascii_letters + string.digits + "_()'!,.;:-&<|>^@ \t\n"),
@@ -116,7 +88,7 @@ odd = st.text(
 
 
 @given(texts=st.lists(odd, max_size=6), end=st.booleans())
-def test_words_between_spaces_have_the_tokens_that_they_have_together(tokenizers, texts, end):
+def test_words_between_spaces_have_the_tokens_that_they_have_together(clip_tokenizers, texts, end):
     text = " ".join(texts) + ("<|endoftext|>," if end else "")
-    for tokenizer in tokenizers:
+    for tokenizer in clip_tokenizers:
         assert TokenCache(tokenizer).encode(text.split(" ")).tolist() == encode([text], tokenizer)[0]

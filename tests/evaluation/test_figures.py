@@ -97,3 +97,10 @@ def test_figures_and_sheets_leave_torch_alone():
         "import sys, training.evaluation.figures, training.evaluation.contact_sheet; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_shares_stand_in_pairs_with_their_percentages():
+    svg = svg_of(figures.shares([("75", 0.5, 0.25), ("150", 0.5, 0.75)]))
+    assert [node.text for node in svg if node.tag.endswith("text")] == ["75: 50% of 25%", "150: 50% of 75%"]
+    path = next(node for node in svg if node.tag.endswith("path")).get("d")
+    assert [int(part.split("h")[0]) for part in path.split("v-")[1:]] == [40, 20, 40, 60]

@@ -74,7 +74,9 @@ class PromptMaker:
 
     def make(self, rows: Iterable[int], epoch: int | None) -> list[MadePrompt]:
         """Prompts of rows with their tokens."""
-        return [self._cut(prompt) for prompt in self.prompts(rows, epoch)]
+        prompts = self.prompts(rows, epoch)
+        tokens = self._caches[0].encode_all([prompt.pieces for prompt in prompts])
+        return [self._cut(prompt, own) for prompt, own in zip(prompts, tokens, strict=True)]
 
     def ids(self, made: Sequence[MadePrompt]) -> tuple[np.ndarray, ...]:
         """Token ids `(B, n, 77)` int64 per encoder, of prompts that have the same number of chunks."""
@@ -97,9 +99,8 @@ class PromptMaker:
         cache, most = self._caches[0], self.config.max_chunks
         for start in range(0, len(rows), _BLOCK):
             prompts = self.prompts(rows[start : start + _BLOCK].tolist(), epoch)
-            cache.add([piece for prompt in prompts for piece in prompt.pieces])
-            for place, prompt in enumerate(prompts, start):
-                counts[place] = count_chunks(len(cache.encode(prompt.pieces)), most)
+            for place, num_tokens in enumerate(cache.count_all([prompt.pieces for prompt in prompts]), start):
+                counts[place] = count_chunks(num_tokens, most)
         return counts
 
     def _draws(self, epoch: int | None) -> tuple[PromptConfig, Stream]:
@@ -107,8 +108,7 @@ class PromptMaker:
             return self._fixed, Stream(self.seed, Purpose.VALIDATION, "prompt")
         return self.config, Stream(self.seed, Purpose.PROMPT, epoch)
 
-    def _cut(self, prompt: Prompt) -> MadePrompt:
-        tokens = self._caches[0].encode(prompt.pieces)
+    def _cut(self, prompt: Prompt, tokens: np.ndarray) -> MadePrompt:
         num_tokens = len(tokens)
         num_chunks = prompt.num_chunks or count_chunks(num_tokens, self.config.max_chunks)
         if num_tokens > num_chunks * CHUNK_TOKENS:

@@ -19,6 +19,7 @@ _MAX_SCORE_TAGS = 3
 _PLACES = {PEOPLE: 0, "character": 1, "copyright": 2, "artist": 3}
 """Categories that stand before special and general tags in Kohaku's order."""
 _UP = [f"score_{step}_up" for step in range(1, 10)]
+_EXACT = [f"score_{step}" for step in range(10)]
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
 
@@ -65,7 +66,7 @@ def make_prompt(sample: Sample, vocabulary: Vocabulary, config: PromptConfig, rn
     if rng.random() < config.empty_prob:
         return Prompt([], [], None, num_chunks, {"kind": "empty", "as": config.empty_as})
     names = sample.tags + sample.words
-    if sample.watermark and WATERMARK not in names:
+    if sample.watermark:
         names.append(WATERMARK)
     trace: dict[str, Any] = {"kind": "tags"}
     words: list[str] = []
@@ -115,22 +116,23 @@ def _choose_tags(
     names: list[str], vocabulary: Vocabulary, config: PromptConfig, rng: Random
 ) -> tuple[list[str], int, list[str]]:
     """Tags in the order of the prompt, the number that was wanted, and those that dropout took."""
-    first = [name for name in config.first_tags if name in names]
-    always = [name for name in config.always_tags if name in names and name not in first]
-    others = [name for name in names if name not in first and name not in always] if first or always else names
-    dropped: list[str] = []
     category, random = vocabulary.category, rng.random
+    # The order of all of them: by a number drawn for each.
+    keys = {name: random() for name in names}
+    first = [name for name in config.first_tags if keys.pop(name, None) is not None]
+    always = [name for name in config.always_tags if keys.pop(name, None) is not None]
+    dropped: list[str] = []
     if config.tag_dropout:
         dropped = [
-            name for name in others if category.get(name, GENERAL) not in _PLACES and random() < config.tag_dropout
+            name for name in keys if category.get(name, GENERAL) not in _PLACES and random() < config.tag_dropout
         ]
-        gone = set(dropped)
-        others = [name for name in others if name not in gone]
+        for name in dropped:
+            del keys[name]
     num_forced = len(first) + len(always)
-    wanted = num_forced + len(others)
+    wanted = num_forced + len(keys)
     if config.mean_tags:
         wanted = max(config.min_tags, int(rng.gauss(config.mean_tags, config.std_tags)))
-    chosen = _shuffled(others, rng)[: max(wanted - num_forced, 0)]
+    chosen = sorted(keys, key=keys.__getitem__)[: max(wanted - num_forced, 0)]
     for name in always:
         chosen.insert(int(random() * (len(chosen) + 1)), name)
     if config.order == "kohaku":
@@ -140,19 +142,13 @@ def _choose_tags(
     return first + chosen, wanted, dropped
 
 
-def _shuffled(names: list[str], rng: Random) -> list[str]:
-    """Different names in random order: by a number drawn for each."""
-    random = rng.random
-    keys = {name: random() for name in names}
-    return sorted(keys, key=keys.__getitem__)
-
-
 def choose_score_tags(score: int | None, rng: Random) -> list[str]:
     """One to three of `score_1_up` to `score_N_up` and `score_N`, so that each alone comes to mean something."""
     if not score:
         return []
     count = 1 + int(rng.random() * min(_MAX_SCORE_TAGS, score + 1))
-    return _shuffled([*_UP[:score], f"score_{score}"], rng)[:count]
+    candidates = [*_UP[:score], _EXACT[score]]
+    return [candidates.pop(int(rng.random() * len(candidates))) for _ in range(count)]
 
 
 def _write(

@@ -170,9 +170,8 @@ def _read(source: Path | pl.DataFrame, groups: Sequence[int] | None) -> tuple[in
         TABLES["training_set"].conform(source).write_parquet(buffer)
         where = pa.py_buffer(buffer.getvalue())
 
-    def open_file() -> pq.ParquetFile:
-        file = pa.BufferReader(where) if isinstance(where, pa.Buffer) else where
-        return pq.ParquetFile(file, read_dictionary=_DICTIONARIES)
+    def open_file(**options: Any) -> pq.ParquetFile:
+        return pq.ParquetFile(pa.BufferReader(where) if isinstance(where, pa.Buffer) else where, **options)
 
     file = open_file()
     missing = sorted(set(TABLES["training_set"].columns) - set(file.schema_arrow.names))
@@ -182,7 +181,9 @@ def _read(source: Path | pl.DataFrame, groups: Sequence[int] | None) -> tuple[in
         )
 
     def read(group: int) -> _Part:
-        return _convert(open_file().read_row_group(group, columns=list(_COLUMNS), use_threads=False), source)
+        return _convert(
+            open_file(read_dictionary=_DICTIONARIES).read_row_group(group, list(_COLUMNS), use_threads=False), source
+        )
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         parts = list(pool.map(read, range(file.metadata.num_row_groups) if groups is None else groups))

@@ -31,9 +31,8 @@ def mutate(
     """
     changed: dict[str, str] = {}
     random = rng.random
-    for name in names:
-        if random() < prob and name in aliases:
-            others = aliases[name]
+    for name in [name for name in names if random() < prob]:
+        if others := aliases.get(name):
             changed[name] = others[int(random() * len(others))]
     return ([changed.get(name, name) for name in names] if changed else names), changed
 

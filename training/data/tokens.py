@@ -14,6 +14,7 @@ import numpy as np
 CHUNK_TOKENS = 75
 CHUNK_LENGTH = 77
 MAX_CHUNKS = 3
+_TOKEN_BYTES = 4
 _MAX_CACHED = 500_000
 """Pieces that a cache holds, some 100 MB; then it begins anew."""
 
@@ -104,14 +105,15 @@ def fill_chunks(prompts: Sequence[np.ndarray], num_chunks: int, tokenizer: Token
     Returns:
         `(len(prompts), num_chunks, 77)` int64.
     """
+    lengths = np.array([len(tokens) for tokens in prompts])
+    assert lengths.max(initial=0) <= num_chunks * CHUNK_TOKENS, (lengths.max(), num_chunks)
+    words = np.full((len(prompts), num_chunks * CHUNK_TOKENS), tokenizer.pad_token_id, dtype=np.int64)
+    words[np.arange(words.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
     out = np.full((len(prompts), num_chunks, CHUNK_LENGTH), tokenizer.pad_token_id, dtype=np.int64)
     out[:, :, 0] = tokenizer.bos_token_id
-    for number, tokens in enumerate(prompts):
-        assert len(tokens) <= num_chunks * CHUNK_TOKENS, (len(tokens), num_chunks)
-        for chunk in range(num_chunks):
-            words = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
-            out[number, chunk, 1 : 1 + len(words)] = words
-            out[number, chunk, 1 + len(words)] = tokenizer.eos_token_id
+    out[:, :, 1:-1] = words.reshape(len(prompts), num_chunks, CHUNK_TOKENS)
+    ends = (lengths[:, None] - CHUNK_TOKENS * np.arange(num_chunks)).clip(0, CHUNK_TOKENS) + 1  # (B, n)
+    np.put_along_axis(out, ends[:, :, None], tokenizer.eos_token_id, axis=2)
     return out
 
 
@@ -129,20 +131,36 @@ class TokenCache:
 
     def encode(self, pieces: Sequence[str]) -> np.ndarray:
         """Tokens of all pieces in a row, `(n,)` int32."""
-        known = self._tokens.__getitem__
-        try:
-            packed = b"".join(map(known, pieces))
-        except KeyError:
-            self.add(pieces)
-            packed = b"".join(map(known, pieces))
-        return np.frombuffer(packed, dtype=np.int32)
+        return np.frombuffer(self._pack([pieces])[0], dtype=np.int32)
 
-    def add(self, pieces: Sequence[str]) -> None:
-        """Tokenize those pieces that are new."""
+    def encode_all(self, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Tokens of the pieces of each prompt; what is new in all of them is tokenized together."""
+        return [np.frombuffer(packed, dtype=np.int32) for packed in self._pack(prompts)]
+
+    def count_all(self, prompts: Sequence[Sequence[str]]) -> list[int]:
+        """Numbers of tokens of the pieces of each prompt."""
+        return [len(packed) // _TOKEN_BYTES for packed in self._pack(prompts)]
+
+    def _pack(self, prompts: Sequence[Sequence[str]]) -> list[bytes]:
         if len(self._tokens) > _MAX_CACHED:
             self._tokens.clear()
+        known, packed, new = self._tokens.__getitem__, list[bytes](), list[int]()
+        for pieces in prompts:
+            try:
+                packed.append(b"".join(map(known, pieces)))
+            except KeyError:
+                new.append(len(packed))
+                packed.append(b"")
+        if new:
+            self._add([piece for number in new for piece in prompts[number]])
+            for number in new:
+                packed[number] = b"".join(map(known, prompts[number]))
+        return packed
+
+    def _add(self, pieces: Sequence[str]) -> None:
+        """Tokenize those pieces that are new."""
         new = [piece for piece in dict.fromkeys(pieces) if piece not in self._tokens]
-        for piece, tokens in zip(new, encode(new, self.tokenizer) if new else (), strict=True):
+        for piece, tokens in zip(new, encode(new, self.tokenizer), strict=True):
             self._tokens[piece] = np.array(tokens, dtype=np.int32).tobytes()
 
     def fit(self, pieces: Sequence[str], bare: Sequence[str], limit: int) -> tuple[list[str], np.ndarray]:
@@ -156,8 +174,8 @@ class TokenCache:
         Returns:
             The pieces that are left, and their tokens. Of a first piece that is longer than all, its first tokens.
         """
-        lengths = [len(self.encode([piece])) for piece in pieces]
-        last = [len(self.encode([piece])) for piece in bare]
+        lengths = self.count_all([[piece] for piece in pieces])
+        last = self.count_all([[piece] for piece in bare])
         before = list(accumulate(lengths, initial=0))
         count = next((place for place in range(len(pieces), 0, -1) if before[place - 1] + last[place - 1] <= limit), 1)
         kept = [*pieces[: count - 1], bare[count - 1]]

@@ -23,6 +23,8 @@ INK, PAPER, MUTED = "#1f2430", "#ffffff", "#6b7280"
 _FILL = "#4f43dd"
 _WIDTH, _HEIGHT = 300, 60
 _NUM_BINS = 24
+_MAX_LABEL = 24
+_CUT_AWAY = 0.35
 _SOURCE_PX, _CROP_COLOUR, _WATERMARK_COLOUR = 192, "#ffd400", "#e5202a"
 _TILE_PX, _COLUMNS, _GAP_PX, _CAPTION_PX = 96, 8, 4, 13
 
@@ -56,6 +58,19 @@ def histogram(values: Iterable[float]) -> str:
     places = (finite - low) / (high - low) * _NUM_BINS if high > low else np.full(len(finite), _NUM_BINS / 2)
     counts = np.bincount(places.astype(np.int64).clip(0, _NUM_BINS - 1), minlength=_NUM_BINS)
     return _chart(counts.tolist(), [(1, f"{low:.4g}"), (_NUM_BINS - 2, f"{high:.4g}")])
+
+
+def shares(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Pairs of bars, found and wanted, with their percentages under them.
+
+    Args:
+        rows: Label, share found and share wanted, each between 0 and 1; three or four rows fit.
+    """
+    bars_of = [value for _, found, wanted in rows for value in (found, wanted, 0.0)]
+    labels = [
+        (3 * place + 1, f"{label}: {found:.0%} of {wanted:.0%}") for place, (label, found, wanted) in enumerate(rows)
+    ]
+    return _chart(bars_of, labels)
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -99,7 +114,7 @@ def contact_sheet(
 
 
 def placed_source(pixels: np.ndarray, placement: Placement, watermarks: Sequence[Box]) -> np.ndarray:
-    """A source picture, small, with its crop framed in yellow and its watermark boxes in red.
+    """A source picture, small: what is cut away dark, the crop framed in yellow, watermark boxes in red.
 
     Args:
         pixels: `(H, W, 3)` uint8, the upright source.
@@ -107,13 +122,17 @@ def placed_source(pixels: np.ndarray, placement: Placement, watermarks: Sequence
         watermarks: In pixels of the source.
     """
     small = fit(pixels, _SOURCE_PX, _SOURCE_PX)
-    draw, scale = ImageDraw.Draw(small), small.height / pixels.shape[0]
+    scale = small.height / pixels.shape[0]
     per_y = placement.resized.height / placement.original.height
     per_x = placement.resized.width / placement.original.width
     height = min(placement.bucket.height, placement.resized.height) / per_y
     width = min(placement.bucket.width, placement.resized.width) / per_x
     top, left = placement.crop_top / per_y, placement.crop_left / per_x
     crop = Box(top, left, top + height, left + width)
+    y0, x0, y1, x1 = (round(side * scale) for side in crop)
+    dark = small.point(lambda level: level * _CUT_AWAY)
+    dark.paste(small.crop((x0, y0, x1, y1)), (x0, y0))
+    small, draw = dark, ImageDraw.Draw(dark)
     for box, colour in [(crop, _CROP_COLOUR), *((box, _WATERMARK_COLOUR) for box in watermarks)]:
         y0, x0, y1, x1 = (round(side * scale) for side in box)
         corner = (min(x1, small.width) - 1, min(y1, small.height) - 1)
@@ -182,12 +201,19 @@ def _chart(values: Sequence[float], labels: Sequence[tuple[int, str]]) -> str:
     path = "".join(
         f"M{place * share:.0f} {_HEIGHT}v-{height}h{width}v{height}" for place, height in enumerate(heights) if height
     )
-    texts = "".join(_text((place + 0.42) * share, label) for place, label in labels)
+    texts = "".join(
+        _text(min(max((place + 0.42) * share, _half(label)), _WIDTH - _half(label)), label) for place, label in labels
+    )
     return _svg_markdown(f"<path d='{path}' fill='{_FILL}'/>{texts}", "chart")
 
 
+def _half(label: str) -> float:
+    """Half of a label's width at most, so that none is cut at the chart's ends."""
+    return 2.4 * len(label[:_MAX_LABEL])
+
+
 def _text(middle: float, text: str) -> str:
-    return f"<text x='{middle:.0f}' y='71'>{escape(text[:24])}</text>"
+    return f"<text x='{middle:.0f}' y='71'>{escape(text[:_MAX_LABEL])}</text>"
 
 
 def _svg_markdown(body: str, name: str) -> str:
