@@ -120,12 +120,13 @@ def test_a_run_on_fetched_latents_equals_one_on_its_own(make_run, train):
 
 
 def test_files_arrive_in_the_order_of_training_while_it_goes_on(make_run):
+    from training.data.vocabulary import Vocabulary
     from training.dataset import Dataset
     from training.epochs import open_epoch, prepare_epoch
 
     run = make_run(latents_url="slow://somewhere", **{"batch.shards_at_a_time": 1})
     source = LatentSource(run.folder / run_folder.FETCHED, f"slow://{run.inputs.latents}")
-    dataset = Dataset(run.rows, source, run.config, (), 0.13025)
+    dataset = Dataset(run.rows, Vocabulary(), source, run.config, (), 0.13025)
     dataset.count_chunks = lambda rows, epoch: np.ones(len(rows), dtype=np.int64)
     SlowFileSystem.gate.clear()
     prepare_epoch(run.folder, 0, dataset, run.config, "f")
