@@ -131,6 +131,9 @@ def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
         raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
     if config.train_text_encoder_2 and len(model.text_encoders) == 1:
         raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
+    layers = model.text_encoders[0]["num_hidden_layers"]
+    if config.clip_skip > layers:
+        raise ConfigError(f"clip_skip={config.clip_skip}: the text encoder of {folder} has {layers} layers")
     epoch = count_epoch(store, config)
     shapes = _shapes(store, config, epoch)
     height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])

@@ -1,6 +1,7 @@
 """What `foundry train --dry-run` and `foundry cost --run` say of a small workspace, against its own tables."""
 
 import dataclasses
+import re
 
 import numpy as np
 import polars as pl
@@ -87,6 +88,8 @@ def test_what_cannot_be_trained_is_told(workspace):
     other = dataclasses.replace(CONFIG, family="sd1")
     with pytest.raises(ModelError, match=r"sd1.*sdxl"):
         estimates.dry_run(workspace, other, HARDWARE)
+    with pytest.raises(ConfigError, match=r"clip_skip=9.*3 layers"):
+        estimates.dry_run(workspace, dataclasses.replace(CONFIG, clip_skip=9), HARDWARE)
     with pytest.raises(ConfigError, match=r"encoding='other'.*tiny"):
         estimates.dry_run(workspace, dataclasses.replace(CONFIG, encoding="other"), HARDWARE)
     half = dataclasses.replace(CONFIG, precision="bf16")
@@ -102,11 +105,17 @@ def test_before_there_is_a_set_the_plan_stands_in(workspace):
 
 
 def test_time_and_money_follow_cards_and_price(workspace):
-    one = estimates.dry_run(workspace, CONFIG, dataclasses.replace(HARDWARE, num_gpus=1))[-1]
-    two = estimates.dry_run(workspace, CONFIG, dataclasses.replace(HARDWARE, dollars_per_hour=6.0))[-1]
-    assert one.split("GPU-hours")[0].split(",")[-1] == two.split("GPU-hours")[0].split(",")[-1]
-    assert "1 x H200" in one
-    assert "2 x H200" in two
+    def figures(**changes):
+        line = estimates.dry_run(workspace, long, dataclasses.replace(HARDWARE, **changes))[-1]
+        return [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.\d\d", line)], line
+
+    long = dataclasses.replace(CONFIG, num_samples=10**12)
+    (one, hours, dollars), line = figures(num_gpus=1)
+    assert "1 x H200" in line
+    assert (one, dollars) == (hours, pytest.approx(3 * hours, abs=0.02))
+    (four, *_), line = figures(num_gpus=4, dollars_per_hour=6.0)
+    assert four == pytest.approx(hours / 4, abs=0.01)
+    assert line.endswith("at $6 an hour")
 
 
 def test_a_model_too_large_for_the_card_is_told(workspace):
