@@ -272,6 +272,12 @@ def test_a_slip_is_one_letter(text, seed):
         assert any(long[:place] + long[place + 1 :] == short for place in range(len(long)))
 
 
+def test_slips_exchange_leave_out_and_double():
+    lengths = Counter(len(spelling.misspell("abcdef", random.Random(seed))) - 6 for seed in range(3000))
+    # The last letter has no neighbour to be exchanged with, and is doubled instead.
+    assert fits(lengths, {0: 5 / 18, -1: 6 / 18, 1: 7 / 18})
+
+
 def test_slips_come_at_their_rate_and_are_traced():
     made = many(recipe(misspelling_prob=0.1, spaces_prob=0.5), 1000, num_tags=0, tags=["some_words", "xy"])
     slips = sum(len(prompt.trace["misspelled"]) for prompt in made)
