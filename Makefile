@@ -19,10 +19,10 @@ demo: $(STAMP)  ## The whole graph on drawn pictures and tiny models: about five
 	$(BIN)/foundry run --home $(HOME_DIR)
 
 test: $(STAMP)  ## The tests, without the long proofs.
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-all: $(STAMP)  ## The tests with the long proofs.
-	$(BIN)/python -m pytest -q -m 'not gpu and not weights'
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m 'not gpu and not weights'
 
 check: $(STAMP)  ## Format, lint and types, then the tests.
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from training.data.tables import rejections
 from training.errors import DataError
 from training.evaluation import figures
 
-MAX_BARS = 12
+MAX_BARS = 8
 BATCH_SIZES = (4, 8, 16)
 """Micro-batch sizes for which the report counts what would be left over."""
 COLUMNS = ("image_id", "shard", "height", "width", "kept", "tags")

@@ -17,10 +17,10 @@ from training.commit import lock
 from training.data.tables import TABLES
 from training.errors import DataError, TrackingError, TrainingError
 from training.evaluation import figures
-from training.event_log import read_events
+from training.event_log import has_finished, read_events
 from training.progress import report
 from training.run_config import RunConfig
-from training.run_folder import EVENTS, INPUTS, RunInputs, read_config, read_ready, write_inputs
+from training.run_folder import EVENTS, INPUTS, VOCABULARY, RunInputs, adopt, read_config, read_ready, write_inputs
 from training.run_folder import checkpoints as ready_checkpoints
 
 FORWARD_EVERY_S = 10.0
@@ -72,22 +72,34 @@ def checkpoints(
 def prepare(store: Store, key: str, run: RunConfig) -> None:
     """Write the run's inputs at its first launch: from then on it keeps its training set, whatever becomes current.
 
+    A run that was trained elsewhere and copied back is pointed to this workspace's files.
+
     Raises:
-        DataError: the encoding has no training set yet, or the base model is not recorded.
+        DataError: the encoding has no training set yet, or the run that came back has another one.
     """
-    folder = store.run_folder(key)
+    from training.data import vocabulary
+    from training.data.samples import Samples
+
+    folder, latents = store.run_folder(key), store.home / "latents" / run.encoding
     if (folder / INPUTS).exists():
+        base_model = store.resource_path(getattr(store.config.models, run.base))
+        sets = store.table_folder("training_set", run.encoding)
+        adopt(folder, training_sets=sets, latents=latents, base_model=base_model)
         return
     manifest = store.manifest("training_set", run.encoding)
     if manifest is None:
         raise DataError(f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first")
     with lock(store.home / "locks" / f"run.{key}.lock", f"run {key}"):
+        samples = Samples(store.table_file("training_set", run.encoding))
+        words = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
         inputs = RunInputs(
             run=key,
             training_set=store.table_file("training_set", run.encoding),
             training_set_sha256=manifest.files[0].sha256,
             fingerprint=manifest.digest,
-            latents=store.home / "latents" / run.encoding,
+            vocabulary=folder / VOCABULARY,
+            vocabulary_sha256=vocabulary.write(folder / VOCABULARY, words),
+            latents=latents,
             base_model=store.model_path(run.base),
             base_digest=store.model_digest(run.base),
         )
@@ -101,6 +113,8 @@ def follow(
 
     A cancellation in the UI asks the trainer to stop and waits for it; the end of this process alone leaves it be.
     """
+    if has_finished(folder / EVENTS):
+        return dict(read_events(folder / EVENTS)[-1])
     handle = start(store, folder, run)
     forwarded = logged = 0.0
     try:

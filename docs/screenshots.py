@@ -1,4 +1,4 @@
-"""Takes the README's pictures of a finished workspace: `python docs/screenshots.py WORKSPACE`.
+"""Takes the documents' pictures of a finished workspace: `python docs/screenshots.py WORKSPACE [PICTURE...]`.
 
 Serves the workspace, looks at it with headless Chromium (Debian's chromium and chromium-driver), and writes
 docs/images/. The workspace itself is served, so its own links and folders are what is seen.
@@ -26,7 +26,7 @@ from training.evaluation import contact_sheet  # noqa: E402
 from training.evaluation.clip_score import read_picture  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
-WIDTH = 1440
+WIDTH, NARROW = 1440, 1200
 GROUPS = ("ingest", "annotate", "curate", "encode", "train", "evaluate")
 NUM_PROMPTS = 10
 MAX_BYTES = 400_000
@@ -104,6 +104,27 @@ def asset(page: Page, dagster: str) -> None:
     save(page, "dagster-asset.png")
 
 
+def encoding(page: Page, dagster: str) -> None:
+    """Buckets; latents with a sample of sources, crops and what is decoded again; generations with their age."""
+    page.resize(NARROW, 1000)
+    page.open(f"{dagster}/assets/bucket_assignments?view=partitions&partition=sdxl")
+    page.wait_for_text("images per bucket", "left over by batches of 16")
+    time.sleep(SETTLE_S)
+    save(page, "dagster-buckets.png")
+    page.resize(NARROW, 760)
+    page.open(f"{dagster}/assets/latents?view=partitions&partition=sdxl%7Cs000000")
+    page.wait_for_text("reconstruction error")
+    time.sleep(SETTLE_S)
+    page.click("[Show Markdown]")
+    time.sleep(SETTLE_S)
+    save(page, "dagster-latents.png")
+    page.resize(NARROW, 780)
+    page.open(f"{dagster}/assets/latents?view=checks&checkDetail=generations_hold_all")
+    page.wait_for_text("older generations")
+    time.sleep(SETTLE_S)
+    save(page, "dagster-generations.png")
+
+
 def run(page: Page, mlflow: str, dagster: str, name: str) -> None:
     """A training run with its curves and pictures."""
     page.open(f"{dagster}/assets/checkpoints?view=partitions&partition={name}")
@@ -172,15 +193,19 @@ def save(page: Page, name: str) -> None:
 
 
 def main() -> None:
-    """Take all pictures."""
+    """Take all pictures, or those of the functions named."""
     home, name = Path(sys.argv[1]).resolve(), "demo"
+    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run"]
     IMAGES.mkdir(parents=True, exist_ok=True)
-    before_after(home, name)
+    if "before_after" in wanted:
+        before_after(home, name)
     with served(home) as (dagster, mlflow), chromium(WIDTH) as page:
         remember(page, dagster)
-        graph(page, dagster)
-        asset(page, dagster)
-        run(page, mlflow, dagster, name)
+        for take in (graph, asset, encoding):
+            if take.__name__ in wanted:
+                take(page, dagster)
+        if "run" in wanted:
+            run(page, mlflow, dagster, name)
 
 
 if __name__ == "__main__":

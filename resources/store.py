@@ -17,6 +17,7 @@ import polars as pl
 
 from resources.stages import Per, Reads, Scope, Stage
 from training import toml
+from training.base_model import SUFFIX, config_folder, require_file
 from training.commit import (
     Entry,
     Manifest,
@@ -140,14 +141,16 @@ class Store:
         return (self.home / Path(name).expanduser()).resolve()
 
     def model_path(self, key: str) -> Path:
-        """Folder of the model under `[models] key`.
+        """Folder of the model under `[models] key`; for `base` also a single .safetensors file.
 
         Raises:
-            ModelError: the folder is missing; the message says what to do.
+            ModelError: it is missing; the message says what to do.
         """
         name = getattr(self.config.models, key)
         path = self.resource_path(name)
-        if not path.is_dir():
+        if key == "base" and path.suffix == SUFFIX:
+            require_file(path)
+        elif not path.is_dir():
             repository = getattr(ModelsConfig(), key).removeprefix("models/")
             raise ModelError(
                 f"[models] {key} = {name!r}: folder {path} is missing; fetch {repository} with "
@@ -375,7 +378,7 @@ class Store:
     def vae_folder(self, encoding: str) -> Path:
         """Folder of an encoding's VAE."""
         name = self.config.encodings[encoding].vae
-        return self.model_path("base") / "vae" if name == "base" else self.resource_path(name)
+        return config_folder(self.model_path("base")) / "vae" if name == "base" else self.resource_path(name)
 
     def vae_digest(self, encoding: str) -> str:
         """Digest of an encoding's VAE."""
@@ -385,15 +388,12 @@ class Store:
         return self.vae_digest(stage.encoding(key)) if name == "vae" else self.model_digest(name)
 
     def _folder_digest(self, folder: Path) -> str:
-        """Digest of a model's files; remembered in the workspace by path, sizes and times."""
+        """Digest of the files of a model, a folder or a single file; remembered by path, sizes and times."""
         from training.models.weights import model_digest
 
         if str(folder) not in self._model_digests:
-            stamp = sorted(
-                (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
-                for p in folder.rglob("*")
-                if p.is_file()
-            )
+            files = [folder, *config_folder(folder).rglob("*")]
+            stamp = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file())
             memo_path = self.home / "cache" / "models" / f"{json_digest([str(folder), stamp])[:16]}.json"
             try:
                 digest = str(json.loads(memo_path.read_bytes())["digest"])

@@ -11,13 +11,23 @@ import polars as pl
 import pytest
 
 from training import commit, run_folder, toml
+from training.data import vocabulary
 from training.data.geometry import Size
 from training.data.latent_files import BucketWriter
 from training.data.tables import TABLES
+from training.data.vocabulary import Vocabulary
 from training.run_config import RunConfig
 
 # Sums over other numbers of threads have other bits: proofs of bit-equality pin one, here and in their children.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Of two workers one has the graph's tests, whose workspaces it makes once; the other begins with all the rest."""
+    items.sort(key=lambda item: "graph" not in item.path.parts)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("graph" if "graph" in item.path.parts else item.path.stem))
+
 
 BUCKETS = (Size(32, 32), Size(32, 48), Size(48, 32))
 SHARDS = ("s000000", "s000001")
@@ -102,7 +112,7 @@ def training_rows(num_train, num_validation):
                 "bucket_height": bucket.height, "bucket_width": bucket.width,
                 "score": int(rng.integers(1, 10)),
                 "tags": [{"name": tag, "category": "general"} for tag in tags],
-                "caption": None, "words": [],
+                "caption": None, "made_caption": None, "words": [],
                 "boxes": [] if number % 5 else [{"y0": 0.0, "x0": 0.0, "y1": 20.0, "x1": 30.0, "confidence": 0.9}],
                 "split": "train" if number < num_train else "validation",
                 "stable": number < 4,
@@ -189,8 +199,12 @@ def build_run(workspace, base_model, name, changes):
     folder = workspace / "runs" / name
     folder.mkdir(parents=True)
     (folder / run_folder.CONFIG).write_text(tomlkit.dumps(toml.dump(config)))
+    words = dict.fromkeys(WORDS, "general")
+    known = Vocabulary(words, {"tag_a": ("alpha",), "tag_b": ("beta", "bravo")})
+    path = folder / run_folder.VOCABULARY
     inputs = run_folder.RunInputs(
-        run=name, training_set=table / entry.name, training_set_sha256=entry.sha256, fingerprint="f" * 16,
+        run=name, vocabulary=path, vocabulary_sha256=vocabulary.write(path, known),
+        training_set=table / entry.name, training_set_sha256=entry.sha256, fingerprint="f" * 16,
         latents=workspace / "latents" / "tiny", base_model=base_model, base_digest=model_digest(base_model),
     )  # fmt: skip
     run_folder.write_inputs(folder, inputs)

@@ -212,7 +212,7 @@ def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_
     events = run.folder / run_folder.EVENTS
     trainer = subprocess.Popen([sys.executable, "-m", "training.run", run.folder])
     try:
-        wait_for(events.is_file)
+        wait_for(lambda: any(event["event"] == "epoch" for event in read_events(events)))
         arguments = [Path(__file__).parent, tmp_path / "away", run.inputs.latents, run.inputs.training_set, events]
         subprocess.run([sys.executable, "-c", COPIER, *map(str, arguments)], check=True, timeout=150)
     finally:

@@ -14,7 +14,7 @@ from training.prefetch import Prefetch
 from training.ranks import Ranks
 from training.trainer import Trainer
 
-MEASURED = ("images_per_s", "data_wait", "eta_s")
+MEASURED = ("images_per_s", "data_wait", "eta_s", "memory_bytes")
 
 
 def contents(run, samples_seen):

@@ -3,18 +3,19 @@ import pytest
 import torch
 
 from training import noise
+from training.data.vocabulary import Vocabulary
 from training.dataset import Dataset
 from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 from training.ranks import Ranks
-from training.validate import validation_loss
+from training.validate import ListLosses, list_losses
 
 
 @pytest.fixture
 def dataset(make_run, tiny_sdxl):
     run = make_run()
     tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
-    dataset = Dataset(run.rows, LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+    dataset = Dataset(run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
     dataset.use_latents(dataset.pin_latents()[0])
     return dataset
 
@@ -31,7 +32,7 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
             seen[image_id] = (step, own)
         return timesteps.float()
 
-    loss = validation_loss(rows, dataset, losses, Ranks(), 1000)
+    loss = list_losses(rows, dataset, losses, Ranks(), 1000).mean
     expected = noise.stratified_timesteps(11, [dataset.image_ids[row] for row in rows], 1000)
     assert {image_id: step for image_id, (step, _) in seen.items()} == {
         dataset.image_ids[row]: step for row, step in zip(rows, expected.tolist(), strict=True)
@@ -39,7 +40,7 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
     # The mean over samples, though micro-batches have 1 to 3 of them.
     assert loss == pytest.approx(expected.double().mean().item())
     first, seen = seen, {}
-    validation_loss(rows, dataset, losses, Ranks(), 1000)
+    list_losses(rows, dataset, losses, Ranks(), 1000)
     assert all(torch.equal(first[image_id][1], seen[image_id][1]) for image_id in first)
 
 
@@ -49,7 +50,10 @@ def test_prompts_of_validation_never_change(dataset):
 
 
 def test_an_empty_list_has_no_loss(dataset):
-    assert validation_loss(np.array([], dtype=int), dataset, None, Ranks(), 1000) is None
+    found = list_losses(np.array([], dtype=int), dataset, None, Ranks(), 1000)
+    assert found.mean is None
+    assert found.weighted(torch.ones(1000)) is None
+    assert found.by_bin(10) == found.by_bucket() == {}
 
 
 def test_no_gradient_is_recorded(dataset):
@@ -57,4 +61,21 @@ def test_no_gradient_is_recorded(dataset):
         assert not torch.is_grad_enabled()
         return torch.zeros(len(timesteps))
 
-    assert validation_loss(dataset.validation_rows, dataset, losses, Ranks(), 1000) == 0
+    assert list_losses(dataset.validation_rows, dataset, losses, Ranks(), 1000).mean == 0
+
+
+def test_losses_by_bin_and_bucket_of_a_hand_worked_list():
+    found = ListLosses(
+        losses=torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64),
+        timesteps=torch.tensor([0, 333, 334, 999]),
+        buckets=np.array([[64, 96], [64, 96], [96, 64], [64, 96]]),
+        num_timesteps=1000,
+    )
+    assert found.mean == 3
+    # A third of 1,000 steps ends at 333: 334 is the first of the second range.
+    assert found.by_bin(3) == {"000-333": 1.5, "334-666": 3.0, "667-999": 6.0}
+    assert found.by_bin(1) == {"000-999": 3.0}
+    assert found.by_bucket() == {"64x96": 3.0, "96x64": 3.0}
+    weights = torch.zeros(1000)
+    weights[334], weights[999] = 2.0, 0.5
+    assert found.weighted(weights) == (6 + 3) / 4

@@ -46,9 +46,9 @@ def inspect(model: Path) -> dict[str, Any]:
     }
 
 
-def config_folder(path: Path) -> Path:
-    """The folder with configurations and tokenizers of a single file."""
-    return path.with_suffix("")
+def config_folder(model: Path) -> Path:
+    """The folder with a model's configurations and tokenizers: the model itself, or the one beside a single file."""
+    return model.with_suffix("") if model.suffix == SUFFIX else model
 
 
 def require_file(path: Path) -> None:

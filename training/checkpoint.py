@@ -1,13 +1,16 @@
 """Checkpoints: a complete diffusers folder, with `state/` what a resume needs besides, and READY.json last.
 
-Written under a temporary name and renamed. Safetensors and JSON only: nothing in a checkpoint can run code.
+Training goes on while one is written: a snapshot on the CPU is taken between two steps, and a thread writes it under a
+temporary name and renames it. Safetensors and JSON only: nothing in a checkpoint can run code.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,16 +18,19 @@ from safetensors.torch import load_file, save_file
 
 from training import commit, run_folder, toml
 from training.ema import Ema
-from training.errors import DamageError, TrainingError
+from training.errors import ConfigError, DamageError, TrainingError
 from training.models.unet import PipelineParts, save_diffusers_folder
+from training.optim import optimizer_state, restore_optimizer
+from training.precision import Arithmetic
+from training.retention import apply_retention
 from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import STATE, Ready, RunInputs
+from training.sharding import Sharding
 
 EMA_FOLDER = "ema"
 _CLOCK = "clock.json"
 _OPTIMIZER = "optimizer.safetensors"
 _EMA_STATE = "ema.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +53,8 @@ class Clock:
     """Of those, since the last finite one."""
     validation_loss: float | None = None
     """The last plain one on the held-out images."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """State of the gradient scaler, where there is one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,25 +63,97 @@ class TrainingState:
 
     parts: PipelineParts
     parameters: dict[str, torch.nn.Parameter]
-    """The trained ones, by name."""
-    optimizer: torch.optim.AdamW
+    """The trained ones as the model holds them, by name."""
+    sharding: Sharding
+    """Which of them this rank's optimizer steps."""
+    arithmetic: Arithmetic
+    """Precision, with the fp32 weights that the optimizer steps."""
+    optimizer: torch.optim.Optimizer
     ema: Ema | None
+    """Of this rank's share."""
+    clock: Clock
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the block, and its own afterwards; all ranks enter it."""
+        assert self.ema is not None, "nothing is averaged"
+        with self.ema.swapped(self.parameters):
+            self.sharding.publish()
+            yield
+        self.sharding.publish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A state between two steps, copied to rank 0's CPU."""
+
+    parts: PipelineParts
+    """Of which only what is not trained is read."""
+    weights: dict[str, torch.Tensor]
+    averages: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
     clock: Clock
 
 
-def save(folder: Path, state: TrainingState, config: RunConfig, inputs: RunInputs) -> Ready:
-    """Write the checkpoint of a run at its clock, then free the state of those that are too old.
+def take_snapshot(state: TrainingState) -> Snapshot | None:
+    """Copy all that steps change, so that training may go on at once; every rank calls it and rank 0 gets it."""
+    sharding, owned = state.sharding, state.arithmetic.weights
+    weights = sharding.collect(owned)
+    averages = sharding.collect(state.ema.shadows) if state.ema is not None else {}
+    moments = sharding.collect(optimizer_state(state.optimizer, owned))
+    if sharding.ranks.rank != 0:
+        return None
+    clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
+    # What bf16 rounded in the model and nobody trains goes into the checkpoint as it came.
+    weights |= state.arithmetic.frozen
+    return Snapshot(parts=state.parts, weights=weights, averages=averages, optimizer=moments, clock=clock)
+
+
+class Writer:
+    """Writes one checkpoint at a time in a thread; a context manager that waits for the last one."""
+
+    def __init__(self, folder: Path, config: RunConfig, inputs: RunInputs) -> None:
+        """Name the run's folder, and what is recorded in every checkpoint."""
+        self._folder, self._config, self._inputs = folder, config, inputs
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Ready] | None = None
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Begin to write; the one before must have been taken by `done` or `finish`."""
+        assert self._pending is None, "two checkpoints at once"
+        self._pending = self._pool.submit(write, self._folder, snapshot, self._config, self._inputs)
+
+    def done(self) -> Ready | None:
+        """What has been written since it was last asked, without waiting.
+
+        Raises:
+            WorkspaceError: the disk is full; earlier checkpoints stay.
+        """
+        return self.finish() if self._pending is not None and self._pending.done() else None
+
+    def finish(self) -> Ready | None:
+        """Wait for the checkpoint in work, if there is one; raises as `done`."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+    def close(self) -> None:
+        """End the thread after the checkpoint in work."""
+        self._pool.shutdown(wait=True)
+
+
+def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs) -> Ready:
+    """Write the checkpoint of a run, then free what its retention rule no longer keeps.
 
     Args:
         folder: The run's folder.
-        state: What is saved; unchanged afterwards.
+        snapshot: What is saved.
         config: Recorded; its retention rule applies.
         inputs: Recorded.
 
     Raises:
         WorkspaceError: the disk is full; earlier checkpoints stay.
     """
-    clock = state.clock
+    clock = snapshot.clock
     target = run_folder.checkpoint_folder(folder, clock.samples_seen)
     if target.exists():
         # Whole checkpoints are resumed from and never written again, so this one is torn or rotten.
@@ -81,12 +161,11 @@ def save(folder: Path, state: TrainingState, config: RunConfig, inputs: RunInput
     for left in target.parent.glob(f"{commit.TEMPORARY_PREFIX}*"):
         shutil.rmtree(left)  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
-        save_diffusers_folder(state.parts, temporary, torch.float32)
-        if state.ema is not None:
-            with state.ema.swapped(state.parameters):
-                save_diffusers_folder(state.parts, temporary / EMA_FOLDER, torch.float32)
+        save_diffusers_folder(snapshot.parts, temporary, torch.float32, snapshot.weights)
+        if snapshot.averages:
+            save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, snapshot.averages)
         files = _entries(temporary)
-        _save_state(temporary / STATE, state)
+        _write_state(temporary / STATE, snapshot)
         ready = Ready(
             run=inputs.run,
             checkpoint=f"{inputs.run}@{clock.samples_seen}",
@@ -100,8 +179,7 @@ def save(folder: Path, state: TrainingState, config: RunConfig, inputs: RunInput
             config=toml.dump(config),
         )
         run_folder.write_ready(temporary, ready)
-    for old in run_folder.checkpoints(folder)[: -config.checkpoints.keep_last]:
-        shutil.rmtree(old / STATE, ignore_errors=True)
+    apply_retention(folder, config.checkpoints)
     return ready
 
 
@@ -127,7 +205,7 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
     """Refuse to go on with another training set or other values than the checkpoint was made with.
 
     Raises:
-        TrainingError: names the difference; intervals, retention and the number of ranks may change.
+        TrainingError: names the difference; intervals, retention, layout and the number of ranks may change.
     """
     ready = run_folder.read_ready(checkpoint)
     if ready.fingerprint != inputs.fingerprint:
@@ -135,7 +213,12 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
             f"{checkpoint} was trained on set {ready.fingerprint}, inputs.json names {inputs.fingerprint}: "
             "a run keeps its training set"
         )
-    old, new = toml.flatten(ready.config), toml.flatten(toml.dump(config))
+    try:
+        # An older version's config gets the defaults of options that it did not have.
+        before = toml.build(RunConfig, ready.config)
+    except ConfigError as error:
+        raise TrainingError(f"{checkpoint} was made by another version of this code, which named {error}") from None
+    old, new = toml.flatten(toml.dump(before)), toml.flatten(toml.dump(config))
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -146,42 +229,28 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
 
 
 def restore_state(checkpoint: Path, state: TrainingState) -> None:
-    """Fill optimizer, averaged weights and clock from `state/`; the weights are loaded already.
+    """Fill this rank's share of optimizer and averaged weights, and the clock, from `state/`; the weights are loaded.
 
     Raises:
         DamageError: a tensor is missing or of another shape.
     """
     folder = checkpoint / STATE
-    tensors = load_file(folder / _OPTIMIZER)
-    expected = {f"{moment}.{name}" for moment in _MOMENTS for name in state.parameters}
-    if expected != set(tensors):
-        different = sorted(expected ^ set(tensors))
-        raise DamageError(f"{folder / _OPTIMIZER}: {len(different)} tensors differ, such as {different[0]}")
-    for name, parameter in state.parameters.items():
-        moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
-        state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-    if state.ema is not None:
-        shadows = load_file(folder / _EMA_STATE)
-        state.ema.shadows = {name: shadows[name].to(parameter.device) for name, parameter in state.parameters.items()}
+    try:
+        restore_optimizer(state.optimizer, state.arithmetic.weights, load_file(folder / _OPTIMIZER))
+        if state.ema is not None:
+            state.ema.restore(load_file(folder / _EMA_STATE))
+    except (KeyError, ValueError) as error:
+        raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
     state.clock = Clock(**json.loads((folder / _CLOCK).read_bytes()))
+    state.arithmetic.restore_scaler(state.clock.scaler)
 
 
-def _save_state(folder: Path, state: TrainingState) -> None:
+def _write_state(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir()
-    moments: dict[str, torch.Tensor] = {}
-    for name, parameter in state.parameters.items():
-        # A parameter has no moments before its first finite step.
-        own: Mapping[str, torch.Tensor] = state.optimizer.state.get(parameter) or {
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-            "step": torch.zeros((), dtype=torch.float32),
-        }
-        moments |= {f"{moment}.{name}": own[moment].detach().cpu().contiguous() for moment in _MOMENTS}
-    save_file(moments, folder / _OPTIMIZER)
-    if state.ema is not None:
-        shadows = {name: shadow.cpu().contiguous() for name, shadow in state.ema.shadows.items()}
-        save_file(shadows, folder / _EMA_STATE)
-    (folder / _CLOCK).write_text(json.dumps(dataclasses.asdict(state.clock), indent=1, sort_keys=True) + "\n")
+    save_file(snapshot.optimizer, folder / _OPTIMIZER)
+    if snapshot.averages:
+        save_file(snapshot.averages, folder / _EMA_STATE)
+    (folder / _CLOCK).write_text(json.dumps(dataclasses.asdict(snapshot.clock), indent=1, sort_keys=True) + "\n")
 
 
 def _weights_digest(files: Sequence[commit.Entry]) -> str:

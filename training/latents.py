@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 6
 """Pictures of a shard that are decoded again, shown and measured: those with the smallest ids, a fair sample."""
+_NUM_MARKED = 2
+"""Of them, where there are so many: the first with a watermark."""
 _COPIED_ROWS = 256
 _DEFINING = ("crop", "avoid_watermarks", "precision", "tile_above_px", "log_variance", "seed")
 """Keys of an encoding that decide what a row holds, beside its bucket and its VAE."""
@@ -240,7 +242,7 @@ class _Attempt:
         """Work off `pictures`, sorted by bucket, list and id."""
         fresh = [picture for picture in pictures if picture.image_id not in self.copied]
         self.total = len(fresh)
-        self.showing = set(sorted(picture.image_id for picture in fresh)[:NUM_SHOWN])
+        self.showing = self._sample(fresh)
         groups: dict[tuple[Size, bool], list[Picture]] = {}
         for picture in pictures:
             groups.setdefault((picture.bucket, picture.measured), []).append(picture)
@@ -261,6 +263,14 @@ class _Attempt:
             precision="" if self.vae is None else self.vae.precision,
             shown=self.shown,
         )
+
+    def _sample(self, fresh: Sequence[Picture]) -> set[str]:
+        """Ids of those to show."""
+        sure = self.job.show_watermarks
+        marked = [item.image_id for item in fresh if any(confidence >= sure for _, confidence in item.watermarks)]
+        first = sorted(marked)[:_NUM_MARKED]
+        others = sorted(item.image_id for item in fresh if item.image_id not in first)
+        return {*first, *others[: NUM_SHOWN - len(first)]}
 
     def _crops(self, pool: DecodePool, fresh: Sequence[Picture]) -> Iterator[Crop | None]:
         """The bucket-sized crop of every picture in order; None for one that was rejected."""

@@ -3,12 +3,15 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from training.errors import TrainingError
+
+T = TypeVar("T")
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -44,6 +47,42 @@ class Ranks:
         """Wait until all ranks are here."""
         self.any(False)
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, where alone it is called, on all ranks."""
+        if self.size == 1:
+            return make()
+        values: list[Any] = [make() if self.rank == 0 else None]
+        with _peers():
+            dist.broadcast_object_list(values, src=0, group=self._control)
+        return cast(T, values[0])
+
+    def broadcast_(self, tensors: Sequence[torch.Tensor], source: int) -> None:
+        """Overwrite tensors with those of one rank, in one message per 256 MB."""
+        for chunk in _chunks(tensors, 64_000_000) if self.size > 1 and tensors else ():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in chunk])
+            with _peers():
+                dist.broadcast(flat, source)
+            for part, tensor in zip(flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
+
+    def collect(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A copy of all ranks' tensors, under names that no two of them share, on rank 0's CPU; elsewhere nothing."""
+        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        if self.size == 1:
+            return own
+        listed = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()]
+        lists: list[Any] = [None] * self.size
+        with _peers():
+            dist.all_gather_object(lists, listed, group=self._control)
+            for source in range(1, self.size):
+                for name, shape, dtype in lists[source]:
+                    if self.rank == source:
+                        dist.send(own[name], 0, group=self._control)
+                    elif self.rank == 0:
+                        own[name] = torch.empty(shape, dtype=dtype)
+                        dist.recv(own[name], source, group=self._control)
+        return own if self.rank == 0 else {}
+
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all ranks, in place. Exact where each element is non-zero on one rank only."""
         if self.size > 1:
@@ -51,36 +90,14 @@ class Ranks:
                 dist.all_reduce(values)
         return values
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add gradients over all ranks, in place, in one message per 256 MB (`fast`)."""
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of equal shape from every rank, in the order of ranks; without others the tensor itself."""
         if self.size == 1:
-            return
-        for chunk in _chunks(parameters, 64_000_000):
-            flat = self.sum_(_flatten(chunk))
-            for part, parameter in zip(flat.split([p.numel() for p in chunk]), chunk, strict=True):
-                parameter.grad = part.view_as(parameter)
-
-    def gather_gradients(self, parameters: Sequence[torch.nn.Parameter], num_ranks: int) -> list[list[torch.Tensor]]:
-        """Every rank's gradients of one round of micro-batches (`canonical`).
-
-        Args:
-            parameters: Those of this rank; their `grad` is read where there is one.
-            num_ranks: How many ranks, from 0, had a micro-batch in this round.
-
-        Returns:
-            For ranks 0 to num_ranks - 1 in order, one gradient per parameter.
-        """
-        if self.size == 1:
-            return [[_gradient(parameter) for parameter in parameters]]
-        own = _flatten(parameters)
-        flats = [torch.empty_like(own) for _ in range(self.size)]
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
         with _peers():
-            dist.all_gather(flats, own)
-        sizes = [parameter.numel() for parameter in parameters]
-        return [
-            [part.view_as(parameter) for part, parameter in zip(flat.split(sizes), parameters, strict=True)]
-            for flat in flats[:num_ranks]
-        ]
+            dist.all_gather(gathered, values)
+        return gathered
 
     def close(self) -> None:
         """Leave the group."""
@@ -100,21 +117,13 @@ def _peers() -> Iterator[None]:
         ) from error
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    return torch.cat([_gradient(parameter).reshape(-1) for parameter in parameters])
-
-
-def _chunks(parameters: Sequence[torch.nn.Parameter], max_numbers: int) -> list[list[torch.nn.Parameter]]:
-    chunks: list[list[torch.nn.Parameter]] = [[]]
+def _chunks(tensors: Sequence[torch.Tensor], max_numbers: int) -> list[list[torch.Tensor]]:
+    chunks: list[list[torch.Tensor]] = [[]]
     size = 0
-    for parameter in parameters:
-        if chunks[-1] and size + parameter.numel() > max_numbers:
+    for tensor in tensors:
+        if chunks[-1] and size + tensor.numel() > max_numbers:
             chunks.append([])
             size = 0
-        chunks[-1].append(parameter)
-        size += parameter.numel()
+        chunks[-1].append(tensor)
+        size += tensor.numel()
     return chunks

@@ -12,12 +12,13 @@ from typing import Any
 
 from training import commit, toml
 from training.config import check_name
-from training.errors import ConfigError, DamageError
+from training.errors import ConfigError, DamageError, DataError
 from training.run_config import RunConfig
 
 FORMAT = 1
 CONFIG = "config.toml"
 INPUTS = "inputs.json"
+VOCABULARY = "vocabulary.parquet"
 EVENTS = "events.jsonl"
 LOCK = "trainer.lock"
 OUTPUT = "trainer.log"
@@ -41,6 +42,10 @@ class RunInputs:
     """Of that file."""
     fingerprint: str
     """The set's name for its content; stands in every checkpoint."""
+    vocabulary: Path
+    """Categories and aliases of the set's tags, in the run's own folder."""
+    vocabulary_sha256: str
+    """Of that file."""
     latents: Path
     """`latents/<encoding>`: a folder per shard."""
     base_model: Path
@@ -85,6 +90,34 @@ def read_inputs(folder: Path) -> RunInputs:
         if kind is Path:
             values[name] = Path(os.path.normpath(folder / values[name]))
     return RunInputs(**{name: values[name] for name in names})
+
+
+def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path) -> bool:
+    """Point the inputs of a run that came back from a bundle to the workspace's own files.
+
+    Args:
+        run: The run's folder.
+        training_sets: The workspace's folder of frozen sets.
+        latents: Its `latents/<encoding>`.
+        base_model: Its base model.
+
+    Returns:
+        Whether anything had to be changed.
+
+    Raises:
+        DataError: the run was trained on a set that this workspace does not have.
+    """
+    inputs = read_inputs(run)
+    here = {"training_set": training_sets / inputs.training_set.name, "latents": latents, "base_model": base_model}
+    moved: dict[str, Any] = {name: path for name, path in here.items() if not getattr(inputs, name).exists()}
+    if "training_set" in moved and not moved["training_set"].is_file():
+        raise DataError(
+            f"run {inputs.run} was trained on set {inputs.fingerprint[:16]}, which is not in this workspace: "
+            f"{moved['training_set']} is missing"
+        )
+    if moved:
+        write_inputs(run, dataclasses.replace(inputs, **moved))
+    return bool(moved)
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -1,25 +1,28 @@
 """Everything a run needs, checked and loaded before its first step."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-import torch
-
-from training import checkpoint, commit, run_folder
+from training import checkpoint, commit, run_folder, toml
 from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
-from training.data.tables import TABLES
+from training.data import vocabulary
 from training.dataset import Dataset
 from training.ema import Ema
-from training.errors import DamageError, ModelError
+from training.errors import DamageError, ModelError, TrainingError
+from training.flops import Flops, ModelConfigs, peak_flops, training_flops
 from training.latent_source import LatentSource
-from training.models.unet import load_pipeline_parts
+from training.models.compute import apply_compute
+from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule
 from training.models.weights import model_digest
 from training.optim import make_optimizer
+from training.precision import Arithmetic
+from training.ranks import Ranks
 from training.run_config import RunConfig
-from training.run_folder import RunInputs
+from training.run_folder import READY, RunInputs
+from training.sharding import Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,69 +31,130 @@ class Start:
 
     state: TrainingState
     dataset: Dataset
+    flops: Callable[[int, int, int], Flops]
+    """What a sample of (height, width, number of chunks) takes; height and width in pixels."""
+    peak_flops: float | None
+    """Floating-point operations a second of all devices of the run together; None where that is not known."""
     checkpoint: Path | None
     """What it resumes from; None for the base model."""
     torn: list[str]
     """A line for each newer checkpoint that is not whole."""
 
 
-def prepare(folder: Path, config: RunConfig, inputs: RunInputs, device: torch.device) -> Start:
-    """Load the newest whole checkpoint, or the base model, and the training set.
+def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) -> Start:
+    """Load the newest whole checkpoint, or the base model, and the training set; called by all ranks.
 
     Raises:
-        TrainingError: the checkpoint belongs to another set or config.
+        ConfigError: a rule between options that only the model or the number of ranks decides.
+        TrainingError: the checkpoint belongs to another set or config, or other machines see another run folder.
         ModelError: the base model is not the one that `inputs.json` names, or cannot be loaded.
         DamageError: the training set's file is gone or changed.
         DataError: nothing to train on.
     """
-    resumed, torn = checkpoint.find_resumable(folder)
+    resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
+    _check_shared(folder, config, resumed, ranks)
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
-    elif (digest := model_digest(inputs.base_model)) != inputs.base_digest:
+    elif ranks.rank == 0 and (digest := model_digest(inputs.base_model)) != inputs.base_digest:
         raise ModelError(
             f"base model {inputs.base_model} has digest {digest[:16]}, inputs.json says {inputs.base_digest[:16]}: "
             "the folder changed since the run was made"
         )
-    parts = load_pipeline_parts(resumed or inputs.base_model, "cpu")
-    if config.prompts.empty_prob > 0:
-        # The model learns what the empty prompt is, so pipelines must not replace it by zeros.
-        parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=False)
-    # Libraries note the folder that a model was loaded from in its config: equal models would differ by it.
-    parts.unet.register_to_config(_name_or_path="")
-    parts.vae.register_to_config(_name_or_path="")
-    for encoder in parts.text_encoders:
-        encoder.config.name_or_path = ""
+    parts = _load(resumed or inputs.base_model, config)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
-        read_training_set(inputs),
+        checked_training_set(inputs),
+        vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256),
         LatentSource(fetched, config.latents_url),
         config,
         parts.tokenizers,
         parts.vae.config.scaling_factor,
     )
     for module in (parts.unet, *parts.text_encoders):
-        module.to(device)  # the VAE stays on the CPU: it is only saved again
+        module.to(ranks.device)  # the VAE stays on the CPU: it is only saved again
     parameters = trained_parameters(
-        parts, text_encoder=config.train_text_encoder, text_encoder_2=config.train_text_encoder_2
+        parts,
+        text_encoder=config.train_text_encoder,
+        text_encoder_2=config.train_text_encoder_2,
+        freeze_embeddings=config.freeze_embeddings,
+        clip_skip=config.clip_skip,
     )
+    apply_compute(parts, config.compute)
+    sharding = Sharding(parameters, ranks, config)
+    arithmetic = Arithmetic(config.precision, parts, parameters, sharding.owned, ranks.device)
     half_life = config.optimizer.ema_half_life_samples
     state = TrainingState(
         parts=parts,
         parameters=parameters,
-        optimizer=make_optimizer(config.optimizer, parameters.values()),
-        ema=Ema(parameters, half_life) if half_life else None,
+        sharding=sharding,
+        arithmetic=arithmetic,
+        optimizer=make_optimizer(config.optimizer, arithmetic.weights),
+        ema=Ema(arithmetic.weights, half_life) if half_life else None,
         clock=Clock(),
     )
     if resumed is not None:
         checkpoint.restore_state(resumed, state)
-    return Start(state=state, dataset=dataset, checkpoint=resumed, torn=torn)
+    configs = ModelConfigs(
+        family=parts.family,
+        unet=dict(parts.unet.config),
+        text_encoders=tuple(encoder.config.to_dict() for encoder in parts.text_encoders),
+    )
+    peak = peak_flops(ranks.device, config.precision)
+    return Start(
+        state=state,
+        dataset=dataset,
+        flops=training_flops(configs, config),
+        peak_flops=None if peak is None else peak * ranks.size,
+        checkpoint=resumed,
+        torn=torn,
+    )
 
 
-def read_training_set(inputs: RunInputs) -> pl.DataFrame:
-    """The frozen set, checked against the digest in `inputs.json`.
+def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: Ranks) -> None:
+    """Check that this rank's machine sees what rank 0's sees.
 
     Raises:
-        DamageError: the file is gone or changed.
+        TrainingError: it does not.
+    """
+    name, first = ranks.from_first(lambda: (None if resumed is None else resumed.name, toml.dump(config)))
+    here = None if name is None else folder / run_folder.CHECKPOINTS / name / READY
+    if first != toml.dump(config) or (here is not None and not here.is_file()):
+        raise TrainingError(
+            f"rank {ranks.rank} sees another run folder {folder} than rank 0, which has "
+            f"{'no checkpoint' if name is None else name}: all machines of a run must share its folder"
+        )
+
+
+def _load(source: Path, config: RunConfig) -> PipelineParts:
+    """A model as the run wants it: its family, its schedule, and free of the place that it came from.
+
+    Raises:
+        ModelError: it is of another family than the recipe is for.
+    """
+    parts = load_pipeline_parts(source, "cpu")
+    if config.family not in ("any", parts.family):
+        raise ModelError(
+            f'{source} is a model of family "{parts.family}", the recipe is for family = "{config.family}": name '
+            "another model under `base`"
+        )
+    parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    if config.prompts.empty_prob > 0:
+        # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or must.
+        zeros = config.prompts.empty_as == "zeros" and parts.family == "sdxl"
+        parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=zeros)
+    # Libraries note the folder that a model was loaded from in its config: equal models would differ by it.
+    parts.unet.register_to_config(_name_or_path="")
+    parts.vae.register_to_config(_name_or_path="")
+    for encoder in parts.text_encoders:
+        encoder.config.name_or_path = ""
+    return parts
+
+
+def checked_training_set(inputs: RunInputs) -> Path:
+    """The file of the frozen set, checked against the digest in `inputs.json`.
+
+    Raises:
+        DamageError: it is gone or changed.
     """
     path = inputs.training_set
     found = commit.sha256_file(path) if path.is_file() else "no such file"
@@ -98,4 +162,4 @@ def read_training_set(inputs: RunInputs) -> pl.DataFrame:
         raise DamageError(
             f"training set {path}: {found[:16]}, inputs.json says SHA-256 {inputs.training_set_sha256[:16]}"
         )
-    return pl.read_parquet(path).select(list(TABLES["training_set"].columns))
+    return path

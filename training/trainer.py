@@ -1,6 +1,5 @@
 """The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
 
-import collections
 import copy
 import itertools
 import math
@@ -13,25 +12,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training import checkpoint, noise, run_folder
+from training import noise, run_folder
+from training.checkpoint import Writer, take_snapshot
 from training.conditioning import make_time_ids, predict
 from training.dataset import Batch
 from training.epochs import open_epoch, prepare_epoch
 from training.errors import TrainingError
 from training.event_log import EventLog
-from training.loss import min_snr_weights, mse_per_sample, prediction_target
-from training.optim import learning_rate, set_learning_rate
+from training.loss import mse_per_sample, prediction_target, timestep_weights
+from training.meters import Meters
+from training.optim import schedule_factor, set_learning_rates
 from training.prefetch import Prefetch
 from training.ranks import Ranks
 from training.run_config import RunConfig
-from training.run_folder import RunInputs
+from training.run_folder import Ready, RunInputs
 from training.seeds import Purpose
 from training.startup import Start, prepare
-from training.validate import validation_loss
+from training.validate import list_losses
 
 MAX_SKIPPED_IN_ROW = 8
 """Steps that are not finite, one after the other, that end a run."""
-_RATE_WINDOW_STEPS = 20
 _MAX_NAMED = 16
 
 Draw = tuple[Batch, torch.Tensor, torch.Tensor]
@@ -66,14 +66,16 @@ class Trainer:
         """
         self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
         self.stop_requested = stop_requested
-        start = prepare(folder, config, inputs, ranks.device)
-        self.state, self.dataset = start.state, start.dataset
+        start = prepare(folder, config, inputs, ranks)
+        self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
-        self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)
-        self.saved_at = self.state.clock.samples_seen
+        self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)  # (T,)
+        self.weights = timestep_weights(config.loss, self.signal, self.prediction_type)  # (T,)
+        self.meters = Meters(device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops)
+        self.writer = Writer(folder, config, inputs)
+        self.saved_at, self.stall_s = self.state.clock.samples_seen, 0.0
         self.last_good = self.state.clock
-        self.recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATE_WINDOW_STEPS)
         self._open_epoch()
         self._log_opening(start)
         self._log_epoch()
@@ -85,7 +87,17 @@ class Trainer:
             TrainingError: too many steps in a row were not finite; the last good state is saved.
             PipelineError: a file could not be read or written.
         """
-        config, clock, began = self.config, self.state.clock, time.monotonic()
+        try:
+            began = time.monotonic()
+            ending = self._run()
+            self._finish_checkpoint()
+            self._log(ending, seconds=time.monotonic() - began)
+            return ending
+        finally:
+            self.writer.close()
+
+    def _run(self) -> str:
+        config, clock = self.config, self.state.clock
         if clock.samples_seen == 0:
             self._validate()
         while clock.samples_seen < config.num_samples:
@@ -98,70 +110,71 @@ class Trainer:
                     before = clock.samples_seen
                     if not self._step(draws):
                         self._save()
-                        self._log("stopped", seconds=time.monotonic() - began)
                         return "stopped"
+                    self._log_checkpoint(self.writer.done())
                     is_last = clock.samples_seen >= config.num_samples
                     if is_last or _is_due(before, clock.samples_seen, config.validation.every_samples):
                         self._validate()
                     if is_last or _is_due(before, clock.samples_seen, config.checkpoints.every_samples):
                         self._save()
-        self._log("finished", seconds=time.monotonic() - began)
         return "finished"
 
     def _step(self, draws: Prefetch[Draw]) -> bool:
         """One optimizer step; False when a stop request dropped it, with nothing changed."""
-        clock, optimizer, parameters = self.state.clock, self.state.optimizer, list(self.state.parameters.values())
-        began, waited = time.monotonic(), draws.waited_s
+        clock, arithmetic = self.state.clock, self.state.arithmetic
+        began, waited, flops, num_truncated = time.monotonic(), draws.waited_s, 0.0, 0
         if clock.skipped_in_row == 0:
             self.last_good = copy.copy(clock)
         micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
         offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
         losses = torch.zeros(size, device=self.ranks.device)
-        total: list[torch.Tensor] = []
-        optimizer.zero_grad(set_to_none=True)
+        total: torch.Tensor | None = None
+        arithmetic.clear_gradients()
         for first in range(0, len(micro_batches), self.ranks.size):
             if self.ranks.any(self.stop_requested()):
-                optimizer.zero_grad(set_to_none=True)
+                arithmetic.clear_gradients()
                 return False
             index = first + self.ranks.rank
             if index < len(micro_batches):
-                own = self._losses(*next(draws))
-                (own.sum() / size).backward()
+                batch, timesteps, draw = next(draws)
+                own = self._losses(batch, timesteps, draw)
+                arithmetic.backward(own.sum() / size)
                 losses[offsets[index] : offsets[index + 1]] = own.detach()
+                height, width = batch.target_size[0].int().tolist()
+                flops += len(own) * self.flops(height, width, batch.ids[0].shape[1]).model
+                num_truncated += batch.num_truncated
             if self.config.reduction == "canonical":
                 # Micro-batch by micro-batch in the order of the epoch: the same sum on any number of ranks.
-                num_ranks = min(self.ranks.size, len(micro_batches) - first)
-                for gradients in self.ranks.gather_gradients(parameters, num_ranks):
-                    if total:
-                        torch._foreach_add_(total, gradients)
-                    else:
-                        total = [gradient.clone() for gradient in gradients]
-                optimizer.zero_grad(set_to_none=True)
-        if self.config.reduction == "canonical":
-            for parameter, gradient in zip(parameters, total, strict=True):
-                parameter.grad = gradient
+                for gradients in self.ranks.gather(arithmetic.gradients())[: len(micro_batches) - first]:
+                    total = gradients.clone() if total is None else total.add_(gradients)
+                arithmetic.clear_gradients()
+        if total is None:
+            self.ranks.sum_(arithmetic.gradients())
         else:
-            self.ranks.sum_gradients(parameters)
+            arithmetic.gradients().copy_(total)
 
         losses = self.ranks.sum_(losses).double()
         loss = losses.mean().item()
-        # Without clipping the norm is still measured.
-        limit = self.config.optimizer.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        grad_norm = arithmetic.unscale_and_clip(self.config.optimizer.max_grad_norm)
         if self.ranks.any(not (math.isfinite(loss) and math.isfinite(grad_norm))):
             self._skip(size, losses.cpu(), np.concatenate(micro_batches))
             return True
-        rate = learning_rate(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
+        factor = schedule_factor(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
+        rates = set_learning_rates(self.state.optimizer, factor)
+        arithmetic.step(self.state.optimizer)
+        self.state.sharding.publish()
         if self.state.ema is not None:
-            self.state.ema.update(self.state.parameters, size)
+            self.state.ema.update(arithmetic.weights, size)
         self._advance(size)
         clock.samples_trained += size
         clock.skipped_in_row = 0
-        seconds = time.monotonic() - began
-        data_wait = (draws.waited_s - waited) / seconds
-        self._log_step(seconds, size, loss=loss, grad_norm=grad_norm, learning_rate=rate, data_wait=data_wait)
+        sums = torch.tensor([flops, num_truncated], dtype=torch.float64, device=self.ranks.device)
+        flops, truncated = self.ranks.sum_(sums).tolist()
+        numbers = self.meters.step(
+            size=size, seconds=time.monotonic() - began, waited_s=draws.waited_s - waited, flops=flops,
+            samples_seen=clock.samples_seen,
+        )  # fmt: skip
+        self._log_step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **numbers)
         return True
 
     def _advance(self, size: int) -> None:
@@ -173,7 +186,7 @@ class Trainer:
     def _skip(self, size: int, losses: torch.Tensor, rows: np.ndarray) -> None:
         """Leave a step out whose loss or gradient is not finite; all ranks do, or none."""
         clock = self.state.clock
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.arithmetic.clear_gradients()
         self._advance(size)
         clock.num_skipped += 1
         clock.skipped_in_row += 1
@@ -181,13 +194,19 @@ class Trainer:
         what = f"loss of {len(bad)} samples" if bad else "gradient"
         message = f"step {clock.step} skipped: {what} not finite ({clock.skipped_in_row} in a row)"
         self._log("warning", kind="not_finite", message=message, epoch=clock.epoch, image_ids=bad[:_MAX_NAMED])
-        if clock.skipped_in_row == MAX_SKIPPED_IN_ROW:
+        self.state.arithmetic.skip()
+        collapsed = self.state.arithmetic.collapsed
+        if clock.skipped_in_row == MAX_SKIPPED_IN_ROW or collapsed:
             self.state.clock = self.last_good
             self._save()
+            self._finish_checkpoint()
+            reason = "the gradient scaler fell below 1" if collapsed else (
+                f"{MAX_SKIPPED_IN_ROW} steps in a row had a loss or gradient that is not finite"
+            )  # fmt: skip
             raise TrainingError(
-                f"{MAX_SKIPPED_IN_ROW} steps in a row had a loss or gradient that is not finite; the state before "
-                f"them is saved at {self.last_good.samples_seen} samples: lower optimizer.learning_rate "
-                f'({self.config.optimizer.learning_rate}), or use precision = "fp32"'
+                f"{reason}; the state before them is saved at {self.last_good.samples_seen} samples: lower "
+                f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), or take another precision than "
+                f'"{self.config.precision}", such as "bf16_amp" or "fp32"'
             )
 
     def _draw(self, rows: np.ndarray) -> Draw:
@@ -200,10 +219,7 @@ class Trainer:
 
     def _losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Weighted loss per sample `(B,)` fp32, with gradients."""
-        plain = self._plain_losses(batch, timesteps, draw)
-        timesteps = timesteps.to(self.ranks.device)
-        gamma = self.config.loss.min_snr_gamma if self.config.loss.weighting == "min_snr" else 0
-        return plain * min_snr_weights(timesteps, self.signal, gamma, self.prediction_type)
+        return self._plain_losses(batch, timesteps, draw) * self.weights[timesteps.to(self.ranks.device)]
 
     def _plain_losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Loss per sample `(B,)` fp32 of one forward pass, not weighted by timestep."""
@@ -213,8 +229,11 @@ class Trainer:
         target = prediction_target(self.prediction_type, latents, draw, timesteps, self.signal)
         time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size).to(device)
         ids = [tensor.to(device) for tensor in batch.ids]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16_amp"):
-            prediction = predict(self.state.parts, noised, timesteps, ids, time_ids)
+        with self.state.arithmetic.autocast():
+            prediction = predict(
+                self.state.parts, noised, timesteps, ids, time_ids,
+                clip_skip=self.config.clip_skip, zeroed=None if batch.zeroed is None else batch.zeroed.to(device),
+            )  # fmt: skip
         return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
 
     def _open_epoch(self) -> None:
@@ -243,49 +262,61 @@ class Trainer:
         return list(itertools.chain.from_iterable(own))
 
     def _validate(self) -> None:
-        """The plain loss on both lists; the clock keeps the held-out one for the next checkpoint."""
-        began, lists = time.monotonic(), {}
-        for name, rows in (("validation", self.dataset.validation_rows), ("stable", self.dataset.stable_rows)):
-            capped = rows[: self.config.validation.num_images]
-            lists[name] = validation_loss(capped, self.dataset, self._plain_losses, self.ranks, len(self.signal))
-        self.state.clock.validation_loss = lists["validation"]
-        self._log("validation", loss=lists["validation"], stable_loss=lists["stable"], seconds=time.monotonic() - began)
+        """The plain loss on both lists, of the raw and of the averaged weights; the clock keeps the first."""
+        began = time.monotonic()
+        held_out, stable = (rows[: self.config.validation.num_images] for rows in (
+            self.dataset.validation_rows, self.dataset.stable_rows
+        ))  # fmt: skip
+        losses = list_losses(held_out, self.dataset, self._plain_losses, self.ranks, len(self.signal))
+        train = list_losses(stable, self.dataset, self._plain_losses, self.ranks, len(self.signal))
+        values: dict[str, object] = {
+            "loss": losses.mean, "stable_loss": train.mean, "stable_weighted_loss": train.weighted(self.weights),
+            "t": losses.by_bin(self.config.validation.num_bins), "bucket": losses.by_bucket(),
+        }  # fmt: skip
+        if self.state.ema is not None:
+            with self.state.averaged():
+                for name, rows in (("ema_loss", held_out), ("ema_stable_loss", stable)):
+                    averaged = list_losses(rows, self.dataset, self._plain_losses, self.ranks, len(self.signal))
+                    values[name] = averaged.mean
+        self.state.clock.validation_loss = losses.mean
+        self._log("validation", **values, seconds=time.monotonic() - began)
 
     def _save(self) -> None:
-        """Write a checkpoint at the clock unless there is one; the base model itself is not written again."""
+        """Begin to write a checkpoint at the clock unless there is one; the base model is not written again."""
         clock, began = self.state.clock, time.monotonic()
         if clock.samples_seen == self.saved_at:
             return
-        if self.ranks.rank == 0:
-            ready = checkpoint.save(self.folder, self.state, self.config, self.inputs)
-            self._log(
+        self._finish_checkpoint()
+        snapshot = take_snapshot(self.state)
+        if snapshot is not None:
+            self.writer.submit(snapshot)
+        self.saved_at = clock.samples_seen
+        self.stall_s = time.monotonic() - began
+
+    def _finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written, on all ranks."""
+        self._log_checkpoint(self.writer.finish())
+        self.ranks.barrier()
+
+    def _log_checkpoint(self, ready: Ready | None) -> None:
+        if ready is not None and self.log is not None:
+            self.log.write(
                 "checkpoint",
+                samples_seen=ready.samples_seen,
                 checkpoint=ready.checkpoint,
-                folder=str(run_folder.checkpoint_folder(Path(), clock.samples_seen)),
+                folder=str(run_folder.checkpoint_folder(Path(), ready.samples_seen)),
                 digest=ready.digest,
                 validation_loss=ready.validation_loss,
-                seconds=time.monotonic() - began,
+                stall_s=self.stall_s,
             )
-        self.saved_at = clock.samples_seen
-        self.ranks.barrier()
 
     def _log(self, event: str, **values: object) -> None:
         if self.log is not None:
             self.log.write(event, samples_seen=self.state.clock.samples_seen, **values)
 
-    def _log_step(self, seconds: float, size: int, **values: float) -> None:
+    def _log_step(self, **values: float) -> None:
         clock = self.state.clock
-        self.recent.append((size, seconds))
-        images_per_s = sum(size for size, _ in self.recent) / sum(seconds for _, seconds in self.recent)
-        self._log(
-            "step",
-            step=clock.step,
-            epoch=clock.epoch,
-            **values,
-            num_skipped=clock.num_skipped,
-            images_per_s=images_per_s,
-            eta_s=max(self.config.num_samples - clock.samples_seen, 0) / images_per_s,
-        )
+        self._log("step", step=clock.step, epoch=clock.epoch, **values, num_skipped=clock.num_skipped)
 
     def _log_opening(self, start: Start) -> None:
         self._log(

@@ -4,6 +4,7 @@ Two lists: held-out images, and the stable list of training images; a gap betwee
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,10 +18,55 @@ PlainLosses = Callable[[Batch, torch.Tensor, torch.Tensor], torch.Tensor]
 """(batch, timesteps `(B,)`, noise `(B, 4, h, w)`), all on the CPU, to the unweighted loss per sample `(B,)`."""
 
 
-def validation_loss(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListLosses:
+    """The plain loss of every image of a list; equal on all ranks."""
+
+    losses: torch.Tensor
+    """`(N,)` fp64, in the list's order."""
+    timesteps: torch.Tensor
+    """`(N,)` int64: one from each of N equal slices of the schedule, the same at every validation."""
+    buckets: np.ndarray
+    """`(N, 2)` heights and widths, pixels."""
+    num_timesteps: int
+    """Of the noise schedule."""
+
+    @property
+    def mean(self) -> float | None:
+        """Over samples; None for an empty list."""
+        return self.losses.mean().item() if len(self.losses) else None
+
+    def weighted(self, weights: torch.Tensor) -> float | None:
+        """The mean of the losses times the training loss's weights of their timesteps.
+
+        Args:
+            weights: `(T,)`, of every timestep.
+        """
+        return (self.losses * weights.cpu()[self.timesteps]).mean().item() if len(self.losses) else None
+
+    def by_bin(self, num_bins: int) -> dict[str, float]:
+        """The mean in each of so many equal ranges of timesteps, named `000-099`; ranges without images are absent."""
+        bins = self.timesteps * num_bins // self.num_timesteps
+        means = {}
+        for number in bins.unique().tolist():
+            first, last = (-(-edge * self.num_timesteps // num_bins) for edge in (number, number + 1))
+            means[f"{first:03d}-{last - 1:03d}"] = self.losses[bins == number].mean().item()
+        return means
+
+    def by_bucket(self) -> dict[str, float]:
+        """The mean of each bucket, named height x width."""
+        sizes, member_of = np.unique(self.buckets, axis=0, return_inverse=True)
+        members = torch.from_numpy(member_of.reshape(-1))
+        return {
+            f"{height}x{width}": self.losses[members == number].mean().item()
+            for number, (height, width) in enumerate(sizes.tolist())
+        }
+
+
+def list_losses(
     rows: np.ndarray, dataset: Dataset, losses_of: PlainLosses, ranks: Ranks, num_timesteps: int
-) -> float | None:
-    """Mean plain loss over the samples of `rows`; None for an empty list. All ranks call it and get the same number.
+) -> ListLosses:
+    """The plain loss of each sample of `rows`. All ranks call it and get the same numbers.
 
     Args:
         rows: Rows of the training set, in order; the timesteps' strata are dealt over them.
@@ -29,18 +75,17 @@ def validation_loss(
         ranks: Each takes every `size`-th micro-batch.
         num_timesteps: Of the noise schedule.
     """
-    if not len(rows):
-        return None
     seed = dataset.config.seed
     timesteps = noise.stratified_timesteps(seed, [dataset.image_ids[row] for row in rows], num_timesteps)
     losses = torch.zeros(len(rows), dtype=torch.float32)
-    for positions in _micro_batches(rows, dataset)[ranks.rank :: ranks.size]:
+    for positions in _micro_batches(rows, dataset)[ranks.rank :: ranks.size] if len(rows) else ():
         batch = dataset.batch(rows[positions], None)
         draw = noise.draw_noise(seed, Purpose.VALIDATION, 0, batch.image_ids, batch.latents.shape[1:])
         with torch.no_grad():
             losses[positions] = losses_of(batch, timesteps[positions], draw).float().cpu()
-    # Every element comes from one rank, so the sum is exact and the mean does not depend on the number of ranks.
-    return ranks.sum_(losses.to(ranks.device)).double().mean().item()
+    # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
+    summed = ranks.sum_(losses.to(ranks.device)).cpu().double()
+    return ListLosses(losses=summed, timesteps=timesteps, buckets=dataset.buckets[rows], num_timesteps=num_timesteps)
 
 
 def _micro_batches(rows: np.ndarray, dataset: Dataset) -> list[np.ndarray]:

@@ -1,0 +1,119 @@
+"""A bundle trains where neither Dagster nor MLflow is, and its run comes back as if it had been trained at home."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import bundle, run_folder
+from training.errors import ConfigError, DataError
+from training.event_log import read_events
+
+BLOCKER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"dagster", "mlflow", "assets", "resources", "jobs"}:
+            raise ImportError(f"{name} is not on this machine")
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def contents(run, samples_seen):
+    ready = run_folder.read_ready(run_folder.checkpoint_folder(run.folder, samples_seen))
+    return {entry.name: entry.sha256 for entry in (*ready.files, *ready.state_files)}
+
+
+def start(folder, tmp_path, **environment):
+    """Run `start.sh` as on another machine: no Dagster, no MLflow, none of our packages that need them."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir(exist_ok=True)
+    (blocked / "sitecustomize.py").write_text(BLOCKER)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [folder / "start.sh"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(blocked), "PATH": path, **environment},
+    )  # fmt: skip
+
+
+def test_a_bundle_trains_elsewhere_and_its_run_comes_home(unbroken, make_run, tmp_path):
+    run = make_run("away")
+    size = bundle.write_bundle(run.folder, tmp_path / "made")
+    folder = tmp_path / "other machine"
+    shutil.move(tmp_path / "made", folder)
+    assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    home = run.inputs.training_set.parent
+    shutil.move(home, tmp_path / "out of reach")
+    done = start(folder, tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = read_events(folder / "runs" / "away" / run_folder.EVENTS)
+    assert events[-1]["event"] == "finished"
+    shutil.move(tmp_path / "out of reach", home)
+
+    shutil.rmtree(run.folder)
+    shutil.copytree(folder / "runs" / "away", run.folder)
+    shutil.rmtree(folder)
+    here = {"training_sets": home, "latents": run.inputs.latents, "base_model": run.inputs.base_model}
+    assert run_folder.adopt(run.folder, **here)
+    assert not run_folder.adopt(run.folder, **here)
+    assert run_folder.read_inputs(run.folder) == run.inputs
+    assert contents(run, 52) == contents(unbroken, 52)
+
+
+def test_a_stopped_run_goes_on_in_its_bundle(unbroken, make_run, train, tmp_path):
+    run = make_run("moved")
+    assert train(run, stop_at=5) == "stopped"
+    bundle.write_bundle(run.folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle" / "models").exists()
+    assert start(tmp_path / "bundle", tmp_path).returncode == 0
+    run.folder = tmp_path / "bundle" / "runs" / "moved"
+    assert contents(run, 52) == contents(unbroken, 52)
+
+
+def test_a_bundle_says_what_it_lacks(make_run, tmp_path):
+    run = make_run()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        bundle.write_bundle(run.folder, tmp_path / "there")
+    shutil.rmtree(run.inputs.latents / "s000001")
+    with pytest.raises(DataError, match=r"13 images of shard s000001"):
+        bundle.write_bundle(run.folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_run_of_a_set_that_is_not_here_is_not_adopted(make_run, tmp_path):
+    run = make_run()
+    run.inputs.training_set.unlink()
+    with pytest.raises(DataError, match="not in this workspace"):
+        run_folder.adopt(
+            run.folder, training_sets=tmp_path, latents=run.inputs.latents, base_model=run.inputs.base_model
+        )
+
+
+def test_requirements_cover_all_that_training_imports(make_run, tmp_path):
+    bundle.write_bundle(make_run().folder, tmp_path / "bundle")
+    lines = (tmp_path / "bundle" / "requirements.txt").read_text().split()
+    wanted = {line.partition("==")[0] for line in lines}
+    assert not {"dagster", "mlflow"} & wanted
+    # Everything that a requirement brings along counts as covered.
+    todo, covered = list(wanted), set()
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name not in covered:
+            covered.add(name)
+            try:
+                needs = importlib.metadata.requires(name) or []
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            todo += [re.match(r"[\w.-]+", need)[0] for need in needs if "extra ==" not in need]
+    code = "import training.run, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    owners = importlib.metadata.packages_distributions()
+    imported = {re.sub(r"[-_.]+", "-", owner).lower() for name in loaded for owner in owners.get(name, ())}
+    assert imported - covered <= {"diffusion-foundry", "setuptools"}

@@ -1,0 +1,40 @@
+"""`training.run` that also writes down what every step is made of: one file per rank under $TRACE.
+
+With $SIGTERM_AT = "5.0" it gets that signal in step 5 (counted from 0), in the middle of its first micro-batch.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from training.run import main
+from training.trainer import Trainer
+
+
+def trace(losses):
+    """Wrap the loss of a micro-batch: who is in it, with which prompts, timesteps and noise."""
+    counts = {}
+
+    def traced(self, batch, timesteps, draw):
+        step, ranks = self.state.clock.step, self.ranks
+        turn = counts[step] = counts.get(step, -1) + 1
+        line = {
+            "step": step, "index": ranks.rank + turn * ranks.size, "image_ids": batch.image_ids,
+            "prompts": batch.prompts, "timesteps": timesteps.tolist(),
+            "noise": hashlib.sha256(draw.numpy().tobytes()).hexdigest(),
+            "latents": hashlib.sha256(batch.latents.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+        with (Path(os.environ["TRACE"]) / f"{ranks.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if os.environ.get("SIGTERM_AT") == f"{step}.{turn}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, batch, timesteps, draw)
+
+    return traced
+
+
+Trainer._losses = trace(Trainer._losses)
+sys.exit(main(sys.argv[1:]))

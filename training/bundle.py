@@ -1,0 +1,129 @@
+"""A training run as one folder for a machine that has neither Dagster nor MLflow, and its way back.
+
+The folder holds config, training set, latents, base model or newest checkpoint, and `start.sh`; it needs this package's
+wheel and what `requirements.txt` names. Its `runs/<run>` copied back over the workspace's is the run, as if it had been
+trained there.
+"""
+
+import dataclasses
+import importlib.metadata
+import shlex
+import shutil
+from pathlib import Path
+
+import polars as pl
+
+from training import commit, run_folder
+from training.checkpoint import find_resumable
+from training.errors import ConfigError, DataError
+from training.latent_source import LatentSource
+from training.run_folder import RunInputs
+from training.startup import checked_training_set
+
+PACKAGES = (
+    "torch", "diffusers", "transformers", "safetensors", "numpy", "polars", "pyarrow", "tomlkit", "fsspec",
+    "zstandard", "pytorch-optimizer",
+)  # fmt: skip
+"""What training imports, and nothing else of what this project needs."""
+
+_START = """#!/usr/bin/env bash
+# Trains run {name}; started again, it goes on from its newest whole checkpoint. SIGTERM saves and stops.
+#   one machine:   ./start.sh                      (GPUS=8 for another number of cards than {ranks})
+#   n machines:    NODES=2 HEAD=head.example:29500 ./start.sh    on each; all must see this folder at the same path
+set -euo pipefail
+cd "$(dirname "$0")"
+python -c 'import training' || {{ echo "install the wheel: pip install --no-deps diffusion_foundry-*.whl, and
+pip install -r requirements.txt" >&2; exit 2; }}
+exec python -m torch.distributed.run \\
+  --nnodes "${{NODES:-1}}" --nproc-per-node "${{GPUS:-{ranks}}}" \\
+  --rdzv-backend c10d --rdzv-endpoint "${{HEAD:-localhost:0}}" --rdzv-id {name} --shutdown-timeout 3600 \\
+  -m training.run runs/{name}
+"""
+_README = """# Training run {name}
+
+Made by `foundry train --run {name} --bundle`. On the machine with the cards:
+
+1. `pip install -r requirements.txt` and `pip install --no-deps diffusion_foundry-*.whl` (`make wheel` in the repository
+   makes it); neither Dagster nor MLflow is needed.
+2. `./start.sh` (its first lines say how for several machines).
+3. Copy `runs/{name}` back over the workspace's folder of that name; `foundry train --run {name}` adopts it.
+"""
+
+
+def write_bundle(run: Path, target: Path) -> int:
+    """Write a run with all that it needs into a new folder, all or nothing.
+
+    Args:
+        run: The run's folder, with its inputs; a run that was stopped goes on in the bundle where it stands.
+        target: Must not exist, or be empty.
+
+    Returns:
+        Its size, bytes.
+
+    Raises:
+        ConfigError: the target is in the way, or the run is being trained or has finished.
+        DataError: images of the set have no latents.
+        WorkspaceError: the disk is full; nothing is left behind.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--bundle {target} exists already; name a new folder")
+    config, inputs = run_folder.read_config(run), run_folder.read_inputs(run)
+    resumable, _ = find_resumable(run)
+    with commit.atomic_folder(target) as folder:
+        copied = folder / "runs" / inputs.run
+        moved = dataclasses.replace(
+            inputs,
+            training_set=_copy(inputs.training_set, folder / "tables" / "training_set"),
+            vocabulary=_copy(inputs.vocabulary, copied),
+            latents=folder / "latents" / config.encoding,
+            base_model=folder / "models" / "base",
+        )
+        _copy(run / run_folder.CONFIG, copied)
+        run_folder.write_inputs(copied, moved)
+        if not config.latents_url:
+            _copy_latents(inputs, moved.latents)
+        if resumable is None:
+            _copy(inputs.base_model, moved.base_model.parent, moved.base_model.name)
+        else:
+            _copy(run / run_folder.EVENTS, copied)
+            _copy(run / run_folder.EPOCHS, copied)
+            _copy(resumable, copied / run_folder.CHECKPOINTS)
+        (folder / "README.md").write_text(_README.format(name=inputs.run))
+        (folder / "requirements.txt").write_text(_requirements())
+        start = folder / "start.sh"
+        start.write_text(_START.format(name=shlex.quote(inputs.run), ranks=config.num_processes))
+        start.chmod(0o755)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def _copy(source: Path, folder: Path, name: str = "") -> Path:
+    """Copy a file or folder into a folder, which is made where missing; nothing where there is no source."""
+    target = folder / (name or source.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.exists():
+        shutil.copyfile(source, target)
+    return target
+
+
+def _copy_latents(inputs: RunInputs, target: Path) -> None:
+    """Copy of each shard the generation that an epoch which begins now would read, its manifest last."""
+    source = LatentSource(inputs.latents)
+    samples = pl.read_parquet(checked_training_set(inputs), columns=["shard", "image_id"])
+    for (shard,), rows in samples.group_by("shard", maintain_order=True):
+        generation, missing, _ = source.choose(str(shard), rows["image_id"].to_list())
+        if generation is None:
+            raise DataError(
+                f"{missing} images of shard {shard} have no latents in {inputs.latents}: run `foundry run --select "
+                "latents` before the run is bundled"
+            )
+        for entry in generation.manifest.files:
+            _copy(generation.folder / entry.name, target / str(shard))
+        _copy(generation.folder / f"g{generation.number:04d}.json", target / str(shard))
+
+
+def _requirements() -> str:
+    """The packages that training imports, pinned to the versions that are installed here, without local tags."""
+    lines = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES]
+    return "".join(f"{line}\n" for line in lines)
