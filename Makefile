@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all check format up bench
+.PHONY: demo test test-all check format up bench wheel
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -39,3 +39,6 @@ up: $(STAMP)  ## Dagster and MLflow on 127.0.0.1 until Ctrl-C.
 
 bench: $(STAMP)  ## Every benchmark; each prints its ratios.
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+wheel: $(STAMP)  ## The wheel that a training bundle needs, in dist/.
+	$(BIN)/pip wheel --quiet --no-deps -w dist .

@@ -40,7 +40,7 @@ class RunSettings(dg.Config):
 
 @dg.asset(
     deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
-          dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping())],
+          dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
     partitions_def=runs,
     **describe(STAGE, "train", "pytorch", "huggingface"),
 )  # fmt: skip

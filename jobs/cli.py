@@ -195,9 +195,12 @@ def train(
     price: Price = 3.0,
     rates: RatesFile = None,
     stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Write all that the run needs into this new folder instead.")
+    ] = None,
 ) -> None:
-    """Start, resume or follow a training run."""
-    from jobs import console, estimates, pipeline
+    """Start, resume or follow a training run, or adopt one that was trained elsewhere."""
+    from jobs import bundles, console, estimates, pipeline
     from resources import torchrun, workspace
     from training import recipes
 
@@ -223,6 +226,10 @@ def train(
     workspace.require_run(store, run)
     started = time.monotonic()
     with console.progress() as announce:
+        if bundle is not None:
+            num_bytes = bundles.write(store.home, run, bundle.expanduser().resolve(), started=announce)
+            print(f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back")
+            return
         outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
 

@@ -21,8 +21,8 @@ from training.run_folder import RunInputs
 from training.startup import checked_training_set
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "safetensors", "numpy", "polars", "pyarrow", "tomlkit", "fsspec",
-    "zstandard", "pytorch-optimizer",
+    "torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "polars", "pyarrow", "tomlkit",
+    "fsspec", "zstandard", "pytorch-optimizer",
 )  # fmt: skip
 """What training imports, and nothing else of what this project needs."""
 

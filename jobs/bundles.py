@@ -1,0 +1,38 @@
+"""Takes a training run out of its workspace: brings what it trains on up to date, then writes the bundle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from assets.checkpoints import prepare
+from jobs import pipeline
+from resources import torchrun
+from resources.store import Store
+from training.errors import ConfigError
+from training.event_log import has_finished
+from training.run_folder import EVENTS, read_config
+
+
+def write(home: Path, run: str, target: Path, *, started: Callable[[str, int], None]) -> int:
+    """Write a configured run into a new folder; returns its size, bytes.
+
+    Args:
+        home: The workspace.
+        run: Name of the run.
+        target: Must not exist, or be empty.
+        started: Told of each stage that has work before it begins.
+
+    Raises:
+        ConfigError: the run has finished or is being trained, or the target is in the way.
+        DataError: images of its set have no latents.
+    """
+    from training.bundle import write_bundle
+
+    store = Store(home)
+    folder = store.run_folder(run)
+    if has_finished(folder / EVENTS) or torchrun.is_running(folder):
+        state = "has finished" if has_finished(folder / EVENTS) else "is being trained here"
+        raise ConfigError(f"--bundle: run {run!r} {state}; bundle a run that is still to be trained")
+    pipeline.bring_up_to_date(home, select="training_set,base_model,tag_vocabulary", started=started)
+    store = Store(home)
+    prepare(store, run, read_config(folder))
+    return write_bundle(folder, target)

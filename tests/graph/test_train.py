@@ -1,0 +1,82 @@
+"""A trainer lives on its own: launchers die, bundles travel, and the run is the same one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from graph_tools import foundry
+
+from training.event_log import read_events
+from training.run_folder import EVENTS, INPUTS, LOCK
+
+SMALL = (
+    "prompts.max_chunks=1", "batch.global_batch_size=8", "batch.micro_batch_size=8", "optimizer.warmup_samples=8",
+    "validation.every_samples=1000", "checkpoints.every_samples=1000",
+)  # fmt: skip
+
+
+def settings(**values):
+    """`--set` for a short run of the demo's recipe."""
+    return [part for item in (*SMALL, *(f"{key}={value}" for key, value in values.items())) for part in ("--set", item)]
+
+
+def wait_for(found, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.2)
+    raise AssertionError("it did not happen in time")
+
+
+def count(folder, kind):
+    return sum(event["event"] == kind for event in read_events(folder / EVENTS))
+
+
+def test_the_trainer_does_not_notice_that_its_launcher_died(small_copy):
+    folder = small_copy / "runs" / "long"
+    command = [Path(sys.executable).with_name("foundry"), "train", "--home", small_copy, "--run", "long"]
+    launcher = subprocess.Popen(
+        [*command, "--recipe", "demo", *settings(num_samples=4000)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: count(folder, "step"))
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    trainer = int((folder / LOCK).read_text().split()[1])
+    before = count(folder, "step")
+    wait_for(lambda: count(folder, "step") > before + 1)
+    os.kill(trainer, 0)
+    follower = subprocess.Popen([*command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: count(folder, "step") > before + 3)
+    assert "stopped at" in foundry("train", "--home", small_copy, "--run", "long", "--stop").stdout
+    assert follower.wait(60) == 2, "a run that was stopped is no finished one"
+    opened = [event["event"] for event in read_events(folder / EVENTS) if event["event"] in ("started", "resumed")]
+    assert opened == ["started"]
+
+
+def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
+    bundle, folder = tmp_path / "bundle", small_copy / "runs" / "away"
+    made = ("train", "--home", small_copy, "--run", "away", "--recipe", "demo", *settings(num_samples=16))
+    assert "wrote" in foundry(*made, "--bundle", bundle).stdout
+    refused = foundry(*made, "--bundle", bundle, check=False)
+    assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [bundle / "start.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    inputs = (folder / INPUTS).read_text()
+    shutil.rmtree(folder)
+    shutil.copytree(bundle / "runs" / "away", folder)
+    shutil.rmtree(bundle)
+    lines = (folder / EVENTS).read_bytes()
+    foundry("train", "--home", small_copy, "--run", "away")
+    assert (folder / EVENTS).read_bytes() == lines, "a finished run is not trained again"
+    assert (folder / INPUTS).read_text() == inputs
+    rows = foundry("sql", "--home", small_copy, "--format", "csv", "select checkpoint from checkpoints").stdout
+    assert "away@16" in rows
