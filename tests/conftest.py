@@ -22,6 +22,7 @@ from training.run_config import RunConfig
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of two workers one has the graph's tests, whose workspaces it makes once; the other begins with all the rest."""
     items.sort(key=lambda item: "graph" not in item.path.parts)

@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from training import commit, run_folder
+from training.base_model import config_folder
 from training.checkpoint import find_resumable
 from training.errors import ConfigError, DataError
 from training.latent_source import LatentSource
@@ -76,14 +77,15 @@ def write_bundle(run: Path, target: Path) -> int:
             training_set=_copy(inputs.training_set, folder / "tables" / "training_set"),
             vocabulary=_copy(inputs.vocabulary, copied),
             latents=folder / "latents" / config.encoding,
-            base_model=folder / "models" / "base",
+            base_model=folder / "models" / inputs.base_model.name,
         )
         _copy(run / run_folder.CONFIG, copied)
         run_folder.write_inputs(copied, moved)
         if not config.latents_url:
             _copy_latents(inputs, moved.latents)
         if resumable is None:
-            _copy(inputs.base_model, moved.base_model.parent, moved.base_model.name)
+            for part in {inputs.base_model, config_folder(inputs.base_model)}:
+                _copy(part, moved.base_model.parent)
         else:
             _copy(run / run_folder.EVENTS, copied)
             _copy(run / run_folder.EPOCHS, copied)
