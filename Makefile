@@ -18,11 +18,19 @@ demo: $(STAMP)  ## The whole graph on drawn pictures and tiny models: about four
 	test -f $(HOME_DIR)/foundry.toml || $(BIN)/foundry init $(HOME_DIR) --preset demo
 	$(BIN)/foundry run --home $(HOME_DIR)
 
+# The graph's tests and all others side by side, one core each; the first one's output follows the second one's.
+define run_tests
+	@$(BIN)/python -m pytest -q $(1) tests/graph > .venv/graph-tests.log 2>&1 & graph=$$!; \
+	trap "kill $$graph" INT TERM; \
+	$(BIN)/python -m pytest -q $(1) --ignore tests/graph; others=$$?; \
+	wait $$graph; graph=$$?; cat .venv/graph-tests.log; exit $$((graph | others))
+endef
+
 test: $(STAMP)  ## The tests, without the long proofs.
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(call run_tests,)
 
 test-all: $(STAMP)  ## The tests with the long proofs.
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m 'not gpu and not weights'
+	$(call run_tests,-m 'not gpu and not weights')
 
 check: $(STAMP)  ## Format, lint and types, then the tests.
 	$(BIN)/ruff format --check .

@@ -21,15 +21,6 @@ from training.run_config import RunConfig
 # Sums over other numbers of threads have other bits: proofs of bit-equality pin one, here and in their children.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of two workers one has the graph's tests, whose workspaces it makes once; the other begins with all the rest."""
-    items.sort(key=lambda item: "graph" not in item.path.parts)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("graph" if "graph" in item.path.parts else item.path.stem))
-
-
 BUCKETS = (Size(32, 32), Size(32, 48), Size(48, 32))
 SHARDS = ("s000000", "s000001")
 # Long enough that a prompt of all of them fills two chunks of text.
