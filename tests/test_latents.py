@@ -279,3 +279,18 @@ def test_the_shown_source_has_its_crop_and_watermarks_drawn_in():
     columns, rows = np.nonzero(yellow.any(axis=0))[0], np.nonzero(red.any(axis=1))[0]
     assert (columns.min(), columns.max()) == (48, 143)
     assert (rows.min(), rows.max()) == (50, 74)
+    assert (shown[:, :48].max(), shown[:, 144:].max()) == (70, 70), "what is cut away is dark"
+    assert shown[10, 96].tolist() == [200, 200, 200]
+
+
+def test_of_the_shown_pictures_two_have_a_watermark_where_there_are_such(pictures, encode):
+    from dataclasses import replace
+
+    ids = sorted(picture.image_id for picture in pictures if picture is not pictures[3])
+    last = set(ids[-3:])
+    marked = [
+        replace(picture, watermarks=((Box(0, 0, 9, 9), 1.0),)) if picture.image_id in last else picture
+        for picture in pictures[:3] + pictures[4:]
+    ]
+    shown = {item.image_id for item in encode(marked, 1)[0].shown}
+    assert shown == {*ids[:4], *sorted(last)[:2]}

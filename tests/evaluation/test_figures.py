@@ -40,6 +40,14 @@ def test_few_bars_keep_all_their_labels_and_their_heights():
     assert path == "M0 60v-15h85v15M100 60v-60h85v60"
 
 
+def test_long_labels_are_not_cut_at_the_ends_of_the_chart():
+    svg = svg_of(figures.bars([(f"{number}04×152", 12 - number) for number in range(1, 9)]))
+    texts = [node for node in svg if node.tag.endswith("text")]
+    assert len(texts) == 8
+    assert float(texts[0].get("x")) >= 2.3 * len(texts[0].text)
+    assert float(texts[-1].get("x")) <= 300 - 2.3 * len(texts[-1].text)
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32)))
 def test_histograms_show_inline_whatever_the_values(numbers):
     markdown = figures.histogram(numbers)
