@@ -51,7 +51,8 @@ def run(home):
     (folder / "config.toml").write_text('encoding = "sdxl"\nseed = 7\n')
     inputs = run_folder.RunInputs(
         run="demo", training_set=home / "set.parquet", training_set_sha256="0" * 64, fingerprint="f" * 64,
-        latents=home / "latents", base_model=home / "base", base_digest="b" * 64,
+        vocabulary=folder / "vocabulary.parquet", vocabulary_sha256="0" * 64, latents=home / "latents",
+        base_model=home / "base", base_digest="b" * 64,
     )  # fmt: skip
     run_folder.write_inputs(folder, inputs)
     return folder
