@@ -1,5 +1,6 @@
 """`sample_images`: what a checkpoint draws for the fixed prompts, each picture from its own seed."""
 
+import contextlib
 from pathlib import Path
 
 import dagster as dg
@@ -13,6 +14,8 @@ from resources.store import Made, Store
 from training.errors import DataError
 from training.evaluation import figures
 from training.progress import report
+from training.retention import reading
+from training.run_folder import READY
 
 NUM_SHOWN = 16
 
@@ -45,10 +48,12 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
         from training.evaluation.sampling import sample_folder
 
         prompts = prompts_of(store)
-        folder = store.sample_folder(key)
-        with devices.hold("evaluate", store.config.devices, store.home) as device:
+        folder, model = store.sample_folder(key), store.checkpoint_folder(key)
+        # A checkpoint of a run that is still training is not to be removed while it is read.
+        kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
+        with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
             frame = sample_folder(
-                store.checkpoint_folder(key), key, prompts, store.config.evaluation, folder, device=device,
+                model, key, prompts, store.config.evaluation, folder, device=device,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
         return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})
