@@ -106,22 +106,33 @@ def test_adamw_against_its_formulas_with_decay_on_everything():
 
 
 def test_lion_steps_by_the_sign_of_its_interpolated_moment():
-    settings = config(name="lion", weight_decay=0.1, betas=(0.9, 0.95), learning_rate=0.01)
-    found, _ = two_steps(settings, START, GRADIENTS)
-    # Step 1: the moment is 0, the sign is the gradient's. Step 2: the moment is 0.05 of that, so for the first weight
-    # 0.9 * 0.05 * 0.3 - 0.1 * 0.2 < 0, and so on.
+    settings = config(name="lion", weight_decay=0.1, betas=(0.5, 0.6), learning_rate=0.01)
+    gradients = [torch.tensor([0.3, -0.1, 0.2]), torch.tensor([-0.1, 0.4, 0.2])]
+    found, _ = two_steps(settings, START, gradients)
+    # Step 1: the moment is 0, the sign is the gradient's. Step 2: the moment is 0.4 of that, and for the first weight
+    # 0.5 * 0.4 * 0.3 - 0.5 * 0.1 > 0 (with betas of 0.9 and 0.99 it would be < 0), for the second < 0 before, > 0 now.
     expected = START * (1 - 0.001) - 0.01 * torch.tensor([1.0, -1, 1])
-    expected = expected * (1 - 0.001) - 0.01 * torch.tensor([-1.0, 1, 1])
+    expected = expected * (1 - 0.001) - 0.01 * torch.tensor([1.0, 1, 1])
     torch.testing.assert_close(found, expected)
 
 
-def test_adafactor_clips_its_update_at_the_threshold():
-    # First step: the second moment is the squared gradient, so the update is its sign, of root mean square 1; the rate
-    # is min(rate, 1 / sqrt(step)) times the weights' root mean square.
-    settings = config(name="adafactor", weight_decay=0.0, learning_rate=0.01, clip_threshold=1.0)
-    found, _ = two_steps(settings, START, GRADIENTS[:1])
-    scale = 0.01 * START.square().mean().sqrt()
-    torch.testing.assert_close(found, START - scale * GRADIENTS[0].sign())
+@pytest.mark.parametrize("threshold", [1.0, 1.1, 5.0])
+def test_adafactor_clips_its_update_at_the_threshold(threshold):
+    settings = config(name="adafactor", weight_decay=0.0, learning_rate=0.01, clip_threshold=threshold)
+    gradients = [torch.tensor([0.1, -0.1, 0.1]), torch.tensor([0.4, -0.1, 0.1])]
+    found, _ = two_steps(settings, START, gradients)
+    # arXiv:1804.04235, algorithm 5 for vectors: the second moment's decay at step t is 1 - t^-0.8, the rate is a share
+    # of the weights' root mean square, and the update is scaled down where its own root mean square is too large.
+    expected, square = START.clone(), torch.zeros(3)
+    for step, gradient in enumerate(gradients, 1):
+        square = square + step**-0.8 * (gradient**2 - square)
+        update = gradient / square.sqrt()
+        update = update / max(1.0, update.square().mean().sqrt().item() / threshold)
+        expected = expected - 0.01 * expected.square().mean().sqrt() * update
+    torch.testing.assert_close(found, expected)
+
+
+def test_adafactor_takes_no_threshold_below_1():
     with pytest.raises(ConfigError, match=r"clip_threshold=0.5 must be at least 1"):
         make_optimizer(config(name="adafactor", clip_threshold=0.5), make_weights())
 
