@@ -107,3 +107,8 @@ def test_broken_json_and_safetensors_name_the_file(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"123456789")
     with pytest.raises(ModelError, match=r"w.safetensors cannot be read"):
         weights.read_tensors(tmp_path / "w.safetensors")
+
+
+def test_weights_do_not_lie_in_the_file_where_its_header_would_decide_their_last_bits(sd1_folder):
+    model = weights.from_pretrained(CLIPTextModel, sd1_folder / "text_encoder", "cpu")
+    assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}

@@ -155,6 +155,9 @@ def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.
         raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
     _refuse_mismatch(folder, sorted(info["missing_keys"]), [], sorted(mismatched))
+    for parameter in model.parameters():
+        # Out of the mapped file, where it lies as the header's length has it: products' last bits depend on alignment.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model.to(device).eval().requires_grad_(False)
 
 
