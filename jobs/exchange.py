@@ -6,6 +6,7 @@ from pathlib import Path
 from assets import latents
 from resources.store import Made, Store
 from training import commit
+from training.base_model import config_folder
 from training.data import latent_exchange as formats
 from training.data.latent_files import from_bfloat16, generations, read_generation
 from training.errors import ConfigError, DataError
@@ -95,7 +96,7 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
         raise DataError(f"encoding {encoding!r} has no latents: run `foundry run --select latents` first")
     named = store.read("selected_images", ["image_id", "source", "source_id"])
     names = {image_id: (source, source_id) for image_id, source, source_id in named.iter_rows()}
-    sdxl = (store.model_path("base") / "text_encoder_2").is_dir()
+    sdxl = (config_folder(store.model_path("base")) / "text_encoder_2").is_dir()
     written = 0
     for part in parts:
         shard = store.table_folder("latents", part)

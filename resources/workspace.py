@@ -6,6 +6,7 @@ from resources import instance
 from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
+from training.base_model import config_folder
 from training.commit import lock, write_bytes
 from training.data import vocabulary
 from training.data.prompt_maker import MadePrompt, PromptMaker
@@ -109,7 +110,7 @@ def prompt_maker(store: Store, config: RunConfig) -> PromptMaker:
 
     samples = Samples(store.table_file("training_set", config.encoding))
     known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
-    base = store.model_path(config.base)
+    base = config_folder(store.model_path(config.base))
     names = ("tokenizer", "tokenizer_2") if (base / "tokenizer_2").is_dir() else ("tokenizer",)
     return PromptMaker(samples, known, config.prompts, config.seed, [load_tokenizer(base / name) for name in names])
 

@@ -10,7 +10,7 @@ import pytest
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store, find_home
 from training.data.tables import TABLES
-from training.errors import ConfigError, DamageError, DataError, LockedError, WorkspaceError
+from training.errors import ConfigError, DamageError, DataError, LockedError, ModelError, WorkspaceError
 
 CONFIG = """
 format = 1
@@ -239,3 +239,24 @@ def test_manifests_say_when_and_by_whom_but_never_decide_by_it(store):
     manifest = store.manifest("source_listing", "all")
     assert datetime.fromisoformat(manifest.provenance["time"]).tzinfo == UTC
     assert "provenance" not in manifest.basis
+
+
+def test_the_base_model_may_be_a_single_file_with_its_configurations_beside_it(tmp_path):
+    (tmp_path / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/photo.safetensors"\n')
+    store, path = Store(tmp_path), tmp_path / "models" / "photo.safetensors"
+    path.parent.mkdir()
+    with pytest.raises(ModelError, match=r"photo.safetensors does not exist"):
+        store.model_path("base")
+    path.write_bytes(b"weights")
+    with pytest.raises(ModelError, match=r"models/photo with its configurations and tokenizers is missing"):
+        store.model_path("base")
+    (tmp_path / "models" / "photo").mkdir()
+    index = tmp_path / "models" / "photo" / "model_index.json"
+    index.write_text("{}")
+    assert store.model_path("base") == path
+    first = store.model_digest("base")
+    assert fresh(store).model_digest("base") == first
+    index.write_text('{"changed": 1}')
+    second = fresh(store).model_digest("base")
+    path.write_bytes(b"other weights")
+    assert len({first, second, fresh(store).model_digest("base")}) == 3

@@ -91,6 +91,8 @@ class Snapshot:
     """Of which only what is not trained is read."""
     weights: dict[str, torch.Tensor]
     averages: dict[str, torch.Tensor]
+    frozen: dict[str, torch.Tensor]
+    """What `bf16` rounded in the model and nobody trains, as it came."""
     optimizer: dict[str, torch.Tensor]
     clock: Clock
 
@@ -104,9 +106,10 @@ def take_snapshot(state: TrainingState) -> Snapshot | None:
     if sharding.ranks.rank != 0:
         return None
     clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
-    # What bf16 rounded in the model and nobody trains goes into the checkpoint as it came.
-    weights |= state.arithmetic.frozen
-    return Snapshot(parts=state.parts, weights=weights, averages=averages, optimizer=moments, clock=clock)
+    frozen = dict(state.arithmetic.frozen)
+    return Snapshot(
+        parts=state.parts, weights=weights, averages=averages, frozen=frozen, optimizer=moments, clock=clock
+    )
 
 
 class Writer:
@@ -161,9 +164,10 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
     for left in target.parent.glob(f"{commit.TEMPORARY_PREFIX}*"):
         shutil.rmtree(left)  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
-        save_diffusers_folder(snapshot.parts, temporary, torch.float32, snapshot.weights)
+        save_diffusers_folder(snapshot.parts, temporary, torch.float32, snapshot.frozen | snapshot.weights)
         if snapshot.averages:
-            save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, snapshot.averages)
+            averages = snapshot.frozen | snapshot.averages
+            save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, averages)
         files = _entries(temporary)
         _write_state(temporary / STATE, snapshot)
         ready = Ready(

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from training import gpus
+from training.base_model import config_folder
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
 from training.errors import ModelError
@@ -227,12 +228,13 @@ class ModelConfigs:
         return num_layers - (1 if self.family == "sdxl" else config.clip_skip - 1)
 
 
-def read_model_configs(folder: Path) -> ModelConfigs:
-    """Configs of a diffusers folder; its weights are not looked at.
+def read_model_configs(model: Path) -> ModelConfigs:
+    """Configs of a diffusers folder, or of the one beside a single file; weights are not looked at.
 
     Raises:
         ModelError: a config is missing or no JSON object.
     """
+    folder = config_folder(model)
     unet = read_config(folder / "unet" / "config.json")
     family: Family = "sdxl" if unet.get("addition_embed_type") == "text_time" else "sd1"
     names = ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
