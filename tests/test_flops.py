@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sdxl_shapes import SDXL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -28,14 +29,6 @@ from training.flops import (
 from training.models.unet import PipelineParts
 from training.run_config import ComputeConfig, RunConfig
 
-SDXL = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
 TINY_SDXL = {
     **SDXL, "block_out_channels": [8, 16, 32], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 24,
     "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from sdxl_shapes import SDXL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from training.flops import ModelConfigs, read_model_configs
@@ -16,14 +17,6 @@ TINY = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "cross_attention_dim": 24, "transformer_layers_per_block": [1, 2], "attention_head_dim": 8,
     "use_linear_projection": True,
-}  # fmt: skip
-SDXL = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 
 

@@ -242,11 +242,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
     assert len(warnings[0]["image_ids"]) == 8
 
 
-def test_eight_such_steps_in_a_row_end_the_run_with_the_last_good_state(make_run, train):
-    run = make_run(num_samples=200)
+@pytest.mark.parametrize("precision", ["fp32", "fp16_amp"])
+def test_eight_such_steps_in_a_row_end_the_run_with_the_last_good_state(make_run, train, precision):
+    run = make_run(num_samples=200, precision=precision)
     with pytest.raises(TrainingError, match="saved at 16 samples"):
         train(run, prepare=lambda trainer: poison(trainer, range(3, 100)))
-    good = make_run("good", num_samples=200)
+    good = make_run("good", num_samples=200, precision=precision)
 
     def prepare(trainer):
         trainer.stop_requested = lambda: trainer.state.clock.step == 2

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from training import noise
 from training.commit import Entry
 from training.data.chunk_counts import count_in_processes
+from training.data.crops import map_box
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import LatentFile, read_generation
 from training.data.prompt_maker import PromptMaker
@@ -306,13 +307,10 @@ def loss_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: fl
     weights = np.zeros((height, width), dtype=np.float32)
     bottom, right = top + placement.resized.height, left + placement.resized.width
     weights[max(top, 0) : bottom, max(left, 0) : right] = 1
-    per_y = placement.resized.height / placement.original.height
-    per_x = placement.resized.width / placement.original.width
-    for box in boxes:
-        y0, y1 = (round(y * per_y) + top for y in (box.y0, box.y1))
-        x0, x1 = (round(x * per_x) + left for x in (box.x0, box.x1))
-        inside = weights[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
-        np.minimum(inside, weight, out=inside)
     if placement.flip:
         weights = weights[:, ::-1]
+    for box in boxes:
+        if (mapped := map_box(box, placement)) is not None:
+            inside = weights[round(mapped.y0) : round(mapped.y1), round(mapped.x0) : round(mapped.x1)]
+            np.minimum(inside, weight, out=inside)
     return weights.reshape(height // scale, scale, width // scale, scale).mean(axis=(1, 3))

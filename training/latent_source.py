@@ -32,7 +32,6 @@ class LatentSource:
             DataError: fsspec does not know the address, or the folder cannot be listed.
         """
         self.folder, self.url = folder, url
-        self._failed: Exception | None = None
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
         if url:

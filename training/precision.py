@@ -6,7 +6,7 @@ rounded to 16 bits, and ranks exchange one tensor.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -79,12 +79,6 @@ class Arithmetic:
     def gradients(self) -> torch.Tensor:
         """All gradients as one fp32 tensor, in the order of the parameters; what is done to it is done to them."""
         return self._flat
-
-    def set_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Replace the gradients, one per parameter."""
-        for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
-            assert parameter.grad is not None, "gradients always exist"
-            parameter.grad.copy_(gradient)
 
     def unscale_and_clip(self, max_norm: float) -> float:
         """Undo the scaler's factor, then clip.

@@ -1,6 +1,6 @@
 """The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
 
-import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -124,7 +124,7 @@ class Trainer:
         clock, arithmetic = self.state.clock, self.state.arithmetic
         began, waited, flops, num_truncated = time.monotonic(), draws.waited_s, 0.0, 0
         if clock.skipped_in_row == 0:
-            self.last_good = copy.copy(clock)
+            self.last_good = dataclasses.replace(clock, scaler=arithmetic.scaler_state())
         micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
         offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
         losses = torch.zeros(size, device=self.ranks.device)
@@ -198,6 +198,7 @@ class Trainer:
         collapsed = self.state.arithmetic.collapsed
         if clock.skipped_in_row == MAX_SKIPPED_IN_ROW or collapsed:
             self.state.clock = self.last_good
+            self.state.arithmetic.restore_scaler(self.last_good.scaler)
             self._save()
             self._finish_checkpoint()
             reason = "the gradient scaler fell below 1" if collapsed else (
