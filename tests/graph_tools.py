@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "photos"
-UNSET = ("FOUNDRY_HOME", "DAGSTER_HOME", "OMP_NUM_THREADS")
+UNSET = ("FOUNDRY_HOME", "DAGSTER_HOME")
 SMALL_RUN = """
 encoding = "sdxl"
 num_samples = 96
@@ -28,11 +28,9 @@ every_samples = 48
 """
 
 
-def foundry(*arguments, check=True, threads=None, **options):
+def foundry(*arguments, check=True, **options):
     """Run a command of the installed `foundry` in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in UNSET}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
         [Path(sys.executable).with_name("foundry"), *map(str, arguments)],
         env=environment, capture_output=True, text=True, check=False, **options,

@@ -37,7 +37,7 @@ def small(tmp_path_factory, small_source):
     """A small workspace after an undisturbed run on one thread; not to be written to."""
     home = tmp_path_factory.mktemp("small") / "workspace"
     make_small(home, small_source)
-    foundry("run", "--home", home, threads=1)
+    foundry("run", "--home", home)
     return home
 
 

@@ -42,7 +42,7 @@ def killed_and_finished(home, source, stages):
         # A cheap stage is over in tenths of a second, and the next one with it: that could then not be killed.
         delay_s = 0.3 + 0.7 * (number % 3) if stage in COSTLY else 0.06 * (number % 3)
         assert kill_during(home, stage, delay_s), f"{stage} was not announced"
-    foundry("run", "--home", home, threads=1)
+    foundry("run", "--home", home)
     return digests(home)
 
 
@@ -70,7 +70,7 @@ def test_verify_finds_damage_and_repair_rebuilds_just_that(small_copy, small):
     assert latents.name in found.stdout
     assert "2 damaged" in found.stdout
     foundry("verify", "--home", small_copy, "--repair")
-    foundry("run", "--home", small_copy, threads=1)
+    foundry("run", "--home", small_copy)
     assert foundry("verify", "--home", small_copy).stdout.startswith("0 damaged")
     before, after = digests(small), digests(small_copy)
     assert {name for name in before if before[name] != after.get(name)} == set()

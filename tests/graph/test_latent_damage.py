@@ -71,7 +71,7 @@ def test_the_damaged_shard_alone_is_encoded_again(small, small_copy):
     before = times()
     swap(small_copy)
     foundry("verify", "--home", small_copy, "--repair")
-    foundry("run", "--home", small_copy, "--select", "latents", threads=1)
+    foundry("run", "--home", small_copy, "--select", "latents")
     assert digests(small_copy) == digests(small)
     assert times() == before, "nothing else was made again"
     assert "0 damaged" in foundry("verify", "--home", small_copy).stdout
@@ -85,7 +85,7 @@ def test_a_generation_half_written_when_the_power_went_is_passed_over(small, sma
     (folder / ".tmp-g0002.json").write_bytes((folder / "g0001.json").read_bytes()[:100])
     assert "nothing was done" in foundry("run", "--home", small_copy, "--select", "latents").stdout
     assert f"0 damaged, {len(first.manifest.files)} orphans" in foundry("verify", "--home", small_copy).stdout
-    foundry("latents", "reencode", "--home", small_copy, threads=1)
+    foundry("latents", "reencode", "--home", small_copy)
     assert read_generation(folder, 2).manifest.rows == first.manifest.rows
     assert digests(small).keys() == digests(small_copy).keys()
 

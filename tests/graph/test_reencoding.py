@@ -36,7 +36,7 @@ def test_the_next_generation_crops_anew_and_makes_nothing_stale(small_copy):
     other = small_copy.parent / "other"
     shutil.copytree(small_copy, other, symlinks=True)
     (other / "latents" / "sdxl" / "s000000" / "g0002.json").unlink()
-    foundry("latents", "reencode", "--home", other, threads=1)
+    foundry("latents", "reencode", "--home", other)
     assert generation(other, 2).table().select(PLACEMENT).equals(generation(small_copy, 2).table().select(PLACEMENT))
     refused = foundry("latents", "reencode", "--home", small_copy, "--encoding", "sd1", check=False)
     assert refused.returncode == 2
