@@ -248,3 +248,11 @@ def train_here(run, stop_at=None, prepare=None):
 def train():
     """`train(run, stop_at=n)`, see `train_here`."""
     return train_here
+
+
+@pytest.fixture(scope="session")
+def small_source(tmp_path_factory):
+    """A folder of forty drawn pictures with their trouble."""
+    from demo.pictures import write_world
+
+    return write_world(tmp_path_factory.mktemp("small"), num_pictures=40, seed=5)

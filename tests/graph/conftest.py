@@ -25,14 +25,6 @@ def demo_copy(demo, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def small_source(tmp_path_factory):
-    """A folder of forty drawn pictures with their trouble."""
-    from demo.pictures import write_world
-
-    return write_world(tmp_path_factory.mktemp("small"), num_pictures=40, seed=5)
-
-
-@pytest.fixture(scope="session")
 def small(tmp_path_factory, small_source):
     """A small workspace after an undisturbed run on one thread; not to be written to."""
     home = tmp_path_factory.mktemp("small") / "workspace"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from graph_tools import SMALL_RUN
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 ELSEWHERE = {
     "make demo": "the fixture `demo` runs its two commands; the clean clone runs make itself",
