@@ -1,20 +1,23 @@
 """`eval_metrics` and `verdicts`: how good a checkpoint's pictures are, and whether that is better than the base."""
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
-from assets.sample_images import prompts_of
 from resources import devices
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
 from training.data.tables import TABLES
 from training.errors import DataError, TrackingError
-from training.evaluation import figures, prompt_sets
+from training.evaluation import figures
+
+if TYPE_CHECKING:
+    from training.evaluation.verdict import Scores
 
 METRICS = Stage(
     name="eval_metrics",
@@ -37,7 +40,7 @@ VERDICTS = Stage(
     version=1,
     scope=Scope.CHECKPOINT,
     reads=(Reads("eval_metrics", per=Per.KEY),),
-    config=lambda config, key: config.evaluation,
+    config=lambda config, key: config.evaluation.verdicts,
     models=("clip", "aesthetic"),
     others=_base_scores,
     prefix="base~",
@@ -58,7 +61,11 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
             clip = Clip.load(store.model_path("clip"), device)
             aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
             frame = score(
-                samples, store.sample_folder(key), clip, aesthetic, batch_size=store.config.evaluation.batch_size
+                samples,
+                store.sample_folder(key),
+                clip,
+                aesthetic,
+                batch_size=store.config.evaluation.scoring.batch_size,
             )
         return Made(frame=frame, report=_report(store, key, frame))
 
@@ -96,34 +103,46 @@ def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
         context.log.warning(f"MLflow: {error}")
 
 
+def scores_of(store: Store, checkpoint: str) -> "Scores":
+    """A checkpoint's committed scores, with the protocol that its manifests say they were made by.
+
+    Raises:
+        DataError: they are not committed, or its pictures have been drawn anew since.
+    """
+    from training.evaluation.clip_score import DTYPE
+    from training.evaluation.verdict import Protocol, Scores
+
+    pictures, metrics = (store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics"))
+    if pictures is None or metrics is None:
+        raise DataError(f"checkpoint {checkpoint} has no scores yet: foundry run --select eval_metrics")
+    drawn = METRICS.reads[0].label
+    if metrics.inputs[drawn] != pictures.digest:
+        raise DataError(f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first")
+    protocol = Protocol(
+        prompts=pictures.inputs["prompts"],
+        sampling=json.dumps(pictures.config, sort_keys=True),
+        clip=metrics.models["clip"],
+        aesthetic=metrics.models["aesthetic"],
+        dtype=DTYPE,
+    )
+    return Scores(checkpoint=checkpoint, protocol=protocol, metrics=store.read("eval_metrics", parts=[checkpoint]))
+
+
 @dg.asset(deps=["eval_metrics"], partitions_def=checkpoints, **describe(VERDICTS, "evaluate"))
 def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
 
     def make(key: str) -> Made:
-        from training.evaluation.verdict import Protocol, Scores, compare, sentence
+        from training.evaluation.verdict import compare, sentence
 
         base = store.base_checkpoint()
         if base is None or store.manifest("eval_metrics", base) is None:
             raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
         if key == base:
             return Made(frame=TABLES["verdicts"].empty(), report={"numbers": {"note": "the base is not compared"}})
-        evaluation = store.config.evaluation
-        protocol = Protocol(
-            prompts=prompt_sets.digest(prompts_of(store)),
-            sampler=evaluation.sampler,
-            num_steps=evaluation.num_steps,
-            guidance_scale=evaluation.guidance_scale,
-            clip=store.model_digest("clip"),
-            aesthetic=store.model_digest("aesthetic"),
-            dtype="float32",
-        )
-        a, b = (
-            Scores(checkpoint=name, protocol=protocol, metrics=store.read("eval_metrics", parts=[name]))
-            for name in (base, key)
-        )
-        margins = {"clip_score": evaluation.clip_margin, "aesthetic": evaluation.aesthetic_margin}
-        frame = compare(a, b, margins)
+        rules = store.config.evaluation.verdicts
+        margins = {"clip_score": rules.clip_margin, "aesthetic": rules.aesthetic_margin}
+        frame = compare(scores_of(store, base), scores_of(store, key), margins)
         return Made(
             frame=frame,
             report={

@@ -101,12 +101,12 @@ def render_report(store: Store, run: str, last: str) -> str:
         ],
         "training loss": [(event["samples_seen"], event["loss"]) for event in events if event["event"] == "step"],
     }
-    config = read_config(store.run_folder(run))
+    config, sampling = read_config(store.run_folder(run)), store.config.evaluation.sampling
     facts = {
         "training set": read_inputs(store.run_folder(run)).fingerprint[:12],
         "samples": config.num_samples,
         "prompts": store.config.evaluation.prompt_set,
-        "sampler": f"{store.config.evaluation.sampler}, {store.config.evaluation.num_steps} steps",
+        "sampler": f"{sampling.sampler} {sampling.schedule}, {sampling.num_steps} steps",
     }
     verdicts = store.read("verdicts", parts=[f"base~{last}"])
     return report.render(f"Run {run}", _sides(store, last), verdicts, curves, facts)

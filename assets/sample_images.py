@@ -30,7 +30,7 @@ STAGE = Stage(
     name="sample_images",
     version=1,
     scope=Scope.CHECKPOINT,
-    config=lambda config, key: config.evaluation,
+    config=lambda config, key: config.evaluation.sampling,
     others=_inputs,
 )
 
@@ -53,7 +53,7 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
         with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
             frame = sample_folder(
-                model, key, prompts, store.config.evaluation, folder, device=device,
+                model, key, prompts, store.config.evaluation.sampling, folder, device=device,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
         return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})

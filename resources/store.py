@@ -18,6 +18,7 @@ import polars as pl
 from resources.stages import Per, Reads, Scope, Stage
 from training import toml
 from training.base_model import SUFFIX, config_folder, require_file
+from training.checks import check_name
 from training.commit import (
     Entry,
     Manifest,
@@ -33,7 +34,7 @@ from training.commit import (
     write_json,
     write_parquet,
 )
-from training.config import FORMAT, ModelsConfig, WorkspaceConfig, check_name
+from training.config import FORMAT, ModelsConfig, WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError, WorkspaceError
 from training.run_folder import checkpoint_folder, read_ready

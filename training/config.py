@@ -3,39 +3,16 @@
 A recipe's `[workspace]` half becomes `WorkspaceConfig`; its `[run]` half is in `training/run_config.py`.
 """
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from training.checks import check_fractions, check_name, check_positive
 from training.data.bucket_plans import OPTIONS, VAE_FACTOR, plan
 from training.errors import ConfigError
+from training.evaluation_config import EvaluationConfig
 
 FORMAT = 1
 """Version of the workspace's layout that this code writes and reads."""
-
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
-"""Names of runs, encodings, sources and models: safe in paths, partition keys and SQL."""
-
-
-def check_name(kind: str, name: str) -> str:
-    """Return `name` if it may name a `kind`; raise ConfigError that states the rule otherwise."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise ConfigError(f"{kind} name {name!r} must match {NAME_PATTERN.pattern}")
-    return name
-
-
-def check_positive(owner: str, **values: float) -> None:
-    """Raise ConfigError unless all values are greater than 0; `owner` names their table."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{owner}.{name}={value} must be greater than 0")
-
-
-def check_fractions(owner: str, **values: float) -> None:
-    """Raise ConfigError unless all values lie between 0 and 1; `owner` names their table."""
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{owner}.{name}={value} must lie between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,35 +342,6 @@ class PromptSetConfig:
 
     file: str
     """CSV with columns prompt_id, text, negative, group, height, width; relative to the workspace."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """How checkpoints are sampled and compared."""
-
-    prompt_set: str = "standard"
-    """Name of a prompt set of the workspace."""
-    sampler: Literal["dpmpp_2m_karras", "euler_a", "ddim"] = "dpmpp_2m_karras"
-    """Sampler and its noise schedule."""
-    num_steps: int = 30
-    """Sampler steps."""
-    guidance_scale: float = 6.0
-    """Classifier-free guidance."""
-    batch_size: int = 8
-    """Pictures sampled at a time."""
-    clip_margin: float = 0.003
-    """Difference of CLIP score that matters."""
-    aesthetic_margin: float = 0.05
-    """Difference of aesthetic score that matters."""
-
-    def __post_init__(self) -> None:
-        check_positive(
-            "evaluation",
-            num_steps=self.num_steps,
-            batch_size=self.batch_size,
-            clip_margin=self.clip_margin,
-            aesthetic_margin=self.aesthetic_margin,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

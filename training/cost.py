@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training import toml
-from training.config import check_positive
+from training.checks import check_positive
 from training.errors import ConfigError
 from training.gpus import find_gpu
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.config import check_fractions, check_name, check_positive
+from training.checks import check_fractions, check_name, check_positive
 from training.errors import ConfigError
 
 

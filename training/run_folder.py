@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training import commit, toml
-from training.config import check_name
+from training.checks import check_name
 from training.errors import ConfigError, DamageError, DataError
 from training.run_config import RunConfig
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
-from training.config import EvaluationConfig
 from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.evaluation import clip_score, sampling, summary
+from training.evaluation_config import SamplingConfig
 from training.models.aesthetic import Aesthetic
 from training.models.clip import Clip
 
@@ -106,7 +106,7 @@ def test_sampled_pictures_are_scored_as_they_were_drawn(tiny_sdxl, clip_folder, 
         for key in ("a cat", "a dog")
     ]
     prompts = pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema)
-    config = dataclasses.replace(EvaluationConfig(), num_steps=2)
+    config = dataclasses.replace(SamplingConfig(), num_steps=2)
     samples = sampling.sample_folder(tiny_sdxl, "run@1", prompts, config, tmp_path)
     clip, aesthetic = Clip.load(clip_folder, "cpu"), Aesthetic.load(aesthetic_folder, "cpu")
     assert clip_score.score(samples, tmp_path, clip, aesthetic, batch_size=8).height == 3 * 2 + len(summary.COLUMNS)

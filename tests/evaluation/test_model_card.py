@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config import EvaluationConfig
 from training.data.geometry import Size
 from training.data.tables import TABLES
 from training.evaluation import model_card
 from training.evaluation.model_card import Card
+from training.evaluation_config import EvaluationConfig
 from training.run_config import PromptConfig, RunConfig
 
 

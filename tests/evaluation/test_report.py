@@ -52,7 +52,7 @@ def sides(tmp_path):
 
 
 def verdicts_of(sides):
-    protocol = Protocol(prompts="", sampler="", num_steps=1, guidance_scale=1.0, clip="", aesthetic="", dtype="")
+    protocol = Protocol(prompts="", sampling="", clip="", aesthetic="", dtype="")
     scores = [Scores(checkpoint=s.checkpoint, protocol=protocol, metrics=s.metrics) for s in sides]
     return verdict.compare(*scores, {"clip_score": 0.003, "aesthetic": 0.05})
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from training.evaluation.schedulers import LABELS, make_scheduler
+from training.evaluation.schedulers import make_scheduler
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # What SDXL's own scheduler_config.json says beside the betas: none of it may reach a sampler.
@@ -30,9 +30,9 @@ def denoised(x, sigma):
     return (weights * (means * sigma**2 + x[..., None] * spread) / total).sum(-1)
 
 
-def run(sampler, num_steps, start, seed=0, prediction="epsilon"):
+def run(sampler, num_steps, start, seed=0, prediction="epsilon", schedule="plain"):
     """Our scheduler on the toy denoiser; returns the picture and the sigmas that the denoiser was asked about."""
-    scheduler = make_scheduler(sampler, {**CONFIG, "prediction_type": prediction}, num_steps)
+    scheduler = make_scheduler(sampler, schedule, {**CONFIG, "prediction_type": prediction}, num_steps)
     generators = [torch.Generator().manual_seed(seed)]
     x, asked = start * scheduler.init_noise_sigma, []
     for place, timestep in enumerate(scheduler.timesteps):
@@ -94,7 +94,7 @@ START = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
 @pytest.mark.parametrize("num_steps", [8, 20, 30])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_dpmpp_2m_karras_equals_the_paper(num_steps, prediction):
-    x, asked = run("dpmpp_2m_karras", num_steps, START, prediction=prediction)
+    x, asked = run("dpmpp_2m", num_steps, START, prediction=prediction, schedule="karras")
     sigmas = karras(num_steps)
     assert asked == pytest.approx(sigmas[:-1], rel=1e-4)
     assert asked[0] == pytest.approx(14.6146, abs=1e-3)
@@ -130,7 +130,7 @@ def test_ddim_equals_the_paper_from_pure_noise_to_the_first_timestep(num_steps, 
     torch.testing.assert_close(x.double(), reference, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", LABELS)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "ddim"])
 def test_samples_follow_the_data(sampler):
     start = torch.randn((1, 1, 64, 64), generator=torch.Generator().manual_seed(2))
     x = run(sampler, 50, start)[0]

@@ -16,9 +16,7 @@ from training.errors import EvaluationError
 from training.evaluation import verdict
 from training.evaluation.verdict import PairedTest, Protocol, Scores
 
-PROTOCOL = Protocol(
-    prompts="d1", sampler="ddim", num_steps=30, guidance_scale=6.0, clip="c1", aesthetic="a1", dtype="float32"
-)
+PROTOCOL = Protocol(prompts="d1", sampling="ddim", clip="c1", aesthetic="a1", dtype="float32")
 MARGINS = {"clip_score": 0.003, "aesthetic": 0.05}
 
 

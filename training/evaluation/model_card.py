@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from training.config import EvaluationConfig
 from training.data.geometry import Size
-from training.evaluation.schedulers import LABELS
+from training.evaluation.schedulers import label
 from training.evaluation.verdict import sentence
+from training.evaluation_config import EvaluationConfig
 from training.run_config import RunConfig
 
 RELIABLE, WITH_EMPHASIS = 1_000, 100
@@ -140,7 +140,7 @@ def _data(facts: SetFacts) -> str:
 
 
 def _advice(card: Card) -> str:
-    prompts, evaluation = card.run.prompts, card.evaluation
+    prompts, sampling = card.run.prompts, card.evaluation.sampling
     shown = [f"Tags, separated by commas; training prompts had about {prompts.mean_tags:.0f} of them."]
     if prompts.caption_prob:
         shown.append(f"Sentences work too: {prompts.caption_prob:.0%} of the captioned images were trained with them.")
@@ -153,7 +153,8 @@ def _advice(card: Card) -> str:
         else "Prompts of up to 75 tokens."
     )
     shown.append(
-        f"Sampler {LABELS[evaluation.sampler]}, {evaluation.num_steps} steps, guidance {evaluation.guidance_scale:g}, "
+        f"Sampler {label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, "
+        f"guidance {sampling.guidance_scale:g}, "
         "at one of the sizes above: so were the pictures of the evaluation made."
     )
     return "\n".join(f"- {line}" for line in shown)

@@ -17,11 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from training import commit
 from training.conditioning import make_time_ids
-from training.config import EvaluationConfig
 from training.data.tables import TABLES
 from training.data.tokens import count_chunks, tokenize
 from training.errors import EvaluationError, ModelError
-from training.evaluation.schedulers import LABELS, make_scheduler
+from training.evaluation.schedulers import label, make_scheduler
+from training.evaluation_config import SamplingConfig
 from training.models.text_encoders import TextConditioning, encode_sd1, encode_sdxl, ids_tensor
 from training.models.unet import PipelineParts, load_pipeline_parts
 from training.models.vae import Vae
@@ -44,7 +44,7 @@ class Prompt:
 
 
 def sample_folder(
-    checkpoint: Path, name: str, prompts: pl.DataFrame, config: EvaluationConfig, folder: Path, *,
+    checkpoint: Path, name: str, prompts: pl.DataFrame, config: SamplingConfig, folder: Path, *,
     device: str = "cpu", progress: Progress | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its parameters inside.
@@ -85,7 +85,7 @@ def sample_folder(
 
 
 def sample(
-    parts: PipelineParts, prompts: pl.DataFrame, config: EvaluationConfig, *, device: str = "cpu"
+    parts: PipelineParts, prompts: pl.DataFrame, config: SamplingConfig, *, device: str = "cpu"
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Draw one picture per prompt, batched by size and number of chunks.
 
@@ -114,13 +114,13 @@ def sample(
 
 @torch.inference_mode()
 def denoise(
-    parts: PipelineParts, batch: Sequence[Prompt], config: EvaluationConfig, scale: int, device: str
+    parts: PipelineParts, batch: Sequence[Prompt], config: SamplingConfig, scale: int, device: str
 ) -> torch.Tensor:
     """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and one number of chunks.
 
     Source: classifier-free guidance, Ho and Salimans, arXiv:2207.12598.
     """
-    scheduler = make_scheduler(config.sampler, parts.noise_scheduler_config, config.num_steps)
+    scheduler = make_scheduler(config.sampler, config.schedule, parts.noise_scheduler_config, config.num_steps)
     generators = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch]
     height, width = batch[0].height, batch[0].width
     shape = (parts.unet.config.in_channels, height // scale, width // scale)
@@ -143,12 +143,12 @@ def denoise(
     return latents
 
 
-def parameters(prompt: Prompt, config: EvaluationConfig, checkpoint: str) -> str:
+def parameters(prompt: Prompt, config: SamplingConfig, checkpoint: str) -> str:
     """The generation parameters of a picture in the form that A1111 and its relatives write and read."""
     negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
     settings = {
         "Steps": config.num_steps,
-        "Sampler": LABELS[config.sampler],
+        "Sampler": label(config.sampler, config.schedule),
         "CFG scale": config.guidance_scale,
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",

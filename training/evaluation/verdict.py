@@ -30,9 +30,8 @@ class Protocol:
 
     prompts: str
     """Digest of the prompt set, seeds and sizes included."""
-    sampler: str
-    num_steps: int
-    guidance_scale: float
+    sampling: str
+    """Settings of the sampler, as JSON with sorted keys."""
     clip: str
     """Digest of the CLIP weights."""
     aesthetic: str
