@@ -1,28 +1,55 @@
 """`prompt_sets`: the prompts that checkpoints are judged by, fixed under a digest."""
 
 import dagster as dg
+import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import prompt_sets as prompt_set_partitions
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest
-from training.evaluation.prompt_sets import read_prompts
+from training.commit import json_digest
+from training.data import bucket_plans
+from training.data.geometry import Size
+from training.errors import ConfigError
+from training.evaluation import prompt_building
+from training.evaluation.prompt_groups import UNKNOWN_WORDS, negative_prompt
+from training.evaluation.prompt_sets import make_frame, read_prompts, refuse_overlap
+
+SELECTED = ("image_id", "height", "width", "split", "tags", "caption", "made_caption")
+VOCABULARY = ("tag", "aliases")
 
 
-def _file(store: Store, key: str) -> dict[str, str]:
-    """Digest of the prompt file."""
-    return {"file": file_digest(store.resource_path(store.config.prompt_sets[key].file))}
+def _inputs(store: Store, key: str) -> dict[str, str]:
+    """Digests of the prompt file, of what was held out and trained on, and of the data set's words."""
+    config, found = store.config.prompt_sets[key], {}
+    if config.file:
+        found["file"] = file_digest(store.resource_path(config.file))
+    tables = {"selected_images": SELECTED}
+    if UNKNOWN_WORDS in config.groups:
+        tables["tag_vocabulary"] = VOCABULARY
+    for table, columns in tables.items():
+        manifest = store.manifest(table, "all")
+        found[table] = json_digest([manifest.columns[name] for name in columns]) if manifest else "absent"
+    return found
 
 
-STAGE = Stage(name="prompt_sets", version=1, scope=Scope.PROMPT_SET, others=_file)
+STAGE = Stage(
+    name="prompt_sets",
+    version=2,
+    scope=Scope.PROMPT_SET,
+    config=lambda config, key: config.prompt_sets[key],
+    others=_inputs,
+)
 
 
-@dg.asset(partitions_def=prompt_set_partitions, **describe(STAGE, "evaluate"))
+@dg.asset(
+    deps=["selected_images", "tag_vocabulary"], partitions_def=prompt_set_partitions, **describe(STAGE, "evaluate")
+)
 def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per prompt: text, negative, size, group, and a seed that follows from its id alone."""
 
     def make(key: str) -> Made:
-        frame = read_prompts(store.resource_path(store.config.prompt_sets[key].file))
+        frame = _make(store, key)
         groups = frame["group"].value_counts(name="n").sort("group")
         return Made(
             frame=frame,
@@ -35,3 +62,47 @@ def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
         )
 
     return materialize(context, store, STAGE, make)
+
+
+def _make(store: Store, key: str) -> pl.DataFrame:
+    """The set's prompts, none of which a training image has as a caption."""
+    config = store.config.prompt_sets[key]
+    selected = store.read("selected_images", SELECTED)
+    if config.file:
+        path = store.resource_path(config.file)
+        is_parti = path.is_file() and prompt_building.is_parti(path)
+        frame = prompt_building.read_parti(path, _sizes(store, key)) if is_parti else read_prompts(path)
+    else:
+        frames = []
+        if config.held_out:
+            previous = store.read("prompt_sets", parts=[key]) if store.manifest("prompt_sets", key) else None
+            frames.append(prompt_building.from_validation(selected, _sizes(store, key), config.held_out, previous))
+        if config.groups:
+            words = store.read("tag_vocabulary", VOCABULARY) if UNKNOWN_WORDS in config.groups else None
+            known = [] if words is None else [*words["tag"], *words["aliases"].explode().drop_nulls()]
+            frames.append(prompt_building.from_groups(config.groups, _sizes(store, key), known))
+        frame = make_frame([row for one in frames for row in one.drop("seed").to_dicts()])
+    refuse_overlap(frame, prompt_building.trained_texts(selected))
+    negative = pl.col("negative")
+    return frame.with_columns(
+        negative=pl.when(negative == "").then(pl.lit(negative_prompt(config.negative))).otherwise(negative)
+    )
+
+
+def _sizes(store: Store, key: str) -> list[Size]:
+    """Sizes of the bucket plan of the set's encoding.
+
+    Raises:
+        ConfigError: it names no encoding though there are several, or one that is not there, or whose plan follows
+            each picture.
+    """
+    name, known = store.config.prompt_sets[key].encoding, sorted(store.config.encodings)
+    name = name or (known[0] if len(known) == 1 else "")
+    if name not in known:
+        raise ConfigError(f"prompt_sets.{key}.encoding={name!r} must be one of {', '.join(known) or 'none'}")
+    sizes = bucket_plans.plan(store.config.encodings[name].buckets)
+    if not sizes:
+        raise ConfigError(
+            f"prompt_sets.{key}.encoding={name!r}: its bucket plan has no list of sizes; use a prompt file"
+        )
+    return sizes

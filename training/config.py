@@ -9,7 +9,7 @@ from typing import Any, Literal
 from training.checks import check_fractions, check_name, check_positive
 from training.data.bucket_plans import OPTIONS, VAE_FACTOR, plan
 from training.errors import ConfigError
-from training.evaluation_config import EvaluationConfig
+from training.evaluation_config import EvaluationConfig, PromptSetConfig
 
 FORMAT = 1
 """Version of the workspace's layout that this code writes and reads."""
@@ -334,14 +334,6 @@ class DevicesConfig:
     """Cards for latents."""
     evaluate: tuple[int, ...] = ()
     """Cards for sample images and scores."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSetConfig:
-    """Prompts that checkpoints are judged by."""
-
-    file: str
-    """CSV with columns prompt_id, text, negative, group, height, width; relative to the workspace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from training.checks import check_positive
+from training.errors import ConfigError
+from training.evaluation import prompt_groups
 
 Sampler = Literal["dpmpp_2m", "euler_a", "ddim"]
 Schedule = Literal["karras", "plain"]
@@ -50,6 +52,39 @@ class VerdictConfig:
 
     def __post_init__(self) -> None:
         check_positive("evaluation.verdicts", clip_margin=self.clip_margin, aesthetic_margin=self.aesthetic_margin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSetConfig:
+    """Prompts that checkpoints are judged by: from a file, or made from held-out images and shipped groups."""
+
+    file: str = ""
+    """CSV with columns prompt_id, text, negative, group, height, width, or a tab-separated file in PartiPrompts' form;
+    relative to the workspace."""
+    held_out: int = 0
+    """Prompts from captions and tags of held-out images, or as many as there are. 256 for verdicts, 30 for smoke."""
+    groups: tuple[str, ...] = ()
+    """Shipped groups besides, each of 32 prompts: hands, heads, sides, pose, two_colours, writing, general,
+    unknown_words."""
+    negative: str = ""
+    """Negative prompt of those that have none: basic, drawn, realistic, non_adult, letter_box, or a text."""
+    encoding: str = ""
+    """Encoding whose bucket plan gives the sizes of prompts that come without; empty where there is but one."""
+
+    def __post_init__(self) -> None:
+        made = bool(self.held_out or self.groups)
+        if bool(self.file) == made:
+            raise ConfigError(
+                f"prompt_sets.*: file={self.file!r}, held_out={self.held_out}, groups={list(self.groups)}: either a file, "
+                "or held_out or groups"
+            )
+        if self.held_out < 0:
+            raise ConfigError(f"prompt_sets.*.held_out={self.held_out} must be >= 0")
+        unknown = [name for name in self.groups if name not in prompt_groups.NAMES]
+        if unknown:
+            raise ConfigError(
+                f"prompt_sets.*.groups: {unknown} are unknown; there are {', '.join(prompt_groups.NAMES)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.geometry import Size
 from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.evaluation import prompt_sets
@@ -111,57 +110,3 @@ def test_overlap_sees_through_spelling_and_order(tmp_path):
     with pytest.raises(EvaluationError, match=r"2 of 3 prompts were trained on \(a, b\)"):
         prompt_sets.refuse_overlap(frame, trained)
     prompt_sets.refuse_overlap(frame, ["blue circle"])
-
-
-def selected(rows):
-    schema = {
-        name: TABLES["selected_images"].schema[name]
-        for name in ("image_id", "height", "width", "split", "tags", "caption")
-    }
-    return pl.DataFrame(
-        [
-            {"image_id": key, "height": h, "width": w, "split": split, "caption": caption,
-             "tags": [{"name": tag, "category": "general"} for tag in tags]}
-            for key, h, w, split, caption, tags in rows
-        ],
-        schema=schema,
-    )  # fmt: skip
-
-
-def test_held_out_images_become_prompts_that_were_never_trained():
-    rows = [
-        ("t1", 100, 100, "train", "a red circle", ["circle", "red"]),
-        ("t2", 100, 100, "train", None, ["blue", "square"]),
-        ("v1", 90, 200, "validation", "a green star", ["star"]),
-        ("v2", 200, 90, "validation", None, ["star", "tree"]),
-        ("v3", 90, 90, "validation", "A RED circle", []),
-        ("v4", 90, 90, "validation", None, ["square", "blue"]),
-        ("v5", 90, 90, "validation", None, []),
-        ("v6", 90, 90, "validation", "a green star.", []),
-        ("d1", 90, 90, None, "a dropped one", []),
-    ]
-    sizes = (Size(64, 128), Size(96, 96), Size(128, 64))
-    frame = prompt_sets.from_validation(selected(rows), sizes, 10)
-    assert frame.schema == TABLES["prompt_sets"].schema
-    assert {(row["text"].rstrip("."), row["group"]) for row in frame.iter_rows(named=True)} == {
-        ("a green star", "caption"),
-        ("star, tree", "tags"),
-    }
-    by_id = {row["prompt_id"]: row for row in frame.iter_rows(named=True)}
-    assert (by_id["v2"]["height"], by_id["v2"]["width"]) == (128, 64)
-    assert prompt_sets.overlap(frame, ["a red circle", "blue, square"]) == []
-    assert prompt_sets.from_validation(selected(rows), sizes, 1).height == 1
-
-
-def test_more_images_keep_the_prompts_that_are_first_by_hash():
-    few = [(f"v{n}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
-    more = few + [(f"w{n}", 90, 90, "validation", f"another picture {n}", []) for n in range(5)]
-    sizes = (Size(64, 64),)
-    first, second = (set(prompt_sets.from_validation(selected(rows), sizes, 10)["prompt_id"]) for rows in (few, more))
-    assert len(first & second) >= 5
-
-
-def test_no_text_of_their_own_is_an_error():
-    rows = [("t", 9, 9, "train", "x", []), ("v", 9, 9, "validation", "x", [])]
-    with pytest.raises(EvaluationError, match="none of 1 held-out images"):
-        prompt_sets.from_validation(selected(rows), (Size(64, 64),), 5)

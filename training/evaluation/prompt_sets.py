@@ -4,7 +4,6 @@ A prompt that the model was trained on says nothing about it: `overlap` finds su
 """
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import polars as pl
 
 from training import commit, seeds
-from training.data.geometry import Size
 from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.seeds import Purpose
@@ -23,7 +21,6 @@ MULTIPLE_PX = 8
 """Both sides of a picture must be multiples of this: the VAE's scale."""
 MAX_SIDE_PX = 8192
 """Longest side of a picture."""
-_MAX_TAGS = 12
 
 
 def seed_of(prompt_id: str) -> int:
@@ -69,7 +66,7 @@ def read_prompts(path: Path) -> pl.DataFrame:
         raise EvaluationError(f"{path}:{reader.line_num}: no valid CSV: {error}") from None
     if not rows:
         raise EvaluationError(f"prompt file {path} holds no prompt")
-    return _frame(rows)
+    return make_frame(rows)
 
 
 def write_prompts(path: Path, prompts: pl.DataFrame) -> None:
@@ -88,8 +85,8 @@ def overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> list[str]:
 
     Case, spaces, underscores and the order of what stands between commas make no difference.
     """
-    known = {_key(text) for text in trained}
-    return sorted(row["prompt_id"] for row in prompts.iter_rows(named=True) if _key(row["text"]) in known)
+    known = {text_key(text) for text in trained}
+    return sorted(row["prompt_id"] for row in prompts.iter_rows(named=True) if text_key(row["text"]) in known)
 
 
 def refuse_overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> None:
@@ -106,52 +103,8 @@ def refuse_overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> None:
         )
 
 
-def from_validation(selected: pl.DataFrame, sizes: Sequence[Size], num_prompts: int) -> pl.DataFrame:
-    """Build a prompt set from held-out images: their captions, or up to twelve of their tags where there is none.
-
-    Args:
-        selected: Of table `selected_images`: image_id, height, width, split, tags, caption.
-        sizes: Sizes of the bucket plan; each prompt gets the one nearest to its image's shape.
-        num_prompts: At most this many.
-
-    Returns:
-        Rows of table `prompt_sets`, without texts that a training image has too; the choice follows the SHA-256 of
-        the image's id, so that more images change few prompts. Groups are `caption` and `tags`.
-
-    Raises:
-        EvaluationError: no held-out image has a text of its own.
-    """
-    trained = {
-        _key(text)
-        for row in selected.filter(pl.col("split") == "train").iter_rows(named=True)
-        for text, _ in _texts(row)
-    }
-    held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
-    rows: list[dict[str, object]] = []
-    seen = set(trained)
-    for row in sorted(
-        held_out.iter_rows(named=True), key=lambda row: hashlib.sha256(row["image_id"].encode()).digest()
-    ):
-        for text, group in _texts(row)[:1]:
-            if _key(text) in seen or len(rows) == num_prompts:
-                continue
-            seen.add(_key(text))
-            size = min(sizes, key=lambda size: abs(size.aspect / Size(row["height"], row["width"]).aspect - 1))
-            rows.append(
-                {
-                    "prompt_id": row["image_id"][:16], "text": text, "negative": "", "group": group,
-                    "height": size.height, "width": size.width,
-                }
-            )  # fmt: skip
-    if not rows:
-        raise EvaluationError(
-            f"none of {held_out.height} held-out images has a caption or tags that no training image has: "
-            "write a prompt file"
-        )
-    return _frame(rows)
-
-
-def _frame(rows: list[dict[str, object]]) -> pl.DataFrame:
+def make_frame(rows: list[dict[str, object]]) -> pl.DataFrame:
+    """Rows of table `prompt_sets` from rows with `COLUMNS`; adds the seeds."""
     frame = pl.DataFrame(rows, schema=_SCHEMA).with_columns(
         pl.Series("seed", [seed_of(str(row["prompt_id"])) for row in rows], dtype=pl.Int64)
     )
@@ -188,15 +141,7 @@ def _parse(where: str, line: dict[str | None, str | None]) -> dict[str, object]:
     return row
 
 
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
     """What two prompts have in common that say the same: sorted comma-separated parts in one spelling."""
     parts = (" ".join(part.replace("_", " ").casefold().split()).rstrip(".") for part in text.split(","))
     return ",".join(sorted(part for part in parts if part))
-
-
-def _texts(row: dict[str, object]) -> list[tuple[str, str]]:
-    """The texts of a selected image with their group, the caption first."""
-    texts = [(str(row["caption"]).strip(), "caption")] if row["caption"] else []
-    tags: list[dict[str, str]] = row["tags"] or []  # type: ignore[assignment]
-    names = [tag["name"] for tag in tags][:_MAX_TAGS]
-    return [*texts, (", ".join(names), "tags")] if names else texts

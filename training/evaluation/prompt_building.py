@@ -1,0 +1,152 @@
+"""Prompt sets that are made: from held-out images, from the shipped groups, or from files in PartiPrompts' form."""
+
+import csv
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from training.data.geometry import Size
+from training.errors import EvaluationError
+from training.evaluation.prompt_groups import group_prompts
+from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key
+
+PARTI_COLUMNS = ("Prompt", "Category")
+"""Of a tab-separated file: github.com/google-research/parti, PartiPrompts.tsv."""
+_MAX_TAGS = 12
+_ASPECTS = (1.0, 2 / 3, 3 / 2)
+"""Width by height of prompts that come from no picture."""
+
+
+def from_validation(
+    selected: pl.DataFrame, sizes: Sequence[Size], num_prompts: int, previous: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """Build a prompt set from held-out images: their captions, or up to twelve of their tags where there is none.
+
+    Args:
+        selected: Of table `selected_images`: image_id, height, width, split, tags, caption, made_caption.
+        sizes: Sizes of the bucket plan; each prompt gets the one nearest to its image's shape.
+        num_prompts: At most this many.
+        previous: The set as it was built before: its prompts stay as long as their image is held out and no training
+            image has their text, so that a growing data set does not change what checkpoints are judged by.
+
+    Returns:
+        Rows of table `prompt_sets`, without texts that a training image has too; the choice follows the SHA-256 of
+        the image's id, so that more images change few prompts. Groups are `caption` and `tags`.
+
+    Raises:
+        EvaluationError: no held-out image has a text of its own.
+    """
+    seen = {text_key(text) for text in trained_texts(selected)}
+    held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
+    ids = {image_id[:16] for image_id in held_out["image_id"]}
+    kept = [] if previous is None else previous.select(COLUMNS).sort("prompt_id").to_dicts()
+    candidates = [row for row in kept if row["prompt_id"] in ids]
+    for row in sorted(
+        held_out.iter_rows(named=True), key=lambda row: hashlib.sha256(row["image_id"].encode()).digest()
+    ):
+        for text, group in _texts(row)[:1]:
+            size = nearest(sizes, row["width"] / row["height"])
+            candidates.append(_row(row["image_id"][:16], text, group, size))
+    rows: dict[str, dict[str, object]] = {}
+    for row in candidates:
+        key = text_key(str(row["text"]))
+        if key not in seen and row["prompt_id"] not in rows and len(rows) < num_prompts:
+            seen.add(key)
+            rows[str(row["prompt_id"])] = row
+    if not rows:
+        raise EvaluationError(
+            f"none of {held_out.height} held-out images has a caption or tags that no training image has: "
+            "write a prompt file"
+        )
+    return make_frame(list(rows.values()))
+
+
+def from_groups(groups: Sequence[str], sizes: Sequence[Size], known_words: Collection[str]) -> pl.DataFrame:
+    """The shipped prompts of `groups`, see `prompt_groups`; a size follows from the prompt's id.
+
+    Args:
+        groups: Names of groups.
+        sizes: Sizes of the bucket plan: each prompt gets that nearest to square, upright or wide.
+        known_words: Tags and aliases of the data set.
+
+    Raises:
+        EvaluationError: the data set has tags for too many of the rare words.
+    """
+    rows = [
+        _row(prompt_id, text, group, _size_of(prompt_id, sizes))
+        for group in groups
+        for prompt_id, text in group_prompts(group, known_words)
+    ]
+    return make_frame(rows)
+
+
+def is_parti(path: Path) -> bool:
+    """Whether a file's header is that of PartiPrompts."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return set(PARTI_COLUMNS) <= set(file.readline().rstrip("\r\n").split("\t"))
+
+
+def read_parti(path: Path, sizes: Sequence[Size]) -> pl.DataFrame:
+    """Import a tab-separated file with the columns Prompt and Category; others are ignored.
+
+    A prompt's id follows from its text, so that inserting a line moves no other prompt; its group is the category.
+
+    Raises:
+        EvaluationError: no prompt, or a line with too few fields or an empty prompt; names file and line.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"prompt file {path} is not UTF-8: {error}") from None
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    seen: Counter[str] = Counter()
+    rows = []
+    for line in reader:
+        text, category = ((line[name] or "").strip() for name in PARTI_COLUMNS)
+        if not text or not category:
+            raise EvaluationError(f"{path}:{reader.line_num}: Prompt {text!r} and Category {category!r} must be filled")
+        prompt_id = hashlib.sha256(text.encode()).hexdigest()[:16]
+        seen[prompt_id] += 1
+        if seen[prompt_id] > 1:
+            prompt_id = f"{prompt_id}-{seen[prompt_id]}"  # the same text again is drawn from another seed
+        group = re.sub(r"\W+", "_", category.casefold()).strip("_") or "general"
+        rows.append(_row(prompt_id, text, group, _size_of(prompt_id, sizes)))
+    if not rows:
+        raise EvaluationError(f"prompt file {path} holds no prompt")
+    return make_frame(rows)
+
+
+def nearest(sizes: Sequence[Size], aspect: float) -> Size:
+    """The size whose width / height is nearest to `aspect`, by ratio; of equal ones the largest."""
+    return min(sizes, key=lambda size: (max(size.aspect / aspect, aspect / size.aspect), -size.area))
+
+
+def _size_of(prompt_id: str, sizes: Sequence[Size]) -> Size:
+    return nearest(sizes, _ASPECTS[hashlib.sha256(prompt_id.encode()).digest()[0] % len(_ASPECTS)])
+
+
+def _row(prompt_id: str, text: str, group: str, size: Size) -> dict[str, object]:
+    return {
+        "prompt_id": prompt_id, "text": text, "negative": "", "group": group, "height": size.height,
+        "width": size.width,
+    }  # fmt: skip
+
+
+def trained_texts(selected: pl.DataFrame) -> list[str]:
+    """Every caption and made caption of the training images, a line each, and their tags as a prompt."""
+    rows = selected.filter(pl.col("split") == "train").iter_rows(named=True)
+    return [text for row in rows for text, _ in _texts(row)]
+
+
+def _texts(row: dict[str, object]) -> list[tuple[str, str]]:
+    """The texts of a selected image with their group, captions first."""
+    sentences = [line.strip() for name in ("caption", "made_caption") for line in str(row[name] or "").splitlines()]
+    tags: list[dict[str, str]] = row["tags"] or []  # type: ignore[assignment]
+    names = [tag["name"] for tag in tags][:_MAX_TAGS]
+    texts = [(sentence, "caption") for sentence in sentences if sentence]
+    return [*texts, (", ".join(names), "tags")] if names else texts
