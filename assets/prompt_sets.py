@@ -24,7 +24,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     config, found = store.config.prompt_sets[key], {}
     if config.file:
         found["file"] = file_digest(store.resource_path(config.file))
-    tables = {"selected_images": SELECTED}
+    tables: dict[str, tuple[str, ...]] = {"selected_images": SELECTED}
     if UNKNOWN_WORDS in config.groups:
         tables["tag_vocabulary"] = VOCABULARY
     for table, columns in tables.items():
@@ -89,7 +89,7 @@ def _make(store: Store, key: str) -> pl.DataFrame:
     )
 
 
-def _sizes(store: Store, key: str) -> list[Size]:
+def _sizes(store: Store, key: str) -> tuple[Size, ...]:
     """Sizes of the bucket plan of the set's encoding.
 
     Raises:

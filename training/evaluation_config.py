@@ -75,8 +75,8 @@ class PromptSetConfig:
         made = bool(self.held_out or self.groups)
         if bool(self.file) == made:
             raise ConfigError(
-                f"prompt_sets.*: file={self.file!r}, held_out={self.held_out}, groups={list(self.groups)}: either a file, "
-                "or held_out or groups"
+                f"prompt_sets.*: file={self.file!r}, held_out={self.held_out}, groups={list(self.groups)}: "
+                "either a file, or held_out or groups"
             )
         if self.held_out < 0:
             raise ConfigError(f"prompt_sets.*.held_out={self.held_out} must be >= 0")

@@ -58,9 +58,8 @@ def test_more_images_keep_the_prompts_that_are_first_by_hash():
     few = [(f"v{n}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
     more = few + [(f"w{n}", 90, 90, "validation", f"another picture {n}", []) for n in range(5)]
     sizes = (Size(64, 64),)
-    first, second = (
-        set(prompt_building.from_validation(selected(rows), sizes, 10)["prompt_id"]) for rows in (few, more)
-    )
+    sets = [prompt_building.from_validation(selected(rows), sizes, 10) for rows in (few, more)]
+    first, second = (set(frame["prompt_id"]) for frame in sets)
     assert len(first & second) >= 5
 
 

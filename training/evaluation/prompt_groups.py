@@ -58,7 +58,7 @@ GROUPS: Mapping[str, Callable[[], list[str]]] = {
     ],
     "pose": lambda: _grid(
         "{} {}", _PEOPLE,
-        ("doing a handstand", "kneeling on one knee", "sitting cross-legged on the floor", "lying on the back, arms out"),
+        ("doing a handstand", "kneeling on one knee", "sitting cross-legged on the floor", "lying on the back"),
     ),
     "two_colours": lambda: [
         f"a {one} {_THINGS[place % 8]} beside a {other} {_THINGS[(place + 3) % 8]}"
@@ -84,7 +84,7 @@ NAMES = (*GROUPS, UNKNOWN_WORDS)
 
 NEGATIVES: Mapping[str, str] = {
     "basic": "low quality, worst quality, blurry, jpeg artifacts, watermark, signature, text",
-    "drawn": "low quality, worst quality, photo, realistic, 3d, bad anatomy, bad hands, extra digits, missing limb, text",
+    "drawn": "low quality, worst quality, photo, realistic, 3d, bad anatomy, bad hands, extra digits, text",
     "realistic": "drawing, painting, illustration, cartoon, anime, 3d render, plastic skin, oversaturated, watermark",
     "non_adult": "nsfw, nude, naked, nipples, underwear, sexual, explicit",
     "letter_box": "letterboxed, black borders, white borders, frame, border, split screen, collage",
