@@ -1,7 +1,6 @@
-"""`eval_metrics` and `verdicts`: how good a checkpoint's pictures are, and whether that is better than the base."""
+"""`eval_metrics`: how good a checkpoint's pictures are."""
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -12,12 +11,7 @@ from resources import devices
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
-from training.data.tables import TABLES
-from training.errors import DataError, TrackingError
 from training.evaluation import figures
-
-if TYPE_CHECKING:
-    from training.evaluation.verdict import Scores
 
 METRICS = Stage(
     name="eval_metrics",
@@ -25,25 +19,6 @@ METRICS = Stage(
     scope=Scope.CHECKPOINT,
     reads=(Reads("sample_images", per=Per.KEY),),
     models=("clip", "aesthetic"),
-)
-
-
-def _base_scores(store: Store, key: str) -> dict[str, str]:
-    """Digest of the base model's scores, which every verdict compares with."""
-    base = store.base_checkpoint()
-    manifest = store.manifest("eval_metrics", base) if base else None
-    return {"base": manifest.digest if manifest else "absent"}
-
-
-VERDICTS = Stage(
-    name="verdicts",
-    version=1,
-    scope=Scope.CHECKPOINT,
-    reads=(Reads("eval_metrics", per=Per.KEY),),
-    config=lambda config, key: config.evaluation.verdicts,
-    models=("clip", "aesthetic"),
-    others=_base_scores,
-    prefix="base~",
 )
 
 
@@ -85,73 +60,3 @@ def _report(store: Store, key: str, frame: pl.DataFrame) -> dict[str, Any]:
         "pictures": {"CLIP scores": figures.histogram(scores["value"].to_list())},
         "links": {"MLflow run": url} if url else {},
     }
-
-
-def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
-    """Send scores, verdicts and a handful of pictures to MLflow; when it is away, say so and go on."""
-    try:
-        tracking = workspace_tracking(store.home, store.config.tracking.uri)
-        tracking.log_evaluation(
-            key,
-            metrics=store.read("eval_metrics", parts=[key]),
-            samples=store.read("sample_images", parts=[key]),
-            folder=store.sample_folder(key),
-        )
-        if VERDICTS.part(key) in store.parts("verdicts"):
-            tracking.log_verdicts(store.read("verdicts", parts=[VERDICTS.part(key)]))
-    except TrackingError as error:
-        context.log.warning(f"MLflow: {error}")
-
-
-def scores_of(store: Store, checkpoint: str) -> "Scores":
-    """A checkpoint's committed scores, with the protocol that its manifests say they were made by.
-
-    Raises:
-        DataError: they are not committed, or its pictures have been drawn anew since.
-    """
-    from training.evaluation.clip_score import DTYPE
-    from training.evaluation.verdict import Protocol, Scores
-
-    pictures, metrics = (store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics"))
-    if pictures is None or metrics is None:
-        raise DataError(f"checkpoint {checkpoint} has no scores yet: foundry run --select eval_metrics")
-    drawn = METRICS.reads[0].label
-    if metrics.inputs[drawn] != pictures.digest:
-        raise DataError(f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first")
-    protocol = Protocol(
-        prompts=pictures.inputs["prompts"],
-        sampling=json.dumps(pictures.config, sort_keys=True),
-        clip=metrics.models["clip"],
-        aesthetic=metrics.models["aesthetic"],
-        dtype=DTYPE,
-    )
-    return Scores(checkpoint=checkpoint, protocol=protocol, metrics=store.read("eval_metrics", parts=[checkpoint]))
-
-
-@dg.asset(deps=["eval_metrics"], partitions_def=checkpoints, **describe(VERDICTS, "evaluate"))
-def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
-
-    def make(key: str) -> Made:
-        from training.evaluation.verdict import compare, sentence
-
-        base = store.base_checkpoint()
-        if base is None or store.manifest("eval_metrics", base) is None:
-            raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
-        if key == base:
-            return Made(frame=TABLES["verdicts"].empty(), report={"numbers": {"note": "the base is not compared"}})
-        rules = store.config.evaluation.verdicts
-        margins = {"clip_score": rules.clip_margin, "aesthetic": rules.aesthetic_margin}
-        frame = compare(scores_of(store, base), scores_of(store, key), margins)
-        return Made(
-            frame=frame,
-            report={
-                "numbers": {f"{row['metric']} ({row['group']})": row["verdict"] for row in frame.iter_rows(named=True)},
-                "tables": {"verdicts": [{"verdict": sentence(row)} for row in frame.iter_rows(named=True)]},
-            },
-        )
-
-    result = materialize(context, store, VERDICTS, make)
-    for key in context.partition_keys:
-        _track(context, store, key)
-    return result

@@ -25,6 +25,7 @@ from assets import (  # noqa: E402 - the filters above must come first
     selection,
     tags,
     training_set,
+    verdicts,
 )
 from jobs import annotate, curate, encode, evaluate, schedules, sensors, train  # noqa: E402
 from resources.handles import io_manager, store_resource  # noqa: E402
@@ -50,7 +51,7 @@ STAGES = {
         prompt_sets.STAGE,
         sample_images.STAGE,
         eval_metrics.METRICS,
-        eval_metrics.VERDICTS,
+        verdicts.VERDICTS,
         release.STAGE,
     )
 }
@@ -74,6 +75,7 @@ defs = dg.Definitions(
             prompt_sets,
             sample_images,
             eval_metrics,
+            verdicts,
             release,
         ]
     ),

@@ -37,7 +37,9 @@ from training.commit import (
 from training.config import FORMAT, ModelsConfig, WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError, WorkspaceError
-from training.run_folder import checkpoint_folder, read_ready
+from training.evaluation.contenders import RIVAL, due, read_rivals
+from training.run_folder import checkpoint_folder, read_config, read_ready
+from training.run_folder import checkpoints as ready_checkpoints
 
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[1]
@@ -284,14 +286,46 @@ class Store:
             return None
         return str(self.read("base_model", ["checkpoint"], ["base"])["checkpoint"][0])
 
-    def checkpoints_to_evaluate(self) -> list[str]:
-        """The base model and the last checkpoint of each run that has ended."""
+    def checkpoints_to_evaluate(self, *, training: bool = False) -> list[str]:
+        """The base model, rivals, and of each run that has ended the first, every N-th and the last checkpoint.
+
+        Args:
+            training: Those of runs that are still training as well.
+        """
         base = self.base_checkpoint()
-        names = [base] if base else []
-        for part in self.parts("checkpoints"):
-            rows = self.read("checkpoints", ["checkpoint", "samples_seen"], [part]).sort("samples_seen")
-            names.extend(rows["checkpoint"].to_list()[-1:])
+        names = [base, *(f"{RIVAL}{name}@0" for name in read_rivals(self.home))] if base else []
+        for run in self.keys(Scope.RUN) if training else self.parts("checkpoints"):
+            folder = self.run_folder(run)
+            config = read_config(folder)
+            saved = [read_ready(path).samples_seen for path in ready_checkpoints(folder)]
+            every, interval = self.config.evaluation.every, config.checkpoints.every_samples
+            found = due(saved, interval=interval, every=every, num_samples=config.num_samples)
+            names.extend(f"{run}@{samples_seen}" for samples_seen in found)
         return names
+
+    def last_checkpoint(self, run: str) -> str | None:
+        """The last checkpoint of a run that has ended; None while it has not."""
+        if self.manifest("checkpoints", run) is None:
+            return None
+        rows = self.read("checkpoints", ["checkpoint", "samples_seen"], [run]).sort("samples_seen")
+        return str(rows["checkpoint"][-1]) if rows.height else None
+
+    def rival_path(self, checkpoint: str) -> Path | None:
+        """Model of the rival `rival.<name>@0`; None for other checkpoints.
+
+        Raises:
+            DataError: there is no such rival, or its model is gone.
+        """
+        run, _, samples = checkpoint.rpartition("@")
+        if not run.startswith(RIVAL) or samples != "0":
+            return None
+        name, rivals = run.removeprefix(RIVAL), read_rivals(self.home)
+        if name not in rivals:
+            raise DataError(f"there is no rival {name!r}; there are: {', '.join(rivals) or 'none'}")
+        path = Path(rivals[name])
+        if not path.exists():
+            raise DataError(f"rival {name!r}: {path} is gone; bring it back, or `foundry rival remove {name}`")
+        return path
 
     def checkpoint_folder(self, checkpoint: str) -> Path:
         """Model folder of `<run>@<samples_seen>`, or of a base model.
@@ -302,6 +336,8 @@ class Store:
         run, _, samples = checkpoint.rpartition("@")
         if checkpoint == self.base_checkpoint():
             return self.model_path("base")
+        if rival := self.rival_path(checkpoint):
+            return rival
         if not samples.isdigit() or run.startswith("base."):
             raise DataError(f"{checkpoint!r} is no checkpoint of this workspace (<run>@<samples_seen>)")
         return checkpoint_folder(self.run_folder(run), int(samples))
@@ -310,6 +346,8 @@ class Store:
         """Digest of a checkpoint's weights."""
         if checkpoint == self.base_checkpoint():
             return self.model_digest("base")
+        if rival := self.rival_path(checkpoint):
+            return self._folder_digest(rival)
         return read_ready(self.checkpoint_folder(checkpoint)).digest
 
     def slice_digest(self, stage: Stage, reads: Reads, key: str) -> str | None:

@@ -7,6 +7,7 @@ from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
 from training.base_model import config_folder
+from training.checks import check_run_name
 from training.commit import lock, write_bytes
 from training.data import vocabulary
 from training.data.prompt_maker import MadePrompt, PromptMaker
@@ -66,7 +67,7 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
         ConfigError: the run exists with other values; the message lists them.
     """
     store = Store(home)
-    folder = store.run_folder(run)
+    folder = store.run_folder(check_run_name(run))
     path = folder / CONFIG
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
         if path.exists():

@@ -61,6 +61,22 @@ def test_what_no_rule_keeps_is_removed_unless_it_is_read(tmp_path):
     assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["samples_000000010", "samples_000000040"]
 
 
+def test_what_somebody_wants_stays_until_all_have_let_go(tmp_path):
+    paths = [saved(tmp_path, samples_seen, 0.9 - samples_seen / 100) for samples_seen in (10, 20, 30)]
+    config = CheckpointConfig(keep_last=1, keep_every_samples=1000)
+    retention.want(paths[0], "evaluation")
+    retention.want(paths[0], "champion")
+    retention.want(paths[0], "champion")
+    assert apply_retention(tmp_path, config) == [20]
+    retention.release(paths[0], "evaluation")
+    assert apply_retention(tmp_path, config) == []
+    retention.release(paths[0], "champion")
+    assert apply_retention(tmp_path, config) == [10]
+    with pytest.raises(FileNotFoundError):
+        retention.want(paths[0], "champion")
+    retention.release(paths[0], "champion")
+
+
 def test_one_that_is_gone_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError), retention.reading(tmp_path / "samples_000000001"):
         pass

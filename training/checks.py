@@ -8,10 +8,21 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
 """Names of runs, encodings, sources and models: safe in paths, partition keys and SQL."""
 
 
+RESERVED = ("base.", "rival.")
+"""Begin the names of checkpoints that no run of the workspace has made."""
+
+
 def check_name(kind: str, name: str) -> str:
     """Return `name` if it may name a `kind`; raise ConfigError that states the rule otherwise."""
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"{kind} name {name!r} must match {NAME_PATTERN.pattern}")
+    return name
+
+
+def check_run_name(name: str) -> str:
+    """Return `name` if it may name a run: those of the base model and of rivals are taken."""
+    if check_name("run", name).startswith(RESERVED):
+        raise ConfigError(f"run name {name!r} must not begin with {' or '.join(RESERVED)}")
     return name
 
 

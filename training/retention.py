@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from training import run_folder
+from training import commit, run_folder
 from training.run_config import CheckpointConfig
+
+_WANTED = "WANTED."
 
 
 def weights_to_keep(saved: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> set[int]:
@@ -33,7 +35,7 @@ def weights_to_keep(saved: Sequence[tuple[int, float | None]], config: Checkpoin
 def apply_retention(folder: Path, config: CheckpointConfig) -> list[int]:
     """Free the optimizer's state of all but the newest checkpoints of a run, and remove those that no rule keeps.
 
-    One that is being read, as by an evaluation, is left for the next time.
+    One that is being read, or that somebody wants, as an evaluation does or the champion is, is left for the next time.
 
     Returns:
         samples_seen of those that were removed.
@@ -57,13 +59,30 @@ def reading(checkpoint: Path) -> Iterator[None]:
         yield
 
 
+def want(checkpoint: Path, purpose: str) -> None:
+    """Keep a checkpoint from being removed until `release` is called for the same purpose.
+
+    Raises:
+        FileNotFoundError: it has been removed.
+    """
+    with reading(checkpoint):
+        commit.write_bytes(checkpoint / f"{_WANTED}{purpose}", b"")
+
+
+def release(checkpoint: Path, purpose: str) -> None:
+    """End what `want` began; the next retention may remove the checkpoint."""
+    (checkpoint / f"{_WANTED}{purpose}").unlink(missing_ok=True)
+
+
 def _remove(path: Path) -> bool:
-    """Remove a checkpoint unless somebody reads it; READY.json goes first, so that half of one is none."""
+    """Remove a checkpoint unless somebody reads or wants it; READY.json goes first, so that half of one is none."""
     ready = path / run_folder.READY
     with ready.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        if any(path.glob(f"{_WANTED}*")):
             return False
         ready.unlink()
     shutil.rmtree(path)

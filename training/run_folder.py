@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training import commit, toml
-from training.checks import check_name
+from training.checks import check_run_name
 from training.errors import ConfigError, DamageError, DataError
 from training.run_config import RunConfig
 
@@ -54,7 +54,7 @@ class RunInputs:
     """`weights.model_digest` of that folder."""
 
     def __post_init__(self) -> None:
-        check_name("run", self.run)
+        check_run_name(self.run)
 
 
 def write_inputs(folder: Path, inputs: RunInputs) -> None:

@@ -1,0 +1,85 @@
+"""A champion gives way only to what is better, and the best of many equals does not become one by luck."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from training.data.tables import TABLES
+from training.errors import DamageError
+from training.evaluation import champion
+from training.evaluation.champion import Champion
+from training.evaluation.verdict import Protocol, Scores
+
+PROTOCOL = Protocol(prompts="p", sampling="s", clip="c", aesthetic="a", dtype="float32")
+MARGINS = {"clip_score": 0.003, "aesthetic": 0.05}
+
+
+def scores(name, aesthetic, clip=None):
+    clip = np.full(len(aesthetic), 0.25) if clip is None else clip
+    rows = [
+        {"prompt_id": f"p{place:04d}", "group": "g", "metric": metric, "value": float(value)}
+        for metric, values in (("clip_score", clip), ("aesthetic", aesthetic))
+        for place, value in enumerate(values)
+    ]
+    schema = TABLES["eval_metrics"].schema
+    return Scores(checkpoint=name, protocol=PROTOCOL, metrics=pl.DataFrame(rows, schema=schema))
+
+
+def drawn(rng, shift=0.0, count=120):
+    return 5.5 + shift + rng.normal(0, 0.25, count)
+
+
+def test_halves_are_even_apart_and_do_not_depend_on_the_order():
+    ids = [f"prompt {number}" for number in range(101)]
+    one, other = champion.halves(ids)
+    assert (len(one), len(other)) == (51, 50)
+    assert one.isdisjoint(other)
+    assert one | other == set(ids)
+    assert champion.halves(ids[::-1]) == (one, other)
+
+
+def test_the_best_of_many_equals_seldom_wins_though_it_looks_better():
+    """Twenty checkpoints as good as the champion: the best of them on all prompts stands out, on the other half not."""
+    rng, naive, honest = np.random.default_rng(5), 0, 0
+    tiny = {"clip_score": 1e-6, "aesthetic": 1e-6}
+    for _ in range(60):
+        held, *sides = (
+            scores(f"run@{number}", drawn(rng, count=60), 0.25 + rng.normal(0, 0.02, 60)) for number in range(21)
+        )
+        best = max(sides, key=lambda side: side.metrics["value"].sum())
+        naive += champion.wins(champion.challenge(held, best, tiny, one_of_many=False), tiny)
+        chosen = champion.choose(held, sides, tiny)
+        honest += champion.wins(champion.challenge(held, chosen, tiny, one_of_many=True), tiny)
+    assert naive / 60 > 0.12
+    assert honest / 60 <= 0.07
+
+
+def test_a_better_one_wins_and_its_verdict_names_the_half():
+    rng = np.random.default_rng(1)
+    held, good, equal = (scores(name, drawn(rng, shift)) for name, shift in (("c@1", 0), ("r@1", 0.5), ("r@2", 0)))
+    assert champion.choose(held, [equal, good], MARGINS) is good
+    rows = champion.challenge(held, good, MARGINS, one_of_many=True)
+    judged = rows.filter(pl.col("group") == champion.HELD_OUT)
+    assert judged["num_prompts"].unique().to_list() == [60]
+    assert champion.wins(rows, MARGINS)
+    assert not champion.wins(champion.challenge(held, equal, MARGINS, one_of_many=True), MARGINS)
+
+
+def test_worse_in_one_deciding_metric_is_not_better():
+    rng = np.random.default_rng(2)
+    held = scores("c@1", drawn(rng), 0.25 + rng.normal(0, 0.01, 120))
+    mixed = scores("r@1", drawn(rng, -0.5), 0.30 + rng.normal(0, 0.01, 120))
+    rows = champion.challenge(held, mixed, MARGINS, one_of_many=False)
+    assert not champion.wins(rows, ("clip_score", "aesthetic"))
+    assert champion.wins(rows, ("clip_score",))
+
+
+def test_the_file_comes_back_whole_or_says_that_it_is_damaged(tmp_path):
+    assert champion.read(tmp_path) is None
+    first = Champion(checkpoint="r@1", digest="d", verdict="b@0~r@1", sentence="s", challenged={"r@1": "e"})
+    champion.write(tmp_path, first)
+    assert champion.read(tmp_path) == first
+    for content in ("{", '{"checkpoint": "x"}', '{"checkpoint": "x", "digest": "d", "format": 9}'):
+        (tmp_path / champion.FILE).write_text(content)
+        with pytest.raises(DamageError, match="champion"):
+            champion.read(tmp_path)
