@@ -14,10 +14,12 @@ from resources.store import Made, Store
 from training.errors import DataError
 from training.evaluation import figures
 from training.progress import report
-from training.retention import reading
+from training.retention import reading, release
 from training.run_folder import READY
 
 NUM_SHOWN = 16
+WANTED_BY = "evaluation"
+"""Under which a checkpoint is kept until its pictures are drawn."""
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
@@ -58,7 +60,10 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             )  # fmt: skip
         return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})
 
-    return materialize(context, store, STAGE, make)
+    result = materialize(context, store, STAGE, make)
+    for key in context.partition_keys:
+        release(store.checkpoint_folder(key), WANTED_BY)
+    return result
 
 
 def prompts_of(store: Store) -> pl.DataFrame:

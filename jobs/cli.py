@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from resources.store import Store, find_home
+from jobs import cli_evaluation
+from jobs.cli_shared import Home, open_store
+from resources.store import Store
 from training.errors import ConfigError, PipelineError
 from training.run_config import BatchConfig
 
@@ -20,10 +22,7 @@ app = typer.Typer(
     help="From a folder of pictures to a fine-tuned, evaluated Stable Diffusion model.",
 )
 
-Home = Annotated[
-    Path | None,
-    typer.Option("--home", help="The workspace; default: FOUNDRY_HOME, the nearest one above, ./workspace."),
-]
+app.add_typer(cli_evaluation.app)
 
 Gpu = Annotated[str, typer.Option("--gpu", help="Kind of card, for estimates.")]
 Price = Annotated[float, typer.Option("--price", help="Dollars per card and hour.")]
@@ -54,15 +53,6 @@ def main() -> None:
         sys.exit(2)
 
 
-def _open(home: Path | None, *, quiet: bool = False) -> Store:
-    """The workspace of a command; says which."""
-    store = Store(find_home(home))
-    _ = store.config
-    if not quiet:
-        print(f"workspace {store.home}", file=sys.stderr)
-    return store
-
-
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Folder of the new workspace.")],
@@ -87,7 +77,7 @@ def run(
     """Bring the graph up to date: does what is missing or stale, and only that."""
     from jobs import console, pipeline
 
-    store = _open(home)
+    store = open_store(home)
     started = time.monotonic()
     with console.progress() as announce:
         outcomes = pipeline.bring_up_to_date(
@@ -108,7 +98,7 @@ def sql(
     from jobs import console
     from resources.warehouse import query as ask
 
-    console.rows(ask(_open(home), query), format)
+    console.rows(ask(open_store(home), query), format)
 
 
 @app.command()
@@ -119,7 +109,7 @@ def verify(
     """Compare every committed file with its manifest."""
     from resources import upkeep
 
-    store = _open(home)
+    store = open_store(home)
     problems = upkeep.verify(store)
     for problem in problems:
         print(f"{problem.kind}: {problem.detail}")
@@ -144,7 +134,7 @@ def digest(
     """Print logical digests, or compare two workspaces within the tolerance of each column."""
     from resources import upkeep
 
-    store = _open(home)
+    store = open_store(home)
     if run is not None:
         found = upkeep.run_digests(store, run)
     elif against is None:
@@ -162,7 +152,7 @@ def gc(home: Home = None) -> None:
     """Delete what no manifest names and is older than a day, and generations of latents that nobody reads any more."""
     from resources import generations, upkeep
 
-    store = _open(home)
+    store = open_store(home)
     replaced, latent_bytes = generations.collect(store)
     removed, num_bytes = upkeep.collect_garbage(store)
     print(f"removed {len(removed)} files, {num_bytes / 1e6:.1f} MB")
@@ -174,7 +164,7 @@ def forget(image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the fi
     """Remove every row and latent derived from images, for ever."""
     from resources import upkeep
 
-    store = _open(home)
+    store = open_store(home)
     done = upkeep.forget(store, image_id)
     print(f"rewrote {len(done['parts'])} parts, removed {len(done['generations'])} generations of latents")
     for name in done["sources"]:
@@ -204,7 +194,7 @@ def train(
     from resources import torchrun, workspace
     from training import recipes
 
-    store = _open(home)
+    store = open_store(home)
     if stop:
         folder = store.run_folder(run)
         if not torchrun.is_running(folder):
@@ -255,7 +245,7 @@ def cost(
 
     stored = None
     if run is not None:
-        work, stored, advice = estimates.workspace_work(_open(home), run)
+        work, stored, advice = estimates.workspace_work(open_store(home), run)
     elif images and samples:
         work = model.Workload(num_images=images, num_samples=samples)
         advice = model.length_lines(images, samples, BatchConfig().global_batch_size)
@@ -274,7 +264,7 @@ def buckets(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in [encodings.*.buckets].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Print the sizes of a bucket plan as [height, width]."""
+    """Print the sizes of a bucket plan, height before width."""
     from training import toml
     from training.config import BucketConfig
     from training.data import bucket_plans
@@ -305,7 +295,7 @@ def prompts(
     else:
         from resources.workspace import example_prompts
 
-        for prompt in example_prompts(_open(home), run or "", n):
+        for prompt in example_prompts(open_store(home), run or "", n):
             print(prompt.text or "(empty)")
             if trace:
                 print(f"    {prompt_statistics.trace_line(prompt)}")
@@ -325,7 +315,7 @@ def latents_reencode(
     """Write the next generation of the oldest latents now; a running trainer takes it up at its next epoch."""
     from jobs import console, encode
 
-    store = _open(home)
+    store = open_store(home)
     with console.progress() as announce:
         announce("latents", shards or len(store.parts("latents")))
         done, left = encode.reencode(store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes)
@@ -346,7 +336,7 @@ def latents_import(
     """Take over latents that another trainer has cached; what is missing is encoded by the next run."""
     from jobs import exchange
 
-    store = _open(home)
+    store = open_store(home)
     done = exchange.import_latents(store, encoding, folder.expanduser().resolve(), kind, index)
     print(f"imported {done.num_images} images into {len(done.shards)} shards")
     print(f"reconstruction error of a sample: {done.error:.1f} of 255")
@@ -364,7 +354,7 @@ def latents_export(
     """Write the current latents as kohya's trainers cache them, one .npz a picture."""
     from jobs import exchange
 
-    written = exchange.export_latents(_open(home), encoding, folder.expanduser().resolve())
+    written = exchange.export_latents(open_store(home), encoding, folder.expanduser().resolve())
     print(f"wrote {written} files to {folder}")
 
 
@@ -377,4 +367,4 @@ def up(
     """Serve Dagster and MLflow for one workspace on 127.0.0.1."""
     from resources.serve import serve
 
-    raise typer.Exit(serve(_open(home).home, dagster_port=port, mlflow_port=mlflow_port))
+    raise typer.Exit(serve(open_store(home).home, dagster_port=port, mlflow_port=mlflow_port))

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 from rich.console import Console
@@ -23,8 +23,11 @@ from rich.text import Text
 
 from jobs.pipeline import Outcome
 from resources.store import Store
-from training.evaluation import verdict
+from training.evaluation import champion, verdict
 from training.progress import listen
+
+if TYPE_CHECKING:
+    from jobs.comparison import Comparison
 
 
 class _RateColumn(ProgressColumn):
@@ -91,14 +94,25 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
 
 def _verdicts(store: Store, console: Console) -> None:
     """Base against fine-tuned, once there is a verdict."""
-    parts = store.parts("verdicts")
+    last = [store.last_checkpoint(run) for run in store.parts("checkpoints")]
+    parts = [part for name in last if (part := f"base~{name}") in store.parts("verdicts")]
     if not parts:
         return
-    frame = store.read("verdicts", parts=parts).sort("b", "metric", pl.col("group") != verdict.ALL, "group")
-    for (a, b), rows in frame.group_by("a", "b", maintain_order=True):
-        table = Table(title=f"base against fine-tuned: {b} against {a}, paired by prompt", title_justify="left")
+    _verdict_tables(store.read("verdicts", parts=parts), ("base", "fine-tuned"), console)
+    _champion(store, console)
+    console.print(
+        f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
+    )
+    console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
+
+
+def _verdict_tables(frame: pl.DataFrame, names: tuple[str, str], console: Console) -> None:
+    """One table per pair of checkpoints."""
+    ordered = frame.sort("b", "metric", pl.col("group") != verdict.ALL, "group")
+    for (a, b), rows in ordered.group_by("a", "b", maintain_order=True):
+        table = Table(title=f"{names[0]} against {names[1]}: {b} against {a}, paired by prompt", title_justify="left")
         table.add_column("metric (prompts)")
-        for name in ("base", "fine-tuned", "difference, 95 % interval", "verdict"):
+        for name in (*names, "difference, 95 % interval", "verdict"):
             table.add_column(name, no_wrap=True)
         for row in rows.iter_rows(named=True):
             table.add_row(
@@ -108,10 +122,31 @@ def _verdicts(store: Store, console: Console) -> None:
                 row["verdict"].replace("_", " "),
             )  # fmt: skip
         console.print(table, markup=False)
-    console.print(
-        f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
-    )
-    console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
+
+
+def _champion(store: Store, console: Console) -> None:
+    now = champion.read(store.home)
+    if now is not None:
+        why = f" ({now.sentence})" if now.sentence else ", nothing is better yet"
+        console.print(f"champion: {now.checkpoint}{why}", soft_wrap=True, markup=False)
+
+
+def evaluated(store: Store, names: Sequence[str]) -> None:
+    """Verdicts of checkpoints against the base, and the champion."""
+    console = Console(width=max(Console().width, 100))
+    parts = [part for name in names if (part := f"base~{name}") in store.parts("verdicts")]
+    _verdict_tables(store.read("verdicts", parts=parts), ("base", "judged"), console)
+    _champion(store, console)
+
+
+def compared(found: "Comparison") -> None:
+    """The verdict in words, the table, and where the page is."""
+    console = Console(width=max(Console().width, 100))
+    overall = found.verdicts.filter(pl.col("group") == verdict.ALL)
+    for row in overall.iter_rows(named=True):
+        console.print(verdict.sentence(row), soft_wrap=True, markup=False)
+    _verdict_tables(found.verdicts, ("first", "second"), console)
+    console.print(f"report: {found.report}", soft_wrap=True, markup=False)
 
 
 def rows(frame: pl.DataFrame, format: Literal["table", "jsonl", "csv"]) -> None:

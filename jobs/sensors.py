@@ -6,12 +6,13 @@ import dagster as dg
 
 from assets import raw_images
 from assets.partitions import checkpoints, mirror
+from assets.sample_images import WANTED_BY
 from jobs import evaluate
 from resources.stages import Scope
 from resources.store import Store
+from training import retention
 from training.commit import json_digest
-from training.run_folder import checkpoints as ready_checkpoints
-from training.run_folder import read_ready
+from training.run_folder import READY
 
 MAX_REQUESTS = 50
 """Runs that one tick of `keep_current` asks for, at most."""
@@ -35,14 +36,16 @@ def new_images(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Stor
 def new_checkpoint(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Request evaluation of every READY checkpoint that has none yet."""
+    """Request evaluation of the base, of rivals, and of the first, every N-th and the last checkpoint of each run."""
     done = set(store.parts("eval_metrics"))
     found = {}
-    for run in store.keys(Scope.RUN):
-        for folder in ready_checkpoints(store.run_folder(run)):
-            ready = read_ready(folder)
-            if ready.checkpoint not in done:
-                found[ready.checkpoint] = ready.digest
+    for name in store.checkpoints_to_evaluate(training=True):
+        if name in done:
+            continue
+        found[name] = store.checkpoint_digest(name)
+        folder = store.checkpoint_folder(name)
+        if (folder / READY).is_file():
+            retention.want(folder, WANTED_BY)
     if not found:
         return dg.SkipReason("no checkpoint waits for evaluation")
     return dg.SensorResult(

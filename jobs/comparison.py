@@ -1,0 +1,198 @@
+"""Evaluating checkpoints when asked to, also on another machine, and comparing any two of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from assets import eval_metrics, sample_images, verdicts
+from assets.partitions import checkpoints as checkpoint_partitions
+from assets.partitions import mirror
+from jobs import pipeline
+from resources import devices
+from resources.instance import open_instance
+from resources.store import Made, Store
+from resources.warehouse import rebuild
+from training import toml
+from training.commit import lock, write_bytes
+from training.config import DevicesConfig
+from training.errors import DataError, EvaluationError
+from training.evaluation import champion, contenders
+from training.progress import report
+from training.run_folder import checkpoints as ready_checkpoints
+from training.run_folder import read_ready
+
+Started = Callable[[str, int], None]
+FOLDER = "comparisons"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What `foundry compare` found."""
+
+    a: str
+    b: str
+    verdicts: pl.DataFrame
+    """Rows of table `verdicts`."""
+    report: Path
+    """The HTML page."""
+
+
+def resolve(store: Store, name: str) -> str:
+    """A checkpoint's full name for what people type: `base`, `champion`, a run for its last, a rival, or itself.
+
+    Raises:
+        DataError: there is no such checkpoint.
+    """
+    if name == "base":
+        if base := store.base_checkpoint():
+            return base
+        raise DataError("the base model is not recorded yet: run `foundry run --select base_model`")
+    if name == "champion":
+        now = champion.read(store.home)
+        if now is None:
+            raise DataError("there is no champion yet: run `foundry evaluate`")
+        return now.checkpoint
+    if name.startswith(contenders.RIVAL) or name in contenders.read_rivals(store.home):
+        name = f"{contenders.RIVAL}{name.removeprefix(contenders.RIVAL).removesuffix('@0')}@0"
+    elif "@" not in name:
+        saved = ready_checkpoints(store.run_folder(name))
+        if not saved:
+            raise DataError(f"run {name!r} has no checkpoint")
+        return read_ready(saved[-1]).checkpoint
+    if not store.checkpoint_folder(name).exists():
+        raise DataError(f"checkpoint {name} is not there (any more): {store.checkpoint_folder(name)}")
+    return name
+
+
+def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list[str]:
+    """Draw, score and judge checkpoints, those of runs that are still training too; what is current stays.
+
+    Args:
+        home: The workspace.
+        names: As people type them; none for the base and every checkpoint that is due.
+        started: Told of each stage that has work before it begins.
+
+    Returns:
+        The checkpoints.
+
+    Raises:
+        DataError: there is no such checkpoint, or no base model or prompt set yet.
+    """
+    pipeline.bring_up_to_date(home, select="base_model,prompt_sets", only=True, started=started)
+    store = Store(home)
+    base = store.base_checkpoint()
+    assert base is not None, "bring_up_to_date has recorded it"
+    chosen = [resolve(store, name) for name in names] or store.checkpoints_to_evaluate(training=True)
+    keys = list(dict.fromkeys([base, *chosen]))
+    with (
+        lock(home / "locks" / "foundry-run.lock", f"`foundry evaluate` in {home}", wait_s=0.0),
+        open_instance(home) as instance,
+    ):
+        _name_partitions(instance, store, keys)
+        for stage in (sample_images.STAGE, eval_metrics.METRICS, verdicts.VERDICTS):
+            stale = [key for key in keys if not Store(home).is_current(stage, key)]
+            if stale:
+                started(stage.name, len(stale))
+            for key in stale:
+                pipeline.execute(instance, [stage], [key])
+    rebuild(store)
+    return keys
+
+
+def _name_partitions(instance: dg.DagsterInstance, store: Store, keys: Sequence[str]) -> None:
+    mirror(instance, store)
+    assert checkpoint_partitions.name is not None
+    known = set(instance.get_dynamic_partitions(checkpoint_partitions.name))
+    if new := [key for key in keys if key not in known]:
+        instance.add_dynamic_partitions(checkpoint_partitions.name, new)
+
+
+def compare(home: Path, a: str, b: str, *, started: Started) -> Comparison:
+    """Judge checkpoint b against a and write a page that shows both; evaluates what is not evaluated yet.
+
+    Raises:
+        DataError: there is no such checkpoint.
+        EvaluationError: they are the same, or their scores were made by different protocols.
+    """
+    store = Store(home)
+    names = [resolve(store, name) for name in (a, b)]
+    if names[0] == names[1]:
+        raise EvaluationError(f"{a} and {b} are both checkpoint {names[0]}: there is nothing to compare")
+    evaluate(home, names, started=started)
+    store = Store(home)
+    verdicts.judge_pair(store, *names)
+    rows = store.read("verdicts", parts=["~".join(names)])
+    path = store.home / FOLDER / f"{'~'.join(names)}.html"
+    write_bytes(path, render(store, names, rows).encode())
+    rebuild(store)
+    return Comparison(a=names[0], b=names[1], verdicts=rows, report=path)
+
+
+def render(store: Store, names: Sequence[str], rows: pl.DataFrame) -> str:
+    """The page of a comparison."""
+    from assets.release import sides
+    from training.evaluation.report import render as render_page
+
+    sampling = store.config.evaluation.sampling
+    facts = {
+        "prompts": store.config.evaluation.prompt_set,
+        "sampler": f"{sampling.sampler} {sampling.schedule}, {sampling.num_steps} steps",
+    }
+    return render_page(f"{names[1]} against {names[0]}", sides(store, names), rows, {}, facts)
+
+
+def export(store: Store, path: Path) -> int:
+    """Write the workspace's prompts and how they are drawn, for another machine; returns the number of prompts."""
+    from training.evaluation import elsewhere
+
+    prompts = sample_images.prompts_of(store)
+    elsewhere.write_prompts(path, prompts, store.config.evaluation.sampling)
+    return prompts.height
+
+
+def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
+    """Draw a checkpoint's pictures without a workspace; returns their number."""
+    from training.evaluation import elsewhere
+
+    with devices.hold("evaluate", DevicesConfig(), out) as device:
+        elsewhere.draw(
+            checkpoint, prompts, out, device=device, progress=lambda done, total: report("sample images", done, total)
+        )
+    return len(list((out / elsewhere.PICTURES).glob("*.png")))
+
+
+def adopt(store: Store, folder: Path) -> str:
+    """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
+
+    Raises:
+        DamageError: the folder is unfinished or damaged.
+        EvaluationError: they are of a checkpoint that is not here, or were drawn otherwise than this workspace does.
+    """
+    from training.evaluation import elsewhere
+
+    record = elsewhere.read_record(folder)
+    stage, key = sample_images.STAGE, record.checkpoint
+    if not store.checkpoint_folder(key).exists():
+        raise EvaluationError(f"{folder} holds pictures of {key}, which is not in {store.home}")
+    basis = store.basis(stage, key)
+    assert basis is not None, "pictures read no table by slices"
+    here = {
+        "checkpoint": (basis["inputs"]["checkpoint"], record.digest),
+        "prompts": (basis["inputs"]["prompts"], record.prompts),
+        "sampling": (toml.dump(store.config.evaluation.sampling), record.sampling),
+    }
+    unlike = [
+        f"{name}: here {ours!s:.200}, there {theirs!s:.200}" for name, (ours, theirs) in here.items() if ours != theirs
+    ]
+    if unlike:
+        raise EvaluationError(f"{folder} was drawn otherwise than this workspace would: {'; '.join(unlike)}")
+    with store.writing(stage.name, key):
+        samples = elsewhere.bring_home(folder, record, store.sample_folder(key))
+        store.commit(stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0)
+    with open_instance(store.home) as instance:
+        _name_partitions(instance, store, [key])
+    rebuild(store)
+    return key
