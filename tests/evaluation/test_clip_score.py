@@ -1,6 +1,7 @@
 """CLIP score and aesthetics against an independent computation with the same random weights."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import polars as pl
@@ -68,13 +69,18 @@ def test_the_table_holds_scores_embeddings_and_the_summary(scored):
     samples, _, _, _, metrics = scored
     assert metrics.schema == TABLES["eval_metrics"].schema
     own = metrics.filter(pl.col("prompt_id").is_not_null())
-    assert own["metric"].value_counts().sort("metric").rows() == [("aesthetic", 7), ("clip_score", 7), ("embedding", 7)]
+    expected = ["aesthetic", "clip_score", "contrast", "detail", "embedding", "saturation", "uniform_border"]
+    assert own["metric"].value_counts().sort("metric").rows() == [(name, 7) for name in expected]
     assert own.join(samples, on=["prompt_id", "group"]).height == own.height
     vectors = np.array(own.filter(pl.col("metric") == "embedding")["embedding"].to_list())
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(7), abs=1e-6)
     summed = dict(metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
     expected = summary.summarise(values(own, "clip_score"), values(own, "aesthetic"))
-    assert summed == pytest.approx(expected)
+    assert {name: summed[name] for name in summary.COLUMNS} == pytest.approx(expected)
+    taste = own.filter(pl.col("metric") == "aesthetic").join(samples, on="prompt_id")
+    within = taste.group_by("text").agg(pl.col("value").std())["value"].mean()
+    assert summed["aesthetic_std_within"] == pytest.approx(within)
+    assert summed["num_failed"] == 0
 
 
 def test_the_order_and_the_batches_do_not_matter(scored):
@@ -84,20 +90,103 @@ def test_the_order_and_the_batches_do_not_matter(scored):
         assert values(again, name) == pytest.approx(values(metrics, name), abs=1e-5)
 
 
-def test_a_missing_picture_is_named(scored):
+@pytest.fixture
+def damaged(scored, tmp_path):
+    """The pictures with four that cannot be scored: gone, cut, never drawn, and one that makes CLIP give NaN."""
+    samples, folder, clip, aesthetic, metrics = scored
+    shutil.copytree(folder, tmp_path / "samples")
+    (tmp_path / "samples" / "1.png").unlink()
+    whole = (tmp_path / "samples" / "3.png").read_bytes()
+    (tmp_path / "samples" / "3.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "samples" / "6.png")
+    files = pl.when(pl.col("prompt_id") == "p4").then(None).otherwise("file")
+    return samples.with_columns(file=files), tmp_path / "samples", clip, aesthetic, metrics
+
+
+def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(damaged, monkeypatch):
+    samples, folder, clip, aesthetic, whole = damaged
+    forward = clip.forward
+
+    def broken(batch):
+        cls, embeddings = forward(batch)
+        odd = batch.flatten(1).std(dim=1) < 0.2  # of one colour: only channels differ
+        return cls, torch.where(odd[:, None], torch.nan, embeddings)
+
+    monkeypatch.setattr(clip, "forward", broken)
+    metrics = clip_score.score(samples, folder, clip, aesthetic, batch_size=3)
+    failed = metrics.filter(pl.col("metric") == "failed")
+    assert failed["prompt_id"].to_list() == ["p1", "p3", "p4", "p6"]
+    assert failed["value"].null_count() == failed.height
+    reasons = ["1.png is missing", "3.png is damaged (OSError)", "was not drawn", "clip_score is nan"]
+    assert failed["reason"].to_list() == reasons
+    own = metrics.filter(pl.col("prompt_id").is_not_null() & (pl.col("metric") != "failed"))
+    assert own["prompt_id"].unique().sort().to_list() == ["p0", "p2", "p5"]
+    good = whole.filter(pl.col("prompt_id").is_in(["p0", "p2", "p5"]))
+    summed = dict(metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+    assert summed["num_failed"] == 4
+    expected = summary.summarise(values(good, "clip_score"), values(good, "aesthetic"))
+    assert {name: summed[name] for name in summary.COLUMNS} == pytest.approx(expected, abs=1e-5)
+    assert summed["count_LAIONScore"] == 3
+
+
+def test_a_checkpoint_of_which_nothing_can_be_scored_is_an_error(scored):
     samples, folder, clip, aesthetic, _ = scored
     gone = samples.with_columns(file=pl.lit("gone.png"))
-    with pytest.raises(EvaluationError, match=r"gone\.png cannot be read .*sample the checkpoint again"):
+    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .* the first: gone\.png is missing"):
         clip_score.score(gone, folder, clip, aesthetic, batch_size=3)
     with pytest.raises(EvaluationError, match="holds no sample images"):
         clip_score.score(samples.clear(), folder, clip, aesthetic, batch_size=3)
-
-
-def test_a_score_that_is_not_finite_is_an_error(scored):
-    samples, folder, clip, aesthetic, _ = scored
     broken = Aesthetic(aesthetic.weight * float("nan"), aesthetic.bias, "cpu")
-    with pytest.raises(EvaluationError, match="aesthetic is not finite for 7 pictures, such as prompt 'p0'"):
+    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .* aesthetic is nan"):
         clip_score.score(samples, folder, clip, broken, batch_size=3)
+
+
+def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
+    samples, folder, clip, aesthetic, metrics = scored
+    asked = []
+
+    class Length:
+        def score(self, pictures, texts):
+            asked.extend((picture.shape[0], text) for picture, text in zip(pictures, texts, strict=True))
+            return np.array([len(text) for text in texts], dtype=np.float32)
+
+    found = clip_score.score(samples, folder, clip, aesthetic, batch_size=3, scorers={"length": Length()})
+    assert asked == list(samples.select("height", "text").iter_rows())
+    assert values(found, "length").tolist() == [len(text) for text in samples["text"]]
+    assert values(found, "length_mean").tolist() == [pytest.approx(samples["text"].str.len_chars().mean())]
+    same = found.filter(~pl.col("metric").str.starts_with("length"))
+    assert same.equals(metrics)
+
+
+def test_a_picture_and_a_prompt_are_encoded_once(scored, monkeypatch):
+    samples, folder, clip, aesthetic, _ = scored
+    seen, read = [], []
+    forward, encode = clip.forward, clip.encode_text
+    monkeypatch.setattr(clip, "forward", lambda batch: seen.append(len(batch)) or forward(batch))
+    monkeypatch.setattr(clip, "encode_text", lambda texts: read.extend(texts) or encode(texts))
+    clip_score.score(samples, folder, clip, aesthetic, batch_size=3)
+    assert seen == [3, 3, 1]
+    assert sorted(read) == sorted(samples["text"].unique())
+
+
+def test_no_tf32_whatever_others_have_set(scored, monkeypatch):
+    clip, set_to = scored[2], []
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for tower in (clip.model.vision_model, clip.model.text_model):
+        forward = tower.forward
+        note = lambda *a, _f=forward, **k: set_to.append([one.allow_tf32 for one in backends]) or _f(*a, **k)  # noqa: E731
+        monkeypatch.setattr(tower, "forward", note)
+    before = [one.allow_tf32 for one in backends]
+    try:
+        for one in backends:
+            one.allow_tf32 = True
+        clip([np.zeros((32, 32, 3), dtype=np.uint8)])
+        clip.encode_text(["a cat"])
+        assert set_to == [[False, False]] * 2
+        assert [one.allow_tf32 for one in backends] == [True, True]
+    finally:
+        for one, value in zip(backends, before, strict=True):
+            one.allow_tf32 = value
 
 
 def test_sampled_pictures_are_scored_as_they_were_drawn(tiny_sdxl, clip_folder, aesthetic_folder, tmp_path):
@@ -109,4 +198,6 @@ def test_sampled_pictures_are_scored_as_they_were_drawn(tiny_sdxl, clip_folder, 
     config = dataclasses.replace(SamplingConfig(), num_steps=2)
     samples = sampling.sample_folder(tiny_sdxl, "run@1", prompts, config, tmp_path)
     clip, aesthetic = Clip.load(clip_folder, "cpu"), Aesthetic.load(aesthetic_folder, "cpu")
-    assert clip_score.score(samples, tmp_path, clip, aesthetic, batch_size=8).height == 3 * 2 + len(summary.COLUMNS)
+    metrics = clip_score.score(samples, tmp_path, clip, aesthetic, batch_size=8)
+    assert values(metrics, "clip_score").shape == (2,)
+    assert metrics.filter(pl.col("metric") == "failed").is_empty()

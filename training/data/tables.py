@@ -468,9 +468,15 @@ TABLES: dict[str, Table] = {
             {
                 "prompt_id": _c(pl.String, "prompt of the set; null in a summary row"),
                 "group": _c(pl.String, "label of the prompt; null in a summary row"),
-                "metric": _c(pl.String, "clip_score, aesthetic, embedding; or a column of the summary"),
-                "value": _c(pl.Float64, "the number", 1e-3),
+                "metric": _c(
+                    pl.String,
+                    "clip_score, aesthetic, a further scorer, saturation, contrast, detail, uniform_border, "
+                    "train_similarity, embedding or failed; or a column of the summary (docs/scores.md)",
+                ),
+                "value": _c(pl.Float64, "the number; null in `embedding` and `failed` rows", 1e-3),
                 "embedding": _c(pl.List(pl.Float32), "projected features of the picture, in `embedding` rows", 1e-4),
+                "image_id": _c(pl.String, "the training image nearest to the picture, in `train_similarity` rows", 0.0),
+                "reason": _c(pl.String, "why the picture could not be scored, in `failed` rows"),
             },
         ),
         Table(

@@ -1,8 +1,10 @@
-"""CLIP score and aesthetic score of each picture, from one pass of CLIP; the embeddings are kept, so that scoring anew
-never means sampling anew. Always fp32: in 16 bits a score moves by more than most checkpoints differ.
+"""CLIP score, aesthetic score and all further scores of each picture, from one look at it; the embeddings are kept, so
+that scoring anew never means sampling anew. Always fp32: in 16 bits a score moves by more than most checkpoints differ.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,55 @@ from PIL import Image
 
 from training.data.tables import TABLES
 from training.errors import EvaluationError
-from training.evaluation import summary
+from training.evaluation import overbaked, summary
+from training.evaluation.copies import Nearest
+from training.evaluation.references import References
+from training.evaluation.scorers import Scorer
 from training.models.aesthetic import Aesthetic
 from training.models.clip import Clip
 
 DTYPE = "float32"
 """Of all scores; part of the protocol that verdicts compare."""
-_ROW_SCHEMA = ("prompt_id", "group", "metric", "value", "embedding")
+FAILED = "failed"
+"""Metric of the row that a picture gets which could not be scored."""
+SIMILARITY = "train_similarity"
+"""Metric of the rows that hold the cosine with the nearest training image, and its id."""
 
 
-def score(samples: pl.DataFrame, folder: Path, clip: Clip, aesthetic: Aesthetic, *, batch_size: int) -> pl.DataFrame:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """All that looks at pictures."""
+
+    clip: Clip
+    aesthetic: Aesthetic
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    """Further scorers by the name of their metric."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What was found of N of some pictures; of the others, why nothing was."""
+
+    rows: np.ndarray
+    """`(N,)` places of the pictures that were scored, ascending."""
+    scores: dict[str, np.ndarray]
+    """Metric -> `(N,)` fp64, all finite."""
+    embeddings: np.ndarray
+    """`(N, d)` fp32 of length 1."""
+    failures: dict[int, str]
+    """Place of a picture -> why it has no scores."""
+
+
+def score(
+    samples: pl.DataFrame,
+    folder: Path,
+    clip: Clip,
+    aesthetic: Aesthetic,
+    *,
+    batch_size: int,
+    scorers: Mapping[str, Scorer] | None = None,
+    references: References | None = None,
+) -> pl.DataFrame:
     """Score a checkpoint's pictures.
 
     Args:
@@ -29,40 +70,75 @@ def score(samples: pl.DataFrame, folder: Path, clip: Clip, aesthetic: Aesthetic,
         clip: Encodes each picture and each distinct prompt once.
         aesthetic: Reads CLIP's embeddings.
         batch_size: Pictures at a time.
+        scorers: Further scorers by the name of their metric.
+        references: What the pictures are compared with as a whole; None leaves these metrics out.
 
     Returns:
         Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not scaled, not clamped),
-        `aesthetic` and `embedding`; and the summary's columns as rows without a prompt.
+        `aesthetic`, the further scorers, the measures of `overbaked`, `train_similarity` and `embedding`; for a picture
+        that is missing, unreadable or has a score that is not finite one row `failed` with the reason instead; and the
+        summary as rows without a prompt, in which `num_failed` counts those.
 
     Raises:
-        EvaluationError: there is no picture, a file is missing or unreadable, or a score is not finite.
+        EvaluationError: there is no picture, or none could be scored.
     """
     if samples.is_empty():
         raise EvaluationError(f"{folder} holds no sample images to score")
     samples = samples.sort("prompt_id")
-    embeddings = _embed(folder, samples["file"].to_list(), clip, batch_size)  # (N, d)
-    texts = list(dict.fromkeys(samples["text"].to_list()))
-    vectors = np.concatenate([clip.encode_text(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)])
-    own = vectors[[texts.index(text) for text in samples["text"]]]  # (N, d)
-    scores = {
-        # The sum in fp64: equal for equal embeddings, whatever the order of a dot product.
-        "clip_score": (embeddings.astype(np.float64) * own).sum(axis=1),
-        "aesthetic": np.array(aesthetic(embeddings), dtype=np.float64),
-    }
-    for metric, values in scores.items():
-        broken = [samples["prompt_id"][int(row)] for row in np.flatnonzero(~np.isfinite(values))]
-        if broken:
-            raise EvaluationError(f"{metric} is not finite for {len(broken)} pictures, such as prompt {broken[0]!r}")
-    return _rows(samples, scores, embeddings)
+    networks = Networks(clip=clip, aesthetic=aesthetic, scorers=scorers or {})
+    seen = look(read_pictures(folder, samples["file"]), samples["text"].to_list(), networks, batch_size=batch_size)
+    if not len(seen.rows):
+        raise EvaluationError(
+            f"none of {samples.height} pictures in {folder} could be scored, the first: {seen.failures[0]}"
+        )
+    summed = summarise(seen, samples["text"].gather(seen.rows).to_list())
+    nearest = None
+    if references is not None:
+        found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL})
+        summed, nearest = summed | found.summary, found.nearest
+    return _table(samples, seen, nearest, summed)
 
 
-def _embed(folder: Path, files: Sequence[str], clip: Clip, batch_size: int) -> np.ndarray:
-    """Projected embeddings `(N, d)` fp32 of length 1."""
-    found = []
-    for start in range(0, len(files), batch_size):
-        batch = [read_picture(folder / file) for file in files[start : start + batch_size]]
-        found += [row.embedding for row in clip(batch)]
-    return np.stack(found)
+def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: Networks, *, batch_size: int) -> Seen:
+    """Score pictures one batch after the other.
+
+    Args:
+        pictures: `(H, W, 3)` uint8 of any sizes; or, in words, why there is none.
+        texts: What each was asked for; each distinct one is encoded once.
+        networks: Clip, aesthetic head and further scorers.
+        batch_size: Pictures held and encoded at a time.
+
+    Returns:
+        Scores of all that could be scored: a picture with any score that is not finite is among the failures.
+    """
+    failures: dict[int, str] = {}
+    rows: list[int] = []
+    parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    for batch in _batches(enumerate(pictures), batch_size):
+        failures |= {place: picture for place, picture in batch if isinstance(picture, str)}
+        good = [(place, picture) for place, picture in batch if not isinstance(picture, str)]
+        if good:
+            rows += [place for place, _ in good]
+            parts.append(_look_at([picture for _, picture in good], [texts[place] for place, _ in good], networks))
+    if not rows:
+        return Seen(rows=np.empty(0, dtype=np.int64), scores={}, embeddings=np.empty((0, 0)), failures=failures)
+    embeddings = np.concatenate([part[0] for part in parts])  # (N, d)
+    scores = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
+    scores |= _judge(embeddings, [texts[place] for place in rows], networks, batch_size)
+    return _finite(np.array(rows), scores, embeddings, failures)
+
+
+def read_pictures(folder: Path, files: Iterable[str | None]) -> Iterator[np.ndarray | str]:
+    """Pictures of ours, or in words that are equal on every machine why one cannot be read."""
+    for file in files:
+        if file is None:
+            yield "was not drawn"
+            continue
+        try:
+            yield read_picture(folder / file)
+        except EvaluationError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            yield f"{file} is missing" if missing else f"{file} is damaged ({type(error.__cause__).__name__})"
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -74,33 +150,81 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(f"sample image {path} cannot be read ({error}): sample the checkpoint again") from error
 
 
-def _rows(samples: pl.DataFrame, scores: dict[str, np.ndarray], embeddings: np.ndarray) -> pl.DataFrame:
-    schema = TABLES["eval_metrics"].schema
+def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
+    """The guide's summary of scored pictures, the deviation within prompts, the mean of each further scorer, and the
+    number of pictures that could not be scored."""
+    empty = np.empty(0)
+    clip_scores, aesthetic = seen.scores.get("clip_score", empty), seen.scores.get("aesthetic", empty)
+    found = summary.summarise(clip_scores, aesthetic)
+    found["aesthetic_std_within"] = summary.std_within(aesthetic, list(texts))
+    further = [name for name in seen.scores if name not in ("clip_score", "aesthetic", *overbaked.ALL)]
+    found |= {f"{name}_mean": float(seen.scores[name].mean()) for name in further}
+    return found | {"num_failed": float(len(seen.failures))}
+
+
+def _batches(items: Iterable[tuple[int, np.ndarray | str]], size: int) -> Iterator[list[tuple[int, np.ndarray | str]]]:
+    remaining = iter(items)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch
+
+
+def _look_at(
+    pictures: Sequence[np.ndarray], texts: Sequence[str], networks: Networks
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Embeddings `(B, d)` of a batch, and what is told from pixels."""
+    embeddings = np.stack([row.embedding for row in networks.clip(pictures)])
+    scores = {
+        name: np.asarray(scorer.score(pictures, texts), dtype=np.float64) for name, scorer in networks.scorers.items()
+    }
+    return embeddings, scores | overbaked.collect([overbaked.measure(picture) for picture in pictures])
+
+
+def _judge(embeddings: np.ndarray, texts: Sequence[str], networks: Networks, size: int) -> dict[str, np.ndarray]:
+    """Scores `(N,)` that follow from CLIP's embeddings `(N, d)`."""
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    names = list(distinct)
+    vectors = np.concatenate([networks.clip.encode_text(names[i : i + size]) for i in range(0, len(names), size)])
+    own = vectors[[distinct[text] for text in texts]]  # (N, d)
+    return {
+        # The sum in fp64: equal for equal embeddings, whatever the order of a dot product.
+        "clip_score": (embeddings.astype(np.float64) * own).sum(axis=1),
+        "aesthetic": np.array(networks.aesthetic(embeddings), dtype=np.float64),
+    }
+
+
+def _finite(rows: np.ndarray, scores: dict[str, np.ndarray], embeddings: np.ndarray, failures: dict[int, str]) -> Seen:
+    """Leave out pictures with a score that is not finite, and say which score."""
+    usable = np.ones(len(rows), dtype=bool)
+    for name, values in scores.items():
+        for place in np.flatnonzero(usable & ~np.isfinite(values)):
+            failures[int(rows[place])] = f"{name} is {values[place]}"
+        usable &= np.isfinite(values)
+    return Seen(
+        rows=rows[usable],
+        scores={name: values[usable] for name, values in scores.items()},
+        embeddings=embeddings[usable],
+        failures=failures,
+    )
+
+
+def _table(samples: pl.DataFrame, seen: Seen, nearest: Nearest | None, summed: Mapping[str, float]) -> pl.DataFrame:
+    """Rows of `eval_metrics`."""
     keys = samples.select("prompt_id", "group")
-    frames = [
-        keys.with_columns(
-            pl.lit(metric).alias("metric"),
-            pl.Series("value", values, dtype=pl.Float64),
-            pl.lit(None, dtype=schema["embedding"]).alias("embedding"),
-        )
-        for metric, values in scores.items()
-    ]
-    frames.append(
-        keys.with_columns(
-            pl.lit("embedding").alias("metric"),
-            pl.lit(None, dtype=pl.Float64).alias("value"),
-            pl.Series("embedding", embeddings.astype(np.float32).tolist(), dtype=schema["embedding"]),
-        )
-    )
-    summed = summary.summarise(scores["clip_score"], scores["aesthetic"])
-    frames.append(
-        pl.DataFrame(
-            [{"metric": name, "value": value} for name, value in summed.items()],
-            schema={"metric": pl.String, "value": pl.Float64},
-        ).with_columns(*(pl.lit(None, dtype=schema[name]).alias(name) for name in ("prompt_id", "group", "embedding")))
-    )
-    return TABLES["eval_metrics"].conform(pl.concat([frame.select(_ROW_SCHEMA) for frame in frames]))
+    good = keys[seen.rows.tolist()]
+    frames = [good.with_columns(metric=pl.lit(name), value=values) for name, values in seen.scores.items()]
+    if nearest is not None:
+        ids = pl.Series(nearest.image_ids.tolist(), dtype=pl.String)
+        frames.append(good.with_columns(metric=pl.lit(SIMILARITY), value=nearest.similarity, image_id=ids))
+    vectors = pl.Series(seen.embeddings.tolist(), dtype=pl.List(pl.Float32))
+    frames.append(good.with_columns(metric=pl.lit("embedding"), embedding=vectors))
+    places = sorted(seen.failures)
+    reasons = pl.Series([seen.failures[place] for place in places], dtype=pl.String)
+    frames.append(keys[places].with_columns(metric=pl.lit(FAILED), reason=reasons))
+    frames.append(pl.DataFrame({"metric": list(summed), "value": list(summed.values())}))
+    table = TABLES["eval_metrics"]
+    typed = [frame.cast({name: table.schema[name] for name in frame.columns}) for frame in [table.empty(), *frames]]
+    return table.conform(pl.concat(typed, how="diagonal"))

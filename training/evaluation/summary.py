@@ -2,9 +2,11 @@
 
 Its conventions are not uniform and are kept as they are: the aesthetic's standard deviation divides by n - 1, the CLIP
 score's by n, quartiles are interpolated, skewness and kurtosis are the biased ones, and one NaN makes all NaN.
+What the guide does not tell, such as the deviation within prompts, stands beside it under other names.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,6 +36,29 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
     clip_std = float(clip.std(ddof=0)) if count else math.nan
     values = [*(found[name] for name in AESTHETIC_STATISTICS), clip_mean, clip_std]
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def std_within(scores: np.ndarray, prompts: Sequence[str]) -> float:
+    """The deviation between pictures of one prompt (n - 1), averaged over prompts with two pictures or more.
+
+    GhostReview's table of models shows this number; the guide compares it with `std_LAIONScore`, which is over all
+    pictures and so holds the differences between prompts as well.
+
+    Args:
+        scores: `(N,)`.
+        prompts: What each picture was asked for.
+
+    Returns:
+        NaN where no prompt has two pictures.
+    """
+    _, places, counts = np.unique(np.array(prompts, dtype=object), return_inverse=True, return_counts=True)
+    if not (counts > 1).any():
+        return math.nan
+    values = np.asarray(scores, dtype=np.float64)
+    means = np.bincount(places, values) / counts
+    squares = np.bincount(places, (values - means[places]) ** 2)
+    repeated = counts > 1
+    return float(np.sqrt(squares[repeated] / (counts[repeated] - 1)).mean())
 
 
 def describe(scores: np.ndarray) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """CLIP: one vision pass gives the quality model's embedding and the one that CLIP score and aesthetics read.
 
-Always fp32: in bf16 a score moves by more than most pairs of checkpoints differ. Pixels are prepared as OpenAI's own
-code does, which transformers misses by one pixel on 832x1216, SDXL's most used bucket.
+Always fp32, never TF32: in bf16 a score moves by more than most pairs of checkpoints differ. Pixels are prepared as
+OpenAI's own code does, which transformers misses by one pixel on 832x1216, SDXL's most used bucket.
 """
 
+import contextlib
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,25 +88,12 @@ class Clip:
         return cls(model, load_tokenizer(folder), preprocessor, device)
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
-        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: shorter side to `size`, bicubic, centre crop, normalise.
-
-        Source: openai/CLIP `clip.py`, bit for bit (torchvision's Resize and CenterCrop on a Pillow image).
-        """
-        pixels.check_rgb(image)
-        height, width = image.shape[:2]
-        short = min(height, width)
-        height, width = int(self.resize * height / short), int(self.resize * width / short)
-        resized = Image.fromarray(image)
-        if resized.size != (width, height):
-            resized = resized.resize((width, height), Image.Resampling.BICUBIC)
-        # Python's round: halves go to the even side, as in the reference.
-        top, left = round((height - self.crop) / 2), round((width - self.crop) / 2)
-        cropped = resized.crop((left, top, left + self.crop, top + self.crop))
-        return pixels.normalise(np.asarray(cropped), self.mean, self.std)
+        """`(H, W, 3)` uint8 to `(3, S, S)` fp32, see `openai_pixels`."""
+        return openai_pixels(image, self.resize, self.crop, self.mean, self.std)
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class tokens `(B, d_hidden)` and normalised embeddings `(B, d_projection)` of images `(B, 3, S, S)`."""
-        with torch.inference_mode():
+        with exact():
             out = self.model.vision_model(batch.to(self.device, torch.float32))
             projected = self.model.visual_projection(out.pooler_output)
             return out.last_hidden_state[:, 0], _unit(projected)
@@ -128,9 +116,42 @@ class Clip:
             max_length=TEXT_LENGTH,
             return_tensors="pt",
         )
-        with torch.inference_mode():
+        with exact():
             out = self.model.text_model(encoded["input_ids"].to(self.device))
             return _unit(self.model.text_projection(out.pooler_output)).cpu().numpy()
+
+
+def openai_pixels(
+    image: np.ndarray, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """`(H, W, 3)` uint8 to `(3, crop, crop)` fp32: shorter side to `resize`, bicubic, centre crop, normalise.
+
+    Source: openai/CLIP `clip.py`, bit for bit (torchvision's Resize and CenterCrop on a Pillow image).
+    """
+    pixels.check_rgb(image)
+    height, width = image.shape[:2]
+    short = min(height, width)
+    height, width = int(resize * height / short), int(resize * width / short)
+    resized = Image.fromarray(image)
+    if resized.size != (width, height):
+        resized = resized.resize((width, height), Image.Resampling.BICUBIC)
+    # Python's round: halves go to the even side, as in the reference.
+    top, left = round((height - crop) / 2), round((width - crop) / 2)
+    cropped = resized.crop((left, top, left + crop, top + crop))
+    return pixels.normalise(np.asarray(cropped), mean, std)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Inference in true fp32: torch lets cuDNN round to TF32 unless told otherwise, and others may have told cuBLAS."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32
+    try:
+        cuda.allow_tf32 = cudnn.allow_tf32 = False
+        with torch.inference_mode():
+            yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32 = before
 
 
 def clean_text(text: str) -> str:

@@ -1,0 +1,129 @@
+"""Measures of pictures against sums written out by hand; letter boxes; the index and its alarm."""
+
+import colorsys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+from scipy import ndimage
+
+from training.evaluation import overbaked
+
+
+def noise(height=40, width=56, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@given(seed=st.integers(0, 2**32), height=st.integers(3, 20), width=st.integers(3, 20))
+def test_measures_are_what_they_say(seed, height, width):
+    picture = noise(height, width, seed)
+    found = overbaked.measure(picture)
+    levels = picture.astype(np.float64) / 255
+    luma = 0.299 * levels[..., 0] + 0.587 * levels[..., 1] + 0.114 * levels[..., 2]
+    # Saturation times value of HSV is the largest minus the smallest level.
+    chroma = [s * v for _, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in levels.reshape(-1, 3))]
+    kernel = np.array([[0, -1, 0], [-1, 4, -1], [0, -1, 0]]) / 4
+    fine = ndimage.convolve(luma, kernel)[1:-1, 1:-1]
+    assert found["saturation"] == pytest.approx(np.mean(chroma), abs=1e-6)
+    assert found["contrast"] == pytest.approx(luma.std(), abs=1e-5)
+    assert found["detail"] == pytest.approx(np.sqrt((fine**2).mean()), abs=1e-5)
+
+
+def test_what_over_baking_does_raises_its_measure():
+    y, x = np.mgrid[:64, :64]
+    soft = np.stack([96 + 40 * np.sin(x / 9), 110 + 30 * np.cos(y / 11), 128 + 20 * np.sin((x + y) / 13)], axis=2)
+    soft += np.random.default_rng(0).normal(scale=6, size=(64, 64, 1))
+    before = overbaked.measure(soft.astype(np.uint8))
+    grey = soft.mean(axis=2, keepdims=True)
+    vivid = overbaked.measure((grey + 1.5 * (soft - grey)).clip(0, 255).astype(np.uint8))
+    hard = overbaked.measure((128 + 1.5 * (soft - 128)).clip(0, 255).astype(np.uint8))
+    sharp = overbaked.measure(
+        np.asarray(Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.UnsharpMask(1, 300, 0)))
+    )
+    assert vivid["saturation"] > 1.3 * before["saturation"]
+    assert hard["contrast"] > 1.3 * before["contrast"]
+    assert sharp["detail"] > 1.3 * before["detail"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2)])
+def test_tiny_pictures_have_measures(size):
+    assert overbaked.measure(np.full((*size, 3), 7, dtype=np.uint8))["detail"] == 0
+
+
+@pytest.mark.parametrize("colour", [0, 255, 119])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_letter_box_is_found(colour, turned):
+    picture = noise(100, 100)
+    picture[:8], picture[-5:] = colour, colour
+    picture = picture.transpose(1, 0, 2) if turned else picture
+    assert overbaked.has_uniform_border(picture)
+    blurred = np.asarray(Image.fromarray(picture).convert("YCbCr").convert("RGB"))
+    assert overbaked.has_uniform_border(blurred)
+
+
+def test_what_is_no_letter_box():
+    assert not overbaked.has_uniform_border(noise(100, 100))
+    assert not overbaked.has_uniform_border(np.full((100, 100, 3), 255, dtype=np.uint8))
+    one_side = noise(100, 100)
+    one_side[:10] = 0
+    assert not overbaked.has_uniform_border(one_side)
+    thin = noise(100, 100)
+    thin[:1], thin[-1:] = 0, 0
+    assert not overbaked.has_uniform_border(thin)
+    y, x = np.mgrid[:100, :100]
+    disc = np.full((100, 100, 3), 255, dtype=np.uint8)
+    disc[(y - 50) ** 2 + (x - 50) ** 2 < 30**2] = 40
+    assert not overbaked.has_uniform_border(disc), "a plain background is no letter box"
+
+
+def levels(mean, spread=0.1, count=50, seed=0):
+    rng = np.random.default_rng(seed)
+    found = {name: mean + spread * rng.normal(size=count) for name in overbaked.MEASURES}
+    return found | {overbaked.BORDER: np.zeros(count)}
+
+
+def test_the_index_is_the_mean_excess_in_deviations_of_training_pictures():
+    own, base, training = levels(0.9, seed=1), levels(0.3, seed=2), levels(0.5, seed=3)
+    expected = []
+    for name in overbaked.MEASURES:
+        reference = max(np.mean(base[name]), np.mean(training[name]))
+        expected.append(max(np.mean(own[name]) - reference, 0) / np.std(training[name], ddof=1))
+    assert overbaked.index(own, base, training) == pytest.approx(np.mean(expected))
+
+
+def test_the_look_of_the_training_set_or_of_the_base_is_not_over_baked():
+    assert overbaked.index(levels(0.5, 0, 4), levels(0.1), levels(0.8)) == 0
+    assert overbaked.index(levels(0.5, 0, 4), levels(0.8), levels(0.1)) == 0
+    assert overbaked.index(levels(0.5, 0, 4), levels(0.4, 0, 4), levels(0.4, 0, 4)) == np.inf
+
+
+def test_the_summary_holds_what_there_is():
+    own, boxed = levels(0.9), levels(0.5)
+    boxed[overbaked.BORDER][:10] = 1
+    whole = overbaked.summarise(own, levels(0.4), boxed)
+    assert whole["overbaked_index"] > 0
+    assert (whole["border_share"], whole["border_share_base"], whole["border_share_train"]) == (0, 0, 0.2)
+    assert whole["saturation_mean"] == pytest.approx(own["saturation"].mean())
+    assert "overbaked_index" not in overbaked.summarise(own, levels(0.4), None)
+    assert set(overbaked.summarise(own, None, None)) == {
+        *(f"{name}_mean" for name in overbaked.MEASURES),
+        "border_share",
+    }
+
+
+def test_the_last_checkpoint_before_the_alarm_is_named():
+    calm, hot = {"overbaked_index": 0.1, "border_share": 0.0}, {"overbaked_index": 0.6, "border_share": 0.0}
+    run = [("a@1", calm), ("a@2", calm), ("a@3", hot), ("a@4", calm)]
+    assert overbaked.last_before_alarm(run) == "a@2"
+    assert overbaked.last_before_alarm(run[:2]) == "a@2"
+    assert overbaked.last_before_alarm(run[2:]) is None
+    assert overbaked.last_before_alarm([]) is None
+
+
+def test_borders_raise_the_alarm_where_neither_base_nor_training_pictures_have_them():
+    boxed = {"border_share": 0.3, "border_share_base": 0.0, "border_share_train": 0.05}
+    assert overbaked.alarms(boxed) == ["30% of the pictures have uniform borders, 5% of the references"]
+    assert overbaked.alarms(boxed | {"border_share_train": 0.25}) == []
+    assert overbaked.alarms({"border_share": 0.9}) == [], "nothing to compare with"
