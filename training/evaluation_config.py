@@ -1,14 +1,55 @@
 """How checkpoints are sampled, scored and compared: `[evaluation]`, with a section for each stage that reads it."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
 
 from training.checks import check_positive
 from training.errors import ConfigError
 from training.evaluation import prompt_groups
 
-Sampler = Literal["dpmpp_2m", "euler_a", "ddim"]
-Schedule = Literal["karras", "plain"]
+Sampler = Literal["dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler", "euler_a", "ddim"]
+Schedule = Literal["karras", "exponential", "ays", "plain"]
+PromptWeights = Literal["off", "plain", "mean_restored"]
+Enlarge = Literal["latent", "latent_bicubic", "pixels"]
+ScorerName = Literal["pickscore", "hps_v2", "image_reward"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondPassConfig:
+    """A second pass over the enlarged picture, as "hires fix" of the UIs."""
+
+    scale: float = 1.5
+    """Side of the final picture over that of the first pass; sides are rounded to the VAE's pixels per latent."""
+    strength: float = 0.5
+    """Share of the noise schedule that the second pass walks: 0 leaves the picture as it is, 1 forgets it."""
+    num_steps: int = 15
+    """Steps that the second pass takes, whatever its strength."""
+    enlarge: Enlarge = "latent"
+    """`latent`: A1111's "Latent", bilinear; `latent_bicubic`: its "Latent (bicubic antialiased)"; `pixels`: decoded,
+    enlarged by Lanczos and encoded, which keeps edges and bears strengths below 0.5."""
+
+    def __post_init__(self) -> None:
+        owner = "evaluation.sampling.second_pass"
+        check_positive(owner, scale=self.scale, strength=self.strength, num_steps=self.num_steps)
+        if self.scale < 1 or self.strength > 1:
+            raise ConfigError(f"{owner}: scale={self.scale} must be at least 1, strength={self.strength} at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """A LoRA that is added to every checkpoint before it is sampled."""
+
+    path: str
+    """A .safetensors file of kohya's, diffusers' or PEFT's; relative to the workspace."""
+    weight: float = 1.0
+    """Factor of what it adds."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in pictures; PEFT's files are all called the same and take their folder's name."""
+        path = PurePath(self.path)
+        return path.parent.name if path.name == "adapter_model.safetensors" else path.stem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,16 +59,41 @@ class SamplingConfig:
     sampler: Sampler = "dpmpp_2m"
     """Solver, by the name that people use."""
     schedule: Schedule = "karras"
-    """Where its steps lie."""
+    """Where its steps lie: `ays` is Align Your Steps, `plain` the UIs' Normal. DDIM has steps of its own: `plain`."""
     num_steps: int = 30
-    """Sampler steps."""
+    """Sampler steps; one of `dpmpp_sde` calls the UNet twice, one of the others once."""
     guidance_scale: float = 6.0
     """Classifier-free guidance."""
+    pag_scale: float = 0.0
+    """Perturbed-attention guidance, some 3 where it is used; 0 for none. It makes a step half as long again."""
+    clip_skip: int = 0
+    """SD 1.x: layer of the text encoder that is read, from the end. 0 for the one that the checkpoint was trained
+    with, which for models without a run is 1."""
+    prompt_weights: PromptWeights = "off"
+    """`off` reads prompts literally, as they were trained; the others read `(tag:1.5)` as the UIs do and multiply:
+    `mean_restored` then restores the mean of a chunk (A1111's "Original"), `plain` does not ("No norm")."""
+    second_pass: SecondPassConfig | None = None
+    """Draw the picture again, larger."""
+    loras: tuple[LoraConfig, ...] = ()
+    """LoRAs, added in this order."""
+    weights: Literal["raw", "ema"] = "raw"
+    """`ema` draws with the averaged weights of checkpoints that have them, and with the others' own."""
     batch_size: int = 8
     """Pictures sampled at a time."""
 
     def __post_init__(self) -> None:
-        check_positive("evaluation.sampling", num_steps=self.num_steps, batch_size=self.batch_size)
+        owner = "evaluation.sampling"
+        check_positive(owner, num_steps=self.num_steps, batch_size=self.batch_size)
+        if self.pag_scale < 0 or self.clip_skip < 0:
+            raise ConfigError(f"{owner}: pag_scale={self.pag_scale} and clip_skip={self.clip_skip} must be >= 0")
+        names = [lora.name for lora in self.loras]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{owner}.loras: names {names} must differ, because pictures tell them apart by these")
+        if self.sampler == "ddim" and self.schedule != "plain":
+            raise ConfigError(
+                f'{owner}: sampler="ddim" walks evenly over the trained timesteps and takes schedule="plain", not '
+                f'"{self.schedule}"; "euler" is the same solver on any schedule'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +102,13 @@ class ScoringConfig:
 
     batch_size: int = 16
     """Pictures scored at a time."""
+    scorers: tuple[ScorerName, ...] = ()
+    """Scorers of human preference beside CLIP score and aesthetic; their weights lie under [models]."""
 
     def __post_init__(self) -> None:
         check_positive("evaluation.scoring", batch_size=self.batch_size)
+        if len(set(self.scorers)) < len(self.scorers):
+            raise ConfigError(f"evaluation.scoring.scorers={list(self.scorers)} must name each scorer once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +119,13 @@ class VerdictConfig:
     """Of the CLIP score."""
     aesthetic_margin: float = 0.05
     """Of the aesthetic score."""
+    deciding: tuple[Literal["clip_score", "aesthetic"], ...] = ("clip_score", "aesthetic")
+    """Metrics that decide over the champion: it gives way to a checkpoint that is better in one and worse in none."""
 
     def __post_init__(self) -> None:
         check_positive("evaluation.verdicts", clip_margin=self.clip_margin, aesthetic_margin=self.aesthetic_margin)
+        if not self.deciding:
+            raise ConfigError("evaluation.verdicts.deciding must name a metric")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +167,14 @@ class EvaluationConfig:
 
     prompt_set: str = "standard"
     """Name of a prompt set of the workspace."""
+    every: int = 1
+    """Of a run's checkpoints, every so many-th is evaluated; the first and the last always."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How pictures are drawn."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """How they are scored."""
     verdicts: VerdictConfig = field(default_factory=VerdictConfig)
     """When a difference counts."""
+
+    def __post_init__(self) -> None:
+        check_positive("evaluation", every=self.every)

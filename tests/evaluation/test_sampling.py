@@ -1,21 +1,31 @@
 """Pictures follow from prompt, seed and weights alone, and equal those of diffusers' own pipeline."""
 
+import copy
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from training.data.tables import TABLES
 from training.errors import EvaluationError, ModelError
 from training.evaluation import sampling
 from training.evaluation.prompt_sets import seed_of
-from training.evaluation_config import SamplingConfig
+from training.evaluation.prompt_encoding import PromptEncoder
+from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, SecondPassConfig
 from training.models.text_encoders import load_tokenizer
-from training.models.unet import load_pipeline_parts
+from training.models.unet import PipelineParts, load_pipeline_parts, save_diffusers_folder
+from training.models.vae import Vae
 
 # diffusers' own pipelines and schedulers under NumPy 2; ours keeps it quiet itself.
 COPY = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -51,12 +61,21 @@ def parts(tiny_sdxl):
 
 
 def draw(parts, prompts, **changes):
-    return dict(sampling.sample(parts, prompts, dataclasses.replace(CONFIG, **changes)))
+    return dict(sampling.sample(parts, prompts, changed(**changes)))
 
 
-def latents_of(parts, frame, **changes):
-    prompts = sampling._prompts(frame)
-    return sampling.denoise(parts, prompts, dataclasses.replace(CONFIG, **changes), 8, "cpu")
+def latents_of(parts, frame, clip_skip=1, **changes):
+    prompts, config = sampling._prompts(frame), changed(**changes)
+    texts = [text for prompt in prompts for text in (prompt.text, prompt.negative)]
+    encoder = PromptEncoder(parts, texts, config, clip_skip=clip_skip, device="cpu")
+    return sampling.draw(parts, Vae(parts.vae, "cpu"), encoder, prompts, config)
+
+
+def changed(**changes):
+    """The config of these tests with changes; DDIM comes with the only schedule that it takes."""
+    if changes.get("sampler") == "ddim":
+        changes["schedule"] = "plain"
+    return dataclasses.replace(CONFIG, **changes)
 
 
 def assert_equal_but_for_rounding(one, other):
@@ -64,7 +83,7 @@ def assert_equal_but_for_rounding(one, other):
     torch.testing.assert_close(one, other, atol=2e-6 * other.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "ddim"])
+@pytest.mark.parametrize("sampler", get_args(Sampler))
 def test_a_picture_does_not_depend_on_its_batch(parts, sampler):
     same = PROMPTS.filter(pl.col("prompt_id").is_in(["a", "b", "f", "g"]))
     together = latents_of(parts, same, sampler=sampler)
@@ -86,8 +105,9 @@ def test_every_prompt_gets_its_picture_in_its_size_whatever_the_batches(parts):
 
 
 def test_repeated_runs_are_equal_bit_for_bit(parts):
-    first, second = draw(parts, PROMPTS, sampler="euler_a"), draw(parts, PROMPTS, sampler="euler_a")
-    assert all(np.array_equal(first[key], second[key]) for key in first)
+    for sampler in ("euler_a", "dpmpp_sde"):
+        first, second = draw(parts, PROMPTS, sampler=sampler), draw(parts, PROMPTS, sampler=sampler)
+        assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
 def test_all_of_a_prompt_matters(parts):
@@ -135,13 +155,8 @@ def test_a_picture_equals_that_of_diffusers_pipeline_on_77_tokens(tiny_sdxl, par
     assert np.abs(draw(own, frame)["a"] - image * 255).max() <= 0.51
 
 
-@COPY
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-def test_sd1_is_sampled_without_size_conditioning(tmp_path, parts):
-    from diffusers import UNet2DConditionModel
-
-    from training.models.unet import PipelineParts, save_diffusers_folder
-
+@pytest.fixture(scope="module")
+def sd1_folder(tmp_path_factory, parts):
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
         sample_size=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
@@ -152,19 +167,34 @@ def test_sd1_is_sampled_without_size_conditioning(tmp_path, parts):
         family="sd1", unet=unet, vae=parts.vae, text_encoders=parts.text_encoders[:1], tokenizers=parts.tokenizers[:1],
         noise_scheduler_config=parts.noise_scheduler_config, force_zeros_for_empty_prompt=False,
     )  # fmt: skip
-    save_diffusers_folder(sd1, tmp_path / "sd1", torch.float32)
-    sd1 = load_pipeline_parts(tmp_path / "sd1", "cpu")
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd1")
+    folder = tmp_path_factory.mktemp("models") / "sd1"
+    save_diffusers_folder(sd1, folder, torch.float32)
+    return folder
+
+
+@COPY
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_sd1_is_sampled_without_size_conditioning_and_from_its_layer(sd1_folder, parts, clip_skip):
+    sd1 = load_pipeline_parts(sd1_folder, "cpu")
+    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder)
+    # diffusers 0.42 looks for the final norm where transformers had it before 5.6.
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
     pipeline.set_progress_bar_config(disable=True)
     keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     pipeline.scheduler = DPMSolverMultistepScheduler(
         **{key: parts.noise_scheduler_config[key] for key in keep}, use_karras_sigmas=True
     )
+    # Both encoded as prompts: diffusers does not skip layers of the negative, the UIs do.
+    prompt, negative = (
+        pipeline.encode_prompt(text, "cpu", 1, False, clip_skip=clip_skip - 1 or None)[0]
+        for text in ("a red cat", "blurry")
+    )
     theirs = pipeline(
-        "a red cat", negative_prompt="blurry", height=32, width=48, num_inference_steps=6, guidance_scale=5.0,
-        output_type="latent", generator=torch.Generator().manual_seed(seed_of("a")),
+        prompt_embeds=prompt, negative_prompt_embeds=negative, height=32, width=48, num_inference_steps=6,
+        guidance_scale=5.0, output_type="latent", generator=torch.Generator().manual_seed(seed_of("a")),
     ).images  # fmt: skip
-    own = latents_of(sd1, prompt_frame(("a", "a red cat", "blurry", 32, 48)))
+    own = latents_of(sd1, prompt_frame(("a", "a red cat", "blurry", 32, 48)), clip_skip=clip_skip)
     assert_equal_but_for_rounding(own, theirs)
 
 
@@ -184,7 +214,7 @@ def test_files_hold_the_pictures_and_their_parameters(tiny_sdxl, parts, tmp_path
             assert image.size == (row["width"], row["height"])
             lines = image.text["parameters"].split("\n")
         assert lines[0] == row["text"]
-        assert lines[-1].startswith("Steps: 6, Sampler: DPM++ 2M Karras, CFG scale: 5.0, Seed: ")
+        assert lines[-1].startswith("Steps: 6, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: ")
         assert f"Seed: {row['seed']}, Size: {row['width']}x{row['height']}, Model: run@12" in lines[-1]
         assert (lines[1] == f"Negative prompt: {row['negative']}") == bool(row["negative"])
     assert seen[-1] == (2, 2)
@@ -197,16 +227,10 @@ def test_a_size_that_the_vae_cannot_draw_is_refused(parts):
 
 
 def test_a_broken_checkpoint_names_the_prompts(parts):
-    broken = dataclasses.replace(parts, unet=load_copy(parts.unet))
+    broken = dataclasses.replace(parts, unet=copy.deepcopy(parts.unet))
     torch.nn.init.constant_(broken.unet.conv_out.bias, float("nan"))
     with pytest.raises(EvaluationError, match="pictures of prompts 'a' cannot be shown: VAE"):
         draw(broken, prompt_frame(("a", "x", "", 32, 32)))
-
-
-def load_copy(module):
-    import copy
-
-    return copy.deepcopy(module)
 
 
 def test_an_incomplete_checkpoint_is_refused(tmp_path):

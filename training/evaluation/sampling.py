@@ -5,6 +5,7 @@ on the CPU, one seed per picture, as ComfyUI does: equal on every device, and th
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from training import commit
 from training.conditioning import make_time_ids
+from training.data.geometry import Size
 from training.data.tables import TABLES
-from training.data.tokens import count_chunks, tokenize
 from training.errors import EvaluationError, ModelError
-from training.evaluation.schedulers import label, make_scheduler
+from training.evaluation.guidance import guide, num_readings, perturbed, repeat_prompts
+from training.evaluation.png_parameters import lora_hash, parameters, write_png
+from training.evaluation.prompt_encoding import PromptEncoder
+from training.evaluation.sampling_inputs import clip_skip, model_folder
+from training.evaluation.schedulers import SamplingScheduler, make_scheduler
+from training.evaluation.second_pass import enlarge, final_size
 from training.evaluation_config import SamplingConfig
-from training.models.text_encoders import TextConditioning, encode_sd1, encode_sdxl, ids_tensor
+from training.models.lora import add_loras
+from training.models.text_encoders import TextConditioning
 from training.models.unet import PipelineParts, load_pipeline_parts
 from training.models.vae import Vae
 
@@ -45,37 +49,47 @@ class Prompt:
 
 def sample_folder(
     checkpoint: Path, name: str, prompts: pl.DataFrame, config: SamplingConfig, folder: Path, *,
-    device: str = "cpu", progress: Progress | None = None,
+    home: Path = Path(), device: str = "cpu", progress: Progress | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its parameters inside.
 
     Args:
-        checkpoint: Model folder in diffusers layout.
+        checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json where a run made it.
         name: `<run>@<samples_seen>`, written into the pictures.
         prompts: Rows of table `prompt_sets`.
-        config: Sampler, steps, guidance and batch size.
+        config: How they are drawn.
         folder: Where `<first 16 of SHA-256 of prompt_id>.png` go: an id may hold anything, a file name may not.
+        home: What relative paths of LoRAs start from.
         device: Where the models run.
         progress: Follows along.
 
     Returns:
-        Rows of table `sample_images`.
+        Rows of table `sample_images`; height and width are those of the finished pictures.
 
     Raises:
-        ModelError: the checkpoint is incomplete.
-        EvaluationError: a picture is not finite, or a side does not fit the checkpoint's VAE.
+        ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
+        EvaluationError: a picture is not finite, or the checkpoint cannot be sampled in this way.
     """
-    parts = load_pipeline_parts(checkpoint, device)
+    model, layer = model_folder(checkpoint, config), clip_skip(checkpoint, config)
+    parts = load_pipeline_parts(model, device)
+    files = [home / lora.path for lora in config.loras]
+    add_loras(parts, [(file, lora.weight) for file, lora in zip(files, config.loras, strict=True)])
+    hashes = {lora.name: lora_hash(file) for file, lora in zip(files, config.loras, strict=True)}
+    shown = name if model == checkpoint else f"{name} ema"
     by_id = {prompt.prompt_id: prompt for prompt in _prompts(prompts)}
     rows: list[dict[str, object]] = []
-    for prompt_id, picture in sample(parts, prompts, config, device=device):
+    for prompt_id, picture in sample(parts, prompts, config, clip_skip=layer, device=device):
         prompt = by_id[prompt_id]
         file = file_name(prompt_id)
-        write_png(folder / file, picture, parameters(prompt, config, name))
+        text = parameters(
+            prompt.text, prompt.negative, seed=prompt.seed, height=prompt.height, width=prompt.width, model=shown,
+            config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
+        )  # fmt: skip
+        write_png(folder / file, picture, text)
         rows.append(
             {
                 "prompt_id": prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
-                "seed": prompt.seed, "height": prompt.height, "width": prompt.width, "file": file,
+                "seed": prompt.seed, "height": picture.shape[0], "width": picture.shape[1], "file": file,
                 "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
             }
         )  # fmt: skip
@@ -85,26 +99,37 @@ def sample_folder(
 
 
 def sample(
-    parts: PipelineParts, prompts: pl.DataFrame, config: SamplingConfig, *, device: str = "cpu"
+    parts: PipelineParts, prompts: pl.DataFrame, config: SamplingConfig, *, clip_skip: int = 1, device: str = "cpu"
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Draw one picture per prompt, batched by size and number of chunks.
+
+    Args:
+        parts: The model.
+        prompts: Rows of table `prompt_sets`.
+        config: How they are drawn; its averaged weights, clip skip and LoRAs are the caller's to choose.
+        clip_skip: Layer of SD 1.x's text encoder, from the end.
+        device: Where the model is.
 
     Yields:
         `(prompt_id, (H, W, 3) uint8)`, in an order of its own. A picture follows from its prompt, size, seed, the
         weights and `config` without `batch_size`; batches change it by rounding only.
 
     Raises:
-        EvaluationError: a picture is not finite, or a side does not fit the checkpoint's VAE.
+        EvaluationError: a picture is not finite, a side does not fit the checkpoint's VAE, or the checkpoint cannot be
+            sampled in this way.
     """
+    rows = _prompts(prompts)
+    texts = [text for prompt in rows for text in (prompt.text, prompt.negative)]
+    encoder = PromptEncoder(parts, texts, config, clip_skip=clip_skip, device=device)
     vae = Vae(parts.vae, device)
-    for batch in _batches(_prompts(prompts), parts, config.batch_size):
+    _warn_of_plain(parts, config)
+    for batch in _batches(rows, encoder, config.batch_size):
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
             size = f"{odd[0].height}x{odd[0].width}"
             raise EvaluationError(f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels")
-        latents = denoise(parts, batch, config, vae.scale, device)
         try:
-            pictures = vae.decode(latents)
+            pictures = vae.decode(draw(parts, vae, encoder, batch, config))
         except ModelError as error:
             ids = ", ".join(repr(prompt.prompt_id) for prompt in batch)
             raise EvaluationError(f"pictures of prompts {ids} cannot be shown: {error}") from error
@@ -113,61 +138,72 @@ def sample(
 
 
 @torch.inference_mode()
-def denoise(
-    parts: PipelineParts, batch: Sequence[Prompt], config: SamplingConfig, scale: int, device: str
+def draw(
+    parts: PipelineParts, vae: Vae, encoder: PromptEncoder, batch: Sequence[Prompt], config: SamplingConfig
 ) -> torch.Tensor:
-    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and one number of chunks.
+    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and one number of chunks, of both passes.
 
-    Source: classifier-free guidance, Ho and Salimans, arXiv:2207.12598.
+    Raises:
+        ModelError: a picture of the first pass cannot be decoded, where the second goes through pixels.
     """
-    scheduler = make_scheduler(config.sampler, config.schedule, parts.noise_scheduler_config, config.num_steps)
-    generators = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch]
-    height, width = batch[0].height, batch[0].width
-    shape = (parts.unet.config.in_channels, height // scale, width // scale)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, C, H/scale, W/scale)
-    text = _encode(parts, [prompt.negative for prompt in batch], [prompt.text for prompt in batch], device)
+    text = encoder.encode([prompt.negative for prompt in batch], [prompt.text for prompt in batch])
+    size = Size(batch[0].height, batch[0].width)
+
+    def noise_of(size: Size) -> tuple[list[torch.Generator], torch.Tensor]:
+        # Both passes start from the picture's seed, as A1111 and ComfyUI do.
+        generators = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch]
+        shape = (parts.unet.config.in_channels, size.height // vae.scale, size.width // vae.scale)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return generators, noise.to(vae.device)
+
+    trained, family = parts.noise_scheduler_config, parts.family
+    scheduler = make_scheduler(config.sampler, config.schedule, trained, config.num_steps, family=family)
+    generators, noise = noise_of(size)
+    latents = denoise(parts, text, noise * scheduler.init_noise_sigma, size, scheduler, generators, config)
+    if (second := config.second_pass) is None:
+        return latents
+    size = final_size(size, second, vae.scale)
+    scheduler = make_scheduler(
+        config.sampler, config.schedule, trained, second.num_steps, family=family, strength=second.strength
+    )
+    generators, noise = noise_of(size)
+    latents = enlarge(latents, size, second.enlarge, vae)
+    latents = scheduler.add_noise(latents, noise, scheduler.timesteps[:1].expand(len(batch)))
+    return denoise(parts, text, latents, size, scheduler, generators, config)
+
+
+def denoise(
+    parts: PipelineParts, text: TextConditioning, latents: torch.Tensor, size: Size, scheduler: SamplingScheduler,
+    generators: list[torch.Generator], config: SamplingConfig,
+) -> torch.Tensor:  # fmt: skip
+    """One pass: from noised latents `(B, C, h, w)` to those of the picture.
+
+    Args:
+        parts: The model.
+        text: `(2 * B, n * 77, d)`, negatives first.
+        latents: As the scheduler has them at its first timestep.
+        size: Of the pictures, pixels.
+        scheduler: New.
+        generators: One per picture, for samplers that draw while they step.
+        config: Guidance.
+    """
+    device = latents.device
+    readings = num_readings(config)
     # As trained, for a picture that was neither shrunk nor cropped: original and target size are its own.
-    size = torch.tensor([[height, width]] * (2 * len(batch)), device=device)
-    time_ids = make_time_ids(size, torch.zeros_like(size), size)
-    added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": time_ids}
-    for timestep in scheduler.timesteps:
-        doubled = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        prediction = parts.unet(
-            doubled, timestep.to(device), encoder_hidden_states=text.hidden_states, added_cond_kwargs=added
-        ).sample
-        without, with_text = prediction.chunk(2)
-        guided = without + config.guidance_scale * (with_text - without)
-        # Only the ancestral sampler draws while it steps; DDIM and DPM++ 2M take the generators and leave them alone.
-        latents = scheduler.step(guided, timestep, latents, generator=generators).prev_sample
+    sizes = torch.tensor([size] * (readings * len(latents)), device=device)
+    time_ids = make_time_ids(sizes, torch.zeros_like(sizes), sizes)
+    added = None
+    if text.pooled is not None:
+        added = {"text_embeds": repeat_prompts(text.pooled, config), "time_ids": time_ids}
+    hidden_states = repeat_prompts(text.hidden_states, config)
+    with perturbed(parts.unet, config):
+        for timestep in scheduler.timesteps:
+            repeated = scheduler.scale_model_input(torch.cat([latents] * readings), timestep)
+            prediction = parts.unet(
+                repeated, timestep.to(device), encoder_hidden_states=hidden_states, added_cond_kwargs=added
+            ).sample
+            latents = scheduler.step(guide(prediction, config), timestep, latents, generator=generators).prev_sample
     return latents
-
-
-def parameters(prompt: Prompt, config: SamplingConfig, checkpoint: str) -> str:
-    """The generation parameters of a picture in the form that A1111 and its relatives write and read."""
-    negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
-    settings = {
-        "Steps": config.num_steps,
-        "Sampler": label(config.sampler, config.schedule),
-        "CFG scale": config.guidance_scale,
-        "Seed": prompt.seed,
-        "Size": f"{prompt.width}x{prompt.height}",
-        "Model": checkpoint,
-        "RNG": "CPU",
-    }
-    return f"{prompt.text}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
-
-
-def write_png(path: Path, picture: np.ndarray, text: str) -> None:
-    """Write `(H, W, 3)` uint8 as PNG with `text` under the keyword `parameters`, atomically."""
-    info = PngInfo()
-    # tEXt is Latin-1 by definition; anything else goes into iTXt, which the readers of these pictures know too.
-    if text.isascii():
-        info.add_text("parameters", text)
-    else:
-        info.add_itxt("parameters", text)
-    with commit.atomic_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG", pnginfo=info, compress_level=4)
 
 
 def file_name(prompt_id: str) -> str:
@@ -179,37 +215,23 @@ def _prompts(frame: pl.DataFrame) -> list[Prompt]:
     return [Prompt(**row) for row in frame.select(Prompt.__slots__).sort("prompt_id").iter_rows(named=True)]
 
 
-def _batches(prompts: list[Prompt], parts: PipelineParts, batch_size: int) -> Iterator[list[Prompt]]:
+def _batches(prompts: list[Prompt], encoder: PromptEncoder, batch_size: int) -> Iterator[list[Prompt]]:
     """Prompts of one size and one number of chunks, at most `batch_size` at a time, in order within their group."""
-    texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.text, prompt.negative)))
-    chunks = {
-        text: count_chunks(entry.num_tokens)
-        for text, entry in zip(texts, tokenize(texts, parts.tokenizers[0]), strict=True)
-    }
     groups: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
-        key = (prompt.height, prompt.width, max(chunks[prompt.text], chunks[prompt.negative]))
+        key = (prompt.height, prompt.width, encoder.num_chunks(prompt.text, prompt.negative))
         groups.setdefault(key, []).append(prompt)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
 
 
-def _encode(parts: PipelineParts, negatives: list[str], prompts: list[str], device: str) -> TextConditioning:
-    """Conditioning `(2 * B, n * 77, d)`, negatives first; each distinct text is encoded once."""
-    texts = [*negatives, *prompts]
-    distinct = list(dict.fromkeys(texts))
-    num_chunks = max(prompt.num_chunks for prompt in tokenize(distinct, parts.tokenizers[0]))
-    ids = [ids_tensor(tokenize(distinct, tokenizer, min_chunks=num_chunks), device) for tokenizer in parts.tokenizers]
-    rows = torch.tensor([distinct.index(text) for text in texts], device=device)
-    if parts.family == "sd1":
-        return TextConditioning(
-            hidden_states=encode_sd1(parts.text_encoders[0], ids[0]).hidden_states[rows], pooled=None
+def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
+    """SDXL's fine-tunes draw garbage on the plain schedule, bigASP's page says; DDIM and zero-SNR models want it."""
+    zero_snr = parts.noise_scheduler_config.get("rescale_betas_zero_snr")
+    if parts.family == "sdxl" and config.schedule == "plain" and config.sampler != "ddim" and not zero_snr:
+        warnings.warn(
+            f'evaluation.sampling: sampler="{config.sampler}" with schedule="plain" often draws garbage with SDXL; '
+            'take "karras" or "exponential"',
+            stacklevel=3,
         )
-    encoded = encode_sdxl(*parts.text_encoders, *ids)
-    assert encoded.pooled is not None, "SDXL has pooled text"
-    hidden_states, pooled = encoded.hidden_states[rows], encoded.pooled[rows]
-    if parts.force_zeros_for_empty_prompt:
-        empty = [place for place, negative in enumerate(negatives) if not negative]
-        hidden_states[empty], pooled[empty] = 0.0, 0.0
-    return TextConditioning(hidden_states=hidden_states, pooled=pooled)

@@ -1,0 +1,52 @@
+"""The second pass of two-pass sampling: how large the picture becomes, and what its first pass is enlarged by.
+
+Latents enlarged as they are blur and need a strength of 0.5 and more to recover; through pixels they stay sharp.
+A1111's upscalers "Latent" and "Latent (bicubic antialiased)" are the first way, its "Lanczos" and the upscaling
+networks the second; ComfyUI has both as LatentUpscale and as decode, ImageScale and encode.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from training.data.geometry import Size
+from training.evaluation_config import Enlarge, SecondPassConfig
+from training.models.vae import Vae
+
+
+def final_size(size: Size, config: SecondPassConfig | None, vae_scale: int) -> Size:
+    """Size of the finished picture, pixels: each side times the scale, rounded to whole latents.
+
+    Args:
+        size: Of the first pass, multiples of `vae_scale`.
+        config: None for one pass alone.
+        vae_scale: Pixels per latent along a side.
+    """
+    if config is None:
+        return size
+    return Size(*(max(round(side * config.scale / vae_scale), 1) * vae_scale for side in size))
+
+
+def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.Tensor:
+    """Scaled latents of the enlarged pictures.
+
+    Args:
+        latents: `(B, C, h, w)` fp32, scaled.
+        size: Wanted, pixels; multiples of `vae.scale`.
+        how: In latents or through pixels.
+        vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn.
+
+    Raises:
+        ModelError: a picture cannot be decoded.
+    """
+    height, width = size.height // vae.scale, size.width // vae.scale
+    if how == "latent":
+        return functional.interpolate(latents, (height, width), mode="bilinear")
+    if how == "latent_bicubic":
+        return functional.interpolate(latents, (height, width), mode="bicubic", antialias=True)
+    pictures = [
+        np.asarray(Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS))
+        for picture in vae.decode(latents)
+    ]
+    return vae.forward(vae.preprocess(pictures))[0]
