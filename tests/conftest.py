@@ -51,6 +51,11 @@ def _text_encoder(cls, width, act, num_words):
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory):
     """A diffusers folder: SDXL's classes and conditioning, 40,000 parameters, random."""
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "base")
+
+
+def write_tiny_sdxl(folder):
+    """Write `tiny_sdxl`; returns `folder`."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -84,7 +89,6 @@ def tiny_sdxl(tmp_path_factory):
             "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
         },
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "base"
     save_diffusers_folder(parts, folder, torch.float32)
     return folder
 
