@@ -1,62 +1,172 @@
 """`eval_metrics`: how good a checkpoint's pictures are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import polars as pl
 
+from assets import references
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
 from resources import devices
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
-from training.evaluation import figures
+from training.data.decode_pool import DecodePool
+from training.evaluation import figures, overbaked, summary
+
+NUM_CLOSEST = 10
+"""Pairs of a picture and its nearest training image that are shown."""
+
+
+def _inputs(store: Store, key: str) -> dict[str, str]:
+    """Digests of the further scorers, and of what the pictures are compared with."""
+    scorers = {f"scorer:{name}": store.model_digest(name) for name in store.config.evaluation.scoring.scorers}
+    return scorers | references.digests(store, key)
+
 
 METRICS = Stage(
     name="eval_metrics",
-    version=1,
+    version=2,
     scope=Scope.CHECKPOINT,
     reads=(Reads("sample_images", per=Per.KEY),),
+    config=lambda config, key: {"scorers": list(config.evaluation.scoring.scorers)},
     models=("clip", "aesthetic"),
+    others=_inputs,
 )
 
 
-@dg.asset(deps=["sample_images"], partitions_def=checkpoints, **describe(METRICS, "evaluate", "pytorch", "huggingface"))
+@dg.asset(
+    deps=["sample_images", dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping())],
+    partitions_def=checkpoints,
+    **describe(METRICS, "evaluate", "pytorch", "huggingface"),
+)
 def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per sample image and metric (CLIP score, LAION aesthetic, embedding), and the summary of them all."""
+    """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image, look; and their sum."""
 
     def make(key: str) -> Made:
-        from training.evaluation.clip_score import score
+        from training.evaluation import scorers
+        from training.evaluation.clip_score import Networks, score
         from training.models.aesthetic import Aesthetic
         from training.models.clip import Clip
 
-        samples = store.read_slice(METRICS, "sample_images", key)
+        samples, config = store.read_slice(METRICS, "sample_images", key), store.config.evaluation.scoring
         with devices.hold("evaluate", store.config.devices, store.home) as device:
             clip = Clip.load(store.model_path("clip"), device)
             aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
+            further = scorers.load({name: store.model_path(name) for name in config.scorers}, device)
+            networks = Networks(clip=clip, aesthetic=aesthetic)
+            compared = references.gather(store, key, networks, config.batch_size)
             frame = score(
-                samples,
-                store.sample_folder(key),
-                clip,
-                aesthetic,
-                batch_size=store.config.evaluation.scoring.batch_size,
-            )
-        return Made(frame=frame, report=_report(store, key, frame))
+                samples, store.sample_folder(key), clip, aesthetic,
+                batch_size=config.batch_size, scorers=further, references=compared,
+            )  # fmt: skip
+        return Made(frame=frame, report=_report(store, key, frame, samples))
 
     return materialize(context, store, METRICS, make)
 
 
-def _report(store: Store, key: str, frame: pl.DataFrame) -> dict[str, Any]:
-    summary = frame.filter(pl.col("prompt_id").is_null())
-    scores = frame.filter(pl.col("metric") == "clip_score")
+def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:
+    """The guide's summary first, then what it is to be compared with."""
+    summed = _summary(frame)
     groups = frame.filter(pl.col("metric").is_in(["clip_score", "aesthetic"])).group_by("group", "metric")
+    failed = frame.filter(pl.col("metric") == "failed").join(samples, on="prompt_id").head(20)
     url = workspace_tracking(store.home, store.config.tracking.uri).run_url(key.partition("@")[0])
+    clip_scores = frame.filter(pl.col("metric") == "clip_score")["value"].to_list()
+    headlines = ("num_failed", *summary.COLUMNS, "aesthetic_std_within", "overbaked_index")
+    further = [f"{name}_mean" for name in store.config.evaluation.scoring.scorers]
     return {
-        "numbers": dict(summary.filter(pl.col("value").is_not_nan()).select("metric", "value").iter_rows()),
+        "numbers": {name: summed[name] for name in (*headlines, *further) if name in summed}
+        | _alarm(store, key, summed),
         "tables": {
-            "means by group": groups.agg(pl.col("value").mean().alias("mean")).sort("metric", "group").to_dicts()
+            "means by group": groups.agg(pl.col("value").mean().alias("mean")).sort("metric", "group").to_dicts(),
+            "nearest training images (CLIP neighbours)": _rows(summed, "train_similarity", ("p50", "p95", "max")),
+            "distance from validation images": _distances(summed),
+            "look of the pictures": _looks(summed),
+            "pictures without scores": failed.select("prompt_id", "text", "reason").to_dicts(),
         },
-        "pictures": {"CLIP scores": figures.histogram(scores["value"].to_list())},
+        "pictures": {"CLIP scores": figures.histogram(clip_scores), **_closest(store, key, frame, samples)},
         "links": {"MLflow run": url} if url else {},
     }
+
+
+def _summary(frame: pl.DataFrame) -> dict[str, float]:
+    """Rows of the summary that have a value."""
+    rows = frame.filter(pl.col("prompt_id").is_null() & pl.col("value").is_not_nan())
+    return dict(rows.select("metric", "value").iter_rows())
+
+
+def _rows(summed: Mapping[str, float], stem: str, columns: tuple[str, ...]) -> list[dict[str, object]]:
+    """The same numbers of the checkpoint's pictures, of validation images and of the base's pictures."""
+    found = []
+    for label, prefix in (("checkpoint", stem), ("validation images", f"{stem}_validation"), ("base", f"{stem}_base")):
+        own = {name: summed[f"{prefix}_{name}"] for name in columns if f"{prefix}_{name}" in summed}
+        if own:
+            found.append({"pictures of": label, **own})
+    return found
+
+
+def _distances(summed: Mapping[str, float]) -> list[dict[str, object]]:
+    of = {"checkpoint": "", "base": "_base", "as many training images": "_floor"}
+    return [
+        {"pictures of": label, "CMMD": summed[f"cmmd{suffix}"], "KID": summed[f"kid{suffix}"]}
+        for label, suffix in of.items()
+        if f"cmmd{suffix}" in summed
+    ]
+
+
+def _looks(summed: Mapping[str, float]) -> list[dict[str, object]]:
+    of = {"checkpoint": "", "base": "_base", "training pictures": "_train"}
+    return [
+        {
+            "pictures of": label,
+            **{name: summed[f"{name}_mean{suffix}"] for name in overbaked.MEASURES},
+            "share with uniform borders": summed[f"border_share{suffix}"],
+        }
+        for label, suffix in of.items()
+        if f"border_share{suffix}" in summed
+    ]
+
+
+def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, object]:
+    """What alarms in this checkpoint, and the last one of its run before the alarm."""
+    run = key.rpartition("@")[0]
+    summaries = {key: summed}
+    for part in store.parts("eval_metrics"):
+        if part.rpartition("@")[0] == run and part != key:
+            summaries[part] = _summary(store.read("eval_metrics", ["prompt_id", "metric", "value"], [part]))
+    ordered = sorted(summaries.items(), key=lambda item: int(item[0].rpartition("@")[2]))
+    if not any(overbaked.alarms(one) for one in summaries.values()):
+        return {}
+    return {
+        "alarm": "; ".join(overbaked.alarms(summed)) or "none here, but at another checkpoint of the run",
+        "last checkpoint before the alarm": overbaked.last_before_alarm(ordered) or "none",
+    }
+
+
+def _closest(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, str]:
+    """The pictures nearest to a training image, each with that image on its right."""
+    from training.evaluation.clip_score import SIMILARITY, read_picture
+
+    images = references.training_images(store, key)
+    nearest = frame.filter(pl.col("metric") == SIMILARITY).sort("value", "prompt_id", descending=[True, False])
+    if images is None or nearest.is_empty():
+        return {}
+    rows = nearest.head(NUM_CLOSEST).select("prompt_id", "value", "image_id").join(samples, on="prompt_id")
+    files = dict(references.located(store, images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))))
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    with DecodePool(store.config.decode) as pool:
+        chosen = [row for row in rows.sort("value", descending=True).iter_rows(named=True) if row["image_id"] in files]
+        pixels = pool.pixels([files[row["image_id"]] for row in chosen], [row["image_id"] for row in chosen])
+        for row, image in zip(chosen, pixels, strict=True):
+            if isinstance(image, np.ndarray):
+                picture = read_picture(store.sample_folder(key) / row["file"])
+                shown += [np.asarray(figures.fit(side, 96, 96)) for side in (picture, image)]
+                captions += [f"cosine {row['value']:.3f}", row["image_id"][:12]]
+    if not shown:
+        return {}
+    sheet = figures.contact_sheet(shown, captions, columns=4)
+    return {"nearest training images": sheet}

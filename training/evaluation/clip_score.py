@@ -60,7 +60,7 @@ def score(
     *,
     batch_size: int,
     scorers: Mapping[str, Scorer] | None = None,
-    references: References | None = None,
+    references: References = References(),  # noqa: B008 - frozen
 ) -> pl.DataFrame:
     """Score a checkpoint's pictures.
 
@@ -71,7 +71,7 @@ def score(
         aesthetic: Reads CLIP's embeddings.
         batch_size: Pictures at a time.
         scorers: Further scorers by the name of their metric.
-        references: What the pictures are compared with as a whole; None leaves these metrics out.
+        references: What the pictures are compared with as a whole; without any, their look alone is told.
 
     Returns:
         Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not scaled, not clamped),
@@ -92,11 +92,8 @@ def score(
             f"none of {samples.height} pictures in {folder} could be scored, the first: {seen.failures[0]}"
         )
     summed = summarise(seen, samples["text"].gather(seen.rows).to_list())
-    nearest = None
-    if references is not None:
-        found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL})
-        summed, nearest = summed | found.summary, found.nearest
-    return _table(samples, seen, nearest, summed)
+    found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL})
+    return _table(samples, seen, found.nearest, summed | found.summary)
 
 
 def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: Networks, *, batch_size: int) -> Seen:

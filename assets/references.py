@@ -1,0 +1,154 @@
+"""What `eval_metrics` compares a checkpoint's pictures with: its base's pictures, and the set it was trained on."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from assets.annotations import EMBEDDINGS
+from resources.store import Store
+from training.data import crops, sources
+from training.data.decode_pool import DecodePool
+from training.data.geometry import Size
+from training.errors import ConfigError, DataError
+from training.evaluation import overbaked
+from training.evaluation.copies import Block
+from training.evaluation.references import BasePictures, References, TrainingImages, sample
+from training.run_folder import INPUTS, RunInputs, read_inputs
+
+if TYPE_CHECKING:
+    from training.evaluation.clip_score import Networks
+
+_ABSENT = "absent"
+
+
+def digests(store: Store, key: str) -> dict[str, str]:
+    """Digests of what the pictures of checkpoint `key` are compared with; none for the base, which is what they are
+    compared with and was trained on nothing here.
+
+    The set is the run's own, by its fingerprint: images that come and go later do not make scores stale. Embeddings
+    need no digest, they follow from the images and from CLIP.
+    """
+    base = store.base_checkpoint()
+    if key == base:
+        return {}
+    manifest = store.manifest("sample_images", base) if base else None
+    inputs = _inputs(store, key)
+    return {
+        "base_pictures": manifest.digest if manifest else _ABSENT,
+        "training_set": inputs.fingerprint if inputs else _ABSENT,
+    }
+
+
+def gather(store: Store, key: str, networks: "Networks", batch_size: int) -> References:
+    """All that is there of what checkpoint `key` is compared with; nothing for the base.
+
+    Raises:
+        DataError: embeddings of its training images were made by another CLIP.
+    """
+    base = store.base_checkpoint()
+    if key == base:
+        return References()
+    pictures = None
+    if base is not None and store.manifest("sample_images", base) is not None:
+        pictures = _base_pictures(store, base, networks, batch_size)
+    inputs = _inputs(store, key)
+    return References(base=pictures, training=_training_images(store, key) if inputs else None)
+
+
+def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
+    """Image id and file of those `images` (image_id, shard) whose source is still there, by id."""
+    shards = set(images["shard"].to_list()) & set(store.parts("raw_images"))
+    raw = store.read("raw_images", ["image_id", "source", "locator"], sorted(shards))
+    rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique("image_id", keep="first")
+    roots: dict[str, Path] = {}
+    for name in rows["source"].unique().to_list():
+        try:
+            roots[name] = store.source_root(name)
+        except (ConfigError, DataError):  # removed since the training: its pictures cannot be shown
+            continue
+    kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
+    return [
+        (image_id, sources.locate(roots[source], locator))
+        for image_id, source, locator in kept.select("image_id", "source", "locator").iter_rows()
+    ]
+
+
+def training_images(store: Store, key: str) -> pl.DataFrame | None:
+    """image_id, shard, split and bucket of the set that checkpoint `key` was trained on; None where there is none.
+
+    What a user had forgotten is left out: it must not return as anybody's neighbour.
+    """
+    inputs = _inputs(store, key)
+    if inputs is None:
+        return None
+    columns = ["image_id", "shard", "split", "bucket_height", "bucket_width"]
+    images = pl.read_parquet(inputs.training_set, columns=columns)
+    return images.filter(~pl.col("image_id").is_in(list(store.forgotten())))
+
+
+def _inputs(store: Store, key: str) -> RunInputs | None:
+    """What the run of a checkpoint was made from; None for models that were not trained here."""
+    folder = store.home / "runs" / key.rpartition("@")[0]
+    if not (folder / INPUTS).is_file():
+        return None
+    inputs = read_inputs(folder)
+    return inputs if inputs.training_set.is_file() else None
+
+
+def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:
+    from training.evaluation.clip_score import look, read_pictures
+
+    samples = store.read("sample_images", ["text", "file"], [base])
+    pictures = read_pictures(store.sample_folder(base), samples["file"])
+    seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
+    return BasePictures(
+        embeddings=seen.embeddings, levels={name: seen.scores.get(name, np.empty(0)) for name in overbaked.ALL}
+    )
+
+
+def _training_images(store: Store, key: str) -> TrainingImages:
+    images = training_images(store, key)
+    assert images is not None
+    return TrainingImages(
+        images=images,
+        embeddings_of=partial(_embeddings, store, store.model_digest("clip")),
+        levels=_levels(store, images.filter(pl.col("split") == "train")),
+    )
+
+
+def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block]:
+    """Embeddings of `images`, a shard at a time."""
+    for shard in images["shard"].unique().sort().to_list():
+        part = EMBEDDINGS.part(shard)
+        manifest = store.manifest("embeddings", part)
+        if manifest is None:
+            continue
+        if manifest.models["clip"] != clip:
+            raise DataError(f"embeddings {part} are of another CLIP: foundry run --select embeddings")
+        wanted = images.filter(pl.col("shard") == shard).select("image_id")
+        rows = store.read("embeddings", ["image_id", "projection"], [part]).join(wanted, on="image_id", how="semi")
+        if rows.height:
+            vectors = rows["projection"].explode(empty_as_null=False, keep_nulls=False).to_numpy()
+            yield rows["image_id"].to_list(), vectors.reshape(rows.height, -1)
+
+
+def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:
+    """Measures of training pictures at the size that they were trained at; unreadable ones are left out."""
+    chosen = sample(images, overbaked.MAX_TRAINING_PICTURES)
+    buckets = {row[0]: Size(*row[1:]) for row in chosen.select("image_id", "bucket_height", "bucket_width").iter_rows()}
+    files = located(store, chosen)
+    measures = []
+    with DecodePool(store.config.decode) as pool:
+        ids = [image_id for image_id, _ in files]
+        for image_id, pixels in zip(ids, pool.pixels([path for _, path in files], ids), strict=True):
+            if isinstance(pixels, np.ndarray):
+                size = Size(*pixels.shape[:2])
+                placement = crops.place(
+                    size, buckets[image_id], mode="centre", seed=0, generation=0, image_id=image_id, upscale=True
+                )
+                measures.append(overbaked.measure(crops.apply(pixels, placement)))
+    return overbaked.collect(measures)
