@@ -15,12 +15,23 @@ from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
 from training.commit import lock
 from training.data.tables import TABLES
-from training.errors import DataError, TrackingError, TrainingError
+from training.errors import ConfigError, DataError, TrackingError, TrainingError
 from training.evaluation import figures
 from training.event_log import has_finished, read_events
 from training.progress import report
 from training.run_config import RunConfig
-from training.run_folder import EVENTS, INPUTS, VOCABULARY, RunInputs, adopt, read_config, read_ready, write_inputs
+from training.run_folder import (
+    BUNDLED,
+    EVENTS,
+    INPUTS,
+    VOCABULARY,
+    RunInputs,
+    adopt,
+    is_away,
+    read_config,
+    read_ready,
+    write_inputs,
+)
 from training.run_folder import checkpoints as ready_checkpoints
 
 FORWARD_EVERY_S = 10.0
@@ -54,6 +65,11 @@ def checkpoints(
         if config.recipe:
             configure_run(store.home, key, config.recipe, config.set)
         folder = store.run_folder(key)
+        if is_away(folder):
+            raise ConfigError(
+                f"run {key} was bundled to be trained elsewhere: copy its folder back, or remove {folder / BUNDLED} to "
+                "train it here"
+            )
         run = read_config(folder)
         prepare(store, key, run)
         tracking = workspace_tracking(store.home, store.config.tracking.uri)

@@ -7,13 +7,14 @@ from assets.checkpoints import prepare
 from jobs import pipeline
 from resources import torchrun
 from resources.store import Store
+from training.commit import write_json
 from training.errors import ConfigError
 from training.event_log import has_finished
-from training.run_folder import EVENTS, read_config
+from training.run_folder import BUNDLED, EVENTS, read_config
 
 
 def write(home: Path, run: str, target: Path, *, started: Callable[[str, int], None]) -> int:
-    """Write a configured run into a new folder; returns its size, bytes.
+    """Write a configured run into a new folder; returns its size, bytes. Until it comes back, it is not trained here.
 
     Args:
         home: The workspace.
@@ -35,4 +36,8 @@ def write(home: Path, run: str, target: Path, *, started: Callable[[str, int], N
     pipeline.bring_up_to_date(home, select="training_set,base_model,tag_vocabulary", started=started)
     store = Store(home)
     prepare(store, run, read_config(folder))
-    return write_bundle(folder, target)
+    num_bytes = write_bundle(folder, target)
+    events = folder / EVENTS
+    written = {"folder": str(target), "event_bytes": events.stat().st_size if events.exists() else 0}
+    write_json(folder / BUNDLED, written)
+    return num_bytes

@@ -22,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.pipeline import Outcome
+from resources.stages import Scope
 from resources.store import Store
 from training.evaluation import champion, verdict
 from training.progress import listen
+from training.run_folder import is_away
 
 if TYPE_CHECKING:
     from jobs.comparison import Comparison
@@ -87,6 +89,9 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
     for item in outcomes:
         if item.unfinished:
             console.print(f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run")
+    for run in store.keys(Scope.RUN):
+        if is_away(store.run_folder(run)):
+            console.print(f"run {run} is away: it was bundled to be trained elsewhere, and is not trained here")
     _verdicts(store, console)
     if seconds:
         console.print(f"took {seconds:.0f} s")

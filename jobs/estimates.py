@@ -134,6 +134,9 @@ def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
     layers = model.text_encoders[0]["num_hidden_layers"]
     if config.clip_skip > layers:
         raise ConfigError(f"clip_skip={config.clip_skip}: the text encoder of {folder} has {layers} layers")
+    blocks = model.block_names
+    if unknown := [name for name in config.compute.gradient_checkpointing if name not in blocks]:
+        raise ConfigError(f"compute.gradient_checkpointing: no block {unknown[0]!r}; there are {', '.join(blocks)}")
     epoch = count_epoch(store, config)
     shapes = _shapes(store, config, epoch)
     height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])

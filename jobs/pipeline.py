@@ -18,6 +18,7 @@ from resources.store import Store
 from resources.warehouse import rebuild
 from training.commit import lock
 from training.errors import ConfigError, DataError, PipelineError
+from training.run_folder import is_away
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
@@ -127,8 +128,9 @@ def _run_body(
     """Run one body over the stale partitions of its stages."""
     begin = time.monotonic()
     stale = {stage.name: store.stale(stage) for stage in stages}
-    if run is not None and stages[0].scope is Scope.RUN:
-        stale = {name: [key for key in keys if key == run] for name, keys in stale.items()}
+    if stages[0].scope is Scope.RUN:
+        here = [run] if run else [key for key in store.keys(Scope.RUN) if not is_away(store.run_folder(key))]
+        stale = {name: [key for key in keys if key in here] for name, keys in stale.items()}
     keys = sorted(set().union(*stale.values()))
     left: list[str] = []
     if keys:

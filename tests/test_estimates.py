@@ -15,7 +15,7 @@ from resources.store import Store
 from training import commit, recipes
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError
-from training.run_config import BatchConfig, RunConfig
+from training.run_config import BatchConfig, ComputeConfig, RunConfig
 
 CONFIG = RunConfig(
     encoding="tiny", num_samples=48, precision="fp32",
@@ -122,6 +122,14 @@ def test_a_model_too_large_for_the_card_is_told(workspace):
     large = dataclasses.replace(CONFIG, batch=BatchConfig(global_batch_size=10**9, micro_batch_size=10**8))
     text = "\n".join(estimates.dry_run(workspace, large, HARDWARE))
     assert "memory: more than the 151 GB of one H200" in text
+
+
+def test_a_block_that_the_model_does_not_have_is_told_before_weights_are_loaded(workspace):
+    wrong = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("down_blocks.7",)))
+    with pytest.raises(ConfigError, match=r"no block 'down_blocks\.7'; there are down_blocks, down_blocks\.0, "):
+        estimates.dry_run(workspace, wrong, HARDWARE)
+    right = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("up_blocks.0", "text_encoders")))
+    assert estimates.dry_run(workspace, right, HARDWARE)
 
 
 def test_the_bill_of_a_workspace_reads_its_tables(workspace):

@@ -127,7 +127,8 @@ def test_sdxl_takes_what_the_published_table_says():
     [("adamw", 8), ("adamw_8bit", 2), ("lion", 4), ("lion_8bit", 1), ("adafactor", 0), ("prodigy", 16)],
 )
 def test_optimizer_state_by_name(name, num_bytes):
-    memory = sdxl_memory(optimizer=OptimizerConfig(name=name))
+    rate = 1.0 if name == "prodigy" else 1e-4
+    memory = sdxl_memory(optimizer=OptimizerConfig(name=name, learning_rate=rate))
     assert memory.optimizer == memory.num_trained * num_bytes
 
 

@@ -134,7 +134,7 @@ def test_adafactor_clips_its_update_at_the_threshold(threshold):
 
 def test_adafactor_takes_no_threshold_below_1():
     with pytest.raises(ConfigError, match=r"clip_threshold=0.5 must be at least 1"):
-        make_optimizer(config(name="adafactor", clip_threshold=0.5), make_weights())
+        config(name="adafactor", clip_threshold=0.5)
 
 
 def test_prodigy_against_its_formulas():
@@ -163,7 +163,7 @@ def test_prodigys_rate_in_the_log_is_what_it_found_and_it_takes_no_other():
     assert set_learning_rates(optimizer, 0.5)["learning_rate"] == pytest.approx(5e-7)
     for rates in ({"learning_rate": 1e-4}, {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5}):
         with pytest.raises(ConfigError, match=r"prodigy with learning_rate=.* set that to 1"):
-            make_optimizer(config(name="prodigy", **rates), weights)
+            config(name="prodigy", **rates)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -217,6 +217,13 @@ class ModelConfigs:
     text_encoders: tuple[Mapping[str, Any], ...]
     """Two for SDXL, one for SD 1.x."""
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What `compute.gradient_checkpointing` may name."""
+        numbers = range(len(self.unet["block_out_channels"]))
+        down, up = ([f"{side}_blocks.{number}" for number in numbers] for side in ("down", "up"))
+        return ("down_blocks", *down, "mid_block", "up_blocks", *up, "text_encoders", "all")
+
     def trained_layers(self, number: int, config: RunConfig) -> int:
         """Layers of a text encoder that a run's gradient flows through."""
         num_layers = int(self.text_encoders[number]["num_hidden_layers"])

@@ -37,8 +37,6 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
         # Fused: one pass over the weights.
         return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True, **decay)
     if config.name == "adafactor":
-        if config.clip_threshold < 1:
-            raise ConfigError(f"optimizer.clip_threshold={config.clip_threshold:g} must be at least 1")
         return torch.optim.Adafactor(groups, d=config.clip_threshold, **decay)
     if config.name in ("adamw_8bit", "lion_8bit"):
         return _make_8bit(config, groups)
@@ -46,12 +44,6 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
 
     if config.name == "lion":
         return pytorch_optimizer.Lion(groups, betas=config.betas, **decay)
-    if config.learning_rate != 1 or config.text_encoder_learning_rate not in (0, 1):
-        raise ConfigError(
-            f"optimizer.name=prodigy with learning_rate={config.learning_rate:g} and text_encoder_learning_rate="
-            f"{config.text_encoder_learning_rate:g}: it estimates one rate for all weights and multiplies it by "
-            "learning_rate; set that to 1 and leave the other at 0"
-        )
     return pytorch_optimizer.Prodigy(groups, betas=config.betas, eps=config.epsilon, **decay)
 
 

@@ -160,6 +160,14 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be >= 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas={list(self.betas)} must each lie in [0, 1)")
+        if self.name == "adafactor" and self.clip_threshold < 1:
+            raise ConfigError(f"optimizer.clip_threshold={self.clip_threshold:g} must be at least 1")
+        if self.name == "prodigy" and (self.learning_rate != 1 or self.text_encoder_learning_rate not in (0, 1)):
+            raise ConfigError(
+                f"optimizer.name=prodigy with learning_rate={self.learning_rate:g} and text_encoder_learning_rate="
+                f"{self.text_encoder_learning_rate:g}: it estimates one rate for all weights and multiplies it by "
+                "learning_rate; set that to 1 and leave the other at 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

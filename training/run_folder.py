@@ -23,6 +23,8 @@ EVENTS = "events.jsonl"
 LOCK = "trainer.lock"
 OUTPUT = "trainer.log"
 EPOCHS = "epochs"
+BUNDLED = "bundled.json"
+"""Where the run was taken to: it is not trained here until it comes back."""
 FETCHED = "latents"
 """Latent files that came from `latents_url`."""
 CHECKPOINTS = "checkpoints"
@@ -118,6 +120,15 @@ def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path) ->
     if moved:
         write_inputs(run, dataclasses.replace(inputs, **moved))
     return bool(moved)
+
+
+def is_away(folder: Path) -> bool:
+    """Whether a bundle of the run was written and nothing of it has come back since."""
+    path = folder / BUNDLED
+    if not path.exists():
+        return False
+    events = folder / EVENTS
+    return bool(json.loads(path.read_bytes())["event_bytes"] == (events.stat().st_size if events.exists() else 0))
 
 
 def read_config(folder: Path) -> RunConfig:

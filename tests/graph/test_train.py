@@ -63,6 +63,10 @@ def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
     assert "wrote" in foundry(*made, "--bundle", bundle).stdout
     refused = foundry(*made, "--bundle", bundle, check=False)
     assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
+    here = foundry("train", "--home", small_copy, "--run", "away", check=False)
+    assert (here.returncode, "was bundled to be trained elsewhere" in here.stderr) == (2, True)
+    assert "run away is away" in foundry("run", "--home", small_copy, "--select", "checkpoints").stdout
+    assert not (folder / EVENTS).exists()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [bundle / "start.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
