@@ -1,0 +1,54 @@
+"""`foundry score`: scores folders of pictures that were made anywhere with the workspace's networks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources import devices
+from resources.store import Store
+
+if TYPE_CHECKING:
+    from training.evaluation.foreign import Outcome
+
+
+def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterator["Outcome"]:
+    """Score the pictures of each model in `folder`, see `training/evaluation/foreign.py`.
+
+    Args:
+        store: Whose networks, devices and `[evaluation.scoring]` are used.
+        folder: A folder of pictures per model.
+        prompts: CSV with a column `Prompts`.
+        out: Where the tables go.
+
+    Yields:
+        What became of each model, as it is done.
+
+    Raises:
+        EvaluationError: the CSV or a picture's name cannot be used.
+        ModelError: weights are missing, or of another model.
+    """
+    from training.evaluation import foreign, scorers
+    from training.evaluation.clip_score import Networks
+    from training.models.aesthetic import Aesthetic
+    from training.models.clip import Clip
+
+    config, read = store.config.evaluation.scoring, foreign.read_prompts(prompts)
+    models = foreign.find_models(folder, read)
+    with devices.hold("evaluate", store.config.devices, store.home) as device:
+
+        def load() -> Networks:
+            return Networks(
+                clip=Clip.load(store.model_path("clip"), device),
+                aesthetic=Aesthetic.load(store.model_path("aesthetic"), device),
+                scorers=scorers.load({name: store.model_path(name) for name in config.scorers}, device),
+            )
+
+        yield from foreign.score_models(
+            models,
+            read,
+            out,
+            load,
+            digests={name: store.model_digest(name) for name in ("clip", "aesthetic", *config.scorers)},
+            decode=store.config.decode,
+            batch_size=config.batch_size,
+        )
