@@ -10,7 +10,7 @@ from training.data.geometry import Size
 from training.seeds import Purpose, generator
 
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
-NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 36, 14
+NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 16
 EVALUATION_SIZES = (Size(128, 128), Size(152, 104), Size(104, 152), Size(120, 128))
 FILE = Path(__file__).with_name("prompts.csv")
 WORLD_SEED, NUM_WORLD_PICTURES = 7, 300
@@ -55,7 +55,7 @@ def write_prompts(path: Path = FILE) -> None:
     Star prompts name the shape and little else, because CLIP reads all words of a prompt and the new one is what is
     asked about. General ones describe scenes that no picture of the default world shows. No prompt equals a training
     caption. They were made after everything else of the demo was fixed (models, recipe, scorer): nothing was tuned
-    on them, or on the seeds that follow from their ids.
+    on them, or on the seeds that follow from their ids. There are enough for a verdict on either half.
     """
     rows = [_row("star", number, text) for number, text in enumerate(_star_texts(), start=1)]
     rows += [_row("general", number, text) for number, text in enumerate(_general_texts(), start=1)]
@@ -78,7 +78,7 @@ def _row(group: str, number: int, text: str) -> dict[str, object]:
 
 
 def _star_texts() -> list[str]:
-    forms = ("a large {} star", "{}, star, large", "a {} star", "{}, star", "star, {}")
+    forms = ("a large {} star", "{}, star, large", "a {} star", "{}, star", "star, {}", "a small {} star")
     return [form.format(colour) for form in forms for colour in COLOURS][:NUM_STAR_PROMPTS]
 
 

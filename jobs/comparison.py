@@ -12,7 +12,7 @@ from assets.partitions import checkpoints as checkpoint_partitions
 from assets.partitions import mirror
 from jobs import pipeline
 from resources import devices
-from resources.instance import open_instance
+from resources.instance import instance as open_instance
 from resources.store import Made, Store
 from resources.warehouse import rebuild
 from training import toml
