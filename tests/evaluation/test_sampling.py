@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import shutil
+import warnings
 from typing import get_args
 
 import numpy as np
@@ -11,37 +13,22 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_sampling import CONFIG, COPY, assert_equal_but_for_rounding, changed, latents_of, prompt_frame
 
+from training import run_folder
 from training.data.tables import TABLES
 from training.errors import EvaluationError, ModelError
 from training.evaluation import sampling
+from training.evaluation.png_parameters import lora_hash
 from training.evaluation.prompt_sets import seed_of
-from training.evaluation.prompt_encoding import PromptEncoder
-from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, SecondPassConfig
+from training.evaluation_config import LoraConfig, Sampler
 from training.models.text_encoders import load_tokenizer
 from training.models.unet import PipelineParts, load_pipeline_parts, save_diffusers_folder
-from training.models.vae import Vae
-
-# diffusers' own pipelines and schedulers under NumPy 2; ours keeps it quiet itself.
-COPY = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-
-CONFIG = SamplingConfig(num_steps=6, guidance_scale=5.0, batch_size=4)
-
-
-def prompt_frame(*rows):
-    """Rows of `(prompt_id, text, negative, height, width)`."""
-    full = [
-        {"prompt_id": key, "text": text, "negative": negative, "group": "g", "height": height, "width": width,
-         "seed": seed_of(key)}
-        for key, text, negative, height, width in rows
-    ]  # fmt: skip
-    return pl.DataFrame(full, schema=TABLES["prompt_sets"].schema)
-
 
 LONG = ", ".join(f"tag number {n}" for n in range(14))
 PROMPTS = prompt_frame(
@@ -62,25 +49,6 @@ def parts(tiny_sdxl):
 
 def draw(parts, prompts, **changes):
     return dict(sampling.sample(parts, prompts, changed(**changes)))
-
-
-def latents_of(parts, frame, clip_skip=1, **changes):
-    prompts, config = sampling._prompts(frame), changed(**changes)
-    texts = [text for prompt in prompts for text in (prompt.text, prompt.negative)]
-    encoder = PromptEncoder(parts, texts, config, clip_skip=clip_skip, device="cpu")
-    return sampling.draw(parts, Vae(parts.vae, "cpu"), encoder, prompts, config)
-
-
-def changed(**changes):
-    """The config of these tests with changes; DDIM comes with the only schedule that it takes."""
-    if changes.get("sampler") == "ddim":
-        changes["schedule"] = "plain"
-    return dataclasses.replace(CONFIG, **changes)
-
-
-def assert_equal_but_for_rounding(one, other):
-    """To 2e-6 of the largest value: guidance of random weights drives latents to 50 and more."""
-    torch.testing.assert_close(one, other, atol=2e-6 * other.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("sampler", get_args(Sampler))
@@ -236,3 +204,92 @@ def test_a_broken_checkpoint_names_the_prompts(parts):
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     with pytest.raises(ModelError, match="model_index"):
         sampling.sample_folder(tmp_path, "run@1", PROMPTS, CONFIG, tmp_path / "out")
+
+
+# --- which model is drawn with ---------------------------------------------------------------------------------------
+
+
+def pixels(folder, table):
+    return [np.asarray(Image.open(folder / file)) for file in table["file"]]
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_averaged_weights_are_drawn_with_where_they_are_asked_for(unbroken, tmp_path, weights):
+    checkpoint = run_folder.checkpoints(unbroken.folder)[-1]
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    table = sampling.sample_folder(checkpoint, "run@48", frame, changed(weights=weights), tmp_path)
+    raw, ema = (draw(load_pipeline_parts(model, "cpu"), frame)["a"] for model in (checkpoint, checkpoint / "ema"))
+    assert not np.array_equal(raw, ema)
+    picture = pixels(tmp_path, table)[0]
+    assert np.array_equal(picture, {"raw": raw, "ema": ema}[weights])
+    text = Image.open(tmp_path / table["file"][0]).text["parameters"]
+    assert f"Model: {'run@48' if weights == 'raw' else 'run@48 ema'}, " in text
+
+
+def test_a_model_without_averages_draws_with_its_own(tiny_sdxl, parts, tmp_path):
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    table = sampling.sample_folder(tiny_sdxl, "base", frame, changed(weights="ema"), tmp_path)
+    assert np.array_equal(pixels(tmp_path, table)[0], draw(parts, frame)["a"])
+
+
+def test_clip_skip_is_that_of_the_run_unless_told_otherwise(sd1_folder, unbroken, tmp_path):
+    checkpoint = tmp_path / "samples_000000048"
+    shutil.copytree(sd1_folder, checkpoint)
+    ready = run_folder.read_ready(run_folder.checkpoints(unbroken.folder)[-1])
+    run_folder.write_ready(checkpoint, dataclasses.replace(ready, config=ready.config | {"clip_skip": 2}))
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    sd1 = load_pipeline_parts(sd1_folder, "cpu")
+    first, second = (dict(sampling.sample(sd1, frame, CONFIG, clip_skip=skip))["a"] for skip in (1, 2))
+    assert not np.array_equal(first, second)
+    for folder, config, wanted in (
+        (checkpoint, CONFIG, second), (checkpoint, changed(clip_skip=1), first),
+        (sd1_folder, CONFIG, first), (sd1_folder, changed(clip_skip=2), second),
+    ):  # fmt: skip
+        table = sampling.sample_folder(folder, "x", frame, config, tmp_path / "out")
+        assert np.array_equal(pixels(tmp_path / "out", table)[0], wanted)
+        text = Image.open(tmp_path / "out" / table["file"][0]).text["parameters"]
+        assert ("Clip skip: 2" in text) == (wanted is second)
+
+
+def test_layers_that_are_not_there_are_refused(sd1_folder, parts):
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    with pytest.raises(EvaluationError, match=r"clip_skip=4: the text encoder has 3 layers"):
+        dict(sampling.sample(load_pipeline_parts(sd1_folder, "cpu"), frame, changed(clip_skip=4), clip_skip=4))
+    with pytest.raises(EvaluationError, match="clip_skip=2: SDXL always reads the layer before the last"):
+        draw(parts, frame, clip_skip=2)
+    latents = latents_of(parts, frame, clip_skip=2)  # of a run whose recipe named one: SDXL's encoders have no choice
+    assert torch.equal(latents, latents_of(parts, frame))
+
+
+def test_loras_are_drawn_with_and_named_in_the_picture(tiny_sdxl, parts, tmp_path):
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    generator, key = torch.Generator().manual_seed(0), "lora_unet_conv_in"
+    up, down = torch.randn((8, 2, 1, 1), generator=generator), torch.randn((2, 4, 3, 3), generator=generator)
+    (tmp_path / "loras").mkdir()
+    save_file({f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}, tmp_path / "loras" / "ink.safetensors")
+    config = changed(loras=(LoraConfig(path="loras/ink.safetensors", weight=0.5),))
+    table = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path / "out", home=tmp_path)
+    moved = copy.deepcopy(parts)
+    moved.unet.conv_in.weight.data += 0.5 * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    wanted = draw(moved, frame)["a"]
+    assert not np.array_equal(wanted, draw(parts, frame)["a"])
+    assert np.abs(pixels(tmp_path / "out", table)[0].astype(int) - wanted).max() <= 1
+    lines = Image.open(tmp_path / "out" / table["file"][0]).text["parameters"].split("\n")
+    assert lines[0] == "red cat <lora:ink:0.5>"
+    assert f'Lora hashes: "ink: {lora_hash(tmp_path / "loras" / "ink.safetensors")}"' in lines[1]
+
+
+# --- what is warned of -----------------------------------------------------------------------------------------------
+
+
+def test_sdxl_on_the_plain_schedule_is_warned_of(parts, sd1_folder):
+    frame = prompt_frame(("a", "red cat", "", 32, 32))
+    with pytest.warns(UserWarning, match='schedule="plain" often draws garbage with SDXL; take "karras"'):
+        draw(parts, frame, schedule="plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(parts, frame, schedule="exponential")
+        draw(parts, frame, sampler="ddim")
+        draw(load_pipeline_parts(sd1_folder, "cpu"), frame, schedule="plain")
+        zero = {**parts.noise_scheduler_config, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+        draw(dataclasses.replace(parts, noise_scheduler_config=zero), frame, schedule="plain")

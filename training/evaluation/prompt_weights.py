@@ -104,7 +104,8 @@ def apply_weights(states: torch.Tensor, weights: torch.Tensor, *, restore_mean: 
     Returns:
         `(B, n * 77, d)`; what pools the text stays unweighted, as in A1111.
     """
-    chunks = states.unflatten(1, weights.shape[1:])  # (B, n, 77, d)
+    # Laid out alike, both means of a chunk without weights are sums in one order: it stays as it is, bit for bit.
+    chunks = states.unflatten(1, weights.shape[1:]).contiguous()  # (B, n, 77, d)
     weighted = chunks * weights[..., None]
     if restore_mean:
         weighted = weighted * (chunks.mean(dim=(2, 3), keepdim=True) / weighted.mean(dim=(2, 3), keepdim=True))

@@ -1,0 +1,69 @@
+"""Digests of what pictures follow from move with it, and with nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_sampling import CONFIG, changed
+
+from training import run_folder
+from training.errors import ConfigError
+from training.evaluation.sampling_inputs import input_digests, model_folder
+from training.evaluation_config import LoraConfig
+
+
+def loras(*paths):
+    return changed(loras=tuple(LoraConfig(path=path) for path in paths))
+
+
+def test_nothing_used_is_nothing_digested(unbroken):
+    checkpoint = run_folder.checkpoints(unbroken.folder)[-1]
+    assert input_digests(checkpoint, CONFIG, checkpoint) == {}
+
+
+def test_averages_count_where_they_are_drawn_with(unbroken, tiny_sdxl):
+    first, *_, last = run_folder.checkpoints(unbroken.folder)
+    ema = changed(weights="ema")
+    assert model_folder(last, ema) == last / "ema"
+    digests = [input_digests(folder, ema, last)["ema"] for folder in (first, last)]
+    assert digests[0] != digests[1]
+    assert input_digests(tiny_sdxl, ema, tiny_sdxl) == {}
+    assert model_folder(tiny_sdxl, ema) == tiny_sdxl
+
+
+def test_lora_files_count_by_content(tmp_path):
+    config = loras("a.safetensors", "sub/b.safetensors")
+    assert input_digests(tmp_path, config, tmp_path) == {
+        "lora:a.safetensors": "absent", "lora:sub/b.safetensors": "absent",
+    }  # fmt: skip
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    before = input_digests(tmp_path, config, tmp_path)["lora:a.safetensors"]
+    (tmp_path / "a.safetensors").write_bytes(b"two, longer")
+    assert input_digests(tmp_path, config, tmp_path)["lora:a.safetensors"] not in (before, "absent")
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    assert input_digests(tmp_path, config, tmp_path)["lora:a.safetensors"] == before
+
+
+def test_the_config_beside_a_file_of_peft_counts(tmp_path):
+    config = loras("ink/adapter_model.safetensors")
+    assert config.loras[0].name == "ink"
+    (tmp_path / "ink").mkdir()
+    (tmp_path / "ink" / "adapter_model.safetensors").write_bytes(b"one")
+    digests = []
+    for alpha in (None, 4, 16):
+        if alpha:
+            (tmp_path / "ink" / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        digests += input_digests(tmp_path, config, tmp_path).values()
+    assert len(set(digests)) == 3
+
+
+def test_names_of_loras_must_differ():
+    with pytest.raises(ConfigError, match=r"names \['x', 'x'\] must differ"):
+        loras("a/x.safetensors", "x.safetensors")
+
+
+def test_asking_does_not_load_torch():
+    modules = "training.evaluation.sampling_inputs, training.evaluation.schedulers, training.evaluation.png_parameters"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
