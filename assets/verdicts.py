@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from resources.store import Made, Store
 from resources.tracking import workspace_tracking
 from training import retention
 from training.commit import Manifest, lock
-from training.config import WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import DataError, EvaluationError, TrackingError
 from training.evaluation import champion
@@ -45,7 +43,7 @@ VERDICTS = Stage(
     version=2,
     scope=Scope.CHECKPOINT,
     reads=(Reads("eval_metrics", per=Per.KEY),),
-    config=lambda config, key: config.evaluation.verdicts,
+    config=lambda config, key: {"margins": config.evaluation.verdicts.margins},
     models=("clip", "aesthetic"),
     others=_base_scores,
     prefix="base~",
@@ -66,7 +64,7 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
             raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
         if key == base:
             return Made(frame=TABLES["verdicts"].empty(), report={"numbers": {"note": "the base is not compared"}})
-        return _made(compare(scores_of(store, base), scores_of(store, key), margins(store.config)))
+        return _made(compare(scores_of(store, base), scores_of(store, key), store.config.evaluation.verdicts.margins))
 
     result = materialize(context, store, VERDICTS, make)
     for key in context.partition_keys:
@@ -85,12 +83,6 @@ def _made(frame: pl.DataFrame) -> Made:
             "tables": {"verdicts": [{"verdict": sentence(row)} for row in frame.iter_rows(named=True)]},
         },
     )
-
-
-def margins(config: WorkspaceConfig) -> Mapping[str, float]:
-    """Metric -> difference that matters."""
-    rules = config.evaluation.verdicts
-    return {"clip_score": rules.clip_margin, "aesthetic": rules.aesthetic_margin}
 
 
 def scores_of(store: Store, checkpoint: str) -> "Scores":
@@ -131,7 +123,9 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> Ma
         DataError: one of them has no scores.
         EvaluationError: their scores were made by different protocols.
     """
-    stage = replace(PAIRS, config=lambda config, key: {"margins": dict(margins(config)), "one_of_many": one_of_many})
+    stage = replace(
+        PAIRS, config=lambda config, key: {"margins": config.evaluation.verdicts.margins, "one_of_many": one_of_many}
+    )
     key = f"{a}~{b}"
     with store.writing(stage.name, key):
         manifest, basis = store.manifest(stage.name, key), store.basis(stage, key)
@@ -140,7 +134,7 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> Ma
             return manifest
         started = time.monotonic()
         frame = champion.challenge(
-            scores_of(store, a), scores_of(store, b), margins(store.config), one_of_many=one_of_many
+            scores_of(store, a), scores_of(store, b), store.config.evaluation.verdicts.margins, one_of_many=one_of_many
         )
         return store.commit(stage, key, _made(frame), basis, seconds=time.monotonic() - started)
 
@@ -173,7 +167,7 @@ def crown(context: dg.AssetExecutionContext, store: Store) -> None:
             return
         if not sides:
             return
-        best = champion.choose(titleholder, sides, margins(store.config))
+        best = champion.choose(titleholder, sides, store.config.evaluation.verdicts.margins)
         many = len(sides) > 1 or bool(now.challenged)
         for side in sides:
             judge_pair(store, now.checkpoint, side.checkpoint, one_of_many=many and side is best)

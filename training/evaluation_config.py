@@ -119,13 +119,25 @@ class VerdictConfig:
     """Of the CLIP score."""
     aesthetic_margin: float = 0.05
     """Of the aesthetic score."""
-    deciding: tuple[Literal["clip_score", "aesthetic"], ...] = ("clip_score", "aesthetic")
+    further_margins: dict[str, float] = field(default_factory=dict)
+    """Of further scorers, by name; without a margin a scorer is shown and not judged."""
+    deciding: tuple[str, ...] = ("clip_score", "aesthetic")
     """Metrics that decide over the champion: it gives way to a checkpoint that is better in one and worse in none."""
 
     def __post_init__(self) -> None:
         check_positive("evaluation.verdicts", clip_margin=self.clip_margin, aesthetic_margin=self.aesthetic_margin)
-        if not self.deciding:
-            raise ConfigError("evaluation.verdicts.deciding must name a metric")
+        check_positive("evaluation.verdicts.further_margins", **self.further_margins)
+        unknown = [name for name in self.deciding if name not in self.margins]
+        if unknown or not self.deciding:
+            raise ConfigError(
+                f"evaluation.verdicts.deciding={list(self.deciding)} must name metrics with a margin: "
+                f"{', '.join(self.margins)}"
+            )
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """Metric -> difference that matters."""
+        return {"clip_score": self.clip_margin, "aesthetic": self.aesthetic_margin, **self.further_margins}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +190,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_positive("evaluation", every=self.every)
+        unscored = [name for name in self.verdicts.further_margins if name not in self.scoring.scorers]
+        if unscored:
+            raise ConfigError(
+                f"evaluation.verdicts.further_margins: {unscored} are not among evaluation.scoring.scorers="
+                f"{list(self.scoring.scorers)}"
+            )

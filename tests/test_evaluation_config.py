@@ -1,0 +1,39 @@
+"""What may decide over a champion has a margin, and what has a margin is scored."""
+
+import pytest
+
+from training import toml
+from training.errors import ConfigError
+from training.evaluation_config import EvaluationConfig
+
+
+def build(**verdicts):
+    return toml.build(EvaluationConfig, {"scoring": {"scorers": ["pickscore"]}, "verdicts": verdicts})
+
+
+def test_a_further_scorer_with_a_margin_is_judged_and_may_decide():
+    config = build(further_margins={"pickscore": 0.2}, deciding=["pickscore"])
+    assert config.verdicts.margins == {"clip_score": 0.003, "aesthetic": 0.05, "pickscore": 0.2}
+    assert build().verdicts.margins.keys() == {"clip_score", "aesthetic"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (
+            {"further_margins": {"hps_v2": 0.1}},
+            r"\['hps_v2'\] are not among evaluation.scoring.scorers=\['pickscore'\]",
+        ),
+        ({"further_margins": {"pickscore": 0}}, r"further_margins\.pickscore=0.* must be greater than 0"),
+        ({"deciding": ["taste"]}, "must name metrics with a margin: clip_score, aesthetic"),
+        ({"deciding": []}, "must name metrics with a margin"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(verdicts, said):
+    with pytest.raises(ConfigError, match=said):
+        build(**verdicts)
+
+
+def test_every_counts():
+    with pytest.raises(ConfigError, match=r"evaluation\.every=0 must be greater than 0"):
+        toml.build(EvaluationConfig, {"every": 0})
