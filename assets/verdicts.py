@@ -105,6 +105,7 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
         sampling=json.dumps(pictures.config, sort_keys=True),
         clip=metrics.models["clip"],
         aesthetic=metrics.models["aesthetic"],
+        scorers=", ".join(f"{name} {digest}" for name, digest in metrics.inputs.items() if name.startswith("scorer:")),
         dtype=DTYPE,
     )
     return Scores(checkpoint=checkpoint, protocol=protocol, metrics=store.read("eval_metrics", parts=[checkpoint]))

@@ -36,6 +36,8 @@ class Protocol:
     """Digest of the CLIP weights."""
     aesthetic: str
     """Digest of the aesthetic head."""
+    scorers: str = ""
+    """Names and digests of further scorers."""
     dtype: str
     """In which pictures are scored."""
 
