@@ -106,3 +106,24 @@ def rival_list(home: Home = None) -> None:
 
     for name, path in contenders.read_rivals(open_store(home).home).items():
         print(f"{name}  {path}")
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="Pictures made anywhere, a folder per model.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="CSV with a column Prompts, a row per prompt.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where tables go; default: <FOLDER>_scores.")] = None,
+    home: Home = None,
+) -> None:
+    """Score pictures with the workspace's networks; models that are done already are skipped."""
+    from jobs import console, scoring
+    from training.evaluation.foreign import SUMMARY
+
+    store, pictures = open_store(home), folder.expanduser().resolve()
+    target = out or pictures.with_name(f"{pictures.name}_scores")
+    with console.progress():
+        outcomes = list(scoring.score_folder(store, pictures, prompts, target))
+    for model in outcomes:
+        state = "scored before" if model.skipped else f"{model.num_pictures} pictures"
+        print(f"{model.name}: {state}" + (f", {model.num_failed} could not be scored" if model.num_failed else ""))
+    print(f"summary: {target / SUMMARY}")

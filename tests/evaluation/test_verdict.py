@@ -192,7 +192,8 @@ def test_groups_are_judged_each_for_itself():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("prompts", "d2"), ("sampling", "euler_a"), ("clip", "c2"), ("aesthetic", "a2"), ("scorers", "s2"), ("dtype", "bfloat16")],
+    [("prompts", "d2"), ("sampling", "euler_a"), ("clip", "c2"), ("aesthetic", "a2"), ("scorers", "s2"),
+     ("dtype", "bfloat16")],
 )  # fmt: skip
 def test_unlike_protocols_are_refused_by_name(field, value):
     other = dataclasses.replace(PROTOCOL, **{field: value})
