@@ -10,6 +10,7 @@ import tomlkit
 from training import toml
 from training.config import WorkspaceConfig
 from training.errors import ConfigError
+from training.evaluation.prompt_groups import NAMES, UNKNOWN_WORDS
 from training.run_config import RunConfig
 
 
@@ -58,6 +59,11 @@ def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:
     document["format"] = 1
     document["sources"] = _source_tables(sources)
     document["encodings"] = {"sdxl": {"buckets": {"plan": "bigasp_v1"}}}
+    document["prompt_sets"] = {
+        "standard": {"held_out": 256, "groups": ["general", UNKNOWN_WORDS]},
+        "smoke": {"held_out": 30},
+        "weaknesses": {"groups": list(NAMES)},
+    }
     if tiny is not None:
         _shrink(document, "workspace", toml.load(tiny))
     toml.build(WorkspaceConfig, document.unwrap())
