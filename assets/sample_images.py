@@ -70,13 +70,19 @@ def prompts_of(store: Store) -> pl.DataFrame:
     """The prompt set of the workspace's evaluation.
 
     Raises:
-        DataError: there is none of that name, or it is not committed yet.
+        DataError: there is none of that name, it is not committed yet, or no prompt could be made for it.
     """
     name = store.config.evaluation.prompt_set
     if store.manifest("prompt_sets", name) is None:
         known = ", ".join(sorted(store.config.prompt_sets)) or "none"
         raise DataError(f"evaluation.prompt_set = {name!r} is not committed; [prompt_sets] has: {known}")
-    return store.read("prompt_sets", parts=[name])
+    prompts = store.read("prompt_sets", parts=[name])
+    if prompts.is_empty():
+        raise DataError(
+            f"prompt set {name!r} is empty: no held-out image has a caption or tags that no training image has; write a "
+            "prompt file, or give it groups"
+        )
+    return prompts
 
 
 def sheet(folder: Path, frame: pl.DataFrame) -> str:
