@@ -79,7 +79,7 @@ def prompts_of(store: Store) -> pl.DataFrame:
     prompts = store.read("prompt_sets", parts=[name])
     if prompts.is_empty():
         raise DataError(
-            f"prompt set {name!r} is empty: no held-out image has a caption or tags that no training image has; write a "
+            f"prompt set {name!r} is empty: no held-out image has a caption or tags of its own; write a "
             "prompt file, or give it groups"
         )
     return prompts
