@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from tiny_sampling import CONFIG, changed
 
-from training import run_folder
+from training import run_folder, toml
 from training.errors import ConfigError
 from training.evaluation.sampling_inputs import input_digests, model_folder
-from training.evaluation_config import LoraConfig
+from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, Schedule
 
 
 def loras(*paths):
@@ -67,3 +70,12 @@ def test_asking_does_not_load_torch():
     modules = "training.evaluation.sampling_inputs, training.evaluation.schedulers, training.evaluation.png_parameters"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_example_of_the_documentation_is_a_configuration():
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text("utf-8")
+    values = tomllib.loads(page.split("```toml\n")[1].split("```")[0])["evaluation"]["sampling"]
+    config = toml.build(SamplingConfig, values)
+    assert (config.sampler, config.loras[0].name, config.second_pass.num_steps) == ("dpmpp_3m_sde", "ink", 15)
+    for name in (*get_args(Sampler), *get_args(Schedule)):
+        assert name in page

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import CLIPTokenizer
 
-from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS, Tokenizer
+from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS
 from training.errors import EvaluationError
 from training.evaluation_config import PromptWeights
 
@@ -78,7 +79,7 @@ def escape(text: str) -> str:
     return re.sub(r"([()\[\]\\])", r"\\\1", text)
 
 
-def token_weights(prompts: Sequence[WeightedText], tokenizer: Tokenizer, num_chunks: int) -> np.ndarray:
+def token_weights(prompts: Sequence[WeightedText], tokenizer: CLIPTokenizer, num_chunks: int) -> np.ndarray:
     """Weights `(len(prompts), num_chunks, 77)` fp32 of the tokens that `tokens.tokenize` makes of the texts.
 
     The text is tokenized whole, so that its tokens are those of the prompt without marks; one that spans a mark has the

@@ -171,7 +171,7 @@ def _make(
     scheduler.sigmas = torch.from_numpy(sigmas.astype(np.float32))
     scheduler.timesteps = torch.from_numpy(_timesteps(sigmas[:-1], table))
     scheduler.set_begin_index(0)  # not looked up by timestep, of which two may be equal
-    return scheduler  # type: ignore[no-any-return]
+    return scheduler
 
 
 def _ddim(num_steps: int, trained: np.ndarray) -> np.ndarray:
