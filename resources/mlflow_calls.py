@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PROXIED = "mlflow-artifacts:/"
 """How artifacts are addressed that lie where a server keeps them: without a path of this machine."""
+_DEFAULT = "MLFLOW_TRACKING_URI"
 _SETTINGS = {
     # The defaults block 246 s per call when a server is away (measured).
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -38,6 +39,34 @@ def connect(uri: str) -> "MlflowClient":
         if uri.startswith("sqlite:///"):
             create_database(Path(uri.removeprefix("sqlite:///")))
         return MlflowClient(tracking_uri=uri)
+
+
+def version(uri: str) -> tuple[int, int]:
+    """Major and minor version of the MLflow at `uri`, whose pages people see; (0, 0) when it does not say."""
+    import mlflow
+
+    found = str(mlflow.__version__)
+    if uri.startswith("http"):
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        found = str(http_request(get_default_host_creds(uri), "/version", "GET").text)
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+@contextlib.contextmanager
+def as_default(uri: str) -> Iterator[None]:
+    """Make `uri` MLflow's default for a while: its registry (3.17) looks for LoggedModels there, whatever its store."""
+    before = os.environ.get(_DEFAULT)
+    os.environ[_DEFAULT] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DEFAULT]
+        else:
+            os.environ[_DEFAULT] = before
 
 
 def create_database(path: Path) -> None:

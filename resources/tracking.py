@@ -3,22 +3,29 @@
 MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint, weights stay on disk.
 """
 
+import contextlib
+import functools
 import hashlib
-import io
 import json
 import re
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
-from PIL import Image
 
-from resources import guard, mlflow_calls, tracking_spool
+from resources import (
+    guard,
+    mlflow_calls,
+    mlflow_views,
+    tracking_pictures,
+    tracking_registry,
+    tracking_scores,
+    tracking_spool,
+)
 from resources.mlflow_calls import PROXIED
 from resources.tracking_spool import Chunk
 from training import commit, run_folder
@@ -32,11 +39,7 @@ if TYPE_CHECKING:
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
 RUN_TAG = "foundry.run"
-_TRAINING_VIEW = "workflowType=machine_learning"
-"""MLflow opens its pages for agents unless told otherwise."""
-_HEADLINES = ("clip_score_mean", "aesthetic_mean")
 _NOTE, _OUR_NOTE = "mlflow.note.content", "Verdict: "
-_THUMBNAIL_PX = 256
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -120,10 +123,13 @@ class Tracking:
             client = mlflow_calls.connect(self.uri)
             run = self._run(client, name)
             model = self._model(client, run, checkpoint, {})
-            self._log_scores(client, run, model.model_id, step, _score_points(metrics))
-            for row in choose_pictures(samples, NUM_PICTURES).iter_rows(named=True):
-                self._put_picture(client, run, step, row["prompt_id"], folder / row["file"])
-            mlflow_calls.log_batch(client, run.info.run_id, tags={"mlflow.loggedImages": "True"})
+            self._log_scores(client, run, model.model_id, step, tracking_scores.points(metrics))
+            if mlflow_views.TRAINED_TAG not in run.data.tags and run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id)  # the base or a rival: no event log says so
+            chosen = choose_pictures(samples, NUM_PICTURES)
+            put = functools.partial(self._put, client, run)
+            mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
+        self.views()
 
     def log_verdicts(self, verdicts: pl.DataFrame) -> None:
         """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of them as
@@ -158,6 +164,46 @@ class Tracking:
             client = mlflow_calls.connect(self.uri)
             self._put(client, self._run(client, run_name), f"evaluation/{step:09d}/{name}", content)
 
+    def set_champion(self, checkpoint: str, sentence: str) -> None:
+        """Let the alias `champion` of the registered model, which has the experiment's name, follow `champion.json`.
+
+        Args:
+            checkpoint: `<run>@<samples_seen>`.
+            sentence: The verdict that made it champion, in words; kept with the model's version.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        with mlflow_calls.explained(f"champion {checkpoint} is not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
+            run = self._run(client, _parts(checkpoint)[0])
+            name = tracking_registry.registered_name(self.experiment)
+            with mlflow_calls.as_default(self.uri):
+                tracking_registry.crown(client, name, run, self._model(client, run, checkpoint, {}), sentence)
+
+    def views(self) -> dict[str, str]:
+        """Name -> address of the views of this experiment, which are written where they are missing or out of date.
+
+        Returns:
+            None at all when MLflow is away; addresses of MLflow's own pages where views cannot be written.
+        """
+        try:
+            with mlflow_calls.explained(f"views of {self.experiment}"):
+                client = mlflow_calls.connect(self.uri)
+                experiment_id = self._experiment_id(client)
+                name = tracking_registry.registered_name(self.experiment)
+                crowned = bool(client.search_registered_models(f"name = '{name}'", max_results=1))
+        except TrackingError:
+            return {}
+        seeded = False
+        with contextlib.suppress(TrackingError), mlflow_calls.explained(f"views of {self.experiment}"):
+            if mlflow_views.is_known(self.uri):
+                mlflow_views.seed(client, client.get_experiment(experiment_id))
+                seeded = True
+        found = mlflow_views.links(self.ui, experiment_id, seeded=seeded)
+        champion = {"Champion": f"{self.ui}/#/models/{name}?{mlflow_views.TRAINING_PAGES}"}
+        return found | (champion if crowned else {})
+
     def run_url(self, run: str) -> str:
         """MLflow's page of a run, which is made where there is none yet; empty when MLflow is away."""
         try:
@@ -165,7 +211,7 @@ class Tracking:
                 info = self._run(mlflow_calls.connect(self.uri), run).info
         except TrackingError:
             return ""
-        return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}?{_TRAINING_VIEW}"
+        return f"{self.ui}/#/experiments/{info.experiment_id}/runs/{info.run_id}?{mlflow_views.TRAINING_PAGES}"
 
     def experiment_url(self) -> str:
         """MLflow's page of the experiment with its charts; empty when MLflow is away."""
@@ -174,7 +220,7 @@ class Tracking:
                 experiment_id = self._experiment_id(mlflow_calls.connect(self.uri))
         except TrackingError:
             return ""
-        return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&{_TRAINING_VIEW}"
+        return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&{mlflow_views.TRAINING_PAGES}"
 
     def _experiment_id(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -229,7 +275,7 @@ class Tracking:
         # MLflow prints all params above every picture, and then cuts the picture: two fit into one line.
         params = {"num_samples": config.num_samples, "learning_rate": config.optimizer.learning_rate}
         tags = {
-            "foundry.fingerprint": inputs.fingerprint,
+            mlflow_views.TRAINED_TAG: inputs.fingerprint,
             "foundry.base": inputs.base_digest[:8],
             "foundry.seed": str(config.seed),
             "foundry.global_batch_size": str(config.batch.global_batch_size),
@@ -275,20 +321,6 @@ class Tracking:
                 new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
         mlflow_calls.log_batch(client, run_id, metrics=new)
 
-    def _put_picture(self, client: "MlflowClient", run: "Run", step: int, prompt_id: str, path: Path) -> None:
-        """One picture of MLflow's grid and its thumbnail, under names that sending again repeats."""
-        key = f"samples~{mlflow_calls.slug(prompt_id)}"
-        unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.info.run_id}/{step}/{prompt_id}")
-        # The form of `MlflowClient.log_image`, whose own names differ each time: drawing again would add, not replace.
-        stem = f"images/{key}+step+{step}+timestamp+{run.info.start_time}+{unique}"
-        thumbnail = io.BytesIO()
-        with Image.open(path, formats=("PNG",)) as image:
-            small = image.convert("RGB")
-            small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-            small.save(thumbnail, "WEBP")
-        self._put(client, run, f"{stem}.png", path.read_bytes())
-        self._put(client, run, f"{stem}+compressed.webp", thumbnail.getvalue())
-
     def _put(self, client: "MlflowClient", run: "Run", name: str, content: bytes) -> None:
         """Write one artifact; the same name again replaces it."""
         if self.artifacts is not None and run.info.artifact_uri.startswith(PROXIED):
@@ -304,29 +336,6 @@ def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
     """The first pictures of each group in turn, `count` in all: the same prompts for every checkpoint."""
     turn = pl.int_range(pl.len()).over("group").alias("turn")
     return samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
-
-
-def _score_points(metrics: pl.DataFrame) -> dict[str, float]:
-    """Summary and means by group under names that MLflow takes; what is not finite is left out.
-
-    What stands before the slash is a section of MLflow's page; it shows them by the alphabet, so the headlines first.
-    """
-    summary = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_finite())
-    named = {_metric_name(name): value for name, value in summary.select("metric", "value").iter_rows()}
-    found = {f"{'eval' if name in _HEADLINES else 'eval_spread'}/{name}": value for name, value in named.items()}
-    own = metrics.filter(pl.col("prompt_id").is_not_null() & pl.col("value").is_finite())
-    means = own.group_by("metric", "group").agg(pl.col("value").mean()).sort("metric", "group")
-    return found | {
-        f"eval_groups/{metric} {mlflow_calls.slug(group)}": value for metric, group, value in means.iter_rows()
-    }
-
-
-def _metric_name(column: str) -> str:
-    """`25%_LAIONScore` -> `aesthetic_q25`, `Clipscore_mean` -> `clip_score_mean`."""
-    name, _, rest = column.partition("_")
-    if name == "Clipscore":
-        return f"clip_score_{rest}"
-    return f"aesthetic_q{name[:-1]}" if name.endswith("%") else f"aesthetic_{name}"
 
 
 def _parts(checkpoint: str) -> tuple[str, int]:

@@ -460,7 +460,7 @@ def test_a_copied_workspace_is_its_own(home, run, tmp_path):
     assert tracking.forward(other / "runs" / "demo") == 0
     tracking.log_evaluation("demo@40", **sampled(other, "demo@40"))
     assert (files_of(home), rows(home)) == before
-    assert len(files_of(other)) == 1 + 2 * NUM_PICTURES
+    assert len(files_of(other)) == 1 + 3 * NUM_PICTURES + 1
 
 
 def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
