@@ -6,8 +6,6 @@ A mirror image is no duplicate here: it shows another direction, and captions an
 
 import numpy as np
 import polars as pl
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from training.data.tables import TABLES
 
@@ -80,6 +78,10 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
 
 def _connect(rows: pl.DataFrame) -> np.ndarray:
     """The component of each picture (a distinct pixel digest), by near-duplicate pairs."""
+    # Here, because Dagster loads this module to draw the graph, and SciPy takes a third of a second.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     num_pictures = rows["picture"].n_unique()
     pairs = near_pairs(rows.unique("picture", keep="any"))
     first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()

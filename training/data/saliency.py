@@ -2,7 +2,6 @@
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 _SIDE_PX = 64
 _HEADROOM = 0.25
@@ -24,6 +23,8 @@ def importance(pixels: np.ndarray) -> np.ndarray:
 
     Source: Hou and Zhang, Saliency Detection: A Spectral Residual Approach, CVPR 2007, section 2.
     """
+    from scipy import ndimage  # here: Dagster loads this module to draw the graph
+
     scale = _SIDE_PX / max(pixels.shape[:2])
     size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
     small = np.asarray(Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BOX), dtype=np.float64)
