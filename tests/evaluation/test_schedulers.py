@@ -153,6 +153,14 @@ def test_a_strength_takes_the_end_of_a_longer_schedule(strength):
         assert began.flatten().tolist() == pytest.approx([wanted] * began.numel(), rel=1e-5)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "ddim", "dpmpp_sde"])
+def test_a_weak_pass_goes_down_to_the_end_and_never_up(sampler):
+    scheduler = make_scheduler(sampler, "plain", CONFIG, 30, strength=0.01)
+    assert (scheduler.sigmas.diff() <= 0).all()
+    assert scheduler.sigmas[0] < 0.1
+    assert scheduler.timesteps.max() < 20
+
+
 # --- samplers --------------------------------------------------------------------------------------------------------
 
 

@@ -179,8 +179,9 @@ def _ddim(num_steps: int, trained: np.ndarray) -> np.ndarray:
 
     Source: arXiv:2305.08891, section 3.3; arXiv:2010.02502, whose code ends at the first alpha and not at 1.
     """
-    timesteps = np.round(len(trained) * (1 - np.arange(num_steps) / num_steps)).astype(int) - 1
-    return np.append(trained[timesteps], trained[0])
+    places = np.round(len(trained) * (1 - np.arange(num_steps) / num_steps)).astype(int) - 1
+    # A weak second pass lays out more steps than there are timesteps; the last of them then stand still.
+    return np.append(trained[places.clip(0)], trained[0])
 
 
 def _timesteps(sigmas: np.ndarray, trained: np.ndarray) -> np.ndarray:
