@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import dagster as dg
 import polars as pl
 
+from assets.verdicts import VERDICTS
 from resources import generations
 from resources.store import Store
 from training.data.latent_files import MAX_RECONSTRUCTION_ERROR
@@ -337,7 +338,9 @@ def every_picture_scored(store: Store) -> Finding:
 @_check("verdicts")
 def nothing_got_worse(store: Store) -> Finding:
     """No checkpoint is worse than its base on any metric over all prompts."""
-    frame = store.read("verdicts").filter((pl.col("group") == "all") & (pl.col("verdict") == "worse"))
+    against_base = [part for part in store.parts("verdicts") if part.startswith(VERDICTS.prefix)]
+    frame = store.read("verdicts", parts=against_base)
+    frame = frame.filter((pl.col("group") == "all") & (pl.col("verdict") == "worse"))
     worse = [f"{b} ({metric})" for b, metric in frame.select("b", "metric").iter_rows()]
     return Finding(not worse, "no verdict over all prompts is `worse`", {"worse": ", ".join(worse)})
 
