@@ -1,59 +1,71 @@
-"""The report stands alone, shows what it says, and lets no prompt write HTML."""
+"""The report stands alone, shows what it says, stays small, and lets no prompt write HTML."""
 
 import base64
 import io
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
+from browser import chromium, needs_chromium
 from PIL import Image
 
 from training.data.tables import TABLES
 from training.evaluation import report, verdict
+from training.evaluation.charts import Chart, Line, Map
+from training.evaluation.report import Exhibit, Section
+from training.evaluation.report_scores import Side
 from training.evaluation.verdict import Protocol, Scores
 
 EVIL = "\"><script>alert(1)</script><img src=http://evil/x onerror=alert(2)>' & {{7*7}}"
+RULE = re.compile(r"\.(\w+)\{background-image:url\(data:image/jpeg;base64,([^)]+)\)\}")
 
 
-def side(folder, name, colour, count=34, shift=0.0):
+def side(folder, name, colour, count=34, shift=0.0, evil=EVIL):
+    """A checkpoint of one colour, whose CLIP score rises with the prompt's number and whose aesthetic falls."""
     folder = folder / name
     folder.mkdir()
     samples, metrics = [], []
     for n in range(count):
         Image.fromarray(np.full((40, 60, 3), colour, np.uint8)).save(folder / f"{n}.png")
-        group = "a" if n % 2 else EVIL
+        group = "a" if n % 2 else evil
         samples.append(
-            {"prompt_id": f"p{n:02d}" if n else EVIL, "text": f"{EVIL} {n}", "negative": "", "group": group, "seed": n,
+            {"prompt_id": f"p{n:02d}" if n else evil, "text": f"{evil} {n}", "negative": "", "group": group, "seed": n,
              "height": 40, "width": 60, "file": f"{n}.png", "sha256": ""}
         )  # fmt: skip
-        for metric, value in (("clip_score", 0.2 + n * shift), ("aesthetic", 5.0 + shift)):
-            metrics.append(
-                {
-                    "prompt_id": samples[-1]["prompt_id"],
-                    "group": group,
-                    "metric": metric,
-                    "value": value,
-                    "embedding": None,
+        for metric, value in (("clip_score", 0.2 + n * shift), ("aesthetic", 5.0 - n * shift)):
+            row = {"prompt_id": samples[-1]["prompt_id"], "group": group, "metric": metric, "value": value}
+            metrics.append(row)
+    return Side(
+        checkpoint=name, folder=folder, samples=pl.DataFrame(samples, schema=TABLES["sample_images"].schema),
+        metrics=TABLES["eval_metrics"].empty().vstack(
+            pl.DataFrame(metrics, schema_overrides={"value": pl.Float64}).select(
+                **{
+                    name: pl.col(name) if name in metrics[0] else pl.lit(None, dtype)
+                    for name, dtype in TABLES["eval_metrics"].schema.items()
                 }
             )
-    return report.Side(
-        checkpoint=name, folder=folder, samples=pl.DataFrame(samples, schema=TABLES["sample_images"].schema),
-        metrics=pl.DataFrame(metrics, schema=TABLES["eval_metrics"].schema),
+        ),
     )  # fmt: skip
 
 
 @pytest.fixture
 def sides(tmp_path):
-    return [side(tmp_path, "base@0", (255, 0, 0)), side(tmp_path, "run@9", (0, 0, 255), shift=0.01)]
+    return [side(tmp_path, "base.0@0", (255, 0, 0)), side(tmp_path, "run@9", (0, 0, 255), shift=0.01)]
+
+
+@pytest.fixture
+def calm(tmp_path):
+    colours = {"base.0@0": (255, 0, 0), "run@4": (0, 255, 0), "run@9": (0, 0, 255)}
+    return [
+        side(tmp_path, name, colour, shift=0.005 * n, evil="odd") for n, (name, colour) in enumerate(colours.items())
+    ]
 
 
 def verdicts_of(sides):
     protocol = Protocol(prompts="", sampling="", clip="", aesthetic="", dtype="")
-    scores = [Scores(checkpoint=s.checkpoint, protocol=protocol, metrics=s.metrics) for s in sides]
+    scores = [Scores(checkpoint=s.checkpoint, protocol=protocol, metrics=s.metrics) for s in (sides[0], sides[-1])]
     return verdict.compare(*scores, {"clip_score": 0.003, "aesthetic": 0.05})
 
 
@@ -80,62 +92,177 @@ def read(html):
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_no_stranger_s_script(sides):
-    html = report.render(EVIL, sides, verdicts_of(sides), {EVIL: [(0, 1.0), (10, 0.5)]}, {EVIL: EVIL})
+    shown = Exhibit(pictures=[np.zeros((8, 8, 3), np.uint8)], caption=EVIL)
+    html = report.render(
+        EVIL, sides, verdicts_of(sides), {EVIL: EVIL},
+        charts=[Chart(title=EVIL, lines=[Line(name=EVIL, points=[(0, 1.0), (10, 0.5)])])],
+        maps=[Map(title=EVIL, note=EVIL, columns=[0, 1], rows={EVIL: [1.0, 2.0]})],
+        sections=[Section(title=EVIL, text=EVIL, exhibits=[shown])],
+    )  # fmt: skip
     page = read(html)
-    assert page.addresses == []
+    assert all(address.startswith("#h") for address in page.addresses)
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
-    assert page.tags.count("input") == 34
     assert "default-src 'none'" in html
-    assert any(EVIL in text for text in page.text)
+    assert "script-src 'sha256-" in html
+    assert "unsafe-inline'; script" in html
+    assert sum(EVIL[:20] in text for text in page.text) > 40
 
 
-def test_every_picture_is_there_once_and_shown_twice(sides):
-    html = report.render("t", sides, verdicts_of(sides), {}, {})
-    contents = re.findall(r"\.p(\d+)s(\d)\{background-image:url\(data:image/jpeg;base64,([^)]+)\)\}", html)
-    assert len(contents) == 2 * 34
-    for _, place, content in contents:
+def test_every_picture_is_there_once_for_slider_grid_and_zoom(sides):
+    html = report.render("t", sides, verdicts_of(sides), {})
+    contents = RULE.findall(html)
+    assert len(contents) == len({name for name, _ in contents}) == 2 * 34
+    for name, content in contents:
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")).astype(int)
         assert picture.shape == (40, 60, 3)
-        assert np.abs(picture[20, 30] - ((255, 0, 0) if place == "0" else (0, 0, 255))).max() < 12
-    assert html.count('class="pic p0s0"') == html.count('class="pic p0s1"') == 2
+        assert np.abs(picture[20, 30] - ((255, 0, 0) if name.endswith("s0") else (0, 0, 255))).max() < 12
+        assert f'<button class="pic {name}" data-name={name} ' in html
 
 
-def test_the_largest_gains_come_first_and_the_middle_is_left_out(sides):
-    html = report.render("t", sides, verdicts_of(sides), {}, {}, max_prompts=4)
-    changes = [float(value) for value in re.findall(r"CLIP <span class=\w+>([+-][\d.]+)", html)]
-    assert changes == pytest.approx([0.33, 0.32, 0.01, 0.0])
+def test_winners_and_losers_of_each_metric_come_with_the_largest_change_first(sides):
+    html = report.render("t", sides, verdicts_of(sides), {})
+    parts = re.split(r"<h3>Largest (\w+) in ([\w ]+)</h3>", html)[1:]
+    found = {}
+    for word, metric, content in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        own = content.partition("<h2")[0]
+        found[metric, word] = [float(x) for x in re.findall(rf"{metric} <span class=\w+>([+-][\d.]+)", own)]
+    assert found == {
+        ("CLIP score", "gains"): [0.33, 0.32, 0.31, 0.3],
+        ("LAION aesthetic", "losses"): [-0.33, -0.32, -0.31, -0.3],
+    }
 
 
-def test_verdicts_and_curves_are_said_in_words(sides):
-    html = report.render("t", sides, verdicts_of(sides), {"training loss": [(0, 2.0), (640, 0.5)]}, {"steps": 20})
+def test_a_metric_that_only_verdicts_know_is_shown_like_the_others(sides):
+    new = {"metric": pl.lit("pick_score")}
+    sides = [
+        Side(
+            checkpoint=s.checkpoint, samples=s.samples, folder=s.folder,
+            metrics=pl.concat([s.metrics, s.metrics.filter(pl.col("metric") == "aesthetic").with_columns(**new)]),
+        )
+        for s in sides
+    ]  # fmt: skip
+    verdicts = verdicts_of(sides)
+    verdicts = pl.concat([verdicts, verdicts.filter(pl.col("metric") == "aesthetic").with_columns(**new)])
+    html = report.render("t", sides, verdicts, {})
+    assert html.index("gains in CLIP score") < html.index("losses in LAION aesthetic")
+    assert html.index("losses in LAION aesthetic") < html.index("losses in pick score")
+    assert html.count("pick score: gains first") == 1
+
+
+def test_verdicts_are_said_in_words_and_drawn(sides):
+    html = report.render("t", sides, verdicts_of(sides), {"steps": 20})
     assert "<span class='chip better'>better</span>" in html
+    assert "<span class='chip worse'>worse</span>" in html
     assert "too few prompts" in html
-    assert "0.5 to 2, last 0.5 at 640 samples" in html
+    assert html.count("<svg class=interval") == 2 + 6  # two headlines, and a row per metric and group
     assert "steps: 20" in html
-    bare = report.render("t", sides, TABLES["verdicts"].empty(), {"one point": [(0, 1.0)]}, {})
+    bare = report.render("t", sides, TABLES["verdicts"].empty(), {})
     assert "Verdict" not in bare
-    assert "one point" not in bare
+    assert "Training" not in bare
+    assert "largest gains in clip score" in bare.lower()
 
 
-def test_a_missing_picture_leaves_a_gap_and_no_error(sides):
+def test_groups_have_their_means_on_every_side(calm):
+    html = report.render("t", calm, verdicts_of(calm), {})
+    # Odd numbers 1 ... 33 have the mean 17, all have 16.5; the last side's score is 0.2 + n / 100.
+    assert (
+        "<tr><td>a</td><td class=number>17</td><td class=number>0.2000</td><td class=number>0.2850</td>"
+        "<td class=number>0.3700</td><td class='number up'>+0.1700</td></tr>" in html
+    )
+    assert "<td>all</td><td class=number>34</td>" in html
+
+
+def test_missing_pictures_and_scores_leave_gaps_and_no_error(sides):
     (sides[1].folder / "3.png").unlink()
-    html = report.render("t", sides, verdicts_of(sides), {}, {})
-    assert len(re.findall(r"background-image:url", html)) == 2 * 34 - 1
+    holes = pl.when(pl.col("prompt_id") == "p05").then(float("nan")).otherwise("value")
+    sides[1] = Side(
+        checkpoint="run@9", folder=sides[1].folder, samples=sides[1].samples.filter(pl.col("prompt_id") != "p04"),
+        metrics=sides[1].metrics.with_columns(value=holes),
+    )  # fmt: skip
+    html = report.render("t", sides, TABLES["verdicts"].empty(), {})
+    assert len(RULE.findall(html)) == 2 * 34 - 2
+    assert html.count("no picture") == 2
+    assert ">nan" not in html.lower()
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_draws_both_halves_of_a_slider(sides, tmp_path):
+def test_of_many_checkpoints_the_first_the_last_and_some_between_are_shown(sides):
+    many = [sides[0], *[sides[1]] * 20, sides[0]]
+    html = report.render("t", many, TABLES["verdicts"].empty(), {})
+    assert re.findall(r"<th title='([^']+)'", html) == ["base.0@0", *["run@9"] * 6, "base.0@0"]
+
+
+def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_shown(tmp_path):
+    # Noise is what a JPEG holds worst; texts and names are as long and as full of quotes as they can be.
+    rng = np.random.default_rng(0)
+    names = [("base.0@0" if n == 0 else f"run@{n}") for n in range(5)]
+    made = [side(tmp_path, name, (0, 0, 0), count=300, shift=n / 1e4, evil='"' * 900) for n, name in enumerate(names)]
+    noise = [Image.fromarray(rng.integers(0, 256, (288, 288, 3), dtype=np.uint8)) for _ in range(2)]
+    for n, one in enumerate(made):
+        noise[n % 2].save(one.folder / "0.png", compress_level=1)
+        for number in range(1, 300):
+            (one.folder / f"{number}.png").unlink()
+            (one.folder / f"{number}.png").hardlink_to(one.folder / "0.png")
+    pictures = [Exhibit(pictures=[np.asarray(image) for image in noise], caption="x") for _ in range(10)]
+    html = report.render(
+        "t", made, verdicts_of(made), {}, sections=[Section(title="copies", text="", exhibits=pictures)]
+    )
+    assert len(html.encode()) <= report.MAX_BYTES
+    assert len(html.encode()) > report.MAX_BYTES / 2  # the room is used
+    assert "256 of 300 prompts" in html
+    assert len(RULE.findall(html)) == 5 * 256 + 20
+    in_sliders = max(RULE.findall(html), key=lambda item: len(item[1]))
+    assert max(Image.open(io.BytesIO(base64.b64decode(in_sliders[1]))).size) >= 200
+
+
+def click(page, selector, number=0):
+    page.driver.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, number)
+
+
+@needs_chromium
+def test_a_browser_shows_slides_zooms_sorts_and_asks_for_nothing(calm, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(report.render("t", sides, TABLES["verdicts"].empty(), {}, {}))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,900"]
-    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}"]
-    subprocess.run(["chromium", *options, *places, path.as_uri()], check=True, capture_output=True, timeout=120)
-    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
-    red = (np.abs(shot - (254, 0, 0)).max(axis=2) < 8).nonzero()
-    blue = (np.abs(shot - (0, 0, 254)).max(axis=2) < 8).nonzero()
-    # In every card the base is on the left and the checkpoint on the right, as large as each other.
-    assert len(red[0]) > 10_000
-    assert len(blue[0]) == pytest.approx(len(red[0]), rel=0.2)
-    assert red[1].min() < blue[1].min()
-    assert red[1].max() < blue[1].max()
+    chart = Chart(title="loss", lines=[Line(name="held out", points=[(0, 1.0), (10, 0.5), (20, 0.7)])], marks=[10])
+    path.write_text(report.render("Run", calm, verdicts_of(calm), {}, charts=[chart]))
+    with chromium(1100, 900) as page:
+        page.open(path.as_uri())
+        shot = look(page, tmp_path)
+        red, blue = (where(shot, colour) for colour in ((254, 0, 0), (0, 0, 254)))
+        # In every slider the base is on the left and the checkpoint on the right, as large as each other.
+        assert len(red[0]) > 10_000
+        assert len(blue[0]) == pytest.approx(len(red[0]), rel=0.1)
+        assert red[1].min() < blue[1].min()
+
+        script = "const i = document.querySelector('.pair input'); i.value = 100; "
+        page.driver.execute_script(script + "i.dispatchEvent(new Event('input', {bubbles: true}))")
+        moved = look(page, tmp_path)
+        assert len(where(moved, (254, 0, 0))[0]) > len(red[0]) + 5_000
+
+        click(page, ".grid .pic", 1)  # the middle checkpoint of the first prompt
+        page.wait(lambda: page.driver.execute_script("return document.querySelector('dialog').open"), "the zoom")
+        assert "run@4" in page.text()
+        assert len(where(look(page, tmp_path), (0, 255, 1))[0]) > 100_000
+        click(page, "#right")
+        assert len(where(look(page, tmp_path), (0, 0, 254))[0]) > 100_000
+        click(page, "#close")
+
+        order = "const s = document.querySelector(arguments[0]); s.value = arguments[1]; "
+        order += "s.dispatchEvent(new Event('change')); return [...document.querySelectorAll('.grid tr[data-group]')]"
+        order += ".filter(r => !r.hidden).map(r => r.querySelector('.ask').textContent)"
+        assert page.driver.execute_script(order, "#order", "0")[:2] == ["odd 33", "odd 32"]
+        assert page.driver.execute_script(order, "#group", "1")[:2] == ["odd 32", "odd 30"]
+
+        assert page.errors() == []
+        assert page.driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+        page.resize(390, 800)
+        width = "return document.documentElement.scrollWidth"
+        assert page.driver.execute_script(width) <= 390
+
+
+def look(page, tmp_path):
+    page.screenshot(tmp_path / "shot.png")
+    return np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
+
+
+def where(shot, colour):
+    return (np.abs(shot - colour).max(axis=2) < 8).nonzero()

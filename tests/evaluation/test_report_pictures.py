@@ -1,0 +1,41 @@
+"""Pictures keep to their room, and give way in quality before size."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from training.evaluation import report_pictures
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 200), width=st.integers(1, 200), longest=st.integers(16, 256), limit=st.integers(1500, 9000)
+)
+def test_a_picture_keeps_to_its_bytes_and_shape_and_is_never_enlarged(height, width, longest, limit):
+    noise = np.random.default_rng(height * 201 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    content = report_pictures.encode(Image.fromarray(noise), longest, limit)
+    assert len(content) <= limit
+    with Image.open(io.BytesIO(content)) as found:
+        assert max(found.size) <= min(longest, max(height, width))
+        scale = max(found.size) / max(height, width)
+        assert found.size == pytest.approx((max(width * scale, 1), max(height * scale, 1)), abs=2)
+
+
+def test_a_picture_with_room_keeps_its_size():
+    gray = Image.new("RGB", (300, 200), "gray")
+    with Image.open(io.BytesIO(report_pictures.encode(gray, 512, 60_000))) as found:
+        assert found.size == (300, 200)
+
+
+@pytest.mark.parametrize(("count", "room"), [(1, 40_000), (7, 40_000), (60, 120_000)])
+def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    css = report_pictures.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
+    assert room / 3 < len(css) <= room
+    assert re.findall(r"\.(p\d+s0)\{", css) == [f"p{n}s0" for n in range(count)]
