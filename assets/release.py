@@ -1,5 +1,7 @@
 """`release`: a run's last checkpoint as a folder that stands alone, with a card that says how it came about."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -7,41 +9,46 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import runs
+from assets.verdicts import scores_of
 from resources.stages import Scope, Stage
-from resources.store import Made, Store
+from resources.store import Made, Store, file_digest, git_revision
 from resources.tracking import choose_pictures, workspace_tracking
 from training import release as releasing
-from training.commit import write_bytes
+from training.commit import json_digest, write_bytes
 from training.errors import DataError, TrackingError
 from training.evaluation import contact_sheet, figures, report
-from training.evaluation.report import Side
-from training.event_log import read_events
+from training.evaluation.model_card import Card, Picture
+from training.evaluation.report_scores import Side
+from training.evaluation.run_charts import loss_charts, timestep_map
+from training.event_log import read_events, read_lines
 from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
 
 NUM_SHOWN = 8
 NUM_IN_SHEET = 24
 """Prompts, of each group in turn, in Dagster's metadata and in the contact sheet."""
-
-
-def _last(store: Store, run: str) -> str:
-    """Name of a finished run's last checkpoint; empty while it has none."""
-    if store.manifest("checkpoints", run) is None:
-        return ""
-    return str(store.read("checkpoints", ["checkpoint", "samples_seen"], [run]).sort("samples_seen")["checkpoint"][-1])
+NUM_IN_CARD = 3
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the last checkpoint, its scores and its verdict."""
-    last = _last(store, key)
-    if not last:
+    """Digests of the last checkpoint, of the scores of all that its report shows, its verdict, and the licence."""
+    last = store.last_checkpoint(key)
+    if last is None:
         return {"checkpoint": "absent"}
-    tables = {"eval_metrics": last, "verdicts": f"base~{last}"}
-    found = {table: store.manifest(table, part) for table, part in tables.items()}
-    digests = {table: manifest.digest if manifest else "absent" for table, manifest in found.items()}
-    return {"checkpoint": store.checkpoint_digest(last), **digests}
+    base = store.base_checkpoint() or "base"
+    tables = [("verdicts", f"base~{last}"), *(("eval_metrics", name) for name in (base, *_evaluated(store, key)))]
+    found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
+    digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
+    texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
+    return {"checkpoint": store.checkpoint_digest(last), **digests, "licence": json_digest(texts)}
 
 
-STAGE = Stage(name="release", version=1, scope=Scope.RUN, others=_inputs)
+STAGE = Stage(
+    name="release",
+    version=2,
+    scope=Scope.RUN,
+    config=lambda config, key: {"base_license": config.models.base_license},
+    others=_inputs,
+)
 
 
 @dg.asset(
@@ -50,25 +57,42 @@ STAGE = Stage(name="release", version=1, scope=Scope.RUN, others=_inputs)
     **describe(STAGE, "evaluate", "huggingface"),
 )
 def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per file of the release: the last checkpoint's model, its card, its report and its configuration."""
+    """One row per file of the release: the last checkpoint's model, its card, its report, licence and pictures."""
 
     def make(key: str) -> Made:
-        last = _last(store, key)
-        if not last:
+        last = store.last_checkpoint(key)
+        if last is None:
             raise DataError(f"release {key}: the run has no finished checkpoint; run `foundry train --run {key}`")
         folder, model = store.home / "release" / key, store.checkpoint_folder(last)
-        page = render_report(store, key, last)
+        licences, pictures = _licences(store, key), _card_pictures(store, last)
+        card, tags = render_card(store, key, last, list(licences), [picture for picture, _ in pictures])
+        texts = {
+            releasing.CARD: card,
+            releasing.REPORT: render_report(store, key, last),
+            releasing.TAGS: tags,
+        }
+        if not licences:
+            config = store.config.models
+            texts[releasing.NO_LICENCE] = releasing.missing_licence(Path(config.base).name, config.base_license)
         releasing.assemble(
             folder,
             model=model,
             model_files=[entry.name for entry in read_ready(model).files],
-            texts={"README.md": render_card(store, key, last), "report.html": page},
-            copies={"config.toml": store.run_folder(key) / CONFIG},
+            texts=texts,
+            copies={
+                releasing.CONFIG: store.run_folder(key) / CONFIG,
+                **licences,
+                **{picture.file: path for picture, path in pictures},
+            },
         )
         return Made(
             frame=releasing.table(folder),
             report={
-                "numbers": {"checkpoint": last, "folder": str(folder)},
+                "numbers": {
+                    "checkpoint": last,
+                    "folder": str(folder),
+                    "licence": ", ".join(licences) or "its text is missing beside the base model",
+                },
                 "pictures": {"before and after": _grid(store, last)},
             },
         )
@@ -79,8 +103,8 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
     return result
 
 
-def _sides(store: Store, last: str) -> list[Side]:
-    """The base and the checkpoint, as the report shows them."""
+def sides(store: Store, names: Sequence[str]) -> list[Side]:
+    """Checkpoints as the report shows them, from left to right."""
     return [
         Side(
             checkpoint=name,
@@ -88,58 +112,132 @@ def _sides(store: Store, last: str) -> list[Side]:
             metrics=store.read("eval_metrics", parts=[name]),
             folder=store.sample_folder(name),
         )
-        for name in (store.base_checkpoint() or "", last)
+        for name in names
     ]
+
+
+def _evaluated(store: Store, run: str) -> list[str]:
+    """A run's checkpoints with scores, oldest first."""
+    names = [name for name in store.parts("eval_metrics") if name.rpartition("@")[0] == run]
+    return sorted(names, key=lambda name: int(name.rpartition("@")[2]))
+
+
+def shown(store: Store, run: str, last: str) -> list[str]:
+    """The base and checkpoints of the run up to the last, as far as they were drawn and scored as the last one was."""
+    protocol = scores_of(store, last).protocol
+    names = [store.base_checkpoint() or ""]
+    for name in _evaluated(store, run):
+        try:
+            alike = scores_of(store, name).protocol == protocol
+        except DataError:
+            continue
+        if alike and name != last:
+            names.append(name)
+    return report.spread([*names, last])
 
 
 def render_report(store: Store, run: str, last: str) -> str:
     """The run's report as one HTML page."""
+    names = shown(store, run, last)
     events = read_events(store.run_folder(run) / EVENTS)
-    curves = {
-        "validation loss": [
-            (event["samples_seen"], event["loss"]) for event in events if event["event"] == "validation"
-        ],
-        "training loss": [(event["samples_seen"], event["loss"]) for event in events if event["event"] == "step"],
-    }
-    config, sampling = read_config(store.run_folder(run)), store.config.evaluation.sampling
+    marks = [int(name.rpartition("@")[2]) for name in names[1:]]
     facts = {
         "training set": read_inputs(store.run_folder(run)).fingerprint[:12],
-        "samples": config.num_samples,
-        "prompts": store.config.evaluation.prompt_set,
-        "sampler": f"{sampling.sampler} {sampling.schedule}, {sampling.num_steps} steps",
+        "samples": read_config(store.run_folder(run)).num_samples,
+        **protocol_facts(store, last),
     }
-    verdicts = store.read("verdicts", parts=[f"base~{last}"])
-    return report.render(f"Run {run}", _sides(store, last), verdicts, curves, facts)
+    return report.render(
+        f"Run {run}",
+        sides(store, names),
+        store.read("verdicts", parts=[f"base~{last}"]),
+        facts,
+        charts=loss_charts(events, marks),
+        maps=timestep_map(events),
+    )
 
 
-def render_card(store: Store, run: str, last: str) -> str:
-    """The model card as Markdown."""
-    from training.evaluation import model_card
+def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
+    """How pictures were drawn, in small print, and how many of a checkpoint's have no score."""
+    from training.evaluation.schedulers import label
+
+    sampling = store.config.evaluation.sampling
+    facts: dict[str, object] = {
+        "prompts": store.config.evaluation.prompt_set,
+        "sampler": f"{label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, guidance "
+        f"{sampling.guidance_scale:g}",
+    }
+    if sampling.weights == "ema":
+        facts["weights"] = "averaged, where there are some"
+    failed = _summary(store, checkpoint).get("num_failed")
+    return facts | ({"pictures without scores": int(failed)} if failed else {})
+
+
+def _summary(store: Store, checkpoint: str) -> dict[str, float]:
+    """A checkpoint's summary: column to value."""
+    rows = store.read("eval_metrics", ["prompt_id", "metric", "value"], [checkpoint])
+    return dict(rows.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+
+
+def render_card(
+    store: Store, run: str, last: str, licences: Sequence[str], pictures: Sequence[Picture]
+) -> tuple[str, str]:
+    """The model card as Markdown, and the list of tags as CSV."""
+    from training.data import vocabulary
+    from training.evaluation import card_facts, model_card
 
     base = store.read("base_model", parts=["base"]).row(0, named=True)
-    inputs = read_inputs(store.run_folder(run))
-    return model_card.render(
-        model_card.Card(
-            checkpoint=last,
-            digest=store.checkpoint_digest(last),
-            base=Path(store.config.models.base).name,
-            base_digest=base["digest"],
-            family=base["family"],
-            license_name=store.config.models.base_license,
-            fingerprint=inputs.fingerprint,
-            training_set=model_card.count_set(pl.read_parquet(inputs.training_set)),
-            run=read_config(store.run_folder(run)),
-            evaluation=store.config.evaluation,
-            verdicts=store.read("verdicts", parts=[f"base~{last}"]),
-        )
+    folder = store.run_folder(run)
+    inputs, config = read_inputs(folder), read_config(folder)
+    facts = card_facts.count_set(pl.read_parquet(inputs.training_set))
+    card = Card(
+        checkpoint=last,
+        base=Path(store.config.models.base).name,
+        family=base["family"],
+        prediction_type=base["prediction_type"] if config.prediction_type == "base" else config.prediction_type,
+        license_name=store.config.models.base_license,
+        license_files=licences,
+        lineage={
+            "weights": store.checkpoint_digest(last),
+            "training set": inputs.fingerprint,
+            "base model": inputs.base_digest,
+            "configuration": file_digest(folder / CONFIG),
+            "git revision that made this release": git_revision() or "outside of a checkout",
+        },
+        training_set=facts,
+        run=config,
+        run_facts=card_facts.summarise_run(read_lines(folder / EVENTS)),
+        evaluation=store.config.evaluation,
+        summaries={side.label: _summary(store, side.checkpoint) for side in sides(store, shown(store, run, last))},
+        verdicts=store.read("verdicts", parts=[f"base~{last}"]),
+        pictures=pictures,
     )
+    words = vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256)
+    return model_card.render(card), card_facts.tags_csv(facts, words)
+
+
+def _licences(store: Store, run: str) -> dict[str, Path]:
+    """Texts of the licence of the model that a run began from."""
+    base = read_config(store.run_folder(run)).base
+    return releasing.licence_files(store.resource_path(getattr(store.config.models, base)))
+
+
+def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
+    """A few sample images for the card, of each group in turn, with the files that they come from."""
+    found: list[tuple[Picture, Path]] = []
+    for row in choose_pictures(store.read("sample_images", parts=[last]), NUM_IN_CARD).iter_rows(named=True):
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", row["prompt_id"])[:60]
+        file = f"{releasing.PICTURES}/{len(found) + 1}-{name}.png"
+        path = store.sample_folder(last) / row["file"]
+        if path.is_file():
+            found.append((Picture(file=file, text=row["text"], negative=row["negative"]), path))
+    return found
 
 
 def _grid(store: Store, last: str) -> str:
     """Base and checkpoint side by side for a few prompts, as Markdown."""
     from training.evaluation.clip_score import read_picture
 
-    before, after = _sides(store, last)
+    before, after = sides(store, [store.base_checkpoint() or "", last])
     both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
     rows = choose_pictures(both, NUM_SHOWN)
     pictures, captions = [], []
@@ -151,24 +249,34 @@ def _grid(store: Store, last: str) -> str:
 
 def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
     """Put the report and the grid beside the run in MLflow; when it is away, say so and go on."""
-    from training.evaluation.clip_score import read_picture
-
-    last = _last(store, key)
-    before, after = _sides(store, last)
-    both = before.samples.filter(pl.col("prompt_id").is_in(after.samples["prompt_id"]))
-    rows = [
-        contact_sheet.Row(
-            title=row["prompt_id"],
-            text=row["text"],
-            pictures=[read_picture(side.folder / row["file"]) for side in (before, after)],
-        )
-        for row in choose_pictures(both, NUM_IN_SHEET).iter_rows(named=True)
-    ]
-    sheet = contact_sheet.grid(rows, [before.checkpoint, after.checkpoint])
+    last = store.last_checkpoint(key)
+    assert last is not None, "a release has been made of it"
+    sheet = _sheet(store, key, last)
     write_bytes(store.home / "sample_images" / f"{key}_contact_sheet.jpg", sheet)
     try:
         tracking = workspace_tracking(store.home, store.config.tracking.uri)
         tracking.log_file(last, "contact_sheet.jpg", sheet)
-        tracking.log_file(last, "report.html", (store.home / "release" / key / "report.html").read_bytes())
+        tracking.log_file(last, "report.html", (store.home / "release" / key / releasing.REPORT).read_bytes())
     except TrackingError as error:
         context.log.warning(f"MLflow: {error}")
+
+
+def _sheet(store: Store, run: str, last: str) -> bytes:
+    """A contact sheet of all that the report shows, as a JPEG."""
+    from training.evaluation.clip_score import read_picture
+
+    columns = sides(store, shown(store, run, last))
+    files = [dict(side.samples.select("prompt_id", "file").iter_rows()) for side in columns]
+    drawn = columns[-1].samples.filter(pl.col("prompt_id").is_in(list(files[0])))
+    rows = [
+        contact_sheet.Row(
+            title=row["prompt_id"],
+            text=row["text"],
+            pictures=[
+                read_picture(side.folder / names[row["prompt_id"]]) if row["prompt_id"] in names else None
+                for side, names in zip(columns, files, strict=True)
+            ],
+        )
+        for row in choose_pictures(drawn, NUM_IN_SHEET).iter_rows(named=True)
+    ]
+    return contact_sheet.grid(rows, [side.label for side in columns])

@@ -1,23 +1,56 @@
-"""Puts a run's last checkpoint into a folder that stands alone: the model, its card, its report, its configuration."""
+"""Puts a run's last checkpoint into a folder that stands alone: model, card, report, licence, pictures."""
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
+from training.base_model import config_folder
 from training.commit import atomic_folder, sha256_file
 from training.data.tables import TABLES
 
+CARD, REPORT, CONFIG, TAGS = "README.md", "report.html", "config.toml", "tags.csv"
+PICTURES = "pictures"
+NO_LICENCE = "LICENSE_MISSING.txt"
 ABOUT = {
-    "README.md": "model card",
-    "report.html": "before and after, without network",
-    "config.toml": "the resolved run",
+    CARD: "model card",
+    REPORT: "before and after, without network",
+    CONFIG: "the resolved run",
+    TAGS: "every tag with its images and aliases",
+    NO_LICENCE: "the base model came without the text of its licence",
 }
+_LICENCES = ("license", "licence", "copying", "notice")
+
+
+def licence_files(base: Path) -> dict[str, Path]:
+    """The texts of a base model's licence, by name, sorted: they go with everything that is made from it.
+
+    Args:
+        base: A diffusers folder, or a single file with the folder of its configurations beside it.
+    """
+    folder = config_folder(base)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path for path in found if path.is_file() and path.name.lower().startswith(_LICENCES)}
+
+
+def missing_licence(base: str, licence: str) -> str:
+    """What stands in the licence's place where the base model came without its text."""
+    return (
+        f"The base model {base} is under the licence {licence}, and so is this model.\n"
+        "No file with the text of that licence was found beside the base model. Put it there as LICENSE, make the "
+        "release again, and do not pass the model on without it.\n"
+    )
 
 
 def assemble(
-    folder: Path, *, model: Path, model_files: list[str], texts: dict[str, str], copies: dict[str, Path]
+    folder: Path,
+    *,
+    model: Path,
+    model_files: Sequence[str],
+    texts: Mapping[str, str],
+    copies: Mapping[str, Path],
 ) -> None:
     """Fill a new release folder and rename it into place; an older one with the same name is replaced.
 
@@ -36,13 +69,14 @@ def assemble(
         for name, text in texts.items():
             (temporary / name).write_text(text, "utf-8")
         for name, path in copies.items():
-            _take(path, temporary / name)
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, temporary / name)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(fresh, folder)
 
 
 def _take(source: Path, target: Path) -> None:
-    """Link a committed file, which never changes; copy it where the file system cannot link."""
+    """Link a checkpoint's file, which never changes; copy it where the file system cannot link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -55,6 +89,15 @@ def table(folder: Path) -> pl.DataFrame:
     rows = []
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         name = path.relative_to(folder).as_posix()
-        about = ABOUT.get(name, "model in diffusers layout")
-        rows.append({"file": name, "about": about, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        rows.append({"file": name, "about": _about(name), "bytes": path.stat().st_size, "sha256": sha256_file(path)})
     return pl.DataFrame(rows, schema=TABLES["release"].schema)
+
+
+def _about(name: str) -> str:
+    if name in ABOUT:
+        return ABOUT[name]
+    if name.startswith(f"{PICTURES}/"):
+        return "sample picture of the card"
+    if name.lower().startswith(_LICENCES):
+        return "licence of the base model, which holds for this one"
+    return "model in diffusers layout"

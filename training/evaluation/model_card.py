@@ -3,39 +3,33 @@
 Tags and names come from strangers' files: everything is escaped, so that a tag can neither format nor link.
 """
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from training.data.geometry import Size
-from training.evaluation.schedulers import label
+from training.evaluation.card_advice import prompting, sampling_advice
+from training.evaluation.card_facts import RELIABLE, WITH_EMPHASIS, RunFacts, SetFacts, band
+from training.evaluation.card_markdown import BASES, escape, front_matter, licence_fields, table
+from training.evaluation.report_verdicts import in_order
+from training.evaluation.summary import COLUMNS
 from training.evaluation.verdict import sentence
 from training.evaluation_config import EvaluationConfig
 from training.run_config import RunConfig
 
-RELIABLE, WITH_EMPHASIS = 1_000, 100
-"""Images from which a tag works by itself, and from which it works when it is stressed. Source: bigASP's page."""
 _MAX_TAGS = 100
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>:])")
+"""Of each band; tags.csv has all."""
+_BAR_BLOCKS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SetFacts:
-    """What a training set holds, counted."""
+class Picture:
+    """A sample picture beside the card."""
 
-    num_train: int
-    num_validation: int
-    num_captions: int
-    """Training samples with a caption."""
-    buckets: tuple[tuple[Size, int], ...]
-    """Size and training samples, the most frequent first."""
-    tags: tuple[tuple[str, int], ...]
-    """All tags with their training samples, the most frequent first."""
-    scores: tuple[tuple[int, int], ...]
-    """Quality score and training samples, ascending."""
+    file: str
+    """Relative to the card."""
+    text: str
+    negative: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,65 +38,45 @@ class Card:
 
     checkpoint: str
     """`<run>@<samples_seen>`."""
-    digest: str
-    """Of the checkpoint's weights."""
     base: str
     """Name of the base model."""
-    base_digest: str
     family: str
     """sdxl or sd1."""
+    prediction_type: str
+    """Of the fine-tuned model."""
     license_name: str
-    """Of the base model, which its fine-tunes inherit; a Hugging Face identifier."""
-    fingerprint: str
-    """Of the training set."""
+    """Of the base model, which its fine-tunes inherit."""
+    license_files: Sequence[str]
+    """Its texts beside the card; none where the base model came without."""
+    lineage: Mapping[str, str]
+    """What the model came from -> digest or revision."""
     training_set: SetFacts
     run: RunConfig
+    run_facts: RunFacts
     evaluation: EvaluationConfig
+    summaries: Mapping[str, Mapping[str, float]]
+    """Checkpoint as people call it -> the guide's summary, by column."""
     verdicts: pl.DataFrame
     """Rows of table `verdicts`; may be empty."""
-
-
-def count_set(rows: pl.DataFrame) -> SetFacts:
-    """Count a training set.
-
-    Args:
-        rows: Of table `training_set`.
-    """
-    train = rows.filter(pl.col("split") == "train")
-    buckets = (
-        train.group_by("bucket_height", "bucket_width")
-        .len("n")
-        .sort("n", "bucket_height", "bucket_width", descending=True)
-    )
-    names = train.select(pl.col("tags").explode(empty_as_null=False, keep_nulls=False)).unnest("tags")
-    tags = names.group_by("name").len("n").sort(["n", "name"], descending=[True, False])
-    return SetFacts(
-        num_train=train.height,
-        num_validation=rows.height - train.height,
-        num_captions=int(train["caption"].is_not_null().sum()),
-        buckets=tuple((Size(height, width), count) for height, width, count in buckets.iter_rows()),
-        tags=tuple(tags.select("name", "n").iter_rows()),
-        scores=tuple(train.group_by("score").len("n").sort("score").iter_rows()),
-    )
+    pictures: Sequence[Picture]
 
 
 def render(card: Card) -> str:
     """Write the card: Hugging Face front matter and sections in Markdown."""
     run, _, samples_seen = card.checkpoint.rpartition("@")
+    advice = [*prompting(card.run.prompts, card.training_set), *_reading(card)]
     sections = {
+        "Pictures": _pictures(card.pictures),
         "Training data": _data(card.training_set),
-        "How to prompt": _advice(card),
+        "How to prompt": "\n".join(f"- {line}" for line in advice),
+        "Samplers": "\n".join(f"- {line}" for line in sampling_advice(card.evaluation.sampling, card.family)),
         "Tags": _tags(card.training_set),
         "Training": _training(card, int(samples_seen)),
         "Evaluation": _evaluation(card),
-        "Licence": f"The licence of the base model, {escape(card.base)} ({escape(card.license_name)}), holds for this "
-        "model too. Nothing is said here about the rights in the training images.",
-        "Lineage": _table(
-            ("what", "SHA-256"),
-            [("weights", card.digest), ("training set", card.fingerprint), ("base model", card.base_digest)],
-        ),
+        "Licence": _licence(card),
+        "Lineage": table(("what", "digest"), [(escape(what), f"`{value}`") for what, value in card.lineage.items()]),
     }
-    body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
+    body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
     intro = (
         f"{escape(card.base)} fine-tuned on {card.training_set.num_train:,} images, {int(samples_seen):,} samples "
         f"long. Written by the pipeline that trained it; every number below is counted, none is recalled."
@@ -110,65 +84,71 @@ def render(card: Card) -> str:
     return f"{_front_matter(card)}\n# {escape(run)}\n\n{intro}\n\n{body}"
 
 
-def escape(text: str) -> str:
-    """Text as Markdown that shows it and nothing else: no markup, no HTML, no link, one line."""
-    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKUP.sub(r"\\\1", plain)
-
-
 def _front_matter(card: Card) -> str:
-    # JSON strings are YAML strings, whatever they hold.
-    lines = {
-        "license": card.license_name,
-        "base_model": card.base,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["stable-diffusion-xl" if card.family == "sdxl" else "stable-diffusion", "fine-tuned"],
-    }
-    return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()) + "---\n"
+    text = card.license_files[0] if card.license_files else None
+    gallery = [
+        {"text": picture.text, "output": {"url": picture.file}}
+        | ({"parameters": {"negative_prompt": picture.negative}} if picture.negative else {})
+        for picture in card.pictures
+    ]
+    return front_matter(
+        {
+            **licence_fields(card.license_name, text),
+            "base_model": BASES.get(card.base),
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "tags": ["stable-diffusion-xl" if card.family == "sdxl" else "stable-diffusion", "fine-tuned"],
+            "widget": gallery or None,
+        }
+    )
+
+
+def _pictures(pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    shown = table([f"![sample {n}]({p.file})" for n, p in enumerate(pictures, 1)], [[escape(p.text) for p in pictures]])
+    return f"{shown}\n\nBase and fine-tuned side by side, for all prompts: [report.html](report.html)."
 
 
 def _data(facts: SetFacts) -> str:
-    shares = ", ".join(f"{score}: {count:,}" for score, count in facts.scores)
-    table = _table(
-        ("height × width", "images"), [(f"{size.height} × {size.width}", f"{n:,}") for size, n in facts.buckets]
-    )
-    return (
+    total = max(facts.num_train, 1)
+    parts = [
         f"{facts.num_train:,} images for training, {facts.num_validation:,} held out and never trained on; "
-        f"{facts.num_captions:,} have a caption.\n\nImages by quality score (9 is best): {shares or 'none'}.\n\n{table}"
-    )
+        f"{facts.num_captions:,} have a caption of their source, {facts.num_made_captions:,} one made by a model; a "
+        f"watermark was found in {facts.num_watermarked:,}."
+    ]
+    if facts.scores:
+        most = max(count for _, count in facts.scores)
+        rows = [(str(s), f"{n:,}", f"{n / total:.1%}", "█" * round(n / most * _BAR_BLOCKS)) for s, n in facts.scores]
+        parts.append(table(("quality score (9 is best)", "images", "share", ""), rows))
+    if facts.words:
+        words = [(escape(word), f"{count:,}", f"{count / total:.1%}") for word, count in facts.words]
+        parts.append(table(("quality, rating and date", "images", "share"), words))
+    buckets = [(f"{size.height} × {size.width}", f"{n:,}", f"{n / total:.1%}") for size, n in facts.buckets]
+    parts.append(table(("bucket, height × width", "images", "share"), buckets))
+    return "\n\n".join(parts)
 
 
-def _advice(card: Card) -> str:
-    prompts, sampling = card.run.prompts, card.evaluation.sampling
-    shown = [f"Tags, separated by commas; training prompts had about {prompts.mean_tags:.0f} of them."]
-    if prompts.caption_prob:
-        shown.append(f"Sentences work too: {prompts.caption_prob:.0%} of the captioned images were trained with them.")
-    if prompts.score_tags and card.training_set.scores:
-        best = card.training_set.scores[-1][0]
-        shown.append(f"Begin with `score_{best}` or `score_7_up` for quality; `score_N_up` means N or better.")
-    shown.append(
-        f"Prompts of up to {prompts.max_chunks * 75} tokens, in chunks of 75."
-        if prompts.max_chunks > 1
-        else "Prompts of up to 75 tokens."
-    )
-    shown.append(
-        f"Sampler {label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, "
-        f"guidance {sampling.guidance_scale:g}, "
-        "at one of the sizes above: so were the pictures of the evaluation made."
-    )
-    return "\n".join(f"- {line}" for line in shown)
+def _reading(card: Card) -> list[str]:
+    """How the text encoders are to be read, and what the UNet predicts, where that is not what UIs expect."""
+    lines = []
+    if card.run.clip_skip != 1:
+        lines.append(f"Clip skip {card.run.clip_skip}, as it was trained.")
+    if card.prediction_type == "v_prediction":
+        zero = " with zero terminal SNR" if card.run.zero_terminal_snr else ""
+        lines.append(f"The model predicts v{zero}: tell the UI so, or pictures are noise.")
+    return lines
 
 
 def _tags(facts: SetFacts) -> str:
-    bands = (
-        (f"Reliable ({RELIABLE:,} images and more)", RELIABLE, None),
-        (f"With emphasis ({WITH_EMPHASIS} to {RELIABLE - 1})", WITH_EMPHASIS, RELIABLE),
-        (f"Weak (fewer than {WITH_EMPHASIS})", 0, WITH_EMPHASIS),
-    )
-    parts = [f"{len(facts.tags):,} tags were trained."]
-    for title, least, most in bands:
-        own = [(tag, count) for tag, count in facts.tags if count >= least and (most is None or count < most)]
+    bands = {
+        "reliable": f"Reliable ({RELIABLE:,} images and more)",
+        "with emphasis": f"With emphasis ({WITH_EMPHASIS} to {RELIABLE - 1}), such as `(tag:1.5)`",
+        "weak": f"Weak (fewer than {WITH_EMPHASIS})",
+    }
+    parts = [f"{len(facts.tags):,} tags were trained; [tags.csv](tags.csv) has all with their images and aliases."]
+    for word, title in bands.items():
+        own = [(tag, count) for tag, count in facts.tags if band(count) == word]
         if own:
             shown = ", ".join(f"{escape(tag)} ({count:,})" for tag, count in own[:_MAX_TAGS])
             more = f", and {len(own) - _MAX_TAGS:,} more" if len(own) > _MAX_TAGS else ""
@@ -177,35 +157,65 @@ def _tags(facts: SetFacts) -> str:
 
 
 def _training(card: Card, samples_seen: int) -> str:
-    run = card.run
+    run, facts, optimizer = card.run, card.run_facts, card.run.optimizer
     encoders = [name for name, on in (("1", run.train_text_encoder), ("2", run.train_text_encoder_2)) if on]
+    loss = run.loss.weighting + (f", gamma {run.loss.min_snr_gamma:g}" if run.loss.weighting == "min_snr" else "")
+    ema = optimizer.ema_half_life_samples
     rows: Mapping[str, object] = {
-        "samples seen": f"{samples_seen:,}",
+        "samples seen": f"{samples_seen:,} ({samples_seen / max(card.training_set.num_train, 1):.1f} per image)",
         "samples per optimizer step": run.batch.global_batch_size,
-        "peak learning rate": f"{run.optimizer.learning_rate:g} ({run.optimizer.schedule})",
-        "warm-up": f"{run.optimizer.warmup_samples:,} samples",
-        "weight decay": run.optimizer.weight_decay,
+        "optimizer": f"{optimizer.name}, weight decay {optimizer.weight_decay:g}",
+        "peak learning rate": f"{optimizer.learning_rate:g} ({optimizer.schedule})",
+        "peak learning rate of text encoders": f"{optimizer.text_encoder_learning_rate or optimizer.learning_rate:g}"
+        if encoders
+        else None,
+        "warm-up": f"{optimizer.warmup_samples:,} samples",
         "trained": "UNet" + (f" and text encoder {' and '.join(encoders)}" if encoders else ""),
-        "loss weighting": run.loss.weighting,
+        "trained parameters": None if facts.num_parameters is None else f"{facts.num_parameters:,}",
+        "loss": loss + (f", noise offset {run.loss.noise_offset:g}" if run.loss.noise_offset else ""),
+        "predicts": card.prediction_type,
         "empty prompts": f"{run.prompts.empty_prob:.0%}",
+        "averaged weights": f"half-life {ema:,} samples" if ema else "none",
         "precision": run.precision,
         "seed": run.seed,
+        "device": facts.device,
+        "hours": f"{facts.hours:.2f}" + (f" in {facts.num_attempts} attempts" if facts.num_attempts > 1 else ""),
+        "images a second": None if facts.images_per_s is None else f"{facts.images_per_s:.3g}",
     }
-    return _table(("setting", "value"), [(name, str(value)) for name, value in rows.items()])
+    shown = [(name, f"`{value}`") for name, value in rows.items() if value is not None]
+    return f"{table(('setting', 'value'), shown)}\n\nThe whole configuration: [config.toml](config.toml)."
 
 
 def _evaluation(card: Card) -> str:
+    parts = []
+    if card.summaries:
+        names = list(card.summaries)
+        rows = [(f"`{column}`", *(_number(card.summaries[name].get(column)) for name in names)) for column in COLUMNS]
+        parts.append(table(("", *(escape(name) for name in names)), rows))
     if card.verdicts.is_empty():
-        return "Not compared with its base model yet."
-    in_order = card.verdicts.with_columns(first=pl.col("group") != "all").sort("first", "group", "metric")
-    lines = [f"- {escape(sentence(row))}" for row in in_order.iter_rows(named=True)]
-    against = escape(card.verdicts["a"][0])
-    return (
-        f"Against {against}, paired by prompt with equal seeds, 95 % t intervals, Holm over metrics. CLIP score and "
-        "the LAION aesthetic score are trip wires and no judges of taste: look at `report.html`.\n\n" + "\n".join(lines)
+        parts.append("Not compared with its base model yet.")
+    else:
+        lines = [f"- {escape(sentence(row))}" for row in in_order(card.verdicts)]
+        parts.append(
+            f"Against {escape(card.verdicts['a'][0])}, paired by prompt with equal seeds, 95 % t intervals, Holm over "
+            "metrics. These scores are trip wires and no judges of taste: look at [report.html](report.html).\n\n"
+            + "\n".join(lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}".removesuffix(".0000")
+
+
+def _licence(card: Card) -> str:
+    files = ", ".join(f"[{escape(name)}]({name})" for name in card.license_files)
+    where = (
+        f"Its text: {files}."
+        if files
+        else "**Its text is missing**: no LICENSE file was found beside the base model. Add it before you publish this."
     )
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *(tuple(escape(cell) for cell in row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"The licence of the base model, {escape(card.base)} ({escape(card.license_name)}), holds for this model too. "
+        f"{where} Nothing is said here about the rights in the training images."
+    )
