@@ -137,6 +137,15 @@ def test_the_demos_sampler_lies_where_it_always_did(num_steps):
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler", "euler_a"])
+def test_equal_timesteps_are_steps_of_their_own(sampler):
+    scheduler = make_scheduler(sampler, "karras", CONFIG, 2000)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    x = scheduler.scale_model_input(START, scheduler.timesteps[0])
+    scheduler.step(x, scheduler.timesteps[0], START, generator=[torch.Generator()])
+    assert scheduler.step_index == 1
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
 def test_a_strength_takes_the_end_of_a_longer_schedule(strength):
     for sampler in ("dpmpp_2m", "euler_a", "ddim", "dpmpp_sde"):
