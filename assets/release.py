@@ -9,18 +9,16 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import runs
-from assets.verdicts import scores_of
+from assets.release_report import evaluated, render_report, shown, sides, summary_of
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest, git_revision
 from resources.tracking import choose_pictures, workspace_tracking
 from training import release as releasing
 from training.commit import json_digest, write_bytes
 from training.errors import DataError, TrackingError
-from training.evaluation import contact_sheet, figures, report
+from training.evaluation import contact_sheet, figures
 from training.evaluation.model_card import Card, Picture
-from training.evaluation.report_scores import Side
-from training.evaluation.run_charts import loss_charts, timestep_map
-from training.event_log import read_events, read_lines
+from training.event_log import read_lines
 from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
 
 NUM_SHOWN = 8
@@ -35,7 +33,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     if last is None:
         return {"checkpoint": "absent"}
     base = store.base_checkpoint() or "base"
-    tables = [("verdicts", f"base~{last}"), *(("eval_metrics", name) for name in (base, *_evaluated(store, key)))]
+    tables = [("verdicts", f"base~{last}"), *(("eval_metrics", name) for name in (base, *evaluated(store, key)))]
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
     digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
@@ -103,81 +101,6 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
     return result
 
 
-def sides(store: Store, names: Sequence[str]) -> list[Side]:
-    """Checkpoints as the report shows them, from left to right."""
-    return [
-        Side(
-            checkpoint=name,
-            samples=store.read("sample_images", parts=[name]),
-            metrics=store.read("eval_metrics", parts=[name]),
-            folder=store.sample_folder(name),
-        )
-        for name in names
-    ]
-
-
-def _evaluated(store: Store, run: str) -> list[str]:
-    """A run's checkpoints with scores, oldest first."""
-    names = [name for name in store.parts("eval_metrics") if name.rpartition("@")[0] == run]
-    return sorted(names, key=lambda name: int(name.rpartition("@")[2]))
-
-
-def shown(store: Store, run: str, last: str) -> list[str]:
-    """The base and checkpoints of the run up to the last, as far as they were drawn and scored as the last one was."""
-    protocol = scores_of(store, last).protocol
-    names = [store.base_checkpoint() or ""]
-    for name in _evaluated(store, run):
-        try:
-            alike = scores_of(store, name).protocol == protocol
-        except DataError:
-            continue
-        if alike and name != last:
-            names.append(name)
-    return report.spread([*names, last])
-
-
-def render_report(store: Store, run: str, last: str) -> str:
-    """The run's report as one HTML page."""
-    names = shown(store, run, last)
-    events = read_events(store.run_folder(run) / EVENTS)
-    marks = [int(name.rpartition("@")[2]) for name in names[1:]]
-    facts = {
-        "training set": read_inputs(store.run_folder(run)).fingerprint[:12],
-        "samples": read_config(store.run_folder(run)).num_samples,
-        **protocol_facts(store, last),
-    }
-    return report.render(
-        f"Run {run}",
-        sides(store, names),
-        store.read("verdicts", parts=[f"base~{last}"]),
-        facts,
-        charts=loss_charts(events, marks),
-        maps=timestep_map(events),
-    )
-
-
-def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
-    """How pictures were drawn, in small print, and how many of a checkpoint's have no score."""
-    from training.evaluation.schedulers import label
-
-    sampling = store.config.evaluation.sampling
-    facts: dict[str, object] = {
-        "prompts": store.config.evaluation.prompt_set,
-        "sampler": f"{label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, guidance "
-        f"{sampling.guidance_scale:g}",
-    }
-    if sampling.weights == "ema":
-        facts["weights"] = "averaged, where there are some"
-    failed = _summary(store, checkpoint).get("num_failed")
-    return facts | ({"pictures without scores": int(failed)} if failed else {})
-
-
-def _summary(store: Store, checkpoint: str) -> dict[str, float]:
-    """A checkpoint's summary: column to value."""
-    rows = store.read("eval_metrics", ["prompt_id", "metric", "value"], [checkpoint])
-    return dict(rows.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
-
-
 def render_card(
     store: Store, run: str, last: str, licences: Sequence[str], pictures: Sequence[Picture]
 ) -> tuple[str, str]:
@@ -207,7 +130,7 @@ def render_card(
         run=config,
         run_facts=card_facts.summarise_run(read_lines(folder / EVENTS)),
         evaluation=store.config.evaluation,
-        summaries={side.label: _summary(store, side.checkpoint) for side in sides(store, shown(store, run, last))},
+        summaries=[(name, summary_of(store, name)) for name in shown(store, run, last)],
         verdicts=store.read("verdicts", parts=[f"base~{last}"]),
         pictures=pictures,
     )

@@ -48,7 +48,7 @@ def card(rows=SET, verdicts=None, **changes):
         "prediction_type": "epsilon", "license_name": "openrail++", "license_files": ["LICENSE.md"],
         "lineage": {"weights": "d" * 64, "git revision": "abc"}, "training_set": card_facts.count_set(rows),
         "run": RunConfig(encoding="sdxl", prompts=PromptConfig(caption_prob=0.5)),
-        "run_facts": card_facts.summarise_run(EVENTS), "evaluation": EvaluationConfig(), "summaries": {},
+        "run_facts": card_facts.summarise_run(EVENTS), "evaluation": EvaluationConfig(), "summaries": [],
         "verdicts": TABLES["verdicts"].empty() if verdicts is None else verdicts, "pictures": [],
     }  # fmt: skip
     return Card(**{**values, **changes})
@@ -248,7 +248,7 @@ def test_verdicts_are_sentences_and_the_summary_has_the_guide_s_columns():
     text = model_card.render(
         card(
             verdicts=pl.DataFrame([VERDICT], schema=TABLES["verdicts"].schema),
-            summaries={"base": summary, "demo@48000": {**summary, "Clipscore_mean": 0.3}},
+            summaries=[("base.abc@0", summary), ("demo@48000", {**summary, "Clipscore_mean": 0.3})],
         )
     )
     assert r"- clip\_score \(all\)\: better, \+0\.1000 \[\+0\.0500, \+0\.1500\] over 50 prompts" in text
@@ -274,7 +274,7 @@ def test_a_hostile_tag_stays_a_word():
     markdown = pytest.importorskip("markdown_it")
     rows = training_set((64, 64, 5, HOSTILE, None, "train"))
     pictures = [Picture(file="1.png", text=text, negative="") for text in HOSTILE]
-    text = model_card.render(card(rows, base=HOSTILE[1], pictures=pictures, summaries={HOSTILE[0]: {}}))
+    text = model_card.render(card(rows, base=HOSTILE[1], pictures=pictures, summaries=[(HOSTILE[0], {})]))
     html = markdown.MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---\n", 2)[2])
     assert 'href="http' not in html
     assert html.count("<img") == len(HOSTILE)  # the card's own pictures

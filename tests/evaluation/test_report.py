@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -257,6 +258,26 @@ def test_a_browser_shows_slides_zooms_sorts_and_asks_for_nothing(calm, tmp_path)
         page.resize(390, 800)
         width = "return document.documentElement.scrollWidth"
         assert page.driver.execute_script(width) <= 390
+
+
+@needs_chromium
+def test_a_sandboxed_frame_shows_and_zooms_as_well(calm, tmp_path):
+    """MLflow shows pages in such a frame, where links to places of the page would leave it."""
+    html = report.render("Run", calm, verdicts_of(calm), {})
+    (tmp_path / "frame.html").write_text(
+        f'<iframe sandbox="allow-scripts" style="width:1000px;height:800px" srcdoc="{escape(html)}"></iframe>'
+    )
+    with chromium(1040, 860) as page:
+        page.open((tmp_path / "frame.html").as_uri())
+        page.driver.switch_to.frame(0)
+        page.wait_for_text("Winners and losers")
+        above = "return document.querySelector('#h3').getBoundingClientRect().top"
+        assert page.driver.execute_script(above) > 800
+        click(page, "nav a", 3)
+        page.wait(lambda: page.driver.execute_script(above) < 700, "the verdict in view")
+        click(page, ".grid .pic", 0)
+        page.wait(lambda: page.driver.execute_script("return document.querySelector('dialog').open"), "the zoom")
+        assert page.errors() == []
 
 
 def look(page, tmp_path):

@@ -79,6 +79,7 @@ def test_judged_metrics_come_from_the_verdicts_where_there_are_any():
     assert report_scores.judged_metrics([one], verdicts) == ["clip_score", "aesthetic", "alpha", "pick"]
 
 
-def test_a_base_is_called_base_and_a_checkpoint_by_its_name():
+def test_a_base_is_called_base_a_rival_by_its_name_and_a_checkpoint_as_it_is():
     assert side("base.0011aabb@0", []).label == "base"
     assert side("demo@8005", []).label == "demo@8005"
+    assert side("rival.photo@0", []).label == "photo"

@@ -11,6 +11,8 @@ import polars as pl
 from training.evaluation.card_advice import prompting, sampling_advice
 from training.evaluation.card_facts import RELIABLE, WITH_EMPHASIS, RunFacts, SetFacts, band
 from training.evaluation.card_markdown import BASES, escape, front_matter, licence_fields, table
+from training.evaluation.overfitting import Summaries, sentences
+from training.evaluation.report_scores import label_of
 from training.evaluation.report_verdicts import in_order
 from training.evaluation.summary import COLUMNS
 from training.evaluation.verdict import sentence
@@ -54,8 +56,8 @@ class Card:
     run: RunConfig
     run_facts: RunFacts
     evaluation: EvaluationConfig
-    summaries: Mapping[str, Mapping[str, float]]
-    """Checkpoint as people call it -> the guide's summary, by column."""
+    summaries: Summaries
+    """Of the base and of checkpoints of the run, the guide's columns among others."""
     verdicts: pl.DataFrame
     """Rows of table `verdicts`; may be empty."""
     pictures: Sequence[Picture]
@@ -189,9 +191,10 @@ def _training(card: Card, samples_seen: int) -> str:
 def _evaluation(card: Card) -> str:
     parts = []
     if card.summaries:
-        names = list(card.summaries)
-        rows = [(f"`{column}`", *(_number(card.summaries[name].get(column)) for name in names)) for column in COLUMNS]
-        parts.append(table(("", *(escape(name) for name in names)), rows))
+        rows = [(f"`{column}`", *(_number(own.get(column)) for _, own in card.summaries)) for column in COLUMNS]
+        parts.append(table(("", *(escape(label_of(name)) for name, _ in card.summaries)), rows))
+        if said := sentences(card.summaries):
+            parts.append("\n".join(f"- {escape(line)}" for line in said))
     if card.verdicts.is_empty():
         parts.append("Not compared with its base model yet.")
     else:

@@ -34,6 +34,8 @@ NUM_FIRST = 8
 """Sliders at the top, of each group in turn."""
 _NUM_EXTREME = 8
 """Winners over all metrics, and as many losers."""
+_FEW = 3
+"""Columns up to which the grid's pictures are large."""
 _MAX_TEXT, _MAX_NAME = 500, 80
 
 _T = TypeVar("_T")
@@ -196,12 +198,13 @@ def _grid(
         )
     of_groups = "".join(f"<option value={number}>{_show(group)}</option>" for number, group in enumerate(groups))
     orders = "".join(f"<option value={n}>{_show(title_of(m))}: gains first</option>" for n, m in enumerate(metrics))
+    few = " few" if len(sides) <= _FEW else ""
     cut = f"{len(shown)} of {total} prompts. " if len(shown) < total else ""
     return (
         f"<p class=muted>{cut}Click a picture to enlarge it; there, ← and → go through the checkpoints, ↑ and ↓ "
         f"through the prompts.</p><div class=bar><select id=group aria-label=group><option value=''>all groups</option>"
         f"{of_groups}</select><select id=order aria-label=order><option value=''>by prompt</option>{orders}</select>"
-        f"</div><div class='wide grid'><table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table></div>"
+        f"</div><div class='wide grid{few}'><table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table></div>"
     )
 
 

@@ -57,6 +57,7 @@ th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 .grid td:first-child, .grid th:first-child { position: sticky; left: 0; z-index: 1; background: var(--card);
   width: 250px; min-width: 190px; padding: 8px 12px; overflow-wrap: anywhere; border-right: 1px solid var(--line); }
 .grid th:first-child { z-index: 3; } .grid .pic { width: 176px; border-radius: 5px; cursor: zoom-in; }
+.few .pic, .few .gap { width: 260px; }
 .grid td small { display: block; } .gap { width: 176px; padding: 24px 8px; color: var(--muted); font-size: 12px; }
 .chip { display: inline-block; padding: 1px 9px; border-radius: 9px; font-size: 12px; font-weight: 600;
   white-space: nowrap; background: #8883; }
@@ -94,7 +95,7 @@ button.key { padding: 5px 14px; border: 1px solid var(--line); border-radius: 7p
   .cards { grid-template-columns: 1fr 1fr; gap: 8px; } figure { padding: 7px; }
   body { padding: 18px 14px 48px; } h1 { font-size: 22px; } th, td { padding: 6px 8px; }
   .grid td:first-child, .grid th:first-child { width: 118px; min-width: 118px; padding: 6px; font-size: 12px; }
-  .grid .pic, .gap { width: 138px; } .ask { -webkit-line-clamp: 7; }
+  .grid .pic, .gap, .few .pic, .few .gap { width: 138px; } .ask { -webkit-line-clamp: 7; }
   dialog { padding: 10px; } dialog .big { width: min(calc(100vw - 42px), calc(66vh * var(--r))); }
 }
 """
@@ -103,6 +104,12 @@ SCRIPT = """
 'use strict';
 document.addEventListener('input', event => {
   if (event.target.type === 'range') event.target.parentNode.style.setProperty('--x', event.target.value + '%');
+});
+document.querySelector('nav').addEventListener('click', event => {
+  const link = event.target.closest('a');
+  if (!link) return;  // by hand, because in a frame's own document the link would leave the frame
+  event.preventDefault();
+  document.querySelector(link.getAttribute('href')).scrollIntoView();
 });
 const box = document.querySelector('dialog'), table = document.querySelector('.grid table');
 if (table) {

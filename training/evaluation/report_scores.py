@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
+from training.evaluation.contenders import RIVAL
 from training.evaluation.verdict import ALL
 
 LEADING = ("clip_score", "aesthetic")
@@ -31,7 +32,7 @@ class Side:
     @property
     def label(self) -> str:
         """As short as it can be said."""
-        return "base" if self.checkpoint.startswith("base.") else self.checkpoint
+        return label_of(self.checkpoint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,13 @@ class Prompt:
     """Finite scores per side, by metric."""
     changes: Mapping[str, float]
     """Last side minus first, of the metrics that both have."""
+
+
+def label_of(checkpoint: str) -> str:
+    """A checkpoint as people call it."""
+    if checkpoint.startswith(RIVAL):
+        return checkpoint.removeprefix(RIVAL).removesuffix("@0")
+    return "base" if checkpoint.startswith("base.") else checkpoint
 
 
 def title_of(metric: str) -> str:

@@ -1,0 +1,132 @@
+"""What a report shows of a workspace: which checkpoints beside each other, curves, nearest training images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from assets import references
+from assets.verdicts import scores_of
+from resources.store import Store
+from training.data.decode_pool import DecodePool
+from training.errors import DataError
+from training.evaluation import report
+from training.evaluation.overfitting import score_charts, sentences
+from training.evaluation.report import Exhibit, Section
+from training.evaluation.report_scores import Side
+from training.evaluation.run_charts import loss_charts, timestep_map
+from training.event_log import read_events
+from training.run_folder import EVENTS, read_config, read_inputs
+
+NUM_CLOSEST = 10
+"""Pictures that are shown beside their nearest training image."""
+
+
+def sides(store: Store, names: Sequence[str]) -> list[Side]:
+    """Checkpoints as the report shows them, from left to right."""
+    return [
+        Side(
+            checkpoint=name,
+            samples=store.read("sample_images", parts=[name]),
+            metrics=store.read("eval_metrics", parts=[name]),
+            folder=store.sample_folder(name),
+        )
+        for name in names
+    ]
+
+
+def evaluated(store: Store, run: str) -> list[str]:
+    """A run's checkpoints with scores, oldest first."""
+    names = [name for name in store.parts("eval_metrics") if name.rpartition("@")[0] == run]
+    return sorted(names, key=lambda name: int(name.rpartition("@")[2]))
+
+
+def shown(store: Store, run: str, last: str) -> list[str]:
+    """The base and checkpoints of the run up to the last, as far as they were drawn and scored as the last one was."""
+    protocol = scores_of(store, last).protocol
+    names = [store.base_checkpoint() or ""]
+    for name in evaluated(store, run):
+        try:
+            alike = scores_of(store, name).protocol == protocol
+        except DataError:
+            continue
+        if alike and name != last:
+            names.append(name)
+    return report.spread([*names, last])
+
+
+def summary_of(store: Store, checkpoint: str) -> dict[str, float]:
+    """A checkpoint's summary: column to value."""
+    rows = store.read("eval_metrics", ["prompt_id", "metric", "value"], [checkpoint])
+    return dict(rows.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+
+
+def render_report(store: Store, run: str, last: str) -> str:
+    """The run's report as one HTML page."""
+    names = shown(store, run, last)
+    folder = store.run_folder(run)
+    events = read_events(folder / EVENTS)
+    marks = [int(name.rpartition("@")[2]) for name in names[1:]]
+    facts = {
+        "training set": read_inputs(folder).fingerprint[:12],
+        "samples": f"{read_config(folder).num_samples:,}",
+        **protocol_facts(store, last),
+    }
+    summaries = [(name, summary_of(store, name)) for name in names]
+    warnings = " ".join(sentences(summaries))
+    exhibits = closest(store, last)
+    section = Section(title="Copies and over-baking", text=warnings, exhibits=exhibits)
+    return report.render(
+        f"Run {run}",
+        sides(store, names),
+        store.read("verdicts", parts=[f"base~{last}"]),
+        facts,
+        charts=[*loss_charts(events, marks), *score_charts(summaries)],
+        maps=timestep_map(events),
+        sections=[section] if warnings or exhibits else [],
+    )
+
+
+def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
+    """How pictures were drawn, in small print, and how many of a checkpoint's have no score."""
+    from training.evaluation.schedulers import label
+
+    sampling = store.config.evaluation.sampling
+    facts: dict[str, object] = {
+        "prompts": store.config.evaluation.prompt_set,
+        "sampler": f"{label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, guidance "
+        f"{sampling.guidance_scale:g}",
+    }
+    if sampling.weights == "ema":
+        facts["weights"] = "averaged, where there are some"
+    failed = summary_of(store, checkpoint).get("num_failed")
+    return facts | ({"pictures without scores": int(failed)} if failed else {})
+
+
+def closest(store: Store, checkpoint: str) -> list[Exhibit]:
+    """The pictures nearest to a training image, that image on the right, the nearest first; none for models that were
+    not trained here, and without those whose training image is gone."""
+    from training.evaluation.clip_score import SIMILARITY, read_picture
+
+    images = references.training_images(store, checkpoint)
+    if images is None:
+        return []
+    nearest = store.read("eval_metrics", parts=[checkpoint]).filter(pl.col("metric") == SIMILARITY)
+    rows = nearest.sort("value", "prompt_id", descending=[True, False]).head(NUM_CLOSEST)
+    named = images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))
+    files = dict(references.located(store, named))
+    drawn = dict(store.read("sample_images", ["prompt_id", "file"], [checkpoint]).iter_rows())
+    pairs = [
+        (prompt_id, value, image_id)
+        for prompt_id, value, image_id in rows.select("prompt_id", "value", "image_id").iter_rows()
+        if image_id in files and prompt_id in drawn
+    ]
+    exhibits = []
+    with DecodePool(store.config.decode) as pool:
+        ids = [image_id for *_, image_id in pairs]
+        for (prompt_id, value, image_id), image in zip(pairs, pool.pixels([files[i] for i in ids], ids), strict=True):
+            if isinstance(image, np.ndarray):
+                picture = read_picture(store.sample_folder(checkpoint) / drawn[prompt_id])
+                caption = f"{prompt_id}: cosine {value:.3f} with {image_id[:12]}"
+                exhibits.append(Exhibit(pictures=[picture, image], caption=caption))
+    return exhibits
