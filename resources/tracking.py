@@ -329,7 +329,7 @@ class Tracking:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, Path(name).name)
             path.write_bytes(content)
-            client.log_artifact(run.info.run_id, str(path), str(Path(name).parent))
+            client.log_artifact(run.info.run_id, str(path), name.rpartition("/")[0] or None)
 
 
 def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
