@@ -1,0 +1,180 @@
+"""What a checkpoint is compared with comes from its own run's set, and makes its scores stale only through that."""
+
+import dataclasses
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from assets import references
+from assets.annotations import EMBEDDINGS
+from assets.eval_metrics import METRICS
+from assets.raw_images import RAW_IMAGES
+from resources.store import Made, Store
+from training import run_folder
+from training.commit import sha256_file
+from training.data.tables import TABLES
+from training.errors import DataError
+from training.evaluation.clip_score import Networks
+from training.models.aesthetic import Aesthetic
+from training.models.clip import Clip
+
+RUN, KEY = "demo", "demo@48"
+BASIS = {"inputs": {}, "models": {}}
+
+
+def commit(store, stage, key, frame, **models):
+    schema = TABLES[stage.name].schema
+    store.commit(stage, key, Made(frame=pl.DataFrame(frame, schema=schema)), BASIS | {"models": models}, seconds=0)
+
+
+@pytest.fixture
+def store(make_run, tmp_path, clip_folder, aesthetic_folder):
+    """A workspace with a run on 27 images in two shards, of which 26 have embeddings and pictures."""
+    run = make_run(RUN)
+    (tmp_path / "foundry.toml").write_text(
+        f'format = 1\n[models]\nclip = "{clip_folder}"\naesthetic = "{aesthetic_folder}"\n'
+        f'base = "{run.inputs.base_model}"\n'
+        '[decode]\nnum_workers = 1\n[[sources]]\nname = "pictures"\nkind = "folder"\npath = "pictures"\n'
+    )
+    store = Store(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    rng, renamed = np.random.default_rng(0), {}
+    for number, image_id in enumerate(run.rows["image_id"]):
+        path = tmp_path / "pictures" / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (80, 112, 3), dtype=np.uint8)).save(path)
+        renamed[image_id] = sha256_file(path)
+    rows = run.rows.with_columns(pl.col("image_id").replace_strict(renamed))
+    rows.write_parquet(run.inputs.training_set)
+    clip = Clip.load(clip_folder, "cpu")
+    files = {sha256_file(path): path for path in (tmp_path / "pictures").iterdir()}
+    for shard in ("s000000", "s000001"):
+        own = rows.filter(pl.col("shard") == shard)["image_id"].to_list()[shard == "s000001" :]
+        raw = [{"source": "pictures", "source_id": files[i].name, "locator": files[i].name, "image_id": i} for i in own]
+        commit(store, RAW_IMAGES, shard, raw)
+        seen = [row.embedding.tolist() for row in clip([np.asarray(Image.open(files[i])) for i in own])]
+        vectors = [
+            {"image_id": i, "model": "clip", "vector": v, "projection": v} for i, v in zip(own, seen, strict=True)
+        ]
+        commit(store, EMBEDDINGS, shard, vectors, clip=store.model_digest("clip"))
+    row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
+           "prediction_type": "epsilon", "parents": []}  # fmt: skip
+    from assets.base_model import STAGE
+
+    commit(store, STAGE, "base", [row])
+    return store
+
+
+@pytest.fixture
+def networks(store, clip_folder, aesthetic_folder):
+    return Networks(clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu"))
+
+
+def pictures(store, key, seed=0):
+    """Commit three sample images of a checkpoint."""
+    from assets.sample_images import STAGE
+
+    rows, rng = [], np.random.default_rng(seed)
+    for number in range(3):
+        path = store.sample_folder(key) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(path)
+        rows.append({"prompt_id": f"p{number}", "text": "a cat", "negative": "", "group": "g", "seed": seed,
+                     "height": 32, "width": 48, "file": path.name, "sha256": str(seed)})  # fmt: skip
+    commit(store, STAGE, key, rows)
+
+
+def test_a_checkpoint_is_compared_with_the_images_it_was_trained_on(store, networks):
+    pictures(store, "base.abc@0")
+    found = references.gather(store, KEY, networks, batch_size=2)
+    assert found.base.embeddings.shape == (3, 12)
+    images = found.training.images
+    assert images["split"].value_counts().sort("split").rows() == [("train", 22), ("validation", 5)]
+    blocks = list(found.training.embeddings_of(images))
+    assert [len(ids) for ids, _ in blocks] == [14, 12]
+    for ids, vectors in blocks:
+        assert vectors.shape == (len(ids), 12)
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(ids)), abs=1e-5)
+    few = images.filter(pl.col("split") == "validation")
+    assert {i for ids, _ in found.training.embeddings_of(few) for i in ids} <= set(few["image_id"])
+    # 22 train, less at most one without a row. Noise has a saturation of 0.5, until it is shrunk to its bucket.
+    assert 21 <= len(found.training.levels["detail"]) <= 22
+    assert 0.1 < found.training.levels["saturation"].max() < 0.35
+
+
+def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
+    images = references.training_images(store, KEY).filter(pl.col("split") == "train")
+    image_id, path = references.located(store, images)[3]
+    pixels = np.asarray(Image.open(path))
+    seen = networks.clip([pixels])[0].embedding
+    found = references.gather(store, KEY, networks, batch_size=2)
+    levels = {name: np.zeros(1) for name in found.training.levels}
+    nearest = found.compare(seen[None], levels).nearest
+    assert nearest.image_ids.tolist() == [image_id]
+    assert nearest.similarity[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_base_and_models_made_elsewhere_have_no_training_set(store, networks):
+    pictures(store, "base.abc@0")
+    assert references.digests(store, "base.abc@0") == {}
+    base = references.gather(store, "base.abc@0", networks, batch_size=2)
+    assert (base.base, base.training) == (None, None)
+    rival = references.gather(store, "rival.other@0", networks, batch_size=2)
+    assert rival.base is not None
+    assert rival.training is None
+    assert references.digests(store, "rival.other@0")["training_set"] == "absent"
+
+
+def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
+    pictures(store, KEY)
+    pictures(store, "base.abc@0")
+    before = store.basis(METRICS, KEY)
+    assert before["inputs"]["training_set"] == "f" * 16
+    # Images, their embeddings and the present selection come and go.
+    commit(store, EMBEDDINGS, "s000000", [], clip="x")
+    commit(store, RAW_IMAGES, "s000001", [])
+    assert Store(store.home).basis(METRICS, KEY) == before
+    pictures(store, "base.abc@0", seed=1)
+    assert Store(store.home).basis(METRICS, KEY) != before
+    pictures(store, "base.abc@0")
+    assert Store(store.home).basis(METRICS, KEY) == before
+    folder = store.run_folder(RUN)
+    run_folder.write_inputs(folder, dataclasses.replace(run_folder.read_inputs(folder), fingerprint="e" * 16))
+    assert Store(store.home).basis(METRICS, KEY) != before
+
+
+def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
+    pictures(store, KEY)
+    before = store.basis(METRICS, KEY)
+    path = store.home / "foundry.toml"
+    path.write_text(path.read_text() + '\n[evaluation.scoring]\nscorers = ["pickscore"]\n')
+    text = path.read_text().replace("[models]", f'[models]\npickscore = "{clip_folder}"')
+    path.write_text(text)
+    after = Store(store.home).basis(METRICS, KEY)
+    assert after["inputs"]["scorer:pickscore"] == store.model_digest("clip")
+    assert after["config"] != before["config"]
+
+
+def test_embeddings_of_another_clip_are_refused(store, networks):
+    commit(store, EMBEDDINGS, "s000001", [{"image_id": "0", "model": "clip", "vector": [], "projection": []}], clip="x")
+    found = references.gather(store, KEY, networks, batch_size=2)
+    with pytest.raises(DataError, match=r"embeddings s000001\.clip are of another CLIP"):
+        list(found.training.embeddings_of(found.training.images))
+
+
+def test_pictures_of_a_source_that_was_removed_are_left_out(store):
+    images = references.training_images(store, KEY)
+    assert len(references.located(store, images)) == 26
+    path = store.home / "foundry.toml"
+    path.write_text(path.read_text().split("[[sources]]")[0])
+    assert references.located(Store(store.home), images) == []
+
+
+def test_a_forgotten_image_is_nobodys_neighbour(store):
+    images = references.training_images(store, KEY)
+    (store.home / "forget.txt").write_text(f"{images['image_id'][0]}\n")
+    left = references.training_images(Store(store.home), KEY)
+    assert left.height == images.height - 1
+    assert json.dumps(images["image_id"][0]) not in json.dumps(left["image_id"].to_list())
