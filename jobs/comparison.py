@@ -133,15 +133,10 @@ def compare(home: Path, a: str, b: str, *, started: Started) -> Comparison:
 
 def render(store: Store, names: Sequence[str], rows: pl.DataFrame) -> str:
     """The page of a comparison."""
-    from assets.release import sides
+    from assets.release_report import protocol_facts, sides
     from training.evaluation.report import render as render_page
 
-    sampling = store.config.evaluation.sampling
-    facts = {
-        "prompts": store.config.evaluation.prompt_set,
-        "sampler": f"{sampling.sampler} {sampling.schedule}, {sampling.num_steps} steps",
-    }
-    return render_page(f"{names[1]} against {names[0]}", sides(store, names), rows, {}, facts)
+    return render_page(f"{names[1]} against {names[0]}", sides(store, names), rows, protocol_facts(store, names[1]))
 
 
 def export(store: Store, path: Path) -> int:
