@@ -72,6 +72,9 @@ def test_what_is_no_letter_box():
     thin = noise(100, 100)
     thin[:1], thin[-1:] = 0, 0
     assert not overbaked.has_uniform_border(thin)
+    small = noise(40, 40)
+    small[:1], small[-1:] = 0, 0  # 2 % of 40 lines would be less than one
+    assert not overbaked.has_uniform_border(small)
     y, x = np.mgrid[:100, :100]
     disc = np.full((100, 100, 3), 255, dtype=np.uint8)
     disc[(y - 50) ** 2 + (x - 50) ** 2 < 30**2] = 40
