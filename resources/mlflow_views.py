@@ -162,7 +162,7 @@ def _state(cards: list[dict[str, Any]], *, first: str = "", facets: Mapping[str,
         {
             "uuid": _uuid("section", name), "name": name, "isReordered": True, "deleted": False, "isGenerated": True,
             "display": name == first or (not first and name in _OPEN),
-            "columns": 1 if name == first else _columns(name), "cardHeight": _GRID_PX if name == first else _CURVE_PX,
+            "columns": 1 if name == first else 3, "cardHeight": _GRID_PX if name == first else _CURVE_PX,
         }
         for name in names
     ]  # fmt: skip
@@ -175,11 +175,6 @@ def _state(cards: list[dict[str, Any]], *, first: str = "", facets: Mapping[str,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
         "compareRunCharts": cards, "compareRunSections": sections,
     }  # fmt: skip
-
-
-def _columns(section: str) -> int:
-    """Charts in a row: those that are chosen for the section, when they are few, fill it."""
-    return min(3, sum(metric.startswith(f"{section}/") for metric in _CURVES) or 3)
 
 
 def _line_card(metric: str) -> dict[str, Any]:

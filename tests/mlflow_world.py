@@ -40,7 +40,7 @@ RUNS = {"first": (1e-5, 0.62), "slow-rate": (4e-6, 0.45), "two-colours": (2e-5, 
 def scene(number: int, sharpness: float) -> Image.Image:
     """Picture of one prompt, 256 px: a drawn scene under a veil of blur and grain that goes as a model learns."""
     rng = np.random.default_rng(number)
-    top, bottom, thing = (tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (40, 120, 160))
+    top, bottom, thing = (tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (70, 150, 165))
     image = Image.new("RGB", (256, 256))
     canvas = ImageDraw.Draw(image)
     for y in range(256):
@@ -62,8 +62,8 @@ def scene(number: int, sharpness: float) -> Image.Image:
         case "tree":
             canvas.rectangle((x - 9, y + 20, x + 9, y + 100), fill=(90, 60, 40))
             canvas.ellipse((x - 50, y - 60, x + 50, y + 40), fill=thing)
-    blurred = image.filter(ImageFilter.GaussianBlur(14 * (1 - sharpness)))
-    grain = rng.normal(0, 70 * (1 - sharpness), (256, 256, 3))
+    blurred = image.filter(ImageFilter.GaussianBlur(11 * (1 - sharpness)))
+    grain = rng.normal(0, 45 * (1 - sharpness), (256, 256, 3))
     return Image.fromarray((np.asarray(blurred) + grain).clip(0, 255).astype(np.uint8))
 
 
@@ -91,20 +91,24 @@ def evaluate(tracking: Tracking, home: Path, checkpoint: str, sharpness: float) 
     )
 
 
-def train(tracking: Tracking, home: Path, name: str, learning_rate: float, sharpness: float, seed: int) -> None:
-    """Write a run as the trainer would, and send it with three evaluated checkpoints."""
+def prepare_run(home: Path, name: str, settings: str = "", seed: int = 7) -> Path:
+    """The folder of a run that has not written an event yet."""
     folder = home / "runs" / name
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(
-        f'encoding = "sdxl"\nseed = {seed}\nnum_samples = {STEPS * BATCH}\n'
-        f"[optimizer]\nlearning_rate = {learning_rate}\n"
-    )
+    (folder / run_folder.CONFIG).write_text(f'encoding = "sdxl"\nseed = {seed}\n{settings}')
     inputs = run_folder.RunInputs(
         run=name, training_set=home / "set.parquet", training_set_sha256="0" * 64, fingerprint="f" * 64,
         vocabulary=folder / "vocabulary.parquet", vocabulary_sha256="0" * 64, latents=home / "latents",
         base_model=home / "base", base_digest="b" * 64,
     )  # fmt: skip
     run_folder.write_inputs(folder, inputs)
+    return folder
+
+
+def train(tracking: Tracking, home: Path, name: str, learning_rate: float, sharpness: float, seed: int) -> None:
+    """Write a run as the trainer would, and send it with three evaluated checkpoints."""
+    settings = f"num_samples = {STEPS * BATCH}\n[optimizer]\nlearning_rate = {learning_rate}\n"
+    folder = prepare_run(home, name, settings, seed)
     rng = np.random.default_rng(seed)
     with EventLog(folder / run_folder.EVENTS) as log:
         log.write("started", samples_seen=0, run=name)

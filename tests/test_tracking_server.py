@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
-from mlflow_world import Server
+from mlflow_world import Server, evaluate, judge, prepare_run, train
 
 from resources import tracking_spool
-from resources.tracking import Tracking, workspace_tracking
+from resources.tracking import NUM_PICTURES, Tracking, workspace_tracking
 from training import run_folder
 from training.errors import TrackingError
 from training.event_log import EventLog, read_events
@@ -51,15 +51,7 @@ class Trainer(threading.Thread):
 @pytest.fixture
 def home(tmp_path):
     home = tmp_path / "space"
-    folder = home / "runs" / "demo"
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text('encoding = "sdxl"\nseed = 7\n')
-    inputs = run_folder.RunInputs(
-        run="demo", training_set=home / "set.parquet", training_set_sha256="0" * 64, fingerprint="f" * 64,
-        vocabulary=folder / "vocabulary.parquet", vocabulary_sha256="0" * 64, latents=home / "latents",
-        base_model=home / "base", base_digest="b" * 64,
-    )  # fmt: skip
-    run_folder.write_inputs(folder, inputs)
+    prepare_run(home, "demo")
     workspace_tracking(home).experiment_url()  # creates the database
     yield home
     shutil.rmtree(home)
@@ -151,3 +143,28 @@ def test_a_server_stopped_hung_and_killed_loses_and_repeats_nothing(home, monkey
     assert stored(home, "select status from runs") == [("FINISHED",)]
     names = [name for (name,) in stored(home, "select name from logged_models")]
     assert names == sorted(f"demo@{step * 10}" for step in range(EVERY // 2, STEPS + 1, EVERY // 2))
+
+
+def test_all_that_is_sent_arrives_through_a_server(home):
+    server = Server(home)
+    server.start()
+    try:
+        tracking = Tracking(uri=server.url, experiment="shared", ui=server.url)
+        evaluate(tracking, home, "base.sdxl@0", 0.2)
+        train(tracking, home, "far", 1e-5, 0.6, seed=3)
+        said = judge(tracking, "base.sdxl@0", "far@60000", "better", 0.2)
+        tracking.log_file("far@60000", "report.html", b"<html>")
+        for _ in range(2):
+            tracking.set_champion("far@60000", said)
+        links = tracking.views()
+    finally:
+        server.end()
+    assert {"Curves", "Prompts beside runs", "Checkpoints", "Champion"} < links.keys()
+    assert links["Curves"].startswith(f"{server.url}/#/experiments/")
+    assert "viewStateShareKey=foundry-curves" in links["Curves"]
+    assert stored(home, "select name, version, description from model_versions") == [("shared", 1, said)]
+    assert stored(home, "select alias, version from registered_model_aliases") == [("champion", 1)]
+    names = [path.name for path in (home / "mlartifacts").rglob("*") if path.is_file()]
+    assert sum(name.endswith(".png") for name in names) == 4 * NUM_PICTURES
+    assert sum(name.startswith("prompts-") for name in names) == 2
+    assert {"config.toml", "report.html"} <= set(names)

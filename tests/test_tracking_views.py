@@ -127,6 +127,7 @@ def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
     (grid,) = [card for card in state["compareRunCharts"] if card["type"] == "IMAGE" and not card["deleted"]]
     assert (name, grid["step"], len(grid["imageKeys"])) == ("Pictures, with a slider", 40, NUM_PICTURES)
     assert grid["imageKeys"][0] == "samples/p00"
+    assert all(len(value) < 5_000 for value in experiment_tags(home).values())
     for _, other in shared(home).values():
         hidden = [
             card["imageKeys"] for card in other["compareRunCharts"] if card["type"] == "IMAGE" and card["deleted"]
