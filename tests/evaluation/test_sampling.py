@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.schedulers import AysSchedules
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_sampling import CONFIG, COPY, assert_equal_but_for_rounding, changed, latents_of, prompt_frame
@@ -26,7 +27,7 @@ from training.errors import EvaluationError, ModelError
 from training.evaluation import sampling
 from training.evaluation.png_parameters import lora_hash
 from training.evaluation.prompt_sets import seed_of
-from training.evaluation_config import LoraConfig, Sampler
+from training.evaluation_config import LoraConfig, Sampler, SecondPassConfig
 from training.models.text_encoders import load_tokenizer
 from training.models.unet import PipelineParts, load_pipeline_parts, save_diffusers_folder
 
@@ -249,6 +250,21 @@ def test_clip_skip_is_that_of_the_run_unless_told_otherwise(sd1_folder, unbroken
         assert np.array_equal(pixels(tmp_path / "out", table)[0], wanted)
         text = Image.open(tmp_path / "out" / table["file"][0]).text["parameters"]
         assert ("Clip skip: 2" in text) == (wanted is second)
+
+
+def test_both_passes_take_the_tables_of_the_models_family(sd1_folder, monkeypatch):
+    made, make = [], sampling.make_scheduler
+
+    def record(*arguments, **options):
+        made.append(make(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sampling, "make_scheduler", record)
+    config = changed(schedule="ays", num_steps=10, second_pass=SecondPassConfig(strength=0.5, num_steps=5))
+    dict(sampling.sample(load_pipeline_parts(sd1_folder, "cpu"), prompt_frame(("a", "x", "", 32, 32)), config))
+    table = AysSchedules["StableDiffusionSigmas"]
+    assert made[0].sigmas.tolist() == pytest.approx(table)
+    assert made[1].sigmas.tolist() == pytest.approx(table[5:])
 
 
 def test_layers_that_are_not_there_are_refused(sd1_folder, parts):
