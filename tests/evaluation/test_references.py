@@ -178,3 +178,49 @@ def test_a_forgotten_image_is_nobodys_neighbour(store):
     left = references.training_images(Store(store.home), KEY)
     assert left.height == images.height - 1
     assert json.dumps(images["image_id"][0]) not in json.dumps(left["image_id"].to_list())
+
+
+def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networks):
+    from assets import eval_metrics
+    from training.evaluation.clip_score import score
+
+    pictures(store, "base.abc@0")
+    pictures(store, KEY, seed=2)
+    images = references.training_images(store, KEY).filter(pl.col("split") == "train")
+    image_id, path = references.located(store, images)[0]
+    Image.open(path).save(store.sample_folder(KEY) / "1.png")
+    (store.sample_folder(KEY) / "2.png").unlink()
+    samples = store.read("sample_images", parts=[KEY])
+    compared = references.gather(store, KEY, networks, batch_size=2)
+    frame = score(
+        samples, store.sample_folder(KEY), networks.clip, networks.aesthetic, batch_size=2, references=compared
+    )
+    copied = frame.filter((pl.col("metric") == "train_similarity") & (pl.col("prompt_id") == "p1"))
+    assert copied["image_id"].to_list() == [image_id]
+    report = eval_metrics._report(store, KEY, frame, samples)
+    assert report["numbers"]["num_failed"] == 1
+    assert report["numbers"]["count_LAIONScore"] == 2
+    tables = report["tables"]
+    nearest = {row["pictures of"]: row for row in tables["nearest training images (CLIP neighbours)"]}
+    assert list(nearest) == ["checkpoint", "validation images", "base"]
+    assert nearest["checkpoint"]["max"] == pytest.approx(1, abs=1e-5)
+    assert [row["pictures of"] for row in tables["distance from validation images"]] == [
+        "checkpoint", "base", "as many training images"
+    ]  # fmt: skip
+    assert tables["pictures without scores"] == [{"prompt_id": "p2", "text": "a cat", "reason": "2.png is missing"}]
+    assert report["pictures"]["nearest training images"].startswith("![4 pictures](data:image/jpeg")
+    # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is the base's: no alarm.
+    assert "alarm" not in report["numbers"]
+
+
+def test_the_alarm_of_a_run_names_the_last_checkpoint_before_it(store):
+    from assets import eval_metrics
+
+    for samples_seen, index in ((8, 0.1), (16, 0.2), (100, 0.9)):
+        rows = [{"metric": "overbaked_index", "value": index}]
+        commit(store, METRICS, f"{RUN}@{samples_seen}", rows)
+    found = eval_metrics._alarm(store, f"{RUN}@200", {"overbaked_index": 0.7})
+    assert found["last checkpoint before the alarm"] == f"{RUN}@16"
+    assert "0.70 is above 0.5" in found["alarm"]
+    assert eval_metrics._alarm(store, "other@8", {"overbaked_index": 0.1}) == {}
+    assert eval_metrics._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith("none here")
