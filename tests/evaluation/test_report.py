@@ -20,7 +20,7 @@ from training.evaluation.report_scores import Side
 from training.evaluation.verdict import Protocol, Scores
 
 EVIL = "\"><script>alert(1)</script><img src=http://evil/x onerror=alert(2)>' & {{7*7}}"
-RULE = re.compile(r"\.(\w+)\{background-image:url\(data:image/jpeg;base64,([^)]+)\)\}")
+RULE = re.compile(r"\.(\w+)\{background-image:url\(data:image/webp;base64,([^)]+)\)\}")
 
 
 def side(folder, name, colour, count=34, shift=0.0, evil=EVIL):

@@ -37,5 +37,5 @@ def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     css = report_pictures.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
-    assert room / 3 < len(css) <= room
+    assert room / 6 < len(css) <= room
     assert re.findall(r"\.(p\d+s0)\{", css) == [f"p{n}s0" for n in range(count)]

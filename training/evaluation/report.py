@@ -13,7 +13,7 @@ import polars as pl
 
 from training.evaluation import report_page, report_pictures
 from training.evaluation.charts import Chart, Map, draw_chart, draw_map
-from training.evaluation.report_pictures import FULL_PX, FULL_ROOM, THUMBNAIL_PX, THUMBNAIL_ROOM
+from training.evaluation.report_pictures import FULL_PX, FULL_ROOM, ROOM, THUMBNAIL_PX
 from training.evaluation.report_scores import (
     Prompt,
     Side,
@@ -101,7 +101,7 @@ def render(
     body = "".join(f"<h2 id=h{n}>{_show(name)}</h2>{content}" for n, (name, content) in enumerate(parts))
     links = "".join(f"<a href='#h{n}'>{_show(name)}</a>" for n, (name, _) in enumerate(parts))
     small = " · ".join(f"{_show(str(name))}: {_show(str(value))}" for name, value in facts.items())
-    rules = _rules(shown, featured, names) + report_pictures.rules_of_arrays(_section_pictures(sections))
+    rules = _rules(shown, featured, names, report_pictures.rules_of_arrays(_section_pictures(sections)))
     return (
         f"<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
         f'content="{report_page.POLICY}"><meta name=viewport content="width=device-width, initial-scale=1">'
@@ -125,8 +125,8 @@ def _shown(prompts: Sequence[Prompt], featured: set[str]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.prompt_id in kept]
 
 
-def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str]) -> str:
-    """The pictures: large where a slider shows them, else small."""
+def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str) -> str:
+    """The pictures, after those of sections: large where a slider shows them, else small, in the room that is left."""
     large: list[tuple[str, Path]] = []
     small: list[tuple[str, Path]] = []
     for prompt in shown:
@@ -134,9 +134,8 @@ def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str]
             in_slider = prompt.prompt_id in featured and place in (0, len(prompt.files) - 1)
             if path is not None:
                 (large if in_slider else small).append((f"{names[prompt.prompt_id]}s{place}", path))
-    return report_pictures.rules_of_files(large, FULL_PX, FULL_ROOM) + report_pictures.rules_of_files(
-        small, THUMBNAIL_PX, THUMBNAIL_ROOM
-    )
+    before = others + report_pictures.rules_of_files(large, FULL_PX, FULL_ROOM)
+    return before + report_pictures.rules_of_files(small, THUMBNAIL_PX, ROOM - len(before))
 
 
 def _first(prompts: Sequence[Prompt], sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]) -> str:

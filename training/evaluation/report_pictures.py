@@ -4,6 +4,7 @@ A page has room for so many characters of each kind of picture; each picture get
 quality, then in size.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,18 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from training.evaluation.figures import data_uri, fit, jpeg
+from training.evaluation.figures import data_uri, fit
 
+ROOM = 8_500_000
+"""Characters of all pictures of a page."""
 FULL_PX, FULL_ROOM = 512, 3_000_000
 """Longest side of a picture of a slider, and characters for all of them."""
-THUMBNAIL_PX, THUMBNAIL_ROOM = 320, 4_500_000
-"""The same for those that stand in the grid only."""
 SECTION_PX, SECTION_ROOM = 320, 1_000_000
 """The same for those of further sections."""
-_GOOD, _FAIR = 85, 70
-"""Qualities of a JPEG, before and after it gives way."""
+THUMBNAIL_PX = 320
+"""Longest side of those that stand in the grid only; they have the room that the others leave."""
+_GOOD, _FAIR = 82, 65
+"""Qualities of a picture, before and after it gives way."""
 _NUM_THREADS = 2
 _OVERHEAD = 80
 """Characters of a rule around its picture."""
@@ -31,7 +34,7 @@ _T = TypeVar("_T")
 
 
 def encode(image: Image.Image, longest_px: int, max_bytes: int) -> bytes:
-    """A JPEG of at most `max_bytes`; a picture is never enlarged.
+    """A WebP of at most `max_bytes`; a picture is never enlarged.
 
     Args:
         image: Any mode.
@@ -40,15 +43,22 @@ def encode(image: Image.Image, longest_px: int, max_bytes: int) -> bytes:
     """
     longest = min(longest_px, max(image.size))
     small = fit(image, longest, longest)
-    content = jpeg(small, _GOOD)
+    content = _webp(small, _GOOD)
     if len(content) > max_bytes:
-        content = jpeg(small, _FAIR)
+        content = _webp(small, _FAIR)
     while len(content) > max_bytes and longest > 8:
         # Bytes grow with the area; a little less, so that the next attempt is mostly the last.
         shrink = min(math.sqrt(max_bytes / len(content)) * 0.96, 0.9)
         longest = max(int(longest * shrink), 8)
-        content = jpeg(fit(small, longest, longest), _FAIR)
+        content = _webp(fit(small, longest, longest), _FAIR)
     return content
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
+    """A third smaller than a JPEG that looks like it; every browser since 2020 shows it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=2)
+    return buffer.getvalue()
 
 
 def rules_of_files(files: Sequence[tuple[str, Path]], longest_px: int, room: int) -> str:
@@ -85,7 +95,7 @@ def _share(count: int, room: int) -> int:
 
 
 def _rule(name: str, content: bytes) -> str:
-    return f".{name}{{background-image:url({data_uri(content, 'image/jpeg')})}}"
+    return f".{name}{{background-image:url({data_uri(content, 'image/webp')})}}"
 
 
 def _joined(rule: Callable[[_T], str], items: Sequence[_T]) -> str:
