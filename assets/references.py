@@ -121,7 +121,7 @@ def _training_images(store: Store, key: str) -> TrainingImages:
 
 
 def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block]:
-    """Embeddings of `images`, a shard at a time."""
+    """Embeddings of `images`, a shard at a time; those that are not finite are left out."""
     for shard in images["shard"].unique().sort().to_list():
         part = EMBEDDINGS.part(shard)
         manifest = store.manifest("embeddings", part)
@@ -132,8 +132,10 @@ def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block
         wanted = images.filter(pl.col("shard") == shard).select("image_id")
         rows = store.read("embeddings", ["image_id", "projection"], [part]).join(wanted, on="image_id", how="semi")
         if rows.height:
-            vectors = rows["projection"].explode(empty_as_null=False, keep_nulls=False).to_numpy()
-            yield rows["image_id"].to_list(), vectors.reshape(rows.height, -1)
+            flat = rows["projection"].explode(empty_as_null=False, keep_nulls=False).to_numpy()
+            vectors = flat.reshape(rows.height, -1)
+            finite = np.isfinite(vectors).all(axis=1)
+            yield rows["image_id"].filter(finite).to_list(), vectors[finite]
 
 
 def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:

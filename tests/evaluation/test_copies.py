@@ -47,6 +47,11 @@ def test_blocks_and_half_precision_change_nothing_that_counts(monkeypatch):
     assert half.similarity == pytest.approx(whole.similarity, abs=1e-3)
 
 
+def test_without_images_there_is_no_nearest():
+    assert copies.nearest(np.eye(3, dtype=np.float32), []) is None
+    assert copies.nearest(np.eye(3, dtype=np.float32), [([], np.empty((0, 3), np.float32))]) is None
+
+
 def test_of_equal_images_the_first_is_named():
     image = np.eye(4, dtype=np.float32)[:1]
     assert copies.nearest(image, [(["b"], image), (["a"], image)]).image_ids.tolist() == ["b"]

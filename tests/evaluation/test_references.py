@@ -224,3 +224,16 @@ def test_the_alarm_of_a_run_names_the_last_checkpoint_before_it(store):
     assert "0.70 is above 0.5" in found["alarm"]
     assert eval_metrics._alarm(store, "other@8", {"overbaked_index": 0.1}) == {}
     assert eval_metrics._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith("none here")
+
+
+def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):
+    images = references.training_images(store, KEY)
+    vector = np.eye(12)[0].tolist()
+    own = images.filter(pl.col("shard") == "s000000")["image_id"].to_list()[:2]
+    rows = [{"image_id": own[0], "model": "clip", "vector": vector, "projection": vector},
+            {"image_id": own[1], "model": "clip", "vector": vector, "projection": [float("nan")] * 12}]  # fmt: skip
+    commit(store, EMBEDDINGS, "s000000", rows, clip=store.model_digest("clip"))
+    found = references.gather(Store(store.home), KEY, networks, batch_size=2)
+    blocks = dict(zip(("s000000", "s000001"), found.training.embeddings_of(images), strict=True))
+    assert blocks["s000000"][0] == [own[0]]
+    assert blocks["s000000"][1].shape == (1, 12)

@@ -28,7 +28,7 @@ class Nearest:
     """`(N,)` strings. Of equally near images the first in the order of the blocks."""
 
 
-def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest:
+def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest | None:
     """Find the image with the largest cosine for each query.
 
     Works off one block after the other, at most 16,384 images by 1,024 queries at a time (about 130 MB at width 768),
@@ -36,10 +36,10 @@ def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest:
 
     Args:
         queries: `(N, d)` of length 1.
-        blocks: Images in blocks; at least one image in all.
+        blocks: Images in blocks; all their embeddings are finite.
 
     Returns:
-        One row per query.
+        One row per query; None where there is no image.
     """
     vectors = np.ascontiguousarray(queries, dtype=np.float32)
     best = np.full(len(vectors), -np.inf, dtype=np.float32)
@@ -55,8 +55,7 @@ def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest:
                 better = np.flatnonzero(values > best[part])
                 best[first + better] = values[better]
                 image_ids[first + better] = [ids[start + int(place)] for place in places[better]]
-    assert not len(vectors) or image_ids.all(), "there is at least one image, and cosines are finite"
-    return Nearest(similarity=best, image_ids=image_ids)
+    return Nearest(similarity=best, image_ids=image_ids) if image_ids.all() else None
 
 
 def summarise(samples: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, float]:

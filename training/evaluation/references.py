@@ -77,10 +77,10 @@ class References:
                 summary |= {f"cmmd{suffix}": distances.cmmd(cloud, validation)}
                 summary |= {f"kid{suffix}": distances.kid(cloud, validation)}
         summary |= {"num_validation_images": float(len(validation)), "num_floor_images": float(len(real))}
-        if not len(real):
-            return Compared(summary=summary, nearest=None)
         queries = [embeddings, validation, *([base.embeddings] if base else [])]
         found = copies.nearest(np.concatenate(queries), self.training.embeddings_of(train))
+        if found is None:
+            return Compared(summary=summary, nearest=None)
         parts = np.split(found.similarity, np.cumsum([len(part) for part in queries])[:-1])
         baselines = {name: part for name, part in zip(("validation", "base"), parts[1:], strict=False) if len(part)}
         summary |= copies.summarise(parts[0], baselines)
