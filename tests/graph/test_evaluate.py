@@ -4,19 +4,28 @@ import json
 import shutil
 
 import dagster as dg
+import pytest
 from graph_tools import digests, foundry
 
+from assets import sample_images
+from jobs import comparison
 from jobs.sensors import new_checkpoint
 from resources.store import Store
+from training.errors import DataError, EvaluationError
 from training.evaluation import champion
-from training.evaluation.elsewhere import PICTURES
+from training.evaluation.elsewhere import RECORD
+from training.run_folder import checkpoints, read_ready
 
-LAST = "demo@96"
+
+def ends(home):
+    """The first and the last checkpoint of the run, with their folders."""
+    folders = checkpoints(home / "runs" / "demo")
+    return [(read_ready(folder).checkpoint, folder) for folder in (folders[0], folders[-1])]
 
 
 def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path):
     before = digests(small_copy)
-    model = small_copy / "runs" / "demo" / "checkpoints" / "samples_000000096"
+    _, (last, model) = ends(small_copy)
     foundry("evaluate", "--home", small_copy, "--export", tmp_path / "prompts.json")
     away = tmp_path / "away"
     away.mkdir()
@@ -24,49 +33,48 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
     draw = ("evaluate", "--checkpoint", away / "model", "--prompts", tmp_path / "prompts.json")
     assert "drew 6 pictures" in foundry(*draw, "--out", away / "out", cwd=away).stdout
 
-    (small_copy / "tables" / "sample_images" / f"{LAST}.json").unlink()
-    shutil.rmtree(small_copy / "sample_images" / LAST)
-    assert LAST in foundry("evaluate", "--home", small_copy, "--adopt", away / "out").stdout
+    (small_copy / "tables" / "sample_images" / f"{last}.json").unlink()
+    shutil.rmtree(small_copy / "sample_images" / last)
+    assert last in foundry("evaluate", "--home", small_copy, "--adopt", away / "out").stdout
     assert digests(small_copy) == before
-    assert len(list((small_copy / "sample_images" / LAST).glob("*.png"))) == 6
-    assert "nothing was done" in foundry("run", "--home", small_copy).stdout
+    assert len(list((small_copy / "sample_images" / last).glob("*.png"))) == 6
+    assert not Store(small_copy).stale(sample_images.STAGE)
 
-    values = json.loads((tmp_path / "prompts.json").read_text())
-    values["sampling"]["num_steps"] = 3
-    (tmp_path / "prompts.json").write_text(json.dumps(values))
-    foundry(*draw, "--out", away / "other", cwd=away)
-    refused = foundry("evaluate", "--home", small_copy, "--adopt", away / "other", check=False)
-    assert refused.returncode == 2
-    assert "drawn otherwise than this workspace would: sampling: here" in refused.stderr
-    assert len(list((away / "other" / PICTURES).glob("*.png"))) == 6
+    record = json.loads((away / "out" / RECORD).read_text())
+    record["sampling"]["num_steps"] = 3
+    (away / "out" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(EvaluationError, match="drawn otherwise than this workspace would: sampling: here"):
+        comparison.adopt(Store(small_copy), away / "out")
 
 
 def test_a_rival_is_judged_beside_ours_and_any_two_compare(small_copy, tmp_path):
-    shutil.copytree(small_copy / "runs" / "demo" / "checkpoints" / "samples_000000048", tmp_path / "other")
+    (_, first_folder), (last, _) = ends(small_copy)
+    shutil.copytree(first_folder, tmp_path / "other")
     added = foundry("rival", "add", "other", tmp_path / "other", "--home", small_copy).stdout
     assert "rival.other@0: sdxl" in added
     done = foundry("compare", "demo", "other", "--home", small_copy).stdout
     assert "clip_score (all): too few prompts to tell" in done
-    page = small_copy / "comparisons" / f"{LAST}~rival.other@0.html"
+    page = small_copy / "comparisons" / f"{last}~rival.other@0.html"
     assert str(page) in done.replace("\n", "")
     assert "<svg" in page.read_text() or "data:image" in page.read_text()
-    asked = f"select b from verdicts where b like '%{LAST}' or a like '%{LAST}'"
-    assert "rival.other@0" in foundry("sql", asked, "--home", small_copy, "--format", "csv").stdout
-    assert "rival.other@0 has" not in foundry("compare", "base", "champion", "--home", small_copy, check=False).stderr
-    gone = foundry("compare", "demo", "demo@77", "--home", small_copy, check=False)
-    assert (gone.returncode, "demo@77 is not there" in gone.stderr) == (2, True)
+    assert f"{last}~rival.other@0" in Store(small_copy).parts("verdicts")
+    with pytest.raises(DataError, match="demo@77 is not there"):
+        comparison.resolve(Store(small_copy), "demo@77")
+    for name in ("base", "champion"):
+        assert comparison.resolve(Store(small_copy), name).startswith("base.")
     assert champion.read(small_copy).checkpoint.startswith("base.")
 
 
 def test_the_sensor_asks_for_what_is_due_and_keeps_it(small_copy):
+    (first, folder), _ = ends(small_copy)
     for table in ("eval_metrics", "sample_images"):
-        (small_copy / "tables" / table / "demo@48.json").unlink()
+        (small_copy / "tables" / table / f"{first}.json").unlink()
     store = Store(small_copy)
     with dg.instance_for_test() as instance:
         context = dg.build_sensor_context(instance=instance, resources={"store": store})
         found = new_checkpoint(context)
-    assert [request.partition_key for request in found.run_requests] == ["demo@48"]
-    marks = list(store.checkpoint_folder("demo@48").glob("WANTED.*"))
+    assert [request.partition_key for request in found.run_requests] == [first]
+    marks = list(folder.glob("WANTED.*"))
     assert [mark.name for mark in marks] == ["WANTED.evaluation"]
-    foundry("evaluate", "demo@48", "--home", small_copy)
-    assert not list(store.checkpoint_folder("demo@48").glob("WANTED.*"))
+    foundry("evaluate", first, "--home", small_copy)
+    assert not list(folder.glob("WANTED.*"))
