@@ -39,3 +39,11 @@ def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
     css = report_pictures.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
     assert room / 6 < len(css) <= room
     assert re.findall(r"\.(p\d+s0)\{", css) == [f"p{n}s0" for n in range(count)]
+
+
+def test_the_room_is_one_of_characters_and_not_of_bytes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    # Whole, the picture has fewer bytes than there are characters, but base64 makes four characters of three bytes.
+    room = int(len(report_pictures.encode(Image.fromarray(noise), 64, 1_000_000)) * 1.2)
+    assert len(report_pictures.rules_of_files([("p", tmp_path / "a.png")], 64, room)) <= room
