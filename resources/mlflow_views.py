@@ -136,7 +136,7 @@ def views(pictures: Sequence[Pictures]) -> dict[str, View]:
             "Pictures, with a slider", "CHART",
             _state([grid, *cards], first=_PICTURES, facets={"searchFilter": trained}),
         ),
-        "foundry-prompts": View("Prompts beside runs", "ARTIFACT", _state(cards, facets={"runListHidden": True})),
+        "foundry-prompts": View("Prompts beside runs", "ARTIFACT", _state(cards)),
     }  # fmt: skip
 
 

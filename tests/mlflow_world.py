@@ -1,6 +1,7 @@
 """A workspace whose MLflow has something to show, and that MLflow as a process to stop, hang and kill."""
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 from PIL import Image, ImageDraw, ImageFilter
 
 from resources.tracking import Tracking, workspace_tracking
@@ -96,8 +98,9 @@ def prepare_run(home: Path, name: str, settings: str = "", seed: int = 7) -> Pat
     folder = home / "runs" / name
     folder.mkdir(parents=True)
     (folder / run_folder.CONFIG).write_text(f'encoding = "sdxl"\nseed = {seed}\n{settings}')
+    fingerprint = hashlib.sha256(b"set").hexdigest()
     inputs = run_folder.RunInputs(
-        run=name, training_set=home / "set.parquet", training_set_sha256="0" * 64, fingerprint="f" * 64,
+        run=name, training_set=home / "set.parquet", training_set_sha256="0" * 64, fingerprint=fingerprint,
         vocabulary=folder / "vocabulary.parquet", vocabulary_sha256="0" * 64, latents=home / "latents",
         base_model=home / "base", base_digest="b" * 64,
     )  # fmt: skip
@@ -191,6 +194,12 @@ class Server:
             assert self._process.poll() is None, "MLflow ended"
             assert time.monotonic() < deadline, "MLflow did not start"
             time.sleep(0.2)
+
+    def processor_s(self) -> float:
+        """Processor seconds that it has used."""
+        assert self._process is not None
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
     def send(self, number: int) -> None:
         """Send it a signal: SIGSTOP hangs it, SIGCONT lets it go on."""
