@@ -214,12 +214,11 @@ class Store:
     # --- reading -----------------------------------------------------------------------------------------------
 
     def read(self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None) -> pl.DataFrame:
-        """Rows of the given parts (default: all), sorted by the table's key."""
+        """Rows of the given parts (default: all), sorted by the table's key; null in columns younger than a part."""
         schema = TABLES[table].schema
         names = list(columns) or list(schema)
         wanted = self.parts(table) if parts is None else list(parts)
-        frames = [pl.read_parquet(self.table_file(table, part), columns=names, memory_map=False) for part in wanted]
-        frames = [frame.select(names) for frame in frames]
+        frames = [_read_columns(self.table_file(table, part), names, schema) for part in wanted]
         return pl.concat(frames) if frames else pl.DataFrame(schema={name: schema[name] for name in names})
 
     def read_slice(self, stage: Stage, table: str, key: str) -> pl.DataFrame:
@@ -580,6 +579,14 @@ def git_revision() -> str:
     command = ["git", "-C", str(CODE_ROOT), "rev-parse", "--short=12", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def _read_columns(path: Path, names: Sequence[str], schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """Columns of a part; those that it lacks, because an older version wrote it, are null."""
+    there = set(pl.read_parquet_schema(path))
+    frame = pl.read_parquet(path, columns=[name for name in names if name in there], memory_map=False)
+    missing = [pl.lit(None, dtype=schema[name]).alias(name) for name in names if name not in there]
+    return frame.with_columns(missing).select(names)
 
 
 def file_digest(path: Path) -> str:

@@ -49,7 +49,7 @@ def _select(store: Store, table: str) -> str:
         columns = ", ".join(f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types)
         return f"select {columns} where false"
     listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
-    return f"select * from read_parquet([{listed}])"
+    return f"select * from read_parquet([{listed}], union_by_name = true)"
 
 
 def _duckdb_type(dtype: pl.DataType) -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store, find_home
+from resources.warehouse import query
+from training.commit import commit_manifest, write_parquet
 from training.data.tables import TABLES
 from training.errors import ConfigError, DamageError, DataError, LockedError, ModelError, WorkspaceError
 
@@ -55,6 +57,18 @@ def commit(store, stage, key, frame, **made):
     basis = store.basis(stage, key)
     assert basis is not None
     return store.commit(stage, key, Made(frame=frame, **made), basis, seconds=0)
+
+
+def test_a_part_that_an_older_version_wrote_has_nulls_in_younger_columns(store):
+    manifest = commit(store, LISTING, "all", listing(split=["train"] * 4))
+    older = listing(source_id=["e", "f", "g", "h"], split=["train"] * 4).drop("split", "caption")
+    folder = store.table_folder("source_listing", "old")
+    entry = write_parquet(folder, "old", older)
+    commit_manifest(folder / "old.json", replace(manifest, part="old", files=(entry,)))
+    frame = fresh(store).read("source_listing")
+    assert frame.schema == TABLES["source_listing"].schema
+    assert (frame.height, frame["split"].null_count()) == (8, 4)
+    assert query(fresh(store), "select count(*), count(split) from source_listing").row(0) == (8, 4)
 
 
 def listing(**changes):
