@@ -29,7 +29,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     }
 
 
-STAGE = Stage(name="prompt_statistics", version=2, scope=Scope.RUN, models=("base",), others=_inputs)
+STAGE = Stage(name="prompt_statistics", version=3, scope=Scope.RUN, models=("base",), others=_inputs)
 
 
 @dg.asset(

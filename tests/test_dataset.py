@@ -72,13 +72,13 @@ def test_a_sample_does_not_depend_on_its_neighbours_but_on_the_epoch(open_run):
 def test_a_batch_says_what_is_zeroed_and_cut(open_run):
     changes = {"empty_prob": 0.5, "empty_as": "zeros", "max_chunks": 1, "mean_tags": 0}
     _, dataset = open_run(**{f"prompts.{name}": value for name, value in changes.items()})
-    rows = one_bucket(dataset, 1)
-    batch = dataset.batch(rows, 1)
+    rows = one_bucket(dataset, 2)
+    batch = dataset.batch(rows, 2)
     assert batch.zeroed.tolist() == [prompt == "" for prompt in batch.prompts]
     assert 0 < batch.zeroed.sum() < len(rows)
     whole = sum(len(dataset.prompt_maker.tokenizers[0](prompt.text, add_special_tokens=False)["input_ids"])
-                for prompt in dataset.prompt_maker.prompts(rows.tolist(), 1))  # fmt: skip
-    kept = sum(len(made.tokens) for made in dataset.prompt_maker.make(rows.tolist(), 1))
+                for prompt in dataset.prompt_maker.prompts(rows.tolist(), 2))  # fmt: skip
+    kept = sum(len(made.tokens) for made in dataset.prompt_maker.make(rows.tolist(), 2))
     assert batch.num_truncated == whole - kept > 0
 
 

@@ -5,6 +5,7 @@ Two processes, two ranks or a resumed run that ask for the same draw get the sam
 
 import hashlib
 import random
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -38,15 +39,14 @@ def digest(seed: int, purpose: Purpose, *keys: Key) -> bytes:
 
     Lengths and types are part of the hash, so ("ab", "c"), ("a", "bc") and (1,), ("1",) all differ.
     """
-    return _feed(hashlib.sha256(), seed, purpose.value, *keys).digest()
+    return hashlib.sha256(b"".join(_parts(seed, purpose.value, *keys))).digest()
 
 
-def _feed(hasher: "hashlib._Hash", *parts: Key) -> "hashlib._Hash":
-    for part in parts:
-        kind = b"i" if isinstance(part, int) else b"s"
-        data = str(part).encode()
-        hasher.update(kind + len(data).to_bytes(8, "little") + data)
-    return hasher
+def _parts(*keys: Key) -> Iterator[bytes]:
+    for key in keys:
+        kind = b"i" if isinstance(key, int) else b"s"
+        data = str(key).encode()
+        yield kind + len(data).to_bytes(8, "little") + data
 
 
 def integer(seed: int, purpose: Purpose, *keys: Key) -> int:
@@ -60,18 +60,29 @@ def generator(seed: int, purpose: Purpose, *keys: Key) -> random.Random:
 
 
 class Stream:
-    """Generators of many draws that share all but their last key: what they share is hashed once."""
+    """Draws of many keys that share all but their last: what they share is hashed once."""
 
     def __init__(self, seed: int, purpose: Purpose, *keys: Key) -> None:
         """The keys that the draws share."""
-        self._shared = _feed(hashlib.sha256(), seed, purpose.value, *keys)
-        self._random = random.Random()  # noqa: S311
+        self._shared = hashlib.shake_128()
+        for part in _parts(seed, purpose.value, *keys):
+            self._shared.update(part)
 
-    def generator(self, key: Key) -> random.Random:
-        """The generator that `generator` makes for the shared keys and this one; valid until the next is asked for."""
-        hasher = _feed(self._shared.copy(), key)
-        self._random.seed(int.from_bytes(hasher.digest()[:16], "little"))
-        return self._random
+    def words(self, keys: Sequence[str], counts: Sequence[int]) -> np.ndarray:
+        """Uniform numbers of 32 bits: `counts[i]` of them for `keys[i]`, one key after the other.
+
+        SHAKE-128 over the parts that `digest` hashes. What is drawn for a key follows from it alone, and what more is
+        drawn for it comes behind.
+
+        Returns:
+            `(sum(counts),)` uint32.
+        """
+        drawn = []
+        for key, count in zip(keys, counts, strict=True):
+            data, hasher = key.encode(), self._shared.copy()
+            hasher.update(b"s" + len(data).to_bytes(8, "little") + data)
+            drawn.append(hasher.digest(4 * count))
+        return np.frombuffer(b"".join(drawn), dtype="<u4")
 
 
 def numpy_generator(seed: int, purpose: Purpose, *keys: Key) -> np.random.Generator:

@@ -1,7 +1,6 @@
 """Prompts with ids: those of the tokenizers themselves, cut at a tag's border, counted alike by all workers."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 import polars as pl
@@ -9,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_table import table
 
 from training import commit
 from training.data import chunk_counts
-from training.data.prompt_maker import PromptMaker, marks_apart
+from training.data.prompt_maker import PromptMaker
 from training.data.samples import Samples
-from training.data.tables import TABLES
 from training.data.tokens import CHUNK_TOKENS, count_chunks, tokenize
 from training.data.vocabulary import Vocabulary
 from training.errors import DataError, PipelineError
@@ -23,59 +22,60 @@ from training.run_config import PromptConfig
 NAMES = [f"long_hair_{number}" for number in range(60)]
 
 
-def table(rows):
-    """A training set of dicts; what they leave out is plain."""
-    full = [
-        {
-            "image_id": hashlib.sha256(str(number).encode()).hexdigest(), "shard": f"s{number % 3:06d}", "height": 90,
-            "width": 80, "bucket_height": 64, "bucket_width": 64, "score": 7, "tags": [], "caption": None,
-            "made_caption": None, "words": [], "boxes": [], "split": "train", "stable": False, **row,
-            **({"tags": [{"name": name, "category": "general"} for name in row["tags"]]} if "tags" in row else {}),
-        }
-        for number, row in enumerate(rows)
-    ]  # fmt: skip
-    return TABLES["training_set"].conform(pl.DataFrame(full, schema=TABLES["training_set"].schema))
-
-
 def maker(rows, tokenizers, seed=0, **changes):
     config = dataclasses.replace(PromptConfig(), **changes)
-    aliases = Vocabulary({}, {NAMES[0]: ("hair!", "(o)_(o)")})
+    aliases = Vocabulary({}, {NAMES[0]: ("hair!", "(o)_(o)", ">_<")})
     return PromptMaker(Samples(table(rows)), aliases, config, seed, tokenizers)
 
 
 hostile = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10),
     st.sampled_from(
-        ["a,b", "(medium)", "photo_(medium)", "wow!!!", ":)", "😀", "<|endoftext|>", "x" * 5000, "it's", "é́"]
+        ["a,b", "(medium)", "photo_(medium)", "wow!!!", ":)", "😀", "<|endoftext|>", "x" * 5000, "it's", "é́", "o_o",
+         "^_^", "1girl", "tag_(series)", "'s_own", "\u0301x", ",", "_", "a_", "K"]
     ),
     st.sampled_from(NAMES),
+)  # fmt: skip
+rows_of_sets = st.fixed_dictionaries(
+    {
+        "tags": st.lists(hostile, unique=True, max_size=60),
+        "words": st.lists(st.sampled_from(["safe", "!"]), unique=True),
+        "caption": st.sampled_from([None, "A  caption, with (odd) gaps!", "it's " * 300]),
+        "score": st.sampled_from([None, 1, 9]),
+    }
 )
+recipes = st.fixed_dictionaries(
+    {
+        "mean_tags": st.sampled_from([0.0, 5.0, 32.0]), "order": st.sampled_from(["shuffled", "kohaku"]),
+        "tag_dropout": st.sampled_from([0.0, 0.3]), "alias_prob": st.sampled_from([0.0, 0.5]),
+        "spaces_prob": st.sampled_from([0.0, 0.4]), "mixed_prob": st.sampled_from([0.0, 0.4]),
+        "loose_separators_prob": st.sampled_from([0.0, 0.5, 1.0]), "misspelling_prob": st.sampled_from([0.0, 0.3]),
+        "caption_prob": st.sampled_from([0.0, 0.2]), "caption_and_tags_prob": st.sampled_from([0.0, 0.3]),
+        "empty_prob": st.sampled_from([0.0, 0.1]), "chunk_shares": st.sampled_from([(), (0.5, 0.5)]),
+    }
+)  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    tags=st.lists(hostile, unique=True, max_size=60),
-    caption=st.sampled_from([None, "A  caption, with (odd) gaps!", "it's " * 300]),
-    seed=st.integers(0, 50),
-    shares=st.sampled_from([(), (0.5, 0.5)]),
-)
-def test_ids_are_those_of_each_tokenizer(clip_tokenizers, tags, caption, seed, shares):
-    changes = {"loose_separators_prob": 0.5, "caption_and_tags_prob": 0.3, "caption_prob": 0.2, "chunk_shares": shares}
-    one = maker([{"tags": tags, "caption": caption}], clip_tokenizers, seed, mean_tags=0, empty_prob=0.05, **changes)
-    (made,) = one.make([0], 0)
-    ids = one.ids([made])
-    if made.num_truncated and len(made.prompt.pieces) == 1:
-        pass  # one piece longer than all: only its first tokens are there
-    else:
-        assert len(tokenize([made.text], clip_tokenizers[0], max_chunks=3)[0].ids) <= made.num_chunks
-    for number, (found, tokenizer) in enumerate(zip(ids, clip_tokenizers, strict=True)):
-        (expected,) = tokenize([made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks)
-        assert found[0].tolist() == [list(row) for row in expected.ids], number
-    whole = one.prompts([0], 0)[0]
-    (uncut,) = tokenize([whole.text], clip_tokenizers[0])
-    assert made.num_tokens == uncut.num_tokens
-    assert made.num_chunks == (whole.num_chunks or uncut.num_chunks)
-    assert one.count_chunks(np.array([0]), 0).tolist() == [made.num_chunks]
+@settings(deadline=None, max_examples=100)
+@given(rows=st.lists(rows_of_sets, min_size=1, max_size=4), recipe=recipes, seed=st.integers(0, 50))
+def test_ids_are_those_of_each_tokenizer(clip_tokenizers, rows, recipe, seed):
+    one = maker(rows, clip_tokenizers, seed, **recipe)
+    numbers = list(range(len(rows)))
+    prompts = one.make(numbers, 0)
+    assert one.count_chunks(np.array(numbers), 0).tolist() == [made.num_chunks for made in prompts]
+    for made, whole in zip(prompts, one.prompts(numbers, 0), strict=True):
+        (uncut,) = tokenize([whole.text], clip_tokenizers[0])
+        assert made.num_tokens == uncut.num_tokens
+        assert made.num_chunks == uncut.num_chunks or recipe["chunk_shares"]
+        if not made.num_truncated:
+            assert made.text == whole.text
+        elif len(made.prompt.pieces) > 1:  # of one piece longer than all only the first tokens are there
+            assert len(tokenize([made.text], clip_tokenizers[0])[0].ids) <= made.num_chunks
+            assert whole.text.startswith(made.text)
+        for number, (found, tokenizer) in enumerate(zip(one.ids([made]), clip_tokenizers, strict=True)):
+            (expected,) = tokenize([made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks)
+            assert found[0].tolist() == [list(row) for row in expected.ids], number
+            assert found.dtype == np.int64
 
 
 def test_a_long_prompt_is_cut_after_a_tag_and_the_rest_is_counted(clip_tokenizers):
@@ -122,14 +122,6 @@ def test_empty_prompts_are_strings_or_zeros(clip_tokenizers):
         assert (made.text, made.zeroed, made.num_chunks) == ("", zeroed, 1)
 
 
-def test_only_the_pad_parts_sdxls_tokenizers(clip_tokenizers, tiny_sdxl):
-    from training.models.text_encoders import load_tokenizer
-
-    assert marks_apart(*clip_tokenizers) == ("!",)
-    assert marks_apart(clip_tokenizers[0], clip_tokenizers[0]) == ()
-    assert marks_apart(clip_tokenizers[0], load_tokenizer(tiny_sdxl / "tokenizer")) is None
-
-
 def test_tokenizers_of_other_vocabularies_each_read_for_themselves(clip_tokenizers, tiny_sdxl):
     from training.models.text_encoders import load_tokenizer
 
@@ -139,6 +131,37 @@ def test_tokenizers_of_other_vocabularies_each_read_for_themselves(clip_tokenize
     for found, tokenizer in zip(one.ids([made]), pair, strict=True):
         (expected,) = tokenize([made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks)
         assert found[0].tolist() == [list(row) for row in expected.ids]
+
+
+def test_rows_that_are_expected_have_the_prompts_that_they_have_alone(clip_tokenizers, monkeypatch):
+    rows = [{"tags": NAMES[: number % 60 + 1]} for number in range(3000)]
+    one, other = (maker(rows, clip_tokenizers, 3) for _ in range(2))
+    made_at_once = []
+    encode = PromptMaker._encode
+    monkeypatch.setattr(
+        PromptMaker, "_encode", lambda self, block: made_at_once.append(len(block.empty)) or encode(self, block)
+    )
+    order = np.random.default_rng(0).permutation(3000)
+    one.expect(order, 1)
+
+    def same(rows, epoch):
+        found = [(made.text, [ids.tolist() for ids in made.ids]) for made in one.make(rows, epoch)]
+        made_at_once_by_one = made_at_once[:]
+        expected = [(made.text, [ids.tolist() for ids in made.ids]) for made in other.make(rows, epoch)]
+        made_at_once[:] = made_at_once_by_one
+        assert found == expected
+
+    batches = [order[first : first + 7].tolist() for first in range(0, 2500, 7)]
+    for number, batch in enumerate(batches):
+        same(batch, 1)
+        if number == 100:  # validation, and a batch out of turn, are made for themselves
+            same(order[:5].tolist(), None)
+            same(order[-5:].tolist(), 1)
+    assert sum(made_at_once) < 3 * 1024 + 11
+    assert made_at_once.count(1024) >= 2
+    one.expect(order[2000:], 2)
+    same(order[2000:2010].tolist(), 2)
+    same(order[2000:2010].tolist(), 1)
 
 
 @pytest.fixture
@@ -179,20 +202,21 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
             {"tags": [], "made_caption": "made", "split": "validation", "score": None},
             {"tags": ["b", "c"], "stable": True},
         ]
-        * 1
     )
     entry = commit.write_parquet(tmp_path, "set", frame)
     for source in (tmp_path / entry.name, frame):
         samples = Samples(source)
         assert list(samples.image_ids) == frame["image_id"].to_list() == samples.image_ids[:]
+        everyone = np.arange(3)
         for row, expected in enumerate(frame.iter_rows(named=True)):
-            found = samples[row]
-            assert found.tags == [tag["name"] for tag in expected["tags"]]
-            assert found.words == expected["words"]
-            assert (found.score, found.caption, found.made_caption) == (
-                expected["score"], expected["caption"], expected["made_caption"],
-            )  # fmt: skip
-            assert found.watermark == bool(expected["boxes"])
+            own = [samples.tag_names[code] for code in samples.tags.row(row)]
+            assert own == [tag["name"] for tag in expected["tags"]]
+            assert [samples.word_names[code] for code in samples.words.row(row)] == expected["words"]
+            assert samples.scores[row] == (expected["score"] or 0)
+            for texts, name in ((samples.captions, "caption"), (samples.made_captions, "made_caption")):
+                assert texts[row] == expected[name]
+                assert texts.present(everyone)[row] == (expected[name] is not None)
+            assert samples.watermarked(everyone)[row] == bool(expected["boxes"])
             assert [tuple(own) for own in samples.boxes(row)] == [(1.0, 2.0, 3.0, 4.5)] * len(expected["boxes"])
             assert samples.image_ids[row] == expected["image_id"]
             assert samples.shard_names[samples.shards[row]] == expected["shard"]
@@ -200,13 +224,20 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
             assert samples.stable[row] == expected["stable"]
             assert samples.buckets[row].tolist() == [64, 64]
         assert sorted(samples.tag_names) == ["a", "b", "c"]
+        some = np.array([2, 0, 2])
+        assert samples.tags.lengths(some).tolist() == [2, 2, 2]
+        assert [samples.tag_names[code] for code in samples.tags.take(some)] == ["b", "c", "a", "b", "b", "c"]
 
 
 def test_row_groups_are_parts_of_the_whole(many_groups):
     path, frame = many_groups
     whole, part = Samples(path), Samples(path, [1, 2])
     assert len(whole) == 300
-    assert [part[row] for row in range(128)] == [whole[row] for row in range(64, 192)]
+    for row in range(128):
+        names, own = ([samples.tag_names[code] for code in samples.tags.row(number)]
+                      for samples, number in ((part, row), (whole, row + 64)))  # fmt: skip
+        assert names == own
+    assert part.scores.tolist() == whole.scores[64:192].tolist()
     assert part.image_ids[:] == frame["image_id"][64:192].to_list()
 
 

@@ -1,20 +1,21 @@
 """Statistics count what the model sees, warn of what is odd, and measure what people write."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from training.data import prompt_statistics
 from training.data.prompt_maker import MadePrompt
-from training.data.prompts import Prompt
 from training.data.tables import TABLES
 from training.errors import DataError
 from training.run_config import PromptConfig
 
 
 def made(num_tokens, num_chunks, kept=None, **trace):
-    prompt = Prompt([], [], None, None, trace)
     tokens = np.zeros(num_tokens if kept is None else kept, dtype=np.int32)
-    return MadePrompt(prompt=prompt, text="", tokens=tokens, num_tokens=num_tokens, num_chunks=num_chunks)
+    ids = (np.zeros((num_chunks, 77), dtype=np.int64),)
+    return MadePrompt(prompt=SimpleNamespace(trace=trace), tokens=tokens, ids=ids, num_tokens=num_tokens)
 
 
 def tagged(*names, score_tags=(), **changes):

@@ -1,49 +1,67 @@
 """Prompts: pure functions whose every choice has the stated distribution, and whose pieces are what they say."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_table import make_prompts, repeated, table
 from scipy import stats
 
-from training.data import prompts, spelling
-from training.data.samples import Sample
+from training.data import spelling
+from training.data.chosen_tags import MAX_PROMPTS
+from training.data.prompt_maker import PromptMaker
+from training.data.samples import Samples
 from training.data.vocabulary import Vocabulary
 from training.run_config import PromptConfig
-from training.seeds import Purpose, generator
+from training.seeds import Purpose, Stream
 
 NAMES = [f"tag_{number:03d}" for number in range(100)]
 ALIASES = Vocabulary({}, {name: (f"{name}_one", f"{name}_two") for name in NAMES[::2]})
 PLAIN = PromptConfig(
     mean_tags=0, empty_prob=0, alias_prob=0, spaces_prob=0, mixed_prob=0, loose_separators_prob=0, score_tags=False
 )
+BOX = {"y0": 1.0, "x0": 2.0, "y1": 3.0, "x1": 4.5, "confidence": 0.5}
 BOORU = {
     "1girl": "people", "2boys": "people", "miku": "character", "vocaloid": "copyright", "someone": "artist",
     "long_hair": "general", "sky": "general", "highres": "meta", "masterpiece": "special", "newest": "special",
 }  # fmt: skip
+OF_BOORU = {"tags": sorted(set(BOORU) - {"masterpiece", "newest"}), "words": ["masterpiece", "newest"]}
 
 
 def recipe(**changes):
     return dataclasses.replace(PLAIN, **changes)
 
 
-def sample(num_tags=100, **changes):
-    return Sample(NAMES[:num_tags], [], 7, None, None, False)._replace(**changes)
+def sample(num_tags=100, *, watermark=False, **changes):
+    return {"tags": NAMES[:num_tags], "boxes": [BOX] if watermark else [], **changes}
 
 
-def make(one, config, seed, vocabulary=ALIASES):
-    return prompts.make_prompt(one, vocabulary, config, random.Random(seed))
+def make(one, config, vocabulary=ALIASES):
+    """One prompt of a sample."""
+    return make_prompts(table([one]), vocabulary, config)[0]
 
 
 def many(config, count=4000, vocabulary=ALIASES, **changes):
-    one = sample(**changes)
-    return [make(one, config, number, vocabulary) for number in range(count)]
+    """Prompts of samples that differ in nothing but their ids."""
+    return make_prompts(repeated(sample(**changes), count), vocabulary, config)
+
+
+def available(one):
+    """Names that a prompt of a sample can have."""
+    return {*one["tags"], *one.get("words", ())} | ({"watermark"} if one["boxes"] else set())
 
 
 def fits(counts, expected):
@@ -59,14 +77,15 @@ hostile = st.one_of(
     st.text(min_size=1, max_size=12).filter(str.strip),
     st.sampled_from(["a,b", "(o)_(o)", ":)", "photo_(medium)", "😀_smile", "x" * 5000, ">_<", "it's", "<|endoftext|>"]),
 )
-samples = st.builds(
-    Sample,
-    tags=st.lists(st.one_of(st.sampled_from(NAMES), hostile), unique=True, max_size=40).map(sorted),
-    words=st.lists(st.sampled_from(["safe", "newest"]), unique=True),
-    score=st.sampled_from([None, *range(1, 10)]),
-    caption=st.sampled_from([None, "A sentence.", "One line\n\nanother line", " \n "]),
-    made_caption=st.sampled_from([None, "a made one"]),
-    watermark=st.booleans(),
+samples = st.fixed_dictionaries(
+    {
+        "tags": st.lists(st.one_of(st.sampled_from([*NAMES, "safe", "watermark"]), hostile), unique=True, max_size=40),
+        "words": st.lists(st.sampled_from(["safe", "newest"]), unique=True),
+        "score": st.sampled_from([None, *range(1, 10)]),
+        "caption": st.sampled_from([None, "A sentence.", "One line\n\nanother line", " \n "]),
+        "made_caption": st.sampled_from([None, "a made one"]),
+        "boxes": st.sampled_from([[], [BOX]]),
+    }
 )
 configs = st.builds(
     PromptConfig,
@@ -91,40 +110,60 @@ configs = st.builds(
 )
 
 
-@given(one=samples, config=configs, seed=st.integers(0, 2**64))
-def test_every_prompt_obeys_its_recipe(one, config, seed):
-    prompt = make(one, config, seed)
-    assert prompt == make(one, config, seed)
+@settings(deadline=None, max_examples=100)
+@given(rows=st.lists(samples, min_size=1, max_size=5), config=configs, seed=st.integers(0, 2**64))
+def test_every_prompt_obeys_its_recipe(rows, config, seed):
+    for one, prompt in zip(rows, make_prompts(table(rows), ALIASES, config, seed), strict=True):
+        check(one, prompt, config)
+
+
+def check(one, prompt, config):
     trace = prompt.trace
-    assert prompt.num_chunks in ((1, 2, 3) if config.chunk_shares else (None,))
-    assert len(prompt.pieces) == len(prompt.bare)
-    assert prompt.gaps is None or len(prompt.gaps) == len(prompt.pieces)
+    assert len(prompt.pieces) == prompt.num_pieces
     if trace["kind"] == "empty":
         assert (prompt.text, trace["as"]) == ("", config.empty_as)
+        assert prompt.zeroed == (config.empty_as == "zeros")
         return
-    available = {*one.tags, *one.words} | ({"watermark"} if one.watermark else set())
+    assert not prompt.zeroed
     if trace["kind"] == "caption":
-        lines = {"given": one.caption, "made": one.made_caption}[trace["caption"]].splitlines()
+        lines = {"given": one["caption"], "made": one["made_caption"]}[trace["caption"]].splitlines()
         assert prompt.text == [line.strip() for line in lines if line.strip()][trace["line"]]
         return
     tags = trace["tags"]
-    assert set(tags) | set(trace["dropped"]) <= available
+    assert set(tags) | set(trace["dropped"]) <= available(one)
     assert len(set(tags)) == len(tags) == trace["num_tags"]
     assert not set(tags) & set(trace["dropped"])
-    first = [name for name in config.first_tags if name in available]
+    first = [name for name in config.first_tags if name in available(one)]
     assert tags[: len(first)] == first
-    assert ("watermark" in tags) == one.watermark
+    assert ("watermark" in tags) == ("watermark" in available(one))
+    assert trace["wanted"] >= 1 or not config.mean_tags
+    forced = len({*first, "watermark"} & set(tags))
+    left = len(available(one)) - len(trace["dropped"])
+    assert len(tags) == min(max(trace["wanted"], forced), left)
     assert (trace["kind"] == "caption_and_tags") == ("caption" in trace)
-    assert set(trace["score_tags"]) <= {f"score_{n}_up" for n in range(1, (one.score or 0) + 1)} | {
-        f"score_{one.score}"
-    }
-    assert bool(trace["score_tags"]) == bool(config.score_tags and one.score)
+    score = one["score"] or 0
+    assert set(trace["score_tags"]) <= {f"score_{n}_up" for n in range(1, score + 1)} | {f"score_{score}"}
+    assert len(set(trace["score_tags"])) == len(trace["score_tags"]) <= 3
+    assert bool(trace["score_tags"]) == bool(config.score_tags and score)
     for written in trace["aliases"].values():
         assert written.endswith(("_one", "_two"))
+    assert_text_is_what_the_trace_says(prompt)
+
+
+def assert_text_is_what_the_trace_says(prompt):
+    """The names of the trace in their order; of separators and underscores it says only how they are chosen."""
+    trace = prompt.trace
+    names = [*trace["score_tags"], *(trace["misspelled"].get(name, trace["aliases"].get(name, name))
+                                     for name in trace["tags"])]  # fmt: skip
+    said = re.sub(r"[\s_,]", "", "".join(names))
+    text = re.sub(r"[\s_,]", "", prompt.text)
+    assert text.endswith(said) if "caption" in trace else text == said
+    if trace["spelling"] == "underscores" and not trace["loose"] and "caption" not in trace:
+        assert prompt.text == ", ".join(names)
 
 
 def test_plain_tags_are_written_as_they_are():
-    assert make(sample(0, tags=["b_c", "a", "(d)"], words=["safe"]), PLAIN, 0).text in {
+    assert make(sample(tags=["b_c", "a", "(d)"], words=["safe"]), PLAIN).text in {
         ", ".join(order) for order in itertools.permutations(["b_c", "a", "(d)", "safe"])
     }
 
@@ -204,8 +243,7 @@ def test_aliases_are_exchanged_at_their_rate():
 
 
 def test_dropout_takes_general_and_special_tags_only():
-    one = sample(0, tags=sorted(set(BOORU) - {"masterpiece", "newest"}), words=["masterpiece", "newest"])
-    made = [make(one, recipe(tag_dropout=0.1, always_tags=("sky",)), n, Vocabulary(BOORU, {})) for n in range(4000)]
+    made = many(recipe(tag_dropout=0.1, always_tags=("sky",)), vocabulary=Vocabulary(BOORU, {}), **OF_BOORU)
     dropped = Counter(name for prompt in made for name in prompt.trace["dropped"])
     assert set(dropped) == {"long_hair", "highres", "masterpiece", "newest"}
     total = sum(dropped.values())
@@ -213,10 +251,8 @@ def test_dropout_takes_general_and_special_tags_only():
 
 
 def test_kohakus_order():
-    one = sample(0, tags=sorted(set(BOORU) - {"masterpiece", "newest"}), words=["masterpiece", "newest"])
     rest = set()
-    for seed in range(200):
-        prompt = make(one, recipe(order="kohaku"), seed, Vocabulary(BOORU, {}))
+    for prompt in many(recipe(order="kohaku"), 200, Vocabulary(BOORU, {}), **OF_BOORU):
         assert prompt.text.startswith("1girl, 2boys, miku, vocaloid, someone, ")
         rest.add(prompt.trace["tags"][5:][0])
     assert rest == {"long_hair", "sky", "highres", "masterpiece", "newest"}
@@ -240,25 +276,24 @@ def test_given_and_made_captions_and_lines_by_their_shares():
 
 @pytest.mark.parametrize(("caption", "text"), [("A dog.", "A dog. tag_000"), ("a dog", "a dog, tag_000")])
 def test_a_caption_and_then_tags(caption, text):
-    assert make(sample(1, caption=caption), recipe(caption_and_tags_prob=1), 0).text == text
+    assert make(sample(1, caption=caption), recipe(caption_and_tags_prob=1)).text == text
 
 
 def test_a_sample_with_nothing_but_a_caption_uses_it():
-    assert make(sample(0, caption="Only this."), PLAIN, 0).text == "Only this."
-    prompt = make(sample(0, score=None, caption=" \n"), PLAIN, 0)
+    assert make(sample(0, caption="Only this."), PLAIN).text == "Only this."
+    prompt = make(sample(0, score=None, caption=" \n"), PLAIN)
     assert (prompt.text, prompt.trace["num_tags"]) == ("", 0)
 
 
 def test_faces_keep_their_underscore():
-    one = sample(0, tags=["^_^", "long_hair", "o_o"], score=5)
-    prompt = make(one, recipe(spaces_prob=1, score_tags=True), 0)
+    prompt = make(sample(tags=["^_^", "long_hair", "o_o"], score=5), recipe(spaces_prob=1, score_tags=True))
     assert sorted(prompt.text.split(", ")[-3:]) == ["^_^", "long hair", "o_o"]
     assert prompt.text.startswith("score ")
 
 
-@given(text=st.text(max_size=30), seed=st.integers(0, 1000))
-def test_a_slip_is_one_letter(text, seed):
-    slip = spelling.misspell(text, random.Random(seed))
+@given(text=st.text(max_size=30), letter=st.floats(0, 1, exclude_max=True), kind=st.floats(0, 1, exclude_max=True))
+def test_a_slip_is_one_letter(text, letter, kind):
+    slip = spelling.misspell(text, letter, kind)
     if sum(letter.isalpha() for letter in text) < 4:
         assert slip == text
         return
@@ -273,13 +308,14 @@ def test_a_slip_is_one_letter(text, seed):
 
 
 def test_slips_exchange_leave_out_and_double():
-    lengths = Counter(len(spelling.misspell("abcdef", random.Random(seed))) - 6 for seed in range(3000))
+    draw = random.Random(0).random
+    lengths = Counter(len(spelling.misspell("abcdef", draw(), draw())) - 6 for _ in range(3000))
     # The last letter has no neighbour to be exchanged with, and is doubled instead.
     assert fits(lengths, {0: 5 / 18, -1: 6 / 18, 1: 7 / 18})
 
 
 def test_slips_come_at_their_rate_and_are_traced():
-    made = many(recipe(misspelling_prob=0.1, spaces_prob=0.5), 1000, num_tags=0, tags=["some_words", "xy"])
+    made = many(recipe(misspelling_prob=0.1, spaces_prob=0.5), 1000, tags=["some_words", "xy"])
     slips = sum(len(prompt.trace["misspelled"]) for prompt in made)
     assert all(set(prompt.trace["misspelled"]) <= {"some_words"} for prompt in made)
     assert fits({True: slips, False: 1000 - slips}, {True: 0.1, False: 0.9})
@@ -288,16 +324,144 @@ def test_slips_come_at_their_rate_and_are_traced():
             assert written in prompt.text
 
 
-def test_chunks_have_their_shares():
-    made = many(recipe(chunk_shares=(0.09, 0.66, 0.25), empty_prob=0.1))
-    assert fits(Counter(p.num_chunks for p in made), {1: 0.09, 2: 0.66, 3: 0.25})
-    config = recipe(chunk_shares=(0.09, 0.66, 0.25))
-    assert [prompts.draw_chunks(config, random.Random(n)) for n in range(50)] == [
-        p.num_chunks for p in many(config, 50)
-    ]
+def words_of(image_id, count):
+    """A sample's numbers in epoch 2 of seed 1, by hand."""
+    parts = [(b"i", b"1"), (b"s", b"prompt"), (b"i", b"2"), (b"s", image_id.encode())]
+    said = b"".join(kind + len(data).to_bytes(8, "little") + data for kind, data in parts)
+    return [number / 2**32 for number in np.frombuffer(hashlib.shake_128(said).digest(4 * count), "<u4").tolist()]
 
 
-def test_a_prompt_follows_from_its_key_alone():
-    """Written down once: another version of the library must not change what a run reads."""
-    prompt = prompts.make_prompt(sample(12), ALIASES, PromptConfig(mean_tags=4), generator(1, Purpose.PROMPT, 2, "id"))
-    assert prompt.text == ("score_4_up, score_1_up, score_7_up, tag_000")
+def by_hand(image_id, tags, score, config):
+    """What a prompt of tags and a score says, one word after the other: 16 of the sample, then seven for each tag."""
+    size = 3 + len(tags)
+    words = words_of(image_id, 16 + 7 * size)
+    _, empty, _, _, _, wanted, num_scores, how, loose = words[:9]
+    which, where, alias, other, spaced, comma, space = (words[16 + n * size : 16 + (n + 1) * size] for n in range(7))
+    if empty < config.empty_prob:
+        return ""
+    candidates = [*(f"score_{n}_up" for n in range(1, score + 1)), f"score_{score}"]
+    count = 1 + int(num_scores * min(3, score + 1))
+    own = [(candidates.pop(int(which[n] * len(candidates))), n) for n in range(count)]
+    number = max(config.min_tags, int(stats.norm.ppf(wanted, config.mean_tags, config.std_tags)))
+    kept = sorted(range(3, size), key=lambda place: which[place])[:number]
+    for place in sorted(kept, key=lambda place: where[place]):
+        name = tags[place - 3]
+        aliases = ALIASES.aliases.get(name, ())
+        own.append((aliases[int(other[place] * len(aliases))] if aliases and alias[place] < config.alias_prob else name,
+                    place))  # fmt: skip
+    text = ""
+    for name, place in own:
+        with_spaces = how < config.spaces_prob or (how < config.spaces_prob + config.mixed_prob and spaced[place] < 0.8)
+        text += name.replace("_", " ") if with_spaces and len(name) > 3 else name
+        if place != own[-1][1]:
+            careless = loose < config.loose_separators_prob
+            text += "," if not careless or comma[place] < 0.8 else " "
+            text += " " if not careless or space[place] < 0.8 else ""
+    return text
+
+
+def test_prompts_are_those_that_the_words_drawn_say():
+    rng = random.Random(0)
+    rows = [{"tags": sorted(rng.sample(NAMES, rng.randint(1, 60))), "score": rng.randint(1, 9)} for _ in range(300)]
+    frame, config = table(rows), PromptConfig(loose_separators_prob=0.5)
+    made = make_prompts(frame, ALIASES, config, seed=1, epoch=2)
+    expected = [by_hand(image_id, row["tags"], row["score"], config)
+                for image_id, row in zip(frame["image_id"], rows, strict=True)]  # fmt: skip
+    assert [prompt.text for prompt in made] == expected
+    # Written down once: another version of a library must not change what a run reads.
+    assert made[44].text == "score 1 up  score 2 up, score 3 up, tag_014, tag 006 one,tag 099"
+
+
+@pytest.fixture(scope="module")
+def mixed_set():
+    """Samples of all kinds, more than a block of them."""
+    rng = random.Random(1)
+    rows = [
+        {
+            "tags": sorted(rng.sample([*NAMES[:40], ">_<", "(o)_(o)", "watermark", "safe"], rng.randint(0, 12))),
+            "words": rng.sample(["safe", "newest"], rng.randint(0, 2)), "score": rng.choice([None, 1, 9]),
+            "caption": rng.choice([None, "one\ntwo words", " \n"]), "made_caption": rng.choice([None, "made"]),
+            "boxes": [BOX] * rng.randint(0, 1),
+        }
+        for _ in range(MAX_PROMPTS + 300)
+    ]  # fmt: skip
+    config = PromptConfig(
+        mean_tags=6, std_tags=4, order="kohaku", first_tags=("tag_003",), tag_dropout=0.2, misspelling_prob=0.1,
+        loose_separators_prob=0.5, caption_prob=0.2, caption_and_tags_prob=0.3, made_caption_prob=0.5,
+    )  # fmt: skip
+    return table(rows), PromptMaker(Samples(table(rows)), Vocabulary(BOORU, ALIASES.aliases), config, 3, [])
+
+
+def test_a_prompt_is_the_same_alone_in_any_block_and_in_any_order(mixed_set):
+    _, maker = mixed_set
+    together = [(prompt.text, prompt.trace) for prompt in maker.prompts(range(MAX_PROMPTS + 300), 4)]
+    assert len({trace["kind"] for _, trace in together}) == 4
+    order = random.Random(2).sample(range(len(together)), len(together))
+    for size in (1, 7, MAX_PROMPTS):
+        for first in range(0, len(order), size)[:150]:
+            rows = order[first : first + size]
+            found = [(prompt.text, prompt.trace) for prompt in maker.prompts(rows, 4)]
+            assert found == [together[row] for row in rows]
+    assert [prompt.text for prompt in maker.prompts(range(100), 5)] != [text for text, _ in together[:100]]
+
+
+def test_a_prompt_does_not_depend_on_the_set_that_its_sample_is_in(mixed_set):
+    frame, maker = mixed_set
+    part = PromptMaker(Samples(frame[500:560]), maker.vocabulary, maker.config, 3, [])
+    expected = [(prompt.text, prompt.trace) for prompt in maker.prompts(range(500, 560), 4)]
+    assert [(prompt.text, prompt.trace) for prompt in part.prompts(range(60), 4)] == expected
+
+
+def test_a_prompt_is_the_same_in_another_process():
+    code = (
+        "import json; from test_prompts import *;"
+        "print(json.dumps([p.text for p in many(PromptConfig(misspelling_prob=0.1), 50)]))"
+    )
+    expected = [prompt.text for prompt in many(PromptConfig(misspelling_prob=0.1), 50)]
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          env={"PYTHONHASHSEED": "1", "PYTHONPATH": paths}, check=True)  # fmt: skip
+    assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alias_prob": 0.9}, {"spaces_prob": 0.1, "mixed_prob": 0.1}, {"loose_separators_prob": 1.0},
+        {"misspelling_prob": 0.5}, {"score_tags": False}, {"caption_prob": 0.5, "caption_and_tags_prob": 0.2},
+        {"empty_prob": 0.5}, {"chunk_shares": (0.5, 0.5)},
+    ],
+)  # fmt: skip
+def test_an_option_leaves_what_others_draw_alone(changes):
+    """Which tags a prompt has, and in which order, does not move with options that are about other things."""
+    plain, changed = (
+        many(dataclasses.replace(PromptConfig(), **own), 200, caption="A sentence.") for own in ({}, changes)
+    )
+    both = [(one.trace, other.trace) for one, other in zip(plain, changed, strict=True)]
+    tagged = [pair for pair in both if all("tags" in trace for trace in pair)]
+    assert len(tagged) > 50
+    assert all(one["tags"] == other["tags"] for one, other in tagged)
+    if changes.get("score_tags", True):
+        assert all(one["score_tags"] == other["score_tags"] for one, other in tagged)
+
+
+def test_what_dropout_leaves_keeps_its_order():
+    plain, dropped = (many(recipe(tag_dropout=share), 100, num_tags=20) for share in (0.0, 0.4))
+    for one, other in zip(plain, dropped, strict=True):
+        gone = other.trace["dropped"]
+        assert [name for name in one.trace["tags"] if name not in gone] == other.trace["tags"]
+
+
+def test_a_word_that_is_also_a_tag_is_there_once(mixed_set):
+    one = sample(tags=["newest", "safe", "watermark"], words=["safe", "newest"], watermark=True)
+    for prompt in make_prompts(table([one] * 20), ALIASES, PLAIN):
+        assert sorted(prompt.text.split(", ")) == ["newest", "safe", "watermark"]
+
+
+def test_words_of_a_stream_follow_from_the_key_alone_and_longer_ones_go_on():
+    stream = Stream(1, Purpose.PROMPT, 2)
+    long, alone = stream.words(["a", "é"], [8, 5]), stream.words(["é"], [3])
+    assert long.dtype == np.uint32
+    assert long[8:11].tolist() == alone.tolist()
+    assert (long[:8] / 2**32).tolist() == words_of("a", 8)
+    assert len({*long.tolist(), *Stream(1, Purpose.PROMPT, 3).words(["a"], [8]).tolist()}) == 21

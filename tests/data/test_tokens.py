@@ -1,12 +1,29 @@
 """Chunks of 77: nothing is lost, doubled or reordered, and each encoder gets its own pads."""
 
 import string
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_table import table
 
-from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS, TokenCache, count_chunks, encode, fill_chunks, tokenize
+from training.data import tokens as tokens_module
+from training.data.names import COMMA, NUM_FORMS, SPACES, Names, opens_word
+from training.data.ragged import Ragged, offsets
+from training.data.samples import Samples
+from training.data.tokens import (
+    CHUNK_LENGTH,
+    CHUNK_TOKENS,
+    TokenCache,
+    count_chunks,
+    encode,
+    fill_chunks,
+    fit,
+    tokenize,
+)
+from training.data.vocabulary import Vocabulary
+from training.run_config import PromptConfig
 
 
 class Words:
@@ -59,23 +76,25 @@ def test_filled_chunks_are_those_of_tokenize(lengths, pad):
     texts = [" ".join(str(number) for number in range(length)) for length in lengths]
     most = max(count_chunks(length) for length in lengths)
     expected = [one.ids for one in tokenize(texts, Words(pad), min_chunks=most)]
-    found = fill_chunks([np.arange(length) for length in lengths], most, Words(pad))
+    prompts = Ragged(np.concatenate([np.arange(length) for length in lengths]), offsets(np.array(lengths)))
+    found = fill_chunks(prompts, most, Words(pad))
     assert found.dtype == np.int64
     assert found.tolist() == [[list(row) for row in rows] for rows in expected]
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), limit=st.integers(1, 100))
-def test_a_prompt_is_cut_after_a_piece_and_loses_its_comma(lengths, limit):
-    bare = [" ".join("7" * length) for length in lengths]
-    pieces = [text + " 9" for text in bare[:-1]] + bare[-1:]  # a comma is a token of its own, here 9
-    kept, tokens = TokenCache(Words()).fit(pieces, bare, limit)
-    assert tokens.tolist() == [int(word) for word in " ".join(kept).split()][:limit]
-    if lengths[0] > limit:
-        assert (kept, len(tokens)) == ([bare[0]], limit)
-        return
-    assert kept == [*pieces[: len(kept) - 1], bare[len(kept) - 1]]
-    if len(kept) < len(pieces):
-        assert len(tokens) + 1 + lengths[len(kept)] > limit
+@given(prompts=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=20), min_size=1, max_size=4), data=st.data())
+def test_prompts_are_cut_after_a_piece_and_lose_its_comma(prompts, data):
+    limits = [data.draw(st.integers(1, 100)) for _ in prompts]
+    # A comma is a token of its own; the last piece has none.
+    with_comma = [length + 1 for lengths in prompts for length in lengths]
+    ends = np.cumsum([len(lengths) for lengths in prompts]) - 1
+    for end in ends:
+        with_comma[end] -= 1
+    bare = [length for lengths in prompts for length in lengths]
+    kept = fit(np.array(with_comma), np.array(bare), np.array([len(lengths) for lengths in prompts]), np.array(limits))
+    for lengths, limit, count in zip(prompts, limits, kept.tolist(), strict=True):
+        totals = [sum(lengths[:number]) + number - 1 for number in range(1, len(lengths) + 1)]
+        assert count == max([number for number, total in enumerate(totals, 1) if total <= limit], default=1)
 
 
 odd = st.text(
@@ -87,8 +106,72 @@ odd = st.text(
 )
 
 
+NAMES = Names(Samples(table([{"tags": ["long_hair", "o_o", "photo_(medium)"]}])), Vocabulary(), PromptConfig())
+
+
+def extras_of(texts):
+    """Codes of texts that are no form of a name, and these."""
+    known = list(dict.fromkeys(texts))
+    return np.array([NAMES.num_forms + known.index(text) for text in texts], dtype=np.int64), known
+
+
 @given(texts=st.lists(odd, max_size=6), end=st.booleans())
 def test_words_between_spaces_have_the_tokens_that_they_have_together(clip_tokenizers, texts, end):
     text = " ".join(texts) + ("<|endoftext|>," if end else "")
     for tokenizer in clip_tokenizers:
-        assert TokenCache(tokenizer).encode(text.split(" ")).tolist() == encode([text], tokenizer)[0]
+        found = TokenCache(tokenizer, NAMES).encode(*extras_of(text.split(" ")))
+        assert found.values.tolist() == encode([text], tokenizer)[0]
+
+
+@given(before=odd, after=odd, first=st.sampled_from([*"aZ09", "s", "'s", "t"]))
+def test_a_comma_and_what_begins_with_a_letter_are_parted(clip_tokenizers, before, after, first):
+    second = first + after
+    for tokenizer in clip_tokenizers:
+        whole, *parts = encode([f"{before},{second}", f"{before},", second], tokenizer)
+        assert whole == parts[0] + parts[1] or not opens_word(second)
+    assert opens_word("1girl")
+    assert not any(map(opens_word, ("", "_x", ":)", "^_^", "é", "'s", " a")))
+
+
+def test_forms_and_other_texts_have_the_tokens_of_what_they_say(clip_tokenizers):
+    texts = {}
+    for spelling, name in enumerate(NAMES.spellings):
+        for spaces in (0, SPACES):
+            for comma in (0, COMMA):
+                said = name.replace("_", " ") if spaces else name
+                texts[NUM_FORMS * spelling + spaces + comma] = said + "," * bool(comma)
+    cache, rng = TokenCache(clip_tokenizers[0], NAMES), np.random.default_rng(0)
+    for turn in range(20):
+        extras = [f"word{number}" for number in range(turn, turn + 5)]
+        codes = rng.integers(NAMES.num_forms + len(extras), size=30)
+        said = [texts[code] if code in texts else extras[code - NAMES.num_forms] for code in codes.tolist()]
+        expected = encode(said, clip_tokenizers[0])
+        found = cache.encode(codes, extras)
+        assert [found.row(number).tolist() for number in range(30)] == expected
+        assert cache.count(codes, extras).tolist() == [len(tokens) for tokens in expected]
+
+
+def test_a_full_cache_begins_anew(clip_tokenizers, monkeypatch):
+    monkeypatch.setattr(tokens_module, "_MAX_CACHED", 10)
+    cache = TokenCache(clip_tokenizers[0], NAMES)
+    for turn in range(30):
+        texts = [f"word{turn}", f"other{turn % 7}", "the same"]
+        codes, extras = extras_of(texts)
+        found = cache.encode(np.append(codes, 0), extras)
+        assert [found.row(n).tolist() for n in range(4)] == encode([*texts, NAMES.write(0)], clip_tokenizers[0])
+        assert len(cache._extras) < 15
+
+
+def test_two_threads_read_what_one_reads(clip_tokenizers):
+    """The next batch is made in a thread while validation reads its prompts."""
+    cache = TokenCache(clip_tokenizers[0], NAMES)
+
+    def read(thread):
+        rng = np.random.default_rng(thread)
+        return all(
+            [cache.encode(*extras_of(texts)).row(n).tolist() for n in range(3)] == encode(texts, clip_tokenizers[0])
+            for texts in ([f"word{number}" for number in rng.integers(3000, size=3)] for _ in range(400))
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))

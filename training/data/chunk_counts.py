@@ -22,7 +22,7 @@ from training.data.vocabulary import Vocabulary
 from training.errors import PipelineError
 from training.run_config import PromptConfig
 
-_WORTH_A_PROCESS = 50_000
+_WORTH_A_PROCESS = 250_000
 """Prompts that take longer than the start of a worker, some two seconds."""
 _MAX_WORKERS = 8
 _ROOT = Path(__file__).parents[2]

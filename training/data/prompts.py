@@ -1,177 +1,227 @@
-"""What a sample's prompt says in one epoch, with a trace of every choice.
+"""What the prompts of a block of samples say in one epoch, made for all of them at once, with a trace of every choice.
 
-A pure function of the sample, the frozen vocabulary, the recipe and the generator, which the caller keys by (epoch,
-image_id).
+A pure function of the samples, the frozen vocabulary, the recipe and the numbers drawn, which follow from each sample's
+id alone: a prompt is the same in every block.
 """
 
-from itertools import accumulate
-from random import Random
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from training.data import spelling
-from training.data.samples import Sample
-from training.data.vocabulary import GENERAL, PEOPLE, Vocabulary
-from training.run_config import PromptConfig
+import numpy as np
 
-WATERMARK = "watermark"
-"""The tag of an image that has one."""
-_MAX_SCORE_TAGS = 3
-_PLACES = {PEOPLE: 0, "character": 1, "copyright": 2, "artist": 3}
-"""Categories that stand before special and general tags in Kohaku's order."""
-_UP = [f"score_{step}_up" for step in range(1, 10)]
-_EXACT = [f"score_{step}" for step in range(10)]
+from training.data.chosen_tags import ChosenTags, choose_tags, own_tags
+from training.data.draws import Draws, PerSample, draw_chunks
+from training.data.names import Names
+from training.data.ragged import offsets, spans
+from training.data.samples import Samples
+from training.data.spelling import SPELLINGS, Extras, WrittenTags, write
+from training.run_config import PromptConfig
+from training.seeds import Stream
+
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
 
-class Prompt(NamedTuple):
-    """A prompt, in pieces that no token of CLIP spans."""
+class Caption(NamedTuple):
+    """The sentence that a prompt uses."""
 
-    pieces: list[str]
-    """Tags with the commas after them, words of a caption."""
-    bare: list[str]
-    """The same without the commas that part them, so that a prompt can be cut after any of them."""
-    gaps: list[str] | None
-    """White space after each piece; None where a single space parts all of them."""
-    num_chunks: int | None
-    """Chunks that the recipe's shares give it; None lets it have those that it fills."""
-    trace: dict[str, Any]
-    """Every choice. `kind`: empty, caption, caption_and_tags, tags; `as` of an empty one: string or zeros; `caption`:
-    given or made, and `line` of it; of tags `wanted`, `num_tags`, `tags` and `score_tags` (canonical, in order),
-    `dropped`, `aliases` and `misspelled` by tag, `spelling`, `loose`."""
+    words: list[str]
+    source: str
+    """`given` or `made`."""
+    line: int
+    """Of that caption's lines."""
+
+
+class Pieces(NamedTuple):
+    """R prompts as P pieces that no token of CLIP spans: words of captions, tags with the commas after them."""
+
+    codes: np.ndarray
+    """`(P,)` forms of `Names`, and behind them `extras`."""
+    bare: np.ndarray
+    """`(P,)` the same without the commas that part them, so that a prompt can be cut after any of them."""
+    gaps: np.ndarray
+    """`(P,)` spaces after each piece."""
+    starts: np.ndarray
+    """`(R + 1,)` where each prompt begins."""
+    extras: list[str]
+    """Pieces that are no form of a name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """The prompts of R samples."""
+
+    names: Names
+    config: PromptConfig
+    draws: Draws
+    empty: np.ndarray
+    """`(R,)` bool: unconditional."""
+    num_chunks: np.ndarray | None
+    """`(R,)` int64, by the recipe's shares; None lets each prompt have those that it fills."""
+    captions: dict[int, Caption]
+    """By prompt, of those that use one."""
+    tagged: np.ndarray
+    """`(R,)` bool: tags are asked for, of which there may be none."""
+    chosen: ChosenTags
+    written: WrittenTags
+    pieces: Pieces
+
+    def prompt(self, number: int, num_pieces: int | None = None) -> "Prompt":
+        """One of them, cut after so many pieces; None for all."""
+        whole = int(self.pieces.starts[number + 1] - self.pieces.starts[number])
+        return Prompt(self, number, whole if num_pieces is None else num_pieces)
+
+    def texts(self, codes: np.ndarray) -> list[str]:
+        """Pieces as text."""
+        num_forms, extras, write_form = self.names.num_forms, self.pieces.extras, self.names.write
+        return [write_form(code) if code < num_forms else extras[code - num_forms] for code in codes.tolist()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prompt of a block, perhaps cut; what it says is put into words when asked for."""
+
+    block: Block
+    number: int
+    """In its block."""
+    num_pieces: int
+    """That are left of it, from the first on."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """Pieces that no token spans; the last one of a cut prompt has lost its comma."""
+        pieces = self.block.pieces
+        start, end = (int(place) for place in pieces.starts[self.number : self.number + 2])
+        codes = pieces.codes[start : start + self.num_pieces]
+        if start + self.num_pieces < end:
+            codes = np.append(codes[:-1], pieces.bare[start + self.num_pieces - 1])
+        return self.block.texts(codes)
 
     @property
     def text(self) -> str:
         """The prompt as a string."""
-        if self.gaps is None:
-            return " ".join(self.pieces)
-        return "".join([part for pair in zip(self.pieces, self.gaps, strict=True) for part in pair])
+        start = int(self.block.pieces.starts[self.number])
+        gaps = self.block.pieces.gaps[start : start + self.num_pieces].tolist()
+        gaps[-1:] = [0] * bool(gaps)
+        return "".join([piece + " " * gap for piece, gap in zip(self.pieces, gaps, strict=True)])
+
+    @property
+    def zeroed(self) -> bool:
+        """The text encoders' output is to be replaced by zeros."""
+        return bool(self.block.empty[self.number]) and self.block.config.empty_as == "zeros"
+
+    @property
+    def trace(self) -> dict[str, Any]:
+        """Every choice. `kind`: empty, caption, caption_and_tags, tags; `as` of an empty one: string or zeros;
+        `caption`: given or made, and `line` of it; of tags `wanted`, `num_tags`, `tags` and `score_tags` (canonical, in
+        order), `dropped`, `aliases` and `misspelled` by tag, `spelling`, `loose`. Of the whole prompt, where it is cut.
+        """
+        block, number = self.block, self.number
+        if block.empty[number]:
+            return {"kind": "empty", "as": block.config.empty_as}
+        trace: dict[str, Any] = {"kind": "tags"}
+        if caption := block.captions.get(number):
+            kind = "caption_and_tags" if block.tagged[number] else "caption"
+            trace = {"kind": kind, "caption": caption.source, "line": caption.line}
+        return trace | _trace_tags(block, number) if block.tagged[number] else trace
 
 
-def make_prompt(sample: Sample, vocabulary: Vocabulary, config: PromptConfig, rng: Random) -> Prompt:
-    """The prompt of one sample.
+def make_block(samples: Samples, rows: np.ndarray, names: Names, config: PromptConfig, stream: Stream) -> Block:
+    """The prompts of samples.
 
     In order: the number of chunks where the recipe has shares of them; the empty prompt with `empty_prob`; caption,
     caption and tags, or tags, by their shares; a caption alone where there is no tag.
 
     Args:
-        sample: As `Samples` gives it.
-        vocabulary: Categories and aliases of its tags.
+        samples: The set.
+        rows: Whose prompts, `(R,)` int64, at most `MAX_PROMPTS`.
+        names: Of the set, by the recipe.
         config: The recipe.
-        rng: Draws everything.
+        stream: Draws everything, keyed by image_id.
 
-    Source: bigASP v1's page and data.py (tags, score tags, spelling, separators); HakuBooru's caption.py (order);
-    DALL-E 3, section 3 (given and made captions).
+    Source: bigASP v1's page and data.py (spelling, separators); DALL-E 3, section 3 (given and made captions).
     """
-    num_chunks = draw_chunks(config, rng)
-    if rng.random() < config.empty_prob:
-        return Prompt([], [], None, num_chunks, {"kind": "empty", "as": config.empty_as})
-    names = sample.tags + sample.words
-    if sample.watermark:
-        names.append(WATERMARK)
-    trace: dict[str, Any] = {"kind": "tags"}
-    words: list[str] = []
-    if sample.caption or sample.made_caption:
-        draw = rng.random()
-        alone = draw < config.caption_prob or not names
-        if alone or draw < config.caption_prob + config.caption_and_tags_prob:
-            words, trace = _choose_caption(sample, config, rng)
-        if words and alone:
-            return Prompt(words, words, None, num_chunks, trace)
-    tags, trace["wanted"], trace["dropped"] = _choose_tags(names, vocabulary, config, rng)
-    score_tags = choose_score_tags(sample.score, rng) if config.score_tags else []
-    trace["num_tags"], trace["tags"], trace["score_tags"] = len(tags), tags, score_tags
-    pieces, bare, gaps = _write(tags, score_tags, vocabulary, config, rng, trace)
-    if words:
-        trace["kind"] = "caption_and_tags"
-        comma = "," if pieces and not words[-1].endswith(_SENTENCE_ENDS) else ""
-        gaps = [" "] * len(words) + gaps if gaps is not None else None
-        pieces, bare = [*words[:-1], words[-1] + comma, *pieces], [*words, *bare]
-    return Prompt(pieces, bare, gaps, num_chunks, trace)
+    own = own_tags(samples, rows, names)
+    draws = Draws(stream, samples.image_ids.take(rows), own.starts[1:] - own.starts[:-1], config)
+    empty = draws.per_sample(PerSample.EMPTY) < config.empty_prob
+    captioned = ~empty & (samples.captions.present(rows) | samples.made_captions.present(rows))
+    drawn = draws.per_sample(PerSample.KIND)
+    alone = (drawn < config.caption_prob) | (own.starts[1:] == own.starts[:-1])
+    used = captioned & (alone | (drawn < config.caption_prob + config.caption_and_tags_prob))
+    captions = _choose_captions(samples, rows, used.nonzero()[0], config, draws)
+    tagged = ~empty
+    tagged[[number for number in captions if alone[number]]] = False
+    chosen = choose_tags(own.values, samples.scores[rows], tagged, names, config, draws)
+    extras = Extras(names)
+    written = write(chosen, names, extras, config, draws)
+    return Block(
+        names=names, config=config, draws=draws, empty=empty, captions=captions, tagged=tagged, chosen=chosen,
+        num_chunks=draw_chunks(draws.per_sample(PerSample.CHUNKS), config) if config.chunk_shares else None,
+        written=written, pieces=_join(captions, chosen, written, extras, draws),
+    )  # fmt: skip
 
 
-def draw_chunks(config: PromptConfig, rng: Random) -> int | None:
-    """Chunks of a prompt by the recipe's shares, the first draw of its generator; None where it has no shares."""
-    if not config.chunk_shares:
-        return None
-    draw = rng.random() * sum(config.chunk_shares)
-    return next(
-        (number for number, share in enumerate(accumulate(config.chunk_shares), 1) if draw < share),
-        len(config.chunk_shares),
-    )
+def _choose_captions(
+    samples: Samples, rows: np.ndarray, numbers: np.ndarray, config: PromptConfig, draws: Draws
+) -> dict[int, Caption]:
+    """Captions of some prompts, by prompt; none of one whose lines are all blank."""
+    found = {}
+    take_made = draws.per_sample(PerSample.MADE) < config.made_caption_prob
+    line_drawn = draws.per_sample(PerSample.LINE)
+    for number in numbers.tolist():
+        row = int(rows[number])
+        given, made = ([line.strip() for line in (text or "").splitlines() if line.strip()]
+                       for text in (samples.captions[row], samples.made_captions[row]))  # fmt: skip
+        source, lines = ("made", made) if made and (not given or take_made[number]) else ("given", given)
+        if lines:
+            line = int(line_drawn[number] * len(lines))
+            found[number] = Caption(lines[line].split(" "), source, line)
+    return found
 
 
-def _choose_caption(sample: Sample, config: PromptConfig, rng: Random) -> tuple[list[str], dict[str, Any]]:
-    """Words of the sentence that is used, and the trace of its choice; no words where all its lines are blank."""
-    given, made = ([line.strip() for line in (text or "").splitlines() if line.strip()]
-                   for text in (sample.caption, sample.made_caption))  # fmt: skip
-    take_made = bool(made) and (not given or rng.random() < config.made_caption_prob)
-    lines = made if take_made else given
-    if not lines:
-        return [], {"kind": "tags"}
-    line = int(rng.random() * len(lines))
-    return lines[line].split(" "), {"kind": "caption", "caption": "made" if take_made else "given", "line": line}
+def _join(
+    captions: dict[int, Caption], chosen: ChosenTags, written: WrittenTags, extras: Extras, draws: Draws
+) -> Pieces:
+    """Words of captions and then tags, a comma between them where no sign ends the sentence."""
+    kept = written.kept
+    num_tags = np.bincount(draws.sample[chosen.tags[kept]], minlength=len(chosen.wanted))
+    if not captions:
+        codes, bare, gaps = written.pieces[kept], written.bare[kept], written.gaps[kept]
+        return Pieces(codes, bare, gaps, offsets(num_tags), extras.texts())
+    num_words = np.zeros_like(num_tags)
+    own: list[int] = []
+    own_bare: list[int] = []
+    for number, (words, _, _) in sorted(captions.items()):
+        num_words[number] = len(words)
+        own_bare += map(extras.code, words)
+        own += own_bare[len(own) :]
+        if num_tags[number] and not words[-1].endswith(_SENTENCE_ENDS):
+            own[-1] = extras.code(words[-1] + ",")
+    starts = offsets(num_words + num_tags)
+    of_words, of_tags = spans(starts[:-1], num_words), spans(starts[:-1] + num_words, num_tags)
+    codes, bare, gaps = np.empty((3, starts[-1]), dtype=np.int64)
+    codes[of_words], bare[of_words], gaps[of_words] = own, own_bare, 1
+    codes[of_tags], bare[of_tags], gaps[of_tags] = written.pieces[kept], written.bare[kept], written.gaps[kept]
+    return Pieces(codes, bare, gaps, starts, extras.texts())
 
 
-def _choose_tags(
-    names: list[str], vocabulary: Vocabulary, config: PromptConfig, rng: Random
-) -> tuple[list[str], int, list[str]]:
-    """Tags in the order of the prompt, the number that was wanted, and those that dropout took."""
-    category, random = vocabulary.category, rng.random
-    # The order of all of them: by a number drawn for each.
-    keys = {name: random() for name in names}
-    first = [name for name in config.first_tags if keys.pop(name, None) is not None]
-    always = [name for name in config.always_tags if keys.pop(name, None) is not None]
-    dropped: list[str] = []
-    if config.tag_dropout:
-        dropped = [
-            name for name in keys if category.get(name, GENERAL) not in _PLACES and random() < config.tag_dropout
-        ]
-        for name in dropped:
-            del keys[name]
-    num_forced = len(first) + len(always)
-    wanted = num_forced + len(keys)
-    if config.mean_tags:
-        wanted = max(config.min_tags, int(rng.gauss(config.mean_tags, config.std_tags)))
-    chosen = sorted(keys, key=keys.__getitem__)[: max(wanted - num_forced, 0)]
-    for name in always:
-        chosen.insert(int(random() * (len(chosen) + 1)), name)
-    if config.order == "kohaku":
-        placed = [name for name in chosen if category.get(name, GENERAL) in _PLACES]
-        placed.sort(key=lambda name: (_PLACES[category[name]], name))
-        chosen = placed + [name for name in chosen if category.get(name, GENERAL) not in _PLACES]
-    return first + chosen, wanted, dropped
-
-
-def choose_score_tags(score: int | None, rng: Random) -> list[str]:
-    """One to three of `score_1_up` to `score_N_up` and `score_N`, so that each alone comes to mean something."""
-    if not score:
-        return []
-    count = 1 + int(rng.random() * min(_MAX_SCORE_TAGS, score + 1))
-    candidates = [*_UP[:score], _EXACT[score]]
-    return [candidates.pop(int(rng.random() * len(candidates))) for _ in range(count)]
-
-
-def _write(
-    tags: list[str],
-    score_tags: list[str],
-    vocabulary: Vocabulary,
-    config: PromptConfig,
-    rng: Random,
-    trace: dict[str, Any],
-) -> tuple[list[str], list[str], list[str] | None]:
-    """Pieces, bare pieces and gaps of the tags as they are typed; the choices go into `trace`."""
-    names, trace["aliases"] = spelling.mutate(tags, vocabulary.aliases, config.alias_prob, rng)
-    trace["spelling"] = spelling.choose_spelling(config, rng)
-    written = spelling.write(score_tags + names, trace["spelling"], rng)
-    trace["misspelled"] = misspelled = {}
-    if config.misspelling_prob:
-        for place, name in enumerate(tags, len(score_tags)):
-            if (
-                rng.random() < config.misspelling_prob
-                and (slip := spelling.misspell(written[place], rng)) != written[place]
-            ):
-                misspelled[name] = written[place] = slip
-    trace["loose"] = rng.random() < config.loose_separators_prob
-    if trace["loose"]:
-        return spelling.separate_loosely(written, rng)
-    return spelling.separate(written), written, None
+def _trace_tags(block: Block, number: int) -> dict[str, Any]:
+    """What was chosen of tags."""
+    chosen, written, draws, names = block.chosen, block.written, block.draws, block.names
+    start, end = (int(place) for place in chosen.starts[number : number + 2])
+    tags = [names.names[code] for code in chosen.names[chosen.tags[start:end]].tolist()]
+    num_score = int((~draws.own[chosen.tags[start:end]]).sum())
+    exchanged = np.flatnonzero(written.exchanged[start:end]).tolist()
+    dropped = chosen.dropped[draws.sample[chosen.dropped] == number]
+    return {
+        "wanted": int(chosen.wanted[number]),
+        "dropped": [names.names[code] for code in chosen.names[dropped].tolist()],
+        "num_tags": end - start - num_score,
+        "tags": tags[num_score:],
+        "score_tags": tags[:num_score],
+        "aliases": {tags[place]: names.spellings[int(written.spelled[start + place])] for place in exchanged},
+        "spelling": SPELLINGS[written.spelling[number]],
+        "misspelled": {
+            tags[place - start]: written.slips[place] for place in range(start, end) if place in written.slips
+        },
+        "loose": bool(written.loose[number]),
+    }

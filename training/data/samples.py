@@ -1,4 +1,4 @@
-"""A training set in memory as columns: what prompts and masks are made from, a row at a time, at millions of rows.
+"""A training set in memory as columns: what prompts and masks are made from, by rows, at millions of them.
 
 Tags are codes into one list of names, so that a million and a half samples open in seconds and hundreds of megabytes.
 """
@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import polars as pl
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.data.geometry import Box
+from training.data.ragged import Ragged, offsets
 from training.data.tables import TABLES
 from training.errors import DataError
 
@@ -27,25 +28,9 @@ _COLUMNS = (
     "image_id", "shard", *_NUMBERS, *_NAMES.values(), "caption", "made_caption", "split",
     *(f"boxes.list.element.{side}" for side in _SIDES),
 )  # fmt: skip
+_LISTS = ("tags", "words", "boxes", "caption", "made_caption")
 _NUM_THREADS = 2
 """Row groups that are read at a time: more are hardly quicker and hold more memory."""
-
-
-class Sample(NamedTuple):
-    """What one sample's prompt is made from."""
-
-    tags: list[str]
-    """Canonical names."""
-    words: list[str]
-    """Quality, rating and date words."""
-    score: int | None
-    """1 to 9."""
-    caption: str | None
-    """The source's own; several lines are a choice among them."""
-    made_caption: str | None
-    """A model's; the same."""
-    watermark: bool
-    """A watermark was found in it."""
 
 
 class ImageIds(Sequence[str]):
@@ -81,7 +66,7 @@ def _decode(block: np.ndarray) -> list[str]:
 
 
 class Samples:
-    """The rows of a `training_set`, sorted by image_id; `samples[row]` is made when asked for."""
+    """The rows of a `training_set`, sorted by image_id."""
 
     def __init__(self, source: Path | pl.DataFrame, groups: Sequence[int] | None = None) -> None:
         """Read a set.
@@ -109,53 +94,49 @@ class Samples:
         """Per row: of the held-out images, which never train."""
         self.stable = _join(parts, "stable")
         """Per row: on the list of the stable training loss."""
-        # Views of memory: their items are plain numbers, which NumPy makes three times as slowly.
-        self._scores = _join(parts, "score").data
+        self.scores = _join(parts, "score")
+        """Per row, `(N,)` int8: 1 to 9, 0 where it has none."""
         tags, self.tag_names = _join_codes(parts, "tags")
         """Every tag of the set."""
         words, self.word_names = _join_codes(parts, "words")
-        """Every word of the set."""
-        self._tags, self._words = tags.data, words.data
-        self._boxes = np.concatenate([part["boxes"] for part in parts])
-        lists = ("tags", "words", "boxes", "caption", "made_caption")
-        starts = (
-            np.cumsum(np.concatenate([[0], _join(parts, f"{name} lengths")]), dtype=np.int64).data for name in lists
+        """Every word of the set: for quality, rating and date."""
+        starts = {name: offsets(_join(parts, f"{name} lengths")) for name in _LISTS}
+        self.tags, self.words = Ragged(tags, starts["tags"]), Ragged(words, starts["words"])
+        """Per row, int32 into `tag_names` and `word_names`."""
+        self._boxes = Ragged(np.concatenate([part["boxes"] for part in parts]), starts["boxes"])
+        self.captions, self.made_captions = (
+            Texts(b"".join(part.pop(name) for part in parts), starts[name]) for name in ("caption", "made_caption")
         )
-        self._tag_starts, self._word_starts, self._box_starts, *text_starts = starts
-        self._captions, self._made_captions = (
-            _Texts(b"".join(part.pop(name) for part in parts), text_starts[place])
-            for place, name in enumerate(("caption", "made_caption"))
-        )
+        """Per row: the source's own sentences and a model's; several lines are a choice among them."""
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self._scores)
+        return len(self.image_ids)
 
-    def __getitem__(self, row: int) -> Sample:
-        """The sample of a row."""
-        names, starts = self.tag_names, self._tag_starts
-        tags = [names[code] for code in self._tags[starts[row] : starts[row + 1]]]
-        names, starts = self.word_names, self._word_starts
-        words = [names[code] for code in self._words[starts[row] : starts[row + 1]]]
-        starts = self._box_starts
-        watermark = starts[row] < starts[row + 1]
-        return Sample(tags, words, self._scores[row] or None, self._captions[row], self._made_captions[row], watermark)
+    def watermarked(self, rows: np.ndarray) -> np.ndarray:
+        """Whether a watermark was found in each of these rows, bool."""
+        return self._boxes.lengths(rows) > 0
 
     def boxes(self, row: int) -> list[Box]:
         """Watermarks of a row, upright source pixels."""
-        starts = self._box_starts
-        return [Box(*sides) for sides in self._boxes[starts[row] : starts[row + 1]].tolist()]
+        return [Box(*sides) for sides in self._boxes.row(row).tolist()]
 
 
-class _Texts:
+class Texts:
     """A column of sentences as bytes and where each begins."""
 
-    def __init__(self, data: bytes, starts: memoryview) -> None:
+    def __init__(self, data: bytes, starts: np.ndarray) -> None:
+        """Take the bytes of all rows, one after the other, and `(N + 1,)` places in them."""
         self._data, self._starts = data, starts
 
     def __getitem__(self, row: int) -> str | None:
-        first, last = self._starts[row], self._starts[row + 1]
+        """The sentences of a row; None where it has none."""
+        first, last = self._starts[row : row + 2].tolist()
         return self._data[first:last].decode() if first < last else None
+
+    def present(self, rows: np.ndarray) -> np.ndarray:
+        """Whether each of these rows has one, bool."""
+        return self._starts[rows + 1] > self._starts[rows]
 
 
 _Part = dict[str, Any]

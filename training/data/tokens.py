@@ -6,17 +6,21 @@ A chunk is BOS, up to 75 tokens, EOS and pads; a prompt has one chunk or more, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 
+from training.data.names import Names
+from training.data.ragged import Ragged, offsets, spans
+
 CHUNK_TOKENS = 75
 CHUNK_LENGTH = 77
 MAX_CHUNKS = 3
-_TOKEN_BYTES = 4
 _MAX_CACHED = 500_000
-"""Pieces that a cache holds, some 100 MB; then it begins anew."""
+"""Pieces beside the forms of names that a cache holds, some 100 MB; then it begins anew."""
+_ROOM = 1 << 16
+"""Tokens that a cache begins with room for."""
 
 
 class Tokenizer(Protocol):
@@ -94,8 +98,8 @@ def _cut(tokens: list[int], tokenizer: Tokenizer, min_chunks: int, max_chunks: i
     )
 
 
-def fill_chunks(prompts: Sequence[np.ndarray], num_chunks: int, tokenizer: Tokenizer) -> np.ndarray:
-    """Lay the tokens of prompts out as one text encoder reads them.
+def fill_chunks(prompts: Ragged, num_chunks: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Lay the tokens of B prompts out as one text encoder reads them.
 
     Args:
         prompts: Tokens of each prompt, at most `75 * num_chunks`.
@@ -103,80 +107,111 @@ def fill_chunks(prompts: Sequence[np.ndarray], num_chunks: int, tokenizer: Token
         tokenizer: Of that encoder.
 
     Returns:
-        `(len(prompts), num_chunks, 77)` int64.
+        `(B, num_chunks, 77)` int64.
     """
-    lengths = np.array([len(tokens) for tokens in prompts])
+    lengths = prompts.starts[1:] - prompts.starts[:-1]
     assert lengths.max(initial=0) <= num_chunks * CHUNK_TOKENS, (lengths.max(), num_chunks)
-    words = np.full((len(prompts), num_chunks * CHUNK_TOKENS), tokenizer.pad_token_id, dtype=np.int64)
-    words[np.arange(words.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
-    out = np.full((len(prompts), num_chunks, CHUNK_LENGTH), tokenizer.pad_token_id, dtype=np.int64)
-    out[:, :, 0] = tokenizer.bos_token_id
-    out[:, :, 1:-1] = words.reshape(len(prompts), num_chunks, CHUNK_TOKENS)
-    ends = (lengths[:, None] - CHUNK_TOKENS * np.arange(num_chunks)).clip(0, CHUNK_TOKENS) + 1  # (B, n)
-    np.put_along_axis(out, ends[:, :, None], tokenizer.eos_token_id, axis=2)
-    return out
+    out = np.full((len(lengths), num_chunks * CHUNK_LENGTH), tokenizer.pad_token_id, dtype=np.int64)
+    begins = np.arange(num_chunks) * CHUNK_LENGTH
+    out[:, begins] = tokenizer.bos_token_id
+    place = spans(np.zeros_like(lengths), lengths)
+    row = np.arange(len(lengths)).repeat(lengths)
+    out[row, place + (CHUNK_LENGTH - CHUNK_TOKENS) * (place // CHUNK_TOKENS) + 1] = prompts.values
+    filled = np.minimum(np.maximum(lengths[:, None] - CHUNK_TOKENS * np.arange(num_chunks), 0), CHUNK_TOKENS)  # (B, n)
+    out[np.arange(len(lengths))[:, None], begins + filled + 1] = tokenizer.eos_token_id
+    return out.reshape(len(lengths), num_chunks, CHUNK_LENGTH)
 
 
 class TokenCache:
     """Tokens of the pieces that prompts are made of: each piece is tokenized once.
 
     Exact for pieces that no token spans: CLIP's pre-tokenizer ends every word at white space, and where letters or
-    digits meet other characters.
+    digits meet other characters. A piece is a form of a name, known by its code, or any other text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, names: Names) -> None:
         """Cache what this tokenizer says."""
-        self.tokenizer = tokenizer
-        self._tokens: dict[str, bytes] = {}
+        self._tokenizer, self._names = tokenizer, names
+        self._lock = Lock()  # the thread of the next batch and validation ask at the same time
+        self._clear()
 
-    def encode(self, pieces: Sequence[str]) -> np.ndarray:
-        """Tokens of all pieces in a row, `(n,)` int32."""
-        return np.frombuffer(self._pack([pieces])[0], dtype=np.int32)
+    def _clear(self) -> None:
+        num_forms = self._names.num_forms
+        self._extras: dict[str, int] = {}
+        self._tokens, self._num_tokens = np.empty(_ROOM, dtype=np.int32), 0
+        # Per piece, forms first; what was never asked for has length -1.
+        self._starts, self._lengths = np.zeros(num_forms, dtype=np.int64), np.full(num_forms, -1, dtype=np.int64)
 
-    def encode_all(self, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Tokens of the pieces of each prompt; what is new in all of them is tokenized together."""
-        return [np.frombuffer(packed, dtype=np.int32) for packed in self._pack(prompts)]
-
-    def count_all(self, prompts: Sequence[Sequence[str]]) -> list[int]:
-        """Numbers of tokens of the pieces of each prompt."""
-        return [len(packed) // _TOKEN_BYTES for packed in self._pack(prompts)]
-
-    def _pack(self, prompts: Sequence[Sequence[str]]) -> list[bytes]:
-        if len(self._tokens) > _MAX_CACHED:
-            self._tokens.clear()
-        known, packed, new = self._tokens.__getitem__, list[bytes](), list[int]()
-        for pieces in prompts:
-            try:
-                packed.append(b"".join(map(known, pieces)))
-            except KeyError:
-                new.append(len(packed))
-                packed.append(b"")
-        if new:
-            self._add([piece for number in new for piece in prompts[number]])
-            for number in new:
-                packed[number] = b"".join(map(known, prompts[number]))
-        return packed
-
-    def _add(self, pieces: Sequence[str]) -> None:
-        """Tokenize those pieces that are new."""
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._tokens]
-        for piece, tokens in zip(new, encode(new, self.tokenizer), strict=True):
-            self._tokens[piece] = np.array(tokens, dtype=np.int32).tobytes()
-
-    def fit(self, pieces: Sequence[str], bare: Sequence[str], limit: int) -> tuple[list[str], np.ndarray]:
-        """As many pieces from the first on as have at most `limit` tokens, the last one without its comma.
+    def count(self, codes: np.ndarray, extras: Sequence[str]) -> np.ndarray:
+        """Numbers of tokens of pieces, `(P,)` int64.
 
         Args:
-            pieces: As in the prompt.
-            bare: The same without the commas that part them.
-            limit: Tokens.
-
-        Returns:
-            The pieces that are left, and their tokens. Of a first piece that is longer than all, its first tokens.
+            codes: `(P,)` forms of names, and behind them `extras`.
+            extras: Other texts.
         """
-        lengths = self.count_all([[piece] for piece in pieces])
-        last = self.count_all([[piece] for piece in bare])
-        before = list(accumulate(lengths, initial=0))
-        count = next((place for place in range(len(pieces), 0, -1) if before[place - 1] + last[place - 1] <= limit), 1)
-        kept = [*pieces[: count - 1], bare[count - 1]]
-        return kept, self.encode(kept)[:limit]
+        with self._lock:
+            found = self._find(codes, extras)
+            return self._lengths[found]
+
+    def encode(self, codes: np.ndarray, extras: Sequence[str]) -> Ragged:
+        """The tokens of pieces, int32; arguments as `count`."""
+        with self._lock:
+            found = self._find(codes, extras)
+            starts, lengths = self._starts[found], self._lengths[found]
+            return Ragged(self._tokens[spans(starts, lengths)], offsets(lengths))
+
+    def _find(self, codes: np.ndarray, extras: Sequence[str]) -> np.ndarray:
+        """Where pieces are in `_starts`; what is new is tokenized together."""
+        if len(self._extras) > _MAX_CACHED:
+            self._clear()
+        num_forms = self._names.num_forms
+        if extras:
+            if new := [text for text in extras if text not in self._extras]:
+                first = num_forms + len(self._extras)
+                self._extras.update(zip(new, range(first, first + len(new)), strict=True))
+                self._add(np.arange(first, first + len(new)), new)
+            codes, odd = codes.copy(), np.flatnonzero(codes >= num_forms)
+            codes[odd] = np.array([self._extras[text] for text in extras])[codes[odd] - num_forms]
+        if (unknown := self._lengths[codes] < 0).any():
+            forms = np.unique(codes[unknown])
+            self._add(forms, [self._names.write(form) for form in forms.tolist()])
+        return codes
+
+    def _add(self, places: np.ndarray, texts: list[str]) -> None:
+        """Tokenize pieces and keep their tokens."""
+        encoded = encode(texts, self._tokenizer)
+        starts = self._num_tokens + offsets(np.array([len(tokens) for tokens in encoded]))
+        self._starts, self._lengths = (_grow(array, int(places[-1]) + 1) for array in (self._starts, self._lengths))
+        self._starts[places], self._lengths[places] = starts[:-1], np.diff(starts)
+        self._tokens = _grow(self._tokens, int(starts[-1]))
+        self._tokens[self._num_tokens : starts[-1]] = [token for tokens in encoded for token in tokens]
+        self._num_tokens = int(starts[-1])
+
+
+def _grow(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, or one at least twice as long that begins with it, where it has less than `size`."""
+    if len(array) >= size:
+        return array
+    grown = np.empty(max(2 * len(array), size), dtype=array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+def fit(lengths: np.ndarray, bare_lengths: np.ndarray, num_pieces: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """As many pieces of prompts from the first on as have at most so many tokens, the last one without its comma.
+
+    Args:
+        lengths: Tokens of the pieces, one prompt after the other.
+        bare_lengths: The same without the commas that part them.
+        num_pieces: `(R,)` pieces of each prompt, 1 at least.
+        limits: `(R,)` tokens.
+
+    Returns:
+        `(R,)` int64: the pieces that are left; 1 also where the first one is longer than all.
+    """
+    starts = offsets(num_pieces)
+    before = offsets(lengths)[:-1]
+    before = before - np.repeat(before[starts[:-1]], num_pieces)
+    place = spans(np.ones(len(num_pieces), dtype=np.int64), num_pieces)
+    fits = before + bare_lengths <= np.repeat(limits, num_pieces)
+    return np.maximum.reduceat(np.where(fits, place, 1), starts[:-1])
