@@ -52,8 +52,8 @@ class PromptConfig:
     max_chunks: int = 3
     """Text-encoder chunks of 75 tokens, at most."""
     chunk_shares: tuple[float, ...] = ()
-    """Shares of prompts with 1, 2, ... chunks, which are then cut at a tag's border or filled up with an empty chunk;
-    bigASP's batches came to 0.09, 0.66, 0.25. Empty lets every prompt have the chunks that it fills."""
+    """Shares of prompts with 1, 2, ... chunks, drawn per prompt, which is then cut at a tag's border or filled up with
+    empty chunks; bigASP's batches came to 0.09, 0.66, 0.25. Empty lets every prompt have the chunks that it fills."""
 
     def __post_init__(self) -> None:
         check_fractions(
