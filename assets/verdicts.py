@@ -70,6 +70,7 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
     for key in context.partition_keys:
         _track(context, store, key)
     crown(context, store)
+    _link_views(context, store)
     return result
 
 
@@ -211,6 +212,14 @@ def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
             tracking.log_verdicts(store.read("verdicts", parts=[VERDICTS.part(key)]))
     except TrackingError as error:
         context.log.warning(f"MLflow: {error}")
+
+
+def _link_views(context: dg.AssetExecutionContext, store: Store) -> None:
+    """Show beside the verdicts where MLflow shows runs, curves and pictures side by side."""
+    views = workspace_tracking(store.home, store.config.tracking.uri).views()
+    links = {f"MLflow: {name}": dg.MetadataValue.url(url) for name, url in views.items()}
+    for key in context.partition_keys if links else ():
+        context.add_asset_metadata(links, partition_key=key)
 
 
 def _track_champion(context: dg.AssetExecutionContext, store: Store, now: champion.Champion) -> None:
