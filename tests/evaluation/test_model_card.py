@@ -67,6 +67,10 @@ def test_a_set_is_counted_by_hand():
     assert facts.scores == ((5, 2), (9, 1))
 
 
+def test_a_tag_counts_once_an_image():
+    assert card_facts.count_set(training_set((8, 8, 5, ["cat", "cat"], None, "train"))).tags == (("cat", 1),)
+
+
 def test_an_empty_set_is_counted_as_nothing_and_still_has_a_card():
     facts = card_facts.count_set(SET.clear())
     assert (facts.num_train, facts.buckets, facts.tags, facts.words, facts.scores) == (0, (), (), (), ())
