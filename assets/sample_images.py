@@ -13,6 +13,7 @@ from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from training.errors import DataError
 from training.evaluation import figures
+from training.evaluation.sampling_inputs import input_digests
 from training.progress import report
 from training.retention import reading, release
 from training.run_folder import READY
@@ -23,9 +24,11 @@ WANTED_BY = "evaluation"
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the checkpoint's weights and of the prompts."""
+    """Digests of the checkpoint's weights, averaged ones and LoRAs where they are used, and of the prompts."""
     manifest = store.manifest("prompt_sets", store.config.evaluation.prompt_set)
-    return {"checkpoint": store.checkpoint_digest(key), "prompts": manifest.digest if manifest else "absent"}
+    further = input_digests(store.checkpoint_folder(key), store.config.evaluation.sampling, store.home)
+    prompts = manifest.digest if manifest else "absent"
+    return {"checkpoint": store.checkpoint_digest(key), "prompts": prompts, **further}
 
 
 STAGE = Stage(
@@ -55,7 +58,7 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
         with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
             frame = sample_folder(
-                model, key, prompts, store.config.evaluation.sampling, folder, device=device,
+                model, key, prompts, store.config.evaluation.sampling, folder, home=store.home, device=device,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
         return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -103,13 +104,17 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
         raise DataError(f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first")
     protocol = Protocol(
         prompts=pictures.inputs["prompts"],
-        sampling=json.dumps(pictures.config, sort_keys=True),
+        sampling=json.dumps([pictures.config, _named(pictures.inputs, "lora:")], sort_keys=True),
         clip=metrics.models["clip"],
         aesthetic=metrics.models["aesthetic"],
-        scorers=", ".join(f"{name} {digest}" for name, digest in metrics.inputs.items() if name.startswith("scorer:")),
+        scorers=json.dumps(_named(metrics.inputs, "scorer:"), sort_keys=True),
         dtype=DTYPE,
     )
     return Scores(checkpoint=checkpoint, protocol=protocol, metrics=store.read("eval_metrics", parts=[checkpoint]))
+
+
+def _named(inputs: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name: digest for name, digest in inputs.items() if name.startswith(prefix)}
 
 
 def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> Manifest:

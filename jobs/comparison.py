@@ -1,6 +1,6 @@
 """Evaluating checkpoints when asked to, also on another machine, and comparing any two of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,10 @@ def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
     return len(list((out / elsewhere.PICTURES).glob("*.png")))
 
 
+def _further(inputs: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in inputs.items() if name not in ("checkpoint", "prompts")}
+
+
 def adopt(store: Store, folder: Path) -> str:
     """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
 
@@ -177,6 +181,7 @@ def adopt(store: Store, folder: Path) -> str:
     here = {
         "checkpoint": (basis["inputs"]["checkpoint"], record.digest),
         "prompts": (basis["inputs"]["prompts"], record.prompts),
+        "weights and LoRAs": (_further(basis["inputs"]), record.further),
         "sampling": (toml.dump(store.config.evaluation.sampling), record.sampling),
     }
     unlike = [

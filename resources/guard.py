@@ -20,6 +20,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MLFLOW_PATH = "/mlflow"
 """Where Dagster's pages find MLflow, whichever ports are served: links that are stored must stay true."""
+ASSISTANT_PATH = "/ajax-api/3.0/mlflow/assistant"
+"""Of MLflow 3.17: an agent with a shell on the host, for whoever may talk to the page."""
 LOCATION = "foundry"
 """Name of the code location: Dagster keeps cursors and sensor states under it."""
 
@@ -80,6 +82,8 @@ def judge(scope: Scope, port: int) -> Answer | None:
         return Answer(403, f"refused: Origin {headers['origin']} is not ours")
     if "cross-site" in headers.get("sec-fetch-site", []):
         return Answer(403, f"refused: a page of another site asks; open {page}/ from the address bar")
+    if scope["path"].startswith(ASSISTANT_PATH):
+        return Answer(403, "refused: MLflow's assistant may run commands on this machine")
     if scope["type"] == "websocket":
         return None
     if scope["path"].rstrip("/").endswith("/graphql"):
@@ -135,6 +139,7 @@ def mlflow_application(home: Path, port: int) -> Application:
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "mlartifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",

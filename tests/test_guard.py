@@ -80,6 +80,13 @@ def test_only_requests_from_within_our_site_are_served():
         assert status(request(kind="websocket", sec_fetch_site=site)) == expected
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_agent_with_a_shell_answers_nobody(method):
+    for path in ("/ajax-api/3.0/mlflow/assistant/message", "/ajax-api/3.0/mlflow/assistant"):
+        assert status(request(method, path, content_type="application/json")) == 403
+    assert status(request(method, "/ajax-api/2.0/mlflow/runs/search", content_type="application/json")) == 200
+
+
 @pytest.mark.parametrize("path", ["/graphql", "/graphql/", "/api/graphql"])
 @given(
     method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "OPTIONS"]),

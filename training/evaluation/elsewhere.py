@@ -18,6 +18,7 @@ from training.base_model import SUFFIX
 from training.data.tables import TABLES
 from training.errors import DamageError, EvaluationError
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
+from training.evaluation.sampling_inputs import input_digests
 from training.evaluation_config import SamplingConfig
 
 RECORD, PICTURES = "evaluation.json", "pictures"
@@ -36,6 +37,8 @@ class Record:
     """Digest of the prompt set."""
     sampling: dict[str, Any]
     """The resolved SamplingConfig."""
+    further: dict[str, str]
+    """Digests of averaged weights and LoRAs, where they were used."""
     samples: commit.Entry
     """The table of pictures."""
     format: int = _FORMAT
@@ -88,7 +91,7 @@ def draw(
 
     Args:
         checkpoint: Model folder, or a single .safetensors file.
-        prompts: A prompt file of a workspace, or a CSV.
+        prompts: A prompt file of a workspace, or a CSV; paths of LoRAs start from its folder.
         out: Must not hold finished pictures of anything else; an unfinished folder is drawn anew.
         device: Where the models run.
         progress: Follows along.
@@ -107,12 +110,15 @@ def draw(
     if not checkpoint.is_dir() and checkpoint.suffix != SUFFIX:
         raise EvaluationError(f"--checkpoint {checkpoint} is neither a model folder nor a {SUFFIX} file")
     name, weights = identify(checkpoint)
-    samples = sample_folder(checkpoint, name, frame, sampling, out / PICTURES, device=device, progress=progress)
+    samples = sample_folder(
+        checkpoint, name, frame, sampling, out / PICTURES, home=prompts.parent, device=device, progress=progress
+    )
     record = Record(
         checkpoint=name,
         digest=weights,
         prompts=digest(frame),
         sampling=toml.dump(sampling),
+        further=input_digests(checkpoint, sampling, prompts.parent),
         samples=commit.write_parquet(out, "samples", samples),
     )
     commit.write_json(out / RECORD, asdict(record))
