@@ -14,11 +14,7 @@ from resources import devices
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
-from training.data.decode_pool import DecodePool
 from training.evaluation import figures, overbaked, summary
-
-NUM_CLOSEST = 10
-"""Pairs of a picture and its nearest training image that are shown."""
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
@@ -148,25 +144,7 @@ def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, obj
 
 def _closest(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, str]:
     """The pictures nearest to a training image, each with that image on its right."""
-    from training.evaluation.clip_score import SIMILARITY, read_picture
-
-    images = references.training_images(store, key)
-    nearest = frame.filter(pl.col("metric") == SIMILARITY).sort("value", "prompt_id", descending=[True, False])
-    if images is None or nearest.is_empty():
-        return {}
-    rows = nearest.head(NUM_CLOSEST).select("prompt_id", "value", "image_id").join(samples, on="prompt_id")
-    files = dict(references.located(store, images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))))
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    with DecodePool(store.config.decode) as pool:
-        chosen = [row for row in rows.sort("value", descending=True).iter_rows(named=True) if row["image_id"] in files]
-        pixels = pool.pixels([files[row["image_id"]] for row in chosen], [row["image_id"] for row in chosen])
-        for row, image in zip(chosen, pixels, strict=True):
-            if isinstance(image, np.ndarray):
-                picture = read_picture(store.sample_folder(key) / row["file"])
-                shown += [np.asarray(figures.fit(side, 96, 96)) for side in (picture, image)]
-                captions += [f"cosine {row['value']:.3f}", row["image_id"][:12]]
-    if not shown:
-        return {}
-    sheet = figures.contact_sheet(shown, captions, columns=4)
-    return {"nearest training images": sheet}
+    pairs = references.closest(store, key, frame, samples)
+    shown = [np.asarray(figures.fit(side, 96, 96)) for pair in pairs for side in (pair.picture, pair.image)]
+    captions = [text for pair in pairs for text in (f"cosine {pair.similarity:.3f}", pair.image_id[:12])]
+    return {"nearest training images": figures.contact_sheet(shown, captions, columns=4)} if pairs else {}

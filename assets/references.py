@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from training.evaluation.clip_score import Networks
 
 _ABSENT = "absent"
+NUM_CLOSEST = 10
+"""Pictures that are shown beside their nearest training image."""
 
 
 def digests(store: Store, key: str) -> dict[str, str]:
@@ -88,6 +90,49 @@ def training_images(store: Store, key: str) -> pl.DataFrame | None:
     columns = ["image_id", "shard", "split", "bucket_height", "bucket_width"]
     images = pl.read_parquet(inputs.training_set, columns=columns)
     return images.filter(~pl.col("image_id").is_in(list(store.forgotten())))
+
+
+class Pair(NamedTuple):
+    """A picture and the training image nearest to it."""
+
+    prompt_id: str
+    similarity: float
+    image_id: str
+    picture: np.ndarray
+    """`(H, W, 3)` uint8."""
+    image: np.ndarray
+    """`(H, W, 3)` uint8."""
+
+
+def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame) -> list[Pair]:
+    """The pictures nearest to a training image, nearest first; none for models that were not trained here, and without
+    those whose training image is gone.
+
+    Args:
+        store: The workspace.
+        key: The checkpoint.
+        metrics: Its rows of table `eval_metrics`.
+        samples: Its rows of table `sample_images`.
+    """
+    from training.evaluation.clip_score import SIMILARITY, read_picture
+
+    images = training_images(store, key)
+    nearest = metrics.filter(pl.col("metric") == SIMILARITY).sort("value", "prompt_id", descending=[True, False])
+    if images is None:
+        return []
+    rows = nearest.head(NUM_CLOSEST).select("prompt_id", "value", "image_id")
+    files = dict(located(store, images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))))
+    drawn = dict(samples.select("prompt_id", "file").iter_rows())
+    chosen = [row for row in rows.iter_rows() if row[2] in files and row[0] in drawn]
+    ids = [image_id for *_, image_id in chosen]
+    with DecodePool(store.config.decode) as pool:
+        pixels = list(pool.pixels([files[image_id] for image_id in ids], ids))
+    folder = store.sample_folder(key)
+    return [
+        Pair(prompt_id, value, image_id, read_picture(folder / drawn[prompt_id]), image)
+        for (prompt_id, value, image_id), image in zip(chosen, pixels, strict=True)
+        if isinstance(image, np.ndarray)
+    ]
 
 
 def _inputs(store: Store, key: str) -> RunInputs | None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 
 from assets import references
 from assets.verdicts import scores_of
 from resources.store import Store
-from training.data.decode_pool import DecodePool
 from training.errors import DataError
 from training.evaluation import report
 from training.evaluation.overfitting import score_charts, sentences
@@ -17,9 +15,6 @@ from training.evaluation.report_scores import Side
 from training.evaluation.run_charts import loss_charts, timestep_map
 from training.event_log import read_events
 from training.run_folder import EVENTS, read_config, read_inputs
-
-NUM_CLOSEST = 10
-"""Pictures that are shown beside their nearest training image."""
 
 
 def sides(store: Store, names: Sequence[str]) -> list[Side]:
@@ -104,29 +99,12 @@ def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
 
 
 def closest(store: Store, checkpoint: str) -> list[Exhibit]:
-    """The pictures nearest to a training image, that image on the right, the nearest first; none for models that were
-    not trained here, and without those whose training image is gone."""
-    from training.evaluation.clip_score import SIMILARITY, read_picture
-
-    images = references.training_images(store, checkpoint)
-    if images is None:
-        return []
-    nearest = store.read("eval_metrics", parts=[checkpoint]).filter(pl.col("metric") == SIMILARITY)
-    rows = nearest.sort("value", "prompt_id", descending=[True, False]).head(NUM_CLOSEST)
-    named = images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))
-    files = dict(references.located(store, named))
-    drawn = dict(store.read("sample_images", ["prompt_id", "file"], [checkpoint]).iter_rows())
-    pairs = [
-        (prompt_id, value, image_id)
-        for prompt_id, value, image_id in rows.select("prompt_id", "value", "image_id").iter_rows()
-        if image_id in files and prompt_id in drawn
+    """The pictures nearest to a training image, that image on the right, the nearest first."""
+    metrics, samples = (store.read(table, parts=[checkpoint]) for table in ("eval_metrics", "sample_images"))
+    return [
+        Exhibit(
+            pictures=[pair.picture, pair.image],
+            caption=f"{pair.prompt_id}: cosine {pair.similarity:.3f} with {pair.image_id[:12]}",
+        )
+        for pair in references.closest(store, checkpoint, metrics, samples)
     ]
-    exhibits = []
-    with DecodePool(store.config.decode) as pool:
-        ids = [image_id for *_, image_id in pairs]
-        for (prompt_id, value, image_id), image in zip(pairs, pool.pixels([files[i] for i in ids], ids), strict=True):
-            if isinstance(image, np.ndarray):
-                picture = read_picture(store.sample_folder(checkpoint) / drawn[prompt_id])
-                caption = f"{prompt_id}: cosine {value:.3f} with {image_id[:12]}"
-                exhibits.append(Exhibit(pictures=[picture, image], caption=caption))
-    return exhibits

@@ -202,6 +202,7 @@ def test_of_many_checkpoints_the_first_the_last_and_some_between_are_shown(sides
     assert re.findall(r"<th title='([^']+)'", html) == ["base.0@0", *["run@9"] * 6, "base.0@0"]
 
 
+@pytest.mark.slow
 def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_shown(tmp_path):
     # Noise is what a JPEG holds worst; texts and names are as long and as full of quotes as they can be.
     rng = np.random.default_rng(0)
