@@ -160,8 +160,9 @@ def test_rows_that_are_expected_have_the_prompts_that_they_have_alone(clip_token
     assert sum(made_at_once) < 3 * 1024 + 11
     assert made_at_once.count(1024) >= 2
     one.expect(order[2000:], 2)
-    for epoch in (1, None, 2, 2):  # the rows that are expected, but of another epoch; and then again, out of turn
-        same(order[2000:2010].tolist(), epoch)
+    # The rows that are expected, of another epoch and then of theirs; the first of them again, out of turn.
+    for first, epoch in ((2000, 1), (2010, 2), (2000, 2), (2010, None), (2010, 2), (2000, 2)):
+        same(order[first : first + 10].tolist(), epoch)
 
 
 @pytest.fixture
