@@ -181,7 +181,7 @@ def crown(context: dg.AssetExecutionContext, store: Store) -> None:
         part = f"{now.checkpoint}~{best.checkpoint}"
         rows = store.read("verdicts", parts=[part])
         stood = {side.checkpoint: scores[side.checkpoint].digest for side in sides}
-        said = "; ".join(sentence(row) for row in rows.iter_rows(named=True))
+        said = "; ".join(sentence(row) for row in champion.decisive(rows).iter_rows(named=True))
         if champion.wins(rows, store.config.evaluation.verdicts.deciding):
             _move(store, now, best.checkpoint)
             now = champion.Champion(

@@ -279,3 +279,11 @@ def test_a_tiny_model_overfits_one_batch(make_run):
     print([round(x, 3) for x in losses[::10]])
     assert losses[0] > 0.8
     assert np.mean(losses[-5:]) < 0.01
+
+
+def test_an_epoch_is_not_finished_by_a_version_that_makes_other_prompts(make_run, train, monkeypatch):
+    run = make_run()
+    assert train(run, stop_at=4) == "stopped"
+    monkeypatch.setattr("training.epochs.PROMPTS_VERSION", 999)
+    with pytest.raises(DamageError, match="by a version that makes other prompts"):
+        train(run)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from training import commit, run_folder, toml
+from training.data.prompts import PROMPTS_VERSION
 from training.dataset import Dataset, Pins
 from training.errors import DamageError
 from training.order import EpochOrder, assign_windows, make_order, read_order, write_order
@@ -28,11 +29,15 @@ def prepare_epoch(
     manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
     content = manifest.with_suffix(".npz")
     notes: list[str] = []
-    key = commit.json_digest([fingerprint, toml.dump(config.prompts), toml.dump(config.batch), config.seed, epoch])
+    settings = [fingerprint, toml.dump(config.prompts), toml.dump(config.batch), config.seed, epoch, PROMPTS_VERSION]
+    key = commit.json_digest(settings)
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())
         if written["order"]["key"] != key:
-            raise DamageError(f"{manifest} was written for another set or config; a run folder holds one run")
+            raise DamageError(
+                f"{manifest} was written for another set or config, or by a version that makes other prompts; finish "
+                "the run with the version that began it, or begin another"
+            )
         if content.is_file() and commit.sha256_file(content) == written["order"]["sha256"]:
             return written["latents"], notes
         pins = written["latents"]

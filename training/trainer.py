@@ -105,7 +105,10 @@ class Trainer:
                 clock.epoch, clock.step_in_epoch = clock.epoch + 1, 0
                 self._open_epoch()
                 self._log_epoch()
-            with Prefetch(self._draw, self._upcoming()) as draws:
+            upcoming = self._upcoming()
+            if upcoming:
+                self.dataset.prompt_maker.expect(np.concatenate(upcoming), clock.epoch)
+            with Prefetch(self._draw, upcoming) as draws:
                 while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
                     before = clock.samples_seen
                     if not self._step(draws):

@@ -18,6 +18,8 @@ from training.data.spelling import SPELLINGS, Extras, WrittenTags, write
 from training.run_config import PromptConfig
 from training.seeds import Stream
 
+PROMPTS_VERSION = 2
+"""Raised when equal samples, recipes and seeds come to other prompts: epochs that were begun are not finished then."""
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
 

@@ -103,9 +103,13 @@ def wins(rows: pl.DataFrame, metrics: Collection[str]) -> bool:
         rows: Of `challenge`; the held-out half decides where it was judged.
         metrics: Those that decide.
     """
-    group = HELD_OUT if HELD_OUT in rows["group"] else ALL
-    words = rows.filter((pl.col("group") == group) & pl.col("metric").is_in(list(metrics)))["verdict"].to_list()
+    words = decisive(rows).filter(pl.col("metric").is_in(list(metrics)))["verdict"].to_list()
     return "better" in words and "worse" not in words
+
+
+def decisive(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the prompts that a challenge is decided on: the held-out half where it was judged, else all."""
+    return rows.filter(pl.col("group") == (HELD_OUT if HELD_OUT in rows["group"] else ALL))
 
 
 def _part(side: Scores, half: int) -> Scores:
