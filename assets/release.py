@@ -89,6 +89,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
                 "numbers": {
                     "checkpoint": last,
                     "folder": str(folder),
+                    **_clock(store, key),
                     "licence": ", ".join(licences) or "its text is missing beside the base model",
                 },
                 "pictures": {"before and after": _grid(store, last)},
@@ -99,6 +100,14 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
     for key in context.partition_keys:
         _track(context, store, key)
     return result
+
+
+def _clock(store: Store, run: str) -> dict[str, object]:
+    """How long the run took: for people, and not for the card, which equal runs have alike."""
+    from training.evaluation import card_facts
+
+    facts = card_facts.summarise_run(read_lines(store.run_folder(run) / EVENTS))
+    return {"hours": facts.hours, "attempts": facts.num_attempts, "images a second": facts.images_per_s or 0.0}
 
 
 def render_card(

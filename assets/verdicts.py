@@ -1,6 +1,7 @@
 """`verdicts`: whether a checkpoint's pictures are better than those of its base, of the champion, or of any other."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -70,7 +71,7 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
     result = materialize(context, store, VERDICTS, make)
     for key in context.partition_keys:
         _track(context, store, key)
-    crown(context, store)
+    crown(store, context.log)
     _link_views(context, store)
     return result
 
@@ -146,15 +147,18 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> Ma
         return store.commit(stage, key, _made(frame), basis, seconds=time.monotonic() - started)
 
 
-def crown(context: dg.AssetExecutionContext, store: Store) -> None:
+def crown(store: Store, log: logging.Logger) -> None:
     """Let the checkpoints that have not yet stood against the champion challenge it, once all verdicts are current.
 
-    Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow follows.
+    Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow follows. Whoever is
+    killed on the way leaves the old champion, and the next call begins again.
     """
     from training.evaluation.verdict import sentence
 
+    if not store.parts("verdicts"):
+        return
     if waiting := store.stale(VERDICTS):
-        context.log.info(f"the champion waits for verdicts on {', '.join(waiting)}")
+        log.info(f"the champion waits for verdicts on {', '.join(waiting)}")
         return
     with lock(store.home / "locks" / "champion.lock", f"the champion of {store.home}"):
         base = store.base_checkpoint()
@@ -170,7 +174,7 @@ def crown(context: dg.AssetExecutionContext, store: Store) -> None:
             titleholder = scores_of(store, now.checkpoint)
             sides = [side for name in fresh if (side := scores_of(store, name)).protocol == titleholder.protocol]
         except (DataError, EvaluationError) as error:
-            context.log.warning(f"the champion {now.checkpoint} is not challenged: {error}")
+            log.warning(f"the champion {now.checkpoint} is not challenged: {error}")
             return
         if not sides:
             return
@@ -188,11 +192,11 @@ def crown(context: dg.AssetExecutionContext, store: Store) -> None:
                 checkpoint=best.checkpoint, digest=store.checkpoint_digest(best.checkpoint), verdict=part,
                 sentence=said, challenged=now.challenged,
             )  # fmt: skip
-            context.log.info(f"new champion {best.checkpoint}: {said}")
+            log.info(f"new champion {best.checkpoint}: {said}")
         else:
-            context.log.info(f"{now.checkpoint} stays champion against {best.checkpoint}: {said}")
+            log.info(f"{now.checkpoint} stays champion against {best.checkpoint}: {said}")
         champion.write(store.home, replace(now, challenged={**now.challenged, **stood}))
-        _track_champion(context, store, now)
+        _track_champion(store, now, log)
 
 
 def _move(store: Store, old: champion.Champion, new: str) -> None:
@@ -227,11 +231,11 @@ def _link_views(context: dg.AssetExecutionContext, store: Store) -> None:
         context.add_asset_metadata(links, partition_key=key)
 
 
-def _track_champion(context: dg.AssetExecutionContext, store: Store, now: champion.Champion) -> None:
+def _track_champion(store: Store, now: champion.Champion, log: logging.Logger) -> None:
     """Let MLflow's alias follow; when it is away, say so and go on."""
     if not now.verdict:
         return
     try:
         workspace_tracking(store.home, store.config.tracking.uri).set_champion(now.checkpoint, now.sentence)
     except TrackingError as error:
-        context.log.warning(f"MLflow: {error}")
+        log.warning(f"MLflow: {error}")

@@ -1,5 +1,6 @@
 """`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run per stage."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets import verdicts
 from assets.partitions import mirror
 from jobs.definitions import STAGES, defs
 from resources.instance import instance as open_instance
@@ -77,6 +79,8 @@ def bring_up_to_date(
             outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started))
             if any(stage.name == "raw_images" for stage in stages):
                 _require_a_picture(Store(home))
+            if stages[0] is verdicts.VERDICTS:
+                verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between the two
     rebuild(store)
     return outcomes
 

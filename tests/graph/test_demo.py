@@ -66,7 +66,8 @@ def test_duplicates_are_found_and_split_as_one(demo, truth):
 
 def test_the_fine_tune_learned_the_concept(demo):
     """On prompts and seeds that nothing was tuned on."""
-    verdicts = Store(demo).read("verdicts")
+    store = Store(demo)
+    verdicts = store.read("verdicts", parts=[f"base~{store.last_checkpoint('demo')}"])
     star = verdicts.filter((pl.col("metric") == "clip_score") & (pl.col("group") == "star"))
     assert star["verdict"].to_list() == ["better"]
 

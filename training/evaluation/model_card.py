@@ -181,8 +181,6 @@ def _training(card: Card, samples_seen: int) -> str:
         "precision": run.precision,
         "seed": run.seed,
         "device": facts.device,
-        "hours": f"{facts.hours:.2f}" + (f" in {facts.num_attempts} attempts" if facts.num_attempts > 1 else ""),
-        "images a second": None if facts.images_per_s is None else f"{facts.images_per_s:.3g}",
     }
     shown = [(name, f"`{value}`") for name, value in rows.items() if value is not None]
     return f"{table(('setting', 'value'), shown)}\n\nThe whole configuration: [config.toml](config.toml)."
