@@ -184,10 +184,13 @@ def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
     page.wait_for_text("train", "val", "samples", timeout_s=PAGES_S)
     page.resize(1440, 6000)  # MLflow draws what is in view only
     page.wait(lambda: max(page.driver.execute_script(CURVES), default=0) > 100, "a curve")
-    page.wait(lambda: any("get-artifact" in address for address in page.pictures(64)), "a picture that the model drew")
     page.resize(1440, 900)
     page.open(f"{run}/artifacts/config.toml")
     page.wait_for_text("num_samples", timeout_s=PAGES_S)
+    open_part(up, "verdicts")
+    page.wait_for_text("MLflow: Pictures, with a slider", timeout_s=PAGES_S)
+    page.open(page.driver.execute_script("return document.querySelector('a[href*=foundry-pictures]').href"))
+    page.wait(lambda: any("get-artifact" in address for address in page.pictures(64)), "a picture that the model drew")
 
 
 def test_a_foreign_page_cannot_start_a_run(up):
