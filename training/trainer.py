@@ -140,9 +140,8 @@ class Trainer:
             index = first + self.ranks.rank
             if index < len(micro_batches):
                 batch, timesteps, draw = next(draws)
-                own = self._losses(batch, timesteps, draw)
-                arithmetic.backward(own.sum() / size)
-                losses[offsets[index] : offsets[index + 1]] = own.detach()
+                own = self._pass(batch, timesteps, draw, size)
+                losses[offsets[index] : offsets[index + 1]] = own
                 height, width = batch.target_size[0].int().tolist()
                 flops += len(own) * self.flops(height, width, batch.ids[0].shape[1]).model
                 num_truncated += batch.num_truncated
@@ -220,6 +219,12 @@ class Trainer:
         timesteps = noise.draw_timesteps(seed, epoch, batch.image_ids, len(self.signal))
         offset, shape = self.config.loss.noise_offset, batch.latents.shape[1:]
         return batch, timesteps, noise.draw_noise(seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset)
+
+    def _pass(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor, size: int) -> torch.Tensor:
+        """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)` without their graph."""
+        losses = self._losses(batch, timesteps, draw)
+        self.state.arithmetic.backward(losses.sum() / size)
+        return losses.detach()
 
     def _losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Weighted loss per sample `(B,)` fp32, with gradients."""
