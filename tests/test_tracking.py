@@ -75,10 +75,12 @@ def train(folder, opening, start, steps, ending=None, every=4):
     return folder
 
 
-def rows(home, table="metrics"):
-    """What the database holds, read past MLflow: (key, step, value, timestamp), sorted."""
+def rows(home, table="metrics", run="demo"):
+    """What the database holds on a run, read past MLflow: (key, step, value, timestamp), sorted."""
+    named = "select run_uuid from tags where key = 'foundry.run' and value = ?"
+    query = f"select key, step, value, timestamp from {table} where run_uuid in ({named})"
     with sqlite3.connect(home / "mlflow.db") as database:
-        return sorted(database.execute(f"select key, step, value, timestamp from {table}").fetchall())
+        return sorted(database.execute(query, [run]).fetchall())
 
 
 def expected(folder):
@@ -219,51 +221,49 @@ class Killed(BaseException):
     """Like SIGKILL: nothing catches it."""
 
 
-def test_a_death_between_any_two_calls_loses_and_repeats_nothing(home, run, monkeypatch):
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_death_at_any_call_loses_and_repeats_nothing(home, run, monkeypatch, after):
     import mlflow
 
-    monkeypatch.setattr(tracking_spool, "MAX_METRICS", 108)  # a chunk every few events
-    train(run, "started", 0, 12, "finished")
-    calls = ["create_run", "log_batch", "log_inputs", "create_logged_model", "log_outputs", "finalize_logged_model",
-             "set_logged_model_tags", "set_terminated", "update_run"]  # fmt: skip
-    left = {"calls": 0}
+    monkeypatch.setattr(tracking_spool, "MAX_METRICS", 60)  # a chunk every few events
+    train(run, "started", 0, 8, "finished")
+    left, died_at = {"calls": 0}, set()
 
-    def dying(method, after):
+    def dying(name):
+        method = getattr(mlflow.MlflowClient, name)
+
         def call(*args, **kwargs):
             left["calls"] -= 1
-            if left["calls"] == 0 and not after:
-                raise Killed
-            result = method(*args, **kwargs)
+            result = method(*args, **kwargs) if after or left["calls"] else None
             if left["calls"] == 0:
+                died_at.add(name)
                 raise Killed
             return result
 
         return call
 
+    calls = ["create_run", "log_batch", "log_inputs", "create_logged_model", "log_outputs", "finalize_logged_model",
+             "set_logged_model_tags", "set_terminated", "update_run"]  # fmt: skip
+    for name in calls:
+        monkeypatch.setattr(mlflow.MlflowClient, name, dying(name))
     tracking = workspace_tracking(home)
-    deaths = 0
-    for after in (False, True):
-        with monkeypatch.context() as patch:
-            for name in calls:
-                patch.setattr(mlflow.MlflowClient, name, dying(getattr(mlflow.MlflowClient, name), after))
-            for number in range(1, 200):
-                # Each death is followed by one that comes a call later, on what the first has left behind.
-                left["calls"] = number if not after else 1 + number % 7
-                try:
-                    tracking.forward(run)
-                except Killed:
-                    deaths += 1
-                else:
-                    break
-        if not after:
-            assert rows(home) == expected(run)
-            (run / "tracking.json").unlink()
-    assert deaths > 8
-    tracking.forward(run)
-    assert rows(home) == expected(run)
-    assert the_run(home).info.status == "FINISHED"
-    assert sorted(output.step for output in the_run(home).outputs.model_outputs) == [40, 80, 120]
-    assert len(client_of(home).search_logged_models(["1"])) == 3
+    for number in range(1, 100):
+        folder = shutil.copytree(run, run.with_name(f"demo{number}"))
+        killed = False
+        # Each death is followed by one on what it has left behind, then by a forwarder that lives.
+        for left["calls"] in (number, 1 + number % 3, 0):
+            try:
+                tracking.forward(folder)
+            except Killed:
+                killed = True
+        assert rows(home, run=folder.name) == expected(folder)
+        info = the_run(home, folder.name)
+        assert info.info.status == "FINISHED"
+        assert sorted(output.step for output in info.outputs.model_outputs) == [40, 80]
+        if not killed:
+            break
+    assert died_at == set(calls)
+    assert len(client_of(home).search_logged_models(["1"])) == 2 * number
 
 
 KILLER = """
