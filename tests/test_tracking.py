@@ -75,9 +75,9 @@ def train(folder, opening, start, steps, ending=None, every=4):
     return folder
 
 
-def rows(home, table="metrics", run="demo"):
-    """What the database holds on a run, read past MLflow: (key, step, value, timestamp), sorted."""
-    named = "select run_uuid from tags where key = 'foundry.run' and value = ?"
+def rows(home, table="metrics", run="%"):
+    """What the database holds on the runs so named, read past MLflow: (key, step, value, timestamp), sorted."""
+    named = "select run_uuid from tags where key = 'foundry.run' and value like ?"
     query = f"select key, step, value, timestamp from {table} where run_uuid in ({named})"
     with sqlite3.connect(home / "mlflow.db") as database:
         return sorted(database.execute(query, [run]).fetchall())
