@@ -26,6 +26,8 @@ app.add_typer(cli_evaluation.app)
 
 Gpu = Annotated[str, typer.Option("--gpu", help="Kind of card, for estimates.")]
 Price = Annotated[float, typer.Option("--price", help="Dollars per card and hour.")]
+INTERRUPTED = 130
+"""Typer's status after Ctrl-C."""
 RatesFile = Annotated[Path | None, typer.Option("--rates", help="JSON that benchmarks/train_throughput.py wrote.")]
 
 
@@ -37,15 +39,14 @@ def main() -> None:
     # oneDNN compiles a kernel for each shape and keeps 1,024 of them: buckets times batch sizes are many more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     try:
-        # Outside of standalone mode, `typer.Exit` comes back as its status.
-        status = app(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        app(prog_name="foundry")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("foundry: interrupted; what is committed stays, run the same command again", file=sys.stderr)
+        raise
     except PipelineError as error:
         print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        print("foundry: interrupted; what is committed stays, run the same command again", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         if error.errno not in (28, 122):
             raise

@@ -1,13 +1,8 @@
 """The one `Definitions`: every asset, check, job, schedule and sensor of the code location `foundry`."""
 
-import warnings
-
 import dagster as dg
 
-warnings.filterwarnings("ignore", category=dg.BetaWarning)
-warnings.filterwarnings("ignore", category=dg.PreviewWarning)
-
-from assets import (  # noqa: E402 - the filters above must come first
+from assets import (
     annotations,
     base_model,
     bucket_assignments,
@@ -27,8 +22,8 @@ from assets import (  # noqa: E402 - the filters above must come first
     training_set,
     verdicts,
 )
-from jobs import annotate, curate, encode, evaluate, schedules, sensors, train  # noqa: E402
-from resources.handles import io_manager, store_resource  # noqa: E402
+from jobs import annotate, curate, encode, evaluate, schedules, sensors, train
+from resources.handles import io_manager, store_resource
 
 STAGES = {
     stage.name: stage
