@@ -37,5 +37,9 @@ class EvaluationError(PipelineError):
     """Things that cannot be compared, or an evaluation that cannot run."""
 
 
+class FailedPicturesError(EvaluationError):
+    """No verdict on a checkpoint, because pictures have no scores; the message names them and what to do."""
+
+
 class TrackingError(PipelineError):
     """The tracker is away. Raised only where a user asked for it by name, never in training."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from training.data.tables import TABLES
-from training.errors import EvaluationError
+from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation import verdict
 from training.evaluation.verdict import PairedTest, Protocol, Scores
 
@@ -208,3 +208,36 @@ def test_a_picture_that_failed_is_never_left_out():
         verdict.compare(scores("a", [1, math.nan], [1, 2]), scores("b", [1, 2], [1, 2]), MARGINS)
     with pytest.raises(EvaluationError, match="have no scores 'taste'"):
         verdict.compare(scores("a", [1], [1]), scores("b", [1], [1]), {"taste": 0.1})
+
+
+def with_failed(side, reasons):
+    """The same checkpoint with its last pictures failed."""
+    ids = side.metrics["prompt_id"].drop_nulls().unique().sort().to_list()[-len(reasons) :]
+    rows = [{"prompt_id": i, "group": "g", "metric": "failed", "reason": r} for i, r in zip(ids, reasons, strict=True)]
+    failed = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
+    own = side.metrics.filter(pl.col("prompt_id").is_null() | ~pl.col("prompt_id").is_in(ids))
+    return dataclasses.replace(side, metrics=pl.concat([own, failed]))
+
+
+@pytest.mark.parametrize("failed_side", [0, 1])
+def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what_to_do(failed_side):
+    a = np.linspace(4, 6, 40)
+    sides = [scores("base@0", a, a), scores("run@9", a, a)]
+    verdict.compare(*sides, MARGINS)
+    name = sides[failed_side].checkpoint
+    sides[failed_side] = with_failed(sides[failed_side], ["0.png is missing"] + ["1.png is damaged (OSError)"] * 6)
+    with pytest.raises(FailedPicturesError) as caught:
+        verdict.compare(*sides, MARGINS)
+    told = ", ".join(f"'p{n:05d}' (1.png is damaged (OSError))" for n in range(34, 38))
+    assert str(caught.value) == (
+        f"no verdict on run@9 against base@0: 7 of 40 pictures of {name} have no scores: 'p00033' (0.png is missing), "
+        f"{told} and 2 more; run `foundry verify --repair`, then `foundry run` draws and scores them again"
+    )
+
+
+@pytest.mark.parametrize("reason", ["was not drawn, its pixels are not finite", "clip_score is nan"])
+def test_pictures_that_would_fail_again_are_the_checkpoints_fault(reason):
+    a = np.linspace(4, 6, 40)
+    broken = with_failed(scores("run@9", a, a), [reason] * 40)
+    with pytest.raises(FailedPicturesError, match=r"40 of 40 pictures of run@9 .* and 35 more; the checkpoint is bro"):
+        verdict.compare(scores("base@0", a, a), broken, MARGINS)

@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 
 from training.data.tables import TABLES
-from training.errors import EvaluationError
+from training.errors import EvaluationError, FailedPicturesError
+from training.evaluation.pictures import refusal
 
 ALL = "all"
 MIN_PROMPTS = 30
@@ -67,9 +68,12 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
         `too_few_prompts` below 30. Where a group is the only one, it is `all`.
 
     Raises:
+        FailedPicturesError: a picture of either has no scores.
         EvaluationError: the protocols differ, a prompt has a score on one side only, or a score is not finite.
     """
     _refuse_unlike(a, b)
+    if failed := [text for side in (a, b) if (text := refusal(side.checkpoint, side.metrics))]:
+        raise FailedPicturesError(f"no verdict on {b.checkpoint} against {a.checkpoint}: {'; '.join(failed)}")
     pairs = {metric: _pair(a, b, metric) for metric in margins}
     groups = sorted({group for frame in pairs.values() for group in frame["group"].unique().to_list()})
     rows = []

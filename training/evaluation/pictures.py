@@ -1,0 +1,66 @@
+"""A checkpoint's pictures as files: reading them, and what is said of those that cannot be read or scored."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from training.errors import EvaluationError
+
+FAILED = "failed"
+"""Metric of the row that a picture gets which could not be scored."""
+NOT_DRAWN = "was not drawn, its pixels are not finite"
+_MISSING, _DAMAGED = "is missing", "is damaged"
+_MAX_NAMED = 5
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture of ours as `(H, W, 3)` uint8.
+
+    Raises:
+        EvaluationError: the file is missing or unreadable.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise EvaluationError(f"sample image {path} cannot be read ({error}): run `foundry verify --repair`") from error
+
+
+def read_or_explain(folder: Path, file: str | None) -> np.ndarray | str:
+    """A picture of ours as `(H, W, 3)` uint8, or in words that are equal on every machine why there is none."""
+    if file is None:
+        return NOT_DRAWN
+    try:
+        return read_picture(folder / file)
+    except EvaluationError as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return f"{file} {_MISSING}" if missing else f"{file} {_DAMAGED} ({type(error.__cause__).__name__})"
+
+
+def refusal(checkpoint: str, metrics: pl.DataFrame) -> str:
+    """Why no verdict can be given on a checkpoint, and what to do; empty where all of its pictures have scores.
+
+    Args:
+        checkpoint: Its name.
+        metrics: Its rows of table `eval_metrics`.
+    """
+    failed = metrics.filter(pl.col("metric") == FAILED).sort("prompt_id")
+    if failed.is_empty():
+        return ""
+    total = metrics["prompt_id"].drop_nulls().n_unique()
+    first = failed.select("prompt_id", "reason").head(_MAX_NAMED)
+    named = ", ".join(f"{prompt_id!r} ({reason})" for prompt_id, reason in first.iter_rows())
+    more = f" and {failed.height - _MAX_NAMED} more" if failed.height > _MAX_NAMED else ""
+    advice = (
+        "run `foundry verify --repair`, then `foundry run` draws and scores them again"
+        if any(can_be_drawn_again(reason) for reason in failed["reason"])
+        else "the checkpoint is broken"
+    )
+    return f"{failed.height} of {total} pictures of {checkpoint} have no scores: {named}{more}; {advice}"
+
+
+def can_be_drawn_again(reason: str) -> bool:
+    """Whether a picture had no scores for want of its file."""
+    return reason.endswith(_MISSING) or f" {_DAMAGED} (" in reason
