@@ -1,5 +1,6 @@
 """Asset checks: what must hold of each table, said once, shown beside the asset, able to fail."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from assets.verdicts import VERDICTS
 from resources import generations
 from resources.store import Store
 from training.data.latent_files import MAX_RECONSTRUCTION_ERROR
+from training.evaluation.prompt_building import TEXTS, trained_texts
 from training.evaluation.prompt_sets import overlap
 
 MIN_USABLE_SHARE = 0.5
@@ -305,13 +307,11 @@ def validation_improves(store: Store) -> Finding:
 
 @_check("prompt_sets", error=True)
 def prompts_never_trained(store: Store) -> Finding:
-    """No evaluation prompt is a training caption."""
-    captions = (
-        store.read("training_set", ["split", "caption"]).filter(pl.col("split") == "train")["caption"].drop_nulls()
-    )
-    found = [name for part in store.parts("prompt_sets")
-             for name in overlap(store.read("prompt_sets", parts=[part]), captions)]  # fmt: skip
-    return Finding(not found, "no prompt of a set equals a training caption", {"found": ", ".join(found[:10])})
+    """No evaluation prompt is a caption or the tags of a training image."""
+    trained = (store.read("training_set", TEXTS, [part]) for part in store.parts("training_set"))
+    found = overlap(store.read("prompt_sets"), itertools.chain.from_iterable(map(trained_texts, trained)))
+    rule = "no prompt of a set equals a training image's caption, made caption or tags"
+    return Finding(not found, rule, {"found": ", ".join(dict.fromkeys(found[:10]))})
 
 
 @_check("sample_images")

@@ -15,7 +15,7 @@ from training.evaluation import prompt_building
 from training.evaluation.prompt_groups import UNKNOWN_WORDS, negative_prompt
 from training.evaluation.prompt_sets import make_frame, read_prompts, refuse_overlap
 
-SELECTED = ("image_id", "height", "width", "split", "tags", "caption", "made_caption")
+SELECTED = ("image_id", "height", "width", *prompt_building.TEXTS)
 VOCABULARY = ("tag", "aliases")
 
 
@@ -65,7 +65,7 @@ def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
 
 
 def _make(store: Store, key: str) -> pl.DataFrame:
-    """The set's prompts, none of which a training image has as a caption."""
+    """The set's prompts, none of which a training image has as a caption or as its tags."""
     config = store.config.prompt_sets[key]
     selected = store.read("selected_images", SELECTED)
     if config.file:

@@ -4,6 +4,8 @@ import hashlib
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training.data.geometry import Size
 from training.data.tables import TABLES
@@ -82,7 +84,33 @@ def test_prompts_stay_when_more_images_come_and_go_when_their_image_does():
 
 def test_every_line_of_a_caption_counts_as_trained():
     rows = [("t", 9, 9, "train", "a red kite\na kite that is red", ["kite"]), ("v", 9, 9, "validation", "kite", [])]
-    assert prompt_building.trained_texts(selected(rows)) == ["a red kite", "a kite that is red", "kite"]
+    assert list(prompt_building.trained_texts(selected(rows))) == ["a red kite", "a kite that is red", "kite"]
+    assert prompt_building.from_validation(selected(rows), SIZES, 5).is_empty()
+
+
+tag_names = st.from_regex(r"[a-z]{1,6}(_[a-z]{1,4})?(_\([a-z]{1,3}\))?", fullmatch=True)
+
+
+@given(tags=st.lists(tag_names, min_size=1, max_size=30, unique=True), data=st.data())
+def test_a_prompt_of_trained_tags_is_found_however_it_is_spelled(tags, data):
+    typed = [
+        data.draw(
+            st.sampled_from([tag, tag.replace("_", " "), tag.upper(), tag.replace("(", r"\(").replace(")", r"\)")])
+        )
+        for tag in data.draw(st.permutations(tags))
+    ]
+    text = data.draw(st.sampled_from([", ", ",", " ,  "])).join(typed)
+    trained = list(prompt_building.trained_texts(selected([("t", 9, 9, "train", None, sorted(tags))])))
+    prompts = prompt_sets.make_frame([prompt_building._row("p", text, "g", SIZES[0])])
+    assert prompt_sets.overlap(prompts, trained) == ["p"]
+    more = prompt_sets.make_frame([prompt_building._row("p", f"{text}, another tag", "g", SIZES[0])])
+    assert prompt_sets.overlap(more, trained) == []
+
+
+def test_twenty_trained_tags_are_known_as_a_whole_and_as_the_twelve_that_a_prompt_is_made_of():
+    tags = [f"tag_{n:02}" for n in range(20)]
+    rows = [("t", 9, 9, "train", None, tags), ("v", 9, 9, "validation", None, [*tags[:12], "x"])]
+    assert list(prompt_building.trained_texts(selected(rows))) == [", ".join(tags), ", ".join(tags[:12])]
     assert prompt_building.from_validation(selected(rows), SIZES, 5).is_empty()
 
 

@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -13,11 +13,14 @@ import polars as pl
 from training.data.geometry import Size
 from training.errors import EvaluationError
 from training.evaluation.prompt_groups import group_prompts
-from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key
+from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key, trained_keys
 
 PARTI_COLUMNS = ("Prompt", "Category")
 """Of a tab-separated file: github.com/google-research/parti, PartiPrompts.tsv."""
+TEXTS = ("split", "tags", "caption", "made_caption")
+"""Columns of an image that say what it is trained with."""
 _MAX_TAGS = 12
+"""Of a prompt that is made from tags."""
 _ASPECTS = (1.0, 2 / 3, 3 / 2)
 """Width by height of prompts that come from no picture."""
 
@@ -39,7 +42,6 @@ def from_validation(
         the image's id, so that more images change few prompts. Groups are `caption` and `tags`. Empty where no
         held-out image has a text of its own.
     """
-    seen = {text_key(text) for text in trained_texts(selected)}
     held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
     ids = {image_id[:16] for image_id in held_out["image_id"]}
     kept = [] if previous is None else previous.select(COLUMNS).sort("prompt_id").to_dicts()
@@ -47,12 +49,15 @@ def from_validation(
     for row in sorted(
         held_out.iter_rows(named=True), key=lambda row: hashlib.sha256(row["image_id"].encode()).digest()
     ):
-        for text, group in _texts(row)[:1]:
-            size = nearest(sizes, row["width"] / row["height"])
-            candidates.append(_row(row["image_id"][:16], text, group, size))
+        size = nearest(sizes, row["width"] / row["height"])
+        if sentences := _sentences(row):
+            candidates.append(_row(row["image_id"][:16], sentences[0], "caption", size))
+        elif names := _tag_names(row):
+            candidates.append(_row(row["image_id"][:16], _prompt_of(names[:_MAX_TAGS]), "tags", size))
+    keys = [text_key(str(row["text"])) for row in candidates]
+    seen = trained_keys(keys, trained_texts(selected))
     rows: dict[str, dict[str, object]] = {}
-    for row in candidates:
-        key = text_key(str(row["text"]))
+    for row, key in zip(candidates, keys, strict=True):
         if key not in seen and row["prompt_id"] not in rows and len(rows) < num_prompts:
             seen.add(key)
             rows[str(row["prompt_id"])] = row
@@ -130,16 +135,31 @@ def _row(prompt_id: str, text: str, group: str, size: Size) -> dict[str, object]
     }  # fmt: skip
 
 
-def trained_texts(selected: pl.DataFrame) -> list[str]:
-    """Every caption and made caption of the training images, a line each, and their tags as a prompt."""
-    rows = selected.filter(pl.col("split") == "train").iter_rows(named=True)
-    return [text for row in rows for text, _ in _texts(row)]
+def trained_texts(images: pl.DataFrame) -> Iterator[str]:
+    """Every line of the training images' captions and made captions, and their tags as a prompt, all of them and as
+    many as a prompt is made of.
+
+    Args:
+        images: Of table `selected_images` or `training_set`, with the columns `TEXTS`.
+    """
+    for row in images.select(TEXTS).filter(pl.col("split") == "train").iter_rows(named=True):
+        yield from _sentences(row)
+        if names := _tag_names(row):
+            yield _prompt_of(names)
+            if len(names) > _MAX_TAGS:
+                yield _prompt_of(names[:_MAX_TAGS])
 
 
-def _texts(row: dict[str, object]) -> list[tuple[str, str]]:
-    """The texts of a selected image with their group, captions first."""
-    sentences = [line.strip() for name in ("caption", "made_caption") for line in str(row[name] or "").splitlines()]
+def _sentences(row: dict[str, object]) -> list[str]:
+    """The lines of an image's caption, then of its made one."""
+    lines = [line.strip() for name in ("caption", "made_caption") for line in str(row[name] or "").splitlines()]
+    return [line for line in lines if line]
+
+
+def _tag_names(row: dict[str, object]) -> list[str]:
     tags: list[dict[str, str]] = row["tags"] or []  # type: ignore[assignment]
-    names = [tag["name"] for tag in tags][:_MAX_TAGS]
-    texts = [(sentence, "caption") for sentence in sentences if sentence]
-    return [*texts, (", ".join(names), "tags")] if names else texts
+    return [tag["name"] for tag in tags]
+
+
+def _prompt_of(tags: Sequence[str]) -> str:
+    return ", ".join(tags)

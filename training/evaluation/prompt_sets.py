@@ -5,6 +5,8 @@ A prompt that the model was trained on says nothing about it: `overlap` finds su
 
 import csv
 import io
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ MULTIPLE_PX = 8
 """Both sides of a picture must be multiples of this: the VAE's scale."""
 MAX_SIDE_PX = 8192
 """Longest side of a picture."""
+_ESCAPED = re.compile(r"\\+([()])")
 
 
 def seed_of(prompt_id: str) -> int:
@@ -81,12 +84,17 @@ def digest(prompts: pl.DataFrame) -> str:
 
 
 def overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> list[str]:
-    """Ids of prompts whose text is that of a caption or prompt in `trained`, sorted.
+    """Ids of prompts whose text is that of a caption or prompt in `trained`, sorted; what makes no difference says
+    `text_key`."""
+    keys = [(prompt_id, text_key(text)) for prompt_id, text in prompts.select("prompt_id", "text").iter_rows()]
+    known = trained_keys([key for _, key in keys], trained)
+    return sorted(prompt_id for prompt_id, key in keys if key in known)
 
-    Case, spaces, underscores and the order of what stands between commas make no difference.
-    """
-    known = {text_key(text) for text in trained}
-    return sorted(row["prompt_id"] for row in prompts.iter_rows(named=True) if text_key(row["text"]) in known)
+
+def trained_keys(keys: Iterable[str], trained: Iterable[str]) -> set[str]:
+    """Those of some prompts' `text_key`s that a caption or prompt in `trained` has; `trained` may be millions."""
+    wanted = set(keys)
+    return {key for text in trained if (key := text_key(text)) in wanted}
 
 
 def refuse_overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> None:
@@ -142,6 +150,10 @@ def _parse(where: str, line: dict[str | None, str | None]) -> dict[str, object]:
 
 
 def text_key(text: str) -> str:
-    """What two prompts have in common that say the same: sorted comma-separated parts in one spelling."""
-    parts = (" ".join(part.replace("_", " ").casefold().split()).rstrip(".") for part in text.split(","))
+    """What two prompts have in common that say the same: what stands between commas, sorted, in one spelling.
+
+    Case, spaces and underscores, a full stop at the end, and `\\(` for `(`, as the UIs want it, make no difference.
+    """
+    plain = _ESCAPED.sub(r"\1", unicodedata.normalize("NFC", text.replace("_", " ").casefold()))
+    parts = (" ".join(part.split()).rstrip(" .") for part in plain.split(","))
     return ",".join(sorted(part for part in parts if part))
