@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from resources.stages import Per, Reads, Scope, Stage
-from training import toml
+from training import retention, toml
 from training.base_model import SUFFIX, config_folder, require_file
 from training.checks import check_name
 from training.commit import (
@@ -37,8 +37,9 @@ from training.commit import (
 from training.config import FORMAT, ModelsConfig, WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError, WorkspaceError
+from training.evaluation import champion
 from training.evaluation.contenders import RIVAL, due, read_rivals
-from training.run_folder import checkpoint_folder, read_config, read_ready
+from training.run_folder import READY, checkpoint_folder, read_config, read_ready
 from training.run_folder import checkpoints as ready_checkpoints
 
 CONFIG_FILE = "foundry.toml"
@@ -286,7 +287,8 @@ class Store:
         return str(self.read("base_model", ["checkpoint"], ["base"])["checkpoint"][0])
 
     def checkpoints_to_evaluate(self, *, training: bool = False) -> list[str]:
-        """The base model, rivals, and of each run that has ended the first, every N-th and the last checkpoint.
+        """The base model, rivals, of each run that has ended the first, every N-th and the last checkpoint, and the
+        champion, so that its scores are always of the protocol of those that challenge it.
 
         Args:
             training: Those of runs that are still training as well.
@@ -300,7 +302,41 @@ class Store:
             every, interval = self.config.evaluation.every, config.checkpoints.every_samples
             found = due(saved, interval=interval, every=every, num_samples=config.num_samples)
             names.extend(f"{run}@{samples_seen}" for samples_seen in found)
-        return names
+        now = champion.read(self.home)
+        if now is not None and self.is_of_run(now.checkpoint) and self.is_there(now.checkpoint):
+            names.append(now.checkpoint)
+        return list(dict.fromkeys(names))
+
+    def is_of_run(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is a run's, and no base model or rival."""
+        return not checkpoint.startswith(("base.", RIVAL))
+
+    def is_there(self, checkpoint: str) -> bool:
+        """Whether a checkpoint's weights are still there; retention removes those of runs.
+
+        Raises:
+            DataError: no checkpoint of this workspace has that name.
+        """
+        folder = self.checkpoint_folder(checkpoint)
+        return (folder / READY).is_file() if self.is_of_run(checkpoint) else folder.exists()
+
+    def keep(self, checkpoint: str, purpose: str) -> None:
+        """Keep a checkpoint of a run from retention until it is let go for the same purpose; other models stay anyway.
+
+        Raises:
+            DataError: retention was faster.
+        """
+        if not self.is_of_run(checkpoint):
+            return
+        try:
+            retention.want(self.checkpoint_folder(checkpoint), purpose)
+        except FileNotFoundError:
+            raise DataError(f"checkpoint {checkpoint} is not there any more: its run's retention removed it") from None
+
+    def let_go(self, checkpoint: str, purpose: str) -> None:
+        """End what `keep` began."""
+        if self.is_of_run(checkpoint):
+            retention.release(self.checkpoint_folder(checkpoint), purpose)
 
     def last_checkpoint(self, run: str) -> str | None:
         """The last checkpoint of a run that has ended; None while it has not."""
