@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,11 @@ from assets.partitions import checkpoints
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
-from training import retention
-from training.commit import Manifest, lock
+from training import retention, run_folder
+from training.commit import lock
 from training.data.tables import TABLES
-from training.errors import DataError, EvaluationError, TrackingError
+from training.errors import DataError, EvaluationError, FailedPicturesError, TrackingError
 from training.evaluation import champion
-from training.evaluation.contenders import RIVAL
 
 if TYPE_CHECKING:
     from training.evaluation.verdict import Scores
@@ -50,30 +49,55 @@ VERDICTS = Stage(
     others=_base_scores,
     prefix="base~",
 )
-PAIRS = replace(VERDICTS, reads=(), others=_pair_scores, prefix="")
-"""Verdicts between any two checkpoints, under the key `a~b`."""
+CHAMPION = "champion"
+"""Under which the champion is kept from retention."""
+
+
+def _pairs(*, one_of_many: bool) -> Stage:
+    """Verdicts between any two checkpoints, under the key `a~b`."""
+    return replace(
+        VERDICTS,
+        reads=(),
+        config=lambda config, key: {"margins": config.evaluation.verdicts.margins, "one_of_many": one_of_many},
+        others=_pair_scores,
+        prefix="",
+    )
 
 
 @dg.asset(deps=["eval_metrics"], partitions_def=checkpoints, **describe(VERDICTS, "evaluate"))
 def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
 
-    def make(key: str) -> Made:
-        from training.evaluation.verdict import compare
-
-        base = store.base_checkpoint()
-        if base is None or store.manifest("eval_metrics", base) is None:
-            raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
-        if key == base:
-            return Made(frame=TABLES["verdicts"].empty(), report={"numbers": {"note": "the base is not compared"}})
-        return _made(compare(scores_of(store, base), scores_of(store, key), store.config.evaluation.verdicts.margins))
-
-    result = materialize(context, store, VERDICTS, make)
+    result = materialize(context, store, VERDICTS, lambda key: judge(store, key))
     for key in context.partition_keys:
         _track(context, store, key)
     crown(store, context.log)
     _link_views(context, store)
     return result
+
+
+def judge(store: Store, key: str) -> Made:
+    """The verdict of a checkpoint against the base; for one with failed pictures, a note that there is none and why.
+
+    Raises:
+        DataError: the base or the checkpoint has no scores.
+        EvaluationError: their scores were made by different protocols.
+    """
+    from training.evaluation.verdict import compare
+
+    base = store.base_checkpoint()
+    if base is None or store.manifest("eval_metrics", base) is None:
+        raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
+    if key == base:
+        return _without("the base is not compared")
+    try:
+        return _made(compare(scores_of(store, base), scores_of(store, key), store.config.evaluation.verdicts.margins))
+    except FailedPicturesError as error:  # an outcome as any other: it can be looked at, and later checkpoints go on
+        return _without(str(error))
+
+
+def _without(note: str) -> Made:
+    return Made(frame=TABLES["verdicts"].empty(), report={"numbers": {"note": note}})
 
 
 def _made(frame: pl.DataFrame) -> Made:
@@ -118,33 +142,38 @@ def _named(inputs: Mapping[str, str], prefix: str) -> dict[str, str]:
     return {name: digest for name, digest in inputs.items() if name.startswith(prefix)}
 
 
-def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> Manifest:
-    """Commit the verdict of b against a under the part `a~b`, where it is not current.
+def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> str:
+    """Commit the verdict of b against a, where it is not current; returns its part.
+
+    Against the base that is `base~b`, else `a~b`; the held-out half against the base stands in `a~b` alone, so that no
+    row is there twice.
 
     Args:
         store: The workspace.
         a: Checkpoint compared against.
         b: Checkpoint judged.
-        one_of_many: It was chosen among several, so the held-out half of the prompts is judged as well.
+        one_of_many: It was chosen among several, so the held-out half of the prompts is judged as well. Whoever does
+            not ask for that half is content with a verdict that has it.
 
     Raises:
         DataError: one of them has no scores.
+        FailedPicturesError: a picture of either has no scores.
         EvaluationError: their scores were made by different protocols.
     """
-    stage = replace(
-        PAIRS, config=lambda config, key: {"margins": config.evaluation.verdicts.margins, "one_of_many": one_of_many}
-    )
-    key = f"{a}~{b}"
-    with store.writing(stage.name, key):
-        manifest, basis = store.manifest(stage.name, key), store.basis(stage, key)
-        assert basis is not None, "pairs read no table by slices"
-        if manifest is not None and manifest.basis == basis:
-            return manifest
-        started = time.monotonic()
-        frame = champion.challenge(
-            scores_of(store, a), scores_of(store, b), store.config.evaluation.verdicts.margins, one_of_many=one_of_many
-        )
-        return store.commit(stage, key, _made(frame), basis, seconds=time.monotonic() - started)
+    ours, theirs, margins = scores_of(store, a), scores_of(store, b), store.config.evaluation.verdicts.margins
+    against_base, pair = a == store.base_checkpoint(), f"{a}~{b}"
+    stage, key = (VERDICTS, b) if against_base and not one_of_many else (_pairs(one_of_many=one_of_many), pair)
+    part = stage.part(key)
+    with store.writing(stage.name, part):
+        manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
+        assert basis is not None, "both have scores"
+        serving = (basis, store.basis(_pairs(one_of_many=True), pair))
+        if manifest is None or not manifest.rows or manifest.basis not in serving:
+            started = time.monotonic()
+            frame = champion.challenge(ours, theirs, margins, one_of_many=one_of_many)
+            made = _made(champion.decisive(frame) if against_base and one_of_many else frame)
+            store.commit(stage, key, made, basis, seconds=time.monotonic() - started)
+    return part
 
 
 def crown(store: Store, log: logging.Logger) -> None:
@@ -153,58 +182,97 @@ def crown(store: Store, log: logging.Logger) -> None:
     Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow follows. Whoever is
     killed on the way leaves the old champion, and the next call begins again.
     """
-    from training.evaluation.verdict import sentence
-
     if not store.parts("verdicts"):
         return
     if waiting := store.stale(VERDICTS):
         log.info(f"the champion waits for verdicts on {', '.join(waiting)}")
         return
     with lock(store.home / "locks" / "champion.lock", f"the champion of {store.home}"):
-        base = store.base_checkpoint()
-        assert base is not None, "verdicts have a base"
-        now = champion.read(store.home) or champion.Champion(checkpoint=base, digest=store.checkpoint_digest(base))
-        found = {name: store.manifest("eval_metrics", name) for name in store.parts("eval_metrics")}
-        scores = {name: manifest for name, manifest in found.items() if manifest is not None}
-        ours = {name for name in scores if name not in (base, now.checkpoint) and not name.startswith(RIVAL)}
-        fresh = [name for name in sorted(ours) if scores[name].digest != now.challenged.get(name)]
-        if not fresh:
+        now = _reigning(store)
+        _keep_only(store, now.checkpoint)
+        if (after := _contest(store, now, log)) is None:
             return
+        if after.checkpoint != now.checkpoint:
+            store.keep(after.checkpoint, CHAMPION)
+        champion.write(store.home, after)
+        _keep_only(store, after.checkpoint)
+        _track_champion(store, after, log)
+
+
+def _reigning(store: Store) -> champion.Champion:
+    """The champion; the present base model while nothing has been better."""
+    base, now = store.base_checkpoint(), champion.read(store.home)
+    assert base is not None, "verdicts have a base"
+    if now is None or (not now.verdict and now.checkpoint != base):
+        return champion.Champion(checkpoint=base, digest=store.checkpoint_digest(base))
+    return now
+
+
+def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champion.Champion | None:
+    """Judge whoever has not yet stood against the champion; returns the champion after that, None if nobody could."""
+    from training.evaluation.verdict import sentence
+
+    found = {name: store.manifest("eval_metrics", name) for name in store.parts("eval_metrics")}
+    ours = {name: manifest.digest for name, manifest in found.items() if manifest is not None and store.is_of_run(name)}
+    ours.pop(now.checkpoint, None)
+    fresh = [name for name in sorted(ours) if ours[name] != now.challenged.get(name)]
+    if not fresh:
+        return None
+    try:
+        titleholder = scores_of(store, now.checkpoint)
+    except DataError as error:
+        log.warning(f"the champion {now.checkpoint} is not challenged: {error}")
+        return None
+    sides = _challengers(store, titleholder, fresh, log)
+    if not sides:
+        gone = "" if store.is_there(now.checkpoint) else "; its weights are gone: remove champion.json to begin anew"
+        log.warning(f"the champion {now.checkpoint} stays, for none of {', '.join(fresh)} can challenge it{gone}")
+        return None
+    best = champion.choose(titleholder, sides, store.config.evaluation.verdicts.margins)
+    many = len(sides) > 1 or bool(now.challenged)
+    parts = {
+        side.checkpoint: judge_pair(store, now.checkpoint, side.checkpoint, one_of_many=many and side is best)
+        for side in sides
+    }
+    part = parts[best.checkpoint]
+    rows = store.read("verdicts", parts=[part])
+    said = "; ".join(sentence(row) for row in champion.decisive(rows).iter_rows(named=True))
+    if champion.wins(rows, store.config.evaluation.verdicts.deciding):
+        log.info(f"new champion {best.checkpoint}: {said}")
+        digest = store.checkpoint_digest(best.checkpoint)
+        now = replace(now, checkpoint=best.checkpoint, digest=digest, verdict=part, sentence=said)
+    else:
+        log.info(f"{now.checkpoint} stays champion against {best.checkpoint}: {said}")
+    return replace(now, challenged={**now.challenged, **{name: ours[name] for name in parts}})
+
+
+def _challengers(store: Store, titleholder: "Scores", names: Sequence[str], log: logging.Logger) -> list["Scores"]:
+    """Those of the checkpoints that can be judged against the champion; of each other it is said why not."""
+    from training.evaluation.verdict import compare
+
+    sides = []
+    for name in names:
         try:
-            titleholder = scores_of(store, now.checkpoint)
-            sides = [side for name in fresh if (side := scores_of(store, name)).protocol == titleholder.protocol]
+            if not store.is_there(name):
+                raise DataError("its weights are gone")
+            side = scores_of(store, name)
+            compare(titleholder, side, store.config.evaluation.verdicts.margins)
         except (DataError, EvaluationError) as error:
-            log.warning(f"the champion {now.checkpoint} is not challenged: {error}")
-            return
-        if not sides:
-            return
-        best = champion.choose(titleholder, sides, store.config.evaluation.verdicts.margins)
-        many = len(sides) > 1 or bool(now.challenged)
-        for side in sides:
-            judge_pair(store, now.checkpoint, side.checkpoint, one_of_many=many and side is best)
-        part = f"{now.checkpoint}~{best.checkpoint}"
-        rows = store.read("verdicts", parts=[part])
-        stood = {side.checkpoint: scores[side.checkpoint].digest for side in sides}
-        said = "; ".join(sentence(row) for row in champion.decisive(rows).iter_rows(named=True))
-        if champion.wins(rows, store.config.evaluation.verdicts.deciding):
-            _move(store, now, best.checkpoint)
-            now = champion.Champion(
-                checkpoint=best.checkpoint, digest=store.checkpoint_digest(best.checkpoint), verdict=part,
-                sentence=said, challenged=now.challenged,
-            )  # fmt: skip
-            log.info(f"new champion {best.checkpoint}: {said}")
-        else:
-            log.info(f"{now.checkpoint} stays champion against {best.checkpoint}: {said}")
-        champion.write(store.home, replace(now, challenged={**now.challenged, **stood}))
-        _track_champion(store, now, log)
+            log.warning(f"{name} does not challenge the champion {titleholder.checkpoint}: {error}")
+            continue
+        sides.append(side)
+    return sides
 
 
-def _move(store: Store, old: champion.Champion, new: str) -> None:
-    """Keep the new champion's folder from retention, and let go of the old one's."""
-    for name, mark in ((new, retention.want), (old.checkpoint, retention.release)):
-        folder = store.checkpoint_folder(name)
-        if folder.is_dir():
-            mark(folder, "champion")
+def _keep_only(store: Store, checkpoint: str) -> None:
+    """Keep the champion from retention, and let go of all that were champion before."""
+    if store.is_there(checkpoint):
+        store.keep(checkpoint, CHAMPION)
+    kept = store.checkpoint_folder(checkpoint)
+    for run in store.keys(Scope.RUN):
+        for folder in run_folder.checkpoints(store.run_folder(run)):
+            if folder != kept:
+                retention.release(folder, CHAMPION)
 
 
 def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
