@@ -17,7 +17,7 @@ import torch
 from training.conditioning import make_time_ids
 from training.data.geometry import Size
 from training.data.tables import TABLES
-from training.errors import EvaluationError, ModelError
+from training.errors import EvaluationError
 from training.evaluation.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.evaluation.png_parameters import lora_hash, parameters, write_png
 from training.evaluation.prompt_encoding import PromptEncoder
@@ -28,7 +28,7 @@ from training.evaluation_config import SamplingConfig
 from training.models.lora import add_loras
 from training.models.text_encoders import TextConditioning
 from training.models.unet import PipelineParts, load_pipeline_parts
-from training.models.vae import Vae
+from training.models.vae import Vae, scale_of
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the pictures drawn so far and their total."""
@@ -64,11 +64,12 @@ def sample_folder(
         progress: Follows along.
 
     Returns:
-        Rows of table `sample_images`; height and width are those of the finished pictures.
+        Rows of table `sample_images`; height and width are those of the finished pictures. One that is not finite has
+        no file and no digest.
 
     Raises:
         ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
-        EvaluationError: a picture is not finite, or the checkpoint cannot be sampled in this way.
+        EvaluationError: the checkpoint cannot be sampled in this way.
     """
     model, layer = model_folder(checkpoint, config), clip_skip(checkpoint, config)
     parts = load_pipeline_parts(model, device)
@@ -80,19 +81,21 @@ def sample_folder(
     rows: list[dict[str, object]] = []
     for prompt_id, picture in sample(parts, prompts, config, clip_skip=layer, device=device):
         prompt = by_id[prompt_id]
-        file = file_name(prompt_id)
-        text = parameters(
-            prompt.text, prompt.negative, seed=prompt.seed, height=prompt.height, width=prompt.width, model=shown,
-            config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
-        )  # fmt: skip
-        write_png(folder / file, picture, text)
-        rows.append(
-            {
-                "prompt_id": prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
-                "seed": prompt.seed, "height": picture.shape[0], "width": picture.shape[1], "file": file,
-                "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
-            }
-        )  # fmt: skip
+        size = final_size(Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae))
+        row: dict[str, object] = {
+            "prompt_id": prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
+            "seed": prompt.seed, "height": size.height, "width": size.width,
+        }  # fmt: skip
+        if picture is None:
+            (folder / file_name(prompt_id)).unlink(missing_ok=True)
+        else:
+            row |= {"file": file_name(prompt_id), "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
+            text = parameters(
+                prompt.text, prompt.negative, seed=prompt.seed, height=prompt.height, width=prompt.width, model=shown,
+                config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
+            )  # fmt: skip
+            write_png(folder / file_name(prompt_id), picture, text)
+        rows.append(row)
         if progress is not None and (len(rows) % config.batch_size == 0 or len(rows) == len(by_id)):
             progress(len(rows), len(by_id))
     return TABLES["sample_images"].conform(pl.DataFrame(rows, schema=TABLES["sample_images"].schema))
@@ -100,7 +103,7 @@ def sample_folder(
 
 def sample(
     parts: PipelineParts, prompts: pl.DataFrame, config: SamplingConfig, *, clip_skip: int = 1, device: str = "cpu"
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray | None]]:
     """Draw one picture per prompt, batched by size and number of chunks.
 
     Args:
@@ -111,12 +114,12 @@ def sample(
         device: Where the model is.
 
     Yields:
-        `(prompt_id, (H, W, 3) uint8)`, in an order of its own. A picture follows from its prompt, size, seed, the
-        weights and `config` without `batch_size`; batches change it by rounding only.
+        `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not finite, as a broken
+        checkpoint draws them. A picture follows from its prompt, size, seed, the weights and `config` without
+        `batch_size`; batches change it by rounding only.
 
     Raises:
-        EvaluationError: a picture is not finite, a side does not fit the checkpoint's VAE, or the checkpoint cannot be
-            sampled in this way.
+        EvaluationError: a side does not fit the checkpoint's VAE, or the checkpoint cannot be sampled in this way.
     """
     rows = _prompts(prompts)
     texts = [text for prompt in rows for text in (prompt.text, prompt.negative)]
@@ -128,11 +131,7 @@ def sample(
         if odd:
             size = f"{odd[0].height}x{odd[0].width}"
             raise EvaluationError(f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels")
-        try:
-            pictures = vae.decode(draw(parts, vae, encoder, batch, config))
-        except ModelError as error:
-            ids = ", ".join(repr(prompt.prompt_id) for prompt in batch)
-            raise EvaluationError(f"pictures of prompts {ids} cannot be shown: {error}") from error
+        pictures = vae.decode_each(draw(parts, vae, encoder, batch, config))
         for prompt, picture in zip(batch, pictures, strict=True):
             yield prompt.prompt_id, picture
 
@@ -141,11 +140,7 @@ def sample(
 def draw(
     parts: PipelineParts, vae: Vae, encoder: PromptEncoder, batch: Sequence[Prompt], config: SamplingConfig
 ) -> torch.Tensor:
-    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and one number of chunks, of both passes.
-
-    Raises:
-        ModelError: a picture of the first pass cannot be decoded, where the second goes through pixels.
-    """
+    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and number of chunks, of both passes."""
     text = encoder.encode([prompt.negative for prompt in batch], [prompt.text for prompt in batch])
     size = Size(batch[0].height, batch[0].width)
 

@@ -35,18 +35,21 @@ def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.
         latents: `(B, C, h, w)` fp32, scaled.
         size: Wanted, pixels; multiples of `vae.scale`.
         how: In latents or through pixels.
-        vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn.
-
-    Raises:
-        ModelError: a picture cannot be decoded.
+        vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn. Latents of a picture
+            that is not finite become NaN.
     """
     height, width = size.height // vae.scale, size.width // vae.scale
     if how == "latent":
         return functional.interpolate(latents, (height, width), mode="bilinear")
     if how == "latent_bicubic":
         return functional.interpolate(latents, (height, width), mode="bicubic", antialias=True)
-    pictures = [
-        np.asarray(Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS))
-        for picture in vae.decode(latents)
+    pictures = vae.decode_each(latents)
+    large = [
+        np.zeros((*size, 3), dtype=np.uint8)
+        if picture is None
+        else np.asarray(Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS))
+        for picture in pictures
     ]
-    return vae.forward(vae.preprocess(pictures))[0]
+    broken = torch.tensor([picture is None for picture in pictures], device=vae.device)
+    encoded = vae.forward(vae.preprocess(large))[0]
+    return encoded.masked_fill(broken[:, None, None, None], torch.nan)

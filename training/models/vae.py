@@ -68,7 +68,7 @@ class Vae:
         self.precision: Precision = "fp32" if precision == "tf32" and self.device.type != "cuda" else precision
         """What encoding really uses."""
         self.tile_above_px = tile_above_px
-        self.scale = 2 ** (len(model.config.block_out_channels) - 1)
+        self.scale = scale_of(model)
         """Pixels per latent along a side."""
         channels = model.config.latent_channels
         scaling = model.config.scaling_factor
@@ -152,14 +152,21 @@ class Vae:
         Raises:
             ModelError: A latent or a decoded pixel is not finite: there is no picture to show.
         """
+        images = self.decode_each(latents)
+        broken = [place for place, image in enumerate(images) if image is None]
+        if broken:
+            raise ModelError(f"VAE: decoding gave non-finite pixels for images {broken} of a batch of {len(images)}")
+        return np.stack([image for image in images if image is not None])
+
+    def decode_each(self, latents: torch.Tensor) -> list[np.ndarray | None]:
+        """Images `(H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`; None where a pixel is not finite."""
         with torch.inference_mode():
             unscaled = latents.to(self.device, torch.float32) / self.factor + self.latents_mean
             decoded = self.model.decode(unscaled).sample  # (B, 3, H, W)
-        broken = (~torch.isfinite(decoded).flatten(1).all(1)).nonzero().flatten().tolist()
-        if broken:
-            raise ModelError(f"VAE: decoding gave non-finite pixels for images {broken} of a batch of {len(decoded)}")
-        levels = (decoded.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).cpu().numpy()
+            finite = torch.isfinite(decoded).flatten(1).all(1).tolist()
+            levels = (decoded.nan_to_num().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+        images = levels.permute(0, 2, 3, 1).cpu().numpy()
+        return [image if good else None for image, good in zip(images, finite, strict=True)]
 
     def free_memory(self) -> None:
         """Give back what a batch that was too large has left behind."""
@@ -189,6 +196,11 @@ class Vae:
                 f"VAE in {asked}: mean reconstruction error {errors[asked]:.2f} of 255, in fp32 {errors['fp32']:.2f}, "
                 f'limit {limit:.2f}; set precision = "tf32" in the encoding'
             )
+
+
+def scale_of(model: AutoencoderKL) -> int:
+    """Pixels per latent along a side."""
+    return int(2 ** (len(model.config.block_out_channels) - 1))
 
 
 @contextlib.contextmanager
