@@ -124,6 +124,10 @@ class Store:
         """Folder of a checkpoint's sample images."""
         return self.home / "sample_images" / checkpoint
 
+    def sheet_file(self, run: str) -> Path:
+        """Contact sheet of all that the report on a run shows."""
+        return self.home / "sample_images" / f"{run}_contact_sheet.jpg"
+
     def source_root(self, source: str) -> Path:
         """Folder of a source.
 
