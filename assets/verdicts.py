@@ -16,10 +16,11 @@ from assets.partitions import checkpoints
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
+from resources.tracking_catch_up import catch_up
 from training import retention, run_folder
 from training.commit import lock
 from training.data.tables import TABLES
-from training.errors import DataError, EvaluationError, FailedPicturesError, TrackingError
+from training.errors import DataError, EvaluationError, FailedPicturesError
 from training.evaluation import champion
 
 if TYPE_CHECKING:
@@ -69,10 +70,9 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
     """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
 
     result = materialize(context, store, VERDICTS, lambda key: judge(store, key))
-    for key in context.partition_keys:
-        _track(context, store, key)
     crown(store, context.log)
-    _link_views(context, store)
+    if catch_up(store, context.log):
+        _link_views(context, store)
     return result
 
 
@@ -196,7 +196,6 @@ def crown(store: Store, log: logging.Logger) -> None:
             store.keep(after.checkpoint, CHAMPION)
         champion.write(store.home, after)
         _keep_only(store, after.checkpoint)
-        _track_champion(store, after, log)
 
 
 def _reigning(store: Store) -> champion.Champion:
@@ -275,35 +274,9 @@ def _keep_only(store: Store, checkpoint: str) -> None:
                 retention.release(folder, CHAMPION)
 
 
-def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
-    """Send scores, verdicts and a handful of pictures to MLflow; when it is away, say so and go on."""
-    try:
-        tracking = workspace_tracking(store.home, store.config.tracking.uri)
-        tracking.log_evaluation(
-            key,
-            metrics=store.read("eval_metrics", parts=[key]),
-            samples=store.read("sample_images", parts=[key]),
-            folder=store.sample_folder(key),
-        )
-        if VERDICTS.part(key) in store.parts("verdicts"):
-            tracking.log_verdicts(store.read("verdicts", parts=[VERDICTS.part(key)]))
-    except TrackingError as error:
-        context.log.warning(f"MLflow: {error}")
-
-
 def _link_views(context: dg.AssetExecutionContext, store: Store) -> None:
     """Show beside the verdicts where MLflow shows runs, curves and pictures side by side."""
     views = workspace_tracking(store.home, store.config.tracking.uri).views()
     links = {f"MLflow: {name}": dg.MetadataValue.url(url) for name, url in views.items()}
     for key in context.partition_keys if links else ():
         context.add_asset_metadata(links, partition_key=key)
-
-
-def _track_champion(store: Store, now: champion.Champion, log: logging.Logger) -> None:
-    """Let MLflow's alias follow; when it is away, say so and go on."""
-    if not now.verdict:
-        return
-    try:
-        workspace_tracking(store.home, store.config.tracking.uri).set_champion(now.checkpoint, now.sentence)
-    except TrackingError as error:
-        log.warning(f"MLflow: {error}")

@@ -17,6 +17,7 @@ from resources.instance import instance as open_instance
 from resources.run_launcher import holder_tags, report_dead_runs
 from resources.stages import Scope, Stage
 from resources.store import Store
+from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
 from training.commit import lock
 from training.errors import ConfigError, DataError, PipelineError
@@ -82,6 +83,7 @@ def bring_up_to_date(
             if stages[0] is verdicts.VERDICTS:
                 verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between the two
     rebuild(store)
+    catch_up(store, logging.getLogger(__name__))
     return outcomes
 
 

@@ -1,4 +1,5 @@
 """From event logs and score tables to MLflow, outside of the training process: safe to repeat, never in its way.
+`resources.tracking_catch_up` decides what is sent.
 
 MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint, weights stay on disk.
 """
@@ -74,12 +75,22 @@ class Tracking:
     ui: str = guard.MLFLOW_PATH
     """Address of MLflow's web pages, as Dagster's pages link to it."""
 
-    def forward(self, folder: Path, tags: Mapping[str, str] | None = None) -> int:
+    def identity(self) -> str:
+        """`mlflow_calls.identity` of the experiment, which is made where there is none.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        with mlflow_calls.explained(f"MLflow at {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
+            experiment = client.get_experiment(self._experiment_id(client))
+            return mlflow_calls.identity(experiment.experiment_id, experiment.creation_time)
+
+    def forward(self, folder: Path) -> int:
         """Send what a run's event log holds and MLflow does not have yet, with the times at which it happened.
 
         Args:
             folder: The run's folder; its name is the run's.
-            tags: Further tags of the run, such as a link to Dagster.
 
         Returns:
             The number of metrics sent. Killed at any point, the next call goes on without a loss or a repetition.
@@ -98,8 +109,6 @@ class Tracking:
             state = tracking_spool.read_state(folder, run.info.run_id)
             if state.offset == 0:
                 self._describe(client, run, folder)
-            if tags:
-                mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
             for chunk in tracking_spool.pending(folder, state):
                 self._send(client, run, folder, chunk)
                 tracking_spool.write_state(folder, chunk.state)
@@ -129,7 +138,6 @@ class Tracking:
             chosen = choose_pictures(samples, NUM_PICTURES)
             put = functools.partial(self._put, client, run)
             mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
-        self.views()
 
     def log_verdicts(self, verdicts: pl.DataFrame) -> None:
         """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of them as
