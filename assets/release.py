@@ -12,10 +12,11 @@ from assets.partitions import runs
 from assets.release_report import evaluated, render_report, shown, sides, summary_of
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest, git_revision
-from resources.tracking import choose_pictures, workspace_tracking
+from resources.tracking import choose_pictures
+from resources.tracking_catch_up import catch_up
 from training import release as releasing
 from training.commit import json_digest, write_bytes
-from training.errors import DataError, TrackingError
+from training.errors import DataError
 from training.evaluation import contact_sheet, figures
 from training.evaluation.model_card import Card, Picture
 from training.event_log import read_lines
@@ -83,6 +84,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
                 **{picture.file: path for picture, path in pictures},
             },
         )
+        write_bytes(store.sheet_file(key), _sheet(store, key, last))
         return Made(
             frame=releasing.table(folder),
             report={
@@ -97,8 +99,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
         )
 
     result = materialize(context, store, STAGE, make)
-    for key in context.partition_keys:
-        _track(context, store, key)
+    catch_up(store, context.log)
     return result
 
 
@@ -177,20 +178,6 @@ def _grid(store: Store, last: str) -> str:
         pictures += [read_picture(before.folder / row["file"]), read_picture(after.folder / row["after"])]
         captions += [f"base: {row['text']}", "fine-tuned"]
     return figures.contact_sheet(pictures, captions)
-
-
-def _track(context: dg.AssetExecutionContext, store: Store, key: str) -> None:
-    """Put the report and the grid beside the run in MLflow; when it is away, say so and go on."""
-    last = store.last_checkpoint(key)
-    assert last is not None, "a release has been made of it"
-    sheet = _sheet(store, key, last)
-    write_bytes(store.home / "sample_images" / f"{key}_contact_sheet.jpg", sheet)
-    try:
-        tracking = workspace_tracking(store.home, store.config.tracking.uri)
-        tracking.log_file(last, "contact_sheet.jpg", sheet)
-        tracking.log_file(last, "report.html", (store.home / "release" / key / releasing.REPORT).read_bytes())
-    except TrackingError as error:
-        context.log.warning(f"MLflow: {error}")
 
 
 def _sheet(store: Store, run: str, last: str) -> bytes:

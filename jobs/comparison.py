@@ -1,5 +1,6 @@
 """Evaluating checkpoints when asked to, also on another machine, and comparing any two of them."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from jobs import pipeline
 from resources import devices
 from resources.instance import instance as open_instance
 from resources.store import Made, Store
+from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
 from training import toml
 from training.commit import lock, write_bytes
@@ -99,6 +101,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list
             for key in stale:
                 pipeline.execute(instance, [stage], [key])
     rebuild(store)
+    catch_up(store, logging.getLogger(__name__))
     return keys
 
 
