@@ -13,6 +13,7 @@ from resources import devices, torchrun
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
+from resources.tracking_catch_up import catch_up
 from training.commit import lock
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, TrackingError, TrainingError
@@ -74,7 +75,7 @@ def checkpoints(
         prepare(store, key, run)
         tracking = workspace_tracking(store.home, store.config.tracking.uri)
         ending = follow(context, store, folder, run, tracking)
-        forward(context, tracking, folder)
+        catch_up(store, context.log)
         if ending["event"] != "finished":
             reason = ending.get("reason", "it was asked to")
             raise TrainingError(f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}")
