@@ -1,11 +1,10 @@
-"""Work by the clock: catching up MLflow with what trainers wrote while it was away, and encoding latents anew."""
+"""Work by the clock: sending MLflow what it lacks, which is on by default, and encoding latents anew, which is not."""
 
 import dagster as dg
 
 from jobs.encode import REENCODE_JOB, reencode_requests
 from resources.store import Store
-from resources.tracking import workspace_tracking
-from training.errors import TrackingError
+from resources.tracking_catch_up import catch_up, owes
 
 _UNFINISHED = (
     dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING,
@@ -14,22 +13,28 @@ _UNFINISHED = (
 
 
 @dg.op
-def forward_events(context: dg.OpExecutionContext, store: dg.ResourceParam[Store]) -> None:
-    """Send every run's new events to MLflow; safe to repeat, and nothing is lost when the server is away."""
-    tracking = workspace_tracking(store.home, store.config.tracking.uri)
-    for folder in sorted(path.parent for path in (store.home / "runs").glob("*/events.jsonl")):
-        try:
-            num_sent = tracking.forward(folder)
-        except TrackingError as error:
-            context.log.warning(f"{folder.name}: {error}")
-            continue
-        context.log.info(f"{folder.name}: {num_sent} metrics sent")
+def send_to_mlflow(context: dg.OpExecutionContext, store: dg.ResourceParam[Store]) -> None:
+    """Send MLflow what it lacks; safe to repeat, and nothing is lost when the server is away."""
+    catch_up(store, context.log)
 
 
-@dg.job(description="Send to MLflow whatever training runs have logged since the last time.")
+@dg.job(description="Send MLflow what it lacks: event logs, scores, verdicts, reports, the champion.")
 def catch_up_tracking() -> None:
-    """One op: forward all runs."""
-    forward_events()
+    """One op: send all that is owed."""
+    send_to_mlflow()
+
+
+@dg.schedule(
+    job=catch_up_tracking,
+    cron_schedule="*/15 * * * *",
+    name="tracking_catch_up",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Every 15 minutes: what MLflow lacks, because it was away or because a trainer goes on by itself. On "
+    "from the start, and idle while MLflow has everything.",
+)
+def tracking_catch_up(store: dg.ResourceParam[Store]) -> dg.RunRequest | dg.SkipReason:
+    """Request a run when MLflow lacks something."""
+    return dg.RunRequest() if owes(store) else dg.SkipReason("MLflow has everything")
 
 
 @dg.schedule(
@@ -51,12 +56,4 @@ def reencode_latents(
     return requests or dg.SkipReason(f"no shard has latents older than {hours:g} hours")
 
 
-ALL = [
-    reencode_latents,
-    dg.ScheduleDefinition(
-        job=catch_up_tracking,
-        cron_schedule="*/15 * * * *",
-        name="tracking_catch_up",
-        description="Every 15 minutes: what trainers logged while MLflow was away.",
-    ),
-]
+ALL = [reencode_latents, tracking_catch_up]
