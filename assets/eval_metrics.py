@@ -54,7 +54,7 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
             aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
             further = scorers.load({name: store.model_path(name) for name in config.scorers}, device)
             networks = Networks(clip=clip, aesthetic=aesthetic)
-            compared = references.gather(store, key, networks, config.batch_size)
+            compared = references.gather(store, METRICS, key, networks, config.batch_size)
             frame = score(
                 samples, store.sample_folder(key), clip, aesthetic,
                 batch_size=config.batch_size, scorers=further, references=compared,

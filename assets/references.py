@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from assets.annotations import EMBEDDINGS
+from resources.stages import Stage
 from resources.store import Store
 from training.data import crops, sources
 from training.data.decode_pool import DecodePool
@@ -45,8 +46,15 @@ def digests(store: Store, key: str) -> dict[str, str]:
     }
 
 
-def gather(store: Store, key: str, networks: "Networks", batch_size: int) -> References:
+def gather(store: Store, stage: Stage, key: str, networks: "Networks", batch_size: int) -> References:
     """All that is there of what checkpoint `key` is compared with; nothing for the base.
+
+    Args:
+        store: The workspace.
+        stage: `eval_metrics`. What it has committed of the base's pictures is taken from there while it is current.
+        key: The checkpoint.
+        networks: Look at the base's pictures where nothing current is committed.
+        batch_size: Pictures at a time.
 
     Raises:
         DataError: embeddings of its training images were made by another CLIP.
@@ -56,7 +64,8 @@ def gather(store: Store, key: str, networks: "Networks", batch_size: int) -> Ref
         return References()
     pictures = None
     if base is not None and store.manifest("sample_images", base) is not None:
-        pictures = _base_pictures(store, base, networks, batch_size)
+        current = store.is_current(stage, base)
+        pictures = _seen_before(store, base) if current else _base_pictures(store, base, networks, batch_size)
     inputs = _inputs(store, key)
     return References(base=pictures, training=_training_images(store, key) if inputs else None)
 
@@ -142,6 +151,16 @@ def _inputs(store: Store, key: str) -> RunInputs | None:
         return None
     inputs = read_inputs(folder)
     return inputs if inputs.training_set.is_file() else None
+
+
+def _seen_before(store: Store, base: str) -> BasePictures:
+    """What the base's committed scores hold of its pictures: equal to the bit to another look at them."""
+    rows = store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base])
+    of = {name: rows.filter(pl.col("metric") == name).sort("prompt_id") for name in ("embedding", *overbaked.ALL)}
+    return BasePictures(
+        embeddings=np.array(of["embedding"]["embedding"].to_list(), dtype=np.float32),
+        levels={name: of[name]["value"].to_numpy() for name in overbaked.ALL},
+    )
 
 
 def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:

@@ -88,7 +88,7 @@ def pictures(store, key, seed=0):
 
 def test_a_checkpoint_is_compared_with_the_images_it_was_trained_on(store, networks):
     pictures(store, "base.abc@0")
-    found = references.gather(store, KEY, networks, batch_size=2)
+    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     assert found.base.embeddings.shape == (3, 12)
     images = found.training.images
     assert images["split"].value_counts().sort("split").rows() == [("train", 22), ("validation", 5)]
@@ -109,7 +109,7 @@ def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
     image_id, path = references.located(store, images)[3]
     pixels = np.asarray(Image.open(path))
     seen = networks.clip([pixels])[0].embedding
-    found = references.gather(store, KEY, networks, batch_size=2)
+    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     levels = {name: np.zeros(1) for name in found.training.levels}
     nearest = found.compare(seen[None], levels).nearest
     assert nearest.image_ids.tolist() == [image_id]
@@ -119,12 +119,53 @@ def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
 def test_the_base_and_models_made_elsewhere_have_no_training_set(store, networks):
     pictures(store, "base.abc@0")
     assert references.digests(store, "base.abc@0") == {}
-    base = references.gather(store, "base.abc@0", networks, batch_size=2)
+    base = references.gather(store, METRICS, "base.abc@0", networks, batch_size=2)
     assert (base.base, base.training) == (None, None)
-    rival = references.gather(store, "rival.other@0", networks, batch_size=2)
+    rival = references.gather(store, METRICS, "rival.other@0", networks, batch_size=2)
     assert rival.base is not None
     assert rival.training is None
     assert references.digests(store, "rival.other@0")["training_set"] == "absent"
+
+
+class CountingClip(Clip):
+    """Counts the pictures and texts that it encodes."""
+
+    pictures = texts = 0
+
+    def __call__(self, images):
+        self.pictures += len(images)
+        return super().__call__(images)
+
+    def encode_text(self, prompts):
+        self.texts += len(prompts)
+        return super().encode_text(prompts)
+
+
+def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_current(store, networks, clip_folder):
+    from training.evaluation.clip_score import score
+
+    base = "base.abc@0"
+    pictures(store, base)
+    pictures(store, KEY, seed=2)
+    (store.sample_folder(base) / "1.png").unlink()
+
+    def scored(key):
+        clip = CountingClip.load(clip_folder, "cpu")
+        compared = references.gather(store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2)
+        samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
+        frame = score(samples, folder, clip, networks.aesthetic, batch_size=2, references=compared)
+        return frame, clip.pictures, clip.texts
+
+    looked, *count = scored(KEY)
+    assert count == [5, 2]
+    own, *_ = scored(base)
+    store.commit(METRICS, base, Made(frame=own), store.basis(METRICS, base), seconds=0)
+    read, *count = scored(KEY)
+    assert count == [3, 1]
+    assert read.equals(looked)  # to the bit
+    pictures(store, base, seed=3)
+    *_, seen, _ = scored(KEY)
+    assert seen == 6  # their scores are of the pictures before
 
 
 def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
@@ -159,7 +200,7 @@ def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
 
 def test_embeddings_of_another_clip_are_refused(store, networks):
     commit(store, EMBEDDINGS, "s000001", [{"image_id": "0", "model": "clip", "vector": [], "projection": []}], clip="x")
-    found = references.gather(store, KEY, networks, batch_size=2)
+    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     with pytest.raises(DataError, match=r"embeddings s000001\.clip are of another CLIP"):
         list(found.training.embeddings_of(found.training.images))
 
@@ -191,7 +232,7 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     Image.open(path).save(store.sample_folder(KEY) / "1.png")
     (store.sample_folder(KEY) / "2.png").unlink()
     samples = store.read("sample_images", parts=[KEY])
-    compared = references.gather(store, KEY, networks, batch_size=2)
+    compared = references.gather(store, METRICS, KEY, networks, batch_size=2)
     frame = score(
         samples, store.sample_folder(KEY), networks.clip, networks.aesthetic, batch_size=2, references=compared
     )
@@ -233,7 +274,7 @@ def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):
     rows = [{"image_id": own[0], "model": "clip", "vector": vector, "projection": vector},
             {"image_id": own[1], "model": "clip", "vector": vector, "projection": [float("nan")] * 12}]  # fmt: skip
     commit(store, EMBEDDINGS, "s000000", rows, clip=store.model_digest("clip"))
-    found = references.gather(Store(store.home), KEY, networks, batch_size=2)
+    found = references.gather(Store(store.home), METRICS, KEY, networks, batch_size=2)
     blocks = dict(zip(("s000000", "s000001"), found.training.embeddings_of(images), strict=True))
     assert blocks["s000000"][0] == [own[0]]
     assert blocks["s000000"][1].shape == (1, 12)
