@@ -1,5 +1,6 @@
 """Evaluating checkpoints when asked to, also on another machine, and comparing any two of them."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from training.errors import DataError, EvaluationError
 from training.evaluation import champion, contenders
 from training.progress import report
 from training.run_folder import checkpoints as ready_checkpoints
-from training.run_folder import read_ready
+from training.run_folder import READY, read_ready
 
 Started = Callable[[str, int], None]
 FOLDER = "comparisons"
@@ -166,6 +167,23 @@ def _further(inputs: Mapping[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in inputs.items() if name not in ("checkpoint", "prompts")}
 
 
+def _name_here(store: Store, name: str, digest: str) -> str | None:
+    """Name in this workspace of the model that another machine knows by `name` and by the digest of its weights.
+
+    Elsewhere a model without a run is called a base, and one of another workspace's runs by that run: here it may be
+    the base or a rival.
+    """
+    base = store.base_checkpoint()
+    rivals = [f"{contenders.RIVAL}{rival}@0" for rival in contenders.read_rivals(store.home)]
+    for key in [name, *([base] if base else []), *rivals]:
+        with contextlib.suppress(DataError):  # no name of this workspace, or a rival whose model is gone
+            folder = store.checkpoint_folder(key)
+            ready = (folder / READY).is_file()
+            if folder.exists() and digest == (read_ready(folder).digest if ready else store.checkpoint_digest(key)):
+                return key
+    return None
+
+
 def adopt(store: Store, folder: Path) -> str:
     """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
 
@@ -176,13 +194,15 @@ def adopt(store: Store, folder: Path) -> str:
     from training.evaluation import elsewhere
 
     record = elsewhere.read_record(folder)
-    stage, key = sample_images.STAGE, record.checkpoint
-    if not store.checkpoint_folder(key).exists():
-        raise EvaluationError(f"{folder} holds pictures of {key}, which is not in {store.home}")
+    stage, key = sample_images.STAGE, _name_here(store, record.checkpoint, record.digest)
+    if key is None:
+        raise EvaluationError(
+            f"{folder} holds pictures of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "
+            f"or rival of {store.home} has these"
+        )
     basis = store.basis(stage, key)
     assert basis is not None, "pictures read no table by slices"
     here = {
-        "checkpoint": (basis["inputs"]["checkpoint"], record.digest),
         "prompts": (basis["inputs"]["prompts"], record.prompts),
         "weights and LoRAs": (_further(basis["inputs"]), record.further),
         "sampling": (toml.dump(store.config.evaluation.sampling), record.sampling),

@@ -30,7 +30,7 @@ class Record:
     """`evaluation.json`, the last file that is written: what the pictures follow from."""
 
     checkpoint: str
-    """`<run>@<samples_seen>`, or `base.<digest8>@0` for a model without a run."""
+    """`<run>@<samples_seen>`, or `base.<digest8>@0` for a model without a run, which may be a rival at home."""
     digest: str
     """Of its weights."""
     prompts: str
