@@ -101,9 +101,10 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
     if (folder / INPUTS).exists():
         base_model = store.resource_path(getattr(store.config.models, run.base))
         sets = store.table_folder("training_set", run.encoding)
-        adopt(folder, training_sets=sets, latents=latents, base_model=base_model)
+        vae = store.vae_of_run(run.encoding, run.base)
+        adopt(folder, training_sets=sets, latents=latents, base_model=base_model, vae=vae)
         return
-    manifest = store.manifest("training_set", run.encoding)
+    manifest, known = store.manifest("training_set", run.encoding), store.manifest("tag_vocabulary", "all")
     if manifest is None:
         raise DataError(f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first")
     with lock(store.home / "locks" / f"run.{key}.lock", f"run {key}"):
@@ -119,6 +120,9 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
             latents=latents,
             base_model=store.model_path(run.base),
             base_digest=store.model_digest(run.base),
+            vae=store.vae_of_run(run.encoding, run.base),
+            vae_digest=store.vae_digest(run.encoding),
+            tag_vocabulary=known.digest if known else "absent",
         )
         write_inputs(folder, inputs)
 

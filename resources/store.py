@@ -454,12 +454,25 @@ class Store:
         return self._folder_digest(self.model_path(key))
 
     def vae_folder(self, encoding: str) -> Path:
-        """Folder of an encoding's VAE."""
+        """Folder of an encoding's VAE, which may be missing."""
         name = self.config.encodings[encoding].vae
-        return config_folder(self.model_path("base")) / "vae" if name == "base" else self.resource_path(name)
+        if name == "base":
+            return config_folder(self.resource_path(self.config.models.base)) / "vae"
+        return self.resource_path(name)
+
+    def vae_of_run(self, encoding: str, base: str) -> Path | None:
+        """Folder of an encoding's VAE; None where it is that of the model under `[models] base` itself."""
+        folder = self.vae_folder(encoding)
+        return None if folder == self.resource_path(getattr(self.config.models, base)) / "vae" else folder
 
     def vae_digest(self, encoding: str) -> str:
-        """Digest of an encoding's VAE."""
+        """Digest of an encoding's VAE.
+
+        Raises:
+            ModelError: it is missing.
+        """
+        if self.config.encodings[encoding].vae == "base":
+            self.model_path("base")  # says what to do where there is none
         return self._folder_digest(self.vae_folder(encoding))
 
     def _stage_model(self, stage: Stage, name: str, key: str) -> str:

@@ -218,6 +218,31 @@ def make_run(tmp_path, tiny_sdxl):
 
 
 @pytest.fixture
+def other_vae(tmp_path):
+    """`other_vae(run)`: another VAE of the same scaling factor becomes the one that encoded the run's latents."""
+
+    def change(run):
+        import dataclasses
+
+        import torch
+        from diffusers import AutoencoderKL
+
+        from training.models.weights import model_digest
+
+        torch.manual_seed(8)
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(run.inputs.base_model / "vae"))
+        folder = tmp_path / "other_vae"
+        vae.save_pretrained(folder)
+        digest = model_digest(folder)
+        for path in run.inputs.latents.glob("*/g0001.json"):
+            commit.write_json(path, json.loads(path.read_bytes()) | {"models": {"vae": digest}})
+        run.inputs = dataclasses.replace(run.inputs, vae=folder, vae_digest=digest)
+        run_folder.write_inputs(run.folder, run.inputs)
+
+    return change
+
+
+@pytest.fixture
 def write_generation():
     """`write_generation(folder, number, rows)`, see `commit_generation`."""
     return commit_generation

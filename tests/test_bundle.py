@@ -58,7 +58,7 @@ def test_a_bundle_trains_elsewhere_and_its_run_comes_home(unbroken, make_run, tm
     shutil.rmtree(run.folder)
     shutil.copytree(folder / "runs" / "away", run.folder)
     shutil.rmtree(folder)
-    here = {"training_sets": home, "latents": run.inputs.latents, "base_model": run.inputs.base_model}
+    here = {"training_sets": home, "latents": run.inputs.latents, "base_model": run.inputs.base_model, "vae": None}
     assert run_folder.adopt(run.folder, **here)
     assert not run_folder.adopt(run.folder, **here)
     assert run_folder.read_inputs(run.folder) == run.inputs
@@ -92,8 +92,35 @@ def test_a_run_of_a_set_that_is_not_here_is_not_adopted(make_run, tmp_path):
     run.inputs.training_set.unlink()
     with pytest.raises(DataError, match="not in this workspace"):
         run_folder.adopt(
-            run.folder, training_sets=tmp_path, latents=run.inputs.latents, base_model=run.inputs.base_model
+            run.folder, training_sets=tmp_path, latents=run.inputs.latents, base_model=run.inputs.base_model, vae=None
         )
+
+
+def test_a_bundle_carries_the_vae_of_its_latents(make_run, train, other_vae, tmp_path):
+    run = make_run("away", num_samples=8)
+    other_vae(run)
+    bundle.write_bundle(run.folder, tmp_path / "bundle")
+    own, vae = run.inputs, run.inputs.vae
+    shutil.move(vae, tmp_path / "out of reach")
+    run.folder = tmp_path / "bundle" / "runs" / "away"
+    run.inputs = run_folder.read_inputs(run.folder)
+    assert run.inputs.vae.is_relative_to(tmp_path / "bundle")
+    assert train(run) == "finished"
+
+    shutil.copytree(run.folder, tmp_path / "runs" / "back")
+    shutil.rmtree(tmp_path / "bundle")
+    here = {"training_sets": own.training_set.parent, "latents": own.latents, "base_model": own.base_model}
+    assert run_folder.adopt(tmp_path / "runs" / "back", vae=vae, **here)
+    assert run_folder.read_inputs(tmp_path / "runs" / "back").vae == vae
+
+
+def test_latents_of_another_vae_are_not_bundled(make_run, other_vae, tmp_path):
+    run = make_run()
+    other_vae(run)
+    path = run.inputs.latents / "s000001" / "g0001.json"
+    path.write_text(path.read_text().replace(run.inputs.vae_digest, "e" * 64))
+    with pytest.raises(DataError, match=r"13 images of shard s000001 .*g0001 was encoded with VAE eeee"):
+        bundle.write_bundle(run.folder, tmp_path / "bundle")
 
 
 def test_requirements_cover_all_that_training_imports(make_run, tmp_path):

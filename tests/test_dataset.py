@@ -190,7 +190,7 @@ def test_overlapping_boxes_count_once():
 def test_latents_of_a_vae_that_scales_otherwise_are_refused(open_run):
     run, dataset = open_run()
     other = Dataset(run.rows, Vocabulary(), dataset.latents, run.config, (), 0.18215)
-    with pytest.raises(DataError, match=r"scaled by 0\.13025, the base model's VAE scales by 0\.18215"):
+    with pytest.raises(DataError, match=r"scaled by 0\.13025, the run's VAE scales by 0\.18215"):
         other.use_latents(other.pin_latents()[0])
 
 

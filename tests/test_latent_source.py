@@ -54,6 +54,20 @@ def rows_of(run, shard, start=0):
     return run.rows.filter(pl.col("shard") == shard)[start:]
 
 
+def test_latents_of_another_vae_are_passed_over(make_run, write_generation, other_vae):
+    run = make_run()
+    other_vae(run)
+    rows = rows_of(run, "s000000")
+    write_generation(run.inputs.latents / "s000000", 2, rows)
+    path = run.inputs.latents / "s000000" / "g0002.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "models": {"vae": "e" * 64}}))
+    ids, digest = rows["image_id"].to_list(), run.inputs.vae_digest
+    assert LatentSource(run.inputs.latents).choose("s000000", ids)[0].number == 2
+    chosen, _, notes = LatentSource(run.inputs.latents, vae_digest=digest).choose("s000000", ids)
+    assert chosen.number == 1
+    assert notes == [f"s000000 g0002 was encoded with VAE {'e' * 16}, the run's is {digest[:16]}"]
+
+
 def test_the_highest_generation_that_holds_all_images_is_chosen(make_run, write_generation):
     run = make_run()
     folder = run.inputs.latents / "s000000"

@@ -6,10 +6,12 @@ import signal
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from training import commit, run_folder
+from training import bundle, commit, run_folder
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.event_log import read_events
+from training.models.weights import model_digest
 from training.run import main
 
 
@@ -90,6 +92,46 @@ def test_a_resume_needs_no_base_model(make_run, train, tmp_path, tiny_sdxl):
     assert train(run, stop_at=5) == "stopped"
     shutil.rmtree(base)
     assert run_again(run, train) == "finished"
+
+
+def vae_of(folder):
+    return load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def test_checkpoints_carry_the_vae_that_encoded_the_latents(make_run, train, other_vae, tiny_sdxl, tmp_path):
+    run = make_run(num_samples=22)
+    other_vae(run)
+    encoded_with = load_file(run.inputs.vae / "diffusion_pytorch_model.safetensors")
+    assert not torch.equal(encoded_with["encoder.conv_in.weight"], vae_of(tiny_sdxl)["encoder.conv_in.weight"])
+    assert train(run, stop_at=5) == "stopped"
+    shutil.rmtree(run.inputs.vae)  # what goes on, here or in a bundle, has it from its checkpoint
+    bundle.write_bundle(run.folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle" / "vae").exists()
+    assert run_again(run, train) == "finished"
+    first, *_, last = run_folder.checkpoints(run.folder)
+    for folder in (first, last, last / "ema"):
+        assert all(torch.equal(vae_of(folder)[name], value) for name, value in encoded_with.items())
+
+
+def test_another_vae_than_recorded_is_refused_before_the_first_step(make_run, train, other_vae):
+    run = make_run()
+    other_vae(run)
+    config = run.inputs.vae / "config.json"
+    config.write_text(config.read_text().replace("0.13025", "0.18215"))
+    with pytest.raises(ModelError, match=r"VAE .*other_vae has digest .* inputs\.json says .* changed since"):
+        train(run)
+    change_inputs(run, vae_digest=model_digest(run.inputs.vae))
+    with pytest.raises(ModelError, match=r"scales latents by 0\.18215, the model's own by 0\.13025"):
+        run_again(run, train)
+    assert not (run.folder / run_folder.CHECKPOINTS).exists()
+
+
+def test_inputs_of_a_version_without_vae_are_read(make_run):
+    run = make_run()
+    path = run.folder / run_folder.INPUTS
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in values.items() if not name.startswith("vae")}))
+    assert run_folder.read_inputs(run.folder) == run.inputs
 
 
 @pytest.fixture

@@ -274,3 +274,24 @@ def test_the_base_model_may_be_a_single_file_with_its_configurations_beside_it(t
     second = fresh(store).model_digest("base")
     path.write_bytes(b"other weights")
     assert len({first, second, fresh(store).model_digest("base")}) == 3
+
+
+def test_a_run_brings_its_encodings_vae_where_the_base_model_has_another(store):
+    (store.home / "foundry.toml").write_text(
+        CONFIG
+        + """
+[models]
+base = "models/base"
+[encodings.own]
+[encodings.better]
+vae = "models/better"
+"""
+    )
+    folder = store.home / "models"
+    assert store.vae_of_run("own", "base") is None
+    assert store.vae_of_run("better", "base") == folder / "better"
+    with pytest.raises(ModelError, match=r"folder .*models/base is missing"):
+        store.vae_digest("own")
+    # A single file holds a VAE of its own, but latents were encoded with the one in the folder beside it.
+    (store.home / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n')
+    assert fresh(store).vae_of_run("own", "base") == folder / "base" / "vae"

@@ -78,6 +78,7 @@ def write_bundle(run: Path, target: Path) -> int:
             vocabulary=_copy(inputs.vocabulary, copied),
             latents=folder / "latents" / config.encoding,
             base_model=folder / "models" / inputs.base_model.name,
+            vae=None if inputs.vae is None else folder / "vae",
         )
         _copy(run / run_folder.CONFIG, copied)
         run_folder.write_inputs(copied, moved)
@@ -86,6 +87,8 @@ def write_bundle(run: Path, target: Path) -> int:
         if resumable is None:
             for part in {inputs.base_model, config_folder(inputs.base_model)}:
                 _copy(part, moved.base_model.parent)
+            if inputs.vae is not None:
+                _copy(inputs.vae, folder, "vae")
         else:
             _copy(run / run_folder.EVENTS, copied)
             _copy(run / run_folder.EPOCHS, copied)
@@ -111,14 +114,15 @@ def _copy(source: Path, folder: Path, name: str = "") -> Path:
 
 def _copy_latents(inputs: RunInputs, target: Path) -> None:
     """Copy of each shard the generation that an epoch which begins now would read, its manifest last."""
-    source = LatentSource(inputs.latents)
+    source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
     samples = pl.read_parquet(checked_training_set(inputs), columns=["shard", "image_id"])
     for (shard,), rows in samples.group_by("shard", maintain_order=True):
-        generation, missing, _ = source.choose(str(shard), rows["image_id"].to_list())
+        generation, missing, notes = source.choose(str(shard), rows["image_id"].to_list())
         if generation is None:
             raise DataError(
-                f"{missing} images of shard {shard} have no latents in {inputs.latents}: run `foundry run --select "
-                "latents` before the run is bundled"
+                f"{missing} images of shard {shard} have no latents in {inputs.latents}"
+                f"{''.join('; ' + note for note in notes[:3])}: run `foundry run --select latents` before the run is "
+                "bundled"
             )
         for entry in generation.manifest.files:
             _copy(generation.folder / entry.name, target / str(shard))

@@ -83,7 +83,7 @@ class Dataset:
             latents: Of its encoding.
             config: Prompts, loss and seed of the run.
             tokenizers: One per text encoder.
-            scaling_factor: Of the base model's VAE; latents scaled otherwise are refused.
+            scaling_factor: Of the run's VAE; latents scaled otherwise are refused.
 
         Raises:
             DataError: no sample trains, or the set cannot be read.
@@ -123,7 +123,8 @@ class Dataset:
         """For each shard the highest whole generation that holds all of the set's images of it.
 
         Returns:
-            The pins, and a line for every generation that was passed over because its files are not all there.
+            The pins, and a line for every generation that was passed over: its files are not all there, or another
+            VAE encoded it.
 
         Raises:
             DataError: images of the set have no latents; the message counts them.
@@ -154,7 +155,7 @@ class Dataset:
 
         Raises:
             DataError: a generation was replaced since it was pinned, an image lies in another bucket than the set
-                says, or the latents are scaled by another factor than the base model's.
+                says, or the latents are scaled by another factor than the run's VAE scales by.
             DamageError: a table or latent file is damaged.
         """
         frames, self._files = [], list[tuple[str, Entry]]()
@@ -204,7 +205,7 @@ class Dataset:
             found = file.metadata.get("scaling_factor")
             if found is None or float(found) != self.scaling_factor:
                 raise DataError(
-                    f"{file.path} holds latents scaled by {found}, the base model's VAE scales by "
+                    f"{file.path} holds latents scaled by {found}, the run's VAE scales by "
                     f"{self.scaling_factor}: encode with a VAE of the model's family"
                 )
             self._opened[number] = file

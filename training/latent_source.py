@@ -21,17 +21,18 @@ _ATTEMPTS = 3
 class LatentSource:
     """The generations of an encoding's shards, as local files."""
 
-    def __init__(self, folder: Path, url: str = "") -> None:
+    def __init__(self, folder: Path, url: str = "", vae_digest: str = "") -> None:
         """Name the place.
 
         Args:
             folder: The workspace's `latents/<encoding>`; with `url` the local folder that files are fetched into.
             url: Where they come from; empty for `folder` itself.
+            vae_digest: Digest of the VAE that must have encoded them; empty for any.
 
         Raises:
             DataError: fsspec does not know the address, or the folder cannot be listed.
         """
-        self.folder, self.url = folder, url
+        self.folder, self.url, self._vae_digest = folder, url, vae_digest
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
         if url:
@@ -45,8 +46,8 @@ class LatentSource:
         """The highest whole generation that holds all `image_ids`.
 
         Returns:
-            The generation and 0, or None and how many images the best one lacks; and a line for every higher one
-            whose files are not all there, as while another machine copies them.
+            The generation and 0, or None and how many images the best one lacks; and a line for every higher one that
+            another VAE encoded or whose files are not all there, as while another machine copies them.
         """
         folder, wanted = self.folder / shard, set(image_ids)
         fewest, notes = len(wanted), list[str]()
@@ -54,7 +55,8 @@ class LatentSource:
             if self.url:
                 self._fetch_manifest(shard, number)
             generation = read_generation(folder, number)
-            if not self.url and (problem := _incomplete(generation)):
+            problem = self._of_another_vae(generation) or ("" if self.url else _incomplete(generation))
+            if problem:
                 notes.append(problem)
                 continue
             lacking = len(wanted.difference(generation.table()["image_id"].to_list()))
@@ -114,6 +116,16 @@ class LatentSource:
                 self.fetch(shard, entry)
             except (OSError, DamageError):
                 return  # whoever needs the file meets the same error, and can tell of it
+
+    def _of_another_vae(self, generation: Generation) -> str:
+        """That it is of another VAE than the run's; empty where it is of the same."""
+        found = generation.manifest.models.get("vae", "none")
+        if not self._vae_digest or found == self._vae_digest:
+            return ""
+        return (
+            f"{generation.folder.name} g{generation.number:04d} was encoded with VAE {found[:16]}, the run's is "
+            f"{self._vae_digest[:16]}"
+        )
 
     def _numbers(self, shard: str) -> list[int]:
         """Generations that have a manifest, oldest first."""

@@ -30,6 +30,8 @@ FETCHED = "latents"
 CHECKPOINTS = "checkpoints"
 READY = "READY.json"
 STATE = "state"
+_YOUNGER = frozenset({"tag_vocabulary", "vae", "vae_digest"})
+"""Keys of `inputs.json` that files of older versions lack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,13 @@ class RunInputs:
     """Diffusers folder that an unstarted run begins from."""
     base_digest: str
     """`weights.model_digest` of that folder."""
+    vae: Path | None = None
+    """VAE that the latents were encoded with, where it is not the base model's own: checkpoints carry it."""
+    vae_digest: str = ""
+    """`weights.model_digest` of the VAE that the latents must have been encoded with; empty in files of older
+    versions, whose latents are taken as they are."""
+    tag_vocabulary: str = ""
+    """Digest of the workspace's table that `vocabulary` was taken from; empty in files of older versions."""
 
     def __post_init__(self) -> None:
         check_run_name(self.run)
@@ -82,19 +91,20 @@ def read_inputs(folder: Path) -> RunInputs:
         raise ConfigError(f"{path} does not exist: start the run with `foundry train`") from None
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from None
-    names = {item.name: item.type for item in dataclasses.fields(RunInputs)}
-    if values.get("format") != FORMAT or set(values) != {"format", *names}:
+    types = {item.name: item.type for item in dataclasses.fields(RunInputs)}
+    names = set(values) - {"format"}
+    if values.get("format") != FORMAT or names | _YOUNGER != set(types):
         raise ConfigError(
             f"{path}: format {values.get('format')!r} with keys {sorted(values)}, must be format {FORMAT} with "
-            f"{sorted(names)}"
+            f"{sorted(types)}"
         )
-    for name, kind in names.items():
-        if kind is Path:
+    for name in names:
+        if types[name] in (Path, Path | None) and values[name] is not None:
             values[name] = Path(os.path.normpath(folder / values[name]))
     return RunInputs(**{name: values[name] for name in names})
 
 
-def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path) -> bool:
+def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path, vae: Path | None) -> bool:
     """Point the inputs of a run that came back from a bundle to the workspace's own files.
 
     Args:
@@ -102,6 +112,7 @@ def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path) ->
         training_sets: The workspace's folder of frozen sets.
         latents: Its `latents/<encoding>`.
         base_model: Its base model.
+        vae: Its encoding's VAE, where that is not the base model's own.
 
     Returns:
         Whether anything had to be changed.
@@ -111,6 +122,8 @@ def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path) ->
     """
     inputs = read_inputs(run)
     here = {"training_set": training_sets / inputs.training_set.name, "latents": latents, "base_model": base_model}
+    if inputs.vae is not None and vae is not None:
+        here["vae"] = vae
     moved: dict[str, Any] = {name: path for name, path in here.items() if not getattr(inputs, name).exists()}
     if "training_set" in moved and not moved["training_set"].is_file():
         raise DataError(

@@ -15,7 +15,8 @@ from training.errors import DamageError, ModelError, TrainingError
 from training.flops import Flops, ModelConfigs, peak_flops, training_flops
 from training.latent_source import LatentSource
 from training.models.compute import apply_compute
-from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule
+from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule, with_vae
+from training.models.vae import Vae
 from training.models.weights import model_digest
 from training.optim import make_optimizer
 from training.precision import Arithmetic
@@ -47,7 +48,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     Raises:
         ConfigError: a rule between options that only the model or the number of ranks decides.
         TrainingError: the checkpoint belongs to another set or config, or other machines see another run folder.
-        ModelError: the base model is not the one that `inputs.json` names, or cannot be loaded.
+        ModelError: the base model or the VAE is not the one that `inputs.json` names, or cannot be loaded.
         DamageError: the training set's file is gone or changed.
         DataError: nothing to train on.
     """
@@ -55,17 +56,16 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     _check_shared(folder, config, resumed, ranks)
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
-    elif ranks.rank == 0 and (digest := model_digest(inputs.base_model)) != inputs.base_digest:
-        raise ModelError(
-            f"base model {inputs.base_model} has digest {digest[:16]}, inputs.json says {inputs.base_digest[:16]}: "
-            "the folder changed since the run was made"
-        )
-    parts = _load(resumed or inputs.base_model, config)
+    elif ranks.rank == 0:
+        _check_digest("base model", inputs.base_model, inputs.base_digest)
+        if inputs.vae is not None:
+            _check_digest("VAE", inputs.vae, inputs.vae_digest)
+    parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
         vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256),
-        LatentSource(fetched, config.latents_url),
+        LatentSource(fetched, config.latents_url, inputs.vae_digest),
         config,
         parts.tokenizers,
         parts.vae.config.scaling_factor,
@@ -125,11 +125,24 @@ def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: 
         )
 
 
-def _load(source: Path, config: RunConfig) -> PipelineParts:
-    """A model as the run wants it: its family, its schedule, and free of the place that it came from.
+def _check_digest(what: str, model: Path, recorded: str) -> None:
+    if (digest := model_digest(model)) != recorded:
+        raise ModelError(
+            f"{what} {model} has digest {digest[:16]}, inputs.json says {recorded[:16]}: the folder changed since the "
+            "run was made"
+        )
+
+
+def _load(source: Path, vae: Path | None, config: RunConfig) -> PipelineParts:
+    """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it came from.
+
+    Args:
+        source: The base model, or a checkpoint.
+        vae: VAE that takes the place of the base model's; None for the model's own.
+        config: Of the run.
 
     Raises:
-        ModelError: it is of another family than the recipe is for.
+        ModelError: it is of another family than the recipe is for, or the VAE is not for it.
     """
     parts = load_pipeline_parts(source, "cpu")
     if config.family not in ("any", parts.family):
@@ -137,6 +150,8 @@ def _load(source: Path, config: RunConfig) -> PipelineParts:
             f'{source} is a model of family "{parts.family}", the recipe is for family = "{config.family}": name '
             "another model under `base`"
         )
+    if vae is not None:
+        parts = with_vae(parts, Vae.load(vae, "cpu").model, str(vae))
     parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     if config.prompts.empty_prob > 0:
         # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or must.

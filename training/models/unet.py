@@ -83,7 +83,27 @@ def with_schedule(
 
     Args:
         parts: The model; it is left as it is.
-        prediction_type: What its UNet is to predict; `base` for what it does.
+        prediction_type: See `change_schedule`.
+        zero_terminal_snr: See `change_schedule`.
+
+    Raises:
+        ConfigError: the last step holds no signal and the noise is to be predicted.
+    """
+    config = change_schedule(parts.noise_scheduler_config, prediction_type, zero_terminal_snr=zero_terminal_snr)
+    return replace(parts, noise_scheduler_config=config)
+
+
+def change_schedule(
+    noise_scheduler_config: Mapping[str, Any],
+    prediction_type: Literal["base", "epsilon", "v_prediction"],
+    *,
+    zero_terminal_snr: bool,
+) -> dict[str, Any]:
+    """A noise scheduler's config with another prediction type or schedule.
+
+    Args:
+        noise_scheduler_config: The base model's.
+        prediction_type: What the UNet is to predict; `base` for what it does.
         zero_terminal_snr: Rescale the schedule so that its last step holds no signal; False leaves it as it is.
 
     Raises:
@@ -91,7 +111,7 @@ def with_schedule(
 
     Source: arXiv:2305.08891, algorithm 1 (rescaling) and section 3.3 (samplers must begin at the last step).
     """
-    config = dict(parts.noise_scheduler_config)
+    config = dict(noise_scheduler_config)
     if prediction_type != "base":
         config["prediction_type"] = prediction_type
     if zero_terminal_snr:
@@ -105,7 +125,28 @@ def with_schedule(
             f'{whose}, and the UNet is to predict the noise (prediction_type="{prediction_type}"): the last step holds '
             'no signal, is asked for its own input and learns nothing; take prediction_type="v_prediction"'
         )
-    return replace(parts, noise_scheduler_config=config)
+    return config
+
+
+def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineParts:
+    """The model with another VAE of its family, as that which its latents were encoded with.
+
+    Args:
+        parts: The model; it is left as it is.
+        vae: In fp32.
+        origin: Names the VAE in messages.
+
+    Raises:
+        ModelError: it has another scaling factor or number of channels than the model's own, which the UNet reads.
+    """
+    own, other = parts.vae.config.scaling_factor, vae.config.scaling_factor
+    if own != other:
+        raise ModelError(
+            f"VAE {origin} scales latents by {other}, the model's own by {own}: encode with a VAE of the model's family"
+        )
+    changed = replace(parts, vae=vae)
+    check_parts(changed, origin)
+    return changed
 
 
 def check_parts(parts: PipelineParts, origin: str) -> None:
