@@ -220,10 +220,16 @@ def check_checkpoint(folder: Path) -> Ready:
     return ready
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders that are named as checkpoints of a run, whole or not, oldest first by their number."""
+    found = {path: path.name.removeprefix("samples_") for path in (folder / CHECKPOINTS).glob("samples_*")}
+    return sorted((path for path, number in found.items() if number.isdecimal()), key=lambda path: int(found[path]))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Folders of a run's checkpoints with a readable READY.json, oldest first."""
     ready = []
-    for path in sorted((folder / CHECKPOINTS).glob("samples_*")):
+    for path in checkpoint_folders(folder):
         try:
             read_ready(path)
         except DamageError:
