@@ -118,7 +118,7 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
     Raises:
         DataError: they are not committed, or its pictures have been drawn anew since.
     """
-    from training.evaluation.clip_score import DTYPE
+    from training.evaluation.pictures import DTYPE
     from training.evaluation.verdict import Protocol, Scores
 
     pictures, metrics = (store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics"))
@@ -215,6 +215,9 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
     ours = {name: manifest.digest for name, manifest in found.items() if manifest is not None and store.is_of_run(name)}
     ours.pop(now.checkpoint, None)
     fresh = [name for name in sorted(ours) if ours[name] != now.challenged.get(name)]
+    if gone := [name for name in fresh if not store.is_there(name)]:
+        log.info(f"{', '.join(gone)} cannot challenge the champion: retention removed the weights")
+        fresh = [name for name in fresh if name not in gone]
     if not fresh:
         return None
     try:
@@ -252,8 +255,6 @@ def _challengers(store: Store, titleholder: "Scores", names: Sequence[str], log:
     sides = []
     for name in names:
         try:
-            if not store.is_there(name):
-                raise DataError("its weights are gone")
             side = scores_of(store, name)
             compare(titleholder, side, store.config.evaluation.verdicts.margins)
         except (DataError, EvaluationError) as error:

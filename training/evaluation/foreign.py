@@ -21,6 +21,7 @@ from training.data.decode_pool import DecodePool, Rejection
 from training.errors import EvaluationError
 from training.evaluation import clip_score, summary
 from training.evaluation.clip_score import Networks, Seen
+from training.evaluation.pictures import DTYPE
 from training.progress import track
 
 COLUMN = "Prompts"
@@ -211,7 +212,7 @@ def _row_of(path: Path, count: int) -> int:
 def _identity(model: Model, texts: Sequence[str], digests: Mapping[str, str]) -> str:
     """Digest of all that a model's scores follow from; of its pictures by name, size and time."""
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in model.files]
-    return commit.json_digest([stamps, list(texts), dict(digests), clip_score.DTYPE])
+    return commit.json_digest([stamps, list(texts), dict(digests), DTYPE])
 
 
 def _picture(answer: np.ndarray | Rejection) -> np.ndarray | str:

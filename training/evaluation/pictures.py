@@ -8,6 +8,8 @@ from PIL import Image
 
 from training.errors import EvaluationError
 
+DTYPE = "float32"
+"""In which they are scored; part of the protocol that verdicts compare."""
 FAILED = "failed"
 """Metric of the row that a picture gets which could not be scored."""
 NOT_DRAWN = "was not drawn, its pixels are not finite"
@@ -37,6 +39,12 @@ def read_or_explain(folder: Path, file: str | None) -> np.ndarray | str:
     except EvaluationError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
         return f"{file} {_MISSING}" if missing else f"{file} {_DAMAGED} ({type(error.__cause__).__name__})"
+
+
+def read_if_there(folder: Path, file: str | None) -> np.ndarray | None:
+    """A picture of ours as `(H, W, 3)` uint8; None where there is none that can be read."""
+    found = read_or_explain(folder, file)
+    return None if isinstance(found, str) else found
 
 
 def refusal(checkpoint: str, metrics: pl.DataFrame) -> str:
