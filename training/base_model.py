@@ -38,12 +38,21 @@ def inspect(model: Path) -> dict[str, Any]:
     family = "sdxl" if "text_encoder_2" in parts else "sd1"
     if "unet" not in index or "unet" not in parts:
         raise ModelError(f"{model}/model_index.json names no unet: not a Stable Diffusion 1.x or SDXL folder")
-    scheduler = _json(model / "scheduler" / "scheduler_config.json")
     return {
         "family": family,
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "prediction_type": noise_schedule(model).get("prediction_type", "epsilon"),
         "num_parameters": sum(_count(model / part) for part in parts),
     }
+
+
+def noise_schedule(model: Path) -> dict[str, Any]:
+    """Config of a model's noise scheduler, with what the markers in a single file say of it.
+
+    Raises:
+        ModelError: the config or the file cannot be read.
+    """
+    scheduler = _json(config_folder(model) / "scheduler" / "scheduler_config.json")
+    return scheduler | (schedule_changes(read_header(model)) if model.suffix == SUFFIX else {})
 
 
 def config_folder(model: Path) -> Path:
@@ -113,11 +122,9 @@ def schedule_changes(names: Collection[str]) -> dict[str, Any]:
 def _inspect_file(path: Path) -> dict[str, Any]:
     require_file(path)
     header = read_header(path)
-    scheduler = _json(config_folder(path) / "scheduler" / "scheduler_config.json")
-    scheduler |= schedule_changes(header)
     return {
         "family": detect_family(header, path),
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "prediction_type": noise_schedule(path).get("prediction_type", "epsilon"),
         "num_parameters": _count_numbers(header),
     }
 

@@ -136,12 +136,14 @@ def _groups(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> lis
     ]
 
 
-def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW or Lion whose moments are stored in 8 bits, arXiv:2110.02861.
+def check_installed(config: OptimizerConfig) -> None:
+    """Check that the library of an optimizer is there, where it is an optional one.
 
     Raises:
-        ConfigError: bitsandbytes is missing or has known errors, or the weights are not on a GPU.
+        ConfigError: bitsandbytes is missing, or a version with known errors.
     """
+    if config.name not in ("adamw_8bit", "lion_8bit"):
+        return
     try:
         version = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
@@ -153,6 +155,15 @@ def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.o
         raise ConfigError(
             f"bitsandbytes {version}: 8-bit optimizers of 0.36.0 to 0.41.0 are known to be wrong; install a newer one"
         )
+
+
+def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW or Lion whose moments are stored in 8 bits, arXiv:2110.02861.
+
+    Raises:
+        ConfigError: bitsandbytes is missing or has known errors, or the weights are not on a GPU.
+    """
+    check_installed(config)
     devices = {weight.device.type for group in groups for weight in group["params"]}
     if devices != {"cuda"}:
         raise ConfigError(

@@ -23,6 +23,21 @@ def assign_owners(parameters: Mapping[str, torch.nn.Parameter], num_ranks: int) 
     return {name: owners[name] for name in parameters}
 
 
+def shares_optimizer(config: RunConfig, num_ranks: int) -> bool:
+    """Whether a run of so many ranks shares its optimizer's state.
+
+    Raises:
+        ConfigError: it would, and the optimizer needs all parameters at once.
+    """
+    active = config.compute.shard_optimizer and num_ranks > 1
+    if active and config.optimizer.name == "prodigy":
+        raise ConfigError(
+            "compute.shard_optimizer=true: prodigy estimates one rate from all parameters, so no rank can hold a "
+            "part of them; take another optimizer or false"
+        )
+    return active
+
+
 class Sharding:
     """Who owns which trained parameter. Without sharding every rank owns all of them."""
 
@@ -38,12 +53,7 @@ class Sharding:
             ConfigError: the optimizer needs all parameters at once.
         """
         self.ranks = ranks
-        self.active = config.compute.shard_optimizer and ranks.size > 1
-        if self.active and config.optimizer.name == "prodigy":
-            raise ConfigError(
-                "compute.shard_optimizer=true: prodigy estimates one rate from all parameters, so no rank can hold a "
-                "part of them; take another optimizer or false"
-            )
+        self.active = shares_optimizer(config, ranks.size)
         self._owners = assign_owners(parameters, ranks.size) if self.active else {}
         self._parameters = parameters
         self.owned = {
