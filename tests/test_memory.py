@@ -138,8 +138,10 @@ def test_sharding_ema_and_micro_batches():
     assert sharded.optimizer == plain.optimizer / 8
     assert sharded.weights == plain.weights - plain.num_trained * 4 * 7 / 8  # the master copy is shared out as well
     assert sdxl_memory(8, precision="bf16").optimizer == plain.optimizer
-    averaged = sdxl_memory(optimizer=OptimizerConfig(ema_half_life_samples=1))
+    averages = OptimizerConfig(ema_half_life_samples=1)
+    averaged = sdxl_memory(8, optimizer=averages)
     assert averaged.ema == averaged.num_trained * 4
+    assert sdxl_memory(8, optimizer=averages, compute=ComputeConfig(shard_optimizer=True)).ema == averaged.ema / 8
     assert plain.ema == 0
     half = sdxl_memory(precision="bf16", batch=dataclasses.replace(BatchConfig(), micro_batch_size=4))
     assert half.activations == plain.activations / 2

@@ -42,7 +42,7 @@ class MemoryEstimate:
     optimizer: float
     """Its state, this rank's share where it is sharded."""
     ema: float
-    """Averaged weights, fp32."""
+    """Averaged weights, fp32, this rank's share where the optimizer is sharded."""
     activations: float
     """What one micro-batch of the largest bucket and prompt keeps for its backward pass."""
     context: float = CONTEXT_BYTES
@@ -86,7 +86,7 @@ def estimate_memory(
         weights=trained * copies + (total - trained) * (2 if config.precision == "bf16" else 4),
         gradients=trained * 4,
         optimizer=trained * _STATE_BYTES[config.optimizer.name] / ranks,
-        ema=trained * 4 if config.optimizer.ema_half_life_samples else 0,
+        ema=trained * 4 / ranks if config.optimizer.ema_half_life_samples else 0,
         activations=sample * config.batch.micro_batch_size,
     )
 
