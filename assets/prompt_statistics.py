@@ -8,7 +8,6 @@ from assets.partitions import runs
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest
 from training.data import prompt_statistics as counted
-from training.errors import DataError
 from training.evaluation import figures
 from training.run_config import PromptConfig
 from training.run_folder import CONFIG, read_config
@@ -19,17 +18,20 @@ NUM_TAGS = 30
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the run's configuration, its encoding's training set, and the vocabulary."""
-    encoding = read_config(store.run_folder(key)).encoding
-    manifest, words = store.manifest("training_set", encoding), store.manifest("tag_vocabulary", "all")
-    return {
-        "config": file_digest(store.run_folder(key) / CONFIG),
-        "training_set": manifest.digest if manifest else "absent",
-        "tag_vocabulary": words.digest if words else "absent",
-    }
+    """Digests of the run's configuration, and of the training set and vocabulary: those that it was frozen with, or
+    before its first launch those of the tables."""
+    from resources.workspace import frozen_inputs
+
+    folder, frozen = store.run_folder(key), frozen_inputs(store, key)
+    if frozen is not None:
+        training_set, words = frozen.fingerprint, frozen.tag_vocabulary or frozen.vocabulary_sha256
+    else:
+        parts = (("training_set", read_config(folder).encoding), ("tag_vocabulary", "all"))
+        training_set, words = (manifest.digest if (manifest := store.manifest(*part)) else "absent" for part in parts)
+    return {"config": file_digest(folder / CONFIG), "training_set": training_set, "tag_vocabulary": words}
 
 
-STAGE = Stage(name="prompt_statistics", version=3, scope=Scope.RUN, models=("base",), others=_inputs)
+STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("base",), others=_inputs)
 
 
 @dg.asset(
@@ -38,22 +40,25 @@ STAGE = Stage(name="prompt_statistics", version=3, scope=Scope.RUN, models=("bas
     **describe(STAGE, "train", "polars"),
 )
 def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples."""
+    """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples.
+
+    Read are images that train; of a run that was started, those of the set that it was frozen with.
+    """
 
     def make(key: str) -> Made:
-        from resources.workspace import prompt_maker
+        from resources.workspace import frozen_inputs, prompt_maker
 
         config = read_config(store.run_folder(key))
-        if store.manifest("training_set", config.encoding) is None:
-            raise DataError(f"prompt_statistics {key}: training_set {config.encoding} is not committed; run that first")
-        maker = prompt_maker(store, config)
-        made = maker.make(range(min(len(maker.samples), MAX_SAMPLES)), 0)
+        maker = prompt_maker(store, config, frozen_inputs(store, key))
+        train = maker.samples.train_rows
+        made = maker.make(train[:MAX_SAMPLES].tolist(), 0)
         frame = counted.statistics(made)
         report = _report(frame, config.prompts)
         report["tables"]["examples"] = [
             {"prompt": one.text, "tokens": one.num_tokens, "kind": one.prompt.trace["kind"]}
             for one in made[:NUM_EXAMPLES]
         ]
+        report["numbers"]["images that train"] = len(train)
         report["numbers"]["zeroed"] = sum(one.zeroed for one in made)
         return Made(frame=frame, report=report)
 

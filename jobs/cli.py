@@ -181,7 +181,9 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; write nothing.")] = False,
-    gpus: Annotated[int, typer.Option("--gpus", help="With --dry-run: cards.", min=1)] = 1,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="With --dry-run: cards; the run's num_processes by default.", min=1)
+    ] = None,
     gpu: Gpu = "H200",
     price: Price = 3.0,
     rates: RatesFile = None,
@@ -195,6 +197,14 @@ def train(
     from resources import torchrun, workspace
     from training import recipes
 
+    if dry_run + stop + (bundle is not None) > 1:
+        raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
+    if recipe is None and (set_ or tiny):
+        raise ConfigError("--set and --tiny change a recipe: name it with --recipe, or edit the run's config.toml")
+    if gpus is not None and not dry_run:
+        raise ConfigError(
+            f"--gpus {gpus} is for --dry-run; a run trains on its num_processes: --set num_processes={gpus}"
+        )
     store = open_store(home)
     if stop:
         folder = store.run_folder(run)
@@ -204,13 +214,12 @@ def train(
         ending = torchrun.start_or_attach(folder, 1).stop()
         print(f"run {run}: {ending['event']} at {ending['samples_seen']} samples")
         return
-    if recipe is not None and dry_run:
-        rules = workspace.tiny_rules(recipe, tiny=tiny)
-        path = recipes.recipe_path(workspace.RECIPES, recipe)
-        config = recipes.run_config(path, set_ or [], tiny=rules)
-        hardware = estimates.Hardware(num_gpus=gpus, gpu=gpu, dollars_per_hour=price, rates=rates)
+    if dry_run:
+        config = workspace.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
+        cards = gpus or config.num_processes
+        hardware = estimates.Hardware(num_gpus=cards, gpu=gpu, dollars_per_hour=price, rates=rates)
         print(recipes.run_toml(config))
-        print("\n".join(estimates.dry_run(store, config, hardware)))
+        print("\n".join(estimates.dry_run(store, run, config, hardware)))
         return
     if recipe is not None:
         workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
@@ -296,7 +305,9 @@ def prompts(
     else:
         from resources.workspace import example_prompts
 
-        for prompt in example_prompts(open_store(home), run or "", n):
+        made, read = example_prompts(open_store(home), run or "", n)
+        print(read, file=sys.stderr)
+        for prompt in made:
             print(prompt.text or "(empty)")
             if trace:
                 print(f"    {prompt_statistics.trace_line(prompt)}")

@@ -14,6 +14,7 @@ from training.cost import Cost, Rates, Workload, length_lines, read_rates, train
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError
 from training.gpus import find_gpu, peak_flops
+from training.latent_source import LatentSource
 from training.order import EpochOrder, assign_windows, make_order
 from training.run_config import RunConfig
 
@@ -60,29 +61,39 @@ class Epoch:
     """Of them."""
 
 
-def count_epoch(store: Store, config: RunConfig) -> Epoch | None:
-    """Make epoch 0 of a run as its trainer will; None while the encoding has no training set. Writes nothing.
+def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
+    """Make epoch 0 of a run as its trainer does; writes nothing.
+
+    Args:
+        store: The workspace.
+        run: Its name; one that was started keeps its training set.
+        config: Its config.
+
+    Returns:
+        The epoch; None while the run is not started and its encoding has no training set.
 
     Raises:
         ConfigError: the workspace has no such encoding.
         DataError: no sample trains, or images of the set have no latents.
     """
-    from resources.workspace import prompt_maker
+    from resources.workspace import frozen_inputs, prompt_maker
 
     if config.encoding not in store.config.encodings:
         raise ConfigError(
             f"encoding={config.encoding!r} is none of the workspace's: {', '.join(sorted(store.config.encodings))}"
         )
-    if store.manifest("training_set", config.encoding) is None:
+    frozen = frozen_inputs(store, run)
+    if frozen is None and store.manifest("training_set", config.encoding) is None:
         return None
-    maker = prompt_maker(store, config)
+    maker = prompt_maker(store, config, frozen)
     samples = maker.samples
-    rows = np.flatnonzero(~samples.validates)
+    rows = samples.train_rows
     if not len(rows):
         raise DataError(f"training set {config.encoding} has no sample with split 'train': nothing to train on")
     if not config.latents_url:
         shards = [samples.shard_names[code] for code in samples.shards.tolist()]
-        _check_latents(store, config, pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}))
+        source = LatentSource(store.home / "latents" / config.encoding, vae_digest=frozen.vae_digest if frozen else "")
+        _check_latents(source, pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}))
     buckets, num_chunks = samples.buckets[rows], maker.count_chunks(rows, 0)
     windows = assign_windows(
         [samples.shard_names[code] for code in samples.shards[rows].tolist()], seed=config.seed, epoch=0,
@@ -95,31 +106,35 @@ def count_epoch(store: Store, config: RunConfig) -> Epoch | None:
     return Epoch(num_held_out=len(samples) - len(rows), buckets=buckets, num_chunks=num_chunks, order=order)
 
 
-def _check_latents(store: Store, config: RunConfig, images: pl.DataFrame) -> None:
+def _check_latents(source: LatentSource, images: pl.DataFrame) -> None:
     """Check that some generation of each shard holds all of the set's images.
 
     Raises:
         DataError: not all have latents; the message counts them.
     """
-    from training.latent_source import LatentSource
-
-    folder, lacking = store.home / "latents" / config.encoding, 0
-    source = LatentSource(folder)
+    lacking = 0
     for (shard,), part in images.group_by("shard", maintain_order=True):
         lacking += source.choose(str(shard), part["image_id"].to_list())[1]
     if lacking:
         raise DataError(
-            f"{lacking} of {len(images)} images of the training set have no latents in {folder}: run `foundry run "
-            "--select latents`"
+            f"{lacking} of {len(images)} images of the training set have no latents in {source.folder}: run `foundry "
+            "run --select latents`"
         )
 
 
-def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
+def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> list[str]:
     """Everything that can be known of a run without loading weights, as lines for people.
+
+    Args:
+        store: The workspace.
+        run: Name of the run, which need not exist.
+        config: What it is, or would be.
+        hardware: Where it is to train.
 
     Raises:
         ModelError: the base model is missing or of another family than the recipe's.
         ConfigError: an option that the model does not have, an unknown card, or rates that cannot be used.
+        TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
     from training.flops import read_model_configs
@@ -127,17 +142,8 @@ def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
 
     rates, folder = hardware.resolve(), store.model_path(config.base)
     model = read_model_configs(folder)
-    if config.family not in ("any", model.family):
-        raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
-    if config.train_text_encoder_2 and len(model.text_encoders) == 1:
-        raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
-    layers = model.text_encoders[0]["num_hidden_layers"]
-    if config.clip_skip > layers:
-        raise ConfigError(f"clip_skip={config.clip_skip}: the text encoder of {folder} has {layers} layers")
-    blocks = model.block_names
-    if unknown := [name for name in config.compute.gradient_checkpointing if name not in blocks]:
-        raise ConfigError(f"compute.gradient_checkpointing: no block {unknown[0]!r}; there are {', '.join(blocks)}")
-    epoch = count_epoch(store, config)
+    _check_trainable(folder, model, config, hardware.num_gpus)
+    epoch = count_epoch(store, run, config)
     shapes = _shapes(store, config, epoch)
     height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
     memory = estimate_memory(
@@ -171,6 +177,39 @@ def dry_run(store: Store, config: RunConfig, hardware: Hardware) -> list[str]:
         f"time: {hours / hardware.num_gpus:,.2f} hours on {hardware.num_gpus} x {card.name}, {hours:,.2f} GPU-hours, "
         f"${hours * hardware.dollars_per_hour:,.2f} at ${hardware.dollars_per_hour:g} an hour",
     ]
+
+
+def _check_trainable(folder: Path, model: "ModelConfigs", config: RunConfig, num_ranks: int) -> None:
+    """Refuse what the trainer refuses of a base model, a recipe and the libraries here, before it loads weights.
+
+    Raises:
+        ModelError: the model is of another family than the recipe's.
+        ConfigError: an option that the model, the schedule, the ranks or this machine does not have.
+        TrainingError: the model's noise schedule has steps that the loss cannot teach.
+    """
+    from training.base_model import noise_schedule
+    from training.loss import timestep_weights
+    from training.models.unet import change_schedule
+    from training.noise import alphas_cumprod
+    from training.optim import check_installed
+    from training.sharding import shares_optimizer
+
+    if config.family not in ("any", model.family):
+        raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
+    if config.train_text_encoder_2 and len(model.text_encoders) == 1:
+        raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
+    layers = model.text_encoders[0]["num_hidden_layers"]
+    if config.clip_skip > layers:
+        raise ConfigError(f"clip_skip={config.clip_skip}: the text encoder of {folder} has {layers} layers")
+    blocks = model.block_names
+    if unknown := [name for name in config.compute.gradient_checkpointing if name not in blocks]:
+        raise ConfigError(f"compute.gradient_checkpointing: no block {unknown[0]!r}; there are {', '.join(blocks)}")
+    schedule = change_schedule(
+        noise_schedule(folder), config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
+    )
+    timestep_weights(config.loss, alphas_cumprod(schedule), schedule.get("prediction_type", "epsilon"))
+    check_installed(config.optimizer)
+    shares_optimizer(config, num_ranks)
 
 
 def _sample_flops(model: "ModelConfigs", config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:
@@ -247,7 +286,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
             for entry in _manifest(store, table, part).files:
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
-    epoch = count_epoch(store, config)
+    epoch = count_epoch(store, run, config)
     flops = _sample_flops(read_model_configs(store.model_path(config.base)), config, _shapes(store, config, epoch))
     work = Workload(
         num_images=num_images, num_samples=config.num_samples, training_tflop=flops / _TERA,

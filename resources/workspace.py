@@ -12,9 +12,9 @@ from training.commit import lock, write_bytes
 from training.data import vocabulary
 from training.data.prompt_maker import MadePrompt, PromptMaker
 from training.data.samples import Samples
-from training.errors import ConfigError, DataError, WorkspaceError
+from training.errors import ConfigError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
-from training.run_folder import CONFIG, EVENTS, read_config
+from training.run_folder import CONFIG, EVENTS, INPUTS, RunInputs, read_config, read_inputs
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -64,20 +64,27 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     """Fix a run's configuration by its first launch.
 
     Raises:
-        ConfigError: the run exists with other values; the message lists them.
+        ConfigError: the run was started with other values; the message lists them.
     """
-    store = Store(home)
-    folder = store.run_folder(check_run_name(run))
-    path = folder / CONFIG
+    folder = Store(home).run_folder(check_run_name(run))
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
-        if path.exists():
-            before, after = toml.flatten(toml.dump(read_config(folder))), toml.flatten(toml.dump(config))
-            changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-            fixed = [key for key in changed if not key.startswith(FREE_KEYS)]
-            if fixed and (folder / EVENTS).exists():
-                listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
-                raise ConfigError(f"run {run!r} was started with other values ({listed}); choose another --run name")
-        write_bytes(path, recipes.run_toml(config).encode())
+        _check_unchanged(folder, config)
+        write_bytes(folder / CONFIG, recipes.run_toml(config).encode())
+
+
+def _check_unchanged(folder: Path, config: RunConfig) -> None:
+    """Check that a run, if it was started, keeps what is fixed by its first launch.
+
+    Raises:
+        ConfigError: it was started with other values; the message lists them.
+    """
+    if not (folder / EVENTS).exists():
+        return
+    before, after = toml.flatten(toml.dump(read_config(folder))), toml.flatten(toml.dump(config))
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    if fixed := [key for key in changed if not key.startswith(FREE_KEYS)]:
+        listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
+        raise ConfigError(f"run {folder.name!r} was started with other values ({listed}); choose another --run name")
 
 
 def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
@@ -86,8 +93,25 @@ def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, 
     Raises:
         ConfigError: no such recipe, a wrong key or value, or a started run with other values.
     """
-    rules = tiny_rules(recipe, tiny=tiny)
-    write_run(home, run, recipes.run_config(recipes.recipe_path(RECIPES, recipe), assignments, tiny=rules))
+    write_run(home, run, _recipe_config(recipe, assignments, tiny=tiny))
+
+
+def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[str], *, tiny: bool) -> RunConfig:
+    """The configuration that a launch would fix, or without a recipe the one that the run has; writes nothing.
+
+    Raises:
+        ConfigError: what `configure_run` and `require_run` refuse.
+    """
+    if recipe is None:
+        require_run(store, run)
+        return read_config(store.run_folder(run))
+    config = _recipe_config(recipe, assignments, tiny=tiny)
+    _check_unchanged(store.run_folder(check_run_name(run)), config)
+    return config
+
+
+def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunConfig:
+    return recipes.run_config(recipes.recipe_path(RECIPES, recipe), assignments, tiny=tiny_rules(recipe, tiny=tiny))
 
 
 def require_run(store: Store, run: str) -> None:
@@ -101,31 +125,51 @@ def require_run(store: Store, run: str) -> None:
         raise ConfigError(f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}")
 
 
-def prompt_maker(store: Store, config: RunConfig) -> PromptMaker:
-    """Makes a run's prompts from the workspace's tables, as the trainer will from what is frozen with the run.
+def frozen_inputs(store: Store, run: str) -> RunInputs | None:
+    """What a run was frozen with at its first launch; None before that."""
+    folder = store.run_folder(run)
+    return read_inputs(folder) if (folder / INPUTS).exists() else None
+
+
+def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:
+    """Makes a run's prompts as its trainer does.
+
+    Args:
+        store: The workspace.
+        config: Of the run.
+        frozen: What the run was frozen with; None reads the workspace's tables, as the first launch will freeze them.
 
     Raises:
-        DamageError: the set's file is damaged.
+        DataError: nothing is frozen, and the encoding has no training set yet.
+        DamageError: the set's or the vocabulary's file is gone or damaged.
     """
     from training.models.text_encoders import load_tokenizer
+    from training.startup import checked_training_set
 
-    samples = Samples(store.table_file("training_set", config.encoding))
-    known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
-    base = config_folder(store.model_path(config.base))
-    names = ("tokenizer", "tokenizer_2") if (base / "tokenizer_2").is_dir() else ("tokenizer",)
-    return PromptMaker(samples, known, config.prompts, config.seed, [load_tokenizer(base / name) for name in names])
+    if frozen is None:
+        samples, base = Samples(store.table_file("training_set", config.encoding)), store.model_path(config.base)
+        known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
+    else:
+        samples, base = Samples(checked_training_set(frozen)), frozen.base_model
+        known = vocabulary.read(frozen.vocabulary, frozen.vocabulary_sha256)
+    configs = config_folder(base)
+    names = ("tokenizer", "tokenizer_2") if (configs / "tokenizer_2").is_dir() else ("tokenizer",)
+    return PromptMaker(samples, known, config.prompts, config.seed, [load_tokenizer(configs / name) for name in names])
 
 
-def example_prompts(store: Store, run: str, num_prompts: int) -> list[MadePrompt]:
-    """Prompts of the first samples of a run's training set, as epoch 0 makes them.
+def example_prompts(store: Store, run: str, num_prompts: int) -> tuple[list[MadePrompt], str]:
+    """Prompts of the first images that train in a run, as epoch 0 makes them, and a line that says what was read.
 
     Raises:
         ConfigError: there is no such run.
-        DataError: its encoding has no training set yet.
+        DataError: it was not started, and its encoding has no training set yet.
+        DamageError: what it was frozen with is gone or damaged.
     """
     require_run(store, run)
-    config = read_config(store.run_folder(run))
-    if store.manifest("training_set", config.encoding) is None:
-        raise DataError(f"run {run}: training_set {config.encoding} is not committed; run `foundry run` first")
-    maker = prompt_maker(store, config)
-    return maker.make(range(min(num_prompts, len(maker.samples))), 0)
+    config, frozen = read_config(store.run_folder(run)), frozen_inputs(store, run)
+    maker = prompt_maker(store, config, frozen)
+    train = maker.samples.train_rows
+    rows = train[:num_prompts].tolist()
+    which = f"current training set {config.encoding}" if frozen is None else f"set {frozen.fingerprint[:16]} of the run"
+    read = f"epoch 0 of {which}: {len(rows)} of {len(train)} images that train"
+    return maker.make(rows, 0), read

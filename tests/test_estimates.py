@@ -1,21 +1,28 @@
-"""What `foundry train --dry-run` and `foundry cost --run` say of a small workspace, against its own tables."""
+"""What `foundry train --dry-run`, `cost --run` and `prompts` say of a small workspace, against its own tables."""
 
 import dataclasses
+import importlib.metadata
+import json
 import re
+import shutil
+import sys
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
 from conftest import SHARDS, training_rows
 from typer.testing import CliRunner
 
-from jobs import estimates
+from assets import checkpoints, prompt_statistics
+from jobs import cli, estimates, pipeline
 from jobs.cli import app
 from resources.store import Store
 from training import commit, recipes
 from training.data.tables import TABLES
-from training.errors import ConfigError, DataError, ModelError
-from training.run_config import BatchConfig, ComputeConfig, RunConfig
+from training.errors import ConfigError, DataError, ModelError, TrainingError
+from training.run_config import BatchConfig, ComputeConfig, LossConfig, OptimizerConfig, PromptConfig, RunConfig
+from training.run_folder import read_config, read_inputs, write_inputs
 
 CONFIG = RunConfig(
     encoding="tiny", num_samples=48, precision="fp32",
@@ -56,7 +63,7 @@ def files(store):
 
 def test_a_dry_run_counts_what_the_trainer_would_do_and_writes_nothing(workspace):
     before = files(workspace)
-    text = "\n".join(estimates.dry_run(workspace, CONFIG, HARDWARE))
+    text = "\n".join(estimates.dry_run(workspace, "new", CONFIG, HARDWARE))
     assert files(workspace) == before
     assert "training set: 22 images train, 5 validate" in text
     # Two whole epochs of 3 steps and 4 samples of the third: one step more.
@@ -66,10 +73,10 @@ def test_a_dry_run_counts_what_the_trainer_would_do_and_writes_nothing(workspace
 
 
 def test_short_micro_batches_of_each_bucket_are_those_of_the_order(workspace):
-    epoch = estimates.count_epoch(workspace, CONFIG)
+    epoch = estimates.count_epoch(workspace, "new", CONFIG)
     sizes = np.diff(epoch.order.micro_starts)
     assert sizes.sum() == 22
-    text = estimates.dry_run(workspace, CONFIG, HARDWARE)
+    text = estimates.dry_run(workspace, "new", CONFIG, HARDWARE)
     start = next(number for number, line in enumerate(text) if line.startswith("bucket"))
     table = [line.split() for line in text[start + 1 : start + 4]]
     assert {row[0]: int(row[1]) for row in table} == {"32x32": 8, "32x48": 7, "48x32": 7}
@@ -81,32 +88,83 @@ def test_missing_latents_are_told_before_anything_starts(workspace):
     for path in (workspace.home / "latents" / "tiny" / SHARDS[1]).glob("g*.json"):
         path.unlink()
     with pytest.raises(DataError, match=r"13 of 27 images of the training set have no latents"):
-        estimates.dry_run(workspace, CONFIG, HARDWARE)
+        estimates.dry_run(workspace, "new", CONFIG, HARDWARE)
 
 
 def test_what_cannot_be_trained_is_told(workspace):
     other = dataclasses.replace(CONFIG, family="sd1")
     with pytest.raises(ModelError, match=r"sd1.*sdxl"):
-        estimates.dry_run(workspace, other, HARDWARE)
+        estimates.dry_run(workspace, "new", other, HARDWARE)
     with pytest.raises(ConfigError, match=r"clip_skip=9.*3 layers"):
-        estimates.dry_run(workspace, dataclasses.replace(CONFIG, clip_skip=9), HARDWARE)
+        estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, clip_skip=9), HARDWARE)
     with pytest.raises(ConfigError, match=r"encoding='other'.*tiny"):
-        estimates.dry_run(workspace, dataclasses.replace(CONFIG, encoding="other"), HARDWARE)
+        estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, encoding="other"), HARDWARE)
     half = dataclasses.replace(CONFIG, precision="bf16")
     with pytest.raises(ConfigError, match="V100"):
-        estimates.dry_run(workspace, half, dataclasses.replace(HARDWARE, gpu="V100"))
+        estimates.dry_run(workspace, "new", half, dataclasses.replace(HARDWARE, gpu="V100"))
+
+
+def test_the_schedule_and_the_loss_are_refused_as_the_trainer_refuses_them(workspace, tiny_sdxl, tmp_path):
+    def refused(error, said, **changes):
+        with pytest.raises(error, match=said):
+            estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, **changes), HARDWARE)
+
+    plain = LossConfig(weighting="plain")
+    # The base model predicts the noise, and the recipe leaves it at that.
+    refused(
+        ConfigError, r"zero_terminal_snr=true, and the UNet is to predict the noise", zero_terminal_snr=True, loss=plain
+    )
+    # A base model whose own schedule ends without signal.
+    shutil.copytree(tiny_sdxl, tmp_path / "zero")
+    path = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
+    schedule = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    path.write_text(json.dumps(schedule))
+    toml = workspace.home / "foundry.toml"
+    toml.write_text(toml.read_text().replace(str(tiny_sdxl), str(tmp_path / "zero")))
+    workspace = Store(workspace.home)
+    refused(TrainingError, r'loss.weighting="min_snr" on a noise schedule of zero terminal SNR')
+    refused(ConfigError, r"the base model's schedule has zero terminal SNR", prediction_type="epsilon", loss=plain)
+    assert estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, loss=plain), HARDWARE)
+
+
+def test_an_optimizer_that_cannot_be_had_is_told(workspace, monkeypatch):
+    def version(name):
+        assert name == "bitsandbytes"
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    eight_bit = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name="adamw_8bit"))
+    monkeypatch.setattr("training.optim.metadata.version", version)
+    installed = None
+    with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
+        estimates.dry_run(workspace, "new", eight_bit, HARDWARE)
+    installed = "0.41.0"
+    with pytest.raises(ConfigError, match=r"bitsandbytes 0\.41\.0"):
+        estimates.dry_run(workspace, "new", eight_bit, HARDWARE)
+    installed = "0.45.1"
+    assert estimates.dry_run(workspace, "new", eight_bit, HARDWARE)
+
+
+def test_prodigy_is_not_shared_among_ranks(workspace):
+    prodigy = dataclasses.replace(
+        CONFIG, optimizer=OptimizerConfig(name="prodigy", learning_rate=1), compute=ComputeConfig(shard_optimizer=True)
+    )
+    assert estimates.dry_run(workspace, "new", prodigy, dataclasses.replace(HARDWARE, num_gpus=1))
+    with pytest.raises(ConfigError, match="prodigy estimates one rate"):
+        estimates.dry_run(workspace, "new", prodigy, HARDWARE)
 
 
 def test_before_there_is_a_set_the_plan_stands_in(workspace):
     (workspace.home / "tables" / "training_set" / "tiny.json").unlink()
-    text = "\n".join(estimates.dry_run(workspace, CONFIG, HARDWARE))
+    text = "\n".join(estimates.dry_run(workspace, "new", CONFIG, HARDWARE))
     assert "steps: 6; no training set yet" in text
     assert "TFLOP per sample" in text
 
 
 def test_time_and_money_follow_cards_and_price(workspace):
     def figures(**changes):
-        line = estimates.dry_run(workspace, long, dataclasses.replace(HARDWARE, **changes))[-1]
+        line = estimates.dry_run(workspace, "new", long, dataclasses.replace(HARDWARE, **changes))[-1]
         return [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.\d\d", line)], line
 
     long = dataclasses.replace(CONFIG, num_samples=10**12)
@@ -120,16 +178,16 @@ def test_time_and_money_follow_cards_and_price(workspace):
 
 def test_a_model_too_large_for_the_card_is_told(workspace):
     large = dataclasses.replace(CONFIG, batch=BatchConfig(global_batch_size=10**9, micro_batch_size=10**8))
-    text = "\n".join(estimates.dry_run(workspace, large, HARDWARE))
+    text = "\n".join(estimates.dry_run(workspace, "new", large, HARDWARE))
     assert "memory: more than the 151 GB of one H200" in text
 
 
 def test_a_block_that_the_model_does_not_have_is_told_before_weights_are_loaded(workspace):
     wrong = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("down_blocks.7",)))
     with pytest.raises(ConfigError, match=r"no block 'down_blocks\.7'; there are down_blocks, down_blocks\.0, "):
-        estimates.dry_run(workspace, wrong, HARDWARE)
+        estimates.dry_run(workspace, "new", wrong, HARDWARE)
     right = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("up_blocks.0", "text_encoders")))
-    assert estimates.dry_run(workspace, right, HARDWARE)
+    assert estimates.dry_run(workspace, "new", right, HARDWARE)
 
 
 def test_the_bill_of_a_workspace_reads_its_tables(workspace):
@@ -155,3 +213,121 @@ def test_the_bill_of_a_workspace_reads_its_tables(workspace):
     result = CliRunner().invoke(app, ["cost", "--home", str(workspace.home), "--run", "one"])
     assert result.exit_code == 0, result.exception
     assert "27.00 kB" in result.stdout
+
+
+def configure(store, **changes):
+    """Give the workspace a run `one` that is not started."""
+    folder = store.run_folder("one")
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(recipes.run_toml(dataclasses.replace(CONFIG, **changes)))
+    return folder
+
+
+@pytest.fixture
+def foundry(workspace, monkeypatch, capsys):
+    """`foundry("train", ...)` on the workspace: status, standard output and standard error."""
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", ["foundry", command, "--home", str(workspace.home), *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(workspace, foundry, monkeypatch):
+    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("a dry run started something"))
+    status, _, errors = foundry("train", "--run", "one", "--dry-run")
+    assert (status, "run 'one' has no configuration" in errors) == (2, True)
+    configure(workspace, num_samples=64, num_processes=4)
+    before = files(workspace)
+    status, out, _ = foundry("train", "--run", "one", "--dry-run")
+    assert status == 0
+    assert "num_samples = 64" in out
+    assert "steps: 9 of 8 samples" in out
+    assert " on 4 x H200" in out, "cards are the run's own unless others are named"
+    assert " on 2 x H200" in foundry("train", "--run", "one", "--dry-run", "--gpus", "2")[1]
+    assert files(workspace) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "num_samples=9"], "--set and --tiny change a recipe"),
+        (["--tiny", "--dry-run"], "--set and --tiny change a recipe"),
+        (["--dry-run", "--stop"], "--dry-run, --stop and --bundle do different things"),
+        (["--dry-run", "--bundle", "there"], "--dry-run, --stop and --bundle do different things"),
+        (["--gpus", "8"], "--gpus 8 is for --dry-run"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(workspace, foundry, monkeypatch, arguments, said):
+    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started"))
+    configure(workspace)
+    status, _, errors = foundry("train", "--run", "one", *arguments)
+    assert status == 2
+    assert said in errors
+
+
+def test_a_dry_run_refuses_other_values_for_a_started_run_as_its_launch_does(workspace, foundry):
+    folder = configure(workspace)
+    (folder / "events.jsonl").write_text("")
+    status, _, errors = foundry("train", "--run", "one", "--dry-run", "--recipe", "demo")
+    assert status == 2
+    assert "run 'one' was started with other values (" in errors
+    assert "num_samples: 48 -> " in errors
+
+
+def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_was_frozen_with(workspace, foundry):
+    def prompts(count):
+        status, out, errors = foundry("prompts", "--run", "one", "--n", str(count))
+        assert status == 0, errors
+        return out.splitlines(), errors.splitlines()[-1]
+
+    def statistics():
+        return prompt_statistics.STAGE.others(workspace, "one")
+
+    configure(workspace, prompts=PromptConfig(mean_tags=0, empty_prob=0, alias_prob=1, score_tags=False))
+    rows = training_rows(22, 5)
+    train = rows.filter(pl.col("split") == "train").sort("image_id")
+    wanted = [sorted(tag["name"] for tag in tags) for tags in train["tags"]]
+
+    lines, read = prompts(50)
+    assert [sorted(re.findall(r"tag[_ ].", line.replace(" ", "_"))) for line in lines] == wanted
+    assert read == "epoch 0 of current training set tiny: 22 of 22 images that train"
+    assert prompts(3) == (lines[:3], "epoch 0 of current training set tiny: 3 of 22 images that train")
+
+    made_before = statistics()
+    folder = workspace.run_folder("one")
+    checkpoints.prepare(workspace, "one", read_config(folder))
+    write_inputs(folder, dataclasses.replace(read_inputs(folder), vae_digest=""))  # latents of no VAE
+    assert statistics() == made_before, "its start alone is no reason to count again"
+    # Then the tables go on without the run: one image trains, and its tags have other names.
+    put(workspace, "training_set", "tiny", train.head(1))
+    vocabulary = [
+        {"tag": f"tag_{letter}", "category": "general", "aliases": ["another"]} for letter in "abcdefghijklmnop"
+    ]
+    schema = TABLES["tag_vocabulary"].schema
+    frame = pl.DataFrame([{**dict.fromkeys(schema), **row} for row in vocabulary], schema=schema)
+    put(workspace, "tag_vocabulary", "all", frame)
+    assert statistics() == made_before
+    fingerprint = read_inputs(folder).fingerprint[:16]
+    assert prompts(50) == (lines, f"epoch 0 of set {fingerprint} of the run: 22 of 22 images that train")
+    assert estimates.count_epoch(workspace, "one", CONFIG).num_held_out == 5
+    assert len(estimates.count_epoch(workspace, "new", CONFIG).buckets) == 1
+
+
+def test_prompt_statistics_count_images_that_train(workspace):
+    configure(workspace)
+    shutil.rmtree(workspace.home / "latents")  # which they do not read, and whose tables are not those of the stage
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("runs", ["one"])
+        resources = {"store": workspace}
+        assert dg.materialize(
+            [prompt_statistics.prompt_statistics], partition_key="one", instance=instance, resources=resources
+        ).success
+    numbers = workspace.manifest("prompt_statistics", "one").report["numbers"]
+    assert (numbers["prompts"], numbers["images that train"]) == (22, 22)

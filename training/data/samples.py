@@ -113,6 +113,11 @@ class Samples:
         """Number of rows."""
         return len(self.image_ids)
 
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Rows that train, `(n,)` int64 in ascending order: all that are not held out."""
+        return np.flatnonzero(~self.validates)
+
     def watermarked(self, rows: np.ndarray) -> np.ndarray:
         """Whether a watermark was found in each of these rows, bool."""
         return self._boxes.lengths(rows) > 0
