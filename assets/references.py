@@ -17,6 +17,7 @@ from training.data.geometry import Size
 from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
+from training.evaluation.pictures import read_if_there, read_or_explain
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
 from training.run_folder import INPUTS, RunInputs, read_inputs
 
@@ -115,7 +116,7 @@ class Pair(NamedTuple):
 
 def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame) -> list[Pair]:
     """The pictures nearest to a training image, nearest first; none for models that were not trained here, and without
-    those whose training image is gone.
+    those whose training image is gone or that cannot be read themselves.
 
     Args:
         store: The workspace.
@@ -123,7 +124,7 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
         metrics: Its rows of table `eval_metrics`.
         samples: Its rows of table `sample_images`.
     """
-    from training.evaluation.clip_score import SIMILARITY, read_picture
+    from training.evaluation.clip_score import SIMILARITY
 
     images = training_images(store, key)
     nearest = metrics.filter(pl.col("metric") == SIMILARITY).sort("value", "prompt_id", descending=[True, False])
@@ -138,9 +139,9 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
         pixels = list(pool.pixels([files[image_id] for image_id in ids], ids))
     folder = store.sample_folder(key)
     return [
-        Pair(prompt_id, value, image_id, read_picture(folder / drawn[prompt_id]), image)
+        Pair(prompt_id, value, image_id, picture, image)
         for (prompt_id, value, image_id), image in zip(chosen, pixels, strict=True)
-        if isinstance(image, np.ndarray)
+        if isinstance(image, np.ndarray) and (picture := read_if_there(folder, drawn[prompt_id])) is not None
     ]
 
 
@@ -164,10 +165,10 @@ def _seen_before(store: Store, base: str) -> BasePictures:
 
 
 def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:
-    from training.evaluation.clip_score import look, read_pictures
+    from training.evaluation.clip_score import look
 
     samples = store.read("sample_images", ["text", "file"], [base])
-    pictures = read_pictures(store.sample_folder(base), samples["file"])
+    pictures = (read_or_explain(store.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     return BasePictures(
         embeddings=seen.embeddings, levels={name: seen.scores.get(name, np.empty(0)) for name in overbaked.ALL}

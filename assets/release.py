@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
+import numpy as np
 import polars as pl
 
 from assets.metadata import describe, materialize
@@ -19,6 +20,7 @@ from training.commit import json_digest, write_bytes
 from training.errors import DataError
 from training.evaluation import contact_sheet, figures
 from training.evaluation.model_card import Card, Picture
+from training.evaluation.pictures import read_if_there
 from training.event_log import read_lines
 from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
 
@@ -157,33 +159,30 @@ def _licences(store: Store, run: str) -> dict[str, Path]:
 def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
     """A few sample images for the card, of each group in turn, with the files that they come from."""
     found: list[tuple[Picture, Path]] = []
-    for row in choose_pictures(store.read("sample_images", parts=[last]), NUM_IN_CARD).iter_rows(named=True):
+    folder, samples = store.sample_folder(last), store.read("sample_images", parts=[last])
+    for row in choose_pictures(samples, NUM_IN_CARD).iter_rows(named=True):
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", row["prompt_id"])[:60]
         file = f"{releasing.PICTURES}/{len(found) + 1}-{name}.png"
-        path = store.sample_folder(last) / row["file"]
-        if path.is_file():
-            found.append((Picture(file=file, text=row["text"], negative=row["negative"]), path))
+        if read_if_there(folder, row["file"]) is not None:
+            found.append((Picture(file=file, text=row["text"], negative=row["negative"]), folder / row["file"]))
     return found
 
 
 def _grid(store: Store, last: str) -> str:
-    """Base and checkpoint side by side for a few prompts, as Markdown."""
-    from training.evaluation.clip_score import read_picture
-
+    """Base and checkpoint side by side for a few prompts, as Markdown; black where there is no picture."""
     before, after = sides(store, [store.base_checkpoint() or "", last])
     both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
     rows = choose_pictures(both, NUM_SHOWN)
     pictures, captions = [], []
     for row in rows.iter_rows(named=True):
-        pictures += [read_picture(before.folder / row["file"]), read_picture(after.folder / row["after"])]
+        pair = [read_if_there(before.folder, row["file"]), read_if_there(after.folder, row["after"])]
+        pictures += [np.zeros((8, 8, 3), np.uint8) if picture is None else picture for picture in pair]
         captions += [f"base: {row['text']}", "fine-tuned"]
     return figures.contact_sheet(pictures, captions)
 
 
 def _sheet(store: Store, run: str, last: str) -> bytes:
     """A contact sheet of all that the report shows, as a JPEG."""
-    from training.evaluation.clip_score import read_picture
-
     columns = sides(store, shown(store, run, last))
     files = [dict(side.samples.select("prompt_id", "file").iter_rows()) for side in columns]
     drawn = columns[-1].samples.filter(pl.col("prompt_id").is_in(list(files[0])))
@@ -192,7 +191,7 @@ def _sheet(store: Store, run: str, last: str) -> bytes:
             title=row["prompt_id"],
             text=row["text"],
             pictures=[
-                read_picture(side.folder / names[row["prompt_id"]]) if row["prompt_id"] in names else None
+                read_if_there(side.folder, names.get(row["prompt_id"]))
                 for side, names in zip(columns, files, strict=True)
             ],
         )

@@ -13,9 +13,10 @@ from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from training.errors import DataError
 from training.evaluation import figures
+from training.evaluation.pictures import read_picture
 from training.evaluation.sampling_inputs import input_digests
 from training.progress import report
-from training.retention import reading, release
+from training.retention import reading
 from training.run_folder import READY
 
 NUM_SHOWN = 16
@@ -61,11 +62,19 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
                 model, key, prompts, store.config.evaluation.sampling, folder, home=store.home, device=device,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
-        return Made(frame=frame, rows_in=prompts.height, report={"pictures": {"pictures": sheet(folder, frame)}})
+        failed = frame["file"].null_count()
+        return Made(
+            frame=frame,
+            rows_in=prompts.height,
+            report={
+                "pictures": {"pictures": sheet(folder, frame)},
+                "numbers": {"pictures that are not finite": failed} if failed else {},
+            },
+        )
 
     result = materialize(context, store, STAGE, make)
     for key in context.partition_keys:
-        release(store.checkpoint_folder(key), WANTED_BY)
+        store.let_go(key, WANTED_BY)
     return result
 
 
@@ -90,7 +99,5 @@ def prompts_of(store: Store) -> pl.DataFrame:
 
 def sheet(folder: Path, frame: pl.DataFrame) -> str:
     """A contact sheet of the first pictures, captioned with their prompts."""
-    from training.evaluation.clip_score import read_picture
-
-    shown = frame.head(NUM_SHOWN)
+    shown = frame.filter(pl.col("file").is_not_null()).head(NUM_SHOWN)
     return figures.contact_sheet([read_picture(folder / file) for file in shown["file"]], shown["text"].to_list())

@@ -23,7 +23,7 @@ from browser import Page, chromium  # noqa: E402 - the tests' browser, which the
 
 from resources.store import Store  # noqa: E402
 from training.evaluation import contact_sheet  # noqa: E402
-from training.evaluation.clip_score import read_picture  # noqa: E402
+from training.evaluation.pictures import read_picture  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, NARROW = 1440, 1200

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from training.data.tables import TABLES
 from training.errors import EvaluationError
-from training.evaluation import clip_score, sampling, summary
+from training.evaluation import clip_score, pictures, sampling, summary
 from training.evaluation_config import SamplingConfig
 from training.models.aesthetic import Aesthetic
 from training.models.clip import Clip
@@ -117,7 +117,7 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
     failed = metrics.filter(pl.col("metric") == "failed")
     assert failed["prompt_id"].to_list() == ["p1", "p3", "p4", "p6"]
     assert failed["value"].null_count() == failed.height
-    reasons = ["1.png is missing", "3.png is damaged (OSError)", "was not drawn", "clip_score is nan"]
+    reasons = ["1.png is missing", "3.png is damaged (OSError)", pictures.NOT_DRAWN, "clip_score is nan"]
     assert failed["reason"].to_list() == reasons
     own = metrics.filter(pl.col("prompt_id").is_not_null() & (pl.col("metric") != "failed"))
     assert own["prompt_id"].unique().sort().to_list() == ["p0", "p2", "p5"]
@@ -129,16 +129,27 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
     assert summed["count_LAIONScore"] == 3
 
 
-def test_a_checkpoint_of_which_nothing_can_be_scored_is_an_error(scored):
+def test_a_checkpoint_without_any_picture_has_failures_only(scored):
     samples, folder, clip, aesthetic, _ = scored
-    gone = samples.with_columns(file=pl.lit("gone.png"))
-    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .* the first: gone\.png is missing"):
-        clip_score.score(gone, folder, clip, aesthetic, batch_size=3)
+    none = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p2").then(pl.lit("gone.png")))
+    metrics = clip_score.score(none, folder, clip, aesthetic, batch_size=3)
+    assert metrics.schema == TABLES["eval_metrics"].schema
+    own = metrics.filter(pl.col("prompt_id").is_not_null())
+    assert own.select("prompt_id", "group", "metric", "reason").rows() == [
+        (f"p{n}", "ab"[n % 2], "failed", "gone.png is missing" if n > 2 else pictures.NOT_DRAWN) for n in range(7)
+    ]
+    summed = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_not_nan())
+    assert dict(summed.select("metric", "value").iter_rows()) == {"count_LAIONScore": 0, "num_failed": 7}
+
+
+def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
+    samples, folder, clip, aesthetic, _ = scored
     with pytest.raises(EvaluationError, match="holds no sample images"):
         clip_score.score(samples.clear(), folder, clip, aesthetic, batch_size=3)
     broken = Aesthetic(aesthetic.weight * float("nan"), aesthetic.bias, "cpu")
-    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .* aesthetic is nan"):
-        clip_score.score(samples, folder, clip, broken, batch_size=3)
+    one_gone = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p0").then("file"))
+    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .*, and 6 of them can be read: aesthetic is nan"):
+        clip_score.score(one_gone, folder, clip, broken, batch_size=3)
 
 
 def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):

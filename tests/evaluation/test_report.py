@@ -185,15 +185,30 @@ def test_groups_have_their_means_on_every_side(calm):
 
 def test_missing_pictures_and_scores_leave_gaps_and_no_error(sides):
     (sides[1].folder / "3.png").unlink()
+    whole = (sides[0].folder / "6.png").read_bytes()
+    (sides[0].folder / "6.png").write_bytes(whole[: len(whole) // 2])
     holes = pl.when(pl.col("prompt_id") == "p05").then(float("nan")).otherwise("value")
+    file = pl.when(pl.col("prompt_id") != "p07").then("file")  # not drawn
     sides[1] = Side(
-        checkpoint="run@9", folder=sides[1].folder, samples=sides[1].samples.filter(pl.col("prompt_id") != "p04"),
-        metrics=sides[1].metrics.with_columns(value=holes),
+        checkpoint="run@9", folder=sides[1].folder, metrics=sides[1].metrics.with_columns(value=holes),
+        samples=sides[1].samples.filter(pl.col("prompt_id") != "p04").with_columns(file),
+    )  # fmt: skip
+    html = report.render("t", sides, TABLES["verdicts"].empty(), {"steps": 20})
+    assert len(RULE.findall(html)) == 2 * 34 - 4
+    assert html.count("no picture") == 4
+    assert "steps: 20 · pictures that are missing or damaged: 2, run foundry verify --repair</p>" in html
+    assert ">nan" not in html.lower()
+
+
+def test_a_checkpoint_of_which_nothing_was_drawn_can_be_shown(sides):
+    gone = {"value": pl.lit(None, pl.Float64), "metric": pl.lit("failed")}
+    sides[1] = Side(
+        checkpoint="run@9", folder=sides[1].folder, metrics=sides[1].metrics.with_columns(**gone),
+        samples=sides[1].samples.with_columns(file=pl.lit(None, pl.String)),
     )  # fmt: skip
     html = report.render("t", sides, TABLES["verdicts"].empty(), {})
-    assert len(RULE.findall(html)) == 2 * 34 - 2
-    assert html.count("no picture") == 2
-    assert ">nan" not in html.lower()
+    assert html.count("no picture") == len(RULE.findall(html)) == 34
+    assert "missing or damaged" not in html
 
 
 def test_of_many_checkpoints_the_first_the_last_and_some_between_are_shown(sides):

@@ -36,9 +36,21 @@ def test_a_picture_with_room_keeps_its_size():
 def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    css = report_pictures.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
+    css, lost = report_pictures.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
     assert room / 6 < len(css) <= room
     assert re.findall(r"\.(p\d+s0)\{", css) == [f"p{n}s0" for n in range(count)]
+    assert lost == []
+
+
+def test_pictures_that_cannot_be_read_have_no_rule_and_are_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    files = [(name, tmp_path / f"{name}.png") for name in ("gone", "a", "cut", "text")]
+    css, lost = report_pictures.rules_of_files(files, 256, 40_000)
+    assert re.findall(r"\.(\w+)\{", css) == ["a"]
+    assert sorted(lost) == ["cut", "gone", "text"]
 
 
 def test_the_room_is_one_of_characters_and_not_of_bytes(tmp_path):
@@ -46,4 +58,4 @@ def test_the_room_is_one_of_characters_and_not_of_bytes(tmp_path):
     Image.fromarray(noise).save(tmp_path / "a.png")
     # Whole, the picture has fewer bytes than there are characters, but base64 makes four characters of three bytes.
     room = int(len(report_pictures.encode(Image.fromarray(noise), 64, 1_000_000)) * 1.2)
-    assert len(report_pictures.rules_of_files([("p", tmp_path / "a.png")], 64, room)) <= room
+    assert len(report_pictures.rules_of_files([("p", tmp_path / "a.png")], 64, room)[0]) <= room

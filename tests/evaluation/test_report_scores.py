@@ -69,7 +69,7 @@ def test_prompts_of_any_side_are_collected_with_the_scores_that_are_finite():
     assert found[1].scores == ({"clip_score": 0.2}, {"clip_score": 0.5, "aesthetic": 5.0})
     assert found[1].changes == {"clip_score": pytest.approx(0.3)}
     assert found[0].changes == found[2].changes == {}
-    assert found[0].files == (None, None)
+    assert found[0].files == (None, Path("p0.png"))
 
 
 def test_judged_metrics_come_from_the_verdicts_where_there_are_any():

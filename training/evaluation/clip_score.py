@@ -9,21 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from PIL import Image
 
 from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.evaluation import overbaked, summary
 from training.evaluation.copies import Nearest
+from training.evaluation.pictures import FAILED, NOT_DRAWN, can_be_drawn_again, read_or_explain
 from training.evaluation.references import References
 from training.evaluation.scorers import Scorer
 from training.models.aesthetic import Aesthetic
 from training.models.clip import Clip
 
-DTYPE = "float32"
-"""Of all scores; part of the protocol that verdicts compare."""
-FAILED = "failed"
-"""Metric of the row that a picture gets which could not be scored."""
 SIMILARITY = "train_similarity"
 """Metric of the rows that hold the cosine with the nearest training image, and its id."""
 
@@ -76,22 +72,22 @@ def score(
     Returns:
         Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not scaled, not clamped),
         `aesthetic`, the further scorers, the measures of `overbaked`, `train_similarity` and `embedding`; for a picture
-        that is missing, unreadable or has a score that is not finite one row `failed` with the reason instead; and the
-        summary as rows without a prompt, in which `num_failed` counts those.
+        that was not drawn, is missing or unreadable, or has a score that is not finite one row `failed` with the reason
+        instead; and the summary as rows without a prompt, in which `num_failed` counts those.
 
     Raises:
-        EvaluationError: there is no picture, or none could be scored.
+        EvaluationError: the table is empty, or no picture that can be read could be scored.
     """
     if samples.is_empty():
         raise EvaluationError(f"{folder} holds no sample images to score")
     samples = samples.sort("prompt_id")
     networks = Networks(clip=clip, aesthetic=aesthetic, scorers=scorers or {})
-    seen = look(read_pictures(folder, samples["file"]), samples["text"].to_list(), networks, batch_size=batch_size)
-    if not len(seen.rows):
-        raise EvaluationError(
-            f"none of {samples.height} pictures in {folder} could be scored, the first: {seen.failures[0]}"
-        )
+    pictures = (read_or_explain(folder, file) for file in samples["file"])
+    seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     summed = summarise(seen, samples["text"].gather(seen.rows).to_list())
+    if not len(seen.rows):
+        _require_pictures_to_blame(folder, seen)
+        return _table(samples, seen, None, summed)
     found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL})
     return _table(samples, seen, found.nearest, summed | found.summary)
 
@@ -125,32 +121,6 @@ def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: N
     return _finite(np.array(rows), scores, embeddings, failures)
 
 
-def read_pictures(folder: Path, files: Iterable[str | None]) -> Iterator[np.ndarray | str]:
-    """Pictures of ours, or in words that are equal on every machine why one cannot be read."""
-    for file in files:
-        if file is None:
-            yield "was not drawn"
-            continue
-        try:
-            yield read_picture(folder / file)
-        except EvaluationError as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            yield f"{file} is missing" if missing else f"{file} is damaged ({type(error.__cause__).__name__})"
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """A picture of ours as `(H, W, 3)` uint8.
-
-    Raises:
-        EvaluationError: the file is missing or unreadable.
-    """
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise EvaluationError(f"sample image {path} cannot be read ({error}): sample the checkpoint again") from error
-
-
 def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
     """The guide's summary of scored pictures, the deviation within prompts, the mean of each further scorer, and the
     number of pictures that could not be scored."""
@@ -161,6 +131,16 @@ def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
     further = [name for name in seen.scores if name not in ("clip_score", "aesthetic", *overbaked.ALL)]
     found |= {f"{name}_mean": float(seen.scores[name].mean()) for name in further}
     return found | {"num_failed": float(len(seen.failures))}
+
+
+def _require_pictures_to_blame(folder: Path, seen: Seen) -> None:
+    """Where nothing was scored, refuse to call it the pictures' fault when one of them could be read."""
+    odd = [reason for reason in seen.failures.values() if reason != NOT_DRAWN and not can_be_drawn_again(reason)]
+    if odd:
+        raise EvaluationError(
+            f"none of {len(seen.failures)} pictures in {folder} could be scored, and {len(odd)} of them can be read: "
+            f"{odd[0]}; CLIP, the aesthetic head or a further scorer is broken"
+        )
 
 
 def _batches(items: Iterable[tuple[int, np.ndarray | str]], size: int) -> Iterator[list[tuple[int, np.ndarray | str]]]:

@@ -144,20 +144,22 @@ def read_record(folder: Path) -> Record:
 
 
 def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
-    """Copy pictures to where the workspace keeps them; returns rows of table `sample_images`.
+    """Copy pictures to where the workspace keeps them; returns rows of table `sample_images`, also of those that could
+    not be drawn.
 
     Raises:
         DamageError: a picture or the table is gone or has changed.
     """
-    from training.evaluation.clip_score import read_picture
+    from training.evaluation.pictures import read_picture
 
     commit.check_entry(folder, record.samples)
     samples = TABLES["sample_images"].conform(pl.read_parquet(folder / record.samples.name))
-    for prompt_id, file, sha256 in samples.select("prompt_id", "file", "sha256").iter_rows():
+    drawn = samples.filter(pl.col("file").is_not_null())
+    for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
         picture = read_picture(folder / PICTURES / file)
         if hashlib.sha256(picture.tobytes()).hexdigest() != sha256:
             raise DamageError(f"{folder / PICTURES / file} is not the picture that was drawn for prompt {prompt_id!r}")
-    for file in samples["file"]:
+    for file in drawn["file"]:
         with commit.atomic_file(target / file) as temporary:
             shutil.copyfile(folder / PICTURES / file, temporary)
     return samples

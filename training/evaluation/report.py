@@ -3,7 +3,7 @@ the network for nothing, so it can be mailed, kept beside the weights, or opened
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TypeVar
@@ -88,6 +88,11 @@ def render(
     featured |= {p.prompt_id for pair in winning.values() for half in pair for p in half}
     shown = _shown(everything, featured)
     names = {prompt.prompt_id: f"p{number}" for number, prompt in enumerate(shown)}
+    others = report_pictures.rules_of_arrays(_section_pictures(sections))
+    rules, lost = _rules(shown, featured, names, others)
+    if lost:
+        shown = [_without(prompt, names[prompt.prompt_id], lost) for prompt in shown]
+        facts = {**facts, "pictures that are missing or damaged": f"{len(lost)}, run foundry verify --repair"}
     parts = [
         ("Before and after", _first(first, sides, names, metrics)),
         ("Winners and losers", "".join(_extremes(m, *winning[m], sides, names, metrics) for m in metrics)),
@@ -101,7 +106,6 @@ def render(
     body = "".join(f"<h2 id=h{n}>{_show(name)}</h2>{content}" for n, (name, content) in enumerate(parts))
     links = "".join(f"<a href='#h{n}'>{_show(name)}</a>" for n, (name, _) in enumerate(parts))
     small = " · ".join(f"{_show(str(name))}: {_show(str(value))}" for name, value in facts.items())
-    rules = _rules(shown, featured, names, report_pictures.rules_of_arrays(_section_pictures(sections)))
     return (
         f"<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
         f'content="{report_page.POLICY}"><meta name=viewport content="width=device-width, initial-scale=1">'
@@ -125,8 +129,9 @@ def _shown(prompts: Sequence[Prompt], featured: set[str]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.prompt_id in kept]
 
 
-def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str) -> str:
-    """The pictures, after those of sections: large where a slider shows them, else small, in the room that is left."""
+def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str) -> tuple[str, set[str]]:
+    """The pictures, after those of sections: large where a slider shows them, else small, in the room that is left; and
+    the classes of those that cannot be read."""
     large: list[tuple[str, Path]] = []
     small: list[tuple[str, Path]] = []
     for prompt in shown:
@@ -134,8 +139,15 @@ def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str]
             in_slider = prompt.prompt_id in featured and place in (0, len(prompt.files) - 1)
             if path is not None:
                 (large if in_slider else small).append((f"{names[prompt.prompt_id]}s{place}", path))
-    before = others + report_pictures.rules_of_files(large, FULL_PX, FULL_ROOM)
-    return before + report_pictures.rules_of_files(small, THUMBNAIL_PX, ROOM - len(before))
+    first, lost = report_pictures.rules_of_files(large, FULL_PX, FULL_ROOM)
+    rest, more = report_pictures.rules_of_files(small, THUMBNAIL_PX, ROOM - len(others) - len(first))
+    return others + first + rest, {*lost, *more}
+
+
+def _without(prompt: Prompt, name: str, lost: set[str]) -> Prompt:
+    """The prompt without the pictures that cannot be read."""
+    files = [None if f"{name}s{place}" in lost else path for place, path in enumerate(prompt.files)]
+    return replace(prompt, files=tuple(files))
 
 
 def _first(prompts: Sequence[Prompt], sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from training.evaluation.figures import data_uri, fit
+from training.evaluation.pictures import read_if_there
 
 ROOM = 8_500_000
 """Characters of all pictures of a page."""
@@ -61,8 +62,8 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def rules_of_files(files: Sequence[tuple[str, Path]], longest_px: int, room: int) -> str:
-    """CSS rules that give each class its picture.
+def rules_of_files(files: Sequence[tuple[str, Path]], longest_px: int, room: int) -> tuple[str, list[str]]:
+    """CSS rules that give each class its picture, and the classes whose picture is missing or damaged.
 
     Args:
         files: Class and picture file.
@@ -70,13 +71,17 @@ def rules_of_files(files: Sequence[tuple[str, Path]], longest_px: int, room: int
         room: Characters of all rules together at most.
     """
     max_bytes = _share(len(files), room)
+    lost: list[str] = []
 
     def rule(item: tuple[str, Path]) -> str:
         name, path = item
-        with Image.open(path, formats=("PNG",)) as image:
-            return _rule(name, encode(image, longest_px, max_bytes))
+        picture = read_if_there(path.parent, path.name)
+        if picture is None:
+            lost.append(name)
+            return ""
+        return _rule(name, encode(Image.fromarray(picture), longest_px, max_bytes))
 
-    return _joined(rule, files)
+    return _joined(rule, files), lost
 
 
 def rules_of_arrays(pictures: Sequence[tuple[str, np.ndarray]]) -> str:

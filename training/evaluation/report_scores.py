@@ -45,7 +45,7 @@ class Prompt:
     height: int
     width: int
     files: tuple[Path | None, ...]
-    """Picture per side; None where there is none."""
+    """Picture per side; None where none was drawn."""
     scores: tuple[Mapping[str, float], ...]
     """Finite scores per side, by metric."""
     changes: Mapping[str, float]
@@ -86,18 +86,17 @@ def collect(sides: Sequence[Side], metrics: Sequence[str]) -> list[Prompt]:
     about: dict[str, dict[str, object]] = {}
     for side in sides:
         rows = list(side.samples.iter_rows(named=True))
-        files.append({row["prompt_id"]: side.folder / row["file"] for row in rows})
+        files.append({row["prompt_id"]: side.folder / row["file"] for row in rows if row["file"] is not None})
         for row in rows:
             about.setdefault(row["prompt_id"], row)
     prompts = []
     for prompt_id in sorted(about):
         row, own = about[prompt_id], tuple(table.get(prompt_id, {}) for table in scores)
-        found = [table.get(prompt_id) for table in files]
         prompts.append(
             Prompt(
                 prompt_id=prompt_id, text=str(row["text"]), group=str(row["group"]),
                 height=int(str(row["height"])), width=int(str(row["width"])),
-                files=tuple(path if path is not None and path.is_file() else None for path in found),
+                files=tuple(table.get(prompt_id) for table in files),
                 scores=own,
                 changes={name: own[-1][name] - own[0][name] for name in metrics if name in own[0] and name in own[-1]},
             )
