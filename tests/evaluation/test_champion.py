@@ -3,10 +3,12 @@
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training.data.tables import TABLES
 from training.errors import DamageError
-from training.evaluation import champion
+from training.evaluation import champion, verdict
 from training.evaluation.champion import Champion
 from training.evaluation.verdict import Protocol, Scores
 
@@ -40,9 +42,9 @@ def test_halves_are_even_apart_and_do_not_depend_on_the_order():
 
 def test_the_best_of_many_equals_seldom_wins_though_it_looks_better():
     """Twenty checkpoints as good as the champion: the best of them on all prompts stands out, on the other half not."""
-    rng, naive, honest = np.random.default_rng(5), 0, 0
+    rng, num_rounds, naive, honest = np.random.default_rng(5), 30, 0, 0
     tiny = {"clip_score": 1e-6, "aesthetic": 1e-6}
-    for _ in range(60):
+    for _ in range(num_rounds):
         held, *sides = (
             scores(f"run@{number}", drawn(rng, count=60), 0.25 + rng.normal(0, 0.02, 60)) for number in range(21)
         )
@@ -50,8 +52,8 @@ def test_the_best_of_many_equals_seldom_wins_though_it_looks_better():
         naive += champion.wins(champion.challenge(held, best, tiny, one_of_many=False), tiny)
         chosen = champion.choose(held, sides, tiny)
         honest += champion.wins(champion.challenge(held, chosen, tiny, one_of_many=True), tiny)
-    assert naive / 60 > 0.12
-    assert honest / 60 <= 0.07
+    assert naive / num_rounds > 0.12
+    assert honest / num_rounds <= 0.07
 
 
 def test_a_better_one_wins_and_its_verdict_names_the_half():
@@ -63,6 +65,18 @@ def test_a_better_one_wins_and_its_verdict_names_the_half():
     assert judged["num_prompts"].unique().to_list() == [60]
     assert champion.wins(rows, MARGINS)
     assert not champion.wins(champion.challenge(held, equal, MARGINS, one_of_many=True), MARGINS)
+
+
+@given(count=st.integers(2, 80))
+def test_the_held_out_half_asks_for_prompts_of_the_whole_set(count):
+    """Sixty are the fewest of which the judged half gives a verdict; an unclear half asks for more than there are."""
+    a, b = (scores(name, drawn(np.random.default_rng(7), shift, count)) for name, shift in (("c@1", 0), ("r@1", 0.05)))
+    rows = champion.challenge(a, b, MARGINS, one_of_many=True)
+    for row in rows.filter(pl.col("group") == champion.HELD_OUT).iter_rows(named=True):
+        assert (row["verdict"] == "too_few_prompts") == (count < 60)
+        assert row["num_needed"] is None or row["num_needed"] >= max(60, count)
+        told = "; a set of about 60 prompts would do"
+        assert verdict.sentence(row).endswith(told) == (row["num_needed"] == 60)
 
 
 def test_worse_in_one_deciding_metric_is_not_better():

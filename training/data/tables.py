@@ -485,7 +485,7 @@ TABLES: dict[str, Table] = {
             ("metric", "group"),
             {
                 "metric": _c(pl.String, "clip_score or aesthetic"),
-                "group": _c(pl.String, "prompts compared: a label, or `all`"),
+                "group": _c(pl.String, "prompts compared: a label, `all`, or `held-out half` for the best of many"),
                 "a": _c(pl.String, "checkpoint compared against"),
                 "b": _c(pl.String, "checkpoint judged"),
                 "num_prompts": _c(pl.Int64, "pairs"),
@@ -499,7 +499,10 @@ TABLES: dict[str, Table] = {
                 "margin": _c(pl.Float64, "difference that matters in practice"),
                 "win_rate": _c(pl.Float64, "share of prompts where b scores higher", 0.05),
                 "verdict": _c(pl.String, "better, worse, same, unclear or too_few_prompts"),
-                "num_needed": _c(pl.Int64, "prompts that would decide; null when decided"),
+                "num_needed": _c(
+                    pl.Int64,
+                    "prompts that would decide, for the held-out half those of the whole set; null when decided",
+                ),
             },
         ),
         Table(

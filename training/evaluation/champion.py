@@ -15,11 +15,9 @@ from training import commit
 from training.data.tables import TABLES
 from training.errors import DamageError
 from training.evaluation import verdict
-from training.evaluation.verdict import ALL, Scores
+from training.evaluation.verdict import ALL, HELD_OUT, Scores
 
 FILE = "champion.json"
-HELD_OUT = "held-out half"
-"""Group of the verdict that decides over the best of many."""
 _FORMAT = 1
 
 
@@ -88,12 +86,16 @@ def choose(champion: Scores, challengers: Sequence[Scores], margins: Mapping[str
 
 
 def challenge(champion: Scores, challenger: Scores, margins: Mapping[str, float], *, one_of_many: bool) -> pl.DataFrame:
-    """The verdict that decides: rows of table `verdicts`, with those of the held-out half for the best of many."""
+    """The verdict that decides: rows of table `verdicts`, with those of the held-out half for the best of many.
+
+    Of these `num_needed` counts the prompts of the whole set, of which the half is judged.
+    """
     rows = verdict.compare(champion, challenger, margins)
     if not one_of_many:
         return rows
     judged = verdict.compare(_part(champion, 1), _part(challenger, 1), margins).filter(pl.col("group") == ALL)
-    return TABLES["verdicts"].conform(pl.concat([rows, judged.with_columns(group=pl.lit(HELD_OUT))]))
+    held_out = judged.with_columns(group=pl.lit(HELD_OUT), num_needed=pl.col("num_needed") * 2)
+    return TABLES["verdicts"].conform(pl.concat([rows, held_out]))
 
 
 def wins(rows: pl.DataFrame, metrics: Collection[str]) -> bool:

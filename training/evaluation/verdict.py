@@ -17,6 +17,8 @@ from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation.pictures import refusal
 
 ALL = "all"
+HELD_OUT = "held-out half"
+"""Group of the verdict that decides over the best of many."""
 MIN_PROMPTS = 30
 """Fewer pairs give no verdict."""
 CONFIDENCE = 0.95
@@ -139,6 +141,8 @@ def sentence(row: Mapping[str, object]) -> str:
         "too_few_prompts": "too few prompts to tell",
     }  # fmt: skip
     needed = f"; about {row['num_needed']} prompts would do" if row["num_needed"] is not None else ""
+    if needed and row["group"] == HELD_OUT:
+        needed = f"; a set of about {row['num_needed']} prompts would do"
     return (
         f"{row['metric']} ({row['group']}): {words[str(row['verdict'])]}, {row['difference']:+.4f} "
         f"[{row['low']:+.4f}, {row['high']:+.4f}] over {row['num_prompts']} prompts{needed}"
