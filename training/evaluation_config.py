@@ -12,6 +12,7 @@ Sampler = Literal["dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "eule
 Schedule = Literal["karras", "exponential", "ays", "plain"]
 PromptWeights = Literal["off", "plain", "mean_restored"]
 Enlarge = Literal["latent", "latent_bicubic", "pixels"]
+SamplingPrecision = Literal["fp32", "tf32", "bf16"]
 ScorerName = Literal["pickscore", "hps_v2", "image_reward"]
 
 
@@ -78,6 +79,9 @@ class SamplingConfig:
     """LoRAs, added in this order."""
     weights: Literal["raw", "ema"] = "raw"
     """`ema` draws with the averaged weights of checkpoints that have them, and with the others' own."""
+    precision: SamplingPrecision = "fp32"
+    """Arithmetic of the models. `tf32`: TF32 where the device has it, else as `fp32`; `bf16`: the UNet in bfloat16, its
+    weights rounded once, text encoders and VAE as with `tf32`. Latents, noise and guidance are always fp32."""
     batch_size: int = 8
     """Pictures sampled at a time."""
 

@@ -64,6 +64,7 @@ def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:
         "smoke": {"held_out": 30},
         "weaknesses": {"groups": list(NAMES)},
     }
+    document["evaluation"] = {"sampling": {"precision": "bf16"}}
     if tiny is not None:
         _shrink(document, "workspace", toml.load(tiny))
     toml.build(WorkspaceConfig, document.unwrap())

@@ -32,7 +32,7 @@ def test_a_plain_picture_is_read_back():
     assert (prompt, negative) == ("a cat, (red)", "blurry,\nbad")
     assert settings == {
         "Steps": "28", "Sampler": "Euler a", "Schedule type": "Normal", "CFG scale": "7.5", "Seed": "3",
-        "Size": "832x1216", "Model": "run@12", "Emphasis": "None", "RNG": "CPU",
+        "Size": "832x1216", "Model": "run@12", "Emphasis": "None", "Precision": "fp32", "RNG": "CPU",
     }  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def test_all_that_was_done_is_read_back():
         sampler="dpmpp_3m_sde", schedule="ays", pag_scale=3.0, prompt_weights="plain",
         second_pass=SecondPassConfig(scale=1.5, strength=0.45, num_steps=12, enlarge="latent_bicubic"),
         loras=(LoraConfig(path="a/ink.safetensors", weight=0.75), LoraConfig(path="b/soft.safetensors")),
+        precision="bf16",
     )  # fmt: skip
     hashes = {"ink": "0123456789ab", "soft": "ba9876543210"}
     text = parameters(
@@ -54,7 +55,7 @@ def test_all_that_was_done_is_read_back():
     wanted = {
         "Sampler": "DPM++ 3M SDE", "Schedule type": "Align Your Steps", "Clip skip": "2", "Denoising strength": "0.45",
         "Hires upscale": "1.5", "Hires steps": "12", "Hires upscaler": "Latent (bicubic antialiased)",
-        "PAG scale": "3.0", "Emphasis": "No norm", "Size": "1024x1024",
+        "PAG scale": "3.0", "Emphasis": "No norm", "Size": "1024x1024", "Precision": "bf16",
     }  # fmt: skip
     assert wanted.items() <= settings.items()
 

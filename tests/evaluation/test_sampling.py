@@ -329,3 +329,87 @@ def test_sdxl_on_the_plain_schedule_is_warned_of(parts, sd1_folder):
         draw(load_pipeline_parts(sd1_folder, "cpu"), frame, schedule="plain")
         zero = {**parts.noise_scheduler_config, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
         draw(dataclasses.replace(parts, noise_scheduler_config=zero), frame, schedule="plain")
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_parts(parts):
+    """A model that may be rounded."""
+    return dataclasses.replace(parts, unet=copy.deepcopy(parts.unet))
+
+
+def test_bf16_is_the_unets_alone(own_parts, monkeypatch):
+    seen = {}
+
+    def watch(name, module, found):
+        def hook(_, arguments, keywords, output):
+            seen[name] = found(arguments, keywords, output)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    unet, vae = own_parts.unet, own_parts.vae
+    hooks = [
+        watch("sizes", unet.add_time_proj, lambda arguments, keywords, output: (arguments[0].dtype, output.dtype)),
+        watch("timestep", unet.time_proj, lambda arguments, keywords, output: output.dtype),
+        watch("unet", unet, lambda arguments, keywords, output: (arguments[0].dtype, output.sample.dtype)),
+        watch("text", own_parts.text_encoders[1], lambda arguments, keywords, output: output.text_embeds.dtype),
+        watch("vae", vae.decoder, lambda arguments, keywords, output: (arguments[0].dtype, output.dtype)),
+    ]
+    step = DPMSolverMultistepScheduler.step
+
+    def watched(self, prediction, timestep, latents, **keywords):
+        seen["step"] = (prediction.dtype, latents.dtype)
+        return step(self, prediction, timestep, latents, **keywords)
+
+    monkeypatch.setattr(DPMSolverMultistepScheduler, "step", watched)
+    draw(own_parts, prompt_frame(("a", "red cat", "", 32, 32)), precision="bf16")
+    for hook in hooks:
+        hook.remove()
+    whole, half = torch.float32, torch.bfloat16
+    assert seen == {
+        "sizes": (whole, whole), "timestep": whole, "unet": (half, half), "text": whole, "vae": (whole, whole),
+        "step": (whole, whole),
+    }  # fmt: skip
+    assert {parameter.dtype for parameter in unet.parameters()} == {half}
+
+
+def test_bf16_draws_nearly_the_picture_of_fp32(parts, own_parts):
+    frame = prompt_frame(("a", "red cat", "blurry", 32, 48), ("b", "a dog", "", 32, 48))
+    whole = draw(parts, frame, guidance_scale=1.5)
+    half, again = (draw(own_parts, frame, guidance_scale=1.5, precision="bf16") for _ in range(2))
+    for key, picture in half.items():
+        away = np.abs(picture.astype(int) - whole[key]).mean()
+        assert 0 < away < 0.1 * np.abs(whole["a"].astype(int) - whole["b"]).mean()
+        assert np.array_equal(picture, again[key])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_torchs_own_settings_do_not_loosen_fp32(parts, monkeypatch, precision):
+    seen, forward, backends = set(), UNet2DConditionModel.forward, torch.backends
+
+    def watched(self, *arguments, **keywords):
+        seen.add((backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32))
+        return forward(self, *arguments, **keywords)
+
+    frame = prompt_frame(("a", "x", "", 32, 32))
+    picture = draw(parts, frame)["a"]
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", True)  # as torch starts
+    assert np.array_equal(draw(parts, frame, precision=precision)["a"], picture)
+    assert seen == {(False, False)}  # also with "tf32", which a CPU does not have
+    assert backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_all_precisions_draw_nearly_the_same_picture_on_a_gpu(parts):
+    frame, pictures = prompt_frame(("a", "red cat", "blurry", 32, 48)), {}
+    for precision in ("fp32", "tf32", "bf16"):  # the last one rounds the model
+        own = copy.deepcopy(parts)
+        for module in (own.unet, *own.text_encoders):
+            module.to("cuda")
+        config = changed(guidance_scale=1.5, precision=precision)
+        pictures[precision] = dict(sampling.sample(own, frame, config, device="cuda"))["a"].astype(int)
+    for precision in ("tf32", "bf16"):
+        assert np.abs(pictures[precision] - pictures["fp32"]).mean() < 5

@@ -1,5 +1,6 @@
 """Digests of what pictures follow from move with it, and with nothing else."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import get_args
 import pytest
 from tiny_sampling import CONFIG, changed
 
+from assets.sample_images import STAGE
+from resources.store import Store
 from training import run_folder, toml
 from training.errors import ConfigError
 from training.evaluation.sampling_inputs import input_digests, model_folder
-from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, Schedule
+from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, SamplingPrecision, Schedule
 
 
 def loras(*paths):
@@ -61,6 +64,17 @@ def test_the_config_beside_a_file_of_peft_counts(tmp_path):
     assert len(set(digests)) == 3
 
 
+def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
+    sections = []
+    for precision in get_args(SamplingPrecision):
+        text = f'format = 1\nsources = []\n[evaluation.sampling]\nprecision = "{precision}"\n'
+        (tmp_path / "foundry.toml").write_text(text)
+        sections.append(Store(tmp_path).section(STAGE, "base"))
+    assert all(one != other for one, other in itertools.combinations(sections, 2))
+    with pytest.raises(ConfigError, match=r"precision"):
+        toml.build(SamplingConfig, {"precision": "fp16"})
+
+
 def test_names_of_loras_must_differ():
     with pytest.raises(ConfigError, match=r"names \['x', 'x'\] must differ"):
         loras("a/x.safetensors", "x.safetensors")
@@ -77,5 +91,5 @@ def test_the_example_of_the_documentation_is_a_configuration():
     values = tomllib.loads(page.split("```toml\n")[1].split("```")[0])["evaluation"]["sampling"]
     config = toml.build(SamplingConfig, values)
     assert (config.sampler, config.loras[0].name, config.second_pass.num_steps) == ("dpmpp_3m_sde", "ink", 15)
-    for name in (*get_args(Sampler), *get_args(Schedule)):
+    for name in (*get_args(Sampler), *get_args(Schedule), *get_args(SamplingPrecision)):
         assert name in page

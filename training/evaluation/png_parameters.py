@@ -60,7 +60,7 @@ def parameters(
     settings["Emphasis"] = _EMPHASIS[config.prompt_weights]
     if lora_hashes:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
-    settings["RNG"] = "CPU"
+    settings |= {"Precision": config.precision, "RNG": "CPU"}
     return f"{prompts}\n" + ", ".join(f"{name}: {_quote(value)}" for name, value in settings.items())
 
 

@@ -1,7 +1,8 @@
 """Draws a checkpoint's pictures of a prompt set: one generator per picture, so that no picture depends on the others.
 
 Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant there. Noise is drawn
-on the CPU, one seed per picture, as ComfyUI does: equal on every device, and the same for every checkpoint.
+on the CPU, one seed per picture, as ComfyUI does: equal on every device, and the same for every checkpoint. Latents,
+scheduler and guidance are fp32 in every precision; only the models compute in less.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from training.evaluation_config import SamplingConfig
 from training.models.lora import add_loras
 from training.models.text_encoders import TextConditioning
 from training.models.unet import PipelineParts, load_pipeline_parts
-from training.models.vae import Vae, scale_of
+from training.models.vae import Vae, arithmetic, scale_of
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the pictures drawn so far and their total."""
@@ -107,7 +108,7 @@ def sample(
     """Draw one picture per prompt, batched by size and number of chunks.
 
     Args:
-        parts: The model.
+        parts: The model, fp32; the UNet is rounded in place where the precision is bf16.
         prompts: Rows of table `prompt_sets`.
         config: How they are drawn; its averaged weights, clip skip and LoRAs are the caller's to choose.
         clip_skip: Layer of SD 1.x's text encoder, from the end.
@@ -124,14 +125,18 @@ def sample(
     rows = _prompts(prompts)
     texts = [text for prompt in rows for text in (prompt.text, prompt.negative)]
     encoder = PromptEncoder(parts, texts, config, clip_skip=clip_skip, device=device)
-    vae = Vae(parts.vae, device)
+    # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range and three bits more.
+    vae = Vae(parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32")
+    _lay_out(parts, config, vae.device)
     _warn_of_plain(parts, config)
     for batch in _batches(rows, encoder, config.batch_size):
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
             size = f"{odd[0].height}x{odd[0].width}"
             raise EvaluationError(f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels")
-        pictures = vae.decode_each(draw(parts, vae, encoder, batch, config))
+        with arithmetic(vae.device, vae.precision):
+            latents = draw(parts, vae, encoder, batch, config)
+        pictures = vae.decode_each(latents)
         for prompt, picture in zip(batch, pictures, strict=True):
             yield prompt.prompt_id, picture
 
@@ -174,7 +179,7 @@ def denoise(
     """One pass: from noised latents `(B, C, h, w)` to those of the picture.
 
     Args:
-        parts: The model.
+        parts: The model; the UNet computes in the type of its weights.
         text: `(2 * B, n * 77, d)`, negatives first.
         latents: As the scheduler has them at its first timestep.
         size: Of the pictures, pixels.
@@ -182,21 +187,22 @@ def denoise(
         generators: One per picture, for samplers that draw while they step.
         config: Guidance.
     """
-    device = latents.device
+    device, dtype = latents.device, parts.unet.dtype
     readings = num_readings(config)
-    # As trained, for a picture that was neither shrunk nor cropped: original and target size are its own.
+    # As trained, for a picture that was neither shrunk nor cropped: original and target size are its own. In fp32, from
+    # which the UNet makes its sines before it rounds them, as with timesteps.
     sizes = torch.tensor([size] * (readings * len(latents)), device=device)
     time_ids = make_time_ids(sizes, torch.zeros_like(sizes), sizes)
     added = None
     if text.pooled is not None:
         added = {"text_embeds": repeat_prompts(text.pooled, config), "time_ids": time_ids}
-    hidden_states = repeat_prompts(text.hidden_states, config)
+    hidden_states = repeat_prompts(text.hidden_states, config).to(dtype)
     with perturbed(parts.unet, config):
         for timestep in scheduler.timesteps:
             repeated = scheduler.scale_model_input(torch.cat([latents] * readings), timestep)
             prediction = parts.unet(
-                repeated, timestep.to(device), encoder_hidden_states=hidden_states, added_cond_kwargs=added
-            ).sample
+                repeated.to(dtype), timestep.to(device), encoder_hidden_states=hidden_states, added_cond_kwargs=added
+            ).sample.float()
             latents = scheduler.step(guide(prediction, config), timestep, latents, generator=generators).prev_sample
     return latents
 
@@ -219,6 +225,14 @@ def _batches(prompts: list[Prompt], encoder: PromptEncoder, batch_size: int) -> 
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
+
+
+def _lay_out(parts: PipelineParts, config: SamplingConfig, device: torch.device) -> None:
+    """Bring the UNet into the precision, and on a GPU into the memory format that its convolutions are fastest in."""
+    if config.precision == "bf16":
+        parts.unet.to(torch.bfloat16)
+    if config.precision != "fp32" and device.type == "cuda":
+        parts.unet.to(memory_format=torch.channels_last)
 
 
 def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:

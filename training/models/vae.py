@@ -1,4 +1,4 @@
-"""AutoencoderKL: pixels to scaled latents and back. Decoding is in fp32; encoding in the precision asked for.
+"""AutoencoderKL: pixels to scaled latents and back. Encoding is in the precision asked for, decoding never in 16 bits.
 
 Latents are `(posterior mean - shift) * scaling`: for SD and SDXL shift is 0 and scaling 0.18215 or 0.13025, read from
 the VAE's config, never assumed. A bad image is reported in its own row; it does not end its batch.
@@ -55,7 +55,8 @@ class Vae:
         Args:
             model: In fp32.
             device: Where it works.
-            precision: Of encoding. `tf32` is fp32 on a device without TF32.
+            precision: Of encoding, and of decoding unless it is bf16, which decodes in fp32. `tf32` is fp32 on a device
+                without TF32.
             tile_above_px: Images of more pixels are encoded in overlapping tiles; None for never.
 
         Raises:
@@ -120,7 +121,7 @@ class Vae:
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled mean and log-variance, each `(B, C, H/8, W/8)` fp32, of images `(B, 3, H, W)` in [-1, 1]."""
         self.model.use_tiling = self.tile_above_px is not None and batch.shape[2] * batch.shape[3] > self.tile_above_px
-        with torch.inference_mode(), _arithmetic(self.device, self.precision):
+        with torch.inference_mode(), arithmetic(self.device, self.precision):
             posterior = self.model.encode(batch.to(self.device)).latent_dist
         with torch.inference_mode():
             latents = (posterior.mean.float() - self.latents_mean) * self.factor
@@ -160,7 +161,7 @@ class Vae:
 
     def decode_each(self, latents: torch.Tensor) -> list[np.ndarray | None]:
         """Images `(H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`; None where a pixel is not finite."""
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device, "tf32" if self.precision == "tf32" else "fp32"):
             unscaled = latents.to(self.device, torch.float32) / self.factor + self.latents_mean
             decoded = self.model.decode(unscaled).sample  # (B, 3, H, W)
             finite = torch.isfinite(decoded).flatten(1).all(1).tolist()
@@ -204,7 +205,7 @@ def scale_of(model: AutoencoderKL) -> int:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
     """Matrix products and convolutions in the precision; what was set before is set again afterwards."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     before = cuda.matmul.allow_tf32, cudnn.allow_tf32
