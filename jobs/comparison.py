@@ -9,10 +9,11 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 
-from assets import eval_metrics, sample_images, verdicts
+from assets import sample_images, verdicts
 from assets.partitions import checkpoints as checkpoint_partitions
 from assets.partitions import mirror
 from jobs import pipeline
+from jobs.evaluate import STAGES, keep
 from resources import devices
 from resources.instance import instance as open_instance
 from resources.store import Made, Store
@@ -21,11 +22,11 @@ from resources.warehouse import rebuild
 from training import toml
 from training.commit import lock, write_bytes
 from training.config import DevicesConfig
-from training.errors import DataError, EvaluationError
+from training.errors import DataError, EvaluationError, PipelineError
 from training.evaluation import champion, contenders
 from training.progress import report
-from training.run_folder import checkpoints as ready_checkpoints
 from training.run_folder import READY, read_ready
+from training.run_folder import checkpoints as ready_checkpoints
 
 Started = Callable[[str, int], None]
 FOLDER = "comparisons"
@@ -57,15 +58,15 @@ def resolve(store: Store, name: str) -> str:
         now = champion.read(store.home)
         if now is None:
             raise DataError("there is no champion yet: run `foundry evaluate`")
-        return now.checkpoint
-    if name.startswith(contenders.RIVAL) or name in contenders.read_rivals(store.home):
+        name = now.checkpoint
+    elif name.startswith(contenders.RIVAL) or name in contenders.read_rivals(store.home):
         name = f"{contenders.RIVAL}{name.removeprefix(contenders.RIVAL).removesuffix('@0')}@0"
     elif "@" not in name:
         saved = ready_checkpoints(store.run_folder(name))
         if not saved:
             raise DataError(f"run {name!r} has no checkpoint")
         return read_ready(saved[-1]).checkpoint
-    if not store.checkpoint_folder(name).exists():
+    if not store.is_there(name):
         raise DataError(f"checkpoint {name} is not there (any more): {store.checkpoint_folder(name)}")
     return name
 
@@ -83,6 +84,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list
 
     Raises:
         DataError: there is no such checkpoint, or no base model or prompt set yet.
+        EvaluationError: some could not be evaluated; all others are.
     """
     pipeline.bring_up_to_date(home, select="base_model,prompt_sets", only=True, started=started)
     store = Store(home)
@@ -95,14 +97,24 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list
         open_instance(home) as instance,
     ):
         _name_partitions(instance, store, keys)
-        for stage in (sample_images.STAGE, eval_metrics.METRICS, verdicts.VERDICTS):
-            stale = [key for key in keys if not Store(home).is_current(stage, key)]
+        for key in keys:
+            keep(store, key)
+        failed: dict[str, PipelineError] = {}
+        for stage in STAGES:
+            stale = [key for key in keys if key not in failed and not Store(home).is_current(stage, key)]
             if stale:
                 started(stage.name, len(stale))
             for key in stale:
-                pipeline.execute(instance, [stage], [key])
+                try:
+                    pipeline.execute(instance, [stage], [key])
+                except PipelineError as error:
+                    if key == base:  # nothing can be judged without it
+                        raise
+                    failed[key] = error
     rebuild(store)
     catch_up(store, logging.getLogger(__name__))
+    if failed:
+        raise EvaluationError("; ".join(f"{key} is not evaluated: {error}" for key, error in failed.items()))
     return keys
 
 
@@ -119,7 +131,7 @@ def compare(home: Path, a: str, b: str, *, started: Started) -> Comparison:
 
     Raises:
         DataError: there is no such checkpoint.
-        EvaluationError: they are the same, or their scores were made by different protocols.
+        EvaluationError: they are the same, or one could not be evaluated, or a picture failed.
     """
     store = Store(home)
     names = [resolve(store, name) for name in (a, b)]
@@ -127,8 +139,7 @@ def compare(home: Path, a: str, b: str, *, started: Started) -> Comparison:
         raise EvaluationError(f"{a} and {b} are both checkpoint {names[0]}: there is nothing to compare")
     evaluate(home, names, started=started)
     store = Store(home)
-    verdicts.judge_pair(store, *names)
-    rows = store.read("verdicts", parts=["~".join(names)])
+    rows = store.read("verdicts", parts=[verdicts.judge_pair(store, *names)])
     path = store.home / FOLDER / f"{'~'.join(names)}.html"
     write_bytes(path, render(store, names, rows).encode())
     rebuild(store)
@@ -215,6 +226,7 @@ def adopt(store: Store, folder: Path) -> str:
     with store.writing(stage.name, key):
         samples = elsewhere.bring_home(folder, record, store.sample_folder(key))
         store.commit(stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0)
+    store.let_go(key, sample_images.WANTED_BY)
     with open_instance(store.home) as instance:
         _name_partitions(instance, store, [key])
     rebuild(store)
