@@ -1,6 +1,7 @@
 """Commands in processes of their own, and the small workspace that the graph's tests work on."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,15 +41,27 @@ def foundry(*arguments, check=True, **options):
     return done
 
 
+def shorten(path, **values):
+    """Give settings of a TOML file other values, wherever they stand in it."""
+    text = path.read_text()
+    for name, value in values.items():
+        text, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert found, f"{path} has no {name}"
+    path.write_text(text)
+
+
+def make_short(home):
+    """Give a new workspace a short run, few prompts and few sampling steps."""
+    prompts = ROOT / "demo" / "prompts.csv"
+    (home / "prompts.csv").write_text("".join(prompts.read_text().splitlines(keepends=True)[:7]))
+    shorten(home / "foundry.toml", file='"prompts.csv"', num_steps="4")
+    (home / "runs" / "demo" / "config.toml").write_text(SMALL_RUN)
+
+
 def make_small(home, source):
     """A workspace on the small folder, with a short run and few prompts."""
     foundry("init", home, "--preset", "demo", "--source", source)
-    prompts = ROOT / "demo" / "prompts.csv"
-    (home / "prompts.csv").write_text("".join(prompts.read_text().splitlines(keepends=True)[:7]))
-    text = (home / "foundry.toml").read_text().replace('file = "demo:prompts.csv"', 'file = "prompts.csv"')
-    text = text.replace("num_steps = 20", "num_steps = 4")
-    (home / "foundry.toml").write_text(text)
-    (home / "runs" / "demo" / "config.toml").write_text(SMALL_RUN)
+    make_short(home)
 
 
 def digests(home):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from graph_tools import PHOTOS, SMALL_RUN, foundry
+from graph_tools import PHOTOS, foundry, make_small
 
 from resources.store import Store
 
@@ -21,10 +21,7 @@ MAX_BYTES = 2_000_000_000
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     home = tmp_path_factory.mktemp("photos") / "workspace"
-    foundry("init", home, "--source", PHOTOS, "--preset", "demo")
-    config = home / "foundry.toml"
-    config.write_text(config.read_text().replace("num_steps = 20", "num_steps = 4"))
-    (home / "runs" / "demo" / "config.toml").write_text(SMALL_RUN)
+    make_small(home, PHOTOS)
     code = (
         "import resource, subprocess, sys\n"
         "status = subprocess.call(sys.argv[1:])\n"
@@ -80,4 +77,7 @@ def test_all_stages_are_made(photos):
         assert store.stale(stage) == [], name
     assert store.read("eval_metrics").height
     query = "select count(*) n from sample_images"
-    assert json.loads(foundry("sql", "--home", home, "--format", "jsonl", query).stdout)["n"] >= 100
+    prompts, sampled = store.read("prompt_sets").height, len(store.parts("sample_images"))
+    assert sampled == 3
+    found = json.loads(foundry("sql", "--home", home, "--format", "jsonl", query).stdout)["n"]
+    assert found == prompts * sampled

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from graph_tools import SMALL_RUN
+from graph_tools import make_short
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -64,7 +64,5 @@ def test_every_command_works(tmp_path, small_source):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
         if words[1] == "init":
-            (tmp_path / "my-set" / "runs" / "demo" / "config.toml").write_text(SMALL_RUN)
-            config = tmp_path / "my-set" / "foundry.toml"
-            config.write_text(config.read_text().replace("num_steps = 20", "num_steps = 3"))
+            make_short(tmp_path / "my-set")
     assert ran >= 10

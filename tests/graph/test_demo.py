@@ -1,4 +1,4 @@
-"""The demo: every stage made, every candidate accounted for, what the models say is true, and the fine-tune wins."""
+"""The demo: every stage made, every candidate accounted for, what the models say is true; the whole one is won."""
 
 import json
 
@@ -64,9 +64,11 @@ def test_duplicates_are_found_and_split_as_one(demo, truth):
     assert sum(together) / len(together) > 0.9
 
 
-def test_the_fine_tune_learned_the_concept(demo):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_fine_tune_learned_the_concept(whole_demo):
     """On prompts and seeds that nothing was tuned on."""
-    store = Store(demo)
+    store = Store(whole_demo)
     verdicts = store.read("verdicts", parts=[f"base~{store.last_checkpoint('demo')}"])
     star = verdicts.filter((pl.col("metric") == "clip_score") & (pl.col("group") == "star"))
     assert star["verdict"].to_list() == ["better"]
