@@ -6,16 +6,20 @@ import dagster as dg
 
 from assets import raw_images
 from assets.partitions import checkpoints, mirror
-from assets.sample_images import WANTED_BY
 from jobs import evaluate
 from resources.stages import Scope
 from resources.store import Store
-from training import retention
 from training.commit import json_digest
-from training.run_folder import READY
+from training.errors import PipelineError
 
 MAX_REQUESTS = 50
 """Runs that one tick of `keep_current` asks for, at most."""
+MAX_ATTEMPTS = 3
+"""Runs of `new_checkpoint` for one checkpoint, as long as nothing that its evaluation follows from changes."""
+RUN_KEY = "dagster/run_key"
+"""Tag of a run with the key that a sensor asked for it by."""
+PARTITION = "dagster/partition"
+"""Tag of a run with its partition."""
 
 LISTING_JOB = dg.define_asset_job(
     "list_sources", selection=dg.AssetSelection.assets("source_listing"), description="List the sources again."
@@ -36,25 +40,50 @@ def new_images(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Stor
 def new_checkpoint(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Request evaluation of the base, of rivals, and of the first, every N-th and the last checkpoint of each run."""
-    done = set(store.parts("eval_metrics"))
-    found = {}
+    """Request evaluation of the base, then of rivals and of the first, every N-th and the last checkpoint of each run.
+
+    What is evaluated is done; what fails is tried `MAX_ATTEMPTS` times, and anew when something about it changes.
+    """
+    if (base := store.base_checkpoint()) is None:
+        return dg.SkipReason("the base model is not recorded yet: `foundry run --select base_model`")
+    attempts: dict[str, str | None] = {}
+    left = []
     for name in store.checkpoints_to_evaluate(training=True):
-        if name in done:
-            continue
-        found[name] = store.checkpoint_digest(name)
-        folder = store.checkpoint_folder(name)
-        if (folder / READY).is_file():
-            retention.want(folder, WANTED_BY)
-    if not found:
-        return dg.SkipReason("no checkpoint waits for evaluation")
+        try:
+            evaluate.keep(store, name)
+            if not evaluate.is_evaluated(store, name):
+                attempts[name] = _attempt(context.instance, store, name)
+        except PipelineError as error:  # one that is damaged or gone does not hold up the others
+            left.append(f"{name}: {error}")
+    if base in attempts:
+        attempts = {base: attempts[base]}  # no other can be judged before it
+    left += [f"{name} is running, or has failed {MAX_ATTEMPTS} times" for name, key in attempts.items() if key is None]
+    requests = [dg.RunRequest(partition_key=name, run_key=key) for name, key in attempts.items() if key is not None]
+    if left:
+        context.log.info("; ".join(left))
+    if not requests:
+        return dg.SkipReason("; ".join(left) or "no checkpoint waits for evaluation")
     return dg.SensorResult(
-        dynamic_partitions_requests=[checkpoints.build_add_request(sorted(found))],
-        run_requests=[
-            dg.RunRequest(partition_key=name, run_key=f"evaluate:{name}:{digest[:16]}")
-            for name, digest in sorted(found.items())
-        ],
+        dynamic_partitions_requests=[checkpoints.build_add_request([str(item.partition_key) for item in requests])],
+        run_requests=requests,
     )
+
+
+def _attempt(instance: dg.DagsterInstance, store: Store, checkpoint: str) -> str | None:
+    """Run key of the next attempt at evaluating a checkpoint; None while one runs, or after the last has failed.
+
+    Dagster starts one run a key, whatever becomes of it. So the key holds all that the outcome follows from, the base's
+    scores too, and a number: another base, a mended setting and new scores are tried afresh.
+    """
+    base = store.manifest("eval_metrics", store.base_checkpoint() or "")
+    bases = [store.basis(stage, checkpoint) for stage in evaluate.STAGES]
+    identity = json_digest([base.digest if base else "absent", *bases])[:16]
+    runs = instance.get_runs(dg.RunsFilter(job_name=evaluate.JOB.name, tags={PARTITION: checkpoint}))
+    if not all(run.is_finished for run in runs):
+        return None
+    used = {run.tags.get(RUN_KEY) for run in runs}
+    keys = (f"evaluate:{checkpoint}:{identity}:{number}" for number in range(1, MAX_ATTEMPTS + 1))
+    return next((key for key in keys if key not in used), None)
 
 
 @dg.sensor(
