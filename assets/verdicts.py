@@ -42,7 +42,7 @@ def _pair_scores(store: Store, key: str) -> dict[str, str]:
 
 VERDICTS = Stage(
     name="verdicts",
-    version=2,
+    version=3,
     scope=Scope.CHECKPOINT,
     reads=(Reads("eval_metrics", per=Per.KEY),),
     config=lambda config, key: {"margins": config.evaluation.verdicts.margins},

@@ -1,9 +1,12 @@
 """What may decide over a champion has a margin, and what has a margin is scored."""
 
 import pytest
+import tomlkit
 
-from training import toml
+from training import recipes, toml
+from training.config import WorkspaceConfig
 from training.errors import ConfigError
+from training.evaluation.prompt_groups import NAMES
 from training.evaluation_config import EvaluationConfig
 
 
@@ -37,3 +40,10 @@ def test_what_cannot_be_judged_is_refused(verdicts, said):
 def test_every_counts():
     with pytest.raises(ConfigError, match=r"evaluation\.every=0 must be greater than 0"):
         toml.build(EvaluationConfig, {"every": 0})
+
+
+def test_a_plain_workspace_is_evaluated_on_its_own_prompts_and_on_every_shipped_group(tmp_path):
+    text = recipes.plain_workspace_toml([str(tmp_path)], tiny=None)
+    config = toml.build(WorkspaceConfig, tomlkit.parse(text).unwrap())
+    prompts = config.prompt_sets[config.evaluation.prompt_set]
+    assert (prompts.held_out, set(prompts.groups)) == (256, set(NAMES))

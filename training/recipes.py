@@ -10,7 +10,7 @@ import tomlkit
 from training import toml
 from training.config import WorkspaceConfig
 from training.errors import ConfigError
-from training.evaluation.prompt_groups import NAMES, UNKNOWN_WORDS
+from training.evaluation.prompt_groups import NAMES
 from training.run_config import RunConfig
 
 
@@ -60,9 +60,8 @@ def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:
     document["sources"] = _source_tables(sources)
     document["encodings"] = {"sdxl": {"buckets": {"plan": "bigasp_v1"}}}
     document["prompt_sets"] = {
-        "standard": {"held_out": 256, "groups": ["general", UNKNOWN_WORDS]},
+        "standard": {"held_out": 256, "groups": list(NAMES)},
         "smoke": {"held_out": 30},
-        "weaknesses": {"groups": list(NAMES)},
     }
     document["evaluation"] = {"sampling": {"precision": "bf16"}}
     if tiny is not None:

@@ -1,5 +1,7 @@
 """A champion gives way only to what is better, and the best of many equals does not become one by luck."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -97,3 +99,26 @@ def test_the_file_comes_back_whole_or_says_that_it_is_damaged(tmp_path):
         (tmp_path / champion.FILE).write_text(content)
         with pytest.raises(DamageError, match="champion"):
             champion.read(tmp_path)
+
+
+def test_shipped_prompts_decide_neither_who_is_chosen_nor_who_wins():
+    from training.evaluation.prompt_groups import group_prompts
+
+    rng = np.random.default_rng(4)
+    held, good, odd = (scores(name, drawn(rng, shift)) for name, shift in (("c@1", 0.0), ("r@2", 0.5), ("r@3", 0.0)))
+
+    def with_shipped(side, value):
+        rows = [
+            {"prompt_id": prompt_id, "group": group, "metric": metric, "value": value}
+            for group in ("general", "hands")
+            for prompt_id, _ in group_prompts(group)
+            for metric in MARGINS
+        ]
+        shipped = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
+        return replace(side, metrics=pl.concat([side.metrics, shipped]))
+
+    held, good, odd = with_shipped(held, 5.0), with_shipped(good, 1.0), with_shipped(odd, 9.0)
+    assert champion.choose(held, [good, odd], MARGINS) is good
+    rows = champion.challenge(held, good, MARGINS, one_of_many=True)
+    assert champion.wins(rows, ["aesthetic"])
+    assert champion.decisive(rows)["num_prompts"].to_list() == [60, 60]

@@ -1,6 +1,7 @@
 """Changes, extremes, turns and means by group against plain Python."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from training.data.tables import TABLES
 from training.evaluation import report_scores
+from training.evaluation.prompt_groups import group_prompts
 from training.evaluation.report_scores import Prompt, Side
 
 changes = st.lists(st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]), max_size=12)
@@ -47,6 +49,14 @@ def test_means_by_group_are_those_of_plain_python(rows):
         values = [value for name, value in rows if group in ("all", name)]
         assert count == len(values)
         assert means == pytest.approx((0.0, sum(values) / len(values)))
+
+
+def test_the_mean_over_all_prompts_leaves_the_shipped_groups_out():
+    shipped = [replace(prompt(0, "hands", after=100.0), prompt_id=key) for key, _ in group_prompts("hands")]
+    prompts = [*(prompt(n, "caption", after=float(n)) for n in range(3)), *shipped]
+    found = {group: (count, means[1]) for group, count, means in report_scores.group_means(prompts, "m")}
+    assert found == {"all": (3, 1.0), "caption": (3, 1.0), "hands": (32, 100.0)}
+    assert report_scores.group_means(shipped, "m")[0][:2] == ("all", 32)
 
 
 def side(name, rows, folder=Path()):

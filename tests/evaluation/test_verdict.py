@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from training.data.tables import TABLES
 from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation import verdict
+from training.evaluation.prompt_groups import NAMES, SIZE, group_prompts
 from training.evaluation.verdict import PairedTest, Protocol, Scores
 
 PROTOCOL = Protocol(prompts="d1", sampling="ddim", clip="c1", aesthetic="a1", dtype="float32")
@@ -241,3 +242,37 @@ def test_pictures_that_would_fail_again_are_the_checkpoints_fault(reason):
     broken = with_failed(scores("run@9", a, a), [reason] * 40)
     with pytest.raises(FailedPicturesError, match=r"40 of 40 pictures of run@9 .* and 35 more; the checkpoint is bro"):
         verdict.compare(scores("base@0", a, a), broken, MARGINS)
+
+
+def with_shipped(side, groups, value):
+    """A side with the shipped prompts of `groups` besides, each with the same scores."""
+    rows = [
+        {"prompt_id": prompt_id, "group": group, "metric": metric, "value": value}
+        for group in groups
+        for prompt_id, _ in group_prompts(group)
+        for metric in MARGINS
+    ]
+    shipped = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
+    return dataclasses.replace(side, metrics=pl.concat([side.metrics, shipped]))
+
+
+@given(st.integers(1, 80), st.sets(st.sampled_from(NAMES), max_size=3), st.integers(0, 9))
+def test_shipped_groups_are_judged_each_for_itself_and_leave_the_verdict_over_all_prompts_alone(count, groups, seed):
+    rng = np.random.default_rng(seed)
+    sides = [scores(name, values, values) for name, values in zip("ab", drawn(rng, count, 0.1), strict=True)]
+    own = verdict.compare(*sides, MARGINS).filter(pl.col("group") == "all")
+    both = verdict.compare(with_shipped(sides[0], groups, 5.0), with_shipped(sides[1], groups, 4.0), MARGINS)
+    assert both.filter(pl.col("group") == "all").equals(own)
+    for group in groups:
+        judged = row(both, group=group)
+        assert (judged["num_prompts"], judged["verdict"]) == (SIZE, "worse")
+
+
+def test_where_there_are_only_shipped_prompts_they_are_all():
+    empty = scores("a", [], [])
+    found = verdict.compare(
+        with_shipped(empty, ["hands", "pose"], 5.0), with_shipped(empty, ["hands", "pose"], 6.0), MARGINS
+    )
+    assert row(found)["num_prompts"] == 2 * SIZE
+    named_alike = scores("a", np.arange(40.0), np.arange(40.0), groups=["general"] * 20 + ["mine"] * 20)
+    assert row(verdict.compare(named_alike, named_alike, MARGINS))["num_prompts"] == 40  # a file may call groups so

@@ -15,6 +15,7 @@ from training import commit
 from training.data.tables import TABLES
 from training.errors import DamageError
 from training.evaluation import verdict
+from training.evaluation.prompt_groups import counted
 from training.evaluation.verdict import ALL, HELD_OUT, Scores
 
 FILE = "champion.json"
@@ -115,6 +116,7 @@ def decisive(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _part(side: Scores, half: int) -> Scores:
-    """A side with the prompts of one half."""
-    ids = side.metrics["prompt_id"].drop_nulls().unique().to_list()
+    """A side with one half of the prompts that count."""
+    prompts = side.metrics.select("prompt_id").drop_nulls().unique()
+    ids = counted(prompts)["prompt_id"].to_list()
     return replace(side, metrics=side.metrics.filter(pl.col("prompt_id").is_in(halves(ids)[half])))

@@ -1,11 +1,14 @@
 """Prompts that ask for what fine-tunes are known to lose or never to learn, by group, and negative prompts by name.
 
-They are scored per group, base against fine-tuned. A group has 32 prompts, because a verdict needs 30.
+They are scored per group, base against fine-tuned, and do not count in the verdict over all prompts: a fine-tune may
+forget what it was not made for. A group has 32 prompts, because a verdict needs 30.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+
+import polars as pl
 
 from training.errors import EvaluationError
 
@@ -81,6 +84,8 @@ GROUPS: Mapping[str, Callable[[], list[str]]] = {
 UNKNOWN_WORDS = "unknown_words"
 """Group of words that the data set has no tag for: bigASP's page warns that they degrade it."""
 NAMES = (*GROUPS, UNKNOWN_WORDS)
+_SHIPPED_ID = rf"^(?:{'|'.join(NAMES)})-[0-9a-f]{{12}}$"
+"""Ids that `group_prompts` gives; a file may have groups of the same names."""
 
 NEGATIVES: Mapping[str, str] = {
     "basic": "low quality, worst quality, blurry, jpeg artifacts, watermark, signature, text",
@@ -118,3 +123,10 @@ def group_prompts(group: str, known_words: Collection[str] = ()) -> list[tuple[s
     else:
         texts = GROUPS[group]()
     return [(f"{group}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", text) for text in texts]
+
+
+def counted(rows: pl.DataFrame) -> pl.DataFrame:
+    """Those rows (prompt_id) that a verdict over all prompts is on: all but the shipped groups'; where there are no
+    others, all."""
+    own = rows.filter(~pl.col("prompt_id").str.contains(_SHIPPED_ID))
+    return rows if own.is_empty() else own

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from training.evaluation.contenders import RIVAL
+from training.evaluation.prompt_groups import counted
 from training.evaluation.verdict import ALL
 
 LEADING = ("clip_score", "aesthetic")
@@ -126,12 +127,14 @@ def extremes(prompts: Sequence[Prompt], metric: str, count: int) -> tuple[list[P
 def group_means(prompts: Sequence[Prompt], metric: str) -> list[tuple[str, int, tuple[float | None, ...]]]:
     """Group, number of prompts, and the mean per side over those that have the score; `all` first.
 
-    Where a group is the only one, it is `all`.
+    Where a group is the only one, it is `all`; which prompts that is, see `prompt_groups.counted`.
     """
     groups = sorted({prompt.group for prompt in prompts})
+    ids = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]}, schema={"prompt_id": pl.String})
+    in_all = set(counted(ids)["prompt_id"])
     rows = []
     for group in [ALL, *(groups if len(groups) > 1 else [])]:
-        own = [prompt for prompt in prompts if group in (ALL, prompt.group)]
+        own = [p for p in prompts if (p.prompt_id in in_all if group == ALL else p.group == group)]
         means = []
         for place in range(len(own[0].scores) if own else 0):
             values = [prompt.scores[place][metric] for prompt in own if metric in prompt.scores[place]]

@@ -15,6 +15,7 @@ import polars as pl
 from training.data.tables import TABLES
 from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation.pictures import refusal
+from training.evaluation.prompt_groups import counted
 
 ALL = "all"
 HELD_OUT = "held-out half"
@@ -67,7 +68,8 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
         Rows of table `verdicts`, one per metric and group: `better` and `worse` when Holm's test over the metrics of
         the group holds at 5 % and the mean difference reaches the margin; `same` when the 95 % interval lies within
         the margin on both sides; `unclear` otherwise, with the number of prompts that would decide; and
-        `too_few_prompts` below 30. Where a group is the only one, it is `all`.
+        `too_few_prompts` below 30. `all` leaves the shipped groups out where there are other prompts. Where a group is
+        the only one, it is `all`.
 
     Raises:
         FailedPicturesError: a picture of either has no scores.
@@ -81,7 +83,8 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
     rows = []
     for group in [ALL, *(groups if len(groups) > 1 else [])]:
         chosen = {
-            metric: frame if group == ALL else frame.filter(pl.col("group") == group) for metric, frame in pairs.items()
+            metric: counted(frame) if group == ALL else frame.filter(pl.col("group") == group)
+            for metric, frame in pairs.items()
         }
         tests = {
             metric: PairedTest.of(frame["a"].to_numpy(), frame["b"].to_numpy()) for metric, frame in chosen.items()
@@ -199,7 +202,7 @@ def _refuse_unlike(a: Scores, b: Scores) -> None:
 
 
 def _pair(a: Scores, b: Scores, metric: str) -> pl.DataFrame:
-    """`group, a, b` per prompt, sorted by prompt."""
+    """`prompt_id, group, a, b` per prompt, sorted by prompt."""
     sides = [
         side.metrics.filter((pl.col("metric") == metric) & pl.col("prompt_id").is_not_null()).select(
             "prompt_id", "group", pl.col("value").alias(name)
