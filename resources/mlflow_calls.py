@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sqlite3
@@ -34,6 +35,7 @@ def connect(uri: str) -> "MlflowClient":
     """A client of the MLflow at `uri`; a SQLite database is created where there is none."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries are in the error that we raise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow 3.17 imports modules that others have deprecated
         from mlflow import MlflowClient

@@ -138,6 +138,7 @@ class Tracking:
             chosen = choose_pictures(samples, NUM_PICTURES)
             put = functools.partial(self._put, client, run)
             mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
+        self.views()
 
     def log_verdicts(self, verdicts: pl.DataFrame) -> None:
         """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of them as

@@ -112,8 +112,6 @@ def _send(store: Store, tracking: Tracking) -> dict[str, str]:
         else:
             note.sent[item.name] = item.digest
             _write(store, note)
-    if owed:
-        tracking.views()
     return failed
 
 

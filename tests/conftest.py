@@ -257,7 +257,7 @@ def unbroken(tmp_path_factory, tiny_sdxl):
 
 
 def train_here(run, stop_at=None, prepare=None):
-    """Train in this process; the `stop_at`-th question for a stop is answered with yes."""
+    """Train in this process; the `stop_at`-th question for a stop in a step is answered with yes."""
     from training.event_log import EventLog
     from training.ranks import Ranks
     from training.trainer import Trainer
@@ -266,7 +266,7 @@ def train_here(run, stop_at=None, prepare=None):
     with EventLog(run.folder / run_folder.EVENTS) as log:
         trainer = Trainer(
             folder=run.folder, config=run.config, inputs=run.inputs, ranks=Ranks(), log=log,
-            stop_requested=lambda: next(asked) == stop_at,
+            stop_requested=lambda: not trainer.state.clock.validation_owed and next(asked) == stop_at,
         )  # fmt: skip
         if prepare is not None:
             prepare(trainer)
@@ -277,6 +277,17 @@ def train_here(run, stop_at=None, prepare=None):
 def train():
     """`train(run, stop_at=n)`, see `train_here`."""
     return train_here
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's database of a workspace named `space` as it is created, 3 to 6 s, once per session."""
+    from resources.tracking import workspace_tracking
+
+    home = tmp_path_factory.mktemp("template") / "space"
+    home.mkdir()
+    workspace_tracking(home).experiment_url()
+    return home / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 SHARE = "mlflow.sharedViewState."
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """MLflow's database as it is created, 3 to 6 s, once per session."""
-    home = tmp_path_factory.mktemp("template") / "space"
-    home.mkdir()
-    workspace_tracking(home).experiment_url()
-    return home / "mlflow.db"
-
-
 @pytest.fixture
 def home(tmp_path, empty_database):
     (tmp_path / "space").mkdir()
