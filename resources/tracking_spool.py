@@ -89,7 +89,7 @@ def pending(folder: Path, state: State) -> Iterator[Chunk]:
     if not lines:
         return
     marks = dict(state.marks)
-    chunk = Chunk(state=state)
+    chunk, before = Chunk(state=state), state.offset
     for event, end in _not_taken_back(lines):
         kind, samples_seen = str(event["event"]), int(event["samples_seen"])
         if kind in OPENINGS | ENDINGS:
@@ -97,17 +97,27 @@ def pending(folder: Path, state: State) -> Iterator[Chunk]:
         elif kind == "warning":
             chunk.last_warning = str(event.get("message", ""))
         elif kind in _POINTS and samples_seen > marks.get(kind, -1):
+            points = _points(event)
+            if len(chunk.points) + len(points) > MAX_METRICS:
+                # A validation may have hundreds: by timesteps and by bucket, of raw and of averaged weights.
+                yield _ended(chunk, before, marks)
+                chunk = Chunk(state=chunk.state)
             marks[kind] = samples_seen
-            chunk.points += _points(event)
+            chunk.points += points
             if kind == "checkpoint":
                 chunk.checkpoints.append(event)
-        # No event has more than a few dozen numbers.
+        # Most events have a few dozen numbers.
         if len(chunk.points) > MAX_METRICS - 100:
-            chunk.state = State(run_id=state.run_id, offset=end, marks=dict(marks))
-            yield chunk
+            yield _ended(chunk, end, marks)
             chunk = Chunk(state=chunk.state)
-    chunk.state = State(run_id=state.run_id, offset=lines[-1][1], marks=marks)
-    yield chunk
+        before = end
+    yield _ended(chunk, lines[-1][1], marks)
+
+
+def _ended(chunk: Chunk, offset: int, marks: dict[str, int]) -> Chunk:
+    """The chunk, with the state that holds once it is sent."""
+    chunk.state = State(run_id=chunk.state.run_id, offset=offset, marks=dict(marks))
+    return chunk
 
 
 def _new_lines(path: Path, offset: int) -> list[tuple[Event | None, int]]:

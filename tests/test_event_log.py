@@ -42,6 +42,20 @@ def test_a_second_start_from_the_base_takes_all_metrics_back(tmp_path):
     assert shape(path) == [("started", 0, 1), ("failed", 0, 1), ("started", 0, 2), ("step", 8, 2)]
 
 
+def test_a_validation_that_a_resume_makes_up_for_counts_once(tmp_path):
+    path = tmp_path / "events.jsonl"
+    attempt(path, "started", 0, [8], "stopped")
+    for number in (2, 3):  # the first of them killed after its validation
+        with EventLog(path) as log:
+            log.write("resumed", samples_seen=8)
+            log.write("validation", samples_seen=8, loss=0.5, number=number)
+            log.write("checkpoint", samples_seen=8, number=number)
+    events = read_events(path)
+    assert [(event["event"], event["number"]) for event in events[-2:]] == [("validation", 3), ("checkpoint", 3)]
+    assert sum("number" in event for event in events) == 2
+    assert [event["samples_seen"] for event in events if event["event"] == "step"] == [8]
+
+
 def test_a_torn_last_line_is_left_out_and_closed_off(tmp_path):
     path = tmp_path / "events.jsonl"
     attempt(path, "started", 0, [8])

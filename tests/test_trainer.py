@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -72,6 +74,36 @@ def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(unbroken, make_run, 
     assert train(broken) == "finished"
     assert history(broken, "step", "validation") == history(unbroken, "step", "validation")
     assert contents(broken, 52) == contents(unbroken, 52)
+
+
+def test_a_stop_during_a_validation_saves_first_and_is_made_up_for(unbroken, make_run, train):
+    broken = make_run("broken")
+
+    def stop_at(number):
+        """Of the 12 questions of a validation, after the first validation those of the next."""
+
+        def prepare(trainer):
+            asked = itertools.count(1)
+            trainer.stop_requested = lambda: trainer.state.clock.validation_owed and next(asked) == number
+
+        return prepare
+
+    # In the one before the first step, in that at 30, again in the same, in the last one, again in the same.
+    for number, samples_seen in ((5, 0), (16, 30), (9, 30), (15, 52), (12, 52)):
+        assert train(broken, prepare=stop_at(number)) == "stopped"
+        assert last(broken)["samples_seen"] == samples_seen
+        if samples_seen:
+            assert run_folder.read_ready(run_folder.checkpoint_folder(broken.folder, samples_seen)).validation_owed
+    assert train(broken) == "finished"
+    assert history(broken, "step", "validation") == history(unbroken, "step", "validation")
+    lines = [
+        [(event["samples_seen"], event["digest"], event["validation_loss"]) for event in log if event["event"] == name]
+        for log, name in ((read_events(run.folder / run_folder.EVENTS), "checkpoint") for run in (broken, unbroken))
+    ]
+    assert lines[0] == lines[1]
+    for path in run_folder.checkpoints(unbroken.folder):
+        expected, ready = (run_folder.read_ready(run.folder / "checkpoints" / path.name) for run in (unbroken, broken))
+        assert dataclasses.replace(ready, run=expected.run, checkpoint=expected.checkpoint) == expected
 
 
 def lose_moments(path, state):

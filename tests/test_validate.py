@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,10 @@ from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 from training.ranks import Ranks
 from training.validate import ListLosses, list_losses
+
+
+def never():
+    return False
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
             seen[image_id] = (step, own)
         return timesteps.float()
 
-    loss = list_losses(rows, dataset, losses, Ranks(), 1000).mean
+    loss = list_losses(rows, dataset, losses, Ranks(), 1000, never).mean
     expected = noise.stratified_timesteps(11, [dataset.image_ids[row] for row in rows], 1000)
     assert {image_id: step for image_id, (step, _) in seen.items()} == {
         dataset.image_ids[row]: step for row, step in zip(rows, expected.tolist(), strict=True)
@@ -40,7 +46,7 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
     # The mean over samples, though micro-batches have 1 to 3 of them.
     assert loss == pytest.approx(expected.double().mean().item())
     first, seen = seen, {}
-    list_losses(rows, dataset, losses, Ranks(), 1000)
+    list_losses(rows, dataset, losses, Ranks(), 1000, never)
     assert all(torch.equal(first[image_id][1], seen[image_id][1]) for image_id in first)
 
 
@@ -50,7 +56,7 @@ def test_prompts_of_validation_never_change(dataset):
 
 
 def test_an_empty_list_has_no_loss(dataset):
-    found = list_losses(np.array([], dtype=int), dataset, None, Ranks(), 1000)
+    found = list_losses(np.array([], dtype=int), dataset, None, Ranks(), 1000, never)
     assert found.mean is None
     assert found.weighted(torch.ones(1000)) is None
     assert found.by_bin(10) == found.by_bucket() == {}
@@ -61,7 +67,7 @@ def test_no_gradient_is_recorded(dataset):
         assert not torch.is_grad_enabled()
         return torch.zeros(len(timesteps))
 
-    assert list_losses(dataset.validation_rows, dataset, losses, Ranks(), 1000).mean == 0
+    assert list_losses(dataset.validation_rows, dataset, losses, Ranks(), 1000, never).mean == 0
 
 
 def test_losses_by_bin_and_bucket_of_a_hand_worked_list():
@@ -79,3 +85,29 @@ def test_losses_by_bin_and_bucket_of_a_hand_worked_list():
     weights = torch.zeros(1000)
     weights[334], weights[999] = 2.0, 0.5
     assert found.weighted(weights) == (6 + 3) / 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_means_with_a_loss_that_is_not_finite_are_none_and_the_others_stand(bad):
+    found = ListLosses(
+        losses=torch.tensor([1.0, bad, 3.0, 5.0], dtype=torch.float64),
+        timesteps=torch.tensor([0, 10, 500, 510]),
+        buckets=np.array([[64, 96], [64, 96], [64, 96], [96, 64]]),
+        num_timesteps=1000,
+    )
+    assert found.not_finite == [1]
+    assert found.mean is None
+    assert found.weighted(torch.ones(1000)) is None
+    assert found.by_bin(2) == {"000-499": None, "500-999": 4.0}
+    assert found.by_bucket() == {"64x96": None, "96x64": 5.0}
+
+
+def test_a_stop_request_is_answered_between_micro_batches(dataset):
+    passes, answers = [], iter([False, False, True])
+
+    def losses(batch, timesteps, draw):
+        passes.append(len(timesteps))
+        return torch.zeros(len(timesteps))
+
+    assert list_losses(dataset.train_rows, dataset, losses, Ranks(), 1000, lambda: next(answers)) is None
+    assert len(passes) == 2

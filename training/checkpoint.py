@@ -31,6 +31,8 @@ EMA_FOLDER = "ema"
 _CLOCK = "clock.json"
 _OPTIMIZER = "optimizer.safetensors"
 _EMA_STATE = "ema.safetensors"
+_IN_READY = ("validation_loss", "validation_owed")
+"""What the clock takes from READY.json: a validation that a resume makes up for is recorded there."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +54,9 @@ class Clock:
     skipped_in_row: int = 0
     """Of those, since the last finite one."""
     validation_loss: float | None = None
-    """The last plain one on the held-out images."""
+    """The last plain one on the held-out images; None before the first, and where that was not finite."""
+    validation_owed: bool = False
+    """Whether a stop request dropped a validation that was due at this border."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the gradient scaler, where there is one."""
 
@@ -154,12 +158,11 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
         inputs: Recorded.
 
     Raises:
-        WorkspaceError: the disk is full; earlier checkpoints stay.
+        WorkspaceError: the disk is full, or a whole checkpoint is in the way; earlier ones stay.
     """
     clock = snapshot.clock
     target = run_folder.checkpoint_folder(folder, clock.samples_seen)
-    if target.exists():
-        # Whole checkpoints are resumed from and never written again, so this one is torn or rotten.
+    if target.exists() and not _is_whole(target):
         shutil.rmtree(target)
     for left in target.parent.glob(f"{commit.TEMPORARY_PREFIX}*"):
         shutil.rmtree(left)  # of a trainer that was killed: only the holder of the run's lock writes here
@@ -180,10 +183,25 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
             fingerprint=inputs.fingerprint,
             base_digest=inputs.base_digest,
             validation_loss=clock.validation_loss,
+            validation_owed=clock.validation_owed,
             config=toml.dump(config),
         )
         run_folder.write_ready(temporary, ready)
     apply_retention(folder, config.checkpoints)
+    return ready
+
+
+def record_validation(folder: Path, clock: Clock) -> Ready:
+    """Write the validation that a resume made up for into the checkpoint at the clock, as if it had not been dropped.
+
+    Args:
+        folder: The run's folder.
+        clock: At the checkpoint that was resumed from.
+    """
+    path = run_folder.checkpoint_folder(folder, clock.samples_seen)
+    values = {name: getattr(clock, name) for name in _IN_READY}
+    ready = dataclasses.replace(run_folder.read_ready(path), **values)
+    run_folder.write_ready(path, ready)
     return ready
 
 
@@ -192,26 +210,72 @@ def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         Its folder, or None to begin from the base model; and a line for each newer one that is torn.
+
+    Raises:
+        TrainingError: a newer one is whole, but another version wrote it or its state was freed: to go on from an
+            older one would write over it.
     """
     torn = []
-    for path in sorted((folder / run_folder.CHECKPOINTS).glob("samples_*"), reverse=True):
+    for path in reversed(run_folder.checkpoint_folders(folder)):
+        _check_version(path)
         try:
             run_folder.check_checkpoint(path)
         except DamageError as error:
             torn.append(f"ignored an incomplete checkpoint: {error}")
-        else:
-            if (path / STATE).exists():
-                return path, torn
+            continue
+        if not (path / STATE).exists():
+            raise TrainingError(
+                f"{path} is the newest whole checkpoint, but has no {STATE}/ to resume from: move it elsewhere to go "
+                f'on from before it, or begin another run with [models] base = "{path}" in foundry.toml'
+            )
+        return path, torn
     return None, torn
 
 
+def _check_version(path: Path) -> None:
+    """Refuse a checkpoint whose READY.json is whole, but not of this version; a torn one is left to others.
+
+    Raises:
+        TrainingError: names its format and keys.
+    """
+    file, fields = path / run_folder.READY, dataclasses.fields(Ready)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    try:
+        values = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return
+    if isinstance(values, dict) and (values.get("format") != run_folder.FORMAT or not needed <= set(values) <= names):
+        raise TrainingError(
+            f"{file} was written by another version of this code: format {values.get('format')!r} with keys "
+            f"{sorted(values)}, this one reads format {run_folder.FORMAT} with {sorted(names)}; go on with the version "
+            f"that wrote it, or move {path} elsewhere"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    _check_version(path)
+    try:
+        run_folder.check_checkpoint(path)
+    except DamageError:
+        return False
+    return True
+
+
 def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> None:
-    """Refuse to go on with another training set or other values than the checkpoint was made with.
+    """Refuse to go on with another run's checkpoint, or another set or other values than it was made with.
 
     Raises:
         TrainingError: names the difference; intervals, retention, layout and the number of ranks may change.
     """
     ready = run_folder.read_ready(checkpoint)
+    if ready.run != inputs.run:
+        raise TrainingError(f"{checkpoint} is a checkpoint of run {ready.run}, inputs.json names run {inputs.run}")
+    if ready.base_digest != inputs.base_digest:
+        raise TrainingError(
+            f"{checkpoint} was trained from base model {ready.base_digest[:16]}, inputs.json names "
+            f"{inputs.base_digest[:16]}: it may be of another architecture; a run keeps its base model"
+        )
     if ready.fingerprint != inputs.fingerprint:
         raise TrainingError(
             f"{checkpoint} was trained on set {ready.fingerprint}, inputs.json names {inputs.fingerprint}: "
@@ -233,7 +297,7 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
 
 
 def restore_state(checkpoint: Path, state: TrainingState) -> None:
-    """Fill this rank's share of optimizer and averaged weights, and the clock, from `state/`; the weights are loaded.
+    """Fill this rank's share of optimizer and averages, and the clock; the weights are loaded already.
 
     Raises:
         DamageError: a tensor is missing or of another shape.
@@ -245,7 +309,9 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
             state.ema.restore(load_file(folder / _EMA_STATE))
     except (KeyError, ValueError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
-    state.clock = Clock(**json.loads((folder / _CLOCK).read_bytes()))
+    ready = run_folder.read_ready(checkpoint)
+    written = json.loads((folder / _CLOCK).read_bytes())
+    state.clock = Clock(**written | {name: getattr(ready, name) for name in _IN_READY})
     state.arithmetic.restore_scaler(state.clock.scaler)
 
 
@@ -254,7 +320,8 @@ def _write_state(folder: Path, snapshot: Snapshot) -> None:
     save_file(snapshot.optimizer, folder / _OPTIMIZER)
     if snapshot.averages:
         save_file(snapshot.averages, folder / _EMA_STATE)
-    (folder / _CLOCK).write_text(json.dumps(dataclasses.asdict(snapshot.clock), indent=1, sort_keys=True) + "\n")
+    clock = {name: value for name, value in dataclasses.asdict(snapshot.clock).items() if name not in _IN_READY}
+    (folder / _CLOCK).write_text(json.dumps(clock, indent=1, sort_keys=True) + "\n")
 
 
 def _weights_digest(files: Sequence[commit.Entry]) -> str:

@@ -3,7 +3,9 @@
 Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
 model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
 no such line. A `resumed` line takes back every `step`, `epoch`, `validation`, `checkpoint` and `warning` before it that
-lies beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again.
+lies beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again. Of two
+`validation` or `checkpoint` lines at the same `samples_seen` the later one counts: a resume may make up for a
+validation that a stop request dropped.
 """
 
 import json
@@ -74,6 +76,9 @@ def read_events(path: Path) -> list[Event]:
         if event["event"] in OPENINGS:
             limit = event["samples_seen"] if event["event"] == "resumed" else -1
             kept = [old for old in kept if old["event"] not in _REPEATED or old["samples_seen"] <= limit]
+        elif event["event"] in ("validation", "checkpoint"):
+            place = (event["event"], event["samples_seen"])
+            kept = [old for old in kept if (old["event"], old["samples_seen"]) != place]
         kept.append(event)
     return kept
 

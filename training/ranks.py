@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
+# Between GPUs a message begins when all ranks are there: one that takes longer has lost a rank on its way, and NCCL's
+# watchdog ends the process. The largest are a model's gradients, seconds on a network of 10 Gbit/s.
+_GPU_TIMEOUT = datetime.timedelta(seconds=30)
 
 
 class Ranks:
@@ -30,7 +33,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self._control: dist.ProcessGroup | None = None
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+            on_gpus = self.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpus else "gloo", timeout=_GPU_TIMEOUT if on_gpus else _TIMEOUT)
             # Agreements must not wait for the GPU's queue.
             self._control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
@@ -60,6 +64,7 @@ class Ranks:
         """Overwrite tensors with those of one rank, in one message per 256 MB."""
         for chunk in _chunks(tensors, 64_000_000) if self.size > 1 and tensors else ():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in chunk])
+            self._meet()
             with _peers():
                 dist.broadcast(flat, source)
             for part, tensor in zip(flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True):
@@ -86,6 +91,7 @@ class Ranks:
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all ranks, in place. Exact where each element is non-zero on one rank only."""
         if self.size > 1:
+            self._meet()
             with _peers():
                 dist.all_reduce(values)
         return values
@@ -95,9 +101,19 @@ class Ranks:
         if self.size == 1:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.size)]
+        self._meet()
         with _peers():
             dist.all_gather(gathered, values)
         return gathered
+
+    def _meet(self) -> None:
+        """Before a message between GPUs: wait for all ranks where a lost one is noticed at once.
+
+        NCCL does not notice it: the others would wait in the GPU's queue, deaf to torchrun, until a timeout.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.barrier()
 
     def close(self) -> None:
         """Leave the group."""

@@ -144,6 +144,12 @@ def is_away(folder: Path) -> bool:
     return bool(json.loads(path.read_bytes())["event_bytes"] == (events.stat().st_size if events.exists() else 0))
 
 
+def bundled_latents(folder: Path) -> dict[str, list[int]]:
+    """Generations of latents, by shard, that were taken along with the bundle of a run; none where there is none."""
+    path = folder / BUNDLED
+    return dict(json.loads(path.read_bytes()).get("latents", {})) if path.exists() else {}
+
+
 def read_config(folder: Path) -> RunConfig:
     """Read `config.toml`.
 
@@ -178,9 +184,11 @@ class Ready:
     base_digest: str
     """Of the model that the run began from."""
     validation_loss: float | None
-    """The last plain validation loss before the checkpoint."""
+    """The last plain validation loss; None before the first, and where that was not finite."""
     config: dict[str, Any]
     """The resolved RunConfig."""
+    validation_owed: bool = False
+    """Whether a stop request dropped the validation of this checkpoint, so that a resume begins with it."""
     format: int = FORMAT
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from training import noise, run_folder
-from training.checkpoint import Writer, take_snapshot
+from training.checkpoint import Writer, record_validation, take_snapshot
 from training.conditioning import make_time_ids, predict
 from training.dataset import Batch
 from training.epochs import open_epoch, prepare_epoch
@@ -28,11 +28,12 @@ from training.run_config import RunConfig
 from training.run_folder import Ready, RunInputs
 from training.seeds import Purpose
 from training.startup import Start, prepare
-from training.validate import list_losses
+from training.validate import ListLosses, list_losses
 
 MAX_SKIPPED_IN_ROW = 8
 """Steps that are not finite, one after the other, that end a run."""
-_MAX_NAMED = 16
+_MAX_NAMED = 64
+"""Images that one warning names."""
 
 Draw = tuple[Batch, torch.Tensor, torch.Tensor]
 """A batch with its timesteps `(B,)` int64 and noise `(B, 4, h, w)`."""
@@ -75,7 +76,7 @@ class Trainer:
         self.meters = Meters(device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops)
         self.writer = Writer(folder, config, inputs)
         self.saved_at, self.stall_s = self.state.clock.samples_seen, 0.0
-        self.last_good = self.state.clock
+        self.last_good = dataclasses.replace(self.state.clock)
         self._open_epoch()
         self._log_opening(start)
         self._log_epoch()
@@ -98,8 +99,12 @@ class Trainer:
 
     def _run(self) -> str:
         config, clock = self.config, self.state.clock
-        if clock.samples_seen == 0:
-            self._validate()
+        owed = clock.validation_owed
+        if owed or clock.samples_seen == 0:
+            if not self._validate():
+                return self._stop()
+            if owed and self.ranks.rank == 0:
+                self._log_checkpoint(record_validation(self.folder, clock))
         while clock.samples_seen < config.num_samples:
             if clock.step_in_epoch == self.order.num_steps:
                 clock.epoch, clock.step_in_epoch = clock.epoch + 1, 0
@@ -112,15 +117,32 @@ class Trainer:
                 while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
                     before = clock.samples_seen
                     if not self._step(draws):
-                        self._save()
-                        return "stopped"
+                        return self._stop()
                     self._log_checkpoint(self.writer.done())
                     is_last = clock.samples_seen >= config.num_samples
-                    if is_last or _is_due(before, clock.samples_seen, config.validation.every_samples):
-                        self._validate()
-                    if is_last or _is_due(before, clock.samples_seen, config.checkpoints.every_samples):
+                    validates = is_last or _is_due(before, clock.samples_seen, config.validation.every_samples)
+                    if validates and not self._validate():
+                        return self._stop()
+                    # After skipped steps the next finite one saves, so that every resume does a row of them again.
+                    good = self.last_good.samples_seen
+                    is_due = clock.skipped_in_row == 0 and _is_due(
+                        good, clock.samples_seen, config.checkpoints.every_samples
+                    )
+                    if is_last or is_due:
                         self._save()
         return "finished"
+
+    def _stop(self) -> str:
+        """Save the state after the last finished step; skipped ones after it are done again by the next launch."""
+        if self.state.clock.skipped_in_row:
+            self._rewind()
+        self._save()
+        return "stopped"
+
+    def _rewind(self) -> None:
+        """Set clock and scaler back to before a row of skipped steps, which changed nothing else."""
+        self.state.clock = self.last_good
+        self.state.arithmetic.restore_scaler(self.last_good.scaler)
 
     def _step(self, draws: Prefetch[Draw]) -> bool:
         """One optimizer step; False when a stop request dropped it, with nothing changed."""
@@ -187,30 +209,46 @@ class Trainer:
 
     def _skip(self, size: int, losses: torch.Tensor, rows: np.ndarray) -> None:
         """Leave a step out whose loss or gradient is not finite; all ranks do, or none."""
-        clock = self.state.clock
+        clock, step_in_epoch = self.state.clock, self.state.clock.step_in_epoch
         self.state.arithmetic.clear_gradients()
         self._advance(size)
         clock.num_skipped += 1
         clock.skipped_in_row += 1
-        bad = [self.dataset.image_ids[rows[position]] for position in (~losses.isfinite()).nonzero().flatten().tolist()]
-        what = f"loss of {len(bad)} samples" if bad else "gradient"
+        bad = rows[~losses.isfinite().numpy()]
+        what = f"loss of {len(bad)} samples" if len(bad) else "gradient"
         message = f"step {clock.step} skipped: {what} not finite ({clock.skipped_in_row} in a row)"
-        self._log("warning", kind="not_finite", message=message, epoch=clock.epoch, image_ids=bad[:_MAX_NAMED])
+        self._log(
+            "warning", kind="not_finite", message=message, epoch=clock.epoch, step_in_epoch=step_in_epoch,
+            **self._named(bad if len(bad) else rows),
+        )  # fmt: skip
         self.state.arithmetic.skip()
         collapsed = self.state.arithmetic.collapsed
-        if clock.skipped_in_row == MAX_SKIPPED_IN_ROW or collapsed:
-            self.state.clock = self.last_good
-            self.state.arithmetic.restore_scaler(self.last_good.scaler)
+        if clock.skipped_in_row >= MAX_SKIPPED_IN_ROW or collapsed:
+            self._rewind()
             self._save()
             self._finish_checkpoint()
             reason = "the gradient scaler fell below 1" if collapsed else (
                 f"{MAX_SKIPPED_IN_ROW} steps in a row had a loss or gradient that is not finite"
             )  # fmt: skip
-            raise TrainingError(
-                f"{reason}; the state before them is saved at {self.last_good.samples_seen} samples: lower "
-                f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), or take another precision than "
-                f'"{self.config.precision}", such as "bf16_amp" or "fp32"'
-            )
+            raise TrainingError(f"{reason}; {self._way_on()}")
+
+    def _way_on(self) -> str:
+        """How to go on from before a row of skipped steps; the same run would come to the same steps again."""
+        samples_seen = self.last_good.samples_seen
+        saved, base = "none was good, so begin another run", ""
+        if samples_seen:
+            folder = run_folder.checkpoint_folder(self.folder, samples_seen)
+            saved = f"the state before them is saved at {samples_seen} samples. Begin another run from there"
+            base = f'[models] base = "{folder}" in foundry.toml, and '
+        return (
+            f"{saved}, since a run keeps its recipe: {base}an optimizer.learning_rate below "
+            f'{self.config.optimizer.learning_rate:g} or another precision than "{self.config.precision}", such as '
+            '"bf16_amp" or "fp32"'
+        )
+
+    def _named(self, rows: np.ndarray) -> dict[str, object]:
+        """Which images a warning is about: how many, and the first of them by name."""
+        return {"num_images": len(rows), "image_ids": [self.dataset.image_ids[row] for row in rows[:_MAX_NAMED]]}
 
     def _draw(self, rows: np.ndarray) -> Draw:
         """A training batch with its timesteps and noise; runs ahead of the step that uses it."""
@@ -270,25 +308,49 @@ class Trainer:
         own = (self.order.micro_batches(step)[self.ranks.rank :: self.ranks.size] for step in steps)
         return list(itertools.chain.from_iterable(own))
 
-    def _validate(self) -> None:
-        """The plain loss on both lists, of the raw and of the averaged weights; the clock keeps the first."""
-        began = time.monotonic()
-        held_out, stable = (rows[: self.config.validation.num_images] for rows in (
-            self.dataset.validation_rows, self.dataset.stable_rows
-        ))  # fmt: skip
-        losses = list_losses(held_out, self.dataset, self._plain_losses, self.ranks, len(self.signal))
-        train = list_losses(stable, self.dataset, self._plain_losses, self.ranks, len(self.signal))
-        values: dict[str, object] = {
-            "loss": losses.mean, "stable_loss": train.mean, "stable_weighted_loss": train.weighted(self.weights),
-            "t": losses.by_bin(self.config.validation.num_bins), "bucket": losses.by_bucket(),
-        }  # fmt: skip
+    def _validate(self) -> bool:
+        """The plain loss on both lists, of the raw and of the averaged weights; the clock keeps the first.
+
+        False when a stop request dropped it, with nothing logged: then a resume owes it.
+        """
+        clock, began = self.state.clock, time.monotonic()
+        clock.validation_owed = True
+        raw = self._both_lists()
+        if raw is None:
+            return False
+        values = self._views(*raw)
         if self.state.ema is not None:
             with self.state.averaged():
-                for name, rows in (("ema_loss", held_out), ("ema_stable_loss", stable)):
-                    averaged = list_losses(rows, self.dataset, self._plain_losses, self.ranks, len(self.signal))
-                    values[name] = averaged.mean
-        self.state.clock.validation_loss = losses.mean
+                averaged = self._both_lists()
+            if averaged is None:
+                return False
+            values |= {f"ema_{name}": value for name, value in self._views(*averaged).items()}
+        clock.validation_owed, clock.validation_loss = False, raw[0].mean
         self._log("validation", **values, seconds=time.monotonic() - began)
+        return True
+
+    def _both_lists(self) -> tuple[ListLosses, ListLosses] | None:
+        """Losses of the held-out and of the stable images by the weights that the model holds; None when stopped."""
+        found = []
+        for name, all_rows in (("held-out", self.dataset.validation_rows), ("stable", self.dataset.stable_rows)):
+            rows = all_rows[: self.config.validation.num_images]
+            losses = list_losses(
+                rows, self.dataset, self._plain_losses, self.ranks, len(self.signal), self.stop_requested
+            )
+            if losses is None:
+                return None
+            if losses.not_finite:
+                message = f"validation: loss of {len(losses.not_finite)} of {len(rows)} {name} images not finite"
+                self._log("warning", kind="not_finite", message=message, **self._named(rows[losses.not_finite]))
+            found.append(losses)
+        return found[0], found[1]
+
+    def _views(self, held_out: ListLosses, stable: ListLosses) -> dict[str, object]:
+        """What a validation logs of one model's losses."""
+        return {
+            "loss": held_out.mean, "stable_loss": stable.mean, "stable_weighted_loss": stable.weighted(self.weights),
+            "t": held_out.by_bin(self.config.validation.num_bins), "bucket": held_out.by_bucket(),
+        }  # fmt: skip
 
     def _save(self) -> None:
         """Begin to write a checkpoint at the clock unless there is one; the base model is not written again."""

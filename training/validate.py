@@ -3,6 +3,7 @@
 Two lists: held-out images, and the stable list of training images; a gap between them is overfitting.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,12 @@ class ListLosses:
     @property
     def mean(self) -> float | None:
         """Over samples; None for an empty list."""
-        return self.losses.mean().item() if len(self.losses) else None
+        return _mean(self.losses)
+
+    @property
+    def not_finite(self) -> list[int]:
+        """Positions in the list of losses that are infinite or no number; means that they enter are None."""
+        return np.flatnonzero(~self.losses.isfinite().numpy()).tolist()
 
     def weighted(self, weights: torch.Tensor) -> float | None:
         """The mean of the losses times the training loss's weights of their timesteps.
@@ -42,30 +48,35 @@ class ListLosses:
         Args:
             weights: `(T,)`, of every timestep.
         """
-        return (self.losses * weights.cpu()[self.timesteps]).mean().item() if len(self.losses) else None
+        return _mean(self.losses * weights.cpu()[self.timesteps])
 
-    def by_bin(self, num_bins: int) -> dict[str, float]:
+    def by_bin(self, num_bins: int) -> dict[str, float | None]:
         """The mean in each of so many equal ranges of timesteps, named `000-099`; ranges without images are absent."""
         bins = self.timesteps * num_bins // self.num_timesteps
-        means = {}
+        means: dict[str, float | None] = {}
         for number in bins.unique().tolist():
             first, last = (-(-edge * self.num_timesteps // num_bins) for edge in (number, number + 1))
-            means[f"{first:03d}-{last - 1:03d}"] = self.losses[bins == number].mean().item()
+            means[f"{first:03d}-{last - 1:03d}"] = _mean(self.losses[bins == number])
         return means
 
-    def by_bucket(self) -> dict[str, float]:
+    def by_bucket(self) -> dict[str, float | None]:
         """The mean of each bucket, named height x width."""
         sizes, member_of = np.unique(self.buckets, axis=0, return_inverse=True)
         members = torch.from_numpy(member_of.reshape(-1))
         return {
-            f"{height}x{width}": self.losses[members == number].mean().item()
+            f"{height}x{width}": _mean(self.losses[members == number])
             for number, (height, width) in enumerate(sizes.tolist())
         }
 
 
 def list_losses(
-    rows: np.ndarray, dataset: Dataset, losses_of: PlainLosses, ranks: Ranks, num_timesteps: int
-) -> ListLosses:
+    rows: np.ndarray,
+    dataset: Dataset,
+    losses_of: PlainLosses,
+    ranks: Ranks,
+    num_timesteps: int,
+    stop_requested: Callable[[], bool],
+) -> ListLosses | None:
     """The plain loss of each sample of `rows`. All ranks call it and get the same numbers.
 
     Args:
@@ -74,11 +85,21 @@ def list_losses(
         losses_of: One forward pass.
         ranks: Each takes every `size`-th micro-batch.
         num_timesteps: Of the noise schedule.
+        stop_requested: Asked between micro-batches; any rank's yes stops all.
+
+    Returns:
+        None when a stop request came first.
     """
     seed = dataset.config.seed
     timesteps = noise.stratified_timesteps(seed, [dataset.image_ids[row] for row in rows], num_timesteps)
     losses = torch.zeros(len(rows), dtype=torch.float32)
-    for positions in _micro_batches(rows, dataset)[ranks.rank :: ranks.size] if len(rows) else ():
+    micro_batches = _micro_batches(rows, dataset) if len(rows) else []
+    for first in range(0, len(micro_batches), ranks.size):
+        if ranks.any(stop_requested()):
+            return None
+        if first + ranks.rank >= len(micro_batches):
+            continue
+        positions = micro_batches[first + ranks.rank]
         batch = dataset.batch(rows[positions], None)
         draw = noise.draw_noise(seed, Purpose.VALIDATION, 0, batch.image_ids, batch.latents.shape[1:])
         with torch.no_grad():
@@ -86,6 +107,12 @@ def list_losses(
     # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
     summed = ranks.sum_(losses.to(ranks.device)).cpu().double()
     return ListLosses(losses=summed, timesteps=timesteps, buckets=dataset.buckets[rows], num_timesteps=num_timesteps)
+
+
+def _mean(losses: torch.Tensor) -> float | None:
+    """None for no losses, and where one of them is infinite or no number: a log cannot hold that."""
+    mean = losses.mean().item() if len(losses) else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 def _micro_batches(rows: np.ndarray, dataset: Dataset) -> list[np.ndarray]:
