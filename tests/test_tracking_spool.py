@@ -1,0 +1,27 @@
+"""The spool's batches, without MLflow."""
+
+import pytest
+
+from resources import tracking_spool
+from training import run_folder
+from training.event_log import EventLog
+
+
+@pytest.mark.parametrize("num_buckets", [3, 99, 100, 250])
+def test_no_batch_holds_more_than_mlflow_takes_and_together_they_hold_each_number_once(tmp_path, num_buckets):
+    means = {f"64x{width}": width / 1000 for width in range(num_buckets)}
+    with EventLog(tmp_path / run_folder.EVENTS) as log:
+        for samples_seen in range(1, 200):
+            log.write("step", samples_seen=samples_seen, **{f"n{number}": 0.5 for number in range(9)})
+            if samples_seen % 40 == 0:
+                log.write("validation", samples_seen=samples_seen, loss=0.5, bucket=means, ema_bucket=means)
+    state, sent = tracking_spool.State(run_id="r"), []
+    chunks = list(tracking_spool.pending(tmp_path, state))
+    assert max(len(chunk.points) for chunk in chunks) <= tracking_spool.MAX_METRICS
+    for chunk in chunks:
+        # Each is what is due at the state that the one before left.
+        assert next(tracking_spool.pending(tmp_path, state)).points == chunk.points
+        sent += [(point.name, point.samples_seen) for point in chunk.points]
+        state = chunk.state
+    assert len(sent) == len(set(sent)) == 199 * 9 + 4 * (1 + 2 * num_buckets)
+    assert list(tracking_spool.pending(tmp_path, state)) == []
