@@ -280,6 +280,17 @@ def train():
 
 
 @pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's database of a workspace named `space` as it is created, 3 to 6 s, once per session."""
+    from resources.tracking import workspace_tracking
+
+    home = tmp_path_factory.mktemp("template") / "space"
+    home.mkdir()
+    workspace_tracking(home).experiment_url()
+    return home / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def small_source(tmp_path_factory):
     """A folder of forty drawn pictures with their trouble."""
     from demo.pictures import write_world
