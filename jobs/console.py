@@ -103,12 +103,21 @@ def _verdicts(store: Store, console: Console) -> None:
     parts = [part for name in last if (part := f"base~{name}") in store.parts("verdicts")]
     if not parts:
         return
-    _verdict_tables(store.read("verdicts", parts=parts), ("base", "fine-tuned"), console)
+    _against_base(store, parts, ("base", "fine-tuned"), console)
     _champion(store, console)
     console.print(
         f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
     )
     console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
+
+
+def _against_base(store: Store, parts: Sequence[str], names: tuple[str, str], console: Console) -> None:
+    """Verdicts against the base, and why there is none where pictures failed."""
+    _verdict_tables(store.read("verdicts", parts=parts), names, console)
+    for part in parts:
+        manifest = store.manifest("verdicts", part)
+        if manifest is not None and not manifest.rows and part != f"base~{store.base_checkpoint()}":
+            console.print(manifest.report["numbers"]["note"], soft_wrap=True, markup=False)
 
 
 def _verdict_tables(frame: pl.DataFrame, names: tuple[str, str], console: Console) -> None:
@@ -140,7 +149,7 @@ def evaluated(store: Store, names: Sequence[str]) -> None:
     """Verdicts of checkpoints against the base, and the champion."""
     console = Console(width=max(Console().width, 100))
     parts = [part for name in names if (part := f"base~{name}") in store.parts("verdicts")]
-    _verdict_tables(store.read("verdicts", parts=parts), ("base", "judged"), console)
+    _against_base(store, parts, ("base", "judged"), console)
     _champion(store, console)
 
 

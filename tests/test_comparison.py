@@ -5,7 +5,7 @@ import contextlib
 import pytest
 from judged_world import World
 
-from jobs import comparison, evaluate, pipeline
+from jobs import comparison, console, evaluate, pipeline
 from training.errors import DataError, EvaluationError, FailedPicturesError, ModelError
 from training.evaluation import champion
 
@@ -66,6 +66,15 @@ def test_a_checkpoint_that_cannot_be_evaluated_does_not_stop_the_others(world, s
     (world.home / "tables" / stage / f"{'base~' * (stage == JUDGE)}{world.base}.json").unlink()
     with pytest.raises(ModelError, match=r"^the base has no weights"):
         comparison.evaluate(world.home, **QUIET)
+
+
+def test_why_there_is_no_verdict_is_printed_beside_the_verdicts(world, capsys):
+    world.failed["run@2000"] = 2
+    console.evaluated(world.store, comparison.evaluate(world.home, **QUIET))
+    printed = capsys.readouterr().out
+    assert "run@1000 against base." in printed
+    assert f"no verdict on run@2000 against {world.base}: 2 of 64 pictures of run@2000 have no scores" in printed
+    assert "not compared" not in printed
 
 
 def test_a_comparison_of_failed_pictures_is_refused_and_one_with_the_base_uses_its_verdict(world):

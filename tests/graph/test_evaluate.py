@@ -11,6 +11,7 @@ from assets import sample_images
 from jobs import comparison
 from jobs.sensors import new_checkpoint
 from resources.store import Store
+from training import retention
 from training.errors import DataError, EvaluationError
 from training.evaluation import champion
 from training.evaluation.elsewhere import RECORD
@@ -35,10 +36,12 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
 
     (small_copy / "tables" / "sample_images" / f"{last}.json").unlink()
     shutil.rmtree(small_copy / "sample_images" / last)
+    retention.want(model, "evaluation")
     assert last in foundry("evaluate", "--home", small_copy, "--adopt", away / "out").stdout
     assert digests(small_copy) == before
     assert len(list((small_copy / "sample_images" / last).glob("*.png"))) == 6
     assert not Store(small_copy).stale(sample_images.STAGE)
+    assert not list(model.glob("WANTED.evaluation"))
 
     record = json.loads((away / "out" / RECORD).read_text())
     record["sampling"]["num_steps"] = 3
