@@ -18,6 +18,7 @@ from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
 from training.evaluation.pictures import read_if_there, read_or_explain
+from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
 from training.run_folder import INPUTS, RunInputs, read_inputs
 
@@ -156,7 +157,7 @@ def _inputs(store: Store, key: str) -> RunInputs | None:
 
 def _seen_before(store: Store, base: str) -> BasePictures:
     """What the base's committed scores hold of its pictures: equal to the bit to another look at them."""
-    rows = store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base])
+    rows = counted(store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base]))
     of = {name: rows.filter(pl.col("metric") == name).sort("prompt_id") for name in ("embedding", *overbaked.ALL)}
     return BasePictures(
         embeddings=np.array(of["embedding"]["embedding"].to_list(), dtype=np.float32),
@@ -167,7 +168,7 @@ def _seen_before(store: Store, base: str) -> BasePictures:
 def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:
     from training.evaluation.clip_score import look
 
-    samples = store.read("sample_images", ["text", "file"], [base])
+    samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))
     pictures = (read_or_explain(store.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     return BasePictures(

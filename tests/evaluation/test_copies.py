@@ -89,6 +89,9 @@ def set_of(train, validation, num_shards=3):
     return TrainingImages(images=images, embeddings_of=read, levels=levels)
 
 
+EVERY = np.ones(12, dtype=bool)
+
+
 def level(count):
     return {name: np.full(count, 0.5) for name in overbaked.ALL}
 
@@ -98,7 +101,7 @@ def test_a_memorised_image_is_found_and_named_and_stands_out():
     train, validation = units(rng, 60, 16), units(rng, 20, 16)
     pictures = np.concatenate([units(rng, 9, 16), train[41:42]])
     base = BasePictures(embeddings=units(rng, 10, 16), levels=level(10))
-    found = References(base=base, training=set_of(train, validation)).compare(pictures, level(10))
+    found = References(base=base, training=set_of(train, validation)).compare(pictures, level(10), EVERY[:10])
     assert found.nearest.image_ids[9] == f"{41:064x}"
     assert found.summary["train_similarity_max"] == pytest.approx(1, abs=1e-6)
     assert found.summary["train_similarity_above_max"] >= 0.1
@@ -113,7 +116,7 @@ def test_distances_are_to_the_validation_images_with_a_floor_of_as_many_real_one
 
     rng = np.random.default_rng(2)
     train, validation, pictures = units(rng, 60, 16), units(rng, 20, 16), units(rng, 12, 16)
-    found = References(training=set_of(train, validation)).compare(pictures, level(12)).summary
+    found = References(training=set_of(train, validation)).compare(pictures, level(12), EVERY[:12]).summary
     assert found["cmmd"] == pytest.approx(distances.cmmd(pictures, validation))
     assert found["kid"] == pytest.approx(distances.kid(pictures, validation))
     # The 12 smallest ids of the training images, whatever shard they are in.
@@ -122,15 +125,30 @@ def test_distances_are_to_the_validation_images_with_a_floor_of_as_many_real_one
     assert "cmmd_base" not in found
 
 
+@given(counts=st.lists(st.booleans(), min_size=12, max_size=12).filter(any))
+def test_pictures_that_do_not_count_have_a_neighbour_and_no_part_in_the_summary(counts):
+    rng, counts = np.random.default_rng(4), np.array(counts)
+    levels = {name: np.linspace(0, 1, 12) for name in overbaked.ALL}
+    train, validation, pictures = units(rng, 60, 16), units(rng, 20, 16), units(rng, 12, 16)
+    base = BasePictures(embeddings=units(rng, 5, 16), levels=level(5))
+    references = References(base=base, training=set_of(train, validation))
+    every = references.compare(pictures, levels, EVERY)
+    found = references.compare(pictures, levels, counts)
+    own = {name: values[counts] for name, values in levels.items()}
+    alone = references.compare(pictures[counts], own, EVERY[: counts.sum()])
+    assert found.summary == pytest.approx(alone.summary, rel=1e-6)
+    assert found.nearest.image_ids.tolist() == every.nearest.image_ids.tolist()
+
+
 def test_what_is_not_there_is_left_out():
     rng = np.random.default_rng(3)
     pictures, none = units(rng, 4, 16), np.empty((0, 16), dtype=np.float32)
-    assert "cmmd" not in References().compare(pictures, level(4)).summary
-    alone = References(training=set_of(units(rng, 5, 16), none)).compare(pictures, level(4))
+    assert "cmmd" not in References().compare(pictures, level(4), EVERY[:4]).summary
+    alone = References(training=set_of(units(rng, 5, 16), none)).compare(pictures, level(4), EVERY[:4])
     assert "train_similarity_p50" in alone.summary
     assert "cmmd" not in alone.summary
     assert "train_similarity_above_p95" not in alone.summary
-    empty = References(training=set_of(none, units(rng, 5, 16))).compare(pictures, level(4))
+    empty = References(training=set_of(none, units(rng, 5, 16))).compare(pictures, level(4), EVERY[:4])
     assert empty.nearest is None
     assert "cmmd" in empty.summary
     assert "cmmd_floor" not in empty.summary

@@ -72,16 +72,16 @@ def networks(store, clip_folder, aesthetic_folder):
     return Networks(clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu"))
 
 
-def pictures(store, key, seed=0):
-    """Commit three sample images of a checkpoint."""
+def pictures(store, key, seed=0, ids=("p0", "p1", "p2")):
+    """Commit sample images of a checkpoint, one a prompt."""
     from assets.sample_images import STAGE
 
     rows, rng = [], np.random.default_rng(seed)
-    for number in range(3):
+    for number, prompt_id in enumerate(ids):
         path = store.sample_folder(key) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(path)
-        rows.append({"prompt_id": f"p{number}", "text": "a cat", "negative": "", "group": "g", "seed": seed,
+        rows.append({"prompt_id": prompt_id, "text": "a cat", "negative": "", "group": "g", "seed": seed,
                      "height": 32, "width": 48, "file": path.name, "sha256": str(seed)})  # fmt: skip
     commit(store, STAGE, key, rows)
 
@@ -111,7 +111,7 @@ def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
     seen = networks.clip([pixels])[0].embedding
     found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     levels = {name: np.zeros(1) for name in found.training.levels}
-    nearest = found.compare(seen[None], levels).nearest
+    nearest = found.compare(seen[None], levels, np.ones(1, dtype=bool)).nearest
     assert nearest.image_ids.tolist() == [image_id]
     assert nearest.similarity[0] == pytest.approx(1, abs=1e-5)
 
@@ -166,6 +166,35 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
     pictures(store, base, seed=3)
     *_, seen, _ = scored(KEY)
     assert seen == 6  # their scores are of the pictures before
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks, committed):
+    from training.evaluation.clip_score import score
+    from training.evaluation.prompt_groups import group_prompts
+
+    base, shipped = "base.abc@0", [prompt_id for prompt_id, _ in group_prompts("hands")[:2]]
+
+    def scored(key, compared):
+        samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
+        return score(samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared)
+
+    found = []
+    for ids in (("p0", "p1", "p2"), ("p0", "p1", "p2", *shipped)):
+        pictures(store, base, ids=ids)
+        if committed:
+            made = Made(frame=scored(base, references.References()))
+            store.commit(METRICS, base, made, store.basis(METRICS, base), seconds=0)
+        pictures(store, KEY, seed=2, ids=ids)
+        found.append(scored(KEY, references.gather(store, METRICS, KEY, networks, batch_size=2)))
+    alone, both = found
+    summaries = [dict(one.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows()) for one in found]
+    assert summaries[1] == pytest.approx(summaries[0], rel=1e-5, nan_ok=True)
+    assert (summaries[1]["count_LAIONScore"], summaries[1]["num_floor_images"]) == (3, 3)
+    nearest = both.filter(pl.col("metric") == "train_similarity")
+    assert nearest.height == 5
+    assert set(shipped) <= set(nearest["prompt_id"])
+    assert alone.filter(pl.col("metric") == "train_similarity").height == 3
 
 
 def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):

@@ -15,6 +15,7 @@ from training.errors import EvaluationError
 from training.evaluation import overbaked, summary
 from training.evaluation.copies import Nearest
 from training.evaluation.pictures import FAILED, NOT_DRAWN, can_be_drawn_again, read_or_explain
+from training.evaluation.prompt_groups import counted
 from training.evaluation.references import References
 from training.evaluation.scorers import Scorer
 from training.models.aesthetic import Aesthetic
@@ -73,7 +74,8 @@ def score(
         Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not scaled, not clamped),
         `aesthetic`, the further scorers, the measures of `overbaked`, `train_similarity` and `embedding`; for a picture
         that was not drawn, is missing or unreadable, or has a score that is not finite one row `failed` with the reason
-        instead; and the summary as rows without a prompt, in which `num_failed` counts those.
+        instead; and the summary as rows without a prompt, over the pictures that count in a verdict over all prompts,
+        in which `num_failed` counts the failed ones of all.
 
     Raises:
         EvaluationError: the table is empty, or no picture that can be read could be scored.
@@ -84,11 +86,13 @@ def score(
     networks = Networks(clip=clip, aesthetic=aesthetic, scorers=scorers or {})
     pictures = (read_or_explain(folder, file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
-    summed = summarise(seen, samples["text"].gather(seen.rows).to_list())
+    own = _counts(samples["prompt_id"].gather(seen.rows))
+    whole = _only(seen, own)
+    summed = summarise(whole, samples["text"].gather(whole.rows).to_list())
     if not len(seen.rows):
         _require_pictures_to_blame(folder, seen)
         return _table(samples, seen, None, summed)
-    found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL})
+    found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL}, own)
     return _table(samples, seen, found.nearest, summed | found.summary)
 
 
@@ -180,12 +184,22 @@ def _finite(rows: np.ndarray, scores: dict[str, np.ndarray], embeddings: np.ndar
         for place in np.flatnonzero(usable & ~np.isfinite(values)):
             failures[int(rows[place])] = f"{name} is {values[place]}"
         usable &= np.isfinite(values)
+    return _only(Seen(rows=rows, scores=scores, embeddings=embeddings, failures=failures), usable)
+
+
+def _only(seen: Seen, chosen: np.ndarray) -> Seen:
+    """What was found of the `chosen` pictures `(N,)` bool, with all failures."""
     return Seen(
-        rows=rows[usable],
-        scores={name: values[usable] for name, values in scores.items()},
-        embeddings=embeddings[usable],
-        failures=failures,
+        rows=seen.rows[chosen],
+        scores={name: values[chosen] for name, values in seen.scores.items()},
+        embeddings=seen.embeddings[chosen],
+        failures=seen.failures,
     )
+
+
+def _counts(prompt_ids: pl.Series) -> np.ndarray:
+    """`(N,)` bool: whether a picture counts in what is said of all of them, see `prompt_groups.counted`."""
+    return prompt_ids.is_in(counted(prompt_ids.to_frame())["prompt_id"].to_list()).to_numpy()
 
 
 def _table(samples: pl.DataFrame, seen: Seen, nearest: Nearest | None, summed: Mapping[str, float]) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from training.evaluation.overbaked import Levels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasePictures:
-    """The base model's pictures of the same prompts, as far as they could be scored."""
+    """The base model's pictures of the prompts that count, as far as they could be scored."""
 
     embeddings: np.ndarray
     """`(N, d)` of length 1."""
@@ -52,26 +52,29 @@ class References:
     base: BasePictures | None = None
     training: TrainingImages | None = None
 
-    def compare(self, embeddings: np.ndarray, levels: Levels) -> Compared:
+    def compare(self, embeddings: np.ndarray, levels: Levels, counts: np.ndarray) -> Compared:
         """Compare pictures with the references.
 
         Args:
             embeddings: `(N, d)` of length 1.
             levels: Their measures, `(N,)` each.
+            counts: `(N,)` bool: which pictures the summary is over.
 
         Returns:
-            The summaries of `overbaked`, `copies` and `distances`, as far as there is something to compare with.
+            The summaries of `overbaked`, `copies` and `distances`, as far as there is something to compare with, and
+            the nearest training image of every picture.
         """
         base = self.base if self.base is not None and len(self.base.embeddings) else None
         measured = self.training.levels if self.training is not None else None
-        summary = overbaked.summarise(levels, base.levels if base else None, measured)
+        own = {name: values[counts] for name, values in levels.items()}
+        summary = overbaked.summarise(own, base.levels if base else None, measured)
         if self.training is None:
             return Compared(summary=summary, nearest=None)
         width = embeddings.shape[1]
         train = self.training.images.filter(pl.col("split") == "train")
         validation = self._gather(self.training.images.filter(pl.col("split") == "validation"), width)
-        real = self._gather(sample(train, len(embeddings)), width)
-        clouds = {"": embeddings, "_floor": real} | ({"_base": base.embeddings} if base else {})
+        real = self._gather(sample(train, int(counts.sum())), width)
+        clouds = {"": embeddings[counts], "_floor": real} | ({"_base": base.embeddings} if base else {})
         for suffix, cloud in clouds.items():
             if min(len(cloud), len(validation)) >= distances.MIN_PICTURES:
                 summary |= {f"cmmd{suffix}": distances.cmmd(cloud, validation)}
@@ -83,7 +86,7 @@ class References:
             return Compared(summary=summary, nearest=None)
         parts = np.split(found.similarity, np.cumsum([len(part) for part in queries])[:-1])
         baselines = {name: part for name, part in zip(("validation", "base"), parts[1:], strict=False) if len(part)}
-        summary |= copies.summarise(parts[0], baselines)
+        summary |= copies.summarise(parts[0][counts], baselines)
         return Compared(
             summary=summary, nearest=Nearest(similarity=parts[0], image_ids=found.image_ids[: len(embeddings)])
         )
