@@ -111,6 +111,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list
                     if key == base:  # nothing can be judged without it
                         raise
                     failed[key] = error
+        verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between verdicts and champion
     rebuild(store)
     catch_up(store, logging.getLogger(__name__))
     if failed:

@@ -52,6 +52,7 @@ def test_what_is_to_be_drawn_is_kept_from_retention_until_it_is(world):
     assert comparison.evaluate(world.home, **QUIET) == [world.base, "run@1000", "run@2000"]
     assert world.drawn_with == [(world.base, both), ("run@1000", both), ("run@2000", both[1:])]
     assert kept(world) == []
+    assert champion.read(world.home) is not None, "a run that was killed before the champion is not left waiting"
     comparison.evaluate(world.home, **QUIET)
     assert (len(world.drawn_with), kept(world)) == (3, [])
 
