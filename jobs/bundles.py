@@ -8,6 +8,7 @@ from jobs import pipeline
 from resources import torchrun
 from resources.store import Store
 from training.commit import write_json
+from training.data.latent_files import generations
 from training.errors import ConfigError
 from training.event_log import has_finished
 from training.run_folder import BUNDLED, EVENTS, read_config
@@ -35,9 +36,14 @@ def write(home: Path, run: str, target: Path, *, started: Callable[[str, int], N
         raise ConfigError(f"--bundle: run {run!r} {state}; bundle a run that is still to be trained")
     pipeline.bring_up_to_date(home, select="training_set,base_model,tag_vocabulary", started=started)
     store = Store(home)
-    prepare(store, run, read_config(folder))
+    config = read_config(folder)
+    prepare(store, run, config)
     num_bytes = write_bundle(folder, target)
-    events = folder / EVENTS
-    written = {"folder": str(target), "event_bytes": events.stat().st_size if events.exists() else 0}
+    events, taken = folder / EVENTS, target / "latents" / config.encoding
+    written = {
+        "folder": str(target),
+        "event_bytes": events.stat().st_size if events.exists() else 0,
+        "latents": {shard.name: generations(shard) for shard in sorted(taken.glob("*"))},
+    }
     write_json(folder / BUNDLED, written)
     return num_bytes

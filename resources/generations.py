@@ -111,8 +111,9 @@ def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, mi
 def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S) -> tuple[list[Path], int]:
     """Remove generations that nobody needs any more: manifest first, then content.
 
-    Kept are the current one of each shard; what the current epoch or a kept checkpoint of an unfinished run reads; and
-    what such a run would choose at its next epoch, because a newer generation may lack images of its set.
+    Kept are the current one of each shard; what the current epoch or a kept checkpoint of an unfinished run reads; what
+    such a run took along in a bundle, whose epochs are not known here; and what it would choose at its next epoch,
+    because a newer generation may lack images of its set.
 
     Args:
         store: The workspace.
@@ -160,8 +161,11 @@ def _needed(store: Store) -> Iterator[Path]:
         for pins in run_folder.pinned_latents(path.parent):
             for shard, pin in pins.items():
                 yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
+        for shard, numbers in run_folder.bundled_latents(path.parent).items():
+            yield from (inputs.latents / shard / f"g{number:04d}.json" for number in numbers)
         samples = pl.read_parquet(inputs.training_set, columns=["shard", "image_id"])
+        source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
         for (shard,), rows in samples.group_by("shard"):
-            generation, _, _ = LatentSource(inputs.latents).choose(str(shard), rows["image_id"].to_list())
+            generation, _, _ = source.choose(str(shard), rows["image_id"].to_list())
             if generation is not None:
                 yield generation.folder / f"g{generation.number:04d}.json"

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from training import bundle, run_folder
-from training.errors import ConfigError, DataError
+from training.data.latent_files import generations
+from training.errors import ConfigError, DamageError, DataError
 from training.event_log import read_events
 
 BLOCKER = """
@@ -75,6 +77,38 @@ def test_a_stopped_run_goes_on_in_its_bundle(unbroken, make_run, train, tmp_path
     assert contents(run, 52) == contents(unbroken, 52)
 
 
+def test_a_run_stopped_before_latents_were_encoded_anew_goes_on_in_its_bundle(
+    make_run, train, write_generation, tmp_path
+):
+    run = make_run("moved", num_samples=32)
+    assert train(run, stop_at=5) == "stopped"  # in its first epoch, which has pinned generation 1
+    shard = run.inputs.latents / "s000000"
+    write_generation(shard, 2, run.rows.filter(pl.col("shard") == shard.name))
+    bundle.write_bundle(run.folder, tmp_path / "bundle")
+    latents = tmp_path / "bundle" / "latents" / "tiny"
+    assert {path.name: generations(path) for path in latents.iterdir()} == {"s000000": [1, 2], "s000001": [1]}
+    assert train(run) == "finished"
+    here = contents(run, 38)
+    run.folder = tmp_path / "bundle" / "runs" / "moved"
+    run.inputs = run_folder.read_inputs(run.folder)
+    assert train(run) == "finished"
+    assert contents(run, 38) == here
+
+
+def test_a_generation_that_the_run_has_pinned_must_be_there(make_run, train, write_generation, tmp_path):
+    run = make_run("moved", num_samples=16)
+    assert train(run, stop_at=5) == "stopped"
+    shard = run.inputs.latents / "s000000"
+    write_generation(shard, 2, run.rows.filter(pl.col("shard") == shard.name))
+    next(shard.glob("g0001-*.safetensors")).unlink()
+    with pytest.raises(DamageError, match=r"g0001-.*\.safetensors is gone, which generation 1 names"):
+        bundle.write_bundle(run.folder, tmp_path / "bundle")
+    (shard / "g0001.json").unlink()
+    with pytest.raises(DamageError, match=r"has no generation 1; it has \[2\]"):
+        bundle.write_bundle(run.folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_bundle_says_what_it_lacks(make_run, tmp_path):
     run = make_run()
     (tmp_path / "there").mkdir()
@@ -121,6 +155,32 @@ def test_latents_of_another_vae_are_not_bundled(make_run, other_vae, tmp_path):
     path.write_text(path.read_text().replace(run.inputs.vae_digest, "e" * 64))
     with pytest.raises(DataError, match=r"13 images of shard s000001 .*g0001 was encoded with VAE eeee"):
         bundle.write_bundle(run.folder, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({"optimizer.name": "lion_8bit"}, {"bitsandbytes"}),
+        ({"latents_url": "s3://bucket/latents/tiny"}, {"fsspec[s3]"}),
+        ({"latents_url": "gs://bucket/latents/tiny"}, {"fsspec[gcs]"}),
+        ({"latents_url": "simplecache::https://host/latents/tiny"}, {"fsspec[http]"}),
+        ({"latents_url": "oss://bucket/latents/tiny"}, {"ossfs"}),
+        ({"latents_url": "file:///latents/tiny"}, set()),
+        ({"latents_url": "/latents/tiny"}, set()),
+    ],
+)
+def test_requirements_have_what_the_runs_options_need(make_run, tmp_path, changes, added):
+    bundle.write_bundle(make_run(**changes).folder, tmp_path / "bundle")
+    lines = (tmp_path / "bundle" / "requirements.txt").read_text().split()
+    assert {line.partition("==")[0] for line in lines} == {*bundle.PACKAGES} | added
+    pinned = f"=={importlib.metadata.version('fsspec')}"
+    assert all(line.endswith(pinned) for line in lines if line.startswith("fsspec"))
+
+
+def test_latents_of_an_unknown_protocol_are_refused(make_run, tmp_path):
+    with pytest.raises(ConfigError, match="knows no protocol 'nowhere'"):
+        bundle.write_bundle(make_run(latents_url="nowhere://latents").folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_requirements_cover_all_that_training_imports(make_run, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import time
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
 
+from jobs import bundles
 from resources import generations
 from resources.store import Store
 from training import run_folder
@@ -104,3 +106,26 @@ def test_an_older_generation_stays_for_a_set_that_the_newer_ones_do_not_cover(st
     add(run, write_generation, "s000000", 2, start=2)
     generations.collect(store, min_age_s=0)
     assert numbers(store) == [("s000000", 1), ("s000000", 2), ("s000001", 1)]
+
+
+def test_what_a_bundle_took_along_stays_until_the_run_has_finished(
+    store, write_generation, train, monkeypatch, tmp_path
+):
+    """The run pins generation 1 on the other machine; here it becomes the last but one meanwhile."""
+    run, store = store
+    monkeypatch.setattr(bundles.pipeline, "bring_up_to_date", lambda *_, **__: [])
+    bundles.write(store.home, run.folder.name, tmp_path / "bundle", started=lambda *_: None)
+    add(run, write_generation, "s000000", 2)
+    generations.collect(store, min_age_s=0)
+    assert numbers(store) == [("s000000", 1), ("s000000", 2), ("s000001", 1)]
+
+    home, run.folder = run.folder, tmp_path / "bundle" / "runs" / run.folder.name
+    assert train(run, stop_at=5) == "stopped"
+    shutil.copytree(run.folder, home, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "bundle")
+    run.folder = home
+    run_folder.write_inputs(home, run.inputs)
+    generations.collect(store, min_age_s=0)
+    assert train(run) == "finished"
+    generations.collect(store, min_age_s=0)
+    assert numbers(store) == [("s000000", 2), ("s000001", 1)]

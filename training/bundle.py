@@ -9,15 +9,23 @@ import dataclasses
 import importlib.metadata
 import shlex
 import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import polars as pl
+from fsspec.registry import known_implementations
 
 from training import commit, run_folder
 from training.base_model import config_folder
 from training.checkpoint import find_resumable
-from training.errors import ConfigError, DataError
+from training.data.latent_files import Generation, read_generation
+from training.errors import ConfigError, DamageError, DataError
 from training.latent_source import LatentSource
+from training.optim import EIGHT_BIT
+from training.run_config import RunConfig
 from training.run_folder import RunInputs
 from training.startup import checked_training_set
 
@@ -64,6 +72,7 @@ def write_bundle(run: Path, target: Path) -> int:
     Raises:
         ConfigError: the target is in the way, or the run is being trained or has finished.
         DataError: images of the set have no latents.
+        DamageError: a file that the run reads is gone.
         WorkspaceError: the disk is full; nothing is left behind.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -82,8 +91,6 @@ def write_bundle(run: Path, target: Path) -> int:
         )
         _copy(run / run_folder.CONFIG, copied)
         run_folder.write_inputs(copied, moved)
-        if not config.latents_url:
-            _copy_latents(inputs, moved.latents)
         if resumable is None:
             for part in {inputs.base_model, config_folder(inputs.base_model)}:
                 _copy(part, moved.base_model.parent)
@@ -93,8 +100,10 @@ def write_bundle(run: Path, target: Path) -> int:
             _copy(run / run_folder.EVENTS, copied)
             _copy(run / run_folder.EPOCHS, copied)
             _copy(resumable, copied / run_folder.CHECKPOINTS)
+        if not config.latents_url:
+            _copy_latents(inputs, run_folder.pinned_latents(copied), moved.latents)
         (folder / "README.md").write_text(_README.format(name=inputs.run))
-        (folder / "requirements.txt").write_text(_requirements())
+        (folder / "requirements.txt").write_text(_requirements(config))
         start = folder / "start.sh"
         start.write_text(_START.format(name=shlex.quote(inputs.run), ranks=config.num_processes))
         start.chmod(0o755)
@@ -112,8 +121,17 @@ def _copy(source: Path, folder: Path, name: str = "") -> Path:
     return target
 
 
-def _copy_latents(inputs: RunInputs, target: Path) -> None:
-    """Copy of each shard the generation that an epoch which begins now would read, its manifest last."""
+def _copy_latents(inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, Any]]], target: Path) -> None:
+    """Copy of each shard the generations that the run's epochs have pinned, and the one that the next epoch would pin.
+
+    Raises:
+        DataError: no generation holds all images of the set.
+        DamageError: a generation or a file of one is gone.
+    """
+    pinned = defaultdict[str, set[int]](set)
+    for pin in pins:
+        for shard, chosen in pin.items():
+            pinned[shard].add(chosen["generation"])
     source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
     samples = pl.read_parquet(checked_training_set(inputs), columns=["shard", "image_id"])
     for (shard,), rows in samples.group_by("shard", maintain_order=True):
@@ -124,12 +142,61 @@ def _copy_latents(inputs: RunInputs, target: Path) -> None:
                 f"{''.join('; ' + note for note in notes[:3])}: run `foundry run --select latents` before the run is "
                 "bundled"
             )
-        for entry in generation.manifest.files:
-            _copy(generation.folder / entry.name, target / str(shard))
-        _copy(generation.folder / f"g{generation.number:04d}.json", target / str(shard))
+        for number in sorted(pinned[str(shard)] | {generation.number}):
+            _copy_generation(read_generation(generation.folder, number), target / str(shard))
 
 
-def _requirements() -> str:
-    """The packages that training imports, pinned to the versions that are installed here, without local tags."""
-    lines = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES]
-    return "".join(f"{line}\n" for line in lines)
+def _copy_generation(generation: Generation, target: Path) -> None:
+    """Copy a generation of a shard, its manifest last.
+
+    Raises:
+        DamageError: a file of it is gone.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*(entry.name for entry in generation.manifest.files), f"g{generation.number:04d}.json"):
+        try:
+            shutil.copyfile(generation.folder / name, target / name)
+        except FileNotFoundError:
+            raise DamageError(
+                f"{generation.folder / name} is gone, which generation {generation.number} names and the run reads"
+            ) from None
+
+
+def _requirements(config: RunConfig) -> str:
+    """The packages that the run imports, without local tags: pinned to the versions that are installed here.
+
+    Raises:
+        ConfigError: `latents_url` is of a protocol that fsspec does not know.
+    """
+    names = [*PACKAGES, *_optional_packages(config)]
+    return "".join(f"{name}{_pin(name)}\n" for name in names)
+
+
+def _optional_packages(config: RunConfig) -> list[str]:
+    """What only the options of a run need: its 8-bit optimizer, and where its latents are fetched from."""
+    found = ["bitsandbytes"] if config.optimizer.name in EIGHT_BIT else []
+    for url in config.latents_url.split("::"):
+        protocol = fsspec.core.split_protocol(url)[0]
+        if protocol is None:
+            continue
+        if protocol not in known_implementations:
+            raise ConfigError(f"latents_url={config.latents_url!r}: fsspec knows no protocol {protocol!r}")
+        found += _packages_of(known_implementations[protocol]["class"])
+    return found
+
+
+def _packages_of(filesystem: str) -> list[str]:
+    """What a class of fsspec's file systems needs beside fsspec: the extra of fsspec for it, else its own package."""
+    extras = importlib.metadata.metadata("fsspec").get_all("Provides-Extra") or []
+    if extra := [name for name in extras if known_implementations.get(name, {}).get("class") == filesystem]:
+        return [f"fsspec[{extra[0]}]"]
+    module = filesystem.partition(".")[0]
+    return [] if module == "fsspec" else [module.replace("_", "-")]
+
+
+def _pin(name: str) -> str:
+    """`==version` of a package; nothing where it is not installed here."""
+    try:
+        return f"=={importlib.metadata.version(name.partition('[')[0]).partition('+')[0]}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -16,6 +16,8 @@ UNET, TEXT_ENCODERS = "unet", "text_encoders"
 _GROUP_STATE = ("step", "d", "d_max", "d_hat", "d_numerator", "d_de_nom")
 # Kohaku XL Delta's page.
 _FIRST_BROKEN, _LAST_BROKEN = (0, 36, 0), (0, 41, 0)
+EIGHT_BIT = ("adamw_8bit", "lion_8bit")
+"""Optimizers that bitsandbytes has."""
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
 
 
@@ -38,7 +40,7 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
         return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True, **decay)
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, d=config.clip_threshold, **decay)
-    if config.name in ("adamw_8bit", "lion_8bit"):
+    if config.name in EIGHT_BIT:
         return _make_8bit(config, groups)
     import pytorch_optimizer
 
@@ -142,7 +144,7 @@ def check_installed(config: OptimizerConfig) -> None:
     Raises:
         ConfigError: bitsandbytes is missing, or a version with known errors.
     """
-    if config.name not in ("adamw_8bit", "lion_8bit"):
+    if config.name not in EIGHT_BIT:
         return
     try:
         version = metadata.version("bitsandbytes")
