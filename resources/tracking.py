@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
 RUN_TAG = "foundry.run"
+_VERDICT = "verdict."
 _NOTE, _OUR_NOTE = "mlflow.note.content", "Verdict: "
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -140,27 +141,35 @@ class Tracking:
             mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
         self.views()
 
-    def log_verdicts(self, verdicts: pl.DataFrame) -> None:
-        """Write verdicts over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of them as
-        the run's description, unless a person has written one.
+    def log_verdict(self, checkpoint: str, rows: pl.DataFrame, note: str) -> None:
+        """Write a verdict over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of it as the
+        run's description, unless a person has written one.
 
         Args:
-            verdicts: Rows of table `verdicts`.
+            checkpoint: The judged one.
+            rows: Of table `verdicts`; none where there is no verdict, and then MLflow has none any more.
+            note: Why there is none.
 
         Raises:
             TrackingError: MLflow is away, hung or refuses.
         """
-        for (a, b), rows in verdicts.group_by("a", "b", maintain_order=True):
-            with mlflow_calls.explained(f"verdict on {b} is not sent to {mlflow_calls.masked(self.uri)}"):
-                client = mlflow_calls.connect(self.uri)
-                run = self._run(client, _parts(str(b))[0])
-                overall = rows.filter(pl.col("group") == verdict.ALL)
-                tags = {f"verdict.{metric}": word for metric, word in overall.select("metric", "verdict").iter_rows()}
-                client.set_logged_model_tags(self._model(client, run, str(b), {}).model_id, tags)
-                if run.data.tags.get(_NOTE, _OUR_NOTE).startswith(_OUR_NOTE):
-                    said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
-                    tags[_NOTE] = f"{_OUR_NOTE}{b} against {a}\n{said}"
-                mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
+        with mlflow_calls.explained(f"verdict on {checkpoint} is not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
+            run = self._run(client, _parts(checkpoint)[0])
+            model = self._model(client, run, checkpoint, {})
+            overall = rows.filter(pl.col("group") == verdict.ALL).select("metric", "verdict")
+            tags = {f"{_VERDICT}{metric}": word for metric, word in overall.iter_rows()}
+            for name in [name for name in model.tags if name.startswith(_VERDICT) and name not in tags]:
+                client.delete_logged_model_tag(model.model_id, name)
+            for name in [name for name in run.data.tags if name.startswith(_VERDICT) and name not in tags]:
+                client.delete_tag(run.info.run_id, name)
+            if tags:
+                client.set_logged_model_tags(model.model_id, tags)
+            if run.data.tags.get(_NOTE, _OUR_NOTE).startswith(_OUR_NOTE):
+                said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
+                about = f"{checkpoint} against {rows['a'][0]}\n{said}" if said else f"none on {checkpoint}: {note}"
+                tags[_NOTE] = f"{_OUR_NOTE}{about}"
+            mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
 
     def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
         """Keep a file, such as a report or a contact sheet, as artifact `evaluation/<samples_seen>/<name>`.

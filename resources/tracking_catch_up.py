@@ -164,7 +164,10 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
 
 
 def _send_verdicts(store: Store, tracking: Tracking, parts: list[str]) -> None:
-    tracking.log_verdicts(store.read("verdicts", parts=parts))
+    for part in parts:
+        manifest = store.manifest("verdicts", part)
+        note = str(manifest.report.get("numbers", {}).get("note", "")) if manifest else ""
+        tracking.log_verdict(part.removeprefix(_BASE), store.read("verdicts", parts=[part]), note)
 
 
 def _send_report(store: Store, tracking: Tracking, run: str) -> None:

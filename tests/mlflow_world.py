@@ -149,7 +149,7 @@ def judge(tracking: Tracking, base: str, checkpoint: str, word: str, difference:
     gain = difference / 20
     clip = {**row, "metric": "clip_score", "difference": gain, "low": gain - 0.001, "high": gain + 0.001,
             "margin": 0.003, "mean_a": 0.25, "mean_b": 0.25 + gain}  # fmt: skip
-    tracking.log_verdicts(pl.DataFrame([row, clip], schema=TABLES["verdicts"].schema))
+    tracking.log_verdict(checkpoint, pl.DataFrame([row, clip], schema=TABLES["verdicts"].schema), "")
     return verdict.sentence(row)
 
 

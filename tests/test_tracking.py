@@ -216,7 +216,7 @@ class Killed(BaseException):
 def test_a_death_at_any_call_loses_and_repeats_nothing(home, run, monkeypatch, after):
     import mlflow
 
-    monkeypatch.setattr(tracking_spool, "MAX_METRICS", 60)  # a chunk every few events
+    monkeypatch.setattr(tracking_spool, "MAX_METRICS", 112)  # a chunk every few events
     train(run, "started", 0, 8, "finished")
     left, died_at = {"calls": 0}, set()
 
@@ -427,7 +427,7 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
         "win_rate": 0.7, "verdict": "better", "num_needed": None,
     }  # fmt: skip
     verdicts = pl.DataFrame([row, {**row, "group": "hands"}], schema=TABLES["verdicts"].schema)
-    tracking.log_verdicts(verdicts)
+    tracking.log_verdict("demo@40", verdicts, "")
     tags = the_run(home).data.tags
     assert tags["verdict.clip_score"] == "better"
     said = tags["mlflow.note.content"].splitlines()
@@ -436,8 +436,13 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
     (model,) = client_of(home).search_logged_models(["1"])
     assert model.tags["verdict.clip_score"] == "better"
     assert files_of(home)[0].endswith("/artifacts/evaluation/000000040/report.html")
+    tracking.log_verdict("demo@40", verdicts.clear(), "3 pictures have no score")
+    assert "verdict.clip_score" not in the_run(home).data.tags
+    assert the_run(home).data.tags["mlflow.note.content"] == "Verdict: none on demo@40: 3 pictures have no score"
+    (model,) = client_of(home).search_logged_models(["1"])
+    assert "verdict.clip_score" not in model.tags
     client_of(home).set_tag(the_run(home).info.run_id, "mlflow.note.content", "I like it.")
-    tracking.log_verdicts(verdicts)
+    tracking.log_verdict("demo@40", verdicts, "")
     assert the_run(home).data.tags["mlflow.note.content"] == "I like it."
 
 
