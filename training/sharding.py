@@ -76,4 +76,4 @@ class Sharding:
             return self.ranks.collect(tensors)
         if self.ranks.rank != 0:
             return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
