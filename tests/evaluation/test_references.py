@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -250,7 +251,7 @@ def test_a_forgotten_image_is_nobodys_neighbour(store):
     assert json.dumps(images["image_id"][0]) not in json.dumps(left["image_id"].to_list())
 
 
-def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networks):
+def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networks, monkeypatch):
     from assets import eval_metrics
     from training.evaluation.clip_score import score
 
@@ -267,6 +268,8 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     )
     copied = frame.filter((pl.col("metric") == "train_similarity") & (pl.col("prompt_id") == "p1"))
     assert copied["image_id"].to_list() == [image_id]
+    without_mlflow = SimpleNamespace(run_url=lambda run: None)  # which takes seconds to import
+    monkeypatch.setattr(eval_metrics, "workspace_tracking", lambda *arguments: without_mlflow)
     report = eval_metrics._report(store, KEY, frame, samples)
     assert report["numbers"]["num_failed"] == 1
     assert report["numbers"]["count_LAIONScore"] == 2
