@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from resources.named_files import find_damage
 from resources.store import Store
 from training.commit import (
     TEMPORARY_PREFIX,
@@ -38,6 +39,8 @@ class Problem:
     """`damage` (rebuilt by --repair and the next run) or `orphan` (no manifest names it; gc removes it)."""
     path: Path
     detail: str
+    files: tuple[Path, ...] = ()
+    """Damaged files that are named by rows of the part and not by its manifest."""
 
 
 def manifest_paths(store: Store) -> Iterator[Path]:
@@ -47,7 +50,8 @@ def manifest_paths(store: Store) -> Iterator[Path]:
 
 
 def verify(store: Store) -> list[Problem]:
-    """Compare every committed file with its manifest in full, and find files that no manifest names."""
+    """Compare every committed file with its manifest in full, and pictures and releases with the rows that name them;
+    find files that no manifest names."""
     problems: list[Problem] = []
     for path in manifest_paths(store):
         try:
@@ -56,12 +60,14 @@ def verify(store: Store) -> list[Problem]:
             problems.append(Problem(kind="damage", path=path, detail=str(error)))
             continue
         assert manifest is not None
-        for entry in manifest.files:
-            try:
+        try:
+            for entry in manifest.files:
                 check_entry(path.parent, entry)
-            except DamageError as error:
-                problems.append(Problem(kind="damage", path=path, detail=str(error)))
-                break
+        except DamageError as error:
+            problems.append(Problem(kind="damage", path=path, detail=str(error)))
+            continue
+        if damage := find_damage(store, manifest):
+            problems.append(Problem(kind="damage", path=path, detail=damage.detail, files=damage.files))
     for folder in sorted((store.home / "runs").glob("*/checkpoints/samples_*")):
         try:
             check_checkpoint(folder)
@@ -80,13 +86,13 @@ def repair(store: Store, problems: list[Problem]) -> list[Path]:
     for problem in problems:
         if problem.kind != "damage":
             continue
-        target = store.home / QUARANTINE / stamp / problem.path.relative_to(store.home)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for path in _content(problem.path):
-            if path.exists():
-                shutil.move(path, target.parent / path.name)
+        folder = store.home / QUARANTINE / stamp
         # The manifest goes last: until then the part is damaged, afterwards it is missing; never half of it.
-        shutil.move(problem.path, target)
+        for path in (*problem.files, *_content(problem.path), problem.path):
+            if path.exists():
+                target = folder / path.relative_to(store.home)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target)
         sync_folder(problem.path.parent)
         moved.append(target)
     return moved
