@@ -317,7 +317,7 @@ def prompts_never_trained(store: Store) -> Finding:
 @_check("sample_images")
 def pictures_not_blank(store: Store) -> Finding:
     """Sample images are not all one picture: equal pixels for different prompts mean a dead model."""
-    frame = pl.concat([store.read("sample_images", ["sha256"], [part]).with_columns(part=pl.lit(part))
+    frame = pl.concat([store.read("sample_images", ["sha256"], [part]).drop_nulls().with_columns(part=pl.lit(part))
                        for part in store.parts("sample_images")])  # fmt: skip
     repeated = int(frame.is_duplicated().sum())
     return Finding(repeated == 0, "no two pictures of a checkpoint are equal", {"equal": repeated})

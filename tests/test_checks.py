@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from assets import checks, prompt_sets, training_set
+from assets import checks, prompt_sets, sample_images, training_set
 from resources.store import Made, Store
 from training.data.tables import TABLES
 from training.evaluation.prompt_sets import make_frame
@@ -41,3 +41,12 @@ def test_a_prompt_that_is_a_caption_a_made_caption_or_the_tags_of_a_training_ima
     result = finding(store, "prompts_never_trained")
     assert result.passed is not found
     assert result.metadata["found"].text == ("p1" if found else "")
+
+
+@pytest.mark.parametrize(("digests", "equal"), [(["a", "b"], 0), (["a", "a"], 2), (["a", None, None], 0)])
+def test_equal_pictures_are_found_and_those_that_were_not_drawn_are_none(store, digests, equal):
+    rows = [{"prompt_id": f"p{number}", "sha256": digest} for number, digest in enumerate(digests)]
+    commit(store, sample_images.STAGE, "demo@8", pl.DataFrame(rows, schema=TABLES["sample_images"].schema))
+    result = finding(store, "pictures_not_blank")
+    assert result.passed is (equal == 0)
+    assert result.metadata["equal"].value == equal
