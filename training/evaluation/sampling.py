@@ -230,7 +230,7 @@ def _batches(prompts: list[Prompt], encoder: PromptEncoder, batch_size: int) -> 
 def _lay_out(parts: PipelineParts, config: SamplingConfig, device: torch.device) -> None:
     """Bring the UNet into the precision, and on a GPU into the memory format that its convolutions are fastest in."""
     if config.precision == "bf16":
-        parts.unet.to(torch.bfloat16)
+        parts.unet.bfloat16()
     if config.precision != "fp32" and device.type == "cuda":
         parts.unet.to(memory_format=torch.channels_last)
 
