@@ -84,7 +84,10 @@ def catch_up(store: Store, log: logging.Logger) -> bool:
         ):
             failed = _send(store, _tracking(store))
     except TrackingError as error:
-        failed = dict.fromkeys(names or ["something"], str(error))
+        if not names:
+            log.warning(f"MLflow: {error}")
+            return False
+        failed = dict.fromkeys(names, str(error))
     if failed:
         further = len(failed) - _NUM_NAMED
         listed = ", ".join(list(failed)[:_NUM_NAMED]) + (f" and {further} more" if further > 0 else "")

@@ -264,6 +264,7 @@ def test_what_cannot_be_sent_holds_up_nothing_else(store, caplog):
     assert catch_up(store, LOG)
     commit.write_bytes(store.home / champion.FILE, b"rotten")
     assert not catch_up(store, LOG)
+    assert caplog.messages[-1].startswith("MLflow: what MLflow lacks cannot be told: ")
     assert "champion.json is damaged" in caplog.messages[-1]
 
 
