@@ -38,7 +38,8 @@ class PromptConfig:
     misspelling_prob: float = 0.0
     """Probability that a tag has two letters exchanged, one left out or one doubled."""
     score_tags: bool = True
-    """Begin tag prompts with a random few of `score_N` and `score_N_up`."""
+    """Begin prompts that have tags with a random few of `score_N` and `score_N_up`; a caption comes after them, as in
+    bigASP's second version."""
     caption_prob: float = 0.0
     """Probability that a sample with a caption uses it alone instead of tags,"""
     caption_and_tags_prob: float = 0.0

@@ -153,13 +153,14 @@ def check(one, prompt, config):
 def assert_text_is_what_the_trace_says(prompt):
     """The names of the trace in their order; of separators and underscores it says only how they are chosen."""
     trace = prompt.trace
-    names = [*trace["score_tags"], *(trace["misspelled"].get(name, trace["aliases"].get(name, name))
-                                     for name in trace["tags"])]  # fmt: skip
-    said = re.sub(r"[\s_,]", "", "".join(names))
+    names = [trace["misspelled"].get(name, trace["aliases"].get(name, name)) for name in trace["tags"]]
+    scores, said = (re.sub(r"[\s_,]", "", "".join(own)) for own in (trace["score_tags"], names))
     text = re.sub(r"[\s_,]", "", prompt.text)
-    assert text.endswith(said) if "caption" in trace else text == said
+    assert text.startswith(scores)
+    assert text.endswith(said)
+    assert "caption" in trace or text == scores + said
     if trace["spelling"] == "underscores" and not trace["loose"] and "caption" not in trace:
-        assert prompt.text == ", ".join(names)
+        assert prompt.text == ", ".join([*trace["score_tags"], *names])
 
 
 def test_plain_tags_are_written_as_they_are():
@@ -331,11 +332,12 @@ def words_of(image_id, count):
     return [number / 2**32 for number in np.frombuffer(hashlib.shake_128(said).digest(4 * count), "<u4").tolist()]
 
 
-def by_hand(image_id, tags, score, config):
-    """What a prompt of tags and a score says, one word after the other: 16 of the sample, then seven for each tag."""
+def by_hand(image_id, tags, score, config, caption=None):
+    """What a prompt of tags, a score and perhaps a caption says, one word after the other: 16 of the sample, then seven
+    for each tag."""
     size = 3 + len(tags)
     words = words_of(image_id, 16 + 7 * size)
-    _, empty, _, _, _, wanted, num_scores, how, loose = words[:9]
+    _, empty, kind, _, _, wanted, num_scores, how, loose = words[:9]
     which, where, alias, other, spaced, comma, space = (words[16 + n * size : 16 + (n + 1) * size] for n in range(7))
     if empty < config.empty_prob:
         return ""
@@ -349,11 +351,16 @@ def by_hand(image_id, tags, score, config):
         aliases = ALIASES.aliases.get(name, ())
         own.append((aliases[int(other[place] * len(aliases))] if aliases and alias[place] < config.alias_prob else name,
                     place))  # fmt: skip
-    text = ""
+    text, last_score = "", own[count - 1]
+    captioned = caption is not None and kind < config.caption_and_tags_prob
     for name, place in own:
         with_spaces = how < config.spaces_prob or (how < config.spaces_prob + config.mixed_prob and spaced[place] < 0.8)
         text += name.replace("_", " ") if with_spaces and len(name) > 3 else name
-        if place != own[-1][1]:
+        if captioned and (name, place) == last_score:
+            text += ", " + caption
+            if len(own) > count:
+                text += " " if caption[-1] in ".!?,;:" else ", "
+        elif place != own[-1][1]:
             careless = loose < config.loose_separators_prob
             text += "," if not careless or comma[place] < 0.8 else " "
             text += " " if not careless or space[place] < 0.8 else ""
@@ -370,6 +377,40 @@ def test_prompts_are_those_that_the_words_drawn_say():
     assert [prompt.text for prompt in made] == expected
     # Written down once: another version of a library must not change what a run reads.
     assert made[44].text == "score 1 up  score 2 up, score 3 up, tag_014, tag 006 one,tag 099"
+
+
+def test_score_tags_are_the_first_of_a_prompt_before_its_caption():
+    rng = random.Random(0)
+    rows = [
+        {"tags": sorted(rng.sample([*NAMES, "(d)", ">_<"], rng.randint(1, 6))), "score": rng.randint(1, 9),
+         "caption": rng.choice(["A dog.", "a dog", "(a dog)", "dogs, two,"])}
+        for _ in range(400)
+    ]  # fmt: skip
+    config = PromptConfig(loose_separators_prob=0.5, caption_and_tags_prob=0.7)
+    frame = table(rows)
+    made = make_prompts(frame, ALIASES, config, seed=1, epoch=2)
+    expected = [by_hand(image_id, row["tags"], row["score"], config, row["caption"])
+                for image_id, row in zip(frame["image_id"], rows, strict=True)]  # fmt: skip
+    kinds = Counter(prompt.trace["kind"] for prompt in made)
+    assert min(kinds[kind] for kind in ("empty", "tags", "caption_and_tags")) > 20
+    both = [(prompt.text, wanted) for prompt, wanted in zip(made, expected, strict=True)
+            if prompt.trace["kind"] == "caption_and_tags"]  # fmt: skip
+    assert [text for text, _ in both] == [wanted for _, wanted in both]
+
+
+@pytest.mark.parametrize(
+    ("caption", "tags", "text"),
+    [("A dog.", ["b"], r"(score_\w+, )+A dog\. b"), ("a dog", ["(b)"], r"(score_\w+, )+a dog, \(b\)"),
+     ("a dog", ["b"], r"(score_\w+, )+a dog")],
+)  # fmt: skip
+def test_a_caption_between_score_tags_and_tags(caption, tags, text):
+    dropout = 1.0 if text.endswith("dog") else 0.0
+    config = recipe(score_tags=True, caption_and_tags_prob=1, tag_dropout=dropout)
+    for loose in (0, 1):
+        one = dataclasses.replace(config, loose_separators_prob=loose)
+        for prompt in make_prompts(table([{"tags": tags, "score": 5, "caption": caption}] * 30), ALIASES, one):
+            assert re.fullmatch(text if not loose else text.replace(", )+", "[ ,]+)+"), prompt.text), prompt.text
+            assert re.search(r"score_\w+, " + re.escape(caption), prompt.text)
 
 
 @pytest.fixture(scope="module")

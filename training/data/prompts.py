@@ -18,7 +18,7 @@ from training.data.spelling import SPELLINGS, Extras, WrittenTags, write
 from training.run_config import PromptConfig
 from training.seeds import Stream
 
-PROMPTS_VERSION = 2
+PROMPTS_VERSION = 3
 """Raised when equal samples, recipes and seeds come to other prompts: epochs that were begun are not finished then."""
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
@@ -153,12 +153,14 @@ def make_block(samples: Samples, rows: np.ndarray, names: Names, config: PromptC
     tagged = ~empty
     tagged[[number for number in captions if alone[number]]] = False
     chosen = choose_tags(own.values, samples.scores[rows], tagged, names, config, draws)
+    num_score = np.bincount(draws.sample[chosen.tags[~draws.own[chosen.tags]]], minlength=len(rows))
+    both = np.array([number for number in captions if num_score[number]], dtype=np.int64)
     extras = Extras(names)
-    written = write(chosen, names, extras, config, draws)
+    written = write(chosen, chosen.starts[both] + num_score[both] - 1, names, extras, config, draws)
     return Block(
         names=names, config=config, draws=draws, empty=empty, captions=captions, tagged=tagged, chosen=chosen,
         num_chunks=draw_chunks(draws.per_sample(PerSample.CHUNKS), config) if config.chunk_shares else None,
-        written=written, pieces=_join(captions, chosen, written, extras, draws),
+        written=written, pieces=_join(captions, num_score, chosen, written, extras, draws),
     )  # fmt: skip
 
 
@@ -181,9 +183,17 @@ def _choose_captions(
 
 
 def _join(
-    captions: dict[int, Caption], chosen: ChosenTags, written: WrittenTags, extras: Extras, draws: Draws
+    captions: dict[int, Caption],
+    num_score: np.ndarray,
+    chosen: ChosenTags,
+    written: WrittenTags,
+    extras: Extras,
+    draws: Draws,
 ) -> Pieces:
-    """Words of captions and then tags, a comma between them where no sign ends the sentence."""
+    """Score tags, of which there are `num_score` `(R,)`, then the words of a caption, then tags.
+
+    A comma stands between the words and the tags where no sign ends the sentence.
+    """
     kept = written.kept
     num_tags = np.bincount(draws.sample[chosen.tags[kept]], minlength=len(chosen.wanted))
     if not captions:
@@ -196,10 +206,12 @@ def _join(
         num_words[number] = len(words)
         own_bare += map(extras.code, words)
         own += own_bare[len(own) :]
-        if num_tags[number] and not words[-1].endswith(_SENTENCE_ENDS):
+        if num_tags[number] > num_score[number] and not words[-1].endswith(_SENTENCE_ENDS):
             own[-1] = extras.code(words[-1] + ",")
     starts = offsets(num_words + num_tags)
-    of_words, of_tags = spans(starts[:-1], num_words), spans(starts[:-1] + num_words, num_tags)
+    of_words, of_tags = spans(starts[:-1] + num_score, num_words), spans(starts[:-1], num_tags)
+    behind = spans(np.zeros_like(num_tags), num_tags) >= num_score.repeat(num_tags)
+    of_tags[behind] += num_words.repeat(num_tags)[behind]
     codes, bare, gaps = np.empty((3, starts[-1]), dtype=np.int64)
     codes[of_words], bare[of_words], gaps[of_words] = own, own_bare, 1
     codes[of_tags], bare[of_tags], gaps[of_tags] = written.pieces[kept], written.bare[kept], written.gaps[kept]

@@ -63,12 +63,22 @@ class WrittenTags(NamedTuple):
     """`(T,)` spaces after each piece."""
 
 
-def write(chosen: ChosenTags, names: Names, extras: Extras, config: PromptConfig, draws: Draws) -> WrittenTags:
+def write(
+    chosen: ChosenTags, interrupted: np.ndarray, names: Names, extras: Extras, config: PromptConfig, draws: Draws
+) -> WrittenTags:
     """Write the tags of prompts.
 
     Separators are a comma and a space, in loose prompts 80 % have a comma and the others a space, then 80 % have a
     space more. Two tags that nothing but a comma parts are two pieces where the second begins with a letter or digit
     of ASCII, else one.
+
+    Args:
+        chosen: The tags.
+        interrupted: Those of them, by number in T, that a caption follows: they have a comma and a space always.
+        names: Of the set.
+        extras: Takes what is no form of a name.
+        config: The recipe.
+        draws: Of these samples.
     """
     spelled, exchanged = _exchange(chosen, names, config, draws)
     drawn = draws.per_sample(PerSample.SPELLING)
@@ -81,6 +91,7 @@ def write(chosen: ChosenTags, names: Names, extras: Extras, config: PromptConfig
     slips = _slips(chosen, bare, names, config, draws)
     loose = draws.per_sample(PerSample.LOOSE) < config.loose_separators_prob
     comma, gaps = _separate(chosen, loose, draws)
+    comma[interrupted], gaps[interrupted] = True, 1
     kept = np.ones(len(bare), dtype=np.bool_)
     pieces = bare + COMMA * comma
     opens = names.opens_word[spelled]
