@@ -75,6 +75,17 @@ def test_fast_reduction_and_shared_optimizer_agree_in_their_losses(one, make_run
     assert all(abs(float.fromhex(a) - float.fromhex(b)) < 1e-6 for a, b in pairs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 1])
+def test_a_shared_optimizer_is_resumed_on_as_many_ranks_and_on_another_number(one, make_run, tmp_path, num_ranks):
+    run = make_run("shared", **SHORT, **{"compute.shard_optimizer": True})
+    torchrun(run, 2, tmp_path / "first", SIGTERM_AT="3.0")
+    assert read_events(run.folder / run_folder.EVENTS)[-1]["event"] == "stopped"
+    torchrun(run, num_ranks, tmp_path / "second")
+    assert losses(run) == losses(one[0])
+    assert contents(run) == contents(one[0])
+
+
 def test_another_seed_is_another_sequence(one, make_run, tmp_path):
     run = make_run("other", **SHORT, seed=12)
     assert torchrun(run, 1, tmp_path / "trace") != one[1]

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import retention, run_folder
+from training.checkpoint import find_resumable
 from training.retention import apply_retention, weights_to_keep
 from training.run_config import CheckpointConfig
 from training.run_folder import Ready
@@ -59,6 +60,15 @@ def test_what_no_rule_keeps_is_removed_unless_it_is_read(tmp_path):
     assert [(path / run_folder.STATE).exists() for path in paths] == [False, False, False, True]
     assert apply_retention(tmp_path, config) == [20]
     assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["samples_000000010", "samples_000000040"]
+
+
+def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
+    paths = [saved(tmp_path, samples_seen, 0.5) for samples_seen in (8, 999_500_000, 1_000_000_000, 1_000_500_000)]
+    (tmp_path / run_folder.CHECKPOINTS / "samples_mine").mkdir()
+    assert run_folder.checkpoints(tmp_path) == paths
+    apply_retention(tmp_path, CheckpointConfig(keep_last=1))
+    assert [(path / run_folder.STATE).exists() for path in paths] == [False, False, False, True]
+    assert find_resumable(tmp_path) == (paths[-1], [])
 
 
 def test_what_somebody_wants_stays_until_all_have_let_go(tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from training import checkpoint, run_folder
-from training.errors import DamageError, TrainingError
+from training.errors import DamageError, TrainingError, WorkspaceError
 from training.event_log import read_events
 from training.models.unet import load_pipeline_parts
+from training.order import read_order
 from training.prefetch import Prefetch
 from training.ranks import Ranks
 from training.trainer import Trainer
@@ -159,6 +160,44 @@ def test_torn_checkpoints_are_ignored_reported_and_written_again(unbroken, make_
     assert contents(broken, 30) == contents(unbroken, 30)
 
 
+def test_what_is_whole_is_not_written_over(make_run, train):
+    run = make_run(num_samples=8)
+    train(run)
+    folder = run_folder.checkpoint_folder(run.folder, 8)
+    path, text = folder / run_folder.READY, (folder / run_folder.READY).read_text()
+    ready = json.loads(text)
+    for other in ({**ready, "format": 0}, {**ready, "epochs": 3}, {key: ready[key] for key in ready if key != "files"}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(TrainingError, match=rf"READY.json was written by another .* format {other['format']} with"):
+            train(run)
+        assert json.loads(path.read_text()) == other
+    del ready["validation_owed"]  # an older version's
+    path.write_text(json.dumps(ready))
+    assert train(run) == "finished"
+    path.write_text(text[:-9])
+    assert checkpoint.find_resumable(run.folder)[0] is None
+
+    path.write_text(text)
+    moved = (folder / run_folder.STATE).rename(run.folder / "moved")
+    with pytest.raises(TrainingError, match=r"samples_000000008 is the newest whole checkpoint, but has no state/"):
+        train(run)
+    moved.rename(folder / run_folder.STATE)
+    snapshot = []
+    train(run, prepare=lambda trainer: snapshot.append(checkpoint.take_snapshot(trainer.state)))
+    with pytest.raises(WorkspaceError, match="never overwritten"):
+        checkpoint.write(run.folder, *snapshot, run.config, run.inputs)
+    assert run_folder.check_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("key", "message"), [("run", "of run demo, .* run other"), ("base_digest", "from base model")])
+def test_a_checkpoint_of_another_run_or_base_is_refused(make_run, train, key, message):
+    run = make_run(num_samples=8)
+    train(run)
+    run.inputs = dataclasses.replace(run.inputs, **{key: "other"})
+    with pytest.raises(TrainingError, match=message):
+        train(run)
+
+
 def test_older_checkpoints_keep_their_weights_and_a_true_ready_file(make_run, train):
     run = make_run(**{"checkpoints.every_samples": 8, "checkpoints.keep_last": 2})
     train(run)
@@ -253,7 +292,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
     weights = []
 
     def prepare(trainer):
-        poison(trainer, {2, 3})
+        poison(trainer, {3, 4})
         skip = trainer._skip
 
         def watched(*arguments):
@@ -265,13 +304,74 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
     assert train(run, prepare=prepare) == "finished"
     assert torch.equal(*weights)
     steps = history(run, "step")
-    assert [event["step"] for event in steps] == [1, 4, 5, 6, 7]
+    assert [event["step"] for event in steps] == [1, 2, 5, 6, 7]
     assert steps[-1]["num_skipped"] == 2
-    # The rate's clock leaves the 14 skipped samples out: step 4 is trained from sample 8 to 16.
-    assert float.fromhex(steps[1]["learning_rate"]) == pytest.approx(1e-3 * (1 - 12 / 48))
+    # The rate's clock leaves the 14 skipped samples out: step 5 is trained from sample 16 to 24.
+    assert float.fromhex(steps[2]["learning_rate"]) == pytest.approx(1e-3 * (1 - 20 / 48))
     warnings = history(run, "warning")
     assert [warning["kind"] for warning in warnings] == ["not_finite", "not_finite"]
-    assert len(warnings[0]["image_ids"]) == 8
+    assert [(warning["epoch"], warning["step_in_epoch"]) for warning in warnings] == [(0, 2), (1, 0)]
+    assert [len(warning["image_ids"]) for warning in warnings] == [6, 8]
+    # Due at 24 samples: saved after the first finite step, since a resume does a row of skipped ones again.
+    assert [event["samples_seen"] for event in history(run, "checkpoint")] == [38, 52]
+
+
+def test_a_gradient_that_is_not_finite_names_the_whole_batch(make_run, train):
+    run = make_run(num_samples=16)
+
+    def prepare(trainer):
+        forward_and_backward = trainer._pass
+
+        def overflow(*draw):
+            losses = forward_and_backward(*draw)
+            if trainer.state.clock.step == 1:
+                trainer.state.arithmetic.gradients()[7] = math.inf
+            return losses
+
+        trainer._pass = overflow
+
+    assert train(run, prepare=prepare) == "finished"
+    (warning,) = history(run, "warning")
+    assert "step 2 skipped: gradient not finite" in warning["message"]
+    manifest = json.loads((run.folder / "epochs" / f"{warning['epoch']}.json").read_text())
+    order = read_order(run.folder / "epochs" / manifest["order"]["file"], manifest["order"]["sha256"])
+    batch = np.concatenate(order.micro_batches(warning["step_in_epoch"]))
+    assert warning["image_ids"] == run.rows["image_id"].gather(batch).to_list()
+    assert warning["num_images"] == len(batch) == 8
+
+
+def test_a_validation_that_is_not_finite_names_its_images_and_the_run_goes_on(make_run, train):
+    run = make_run(num_samples=8)
+    bad = []
+
+    def prepare(trainer):
+        plain = trainer._plain_losses
+        bad.append(trainer.dataset.image_ids[trainer.dataset.validation_rows[2]])
+
+        def losses(batch, *draw):
+            values = plain(batch, *draw)
+            if trainer.state.clock.validation_owed and trainer.state.clock.step:
+                values[[image_id in bad for image_id in batch.image_ids]] = math.nan
+            return values
+
+        trainer._plain_losses = losses
+
+    assert train(run, prepare=prepare) == "finished"
+    before, after = (event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "validation")
+    for name in ("", "ema_"):
+        assert before[f"{name}loss"] > 0
+        assert after[f"{name}loss"] is None
+        assert after[f"{name}stable_loss"] > 0
+        assert after[f"{name}stable_weighted_loss"] > 0
+        for view in ("t", "bucket"):
+            values, good = after[f"{name}{view}"].values(), before[f"{name}{view}"].values()
+            assert [value is None for value in values].count(True) == 1 < len(values)
+            assert all(value > 0 for value in (*good, *(value for value in values if value is not None)))
+    warnings = history(run, "warning")
+    assert [(warning["kind"], warning["image_ids"]) for warning in warnings] == [("not_finite", bad)] * 2
+    assert "loss of 1 of 5 held-out images not finite" in warnings[0]["message"]
+    assert run_folder.read_ready(run_folder.checkpoint_folder(run.folder, 8)).validation_loss is None
+    assert train(run) == "finished"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16_amp"])
@@ -286,6 +386,33 @@ def test_eight_such_steps_in_a_row_end_the_run_with_the_last_good_state(make_run
 
     assert train(good, prepare=prepare) == "stopped"
     assert contents(run, 16) == contents(good, 16)
+
+
+def test_a_stop_in_a_row_of_skipped_steps_does_not_break_the_guard(make_run, train, monkeypatch):
+    monkeypatch.setattr("training.trainer.MAX_SKIPPED_IN_ROW", 4)
+    run = make_run(num_samples=200, **{"validation.every_samples": 1000})
+
+    def stop_in_row(trainer):
+        poison(trainer, range(3, 100))
+        trainer.stop_requested = lambda: trainer.state.clock.step == 5
+
+    assert train(run, prepare=stop_in_row) == "stopped"
+    assert last(run)["samples_seen"] == 16
+    for _ in range(2):
+        with pytest.raises(
+            TrainingError, match=r"saved at 16 samples\. Begin another run .*samples_000000016\" in foundry"
+        ):
+            train(run, prepare=lambda trainer: poison(trainer, range(3, 100)))
+        assert len(history(run, "warning")) == 4
+    assert [folder.name for folder in run_folder.checkpoints(run.folder)] == ["samples_000000016"]
+
+
+def test_a_run_without_a_good_step_says_so(make_run, train, monkeypatch):
+    monkeypatch.setattr("training.trainer.MAX_SKIPPED_IN_ROW", 2)
+    run = make_run(num_samples=200)
+    with pytest.raises(TrainingError, match="none was good, so begin another run"):
+        train(run, prepare=lambda trainer: poison(trainer, range(100)))
+    assert run_folder.checkpoints(run.folder) == []
 
 
 def test_a_tiny_model_overfits_one_batch(make_run):
