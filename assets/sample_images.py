@@ -11,6 +11,7 @@ from assets.partitions import checkpoints
 from resources import devices
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
+from training.base_model import config_folder
 from training.errors import DataError
 from training.evaluation import figures
 from training.evaluation.pictures import read_picture
@@ -51,15 +52,18 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
     """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
 
     def make(key: str) -> Made:
+        from training.evaluation.prompt_encoding import cut_prompts
         from training.evaluation.sampling import sample_folder
+        from training.models.text_encoders import load_tokenizer
 
-        prompts = prompts_of(store)
+        prompts, sampling = prompts_of(store), store.config.evaluation.sampling
         folder, model = store.sample_folder(key), store.checkpoint_folder(key)
         # A checkpoint of a run that is still training is not to be removed while it is read.
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
         with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
+            cut = cut_prompts(prompts, load_tokenizer(config_folder(model) / "tokenizer"), sampling)
             frame = sample_folder(
-                model, key, prompts, store.config.evaluation.sampling, folder, home=store.home, device=device,
+                model, key, prompts, sampling, folder, home=store.home, device=device,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
         failed = frame["file"].null_count()
@@ -69,6 +73,7 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             report={
                 "pictures": {"pictures": sheet(folder, frame)},
                 "numbers": {"pictures that are not finite": failed} if failed else {},
+                "tables": {"prompts longer than what is read": cut},
             },
         )
 

@@ -26,6 +26,7 @@ from training.data.tables import TABLES
 from training.errors import EvaluationError, ModelError
 from training.evaluation import sampling
 from training.evaluation.png_parameters import lora_hash
+from training.evaluation.prompt_encoding import cut_prompts
 from training.evaluation.prompt_sets import seed_of
 from training.evaluation_config import LoraConfig, Sampler, SecondPassConfig
 from training.models.text_encoders import load_tokenizer
@@ -413,3 +414,18 @@ def test_all_precisions_draw_nearly_the_same_picture_on_a_gpu(parts):
         pictures[precision] = dict(sampling.sample(own, frame, config, device="cuda"))["a"].astype(int)
     for precision in ("tf32", "bf16"):
         assert np.abs(pictures[precision] - pictures["fp32"]).mean() < 5
+
+
+def test_what_no_chunk_holds_of_a_prompt_is_told_by_id_and_tokens(parts):
+    long = "y" * 224
+    frame = prompt_frame(
+        ("a", f"{long} z", "", 32, 32), ("b", f"{long} z x", f"({long}:1.2) x z", 32, 32), ("c", "x", "", 32, 32)
+    )  # fmt: skip
+    said = r"^2 prompts or negatives have more than 225 tokens, .*: prompt of 'b' 226, negative of 'b' 232$"
+    with pytest.warns(UserWarning, match=said):
+        draw(parts, frame)
+    weighted = cut_prompts(frame, parts.tokenizers[1], changed(prompt_weights="plain"))
+    assert weighted == [
+        {"prompt_id": "b", "text": "prompt", "tokens": 226, "not read": 1},
+        {"prompt_id": "b", "text": "negative", "tokens": 226, "not read": 1},
+    ]

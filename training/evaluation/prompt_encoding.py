@@ -1,15 +1,41 @@
-"""Turns the prompts of a batch into what the UNet attends to: in chunks of 75 tokens and from the layer, as trained."""
+"""Turns the prompts of a batch into what the UNet attends to: in chunks of 75 tokens and from the layer, as trained.
+
+Three chunks are read of every prompt by every checkpoint, whatever its run's `max_chunks`: a fine-tune and its base are
+to be shown the same words. What is cut off is told of.
+"""
 
 from collections.abc import Sequence
 
+import polars as pl
 import torch
 
-from training.data.tokens import count_chunks, tokenize
+from training.data.tokens import Tokenizer, count_chunks, tokenize
 from training.errors import EvaluationError
 from training.evaluation.prompt_weights import apply_weights, read_prompt, token_weights
 from training.evaluation_config import SamplingConfig
 from training.models.text_encoders import TextConditioning, encode_sd1, encode_sdxl, ids_tensor
 from training.models.unet import PipelineParts
+
+
+def cut_prompts(prompts: pl.DataFrame, tokenizer: Tokenizer, config: SamplingConfig) -> list[dict[str, object]]:
+    """Prompts and negatives of a set whose end no chunk holds.
+
+    Args:
+        prompts: Rows of table `prompt_sets`.
+        tokenizer: Of either text encoder.
+        config: Says how weights in prompts are read: they are no tokens.
+
+    Returns:
+        Rows `prompt_id`, `text` (`prompt` or `negative`), `tokens` and how many of these are `not read`, by prompt_id.
+    """
+    rows: list[dict[str, object]] = []
+    for name, column in (("prompt", "text"), ("negative", "negative")):
+        plain = [read_prompt(text, config.prompt_weights).text for text in prompts[column]]
+        for prompt_id, entry in zip(prompts["prompt_id"], tokenize(plain, tokenizer), strict=True):
+            if entry.num_truncated:
+                rows.append({"prompt_id": prompt_id, "text": name, "tokens": entry.num_tokens,
+                             "not read": entry.num_truncated})  # fmt: skip
+    return sorted(rows, key=lambda row: str(row["prompt_id"]))
 
 
 class PromptEncoder:

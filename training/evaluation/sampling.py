@@ -18,10 +18,11 @@ import torch
 from training.conditioning import make_time_ids
 from training.data.geometry import Size
 from training.data.tables import TABLES
+from training.data.tokens import CHUNK_TOKENS, MAX_CHUNKS
 from training.errors import EvaluationError
 from training.evaluation.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.evaluation.png_parameters import lora_hash, parameters, write_png
-from training.evaluation.prompt_encoding import PromptEncoder
+from training.evaluation.prompt_encoding import PromptEncoder, cut_prompts
 from training.evaluation.sampling_inputs import clip_skip, model_folder
 from training.evaluation.schedulers import SamplingScheduler, make_scheduler
 from training.evaluation.second_pass import enlarge, final_size
@@ -129,6 +130,7 @@ def sample(
     vae = Vae(parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32")
     _lay_out(parts, config, vae.device)
     _warn_of_plain(parts, config)
+    _warn_of_cut(prompts, parts, config)
     for batch in _batches(rows, encoder, config.batch_size):
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
@@ -242,5 +244,17 @@ def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
         warnings.warn(
             f'evaluation.sampling: sampler="{config.sampler}" with schedule="plain" often draws garbage with SDXL; '
             'take "karras" or "exponential"',
+            stacklevel=3,
+        )
+
+
+def _warn_of_cut(prompts: pl.DataFrame, parts: PipelineParts, config: SamplingConfig) -> None:
+    cut = cut_prompts(prompts, parts.tokenizers[0], config)
+    if cut:
+        named = ", ".join(f"{row['text']} of {row['prompt_id']!r} {row['tokens']}" for row in cut[:5])
+        limit = CHUNK_TOKENS * MAX_CHUNKS
+        warnings.warn(
+            f"{len(cut)} prompts or negatives have more than {limit} tokens, and what follows is not read: {named}"
+            f"{', ...' if len(cut) > 5 else ''}",
             stacklevel=3,
         )
