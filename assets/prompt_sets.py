@@ -35,7 +35,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 STAGE = Stage(
     name="prompt_sets",
-    version=2,
+    version=3,
     scope=Scope.PROMPT_SET,
     config=lambda config, key: config.prompt_sets[key],
     others=_inputs,
