@@ -11,7 +11,7 @@ from training.event_log import EventLog
 def test_no_batch_holds_more_than_mlflow_takes_and_together_they_hold_each_number_once(tmp_path, num_buckets):
     means = {f"64x{width}": width / 1000 for width in range(num_buckets)}
     with EventLog(tmp_path / run_folder.EVENTS) as log:
-        for samples_seen in range(1, 201):
+        for samples_seen in range(1, 206):
             log.write("step", samples_seen=samples_seen, **{f"n{number}": 0.5 for number in range(9)})
             if samples_seen % 95 == 0:
                 log.write("validation", samples_seen=samples_seen, loss=0.5, bucket=means, ema_bucket=means)
@@ -23,5 +23,5 @@ def test_no_batch_holds_more_than_mlflow_takes_and_together_they_hold_each_numbe
         assert next(tracking_spool.pending(tmp_path, state)).points == chunk.points
         sent += [(point.name, point.samples_seen) for point in chunk.points]
         state = chunk.state
-    assert len(sent) == len(set(sent)) == 200 * 9 + 2 * (1 + 2 * num_buckets)
+    assert len(sent) == len(set(sent)) == 205 * 9 + 2 * (1 + 2 * num_buckets)
     assert list(tracking_spool.pending(tmp_path, state)) == []
