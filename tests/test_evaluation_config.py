@@ -1,8 +1,11 @@
 """What may decide over a champion has a margin, and what has a margin is scored."""
 
+import tomllib
+
 import pytest
 import tomlkit
 
+from resources.workspace import TINY
 from training import recipes, toml
 from training.config import WorkspaceConfig
 from training.errors import ConfigError
@@ -47,3 +50,9 @@ def test_a_plain_workspace_is_evaluated_on_its_own_prompts_and_on_every_shipped_
     config = toml.build(WorkspaceConfig, tomlkit.parse(text).unwrap())
     prompts = config.prompt_sets[config.evaluation.prompt_set]
     assert (prompts.held_out, set(prompts.groups)) == (256, set(NAMES))
+
+
+def test_new_workspaces_sample_in_bf16_unless_their_models_are_tiny(tmp_path):
+    for tiny, precision in ((None, "bf16"), (TINY, "fp32")):
+        values = tomllib.loads(recipes.plain_workspace_toml([str(tmp_path)], tiny=tiny))
+        assert values["evaluation"]["sampling"]["precision"] == precision

@@ -6,13 +6,18 @@ import signal
 import polars as pl
 import pytest
 import torch
+from conftest import TinyRun, training_rows
 from safetensors.torch import load_file
 
+from assets.checkpoints import prepare as launch
+from resources.stages import Scope, Stage
+from resources.store import Made, Store
 from training import bundle, commit, run_folder
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.event_log import read_events
 from training.models.weights import model_digest
 from training.run import main
+from training.run_config import RunConfig
 
 
 def change_config(run, old, new):
@@ -111,6 +116,33 @@ def test_checkpoints_carry_the_vae_that_encoded_the_latents(make_run, train, oth
     first, *_, last = run_folder.checkpoints(run.folder)
     for folder in (first, last, last / "ema"):
         assert all(torch.equal(vae_of(folder)[name], value) for name, value in encoded_with.items())
+
+
+def test_a_run_is_launched_with_its_encodings_vae(tiny_sdxl, tmp_path):
+    vae = shutil.copytree(tiny_sdxl / "vae", tmp_path / "models" / "better")
+    (vae / "config.json").write_text(json.dumps(json.loads((vae / "config.json").read_text()) | {"sample_size": 8}))
+    base = shutil.copytree(tiny_sdxl, tmp_path / "models" / "base")
+    (tmp_path / "foundry.toml").write_text("""
+format = 1
+sources = []
+models = {base = "models/base"}
+[encodings.own]
+[encodings.better]
+vae = "models/better"
+""")
+    store = Store(tmp_path)
+    for encoding, carried in (("own", None), ("better", vae)):
+        stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
+        made = Made(frame=training_rows(4, 1))
+        store.commit(stage, encoding, made, {"inputs": {}, "models": {}}, seconds=0)
+        launch(store, encoding, RunConfig(encoding=encoding))
+        inputs = run_folder.read_inputs(store.run_folder(encoding))
+        assert (inputs.vae, inputs.vae_digest) == (carried, model_digest(carried or base / "vae"))
+    # A run that comes back from a bundle needs no base model any more.
+    shutil.rmtree(base)
+    change_inputs(TinyRun(store.run_folder("better"), None, None, None), vae="nowhere")
+    launch(store, "better", RunConfig(encoding="better"))
+    assert run_folder.read_inputs(store.run_folder("better")).vae == vae
 
 
 def test_another_vae_than_recorded_is_refused_before_the_first_step(make_run, train, other_vae):
