@@ -101,7 +101,7 @@ def test_the_mark_that_keeps_a_checkpoint_moves_with_the_champion(world):
     assert marked(world) == ["samples_000003000"]
 
 
-STEPS = ("judge_pair", "choose", "keep", "write", "_keep_only")
+STEPS = ("judge_pair", "keep", "write", "_keep_only")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -115,7 +115,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
     world.score("run@2000", world.values(0.8, 2))
     for name in ("run@2000", "run@3000"):
         world.judge(name)
-    owner = {"keep": Store, "write": champion, "choose": champion}.get(step, verdicts)
+    owner = {"keep": Store, "write": champion}.get(step, verdicts)
     call = getattr(owner, step)
     for number in range(1, 10):
         deaths = iter([False] * (number - 1) + [True])
