@@ -1,6 +1,7 @@
 """Verdicts: scipy's paired t test as oracle, honest error rates in simulation, and refusal of unlike things."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation import verdict
 from training.evaluation.prompt_groups import NAMES, SIZE, group_prompts
 from training.evaluation.verdict import PairedTest, Protocol, Scores
+from training.evaluation_config import SamplingConfig
 
 PROTOCOL = Protocol(prompts="d1", sampling="ddim", clip="c1", aesthetic="a1", dtype="float32")
 MARGINS = {"clip_score": 0.003, "aesthetic": 0.05}
@@ -200,6 +202,15 @@ def test_unlike_protocols_are_refused_by_name(field, value):
     other = dataclasses.replace(PROTOCOL, **{field: value})
     with pytest.raises(EvaluationError, match=f"base@0 and run@9 cannot be compared.*different {field} .* and {value}"):
         verdict.compare(scores("base@0", [1], [1]), scores("run@9", [1], [1], protocol=other), MARGINS)
+
+
+def test_the_setting_that_differs_is_shown():
+    sides = []
+    for precision in ("fp32", "bf16"):
+        settings = json.dumps([dataclasses.asdict(SamplingConfig(precision=precision)), {}], sort_keys=True)
+        sides.append(scores(precision, [1], [1], protocol=dataclasses.replace(PROTOCOL, sampling=settings)))
+    with pytest.raises(EvaluationError, match=r'"precision": "fp32", .* and .*"precision": "bf16", '):
+        verdict.compare(*sides, MARGINS)
 
 
 def test_a_picture_that_failed_is_never_left_out():

@@ -190,7 +190,7 @@ class PairedTest:
 
 def _refuse_unlike(a: Scores, b: Scores) -> None:
     unlike = [
-        f"{item.name} {getattr(a.protocol, item.name)!s:.20} and {getattr(b.protocol, item.name)!s:.20}"
+        f"{item.name} {' and '.join(_where_they_part(getattr(a.protocol, item.name), getattr(b.protocol, item.name)))}"
         for item in dataclasses.fields(Protocol)
         if getattr(a.protocol, item.name) != getattr(b.protocol, item.name)
     ]
@@ -199,6 +199,13 @@ def _refuse_unlike(a: Scores, b: Scores) -> None:
             f"{a.checkpoint} and {b.checkpoint} cannot be compared, their scores were made with different "
             f"{'; '.join(unlike)}: evaluate both with one protocol"
         )
+
+
+def _where_they_part(one: str, other: str) -> tuple[str, str]:
+    """The first difference of two texts, with the key before it where they are JSON."""
+    parts = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    start = max(next(parts, min(len(one), len(other))) - 20, 0)
+    return one[start : start + 40], other[start : start + 40]
 
 
 def _pair(a: Scores, b: Scores, metric: str) -> pl.DataFrame:
