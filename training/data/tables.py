@@ -457,7 +457,7 @@ TABLES: dict[str, Table] = {
                 "seed": _c(pl.Int64, "seed of its own generator"),
                 "height": _c(pl.Int32, "px"),
                 "width": _c(pl.Int32, "px"),
-                "file": _c(pl.String, "PNG under sample_images/<checkpoint>/"),
+                "file": _c(pl.String, "PNG under sample_images/<checkpoint>/; null where the picture is not finite"),
                 "sha256": _c(pl.String, "of the decoded pixels", 0.0),
             },
         ),
