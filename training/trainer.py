@@ -124,11 +124,8 @@ class Trainer:
                     if validates and not self._validate():
                         return self._stop()
                     # After skipped steps the next finite one saves, so that every resume does a row of them again.
-                    good = self.last_good.samples_seen
-                    is_due = clock.skipped_in_row == 0 and _is_due(
-                        good, clock.samples_seen, config.checkpoints.every_samples
-                    )
-                    if is_last or is_due:
+                    good, every = self.last_good.samples_seen, config.checkpoints.every_samples
+                    if is_last or (clock.skipped_in_row == 0 and _is_due(good, clock.samples_seen, every)):
                         self._save()
         return "finished"
 
