@@ -17,7 +17,7 @@ from resources.tracking import Tracking
 from training import retention
 from training.commit import sha256_file
 from training.data.tables import TABLES
-from training.evaluation import contenders, sampling
+from training.evaluation import contenders, prompt_encoding, sampling
 from training.evaluation.pictures import NOT_DRAWN
 from training.evaluation.png_parameters import write_png
 from training.models.unet import load_pipeline_parts
@@ -46,6 +46,12 @@ class Evaluation:
                 write_png(folder / f"{number}.png", picture, "x")
                 rows[-1] |= {"file": f"{number}.png", "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
         return pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
+
+    def save(self, run, *clocks):
+        """Write checkpoints of a run, which have a tokenizer and no weights."""
+        self.world.save(run, *clocks)
+        for clock in clocks:
+            (self.world.folder(f"{run}@{clock}") / "tokenizer").symlink_to(self.store.model_path("base") / "tokenizer")
 
     def materialize(self, asset, *keys):
         """Run one asset for checkpoints that are stale."""
@@ -81,12 +87,13 @@ class Evaluation:
 def evaluation(tmp_path, monkeypatch):
     made = Evaluation(tmp_path / "workspace")
     monkeypatch.setattr(sampling, "sample_folder", made.sample_folder)
+    monkeypatch.setattr(prompt_encoding, "cut_prompts", lambda prompts, tokenizer, config: [])
     monkeypatch.setattr(Tracking, "run_url", lambda self, run: "")  # an MLflow database takes longer than all the rest
     return made
 
 
 def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluation):
-    evaluation.world.save("run", 1000, 2000, 3000)
+    evaluation.save("run", 1000, 2000, 3000)
     evaluation.not_finite = {"run@1000": [0, 2], "run@2000": range(NUM_PROMPTS)}
     evaluation.evaluate(evaluation.world.base, "run@1000", "run@2000", "run@3000")
     store = evaluation.store
@@ -107,7 +114,7 @@ def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluati
 
 
 def test_a_lost_picture_is_found_drawn_again_and_scored_again(evaluation):
-    evaluation.world.save("run", 1000)
+    evaluation.save("run", 1000)
     keys = (evaluation.world.base, "run@1000")
     evaluation.materialize(sample_images.sample_images, *keys)
     digest = evaluation.store.manifest("sample_images", "run@1000").digest
@@ -160,7 +167,7 @@ def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):
 
 
 def test_a_release_leaves_gaps_where_pictures_are_broken(evaluation):
-    evaluation.world.save("run", 1000, 2000)
+    evaluation.save("run", 1000, 2000)
     keys = (evaluation.world.base, "run@1000", "run@2000")
     evaluation.not_finite = {"run@2000": [1]}
     evaluation.evaluate(*keys)
@@ -185,7 +192,7 @@ def test_a_rival_in_a_single_file_is_drawn_and_left_as_it_is(evaluation, tiny_sd
 
 
 def test_a_checkpoint_of_a_run_is_let_go_once_it_is_drawn(evaluation):
-    evaluation.world.save("run", 1000)
+    evaluation.save("run", 1000)
     folder = evaluation.world.folder("run@1000")
     retention.want(folder, sample_images.WANTED_BY)
     retention.want(folder, "champion")
