@@ -95,7 +95,7 @@ def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
     if sampling.weights == "ema":
         facts["weights"] = "averaged, where there are some"
     failed = summary_of(store, checkpoint).get("num_failed")
-    return facts | ({"pictures without scores": int(failed)} if failed else {})
+    return facts | ({"pictures without scores": f"{failed:.0f}, so there is no verdict"} if failed else {})
 
 
 def closest(store: Store, checkpoint: str) -> list[Exhibit]:

@@ -95,6 +95,9 @@ def test_the_card_says_what_was_counted():
     assert "| 64 × 64 | 2 | 66.7% |" in text
     assert "cat (2), red (1)" in text
     assert "Not compared with its base model yet." in text
+    failed = [("base.0@0", {"num_failed": 1.0}), ("demo@5", {"num_failed": 7.0}), ("demo@9", {"num_failed": 2.0})]
+    told = model_card.render(card(summaries=failed))
+    assert "Not compared with its base model: 3 pictures have no scores." in told
     assert "| weights | `" + "d" * 64 in text
     assert "| samples seen | `48,000 (16000.0 per image)` |" in text
     # What a clock says would make two equal releases differ.

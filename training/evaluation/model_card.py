@@ -194,7 +194,10 @@ def _evaluation(card: Card) -> str:
         if said := sentences(card.summaries):
             parts.append("\n".join(f"- {escape(line)}" for line in said))
     if card.verdicts.is_empty():
-        parts.append("Not compared with its base model yet.")
+        sides = dict([*card.summaries[:1], *card.summaries[-1:]])
+        failed = sum(own.get("num_failed", 0) for own in sides.values())
+        why = f": {failed:.0f} pictures have no scores." if failed else " yet."
+        parts.append(f"Not compared with its base model{why}")
     else:
         lines = [f"- {escape(sentence(row))}" for row in in_order(card.verdicts)]
         parts.append(
