@@ -14,7 +14,7 @@ from training.data.prompt_maker import MadePrompt, PromptMaker
 from training.data.samples import Samples
 from training.errors import ConfigError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
-from training.run_folder import CONFIG, EVENTS, INPUTS, RunInputs, read_config, read_inputs
+from training.run_folder import CONFIG, EVENTS, INPUTS, RunInputs, is_away, read_config, read_inputs
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -64,7 +64,7 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     """Fix a run's configuration by its first launch.
 
     Raises:
-        ConfigError: the run was started with other values; the message lists them.
+        ConfigError: the run was started or bundled with other values; the message lists them.
     """
     folder = Store(home).run_folder(check_run_name(run))
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
@@ -73,18 +73,22 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
 
 
 def _check_unchanged(folder: Path, config: RunConfig) -> None:
-    """Check that a run, if it was started, keeps what is fixed by its first launch.
+    """Check that a run, if it was started or bundled, keeps what is fixed by its first launch.
 
     Raises:
         ConfigError: it was started with other values; the message lists them.
     """
-    if not (folder / EVENTS).exists():
+    started = (folder / EVENTS).exists()
+    if not started and not is_away(folder):
         return
     before, after = toml.flatten(toml.dump(read_config(folder))), toml.flatten(toml.dump(config))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if fixed := [key for key in changed if not key.startswith(FREE_KEYS)]:
         listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
-        raise ConfigError(f"run {folder.name!r} was started with other values ({listed}); choose another --run name")
+        raise ConfigError(
+            f"run {folder.name!r} was {'started' if started else 'bundled'} with other values ({listed}); "
+            "choose another --run name"
+        )
 
 
 def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:

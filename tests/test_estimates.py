@@ -272,12 +272,17 @@ def test_options_that_would_do_nothing_are_refused(workspace, foundry, monkeypat
     assert said in errors
 
 
-def test_a_dry_run_refuses_other_values_for_a_started_run_as_its_launch_does(workspace, foundry):
+@pytest.mark.parametrize(("file", "told"), [("events.jsonl", "started"), ("bundled.json", "bundled")])
+@pytest.mark.parametrize("dry", [True, False])
+def test_other_values_are_refused_for_a_run_that_began_here_or_in_its_bundle(
+    workspace, foundry, monkeypatch, file, told, dry
+):
+    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started"))
     folder = configure(workspace)
-    (folder / "events.jsonl").write_text("")
-    status, _, errors = foundry("train", "--run", "one", "--dry-run", "--recipe", "demo")
+    (folder / file).write_text('{"event_bytes": 0}' if told == "bundled" else "")
+    status, _, errors = foundry("train", "--run", "one", *["--dry-run"][: int(dry)], "--recipe", "demo")
     assert status == 2
-    assert "run 'one' was started with other values (" in errors
+    assert f"run 'one' was {told} with other values (" in errors
     assert "num_samples: 48 -> " in errors
 
 
