@@ -17,7 +17,7 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(hours=2)
 # Between GPUs a message begins when all ranks are there: one that takes longer has lost a rank on its way, and NCCL's
 # watchdog ends the process. The largest are a model's gradients, seconds on a network of 10 Gbit/s.
-_GPU_TIMEOUT = datetime.timedelta(seconds=30)
+_GPU_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class Ranks:
