@@ -34,13 +34,15 @@ def test_a_run_begins_from_a_single_file_as_from_its_folder(unbroken, make_run, 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16"},
         {"precision": "fp16_amp"},
-        {"optimizer.name": "lion", "optimizer.learning_rate": 1e-4, "freeze_embeddings": True},
-        {"optimizer.name": "adafactor"},
-        {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0},
-        {"compute.channels_last": True},
+        {"optimizer.name": "adafactor", "compute.channels_last": True},
         {"prediction_type": "v_prediction", "zero_terminal_snr": True, "loss.weighting": "debiased"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer.name": "lion", "optimizer.learning_rate": 1e-4, "freeze_embeddings": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: ",".join(map(str, changes.values())),
 )

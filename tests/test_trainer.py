@@ -66,7 +66,10 @@ def test_a_run_writes_its_log_and_checkpoints_that_sampling_can_load(unbroken):
 
 # Stop requests are asked for before each micro-batch of up to 3 samples: in the first step, inside a step, at the
 # border of an epoch, just after a checkpoint.
-@pytest.mark.parametrize("stops", [(1,), (3, 5), (10, 10), (14, 1, 4), (2, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "stops",
+    [(3, 5), (14, 1, 4), *(pytest.param(stops, marks=pytest.mark.slow) for stops in ((1,), (10, 10), (2, 2, 2, 2)))],
+)
 def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(unbroken, make_run, train, stops):
     broken = make_run("broken")
     for stop_at in stops:
