@@ -284,6 +284,8 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     assert report["pictures"]["nearest training images"].startswith("![4 pictures](data:image/jpeg")
     # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is the base's: no alarm.
     assert "alarm" not in report["numbers"]
+    (store.sample_folder(KEY) / "1.png").write_bytes(b"lost since it was scored")
+    assert [pair.prompt_id for pair in references.closest(store, KEY, frame, samples)] == ["p0"]
 
 
 def test_the_alarm_of_a_run_names_the_last_checkpoint_before_it(store):
