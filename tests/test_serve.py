@@ -292,7 +292,7 @@ def test_ctrl_c_leaves_nothing_but_the_trainer(both):
     left = up.processes()
     assert trainer.pid in left
     assert {os.getpgid(pid) for pid in left} == {trainer.pid}
-    os.killpg(trainer.pid, signal.SIGTERM)
+    os.killpg(trainer.pid, signal.SIGKILL)
     trainer.wait()
     assert up.runs()[run_id] is dg.DagsterRunStatus.FAILURE
     assert (up.home / "locks" / "up.lock").read_text() == ""
