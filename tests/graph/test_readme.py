@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graph_tools import foundry, make_short
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 ELSEWHERE = {
     "make demo": "the fixture `demo` runs its two commands; the clean clone runs make itself",
