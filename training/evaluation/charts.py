@@ -139,7 +139,7 @@ def interval_bar(low: float, middle: float, high: float, margin: float, reach: f
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Three to seven round values from at most `low` to at least `high`, evenly apart; two where these are equal."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-300):
         room = abs(high) / 2 or 1.0
         return [low - room, high + room]
     raw = (high - low) / 4
