@@ -480,8 +480,6 @@ class Store:
 
     def _folder_digest(self, folder: Path) -> str:
         """Digest of the files of a model, a folder or a single file; remembered by path, sizes and times."""
-        from training.models.weights import model_digest
-
         if str(folder) not in self._model_digests:
             files = [folder, *config_folder(folder).rglob("*")]
             stamp = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file())
@@ -489,6 +487,8 @@ class Store:
             try:
                 digest = str(json.loads(memo_path.read_bytes())["digest"])
             except (OSError, ValueError, KeyError):
+                from training.models.weights import model_digest  # takes torch along, for seconds
+
                 digest = model_digest(folder)
                 write_json(memo_path, {"folder": str(folder), "digest": digest})
             self._model_digests[str(folder)] = digest

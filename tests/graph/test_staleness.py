@@ -1,5 +1,7 @@
 """Exactly the work that must be redone is redone: counted by the files that changed."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 from graph_tools import digests, foundry
@@ -33,11 +35,24 @@ def remade(home, before):
     return {table: count for table, count in counts.items() if table != "rejected_images"}
 
 
+RUN = """
+import sys
+from jobs.cli import main
+try:
+    main()
+finally:
+    print("imported:", sorted({"torch", "diffusers", "transformers", "mlflow", "scipy"} & set(sys.modules)))
+"""
+
+
 def test_a_second_run_does_nothing_and_says_so(small_copy):
+    """In a process of its own, which must not spend seconds on libraries that it has no use for."""
     before = manifests(small_copy)
-    done = foundry("run", "--home", small_copy)
+    command = [sys.executable, "-c", RUN, "run", "--home", str(small_copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert remade(small_copy, before) == {}
     assert "everything selected is up to date: nothing was done" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
 def test_a_changed_threshold_starts_at_the_selection(small_copy):
