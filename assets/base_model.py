@@ -7,7 +7,7 @@ from assets.metadata import describe, materialize
 from assets.partitions import mirror, models
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
-from training.base_model import inspect
+from training.base_model import checkpoint_name, inspect
 from training.data.tables import TABLES
 
 STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
@@ -21,7 +21,7 @@ def base_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
         digest = store.model_digest(key)
         row = {
             "name": key,
-            "checkpoint": f"base.{digest[:8]}@0",
+            "checkpoint": checkpoint_name(digest),
             "digest": digest,
             "parents": [],
             **inspect(store.model_path(key)),

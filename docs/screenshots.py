@@ -140,6 +140,10 @@ def run(page: Page, mlflow: str, dagster: str, name: str) -> None:
     time.sleep(SETTLE_S)
     page.driver.execute_script(HEADER + "header.scrollIntoView({block: 'center'})", "train")  # charts above have grown
     time.sleep(SETTLE_S)
+    for slider in page.driver.find_elements("css selector", "[role=slider]"):
+        slider.send_keys("\ue014" * 2)  # to the right: they begin with what the base model draws
+    page.driver.execute_script(HEADER + "header.scrollIntoView({block: 'center'})", "train")
+    time.sleep(SETTLE_S)
     save(page, "mlflow-run.png")
 
 
@@ -181,6 +185,18 @@ def before_after(home: Path, name: str) -> None:
     sheet.save(IMAGES / "before-after.jpg", quality=85, optimize=True)
 
 
+def report(page: Page, home: Path, name: str) -> None:
+    """The head of the release's report: verdicts, the slider, pictures by checkpoint."""
+    page.resize(1180, 1963)
+    page.open((home / "release" / name / "report.html").as_uri())
+    time.sleep(SETTLE_S)
+    path = IMAGES / "report.png"
+    page.screenshot(path)
+    with Image.open(path) as image:
+        image.convert("RGB").save(IMAGES / "report.jpg", quality=85, optimize=True)
+    path.unlink()
+
+
 def save(page: Page, name: str) -> None:
     """Keep what is visible, in 256 colours where that is needed to stay small."""
     path = IMAGES / name
@@ -195,7 +211,7 @@ def save(page: Page, name: str) -> None:
 def main() -> None:
     """Take all pictures, or those of the functions named."""
     home, name = Path(sys.argv[1]).resolve(), "demo"
-    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run"]
+    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run", "report"]
     IMAGES.mkdir(parents=True, exist_ok=True)
     if "before_after" in wanted:
         before_after(home, name)
@@ -206,6 +222,8 @@ def main() -> None:
                 take(page, dagster)
         if "run" in wanted:
             run(page, mlflow, dagster, name)
+        if "report" in wanted:
+            report(page, home, name)
 
 
 if __name__ == "__main__":

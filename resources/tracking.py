@@ -136,9 +136,23 @@ class Tracking:
             self._log_scores(client, run, model.model_id, step, tracking_scores.points(metrics))
             if mlflow_views.TRAINED_TAG not in run.data.tags and run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id)  # the base or a rival: no event log says so
-            chosen = choose_pictures(samples, NUM_PICTURES)
-            put = functools.partial(self._put, client, run)
-            mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
+            self._log_pictures(client, run, step, samples, folder)
+        self.views()
+
+    def log_base_pictures(self, run: str, samples: pl.DataFrame, folder: Path) -> None:
+        """Send the pictures that a run's base model draws, as those of the run's beginning: where its sliders begin.
+
+        Args:
+            run: Name of the run.
+            samples: The base's rows of table `sample_images`.
+            folder: Where their files are.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        with mlflow_calls.explained(f"the base's pictures are not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
+            self._log_pictures(client, self._run(client, run), 0, samples, folder)
         self.views()
 
     def log_verdict(self, checkpoint: str, rows: pl.DataFrame, note: str) -> None:
@@ -329,6 +343,11 @@ class Tracking:
                 client.update_run(run_id, status=status)
             else:
                 client.set_terminated(run_id, status, end_time=chunk.phase["time_ms"])
+
+    def _log_pictures(self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path) -> None:
+        chosen = choose_pictures(samples, NUM_PICTURES)
+        put = functools.partial(self._put, client, run)
+        mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
 
     def _log_scores(
         self, client: "MlflowClient", run: "Run", model_id: str, step: int, scores: Mapping[str, float]

@@ -17,9 +17,10 @@ from resources.store import Store
 from resources.tracking import Tracking, workspace_tracking
 from training import commit
 from training import release as releasing
+from training.base_model import checkpoint_name
 from training.errors import TrackingError
 from training.evaluation import champion
-from training.run_folder import EVENTS
+from training.run_folder import EVENTS, read_inputs
 
 NOTE = "tracking.json"
 PATIENCE_S = 5.0
@@ -131,6 +132,11 @@ def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
     for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
         yield _Item(f"scores of {checkpoint}", "+".join(digests), partial(_send_scores, store, tracking, checkpoint))
+    for path in sorted((store.home / "runs").glob(f"*/{EVENTS}")):
+        base = checkpoint_name(read_inputs(path.parent).base_digest)
+        if base in store.parts("sample_images"):
+            send = partial(_send_base_pictures, store, tracking, path.parent.name, base)
+            yield _Item(f"the base's pictures beside {path.parent.name}", _digest(store, "sample_images", base), send)
     verdicts: dict[str, list[str]] = {}
     for part in sorted((part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age):
         verdicts.setdefault(_age(part)[0].removeprefix(_BASE), []).append(part)
@@ -164,6 +170,10 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
         samples=store.read("sample_images", parts=[checkpoint] if drawn else []),
         folder=store.sample_folder(checkpoint),
     )
+
+
+def _send_base_pictures(store: Store, tracking: Tracking, run: str, base: str) -> None:
+    tracking.log_base_pictures(run, store.read("sample_images", parts=[base]), store.sample_folder(base))
 
 
 def _send_verdicts(store: Store, tracking: Tracking, parts: list[str]) -> None:

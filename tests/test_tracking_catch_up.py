@@ -28,10 +28,11 @@ from training.event_log import EventLog
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 LOG = logging.getLogger("catch up")
-BASE, OLD, NEW = "base.abc@0", "demo@40", "demo@120"
+BASE, OLD, NEW = "base.bbbbbbbb@0", "demo@40", "demo@120"
 """By the alphabet the newer checkpoint comes first."""
 EVERYTHING = [
-    "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}", "verdicts on demo",
+    "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}",
+    "the base's pictures beside demo", "verdicts on demo",
     "the report of demo", "the champion",
 ]  # fmt: skip
 
@@ -156,16 +157,21 @@ def test_all_that_is_owed_arrives_once_and_then_mlflow_is_left_alone(store, monk
     assert catch_up(store, LOG)
     found = arrived(store)
     assert [row for row in found["metrics"] if row[1] == "eval/aesthetic_mean"] == [
-        ("base.abc", "eval/aesthetic_mean", 0, 5.0), ("demo", "eval/aesthetic_mean", 40, 6.0),
+        ("base.bbbbbbbb", "eval/aesthetic_mean", 0, 5.0), ("demo", "eval/aesthetic_mean", 40, 6.0),
         ("demo", "eval/aesthetic_mean", 120, 7.0),
     ]  # fmt: skip
     assert [row[2:] for row in found["metrics"] if row[1] == "train/loss"] == [(n, 1 / n) for n in (40, 80, 120)]
     assert found["tags"]["verdict.aesthetic"] == "better"
     assert found["tags"]["mlflow.note.content"].startswith(f"Verdict: {NEW} against {BASE}")
     assert found["champion"] == ([("champion", 1)], [(1, "it is better")])
-    assert (found["status"], found["models"]) == ("FINISHED", ["base-abc@0", NEW, OLD])
+    assert (found["status"], found["models"]) == ("FINISHED", ["base-bbbbbbbb@0", NEW, OLD])
     assert {"report.html", "contact_sheet.jpg", "config.toml"} < set(found["files"])
-    assert sum("samples~p" in name for name in found["files"]) == 3 * 2 * 2
+    assert sum("samples~p" in name for name in found["files"]) == 4 * 2 * 2
+    # The sliders of the run's page begin with what its base model draws.
+    (run,) = client_of(store).search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    root = store.home / "mlartifacts" / run.info.artifact_uri.removeprefix("mlflow-artifacts:/")
+    (first,) = root.glob("images/samples~p0+step+0+*.png")
+    assert first.read_bytes() == (store.home / "sample_images" / BASE / "p0.png").read_bytes()
     monkeypatch.setattr(mlflow_calls, "connect", refuse)
     assert owes(store) == []
     assert catch_up(store, LOG)
@@ -222,7 +228,7 @@ def test_what_is_new_is_owed_and_nothing_else(sent):
     # The run says what was said of its newest checkpoint; each checkpoint what was said of it.
     assert found["tags"]["verdict.aesthetic"] == "better"
     said = {model.name: model.tags.get("verdict.aesthetic") for model in client_of(sent).search_logged_models(["1"])}
-    assert said == {"base-abc@0": None, OLD: "worse", NEW: "better"}
+    assert said == {"base-bbbbbbbb@0": None, OLD: "worse", NEW: "better"}
 
 
 def test_a_deleted_database_gets_everything_again(sent, empty_database):
@@ -248,7 +254,7 @@ def test_another_address_is_owed_everything_and_an_absent_server_costs_one_attem
     assert not catch_up(away, LOG)
     assert time.monotonic() - began < 10
     (warning,) = caplog.messages
-    assert warning.startswith(f"MLflow is owed {', '.join(EVERYTHING[:4])} and 3 more: MLflow at http://***@127.0.0.1")
+    assert warning.startswith(f"MLflow is owed {', '.join(EVERYTHING[:4])} and 4 more: MLflow at http://***@127.0.0.1")
     assert owes(away) == EVERYTHING
 
 
@@ -281,7 +287,8 @@ def test_a_server_that_hangs_is_waited_for_once(store, monkeypatch, caplog):
     assert not catch_up(store, LOG)
     assert tried == [BASE]
     assert caplog.messages == [
-        f"MLflow is owed scores of {BASE}, scores of {OLD}, scores of {NEW}, verdicts on demo and 2 more: timed out"
+        f"MLflow is owed scores of {BASE}, scores of {OLD}, scores of {NEW}, the base's pictures beside demo "
+        "and 3 more: timed out"
     ]
     assert owes(store) == EVERYTHING[1:]
 

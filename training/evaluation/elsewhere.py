@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from training import commit, run_folder, toml
-from training.base_model import SUFFIX
+from training.base_model import SUFFIX, checkpoint_name
 from training.data.tables import TABLES
 from training.errors import DamageError, EvaluationError
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
@@ -81,7 +81,7 @@ def identify(checkpoint: Path) -> tuple[str, str]:
         ready = run_folder.check_checkpoint(checkpoint)
         return ready.checkpoint, ready.digest
     weights = model_digest(checkpoint)
-    return f"base.{weights[:8]}@0", weights
+    return checkpoint_name(weights), weights
 
 
 def draw(
