@@ -4,6 +4,7 @@ A note in the workspace says by digest what was sent to which experiment. It dec
 another database behind the same address, all is sent again, which leaves alone what is there.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -18,7 +19,7 @@ from resources.tracking import Tracking, workspace_tracking
 from training import commit
 from training import release as releasing
 from training.base_model import checkpoint_name
-from training.errors import TrackingError
+from training.errors import ConfigError, TrackingError
 from training.evaluation import champion
 from training.run_folder import EVENTS, read_inputs
 
@@ -132,11 +133,9 @@ def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
     for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
         yield _Item(f"scores of {checkpoint}", "+".join(digests), partial(_send_scores, store, tracking, checkpoint))
-    for path in sorted((store.home / "runs").glob(f"*/{EVENTS}")):
-        base = checkpoint_name(read_inputs(path.parent).base_digest)
-        if base in store.parts("sample_images"):
-            send = partial(_send_base_pictures, store, tracking, path.parent.name, base)
-            yield _Item(f"the base's pictures beside {path.parent.name}", _digest(store, "sample_images", base), send)
+    for run, base in _bases(store).items():
+        send = partial(_send_base_pictures, store, tracking, run, base)
+        yield _Item(f"the base's pictures beside {run}", _digest(store, "sample_images", base), send)
     verdicts: dict[str, list[str]] = {}
     for part in sorted((part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age):
         verdicts.setdefault(_age(part)[0].removeprefix(_BASE), []).append(part)
@@ -149,6 +148,26 @@ def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
     if now is not None and now.verdict:
         send = partial(tracking.set_champion, now.checkpoint, now.sentence)
         yield _Item("the champion", commit.json_digest([now.checkpoint, now.sentence]), send)
+
+
+def _bases(store: Store) -> dict[str, str]:
+    """Run -> its base model as a checkpoint, where the base drew the same prompts as a checkpoint of the run."""
+    drawn, found = store.parts("sample_images"), {}
+    for checkpoint in drawn:
+        run = _age(checkpoint)[0]
+        if not store.is_of_run(checkpoint):
+            continue
+        with contextlib.suppress(ConfigError):  # the run's own log cannot be sent then, and says why
+            base = checkpoint_name(read_inputs(store.run_folder(run)).base_digest)
+            if base in drawn and _prompts(store, base) == _prompts(store, checkpoint):
+                found[run] = base
+    return found
+
+
+def _prompts(store: Store, checkpoint: str) -> str | None:
+    """Digest of the prompts that a checkpoint's pictures were drawn of."""
+    manifest = store.manifest("sample_images", checkpoint)
+    return manifest.inputs.get("prompts") if manifest else None
 
 
 def _age(part: str) -> tuple[str, int]:

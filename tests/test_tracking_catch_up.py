@@ -84,12 +84,13 @@ def log_run(folder, *endings):
             log.write(ending, samples_seen=120)
 
 
-def put(home, table, part, frame, report=None):
+def put(home, table, part, frame, report=None, inputs=None):
     """Commit a part as a stage does."""
     frame, folder = TABLES[table].conform(frame), home / "tables" / table
     manifest = commit.Manifest(
         table=table, part=part, version=1, files=(commit.write_parquet(folder, part, frame),), rows=frame.height,
         digest=commit.logical_digest(commit.column_digests(frame), frame.height), report=report or {},
+        inputs=inputs or {},
     )  # fmt: skip
     commit.commit_manifest(folder / f"{part}.json", manifest)
 
@@ -175,6 +176,18 @@ def test_all_that_is_owed_arrives_once_and_then_mlflow_is_left_alone(store, monk
     monkeypatch.setattr(mlflow_calls, "connect", refuse)
     assert owes(store) == []
     assert catch_up(store, LOG)
+
+
+def test_a_base_that_drew_other_prompts_is_not_shown_as_the_beginning_of_a_run(store):
+    put(store.home, "sample_images", BASE, store.read("sample_images", parts=[BASE]), inputs={"prompts": "others"})
+    assert owes(Store(store.home)) == [name for name in EVERYTHING if not name.startswith("the base's pictures")]
+
+
+def test_a_run_whose_inputs_cannot_be_read_holds_up_nothing_else(store, caplog):
+    (store.home / "runs" / "demo" / run_folder.INPUTS).write_text("{")
+    assert not catch_up(store, LOG)
+    assert owes(store) == ["the log of run demo"]
+    assert f"{run_folder.INPUTS} is no JSON" in caplog.text
 
 
 def test_without_its_note_all_is_sent_again_which_changes_nothing(sent):
