@@ -16,8 +16,8 @@ def calls(monkeypatch):
     for name in ("broadcast", "all_gather"):
         monkeypatch.setattr(dist, name, lambda *_, name=name, **__: made.append(name))
 
-    def all_reduce(values, group=None, **_):
-        made.append("all_reduce" if group is None else "agree")
+    def all_reduce(values, group=None, async_op=False, **_):
+        made.append("agree" if group else "all_reduce")
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return made
@@ -31,7 +31,6 @@ def ranks():
 
 
 MESSAGES = {
-    "all_reduce": lambda ranks: ranks.sum_(torch.ones(2)),
     "all_gather": lambda ranks: ranks.gather(torch.ones(2)),
     "broadcast": lambda ranks: ranks.broadcast_([torch.ones(2)], 1),
 }
@@ -57,3 +56,40 @@ def test_a_lost_rank_is_noticed_before_the_message(ranks, calls, monkeypatch, na
     with pytest.raises(TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"):
         MESSAGES[name](ranks)
     assert calls == ["synchronize"]
+
+
+class Sum:
+    """A sum under way that writes down when it is waited for."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def wait(self):
+        self.calls.append("wait")
+
+
+def test_sums_overlap_and_ranks_meet_once_for_all_of_them_between_gpus(ranks, calls):
+    pending = [Sum(calls), Sum(calls)]
+    ranks.begin_sum(torch.ones(2))
+    ranks.wait(pending)
+    assert calls == ["all_reduce", "wait", "wait"]
+    calls.clear()
+    ranks.device = torch.device("cuda", 0)
+    ranks.begin_sum(torch.ones(2))
+    ranks.wait(pending)
+    assert calls == ["all_reduce", "agree", "wait", "wait"], "the host goes on with the device's queue full"
+
+
+def test_numbers_of_the_host_are_added_without_the_gpu(ranks, calls):
+    ranks.device = torch.device("cuda", 0)
+    ranks.sum_(torch.ones(2))
+    assert calls == ["agree"]
+
+
+def test_a_rank_that_is_lost_in_a_sum_is_named(ranks):
+    class Broken:
+        def wait(self):
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"):
+        ranks.wait([Broken()])

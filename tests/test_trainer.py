@@ -186,7 +186,7 @@ def test_what_is_whole_is_not_written_over(make_run, train):
         train(run)
     moved.rename(folder / run_folder.STATE)
     snapshot = []
-    train(run, prepare=lambda trainer: snapshot.append(checkpoint.take_snapshot(trainer.state)))
+    train(run, prepare=lambda trainer: snapshot.append(checkpoint.Capture(trainer.state).copy()))
     with pytest.raises(WorkspaceError, match="never overwritten"):
         checkpoint.write(run.folder, *snapshot, run.config, run.inputs)
     assert run_folder.check_checkpoint(folder)
@@ -328,7 +328,7 @@ def test_a_gradient_that_is_not_finite_names_the_whole_batch(make_run, train):
         def overflow(*draw):
             losses = forward_and_backward(*draw)
             if trainer.state.clock.step == 1:
-                trainer.state.arithmetic.gradients()[7] = math.inf
+                trainer.state.arithmetic.gradients.flat[7] = math.inf
             return losses
 
         trainer._pass = overflow
@@ -351,10 +351,10 @@ def test_a_validation_that_is_not_finite_names_its_images_and_the_run_goes_on(ma
         plain = trainer._plain_losses
         bad.append(trainer.dataset.image_ids[trainer.dataset.validation_rows[2]])
 
-        def losses(batch, *draw):
-            values = plain(batch, *draw)
+        def losses(draw):
+            values = plain(draw)
             if trainer.state.clock.validation_owed and trainer.state.clock.step:
-                values[[image_id in bad for image_id in batch.image_ids]] = math.nan
+                values[[image_id in bad for image_id in draw.batch.image_ids]] = math.nan
             return values
 
         trainer._plain_losses = losses
@@ -436,7 +436,7 @@ def test_a_tiny_model_overfits_one_batch(make_run):
     trainer._log_step = lambda *_, loss, **__: losses.append(loss)
     for _ in range(70):
         trainer.state.clock.step_in_epoch = 0
-        with Prefetch(lambda own: fixed[tuple(own.tolist())], rows) as draws:
+        with Prefetch(lambda own: fixed[tuple(own.tolist())], rows, trainer.worker, 2) as draws:
             trainer._step(draws)
     print([round(x, 3) for x in losses[::10]])
     assert losses[0] > 0.8

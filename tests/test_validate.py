@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,11 +11,29 @@ from training.dataset import Dataset
 from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 from training.ranks import Ranks
-from training.validate import ListLosses, list_losses
+from training.prefetch import Sender
+from training.validate import FixedList, ListLosses
 
 
 def never():
     return False
+
+
+@pytest.fixture
+def worker():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def losses_of(dataset, worker):
+    """`losses_of(rows, losses)`: of a fixed list, once."""
+
+    def measure(rows, losses, stop=never):
+        images = FixedList(rows, dataset, Ranks(), 1000)
+        return images.losses(losses, worker, Sender(torch.device("cpu")), stop)
+
+    return measure
 
 
 @pytest.fixture
@@ -26,19 +45,19 @@ def dataset(make_run, tiny_sdxl):
     return dataset
 
 
-def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
+def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset, losses_of):
     rows = dataset.train_rows
     seen = {}
 
-    def losses(batch, timesteps, draw):
-        assert batch.mask is None
-        assert len({prompt.shape for prompt in batch.ids}) == 1
-        for image_id, step, own in zip(batch.image_ids, timesteps.tolist(), draw, strict=True):
+    def losses(draw):
+        assert draw.batch.mask is None
+        assert len({prompt.shape for prompt in draw.batch.ids}) == 1
+        for image_id, step, own in zip(draw.batch.image_ids, draw.timesteps.tolist(), draw.noise, strict=True):
             assert image_id not in seen
             seen[image_id] = (step, own)
-        return timesteps.float()
+        return draw.timesteps.float()
 
-    loss = list_losses(rows, dataset, losses, Ranks(), 1000, never).mean
+    loss = losses_of(rows, losses).mean
     expected = noise.stratified_timesteps(11, [dataset.image_ids[row] for row in rows], 1000)
     assert {image_id: step for image_id, (step, _) in seen.items()} == {
         dataset.image_ids[row]: step for row, step in zip(rows, expected.tolist(), strict=True)
@@ -46,7 +65,7 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset):
     # The mean over samples, though micro-batches have 1 to 3 of them.
     assert loss == pytest.approx(expected.double().mean().item())
     first, seen = seen, {}
-    list_losses(rows, dataset, losses, Ranks(), 1000, never)
+    losses_of(rows, losses)
     assert all(torch.equal(first[image_id][1], seen[image_id][1]) for image_id in first)
 
 
@@ -55,19 +74,46 @@ def test_prompts_of_validation_never_change(dataset):
     assert prompts[0] == prompts[1]
 
 
-def test_an_empty_list_has_no_loss(dataset):
-    found = list_losses(np.array([], dtype=int), dataset, None, Ranks(), 1000, never)
+def test_batches_are_made_once_until_latents_change(dataset, worker, monkeypatch):
+    images = FixedList(dataset.train_rows, dataset, Ranks(), 1000)
+    made, make, seen = [], dataset.batch, []
+    monkeypatch.setattr(dataset, "batch", lambda rows, epoch: made.append(len(rows)) or make(rows, epoch))
+
+    def measure():
+        seen.append([])
+        images.losses(lambda draw: seen[-1].append(draw) or draw.timesteps.float(), worker,
+                      Sender(torch.device("cpu")), never)  # fmt: skip
+
+    measure()
+    assert sum(made) == len(dataset.train_rows)
+    made.clear()
+    measure()
+    assert not made
+    assert all(
+        torch.equal(one.batch.latents, other.batch.latents) and torch.equal(one.noise, other.noise)
+        for one, other in zip(*seen, strict=True)
+    )
+    dataset.use_latents(dataset.pins)
+    measure()
+    assert not made, "the same latents, read again at an epoch's border"
+    dataset.pins = {shard: pin | {"generation": 2} for shard, pin in dataset.pins.items()}
+    measure()
+    assert sum(made) == len(dataset.train_rows)
+
+
+def test_an_empty_list_has_no_loss(losses_of):
+    found = losses_of(np.array([], dtype=int), None)
     assert found.mean is None
     assert found.weighted(torch.ones(1000)) is None
     assert found.by_bin(10) == found.by_bucket() == {}
 
 
-def test_no_gradient_is_recorded(dataset):
-    def losses(batch, timesteps, draw):
+def test_no_gradient_is_recorded(dataset, losses_of):
+    def losses(draw):
         assert not torch.is_grad_enabled()
-        return torch.zeros(len(timesteps))
+        return torch.zeros(len(draw.timesteps))
 
-    assert list_losses(dataset.validation_rows, dataset, losses, Ranks(), 1000, never).mean == 0
+    assert losses_of(dataset.validation_rows, losses).mean == 0
 
 
 def test_losses_by_bin_and_bucket_of_a_hand_worked_list():
@@ -102,12 +148,12 @@ def test_means_with_a_loss_that_is_not_finite_are_none_and_the_others_stand(bad)
     assert found.by_bucket() == {"64x96": None, "96x64": 5.0}
 
 
-def test_a_stop_request_is_answered_between_micro_batches(dataset):
+def test_a_stop_request_is_answered_between_micro_batches(dataset, losses_of):
     passes, answers = [], iter([False, False, True])
 
-    def losses(batch, timesteps, draw):
-        passes.append(len(timesteps))
-        return torch.zeros(len(timesteps))
+    def losses(draw):
+        passes.append(len(draw.timesteps))
+        return torch.zeros(len(draw.timesteps))
 
-    assert list_losses(dataset.train_rows, dataset, losses, Ranks(), 1000, lambda: next(answers)) is None
+    assert losses_of(dataset.train_rows, losses, lambda: next(answers)) is None
     assert len(passes) == 2

@@ -18,20 +18,20 @@ def trace(losses):
     """Wrap the loss of a micro-batch: who is in it, with which prompts, timesteps and noise."""
     counts = {}
 
-    def traced(self, batch, timesteps, draw):
-        step, ranks = self.state.clock.step, self.ranks
+    def traced(self, draw):
+        batch, step, ranks = draw.batch, self.state.clock.step, self.ranks
         turn = counts[step] = counts.get(step, -1) + 1
         line = {
             "step": step, "index": ranks.rank + turn * ranks.size, "image_ids": batch.image_ids,
-            "prompts": batch.prompts, "timesteps": timesteps.tolist(),
-            "noise": hashlib.sha256(draw.numpy().tobytes()).hexdigest(),
+            "prompts": batch.prompts, "timesteps": draw.timesteps.tolist(),
+            "noise": hashlib.sha256(draw.noise.numpy().tobytes()).hexdigest(),
             "latents": hashlib.sha256(batch.latents.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         with (Path(os.environ["TRACE"]) / f"{ranks.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if os.environ.get("SIGTERM_AT") == f"{step}.{turn}":
             os.kill(os.getpid(), signal.SIGTERM)
-        return losses(self, batch, timesteps, draw)
+        return losses(self, draw)
 
     return traced
 

@@ -1,13 +1,15 @@
 """Checkpoints: a complete diffusers folder, with `state/` what a resume needs besides, and READY.json last.
 
-Training goes on while one is written: a snapshot on the CPU is taken between two steps, and a thread writes it under a
-temporary name and renames it. Safetensors and JSON only: nothing in a checkpoint can run code.
+Training goes on while one is written: a thread copies the state to the CPU while the next step's gradients are made,
+which change nothing of it, then writes it under a temporary name and renames it. Safetensors and JSON only: nothing in
+a checkpoint can run code.
 """
 
 import contextlib
 import dataclasses
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from training import commit, run_folder, toml
 from training.ema import Ema
 from training.errors import ConfigError, DamageError, TrainingError
-from training.models.unet import PipelineParts, save_diffusers_folder
+from training.models.unet import PipelineParts, read_weights, save_diffusers_folder
+from training.offload import Offload
 from training.optim import optimizer_state, restore_optimizer
 from training.precision import Arithmetic
 from training.retention import apply_retention
@@ -30,7 +33,8 @@ from training.sharding import Sharding
 EMA_FOLDER = "ema"
 _CLOCK = "clock.json"
 _OPTIMIZER = "optimizer.safetensors"
-_EMA_STATE = "ema.safetensors"
+_OLD_EMA = "ema.safetensors"
+"""Where older versions kept the averages a second time."""
 _IN_READY = ("validation_loss", "validation_owed")
 """What the clock takes from READY.json: a validation that a resume makes up for is recorded there."""
 
@@ -101,19 +105,30 @@ class Snapshot:
     clock: Clock
 
 
-def take_snapshot(state: TrainingState) -> Snapshot | None:
-    """Copy all that steps change, so that training may go on at once; every rank calls it and rank 0 gets it."""
-    sharding, owned = state.sharding, state.arithmetic.weights
-    weights = sharding.collect(owned)
-    averages = sharding.collect(state.ema.shadows) if state.ema is not None else {}
-    moments = sharding.collect(optimizer_state(state.optimizer, owned))
-    if sharding.ranks.rank != 0:
-        return None
-    clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
-    frozen = dict(state.arithmetic.frozen)
-    return Snapshot(
-        parts=state.parts, weights=weights, averages=averages, frozen=frozen, optimizer=moments, clock=clock
-    )
+class Capture:
+    """A state between two steps, whose copies are still to be made; it must not change until they are."""
+
+    def __init__(self, state: TrainingState) -> None:
+        """Note what is copied; every rank does so, between the same two steps."""
+        self._state = state
+        # The tensors themselves: a validation of the averages exchanges what the model's parameters hold.
+        self._weights = {name: weight.detach() for name, weight in state.arithmetic.weights.items()}
+        self._clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
+        self._offload = Offload(state.sharding.ranks.device)
+
+    def copy(self) -> Snapshot | None:
+        """Copy all that steps change, in any thread; every rank calls it and rank 0 gets it."""
+        state, sharding = self._state, self._state.sharding
+        weights = sharding.collect(self._weights, self._offload)
+        averages = sharding.collect(state.ema.shadows, self._offload) if state.ema is not None else {}
+        optimizer = optimizer_state(state.optimizer, state.arithmetic.weights)
+        moments = sharding.collect(optimizer, self._offload)
+        if sharding.ranks.rank != 0:
+            return None
+        return Snapshot(
+            parts=state.parts, weights=weights, averages=averages, frozen=dict(state.arithmetic.frozen),
+            optimizer=moments, clock=self._clock,
+        )  # fmt: skip
 
 
 class Writer:
@@ -123,12 +138,26 @@ class Writer:
         """Name the run's folder, and what is recorded in every checkpoint."""
         self._folder, self._config, self._inputs = folder, config, inputs
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[Ready] | None = None
+        self._pending: Future[Ready | None] | None = None
+        self._copied = threading.Event()
+        self._copied.set()
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Begin to write; the one before must have been taken by `done` or `finish`."""
+    def begin(self, state: TrainingState) -> None:
+        """Begin to copy and write the state; the checkpoint before must have been taken by `done` or `finish`."""
         assert self._pending is None, "two checkpoints at once"
-        self._pending = self._pool.submit(write, self._folder, snapshot, self._config, self._inputs)
+        self._copied.clear()
+        self._pending = self._pool.submit(self._save, Capture(state))
+
+    def wait_until_copied(self) -> None:
+        """Wait until the state may change again."""
+        self._copied.wait()
+
+    def _save(self, capture: Capture) -> Ready | None:
+        try:
+            snapshot = capture.copy()
+        finally:
+            self._copied.set()
+        return None if snapshot is None else write(self._folder, snapshot, self._config, self._inputs)
 
     def done(self) -> Ready | None:
         """What has been written since it was last asked, without waiting.
@@ -282,8 +311,10 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
             "a run keeps its training set"
         )
     try:
-        # An older version's config gets the defaults of options that it did not have.
-        before = toml.build(RunConfig, ready.config)
+        # An older version's config gets the defaults of options that it did not have; free ones it may have spelt
+        # in a way that is no more.
+        kept = {key: value for key, value in ready.config.items() if f"{key}." not in FREE_KEYS}
+        before = toml.build(RunConfig, kept)
     except ConfigError as error:
         raise TrainingError(f"{checkpoint} was made by another version of this code, which named {error}") from None
     old, new = toml.flatten(toml.dump(before)), toml.flatten(toml.dump(config))
@@ -306,7 +337,10 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
     try:
         restore_optimizer(state.optimizer, state.arithmetic.weights, load_file(folder / _OPTIMIZER))
         if state.ema is not None:
-            state.ema.restore(load_file(folder / _EMA_STATE))
+            old = folder / _OLD_EMA
+            state.ema.restore(
+                load_file(old) if old.is_file() else read_weights(checkpoint / EMA_FOLDER, state.ema.shadows)
+            )
     except (KeyError, ValueError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
     ready = run_folder.read_ready(checkpoint)
@@ -318,8 +352,6 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
 def _write_state(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir()
     save_file(snapshot.optimizer, folder / _OPTIMIZER)
-    if snapshot.averages:
-        save_file(snapshot.averages, folder / _EMA_STATE)
     clock = {name: value for name, value in dataclasses.asdict(snapshot.clock).items() if name not in _IN_READY}
     (folder / _CLOCK).write_text(json.dumps(clock, indent=1, sort_keys=True) + "\n")
 

@@ -3,8 +3,9 @@
 Reads the set's table once; latents, prompts and tokens are made when a batch is asked for.
 """
 
+import dataclasses
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from training.data.samples import Samples
 from training.data.vocabulary import Vocabulary
 from training.errors import DataError
 from training.latent_source import LatentSource
+from training.prefetch import StageTimes
 from training.run_config import RunConfig
 from training.seeds import Purpose
 
@@ -41,7 +43,7 @@ _GEOMETRY = (
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """Samples of one bucket and one number of text chunks, on the CPU."""
+    """Samples of one bucket and one number of text chunks."""
 
     image_ids: list[str]
     prompts: list[str]
@@ -61,6 +63,41 @@ class Batch:
     """Tokens of its prompts that no chunk holds."""
     mask: torch.Tensor | None
     """Weight of each latent pixel, `(B, 1, h, w)` fp32; None when all are 1, as in validation."""
+    bucket: Size
+    """Of its pictures, pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """A batch and what is drawn for it: all that a forward pass reads."""
+
+    batch: Batch
+    timesteps: torch.Tensor
+    """`(B,)` int64."""
+    noise: torch.Tensor
+    """`(B, 4, h, w)` fp32."""
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Draw":
+        """The same elsewhere: `move` is called with each tensor."""
+        changes: dict[str, Any] = {}
+        for item in dataclasses.fields(self.batch):
+            value = getattr(self.batch, item.name)
+            if isinstance(value, torch.Tensor):
+                changes[item.name] = move(value)
+        changes["ids"] = tuple(move(ids) for ids in self.batch.ids)
+        return Draw(
+            batch=dataclasses.replace(self.batch, **changes), timesteps=move(self.timesteps), noise=move(self.noise)
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        own = (getattr(self.batch, item.name) for item in dataclasses.fields(self.batch))
+        return [
+            *(value for value in own if isinstance(value, torch.Tensor)),
+            *self.batch.ids,
+            self.timesteps,
+            self.noise,
+        ]
 
 
 class Dataset:
@@ -101,6 +138,10 @@ class Dataset:
             raise DataError(
                 f"training set has {len(self.samples)} rows and none with split 'train': nothing to train on"
             )
+        self.pins: Pins = {}
+        """What batches come from, see `use_latents`."""
+        self.times = StageTimes()
+        """What making batches has taken so far."""
         self._file = training_set if isinstance(training_set, Path) else None
         self.prompt_maker = PromptMaker(self.samples, vocabulary, config.prompts, config.seed, tokenizers)
 
@@ -158,7 +199,7 @@ class Dataset:
                 says, or the latents are scaled by another factor than the run's VAE scales by.
             DamageError: a table or latent file is damaged.
         """
-        frames, self._files = [], list[tuple[str, Entry]]()
+        frames, self._files, self.pins = [], list[tuple[str, Entry]](), pins
         self._opened = dict[int, LatentFile]()
         for shard, pin in pins.items():
             generation = read_generation(self.latents.folder / shard, pin["generation"])
@@ -218,19 +259,24 @@ class Dataset:
             DamageError: a latent file is damaged.
         """
         image_ids = self.image_ids.take(rows)
-        made = self.prompt_maker.make(rows.tolist(), epoch)
+        with self.times.stage("prompts"):
+            made = self.prompt_maker.make(rows.tolist(), epoch)
+            ids = tuple(torch.from_numpy(ids) for ids in self.prompt_maker.ids(made))
+        with self.times.stage("latents"):
+            latents = self._gather(rows, image_ids, epoch)
         geometry = torch.from_numpy(self._geometry[rows]).to(torch.float32)
         return Batch(
             image_ids=image_ids,
             prompts=[prompt.text for prompt in made],
-            latents=self._gather(rows, image_ids, epoch),
-            ids=tuple(torch.from_numpy(ids) for ids in self.prompt_maker.ids(made)),
+            latents=latents,
+            ids=ids,
             original_size=geometry[:, 0:2],
             crop_top_left=geometry[:, 4:6],
             target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
             zeroed=torch.tensor([prompt.zeroed for prompt in made]),
             num_truncated=sum(prompt.num_truncated for prompt in made),
             mask=self._masks(rows, 1.0 if epoch is None else self.config.loss.watermark_weight),
+            bucket=Size(*self.buckets[rows[0]].tolist()),
         )
 
     def _gather(self, rows: np.ndarray, image_ids: list[str], epoch: int | None) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
 model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
-no such line. A `resumed` line takes back every `step`, `epoch`, `validation`, `checkpoint` and `warning` before it that
-lies beyond its `samples_seen`, a second `started` takes back all of them: that part of the run is done again. Of two
-`validation` or `checkpoint` lines at the same `samples_seen` the later one counts: a resume may make up for a
-validation that a stop request dropped.
+no such line. A `data` line says where the time of an interval went, a `compiled` line which graphs a batch needed. A
+`resumed` line takes back every other kind of line before it that lies beyond its `samples_seen`, a second `started`
+takes back all of them: that part of the run is done again. Of two `validation` or `checkpoint` lines at the same
+`samples_seen` the later one counts: a resume may make up for a validation that a stop request dropped.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Self
 
 OPENINGS = frozenset({"started", "resumed"})
 ENDINGS = frozenset({"finished", "stopped", "failed"})
-_REPEATED = frozenset({"step", "epoch", "validation", "checkpoint", "warning"})
+_REPEATED = frozenset({"step", "epoch", "validation", "checkpoint", "warning", "data", "compiled"})
 
 Event = dict[str, Any]
 

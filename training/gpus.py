@@ -72,6 +72,8 @@ def detect_gpu(device_name: str) -> Gpu | None:
 
 def peak_flops(gpu: Gpu | None, precision: Precision) -> float | None:
     """Operations per second at best in a run's arithmetic; None where that is not known."""
-    if gpu is None or (precision in ("bf16", "bf16_amp") and not gpu.has_bf16):
+    if gpu is None or (precision in ("tf32", "bf16", "bf16_amp") and not gpu.has_bf16):
         return None
+    if precision == "tf32":
+        return gpu.half / 2  # on every card of the table
     return gpu.single if precision == "fp32" else gpu.half

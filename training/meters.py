@@ -2,11 +2,31 @@
 
 import collections
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 _WINDOW_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Where the time of this rank's steps went since the last one."""
+
+    seconds: float
+    """Of all its steps."""
+    waited_s: float
+    """Of them, spent waiting for batches."""
+    share: float
+    """Of waiting in all."""
+    stages: dict[str, float]
+    """Seconds that each stage of making batches took, in its thread."""
+
+    @property
+    def slowest(self) -> str:
+        """The stage that took most."""
+        return max(self.stages, key=lambda name: (self.stages[name], name), default="no stage")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,6 +42,12 @@ class Meters:
         default_factory=lambda: collections.deque(maxlen=_WINDOW_STEPS)
     )
     """Samples, seconds and floating-point operations of steps."""
+    seconds: float = 0.0
+    """Of the steps of this interval."""
+    waited_s: float = 0.0
+    """Of them, spent waiting for batches."""
+    stages_before: dict[str, float] = field(default_factory=dict)
+    """What making batches had taken when the interval began."""
 
     def step(self, *, size: int, seconds: float, waited_s: float, flops: float, samples_seen: int) -> dict[str, float]:
         """Count a step.
@@ -40,6 +66,8 @@ class Meters:
         Source: MFU as in PaLM, arXiv:2204.02311, appendix B.
         """
         self.recent.append((size, seconds, flops))
+        self.seconds += seconds
+        self.waited_s += waited_s
         sizes, times, operations = (sum(values) for values in zip(*self.recent, strict=True))
         rate = sizes / times
         numbers = {
@@ -51,6 +79,19 @@ class Meters:
         if self.peak_flops:
             numbers["mfu"] = operations / times / self.peak_flops
         return numbers
+
+    def interval(self, stages: Mapping[str, float]) -> Interval:
+        """Close an interval.
+
+        Args:
+            stages: Seconds that each stage of making batches has taken since the process began.
+        """
+        taken = {name: seconds - self.stages_before.get(name, 0.0) for name, seconds in stages.items()}
+        found = Interval(
+            seconds=self.seconds, waited_s=self.waited_s, share=self.waited_s / max(self.seconds, 1e-9), stages=taken
+        )
+        self.seconds, self.waited_s, self.stages_before = 0.0, 0.0, dict(stages)
+        return found
 
     def _memory_bytes(self) -> int:
         """The most that this process has held: of the device where it is a GPU, else of main memory."""

@@ -1,22 +1,21 @@
-"""The arithmetic of a run: autocast, the gradient scaler, and fp32 weights beside a model that computes in bf16.
-
-All gradients lie in one fp32 buffer, whatever the model computes in: sums over micro-batches and ranks are never
-rounded to 16 bits, and ranks exchange one tensor.
-"""
+"""The arithmetic of a run: autocast, the gradient scaler, and fp32 weights beside a model that computes in bf16."""
 
 import contextlib
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 
+from training.gradients import Gradients, Mode
 from training.models.unet import PipelineParts, named_modules
+from training.ranks import Ranks
 from training.run_config import Precision
 
+# torch's GradScaler. Our loss is divided by the samples of all ranks and the ranks' gradients are summed, where DDP
+# divides by those of one rank and takes the mean: times the number of ranks, 16 bits hold the same gradients.
 _INITIAL_SCALE = 65_536.0
-# bigASP's train.py: 500,000 samples in steps of 2,048.
-_GROWTH_STEPS = 244
+# bigASP's train.py: the scale grows after 500,000 // batch steps.
+_GROWTH_SAMPLES = 500_000
 _AUTOCAST = MappingProxyType({"fp16_amp": torch.float16, "bf16_amp": torch.bfloat16})
 
 
@@ -27,6 +26,8 @@ class Arithmetic:
     """This rank's share of the trained weights in fp32, by name: what the optimizer steps and checkpoints hold."""
     frozen: Mapping[str, torch.Tensor]
     """Weights that are not trained and that `bf16` rounded in the model: their fp32 values, on the CPU."""
+    gradients: Gradients
+    """Of the trained weights."""
 
     def __init__(
         self,
@@ -35,33 +36,42 @@ class Arithmetic:
         parameters: Mapping[str, torch.nn.Parameter],
         owned: Mapping[str, torch.nn.Parameter],
         device: torch.device,
+        *,
+        ranks: Ranks | None = None,
+        reduction: Mode = "fast",
+        global_batch_size: int = 1,
     ) -> None:
         """Bring the model into its precision; `bf16` rounds UNet and text encoders in place.
 
         Args:
-            precision: The run's.
+            precision: The run's, resolved.
             parts: The model, fp32, on the device, its memory format settled.
             parameters: The trained ones, by name.
             owned: Those of them that this rank's optimizer steps.
             device: Where the run computes.
+            ranks: Of the run; None for one.
+            reduction: How their gradients are summed.
+            global_batch_size: Samples of a step, which the scaler's growth counts.
         """
         self._precision, self._device = precision, device
         self._parameters = dict(parameters)
         self._masters: dict[str, torch.nn.Parameter] = {}
         self.frozen = {}
+        use_tf32(precision == "tf32")
         if precision == "bf16":
             self._masters = {name: _copy(parameter) for name, parameter in owned.items()}
             self.frozen = _rounded(parts, parameters)
             for module in named_modules(parts).values():
                 module.to(torch.bfloat16)
         self.weights = self._masters if precision == "bf16" else dict(owned)
-        self._scale, self._good_steps = _INITIAL_SCALE if precision == "fp16_amp" else 1.0, 0
-        self._flat = torch.zeros(sum(p.numel() for p in self._parameters.values()), device=device)
-        for parameter, gradient in zip(self._parameters.values(), self._views(), strict=True):
-            parameter.grad_dtype = torch.float32
-            parameter.grad = gradient
+        self._scale, self._good_steps = 1.0, 0
+        if precision == "fp16_amp":
+            self._scale = _INITIAL_SCALE * (1 if ranks is None else ranks.size)
+        self._growth_steps = max(1, _GROWTH_SAMPLES // global_batch_size)
+        self.gradients = Gradients(list(self._parameters.values()), device, ranks, reduction)
+        by_name = dict(zip(self._parameters, self.gradients.views, strict=True))
         for name, master in self._masters.items():
-            master.grad = self._parameters[name].grad
+            master.grad = by_name[name]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -70,39 +80,34 @@ class Arithmetic:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss, scaled where there is a scaler."""
-        (loss * self._scale).backward()
+        (loss * self._scale if self._scale != 1 else loss).backward()
 
-    def clear_gradients(self) -> None:
-        """Set all gradients to zero."""
-        self._flat.zero_()
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        """Norm of all gradients without the scaler's factor, 0-d on the device; not finite where one of them is."""
+        return torch.linalg.vector_norm(self.gradients.flat) / self._scale
 
-    def gradients(self) -> torch.Tensor:
-        """All gradients as one fp32 tensor, in the order of the parameters; what is done to it is done to them."""
-        return self._flat
-
-    def unscale_and_clip(self, max_norm: float) -> float:
-        """Undo the scaler's factor, then clip.
+    @torch.no_grad()
+    def unscale_and_clip(self, norm: float, max_norm: float) -> None:
+        """Undo the scaler's factor and clip, in one pass over the gradients, and in none where both are 1.
 
         Args:
+            norm: What `norm` gave, finite.
             max_norm: Of all gradients together; 0 for never.
-
-        Returns:
-            The norm before it was clipped; not finite where a gradient overflowed.
         """
-        if self._scale != 1:
-            self._flat.mul_(1 / self._scale)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), max_norm or math.inf)
-        return float(norm)
+        factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # torch.nn.utils.clip_grad_norm_'s
+        if factor != self._scale:
+            self.gradients.flat.mul_(factor / self._scale)
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the fp32 weights, round them into the model, and let the scaler grow."""
         optimizer.step()
-        for name, master in self._masters.items():
-            self._parameters[name].copy_(master)
+        if self._masters:
+            torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
         if self._precision == "fp16_amp":
             self._good_steps += 1
-            if self._good_steps == _GROWTH_STEPS:
+            if self._good_steps == self._growth_steps:
                 self._scale, self._good_steps = self._scale * 2, 0
 
     def skip(self) -> None:
@@ -126,13 +131,14 @@ class Arithmetic:
         if state and self._precision == "fp16_amp":
             self._scale, self._good_steps = state["scale"], int(state["good_steps"])
 
-    def _views(self) -> list[torch.Tensor]:
-        """The buffer cut into one gradient per parameter, laid out in memory as that is: fused kernels ask for it."""
-        views, offset = [], 0
-        for parameter in self._parameters.values():
-            views.append(self._flat.as_strided(parameter.size(), parameter.stride(), offset))
-            offset += parameter.numel()
-        return views
+
+def use_tf32(on: bool) -> None:
+    """Let products and convolutions of fp32 round their inputs to TF32 on a GPU, or neither of them.
+
+    torch itself begins with convolutions that do and products that do not.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def _copy(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from training.errors import TrainingError
 
 T = TypeVar("T")
+Pending = dist.Work
+"""A sum over ranks that is under way."""
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -32,11 +34,13 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         self._control: dist.ProcessGroup | None = None
+        self._bulk: dist.ProcessGroup | None = None
         if self.size > 1:
             on_gpus = self.device.type == "cuda"
             dist.init_process_group("nccl" if on_gpus else "gloo", timeout=_GPU_TIMEOUT if on_gpus else _TIMEOUT)
             # Agreements must not wait for the GPU's queue.
             self._control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            self._bulk = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all ranks get the same answer."""
@@ -70,31 +74,48 @@ class Ranks:
             for part, tensor in zip(flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
-    def collect(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A copy of all ranks' tensors, under names that no two of them share, on rank 0's CPU; elsewhere nothing."""
-        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    def collect(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All ranks' tensors on the CPU, under names that no two of them share, on rank 0; elsewhere nothing.
+
+        May run in a thread beside other messages: it has a group of its own.
+        """
         if self.size == 1:
             return own
         listed = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()]
         lists: list[Any] = [None] * self.size
         with _peers():
-            dist.all_gather_object(lists, listed, group=self._control)
+            dist.all_gather_object(lists, listed, group=self._bulk)
             for source in range(1, self.size):
                 for name, shape, dtype in lists[source]:
                     if self.rank == source:
-                        dist.send(own[name], 0, group=self._control)
+                        dist.send(own[name], 0, group=self._bulk)
                     elif self.rank == 0:
                         own[name] = torch.empty(shape, dtype=dtype)
-                        dist.recv(own[name], source, group=self._control)
+                        dist.recv(own[name], source, group=self._bulk)
         return own if self.rank == 0 else {}
 
-    def sum_(self, values: torch.Tensor) -> torch.Tensor:
-        """Add a tensor over all ranks, in place. Exact where each element is non-zero on one rank only."""
+    def sum_(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Add a tensor on the CPU over all ranks, in place. Exact where each element is non-zero on one rank only."""
         if self.size > 1:
-            self._meet()
             with _peers():
-                dist.all_reduce(values)
-        return values
+                dist.all_reduce(numbers, group=self._control)
+        return numbers
+
+    def begin_sum(self, values: torch.Tensor) -> Pending:
+        """Begin to add a tensor over all ranks, in place; all ranks begin the same sums in the same order.
+
+        The caller must not touch it before `wait`.
+        """
+        with _peers():
+            return cast(Pending, dist.all_reduce(values, async_op=True))
+
+    def wait(self, sums: Sequence[Pending]) -> None:
+        """Let what follows read the sums. Between GPUs the host goes on as soon as every rank has begun them all."""
+        if sums and self.device.type == "cuda":
+            self.barrier()  # here a lost rank is noticed; its sums would hang in the queue until NCCL's timeout
+        with _peers():
+            for pending in sums:
+                pending.wait()
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         """A tensor of equal shape from every rank, in the order of ranks; without others the tensor itself."""

@@ -112,7 +112,8 @@ class BatchConfig:
 
 
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "adafactor", "prodigy"]
-Precision = Literal["fp32", "fp16_amp", "bf16_amp", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "fp16_amp", "bf16_amp", "bf16", "fp16"]
+Compile = Literal["auto", False, "blocks", "whole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,12 +201,18 @@ class ComputeConfig:
     gradient_checkpointing: tuple[str, ...] = ()
     """Blocks that are computed again in the backward pass instead of stored, by name in the UNet (`down_blocks.1`,
     `mid_block`, `up_blocks`), `text_encoders`, or `all`."""
-    channels_last: bool = False
-    """Convolutions read the channels last: quicker on GPUs."""
-    compile: bool = False
-    """Compile the UNet with dynamic shapes."""
+    channels_last: Literal["auto", True, False] = "auto"
+    """Convolutions read the channels last: quicker on GPUs. `auto`: on a GPU."""
+    compile: Compile = "auto"
+    """What is compiled: `blocks`, the UNet's transformer blocks, which are alike and share their graphs over all sizes;
+    `whole`, the UNet with one graph for each bucket and length of text; or false. `auto`: `blocks` on a GPU."""
+    prefetch: int = 4
+    """Batches that are made and sent to the device ahead of their use, at most."""
     shard_optimizer: bool = False
     """Each rank holds its share of the optimizer's state (ZeRO-1), for cards that cannot hold all of it."""
+
+    def __post_init__(self) -> None:
+        check_positive("compute", prefetch=self.prefetch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,9 +277,10 @@ class RunConfig:
     """Train text encoder 2."""
     freeze_embeddings: bool = False
     """Leave token and position embeddings of a trained text encoder as they are."""
-    precision: Precision = "fp32"
-    """Arithmetic of forward and backward: plain fp32; fp32 weights with 16-bit autocast (`fp16_amp` with a gradient
-    scaler, `bf16_amp`); or `bf16` weights with an fp32 master copy in the optimizer."""
+    precision: Precision = "auto"
+    """Arithmetic of forward and backward: exact `fp32`; `tf32`, fp32 whose products a GPU rounds to TF32; fp32 weights
+    with 16-bit autocast (`fp16_amp` with a gradient scaler, `bf16_amp`); or `bf16` weights with an fp32 master copy in
+    the optimizer. `auto`: `fp32` on a CPU, on a GPU `bf16_amp`, or `fp16_amp` where it has no bf16."""
     num_processes: int = 1
     """Ranks that torchrun starts."""
     latents_url: str = ""

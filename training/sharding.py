@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from training.errors import ConfigError
+from training.offload import Offload
 from training.ranks import Ranks
 from training.run_config import RunConfig
 
@@ -70,10 +71,9 @@ class Sharding:
                 [self._parameters[name] for name, owner in self._owners.items() if owner == rank], rank
             )
 
-    def collect(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def collect(self, tensors: Mapping[str, torch.Tensor], offload: Offload) -> dict[str, torch.Tensor]:
         """A copy of all shares' tensors on rank 0's CPU; other ranks get nothing, and without sharding send nothing."""
-        if self.active:
-            return self.ranks.collect(tensors)
-        if self.ranks.rank != 0:
+        if not self.active and self.ranks.rank != 0:
             return {}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        own = offload.copy(tensors)
+        return self.ranks.collect(own) if self.active else own

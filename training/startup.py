@@ -5,11 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from training import checkpoint, commit, run_folder, toml
 from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
 from training.data import vocabulary
 from training.dataset import Dataset
+from training.device_defaults import CPU, Device, resolve_run
 from training.ema import Ema
 from training.errors import DamageError, ModelError, TrainingError
 from training.flops import Flops, ModelConfigs, peak_flops, training_flops
@@ -30,6 +33,8 @@ from training.sharding import Sharding
 class Start:
     """Where a run begins or goes on."""
 
+    config: RunConfig
+    """The run's, with what `auto` comes to on this machine."""
     state: TrainingState
     dataset: Dataset
     flops: Callable[[int, int, int], Flops]
@@ -54,6 +59,9 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     """
     resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
     _check_shared(folder, config, resumed, ranks)
+    ready = None if resumed is None else run_folder.read_ready(resumed)
+    device = describe(ranks.device)
+    config = ranks.from_first(lambda: resolve_run(folder, config, device, None if ready is None else ready.config))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
     elif ranks.rank == 0:
@@ -81,7 +89,10 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     )
     apply_compute(parts, config.compute)
     sharding = Sharding(parameters, ranks, config)
-    arithmetic = Arithmetic(config.precision, parts, parameters, sharding.owned, ranks.device)
+    arithmetic = Arithmetic(
+        config.precision, parts, parameters, sharding.owned, ranks.device, ranks=ranks, reduction=config.reduction,
+        global_batch_size=config.batch.global_batch_size,
+    )  # fmt: skip
     half_life = config.optimizer.ema_half_life_samples
     state = TrainingState(
         parts=parts,
@@ -101,6 +112,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     )
     peak = peak_flops(ranks.device, config.precision)
     return Start(
+        config=config,
         state=state,
         dataset=dataset,
         flops=training_flops(configs, config),
@@ -108,6 +120,15 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         checkpoint=resumed,
         torn=torn,
     )
+
+
+def describe(device: torch.device) -> Device:
+    """What the defaults of a run ask of its device."""
+    if device.type != "cuda":
+        return CPU
+    # bf16 and TF32 came with Ampere, compute capability 8.0; torch emulates bf16 on older cards.
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return Device(name=torch.cuda.get_device_name(device), is_gpu=True, has_bf16=ampere, has_tf32=ampere)
 
 
 def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: Ranks) -> None:

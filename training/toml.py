@@ -149,7 +149,7 @@ def _convert(hint: Any, value: Any, origin: Path | None, path: str) -> Any:
             for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if kind is typing.Literal:
-        if value not in arguments:
+        if not any(type(value) is type(known) and value == known for known in arguments):
             raise _wrong(origin, path, value, f"one of {', '.join(map(repr, arguments))}")
         return value
     if kind is types.UnionType:

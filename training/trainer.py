@@ -7,36 +7,42 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from training import noise, run_folder
-from training.checkpoint import Writer, record_validation, take_snapshot
+from training.checkpoint import Writer, record_validation
 from training.conditioning import make_time_ids, predict
-from training.dataset import Batch
+from training.dataset import Draw
 from training.epochs import open_epoch, prepare_epoch
 from training.errors import TrainingError
 from training.event_log import EventLog
 from training.loss import mse_per_sample, prediction_target, timestep_weights
 from training.meters import Meters
+from training.models.compute import Graphs
 from training.optim import schedule_factor, set_learning_rates
-from training.prefetch import Prefetch
+from training.prefetch import Prefetch, Sender
 from training.ranks import Ranks
 from training.run_config import RunConfig
 from training.run_folder import Ready, RunInputs
 from training.seeds import Purpose
 from training.startup import Start, prepare
-from training.validate import ListLosses, list_losses
+from training.validate import FixedList, ListLosses
 
 MAX_SKIPPED_IN_ROW = 8
 """Steps that are not finite, one after the other, that end a run."""
+MAX_DATA_WAIT = 0.02
+"""Share of an interval that may be spent waiting for batches without a warning,"""
+MIN_DATA_WAIT_S = 1.0
+"""or so many seconds of it, which nobody would miss."""
 _MAX_NAMED = 64
 """Images that one warning names."""
 
-Draw = tuple[Batch, torch.Tensor, torch.Tensor]
-"""A batch with its timesteps `(B,)` int64 and noise `(B, 4, h, w)`."""
+Sent = tuple[Draw, torch.cuda.Event | None]
+"""A draw on its way to the device, and the mark behind its copies."""
 
 
 class Trainer:
@@ -56,7 +62,7 @@ class Trainer:
 
         Args:
             folder: The run's folder.
-            config: Its config.
+            config: Its config, as it stands in the folder; `auto` is resolved here.
             inputs: Its inputs.
             ranks: This process among the others.
             log: The event log on rank 0, None elsewhere.
@@ -65,15 +71,23 @@ class Trainer:
         Raises:
             PipelineError: what is missing, damaged, or does not fit together.
         """
+        start = prepare(folder, config, inputs, ranks)
+        config = start.config
         self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
         self.stop_requested = stop_requested
-        start = prepare(folder, config, inputs, ranks)
         self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
         self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)  # (T,)
         self.weights = timestep_weights(config.loss, self.signal, self.prediction_type)  # (T,)
         self.meters = Meters(device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops)
+        self.sender, self.worker = Sender(ranks.device), ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.graphs = Graphs() if config.compute.compile else None
+        self.compiled_for: set[tuple[int, ...]] = set()
+        self.held_out, self.stable = (
+            FixedList(rows[: config.validation.num_images], self.dataset, ranks, len(self.signal))
+            for rows in (self.dataset.validation_rows, self.dataset.stable_rows)
+        )
         self.writer = Writer(folder, config, inputs)
         self.saved_at, self.stall_s = self.state.clock.samples_seen, 0.0
         self.last_good = dataclasses.replace(self.state.clock)
@@ -96,6 +110,9 @@ class Trainer:
             return ending
         finally:
             self.writer.close()
+            self.worker.shutdown(cancel_futures=True)
+            if self.graphs is not None:
+                self.graphs.close()
 
     def _run(self) -> str:
         config, clock = self.config, self.state.clock
@@ -113,7 +130,7 @@ class Trainer:
             upcoming = self._upcoming()
             if upcoming:
                 self.dataset.prompt_maker.expect(np.concatenate(upcoming), clock.epoch)
-            with Prefetch(self._draw, upcoming) as draws:
+            with Prefetch(self._draw, upcoming, self.worker, config.compute.prefetch) as draws:
                 while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
                     before = clock.samples_seen
                     if not self._step(draws):
@@ -121,8 +138,10 @@ class Trainer:
                     self._log_checkpoint(self.writer.done())
                     is_last = clock.samples_seen >= config.num_samples
                     validates = is_last or _is_due(before, clock.samples_seen, config.validation.every_samples)
-                    if validates and not self._validate():
-                        return self._stop()
+                    if validates:
+                        self._log_data_wait()
+                        if not self._validate():
+                            return self._stop()
                     # After skipped steps the next finite one saves, so that every resume does a row of them again.
                     good, every = self.last_good.samples_seen, config.checkpoints.every_samples
                     if is_last or (clock.skipped_in_row == 0 and _is_due(good, clock.samples_seen, every)):
@@ -141,45 +160,42 @@ class Trainer:
         self.state.clock = self.last_good
         self.state.arithmetic.restore_scaler(self.last_good.scaler)
 
-    def _step(self, draws: Prefetch[Draw]) -> bool:
+    def _step(self, draws: Prefetch[Sent]) -> bool:
         """One optimizer step; False when a stop request dropped it, with nothing changed."""
         clock, arithmetic = self.state.clock, self.state.arithmetic
+        gradients = arithmetic.gradients
         began, waited, flops, num_truncated = time.monotonic(), draws.waited_s, 0.0, 0
         if clock.skipped_in_row == 0:
             self.last_good = dataclasses.replace(clock, scaler=arithmetic.scaler_state())
         micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
         offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
         losses = torch.zeros(size, device=self.ranks.device)
-        total: torch.Tensor | None = None
-        arithmetic.clear_gradients()
+        gradients.begin()
         for first in range(0, len(micro_batches), self.ranks.size):
             if self.ranks.any(self.stop_requested()):
-                arithmetic.clear_gradients()
                 return False
             index = first + self.ranks.rank
             if index < len(micro_batches):
-                batch, timesteps, draw = next(draws)
-                own = self._pass(batch, timesteps, draw, size)
+                if first + self.ranks.size >= len(micro_batches):
+                    gradients.expect_last()
+                draw = self._receive(next(draws))
+                own = self._pass(draw, size)
                 losses[offsets[index] : offsets[index + 1]] = own
-                height, width = batch.target_size[0].int().tolist()
-                flops += len(own) * self.flops(height, width, batch.ids[0].shape[1]).model
-                num_truncated += batch.num_truncated
-            if self.config.reduction == "canonical":
-                # Micro-batch by micro-batch in the order of the epoch: the same sum on any number of ranks.
-                for gradients in self.ranks.gather(arithmetic.gradients())[: len(micro_batches) - first]:
-                    total = gradients.clone() if total is None else total.add_(gradients)
-                arithmetic.clear_gradients()
-        if total is None:
-            self.ranks.sum_(arithmetic.gradients())
-        else:
-            arithmetic.gradients().copy_(total)
+                flops += len(own) * self.flops(*draw.batch.bucket, draw.batch.ids[0].shape[1]).model
+                num_truncated += draw.batch.num_truncated
+                self._log_graphs(draw)
+            gradients.end_round(len(micro_batches) - first)
+        gradients.finish()
 
-        losses = self.ranks.sum_(losses).double()
-        loss = losses.mean().item()
-        grad_norm = arithmetic.unscale_and_clip(self.config.optimizer.max_grad_norm)
+        # The one place where the host waits for the device: what the log says, and whether the step is finite.
+        *read, grad_norm = torch.cat([losses, arithmetic.norm().reshape(1)]).tolist()
+        numbers = self.ranks.sum_(torch.tensor([*read, flops, num_truncated], dtype=torch.float64))
+        losses, loss = numbers[:size], numbers[:size].mean().item()
         if self.ranks.any(not (math.isfinite(loss) and math.isfinite(grad_norm))):
-            self._skip(size, losses.cpu(), np.concatenate(micro_batches))
+            self._skip(size, losses, np.concatenate(micro_batches))
             return True
+        self._wait_until_copied()
+        arithmetic.unscale_and_clip(grad_norm, self.config.optimizer.max_grad_norm)
         factor = schedule_factor(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
         rates = set_learning_rates(self.state.optimizer, factor)
         arithmetic.step(self.state.optimizer)
@@ -189,14 +205,19 @@ class Trainer:
         self._advance(size)
         clock.samples_trained += size
         clock.skipped_in_row = 0
-        sums = torch.tensor([flops, num_truncated], dtype=torch.float64, device=self.ranks.device)
-        flops, truncated = self.ranks.sum_(sums).tolist()
-        numbers = self.meters.step(
+        flops, truncated = numbers[size:].tolist()
+        measured = self.meters.step(
             size=size, seconds=time.monotonic() - began, waited_s=draws.waited_s - waited, flops=flops,
             samples_seen=clock.samples_seen,
         )  # fmt: skip
-        self._log_step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **numbers)
+        self._log_step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **measured)
         return True
+
+    def _wait_until_copied(self) -> None:
+        """Let a checkpoint that is being copied have the state as it was; what that takes is part of its stall."""
+        began = time.monotonic()
+        self.writer.wait_until_copied()
+        self.stall_s += time.monotonic() - began
 
     def _advance(self, size: int) -> None:
         clock = self.state.clock
@@ -207,7 +228,6 @@ class Trainer:
     def _skip(self, size: int, losses: torch.Tensor, rows: np.ndarray) -> None:
         """Leave a step out whose loss or gradient is not finite; all ranks do, or none."""
         clock, step_in_epoch = self.state.clock, self.state.clock.step_in_epoch
-        self.state.arithmetic.clear_gradients()
         self._advance(size)
         clock.num_skipped += 1
         clock.skipped_in_row += 1
@@ -247,38 +267,59 @@ class Trainer:
         """Which images a warning is about: how many, and the first of them by name."""
         return {"num_images": len(rows), "image_ids": [self.dataset.image_ids[row] for row in rows[:_MAX_NAMED]]}
 
-    def _draw(self, rows: np.ndarray) -> Draw:
-        """A training batch with its timesteps and noise; runs ahead of the step that uses it."""
+    def _draw(self, rows: np.ndarray) -> Sent:
+        """A training batch with its timesteps and noise, on its way to the device, ahead of the step that uses it."""
         seed, epoch = self.config.seed, self.state.clock.epoch
         batch = self.dataset.batch(rows, epoch)
-        timesteps = noise.draw_timesteps(seed, epoch, batch.image_ids, len(self.signal))
         offset, shape = self.config.loss.noise_offset, batch.latents.shape[1:]
-        return batch, timesteps, noise.draw_noise(seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset)
+        with self.dataset.times.stage("noise"):
+            timesteps = noise.draw_timesteps(seed, epoch, batch.image_ids, len(self.signal))
+            own = noise.draw_noise(seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset)
+        with self.dataset.times.stage("sending"):
+            return Draw(batch=batch, timesteps=timesteps, noise=own).moved(self.sender.send), self.sender.sent()
 
-    def _pass(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor, size: int) -> torch.Tensor:
+    def _receive(self, sent: Sent) -> Draw:
+        draw, mark = sent
+        self.sender.receive(mark, draw.tensors())
+        return draw
+
+    def _pass(self, draw: Draw, size: int) -> torch.Tensor:
         """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)` without their graph."""
-        losses = self._losses(batch, timesteps, draw)
+        losses = self._losses(draw)
         self.state.arithmetic.backward(losses.sum() / size)
         return losses.detach()
 
-    def _losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    def _losses(self, draw: Draw) -> torch.Tensor:
         """Weighted loss per sample `(B,)` fp32, with gradients."""
-        return self._plain_losses(batch, timesteps, draw) * self.weights[timesteps.to(self.ranks.device)]
+        return self._plain_losses(draw) * self.weights[draw.timesteps]
 
-    def _plain_losses(self, batch: Batch, timesteps: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    def _plain_losses(self, draw: Draw) -> torch.Tensor:
         """Loss per sample `(B,)` fp32 of one forward pass, not weighted by timestep."""
-        device = self.ranks.device
-        latents, draw, timesteps = (tensor.to(device) for tensor in (batch.latents, draw, timesteps))
-        noised = noise.add_noise(latents, draw, timesteps, self.signal)
-        target = prediction_target(self.prediction_type, latents, draw, timesteps, self.signal)
-        time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size).to(device)
-        ids = [tensor.to(device) for tensor in batch.ids]
+        batch, timesteps = draw.batch, draw.timesteps
+        noised = noise.add_noise(batch.latents, draw.noise, timesteps, self.signal)
+        target = prediction_target(self.prediction_type, batch.latents, draw.noise, timesteps, self.signal)
+        time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size)
         with self.state.arithmetic.autocast():
             prediction = predict(
-                self.state.parts, noised, timesteps, ids, time_ids,
-                clip_skip=self.config.clip_skip, zeroed=None if batch.zeroed is None else batch.zeroed.to(device),
+                self.state.parts, noised, timesteps, batch.ids, time_ids,
+                clip_skip=self.config.clip_skip, zeroed=batch.zeroed,
             )  # fmt: skip
-        return mse_per_sample(prediction, target, None if batch.mask is None else batch.mask.to(device))
+        return mse_per_sample(prediction, target, batch.mask)
+
+    def _log_graphs(self, draw: Draw) -> None:
+        """Say which graphs a micro-batch has compiled; for sizes that were trained on before there should be none."""
+        if self.graphs is None:
+            return
+        (num_graphs, causes), shape = self.graphs.new(), (*draw.batch.latents.shape, draw.batch.ids[0].shape[1])
+        if num_graphs:
+            self._log("compiled", num_graphs=num_graphs, shape=list(shape))
+            if shape in self.compiled_for:
+                height, width = draw.batch.bucket
+                message = (
+                    f"compiled {height}x{width} again, which stalls the run: {'; '.join(causes) or 'no cause given'}"
+                )
+                self._log("warning", kind="recompiled", message=message, epoch=self.state.clock.epoch)
+        self.compiled_for.add(shape)
 
     def _open_epoch(self) -> None:
         """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
@@ -329,16 +370,13 @@ class Trainer:
     def _both_lists(self) -> tuple[ListLosses, ListLosses] | None:
         """Losses of the held-out and of the stable images by the weights that the model holds; None when stopped."""
         found = []
-        for name, all_rows in (("held-out", self.dataset.validation_rows), ("stable", self.dataset.stable_rows)):
-            rows = all_rows[: self.config.validation.num_images]
-            losses = list_losses(
-                rows, self.dataset, self._plain_losses, self.ranks, len(self.signal), self.stop_requested
-            )
+        for name, images in (("held-out", self.held_out), ("stable", self.stable)):
+            losses = images.losses(self._plain_losses, self.worker, self.sender, self.stop_requested)
             if losses is None:
                 return None
             if losses.not_finite:
-                message = f"validation: loss of {len(losses.not_finite)} of {len(rows)} {name} images not finite"
-                self._log("warning", kind="not_finite", message=message, **self._named(rows[losses.not_finite]))
+                message = f"validation: loss of {len(losses.not_finite)} of {len(images.rows)} {name} images not finite"
+                self._log("warning", kind="not_finite", message=message, **self._named(images.rows[losses.not_finite]))
             found.append(losses)
         return found[0], found[1]
 
@@ -355,9 +393,7 @@ class Trainer:
         if clock.samples_seen == self.saved_at:
             return
         self._finish_checkpoint()
-        snapshot = take_snapshot(self.state)
-        if snapshot is not None:
-            self.writer.submit(snapshot)
+        self.writer.begin(self.state)
         self.saved_at = clock.samples_seen
         self.stall_s = time.monotonic() - began
 
@@ -382,6 +418,17 @@ class Trainer:
         if self.log is not None:
             self.log.write(event, samples_seen=self.state.clock.samples_seen, **values)
 
+    def _log_data_wait(self) -> None:
+        """Say how long the loop has waited for batches since the last validation, and for what where it is too much."""
+        interval = self.meters.interval(self.dataset.times.seconds)
+        self._log("data", **dataclasses.asdict(interval))
+        if interval.share > MAX_DATA_WAIT and interval.waited_s > MIN_DATA_WAIT_S:
+            message = (
+                f"{interval.share:.1%} of {interval.seconds:.0f} s were spent waiting for batches; the slowest stage "
+                f"of making them is {interval.slowest} ({interval.stages[interval.slowest]:.1f} s)"
+            )
+            self._log("warning", kind="data_wait", message=message, epoch=self.state.clock.epoch)
+
     def _log_step(self, **values: float) -> None:
         clock = self.state.clock
         self._log("step", step=clock.step, epoch=clock.epoch, **values, num_skipped=clock.num_skipped)
@@ -399,6 +446,11 @@ class Trainer:
             num_trained_parameters=sum(parameter.numel() for parameter in self.state.parameters.values()),
             num_ranks=self.ranks.size,
             device=str(self.ranks.device),
+            precision=self.config.precision,
+            tf32=self.config.precision == "tf32",
+            channels_last=self.config.compute.channels_last,
+            compile=self.config.compute.compile,
+            loss_scale=self.state.arithmetic.scaler_state().get("scale"),
             num_threads=torch.get_num_threads(),
             torch=torch.__version__,
             host=socket.gethostname(),

@@ -5,18 +5,20 @@ Two lists: held-out images, and the stable list of training images; a gap betwee
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from training import noise
-from training.dataset import Batch, Dataset
+from training.dataset import Dataset, Draw, Pins
+from training.prefetch import Prefetch, Sender
 from training.ranks import Ranks
 from training.seeds import Purpose
 
-PlainLosses = Callable[[Batch, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(batch, timesteps `(B,)`, noise `(B, 4, h, w)`), all on the CPU, to the unweighted loss per sample `(B,)`."""
+PlainLosses = Callable[[Draw], torch.Tensor]
+"""A draw on the device to the unweighted loss per sample, `(B,)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,44 +71,81 @@ class ListLosses:
         }
 
 
-def list_losses(
-    rows: np.ndarray,
-    dataset: Dataset,
-    losses_of: PlainLosses,
-    ranks: Ranks,
-    num_timesteps: int,
-    stop_requested: Callable[[], bool],
-) -> ListLosses | None:
-    """The plain loss of each sample of `rows`. All ranks call it and get the same numbers.
+class FixedList:
+    """A list of images with their batches, which are made once and then kept.
 
-    Args:
-        rows: Rows of the training set, in order; the timesteps' strata are dealt over them.
-        dataset: With the latents of the present epoch.
-        losses_of: One forward pass.
-        ranks: Each takes every `size`-th micro-batch.
-        num_timesteps: Of the noise schedule.
-        stop_requested: Asked between micro-batches; any rank's yes stops all.
-
-    Returns:
-        None when a stop request came first.
+    A batch is kept in memory that the device reads by itself: half a megabyte per image of 1024 x 1024.
     """
-    seed = dataset.config.seed
-    timesteps = noise.stratified_timesteps(seed, [dataset.image_ids[row] for row in rows], num_timesteps)
-    losses = torch.zeros(len(rows), dtype=torch.float32)
-    micro_batches = _micro_batches(rows, dataset) if len(rows) else []
-    for first in range(0, len(micro_batches), ranks.size):
-        if ranks.any(stop_requested()):
-            return None
-        if first + ranks.rank >= len(micro_batches):
-            continue
-        positions = micro_batches[first + ranks.rank]
-        batch = dataset.batch(rows[positions], None)
-        draw = noise.draw_noise(seed, Purpose.VALIDATION, 0, batch.image_ids, batch.latents.shape[1:])
-        with torch.no_grad():
-            losses[positions] = losses_of(batch, timesteps[positions], draw).float().cpu()
-    # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
-    summed = ranks.sum_(losses.to(ranks.device)).cpu().double()
-    return ListLosses(losses=summed, timesteps=timesteps, buckets=dataset.buckets[rows], num_timesteps=num_timesteps)
+
+    def __init__(self, rows: np.ndarray, dataset: Dataset, ranks: Ranks, num_timesteps: int) -> None:
+        """Take a list.
+
+        Args:
+            rows: Rows of the training set, in order; the timesteps' strata are dealt over them.
+            dataset: What they are rows of.
+            ranks: Each takes every `size`-th micro-batch.
+            num_timesteps: Of the noise schedule.
+        """
+        self.rows = rows
+        self._dataset, self._ranks, self._num_timesteps = dataset, ranks, num_timesteps
+        image_ids = [dataset.image_ids[row] for row in rows]
+        self._timesteps = noise.stratified_timesteps(dataset.config.seed, image_ids, num_timesteps)
+        self._micro_batches: list[np.ndarray] | None = None
+        self._made: dict[int, Draw] = {}
+        self._pins: Pins | None = None
+
+    def losses(
+        self, losses_of: PlainLosses, worker: ThreadPoolExecutor, sender: Sender, stop_requested: Callable[[], bool]
+    ) -> ListLosses | None:
+        """The plain loss of each image. All ranks call it and get the same numbers.
+
+        Args:
+            losses_of: One forward pass.
+            worker: Makes batches ahead of their use.
+            sender: Brings them to the device.
+            stop_requested: Asked between micro-batches; any rank's yes stops all.
+
+        Returns:
+            None when a stop request came first.
+        """
+        ranks = self._ranks
+        if self._micro_batches is None:
+            self._micro_batches = _micro_batches(self.rows, self._dataset) if len(self.rows) else []
+        if self._pins != self._dataset.pins:  # other latents
+            self._made, self._pins = {}, self._dataset.pins
+        micro_batches, losses = self._micro_batches, torch.zeros(len(self.rows), dtype=torch.float32)
+        found: list[tuple[np.ndarray, torch.Tensor]] = []
+
+        def make(number: int) -> tuple[Draw, torch.cuda.Event | None]:
+            if number not in self._made:
+                self._made[number] = self._make(micro_batches[number]).moved(sender.pin)
+            return self._made[number].moved(sender.send), sender.sent()
+
+        own = range(ranks.rank, len(micro_batches), ranks.size)
+        with Prefetch(make, own, worker, self._dataset.config.compute.prefetch) as draws, torch.no_grad():
+            for first in range(0, len(micro_batches), ranks.size):
+                if ranks.any(stop_requested()):
+                    return None
+                if first + ranks.rank < len(micro_batches):
+                    draw, mark = next(draws)
+                    sender.receive(mark, draw.tensors())
+                    found.append((micro_batches[first + ranks.rank], losses_of(draw).float()))
+        # Read after the last one was queued: a device is not waited for in between.
+        for positions, values in found:
+            losses[positions] = values.cpu()
+        # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
+        return ListLosses(
+            losses=ranks.sum_(losses).double(), timesteps=self._timesteps, buckets=self._dataset.buckets[self.rows],
+            num_timesteps=self._num_timesteps,
+        )  # fmt: skip
+
+    def _make(self, positions: np.ndarray) -> Draw:
+        dataset = self._dataset
+        batch = dataset.batch(self.rows[positions], None)
+        draw = noise.draw_noise(
+            dataset.config.seed, Purpose.VALIDATION, 0, batch.image_ids, batch.latents.shape[1:]
+        )  # fmt: skip
+        return Draw(batch=batch, timesteps=self._timesteps[positions], noise=draw)
 
 
 def _mean(losses: torch.Tensor) -> float | None:

@@ -1,9 +1,11 @@
 """How a model is laid out on its device: what is computed again in the backward pass, memory format, compilation."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
@@ -12,16 +14,21 @@ from training.models.unet import PipelineParts
 from training.run_config import ComputeConfig
 
 _TEXT_ENCODERS = "text_encoders"
+# Names of torch's own loggers: the one of all reasons why a graph was not reused.
+_RECOMPILES = "torch._dynamo.guards.__recompiles"
+# Graphs of one piece of code before torch gives up on it: 26 buckets, three lengths of text and short batches.
+_MAX_GRAPHS = 1024
 
 
-def apply_compute(parts: PipelineParts, config: ComputeConfig) -> None:
+def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str = "inductor") -> None:
     """Lay the model out as asked; what it computes stays the same but for rounding.
 
     Attention always runs in `scaled_dot_product_attention`, whose kernel torch chooses for the device.
 
     Args:
         parts: The model, on its device; changed in place, names of parameters stay.
-        config: Blocks to recompute, memory format, compilation.
+        config: Blocks to recompute, memory format, compilation; resolved.
+        backend: What compiles graphs, by torch's name.
 
     Raises:
         ConfigError: no block has such a name.
@@ -33,8 +40,51 @@ def apply_compute(parts: PipelineParts, config: ComputeConfig) -> None:
     if config.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
     if config.compile:
-        # One graph for all buckets and lengths of text, instead of one for each.
-        parts.unet.compile(dynamic=True)
+        torch._dynamo.config.recompile_limit = _MAX_GRAPHS
+        torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
+        # Else a graph holds that two sizes are one because they were equal when it was made.
+        torch.fx.experimental._config.use_duck_shape = False
+    if config.compile == "whole":
+        # Sizes as constants: only so does the compiler choose the layout of convolutions. The batch may vary.
+        parts.unet.compile(dynamic=False, backend=backend)
+    elif config.compile == "blocks":
+        for module in parts.unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.compile(dynamic=True, backend=backend)
+
+
+class Graphs(logging.Handler):
+    """Counts the graphs that were compiled, and keeps why others were not reused."""
+
+    def __init__(self) -> None:
+        """Begin to listen."""
+        super().__init__(logging.DEBUG)
+        self._causes: list[str] = []
+        self._before = self._total()
+        torch._logging.set_logs(recompiles=True)  # type: ignore[attr-defined]
+        logger = logging.getLogger(_RECOMPILES)
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep what torch says of a graph that it could not reuse."""
+        self._causes.append(" ".join(record.getMessage().split()))
+
+    def new(self) -> tuple[int, list[str]]:
+        """Graphs compiled since the last call, and the causes of those among them that are repetitions."""
+        total, causes = self._total(), self._causes
+        found = total - self._before
+        self._before, self._causes = total, []
+        return found, causes
+
+    def close(self) -> None:
+        """Listen no more."""
+        logging.getLogger(_RECOMPILES).removeHandler(self)
+        super().close()
+
+    @staticmethod
+    def _total() -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _recompute(parts: PipelineParts, names: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ computed with them: a folder mixed from two models would train without an error 
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -30,6 +32,8 @@ _PIPELINES: dict[Family, str] = {"sdxl": "StableDiffusionXLPipeline", "sd1": "St
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 _DIFFUSION_FILE = "diffusion_pytorch_model.safetensors"
+# transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
+_TEXT_PREFIX = "text_model."
 # Six numbers of SDXL's conditioning: original size, crop, target size, two each.
 _NUM_TIME_IDS = 6
 
@@ -228,6 +232,32 @@ def save_diffusers_folder(
     _write_json(folder / "model_index.json", index)
 
 
+def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Some weights of a folder that `save_diffusers_folder` wrote.
+
+    Args:
+        folder: The model.
+        names: By part and name, `unet.conv_in.weight`.
+
+    Returns:
+        Those that are there, on the CPU.
+    """
+    by_part = defaultdict[str, list[str]](list)
+    for name in names:
+        part, key = name.split(".", 1)
+        by_part[part].append(key)
+    found = {}
+    for part, keys in by_part.items():
+        (path,) = (folder / part).glob("*.safetensors")
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            for key in keys:
+                saved = key if key in present else _TEXT_PREFIX + key
+                if saved in present:
+                    found[f"{part}.{key}"] = file.get_tensor(saved)
+    return found
+
+
 def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
     family = _detect_family(folder)
     suffixes = _suffixes(family)
@@ -334,8 +364,7 @@ def _save_text_encoder(
         "dtype": str(dtype).removeprefix("torch."),
     }
     _write_json(folder / "config.json", config)
-    # transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
-    prefix = "text_model." if isinstance(encoder, CLIPTextModel) else ""
+    prefix = _TEXT_PREFIX if isinstance(encoder, CLIPTextModel) else ""
     _save_weights(encoder, folder / "model.safetensors", dtype, overrides, part=folder.name, prefix=prefix)
 
 
