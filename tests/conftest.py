@@ -93,12 +93,12 @@ def write_tiny_sdxl(folder):
     return folder
 
 
-def training_rows(num_train, num_validation):
+def training_rows(num_train, num_validation, buckets=BUCKETS):
     """Rows of `training_set`: three buckets, two shards, every fifth image with a watermark box."""
     rng = np.random.default_rng(3)
     rows = []
     for number in range(num_train + num_validation):
-        bucket = BUCKETS[number % 3]
+        bucket = buckets[number % len(buckets)]
         tags = sorted(rng.choice(WORDS, size=rng.integers(1, len(WORDS)), replace=False).tolist())
         rows.append(
             {
@@ -117,13 +117,14 @@ def training_rows(num_train, num_validation):
     return TABLES["training_set"].conform(pl.DataFrame(rows, schema=TABLES["training_set"].schema))
 
 
-def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000):
+def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000, scaling_factor=0.13025):
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
-    for bucket in BUCKETS:
+    sizes = rows.select("bucket_height", "bucket_width").unique(maintain_order=True).sort(pl.all()).rows()
+    for bucket in (Size(*size) for size in sizes):
         writer = BucketWriter(
             folder=folder, generation=number, bucket=bucket, max_bytes=max_bytes,
-            metadata={"scaling_factor": "0.13025", "vae": "tiny"},
+            metadata={"scaling_factor": str(scaling_factor), "vae": "tiny"},
         )  # fmt: skip
         members = rows.filter((pl.col("bucket_height") == bucket.height) & (pl.col("bucket_width") == bucket.width))
         for row in members.iter_rows(named=True):
@@ -165,19 +166,22 @@ class TinyRun:
     rows: pl.DataFrame
 
 
-def build_run(workspace, base_model, name, changes):
-    """Write a run into a workspace that has the tiny training set and its latents, which are made when missing."""
+def build_run(workspace, base_model, name, changes, rows=None, **latents):
+    """Write a run into a workspace that has the tiny training set and its latents, which are made when missing.
+
+    `rows` are the set's instead, and `latents` options of `commit_generation`.
+    """
     import tomlkit
 
     from training.models.weights import model_digest
 
-    rows = training_rows(22, 5)
+    rows = training_rows(22, 5) if rows is None else rows
     table = workspace / "tables" / "training_set"
     entry = commit.write_parquet(table, "tiny.f", rows)
     for shard in SHARDS:
         folder = workspace / "latents" / "tiny" / shard
         if not folder.exists():
-            commit_generation(folder, 1, rows.filter(pl.col("shard") == shard))
+            commit_generation(folder, 1, rows.filter(pl.col("shard") == shard), **latents)
     values = {
         "encoding": "tiny",
         "num_samples": 48,

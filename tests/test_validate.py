@@ -10,8 +10,8 @@ from training.data.vocabulary import Vocabulary
 from training.dataset import Dataset
 from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
-from training.ranks import Ranks
 from training.prefetch import Sender
+from training.ranks import Ranks
 from training.validate import FixedList, ListLosses
 
 

@@ -1,0 +1,80 @@
+"""What `auto` comes to: by device at the first launch, from then on as recorded, or refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+
+from training import run_folder, toml
+from training.device_defaults import CPU, RECORD, Device, read_record, resolve, resolve_run
+from training.errors import ConfigError, DamageError, TrainingError
+from training.event_log import read_events
+from training.run_config import ComputeConfig, RunConfig
+
+H200 = Device(name="NVIDIA H200", is_gpu=True, has_bf16=True, has_tf32=True)
+V100 = Device(name="Tesla V100", is_gpu=True, has_bf16=False, has_tf32=False)
+AUTO = RunConfig(encoding="sdxl")
+
+
+@pytest.mark.parametrize(
+    ("device", "values"), [(CPU, ("fp32", False, False)), (H200, ("bf16_amp", True, "blocks")),
+                           (V100, ("fp16_amp", True, "blocks"))],
+)  # fmt: skip
+def test_absent_values_follow_the_device(device, values):
+    found = resolve(AUTO, device, {})
+    assert (found.precision, found.compute.channels_last, found.compute.compile) == values
+    assert dataclasses.replace(found, precision="auto", compute=AUTO.compute) == AUTO, "nothing else changes"
+
+
+def test_a_recipe_decides_what_it_names():
+    named = dataclasses.replace(AUTO, precision="bf16", compute=ComputeConfig(channels_last=False, compile="whole"))
+    assert resolve(named, H200, {"precision": "fp32", "compute.channels_last": True}) == named
+
+
+def test_the_first_launch_is_recorded_and_kept_on_another_device(tmp_path):
+    first = resolve_run(tmp_path, AUTO, H200, None)
+    assert read_record(tmp_path) == {
+        "precision": "bf16_amp", "compute.channels_last": True, "compute.compile": "blocks"
+    }  # fmt: skip
+    assert json.loads((tmp_path / RECORD).read_bytes())["device"] == "NVIDIA H200"
+    assert resolve_run(tmp_path, AUTO, CPU, toml.dump(first)) == first
+
+
+@pytest.mark.parametrize(("precision", "device"), [("bf16", V100), ("bf16_amp", V100), ("tf32", V100), ("tf32", CPU)])
+def test_a_precision_that_the_device_lacks_is_refused(tmp_path, precision, device):
+    named = dataclasses.replace(AUTO, precision=precision)
+    with pytest.raises(ConfigError, match=rf'precision="{precision}" \(as configured\): {device.name} (has no|cannot)'):
+        resolve(named, device, {})
+    with pytest.raises(ConfigError, match=r"\(recorded by the run's first launch\)"):
+        resolve(AUTO, device, {"precision": precision})
+
+
+def test_a_run_of_an_older_version_keeps_what_its_checkpoints_say(tmp_path):
+    old = toml.dump(AUTO) | {"precision": "fp32", "compute": {"channels_last": False, "compile": False}}
+    found = resolve_run(tmp_path, AUTO, H200, old)
+    assert (found.precision, found.compute.channels_last, found.compute.compile) == ("fp32", False, False)
+    assert resolve_run(tmp_path, AUTO, H200, None) == found
+
+
+def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
+    (tmp_path / RECORD).write_text("{")
+    with pytest.raises(DamageError, match=RECORD):
+        read_record(tmp_path)
+    (tmp_path / RECORD).write_text('{"format": 9, "values": {}}')
+    with pytest.raises(DamageError, match="format 9"):
+        read_record(tmp_path)
+
+
+def test_a_run_resumes_with_what_its_first_launch_resolved(make_run, train):
+    run = make_run(num_samples=16)
+    assert run.config.precision == "auto"
+    assert train(run, stop_at=6) == "stopped"
+    (opening,) = (event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "started")
+    assert (opening["precision"], opening["channels_last"], opening["compile"]) == ("fp32", False, False)
+    assert opening["tf32"] is False
+    (ready,) = map(run_folder.read_ready, run_folder.checkpoints(run.folder))
+    assert ready.config["precision"] == "fp32"
+    assert train(run) == "finished"
+    run.config = dataclasses.replace(run.config, precision="bf16_amp", num_samples=16)
+    with pytest.raises(TrainingError, match=r"precision: 'fp32' -> 'bf16_amp'"):
+        train(run)
