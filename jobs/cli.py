@@ -193,9 +193,7 @@ def train(
     ] = None,
 ) -> None:
     """Start, resume or follow a training run, or adopt one that was trained elsewhere."""
-    from jobs import bundles, console, estimates, pipeline
     from resources import torchrun, workspace
-    from training import recipes
 
     if dry_run + stop + (bundle is not None) > 1:
         raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
@@ -215,12 +213,17 @@ def train(
         print(f"run {run}: {ending['event']} at {ending['samples_seen']} samples")
         return
     if dry_run:
+        from jobs import estimates
+        from training import recipes
+
         config = workspace.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
         cards = gpus or config.num_processes
         hardware = estimates.Hardware(num_gpus=cards, gpu=gpu, dollars_per_hour=price, rates=rates)
         print(recipes.run_toml(config))
         print("\n".join(estimates.dry_run(store, run, config, hardware)))
         return
+    from jobs import bundles, console, pipeline
+
     if recipe is not None:
         workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
     workspace.require_run(store, run)

@@ -3,23 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from resources.store import Store
+from resources.workspace import frozen_inputs, prompt_maker, require_run
 from training.commit import Manifest
 from training.cost import Cost, Rates, Workload, length_lines, read_rates, training_rate
+from training.data.bucket_plans import plan
 from training.data.tables import TABLES
-from training.errors import ConfigError, DataError, ModelError
+from training.errors import ConfigError, DataError
+from training.flops import ModelConfigs, read_model_configs, training_flops
 from training.gpus import find_gpu, peak_flops
 from training.latent_source import LatentSource
+from training.memory import estimate_memory
 from training.order import EpochOrder, assign_windows, make_order
+from training.rules import check_trainable
 from training.run_config import RunConfig
-
-if TYPE_CHECKING:
-    from training.flops import ModelConfigs
+from training.run_folder import read_config
 
 _TERA = 1e12
 
@@ -76,8 +78,6 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
         ConfigError: the workspace has no such encoding.
         DataError: no sample trains, or images of the set have no latents.
     """
-    from resources.workspace import frozen_inputs, prompt_maker
-
     if config.encoding not in store.config.encodings:
         raise ConfigError(
             f"encoding={config.encoding!r} is none of the workspace's: {', '.join(sorted(store.config.encodings))}"
@@ -137,12 +137,9 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
-    from training.flops import read_model_configs
-    from training.memory import estimate_memory
-
     rates, folder = hardware.resolve(), store.model_path(config.base)
     model = read_model_configs(folder)
-    _check_trainable(folder, model, config, hardware.num_gpus)
+    check_trainable(folder, model, config, hardware.num_gpus)
     epoch = count_epoch(store, run, config)
     shapes = _shapes(store, config, epoch)
     height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -179,43 +176,8 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
     ]
 
 
-def _check_trainable(folder: Path, model: "ModelConfigs", config: RunConfig, num_ranks: int) -> None:
-    """Refuse what the trainer refuses of a base model, a recipe and the libraries here, before it loads weights.
-
-    Raises:
-        ModelError: the model is of another family than the recipe's.
-        ConfigError: an option that the model, the schedule, the ranks or this machine does not have.
-        TrainingError: the model's noise schedule has steps that the loss cannot teach.
-    """
-    from training.base_model import noise_schedule
-    from training.loss import timestep_weights
-    from training.models.unet import change_schedule
-    from training.noise import alphas_cumprod
-    from training.optim import check_installed
-    from training.sharding import shares_optimizer
-
-    if config.family not in ("any", model.family):
-        raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
-    if config.train_text_encoder_2 and len(model.text_encoders) == 1:
-        raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
-    layers = model.text_encoders[0]["num_hidden_layers"]
-    if config.clip_skip > layers:
-        raise ConfigError(f"clip_skip={config.clip_skip}: the text encoder of {folder} has {layers} layers")
-    blocks = model.block_names
-    if unknown := [name for name in config.compute.gradient_checkpointing if name not in blocks]:
-        raise ConfigError(f"compute.gradient_checkpointing: no block {unknown[0]!r}; there are {', '.join(blocks)}")
-    schedule = change_schedule(
-        noise_schedule(folder), config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
-    )
-    timestep_weights(config.loss, alphas_cumprod(schedule), schedule.get("prediction_type", "epsilon"))
-    check_installed(config.optimizer)
-    shares_optimizer(config, num_ranks)
-
-
-def _sample_flops(model: "ModelConfigs", config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:
+def _sample_flops(model: ModelConfigs, config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:
     """Operations of the mean sample, forward and backward."""
-    from training.flops import training_flops
-
     count = training_flops(model, config)
     return sum(count(*shape).model * share for shape, share in shapes.items()) / sum(shapes.values())
 
@@ -226,8 +188,6 @@ def _shapes(store: Store, config: RunConfig, epoch: Epoch | None) -> dict[tuple[
         keys = np.column_stack([epoch.buckets, epoch.num_chunks])
         found, counts = np.unique(keys, axis=0, return_counts=True)
         return {(h, w, n): count for (h, w, n), count in zip(found.tolist(), counts.tolist(), strict=True)}
-    from training.data.bucket_plans import plan
-
     sizes = plan(store.config.encodings[config.encoding].buckets)
     if not sizes:
         raise DataError(
@@ -270,10 +230,6 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
         ConfigError: there is no such run.
         DataError: nothing is ingested yet.
     """
-    from resources.workspace import require_run
-    from training.flops import read_model_configs
-    from training.run_folder import read_config
-
     require_run(store, run)
     config = read_config(store.run_folder(run))
     num_images = _rows(store, "raw_images")

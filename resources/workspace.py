@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from resources import instance
 from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import recipes, toml
@@ -10,11 +9,21 @@ from training.base_model import config_folder
 from training.checks import check_run_name
 from training.commit import lock, write_bytes
 from training.data import vocabulary
+from training.data.clip_tokenizer import ClipTokenizer
 from training.data.prompt_maker import MadePrompt, PromptMaker
 from training.data.samples import Samples
 from training.errors import ConfigError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
-from training.run_folder import CONFIG, EVENTS, INPUTS, RunInputs, is_away, read_config, read_inputs
+from training.run_folder import (
+    CONFIG,
+    EVENTS,
+    INPUTS,
+    RunInputs,
+    checked_training_set,
+    is_away,
+    read_config,
+    read_inputs,
+)
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -27,6 +36,8 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
         WorkspaceError: there is one already.
         ConfigError: a source is no folder, or there is no such preset.
     """
+    from resources import instance  # Dagster, which runs are estimated without
+
     if (home / CONFIG_FILE).exists():
         raise WorkspaceError(f"{home} is a workspace already ({CONFIG_FILE} exists); edit that file, or choose another")
     for source in sources:
@@ -147,9 +158,6 @@ def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> P
         DataError: nothing is frozen, and the encoding has no training set yet.
         DamageError: the set's or the vocabulary's file is gone or damaged.
     """
-    from training.models.text_encoders import load_tokenizer
-    from training.startup import checked_training_set
-
     if frozen is None:
         samples, base = Samples(store.table_file("training_set", config.encoding)), store.model_path(config.base)
         known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
@@ -158,7 +166,9 @@ def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> P
         known = vocabulary.read(frozen.vocabulary, frozen.vocabulary_sha256)
     configs = config_folder(base)
     names = ("tokenizer", "tokenizer_2") if (configs / "tokenizer_2").is_dir() else ("tokenizer",)
-    return PromptMaker(samples, known, config.prompts, config.seed, [load_tokenizer(configs / name) for name in names])
+    return PromptMaker(
+        samples, known, config.prompts, config.seed, [ClipTokenizer.load(configs / name) for name in names]
+    )
 
 
 def example_prompts(store: Store, run: str, num_prompts: int) -> tuple[list[MadePrompt], str]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import dagster as dg
@@ -135,7 +136,7 @@ def test_an_optimizer_that_cannot_be_had_is_told(workspace, monkeypatch):
         return installed
 
     eight_bit = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name="adamw_8bit"))
-    monkeypatch.setattr("training.optim.metadata.version", version)
+    monkeypatch.setattr("training.rules.metadata.version", version)
     installed = None
     with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
         estimates.dry_run(workspace, "new", eight_bit, HARDWARE)
@@ -336,3 +337,18 @@ def test_prompt_statistics_count_images_that_train(workspace):
         ).success
     numbers = workspace.manifest("prompt_statistics", "one").report["numbers"]
     assert (numbers["prompts"], numbers["images that train"]) == (22, 22)
+
+
+def test_a_dry_run_imports_no_heavy_library(workspace):
+    configure(workspace)
+    heavy = "{'torch', 'diffusers', 'transformers', 'dagster', 'mlflow', 'scipy'}"
+    code = (
+        "import atexit, sys; from jobs.cli import main\n"
+        f"atexit.register(lambda: print('heavy:', sorted({heavy} & set(sys.modules))))\n"
+        f"sys.argv = ['foundry', 'train', '--home', {str(workspace.home)!r}, '--run', 'one', '--dry-run']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "training set: 22 images train" in done.stdout
+    assert "GPU-hours" in done.stdout
+    assert done.stdout.endswith("heavy: []\n")

@@ -38,7 +38,7 @@ def inspect(model: Path) -> dict[str, Any]:
     """
     if model.suffix == SUFFIX:
         return _inspect_file(model)
-    index = _json(model / "model_index.json")
+    index = read_json(model / "model_index.json")
     parts = [part for part in _TRAINED if (model / part).is_dir()]
     family = "sdxl" if "text_encoder_2" in parts else "sd1"
     if "unet" not in index or "unet" not in parts:
@@ -56,7 +56,7 @@ def noise_schedule(model: Path) -> dict[str, Any]:
     Raises:
         ModelError: the config or the file cannot be read.
     """
-    scheduler = _json(config_folder(model) / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(config_folder(model) / "scheduler" / "scheduler_config.json")
     return scheduler | (schedule_changes(read_header(model)) if model.suffix == SUFFIX else {})
 
 
@@ -96,6 +96,23 @@ def read_header(path: Path) -> dict[str, list[int]]:
         return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
     except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A model's configuration.
+
+    Raises:
+        ModelError: the file is missing or holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: not a diffusers folder") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__}, but a model's configuration is a JSON object")
+    return found
 
 
 def detect_family(names: Collection[str], path: Path) -> Literal["sdxl", "sd1"]:
@@ -141,15 +158,6 @@ def _count_numbers(header: Mapping[str, list[int]]) -> int:
         for name, shape in header.items()
         if name.startswith((UNET, SD1_TEXT, SDXL_TEXT_1, SDXL_TEXT_2)) and not name.endswith(NO_WEIGHTS)
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: not a diffusers folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
 
 
 def _count(folder: Path) -> int:

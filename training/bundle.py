@@ -24,10 +24,9 @@ from training.checkpoint import find_resumable
 from training.data.latent_files import Generation, read_generation
 from training.errors import ConfigError, DamageError, DataError
 from training.latent_source import LatentSource
-from training.optim import EIGHT_BIT
+from training.rules import EIGHT_BIT
 from training.run_config import RunConfig
-from training.run_folder import RunInputs
-from training.startup import checked_training_set
+from training.run_folder import RunInputs, checked_training_set
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "polars", "pyarrow", "tomlkit",

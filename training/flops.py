@@ -2,28 +2,28 @@
 
 Every weight that multiplies something does so once per pixel of its level, per text token, or once per sample; where
 it does follows from its name in the model. One multiply-add is two operations. Norms, activations and additions are
-not counted, as torch's FlopCounterMode does not count them either.
+not counted, as torch's FlopCounterMode does not count them either. Only `vae_flops` and `peak_flops` need torch.
 """
 
 import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from training import gpus
-from training.base_model import config_folder
+from training.base_model import config_folder, read_json
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
 from training.errors import ModelError
-from training.models.weights import read_config
 from training.run_config import Precision, RunConfig
+from training.unet_layers import Layer, unet_layers
+
+if TYPE_CHECKING:
+    import torch
 
 Family = Literal["sdxl", "sd1"]
 Count = Literal["pixels", "tokens", "once"]
@@ -242,10 +242,10 @@ def read_model_configs(model: Path) -> ModelConfigs:
         ModelError: a config is missing or no JSON object.
     """
     folder = config_folder(model)
-    unet = read_config(folder / "unet" / "config.json")
+    unet = read_json(folder / "unet" / "config.json")
     family: Family = "sdxl" if unet.get("addition_embed_type") == "text_time" else "sd1"
     names = ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
-    encoders = tuple(read_config(folder / name / "config.json") for name in names)
+    encoders = tuple(read_json(folder / name / "config.json") for name in names)
     return ModelConfigs(family=family, unet=unet, text_encoders=encoders)
 
 
@@ -284,10 +284,12 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
     return count
 
 
-def peak_flops(device: torch.device, precision: Precision) -> float | None:
+def peak_flops(device: "torch.device", precision: Precision) -> float | None:
     """Operations per second that a device can do at best in a run's arithmetic; None where no data sheet is known."""
     if device.type != "cuda":
         return None
+    import torch
+
     return gpus.peak_flops(gpus.detect_gpu(torch.cuda.get_device_name(device)), precision)
 
 
@@ -296,52 +298,59 @@ def frozen(config: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
 
 
-def meta_model(model_class: Any, config: str) -> torch.nn.Module:
-    """A model without weights: its modules and their shapes, on torch's meta device."""
-    with torch.device("meta"):
-        model: torch.nn.Module = model_class.from_config(json.loads(config))
-    return model
-
-
 @functools.lru_cache(maxsize=8)
 def _unet_layers(config: str) -> tuple[_Layer, ...]:
-    model = meta_model(UNet2DConditionModel, config)
-    return tuple(_layers(model, len(json.loads(config)["block_out_channels"]), at_depth=()))
+    described = json.loads(config)
+    return tuple(_layers(unet_layers(described), len(described["block_out_channels"]), at_depth=()))
 
 
 @functools.lru_cache(maxsize=8)
 def _vae_layers(config: str) -> tuple[tuple[_Layer, ...], tuple[_Layer, ...]]:
-    model = meta_model(AutoencoderKL, config)
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        model = AutoencoderKL.from_config(json.loads(config))
     num_levels = len(json.loads(config)["block_out_channels"])
     halves: dict[str, list[_Layer]] = defaultdict(list)
     for half, convolution, at_depth in (
         ("encoder", "quant_conv", ("conv_norm_out", "conv_out")),
         ("decoder", "post_quant_conv", ("conv_in",)),
     ):
-        halves[half] += _layers(model.get_submodule(half), num_levels, at_depth=at_depth)
-        if getattr(model, convolution) is not None:
+        halves[half] += _layers(_read_layers(model.get_submodule(half)), num_levels, at_depth=at_depth)
+        for layer in _read_layers(getattr(model, convolution) or torch.nn.Identity()):
             deepest = Place(level=num_levels - 1, count="pixels", unit="")
-            halves[half].append(_weight(deepest, getattr(model, convolution), "always", recomputed=False))
+            halves[half].append(_weight(deepest, layer, "always", recomputed=False))
     return tuple(halves["encoder"]), tuple(halves["decoder"])
 
 
-def _layers(model: torch.nn.Module, num_levels: int, *, at_depth: tuple[str, ...]) -> list[_Layer]:
+def _read_layers(model: "torch.nn.Module") -> Iterator[Layer]:
+    """The products of a model that is there."""
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            inputs, outputs, kernel = module.in_channels, module.out_channels, module.kernel_size[0]
+            yield Layer(name=name, kind="conv", inputs=inputs, outputs=outputs, kernel=kernel)
+        elif isinstance(module, torch.nn.Linear):
+            yield Layer(name=name, kind="linear", inputs=module.in_features, outputs=module.out_features)
+
+
+def _layers(found: Iterable[Layer], num_levels: int, *, at_depth: tuple[str, ...]) -> list[_Layer]:
     """Everything in a model that multiplies."""
     layers = []
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            place = locate(name, num_levels, at_depth=at_depth)
-            last = "conv_shortcut" if f"{place.unit}.conv_shortcut" in modules else "conv2"
-            recomputed = bool(place.unit) and name not in (f"{place.unit}.{last}", f"{place.unit}.ff.net.2")
-            layers.append(_weight(place, module, _input_gradient(name), recomputed=recomputed))
-        if isinstance(query := getattr(module, "to_q", None), torch.nn.Linear):
-            place = locate(f"{name}.to_q", num_levels, at_depth=at_depth)
-            keys: Count = "tokens" if name.endswith("attn2") else "pixels"
+    products = {layer.name: layer for layer in found if layer.multiplies}
+    for name, layer in products.items():
+        place = locate(name, num_levels, at_depth=at_depth)
+        last = "conv_shortcut" if f"{place.unit}.conv_shortcut" in products else "conv2"
+        recomputed = bool(place.unit) and name not in (f"{place.unit}.{last}", f"{place.unit}.ff.net.2")
+        layers.append(_weight(place, layer, _input_gradient(name), recomputed=recomputed))
+        if name.endswith("to_q"):
+            keys: Count = "tokens" if name.endswith("attn2.to_q") else "pixels"
             layers.append(
                 _Layer(
                     place=place,
-                    multiplies=2 * query.out_features,
+                    multiplies=2 * layer.outputs,
                     keys=keys,
                     input_gradient="always",
                     recomputed=bool(place.unit),
@@ -350,9 +359,11 @@ def _layers(model: torch.nn.Module, num_levels: int, *, at_depth: tuple[str, ...
     return layers
 
 
-def _weight(place: Place, module: Any, input_gradient: Any, *, recomputed: bool) -> _Layer:
+def _weight(
+    place: Place, layer: Layer, input_gradient: Literal["always", "never", "text", "pooled"], *, recomputed: bool
+) -> _Layer:
     return _Layer(
-        place=place, multiplies=module.weight.numel(), keys=None, input_gradient=input_gradient, recomputed=recomputed
+        place=place, multiplies=layer.multiplies, keys=None, input_gradient=input_gradient, recomputed=recomputed
     )
 
 

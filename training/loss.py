@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from training.errors import TrainingError
+from training.rules import NO_WEIGHT
 from training.run_config import LossConfig
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -61,10 +62,7 @@ def timestep_weights(config: LossConfig, signal: torch.Tensor, prediction_type: 
     Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227.
     """
     if config.weighting == "min_snr" and signal[-1] <= 0:
-        raise TrainingError(
-            'loss.weighting="min_snr" on a noise schedule of zero terminal SNR: its last step would have weight 0 and '
-            'never be learned; take "plain" or "debiased"'
-        )
+        raise TrainingError(NO_WEIGHT)
     snr = signal / (1 - signal)
     noise_to_predict = prediction_type == "epsilon"
     if config.weighting == "min_snr":

@@ -1,6 +1,6 @@
 """Bytes of device memory that a training run needs, from configs alone: weights and their copies, then activations.
 
-Closed forms over a model's modules; what libraries and kernels take beside them is one constant.
+Closed forms over a model's layers, without torch; what libraries and kernels take beside them is one constant.
 """
 
 import functools
@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
-
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
-from training.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate, meta_model
+from training.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate
 from training.run_config import OptimizerName, RunConfig
+from training.unet_layers import Layer, unet_layers
 
 CONTEXT_BYTES = 3e9
 """CUDA context, libraries and their workspaces. performance.md section 1.3."""
@@ -139,43 +137,42 @@ class _Saved:
 
 @functools.lru_cache(maxsize=8)
 def _unet_saved(config: str) -> tuple[_Saved, ...]:
-    num_levels = len(json.loads(config)["block_out_channels"])
+    described = json.loads(config)
     found = []
-    for name, module in meta_model(UNet2DConditionModel, config).named_modules():
+    for layer in unet_layers(described):
         plain = norm = recast = unit_input = 0.0
-        match module:
-            case torch.nn.GroupNorm() | torch.nn.LayerNorm():
-                channels = module.num_channels if isinstance(module, torch.nn.GroupNorm) else module.normalized_shape[0]
-                in_residual = ".resnets." in name or name == "conv_norm_out"
-                norm = channels * (2 if in_residual else 1)  # there its output is kept too, for the SiLU behind it
-                unit_input = channels if name.endswith(".norm1") else 0.0
-            case torch.nn.Conv2d() if name.endswith("conv_shortcut"):
-                recast = module.in_channels  # else it reads what norm1 has kept
-            case torch.nn.Conv2d():
-                plain = module.in_channels * (4 if module.stride[0] == 2 else 1)
-            case torch.nn.Linear():
-                plain = _linear_saved(name, module)
-                recast = module.in_features if name.endswith(("attn1.to_k", "attn1.to_v")) else 0.0
+        match layer.kind:
+            case "group_norm" | "layer_norm":
+                in_residual = ".resnets." in layer.name or layer.name == "conv_norm_out"
+                norm = layer.outputs * (2 if in_residual else 1)  # there its output is kept too, for the SiLU behind it
+                unit_input = layer.outputs if layer.name.endswith(".norm1") else 0.0
+            case "conv" if layer.name.endswith("conv_shortcut"):
+                recast = layer.inputs  # else it reads what norm1 has kept
+            case "conv":
+                plain = layer.inputs * layer.stride**2
+            case "linear":
+                plain = _linear_saved(layer)
+                recast = layer.inputs if layer.name.endswith(("attn1.to_k", "attn1.to_v")) else 0.0
         if plain or norm or recast:
-            place = locate(name, num_levels)
+            place = locate(layer.name, len(described["block_out_channels"]))
             found.append(_Saved(place=place, plain=plain, norm=norm, recast=recast, unit_input=unit_input))
     return tuple(item for item in found if item.place.count != "once")
 
 
-def _linear_saved(name: str, module: torch.nn.Linear) -> float:
+def _linear_saved(layer: Layer) -> float:
     """Numbers per position that a linear layer and what follows it keep; shared inputs are counted once."""
-    if name.endswith("to_q"):
-        return module.in_features + module.out_features
-    if name.endswith(("to_k", "to_v")):
-        return module.out_features
-    if name.endswith("ff.net.0.proj"):
-        return module.in_features + 1.5 * module.out_features  # both halves, and the gate after its GELU
-    return module.in_features
+    if layer.name.endswith("to_q"):
+        return layer.inputs + layer.outputs
+    if layer.name.endswith(("to_k", "to_v")):
+        return layer.outputs
+    if layer.name.endswith("ff.net.0.proj"):
+        return layer.inputs + 1.5 * layer.outputs  # both halves, and the gate after its GELU
+    return layer.inputs
 
 
 @functools.lru_cache(maxsize=8)
 def _unet_parameters(config: str) -> int:
-    return sum(parameter.numel() for parameter in meta_model(UNet2DConditionModel, config).parameters())
+    return sum(layer.num_parameters for layer in unet_layers(json.loads(config)))
 
 
 def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from training import seeds
 from training.errors import TrainingError
+from training.rules import NOTHING_TO_PREDICT
 from training.seeds import Purpose
 
 
@@ -27,10 +28,7 @@ def alphas_cumprod(noise_scheduler_config: Mapping[str, Any]) -> torch.Tensor:
     shares = scheduler.alphas_cumprod.float()
     prediction_type = noise_scheduler_config.get("prediction_type", "epsilon")
     if shares[-1] <= 0 and prediction_type == "epsilon":
-        raise TrainingError(
-            "the base model's schedule has zero terminal SNR (rescale_betas_zero_snr) but prediction_type='epsilon'; "
-            "such a schedule needs v_prediction"
-        )
+        raise TrainingError(NOTHING_TO_PREDICT)
     return shares
 
 

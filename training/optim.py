@@ -1,23 +1,18 @@
 """The optimizer, its learning rates, whose clock is samples trained on, and its state as plain tensors."""
 
 import math
-import re
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from training.errors import ConfigError
+from training.rules import EIGHT_BIT, check_installed
 from training.run_config import OptimizerConfig
 
 UNET, TEXT_ENCODERS = "unet", "text_encoders"
 # What steps change in a group itself: a counter, and Prodigy's estimate of its rate.
 _GROUP_STATE = ("step", "d", "d_max", "d_hat", "d_numerator", "d_de_nom")
-# Kohaku XL Delta's page.
-_FIRST_BROKEN, _LAST_BROKEN = (0, 36, 0), (0, 41, 0)
-EIGHT_BIT = ("adamw_8bit", "lion_8bit")
-"""Optimizers that bitsandbytes has."""
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
 
 
@@ -136,27 +131,6 @@ def _groups(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> lis
         for name, params in members.items()
         if params
     ]
-
-
-def check_installed(config: OptimizerConfig) -> None:
-    """Check that the library of an optimizer is there, where it is an optional one.
-
-    Raises:
-        ConfigError: bitsandbytes is missing, or a version with known errors.
-    """
-    if config.name not in EIGHT_BIT:
-        return
-    try:
-        version = metadata.version("bitsandbytes")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"optimizer.name={config.name} needs bitsandbytes, which is not installed: run `pip install "
-            "'diffusion-foundry[gpu8bit]'`, or take adamw or lion"
-        ) from None
-    if _FIRST_BROKEN <= tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) <= _LAST_BROKEN:
-        raise ConfigError(
-            f"bitsandbytes {version}: 8-bit optimizers of 0.36.0 to 0.41.0 are known to be wrong; install a newer one"
-        )
 
 
 def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

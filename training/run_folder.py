@@ -104,6 +104,21 @@ def read_inputs(folder: Path) -> RunInputs:
     return RunInputs(**{name: values[name] for name in names})
 
 
+def checked_training_set(inputs: RunInputs) -> Path:
+    """The file of the frozen set, checked against the digest in `inputs.json`.
+
+    Raises:
+        DamageError: it is gone or changed.
+    """
+    path = inputs.training_set
+    found = commit.sha256_file(path) if path.is_file() else "no such file"
+    if found != inputs.training_set_sha256:
+        raise DamageError(
+            f"training set {path}: {found[:16]}, inputs.json says SHA-256 {inputs.training_set_sha256[:16]}"
+        )
+    return path
+
+
 def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path, vae: Path | None) -> bool:
     """Point the inputs of a run that came back from a bundle to the workspace's own files.
 

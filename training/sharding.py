@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
-from training.errors import ConfigError
 from training.offload import Offload
 from training.ranks import Ranks
+from training.rules import shares_optimizer
 from training.run_config import RunConfig
 
 
@@ -22,21 +22,6 @@ def assign_owners(parameters: Mapping[str, torch.nn.Parameter], num_ranks: int) 
         owners[name] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
         loads[owners[name]] += parameters[name].numel()
     return {name: owners[name] for name in parameters}
-
-
-def shares_optimizer(config: RunConfig, num_ranks: int) -> bool:
-    """Whether a run of so many ranks shares its optimizer's state.
-
-    Raises:
-        ConfigError: it would, and the optimizer needs all parameters at once.
-    """
-    active = config.compute.shard_optimizer and num_ranks > 1
-    if active and config.optimizer.name == "prodigy":
-        raise ConfigError(
-            "compute.shard_optimizer=true: prodigy estimates one rate from all parameters, so no rank can hold a "
-            "part of them; take another optimizer or false"
-        )
-    return active
 
 
 class Sharding:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, commit, run_folder, toml
+from training import checkpoint, run_folder, toml
 from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
 from training.data import vocabulary
 from training.dataset import Dataset
 from training.device_defaults import CPU, Device, resolve_run
 from training.ema import Ema
-from training.errors import DamageError, ModelError, TrainingError
+from training.errors import ModelError, TrainingError
 from training.flops import Flops, ModelConfigs, peak_flops, training_flops
 from training.latent_source import LatentSource
 from training.models.compute import apply_compute
@@ -25,7 +25,7 @@ from training.optim import make_optimizer
 from training.precision import Arithmetic
 from training.ranks import Ranks
 from training.run_config import RunConfig
-from training.run_folder import READY, RunInputs
+from training.run_folder import READY, RunInputs, checked_training_set
 from training.sharding import Sharding
 
 
@@ -184,18 +184,3 @@ def _load(source: Path, vae: Path | None, config: RunConfig) -> PipelineParts:
     for encoder in parts.text_encoders:
         encoder.config.name_or_path = ""
     return parts
-
-
-def checked_training_set(inputs: RunInputs) -> Path:
-    """The file of the frozen set, checked against the digest in `inputs.json`.
-
-    Raises:
-        DamageError: it is gone or changed.
-    """
-    path = inputs.training_set
-    found = commit.sha256_file(path) if path.is_file() else "no such file"
-    if found != inputs.training_set_sha256:
-        raise DamageError(
-            f"training set {path}: {found[:16]}, inputs.json says SHA-256 {inputs.training_set_sha256[:16]}"
-        )
-    return path

@@ -10,12 +10,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from training.data.clip_tokenizer import ClipTokenizer
 from training.data.prompt_maker import PromptMaker
 from training.data.samples import Samples
 from training.data.vocabulary import Vocabulary
@@ -43,19 +43,6 @@ class _Task:
     tokenizer: str
     """The first text encoder's, as JSON."""
     epoch: int | None
-
-
-class _Plain:
-    """A tokenizer that transformers, and torch with it, need not be loaded for."""
-
-    bos_token_id = eos_token_id = pad_token_id = 0
-
-    def __init__(self, described: str) -> None:
-        self.backend_tokenizer = Tokenizer.from_str(described)
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, truncation: bool, verbose: bool) -> Any:
-        encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": [one.ids for one in encoded]}
 
 
 def count_in_processes(
@@ -115,5 +102,6 @@ def main() -> None:
     """Read a task from standard input, and write a byte for each row's chunks."""
     task: _Task = pickle.load(sys.stdin.buffer)  # noqa: S301  # our parent's own words
     samples = Samples(task.path, task.groups)
-    maker = PromptMaker(samples, task.vocabulary, task.config, task.seed, [_Plain(task.tokenizer)])
+    tokenizer = ClipTokenizer(Tokenizer.from_str(task.tokenizer), 0, 0, 0)  # a count asks for no special tokens
+    maker = PromptMaker(samples, task.vocabulary, task.config, task.seed, [tokenizer])
     sys.stdout.buffer.write(maker.count_chunks(task.rows, task.epoch).astype(np.uint8).tobytes())

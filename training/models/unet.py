@@ -22,9 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from training import base_model
 from training.data.tokens import CHUNK_LENGTH
-from training.errors import ConfigError, ModelError
+from training.errors import ModelError
 from training.models import single_file, weights
 from training.models.text_encoders import load_tokenizer
+from training.rules import change_schedule
 
 Family = Literal["sdxl", "sd1"]
 
@@ -87,49 +88,18 @@ def with_schedule(
 
     Args:
         parts: The model; it is left as it is.
-        prediction_type: See `change_schedule`.
-        zero_terminal_snr: See `change_schedule`.
+        prediction_type: See `rules.change_schedule`.
+        zero_terminal_snr: See `rules.change_schedule`.
 
     Raises:
         ConfigError: the last step holds no signal and the noise is to be predicted.
     """
     config = change_schedule(parts.noise_scheduler_config, prediction_type, zero_terminal_snr=zero_terminal_snr)
-    return replace(parts, noise_scheduler_config=config)
-
-
-def change_schedule(
-    noise_scheduler_config: Mapping[str, Any],
-    prediction_type: Literal["base", "epsilon", "v_prediction"],
-    *,
-    zero_terminal_snr: bool,
-) -> dict[str, Any]:
-    """A noise scheduler's config with another prediction type or schedule.
-
-    Args:
-        noise_scheduler_config: The base model's.
-        prediction_type: What the UNet is to predict; `base` for what it does.
-        zero_terminal_snr: Rescale the schedule so that its last step holds no signal; False leaves it as it is.
-
-    Raises:
-        ConfigError: the last step holds no signal and the noise is to be predicted.
-
-    Source: arXiv:2305.08891, algorithm 1 (rescaling) and section 3.3 (samplers must begin at the last step).
-    """
-    config = dict(noise_scheduler_config)
-    if prediction_type != "base":
-        config["prediction_type"] = prediction_type
     if zero_terminal_snr:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         scheduler = getattr(diffusers, config["_class_name"], None)
         if scheduler is None or "rescale_betas_zero_snr" not in inspect.signature(scheduler.__init__).parameters:
             config["_class_name"] = "DDIMScheduler"  # PNDM, the sampler that SD 1.x names, does not know the option
-    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
-        whose = "zero_terminal_snr=true" if zero_terminal_snr else "the base model's schedule has zero terminal SNR"
-        raise ConfigError(
-            f'{whose}, and the UNet is to predict the noise (prediction_type="{prediction_type}"): the last step holds '
-            'no signal, is asked for its own input and learns nothing; take prediction_type="v_prediction"'
-        )
-    return config
+    return replace(parts, noise_scheduler_config=config)
 
 
 def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineParts:
