@@ -16,6 +16,7 @@ from resources import devices, generations
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from training import progress, toml
+from training.data.bucket_plans import follows_picture
 from training.data.geometry import Box, Size
 from training.data.latent_files import Generation, read_generation
 from training.data.latent_files import generations as numbers_of
@@ -35,7 +36,16 @@ def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
     return {_BOXES.label: digest or "none"}
 
 
+def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
+    """What only some encodings read: boxes, and sizes of pictures where these follow from no bucket."""
+    found = dict(_watermarks_read(store, key))
+    if follows_picture(store.config.encodings[STAGE.encoding(key)].buckets):
+        found[_SIZES.label] = store.slice_digest(STAGE, _SIZES, key) or "none"
+    return found
+
+
 _BOXES = Reads("watermark_boxes", ("image_id", "boxes"), Per.SHARD)
+_SIZES = Reads("bucket_assignments", ("image_id", "resized_height", "resized_width"), Per.ENCODING_ROWS)
 STAGE = Stage(
     name="latents",
     version=2,
@@ -50,7 +60,7 @@ STAGE = Stage(
     ),
     config=lambda config, key: config.encodings[key.partition("|")[0]],
     models=("vae",),
-    others=_watermarks_read,
+    others=_read_by_some,
 )
 
 
@@ -144,7 +154,7 @@ def pictures(store: Store, key: str) -> list[Picture]:
     """The kept images of a shard that have a bucket."""
     assigned = store.read_slice(STAGE, "bucket_assignments", key)
     chosen = store.read_slice(STAGE, "selected_images", key)
-    marked = _boxes(store, key)
+    marked, sizes = _boxes(store, key), _sizes(store, key)
     return [
         Picture(
             image_id=row["image_id"],
@@ -154,11 +164,21 @@ def pictures(store: Store, key: str) -> list[Picture]:
             flip=row["flip"],
             crop_box=None if row["crop_box"] is None else Box(**row["crop_box"]),
             padded=row["padded"],
+            resized=sizes.get(row["image_id"]),
             measured=row["split"] == "validation" or row["stable"],
             watermarks=marked.get(row["image_id"], ()),
         )
         for row in assigned.join(chosen, on="image_id", how="inner").sort("image_id").iter_rows(named=True)
     ]
+
+
+def _sizes(store: Store, key: str) -> dict[str, Size]:
+    """What pictures are resized to, by image_id; empty where a picture's bucket says it."""
+    encoding = STAGE.encoding(key)
+    if not follows_picture(store.config.encodings[encoding].buckets):
+        return {}
+    rows = store.read("bucket_assignments", _SIZES.columns, [encoding])
+    return {image_id: Size(height, width) for image_id, height, width in rows.iter_rows()}
 
 
 def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:

@@ -214,6 +214,7 @@ def test_what_is_encoded_already_is_copied_bit_for_bit_and_only_the_rest_encoded
         (0, {"padded": True}),
         (7, {"padded": False}),
         (6, {"crop_box": Box(0, 60, 20, 80)}),
+        (0, {"resized": Size(48, 88)}),
     ],
 )
 def test_a_picture_whose_placement_changed_is_encoded_anew(pictures, encode, number, change):

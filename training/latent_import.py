@@ -170,7 +170,7 @@ class LatentImport:
             return Refusal.UNREADABLE
         wanted = place(
             picture.original, picture.bucket, mode="centre", seed=0, generation=1, image_id=picture.image_id,
-            flip=picture.flip, padded=picture.padded, upscale=True,
+            flip=picture.flip, padded=picture.padded, upscale=True, resized=picture.resized,
         )  # fmt: skip
         placement = formats.fit(foreign, wanted, self.vae.scale)
         return placement if isinstance(placement, Refusal) else (foreign, placement)

@@ -46,6 +46,8 @@ class Picture:
     crop_box: Box | None
     padded: bool = False
     """Padded to its bucket instead of cropped."""
+    resized: Size | None = None
+    """What it is resized to; None for the smallest size that covers its bucket."""
     measured: bool = False
     """On the validation or the stable list: in latent files of their own, so that a trainer that fetches files can
     measure before the others have arrived."""
@@ -162,6 +164,7 @@ def reusable_rows(
             continue
         was, drawn = placement_of(row), encoding.crop != "centre" and picture.crop_box is None and not picture.padded
         same = (was.original, was.bucket, was.flip) == (picture.original, picture.bucket, picture.flip)
+        same &= picture.resized in (None, was.resized)
         if same and (_is_padded(was) == picture.padded):
             now = was if drawn else _place(picture, encoding, previous.number, None)
             if now == was:
@@ -218,7 +221,7 @@ def _place(picture: Picture, encoding: EncodingConfig, generation: int, pixels: 
         image_id=picture.image_id, flip=picture.flip, crop_box=picture.crop_box, padded=picture.padded,
         avoid=[box for box, confidence in picture.watermarks if limit and confidence >= limit],
         importance=importance(pixels) if looks and pixels is not None else None,
-        upscale=encoding.buckets.allow_upscale,
+        upscale=encoding.buckets.allow_upscale, resized=picture.resized,
     )  # fmt: skip
 
 

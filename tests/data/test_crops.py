@@ -142,6 +142,40 @@ def test_a_picture_of_another_size_is_refused():
         crops.apply(np.zeros((300, 200, 3), np.uint8), p)
 
 
+@given(
+    bucket=bucket_sizes,
+    over=st.tuples(st.integers(0, 63), st.integers(0, 63)),
+    mode=st.sampled_from(["random", "centre", "subject"]),
+    box=st.none() | st.tuples(*[st.floats(0, 1)] * 4),
+    generation=st.integers(0, 5),
+)
+def test_a_picture_that_keeps_its_size_is_cut_along_both_sides(bucket, over, mode, box, generation):
+    own = Size(bucket.height + over[0], bucket.width + over[1])
+    p = crops.place(
+        own, bucket, mode=mode, seed=0, generation=generation, image_id="a", resized=own,
+        crop_box=None if box is None else box_of(own, box), importance=np.ones((7, 5), np.float32),
+    )  # fmt: skip
+    assert p.resized == own
+    assert 0 <= p.crop_top <= over[0]
+    assert 0 <= p.crop_left <= over[1]
+    if mode == "centre" and box is None:
+        assert (p.crop_top, p.crop_left) == (over[0] // 2, over[1] // 2)
+    pixels = np.random.default_rng(generation).integers(0, 256, (*own, 3), dtype=np.uint8)
+    shown = pixels[p.crop_top : p.crop_top + bucket.height, p.crop_left : p.crop_left + bucket.width]
+    assert np.array_equal(crops.apply(pixels, p), shown), "not resized at all"
+
+
+def test_random_crops_along_both_sides_reach_all_corners():
+    own, bucket = Size(130, 131), Size(128, 128)
+    corners = {
+        (p.crop_top, p.crop_left)
+        for p in (
+            crops.place(own, bucket, mode="random", seed=0, generation=g, image_id="a", resized=own) for g in range(200)
+        )
+    }
+    assert corners == {(top, left) for top in range(3) for left in range(4)}
+
+
 @settings(max_examples=40, deadline=None)
 @given(bucket=bucket_sizes, generation=st.integers(0, 20), flip=st.booleans(), padded=st.booleans())
 def test_a_mapped_box_is_where_the_pixels_are(bucket, generation, flip, padded):

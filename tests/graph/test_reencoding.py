@@ -4,6 +4,7 @@ import shutil
 from datetime import UTC, datetime
 
 import dagster as dg
+import polars as pl
 import pytest
 from graph_tools import foundry
 
@@ -71,6 +72,19 @@ def test_a_changed_selection_copies_what_is_encoded_already(small_copy):
     config.write_text(config.read_text().replace('crop = "random"', 'crop = "centre"'))
     foundry("run", "--home", small_copy, "--select", "latents")
     assert generation(small_copy, 3).manifest.report["numbers"]["copied from the generation before"] == 0
+
+
+def test_pictures_that_keep_their_size_are_encoded_as_they_were_assigned(small_copy):
+    config = small_copy / "foundry.toml"
+    own = 'plan = "kohya"\narea = 4_194_304\nno_upscale = true'
+    config.write_text(config.read_text().replace('plan = "bigasp_v1"', own))
+    foundry("run", "--home", small_copy, "--select", "latents")
+    store, sides = Store(small_copy), ["image_id", "resized_height", "resized_width", "bucket_height", "bucket_width"]
+    assigned = store.read("bucket_assignments", sides, ["sdxl"]).sort("image_id")
+    encoded = store.read("latents", sides, ["sdxl|s000000"]).sort("image_id")
+    assert encoded.rows() == assigned.rows()
+    both = (pl.col("resized_height") > pl.col("bucket_height")) & (pl.col("resized_width") > pl.col("bucket_width"))
+    assert encoded.filter(both).height > 0, "some are cut along both sides"
 
 
 @pytest.mark.parametrize(("age", "asked"), [(0.0, 1), (24.0, 0)])

@@ -151,31 +151,36 @@ def _nearest(source: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _own_sizes(source: np.ndarray, config: BucketConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """kohya's no_upscale: bucket and resized size of each picture, `(N, 2)`, and whether a step fits into it.
 
-    A picture beyond the area shrinks to it; of the two ways to round one side down to the step, the one that keeps the
-    shape better is taken. Then both sides are cut to the step.
+    A picture beyond the area shrinks to it, with one side rounded to the step. Which side: that whose bucket, both
+    sides in whole steps, keeps the picture's shape better; on a tie the height. Then both sides are cut to the step.
 
     Source: kohya-ss/sd-scripts, library/train_util.py, BucketManager.select_bucket.
     """
     area, step = config.value("area") // config.scale**2, config.value("step") // config.scale
     aspect = source[:, 1] / source[:, 0]
-    width, height = np.sqrt(area * aspect), np.sqrt(area / aspect)
-    by_width = np.floor(width / step) * step
-    by_height = np.floor(height / step) * step
-    a = np.stack([np.floor(by_width / aspect + 0.5), by_width], axis=1)
-    b = np.stack([by_height, np.floor(by_height * aspect + 0.5)], axis=1)
+    width = np.sqrt(area * aspect)
+    by_width = _round(width) // step * step
+    by_height = _round(area / width) // step * step
+    a = np.stack([_round(by_width / aspect), by_width], axis=1)
+    b = np.stack([by_height, _round(by_height * aspect)], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        better_a = np.abs(a[:, 1] / a[:, 0] - aspect) < np.abs(b[:, 1] / b[:, 0] - aspect)
-    shrunk = np.where(better_a[:, None], a, b).astype(np.int64)
-    resized = np.where((source.prod(axis=1) > area)[:, None], np.minimum(shrunk, source), source)
+        error_a, error_b = (np.abs(c[:, 1] / c[:, 0] - aspect) for c in (a // step * step, b // step * step))
+    shrunk = np.where((error_a < error_b)[:, None], a, b)
+    resized = np.where((source.prod(axis=1) > area)[:, None], shrunk, source)
     bucket = resized // step * step
     fits = (bucket > 0).all(axis=1)
     return np.maximum(bucket, step), resized, fits
 
 
+def _round(sides: np.ndarray) -> np.ndarray:
+    """To whole pixels, halves up."""
+    return (sides + 0.5).astype(np.int64)
+
+
 def _cover(size: np.ndarray, bucket: np.ndarray) -> np.ndarray:
     """The smallest resize that covers the bucket, one side equal to it; `(N, 2)`."""
     scale = (bucket / size).max(axis=1, keepdims=True)
-    return (size * scale + 0.5).astype(np.int64)
+    return _round(size * scale)
 
 
 def _contain(size: np.ndarray, bucket: np.ndarray, *, allow_upscale: bool) -> np.ndarray:
@@ -183,7 +188,7 @@ def _contain(size: np.ndarray, bucket: np.ndarray, *, allow_upscale: bool) -> np
     scale = (bucket / size).min(axis=1, keepdims=True)
     if not allow_upscale:
         scale = np.minimum(scale, 1.0)
-    return np.maximum((size * scale + 0.5).astype(np.int64), 1)
+    return np.maximum(_round(size * scale), 1)
 
 
 def _padded(placed: pl.DataFrame, cut: np.ndarray, config: UpCropConfig, seed: int) -> np.ndarray:

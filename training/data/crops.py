@@ -33,10 +33,12 @@ def place(
     importance: np.ndarray | None = None,
     padded: bool = False,
     upscale: bool = False,
+    resized: Size | None = None,
 ) -> Placement:
     """Resize a picture until it just covers its bucket, and choose which part of the overhang to cut; or pad it.
 
-    The resized picture equals the bucket along one side, so the crop moves along the other.
+    The resized picture equals the bucket along one side, so the crop moves along the other, unless `resized` says what
+    it is resized to: then it may overhang along both, which are chosen one after the other.
 
     Args:
         original: Upright source size, px.
@@ -53,10 +55,11 @@ def place(
         importance: `(h, w)` over the upright source, for `subject`.
         padded: Fit the whole picture into the bucket, in its middle, instead of cropping.
         upscale: The picture may grow.
+        resized: What it is resized to, at least its bucket's size; None for the smallest size that covers the bucket.
 
     Returns:
-        A placement that covers the bucket with one side of `resized` equal to the bucket's and none shorter; or,
-        padded, one that lies within it with none longer.
+        A placement that covers the bucket, none of its sides shorter; or, padded, one that lies within it with none
+        longer.
 
     Raises:
         DataError: the picture would have to grow, or `subject` has no importance to go by.
@@ -64,32 +67,36 @@ def place(
     Source: bigASP's encode-vaes.py (cover, int(x * scale + 0.5), random offset); SDXL report, arXiv:2307.01952,
     section 2.2 (crop in pixels of the resized image).
     """
+    if mode == "subject" and crop_box is None and importance is None and not padded:
+        raise DataError(f"image {image_id}: crop mode 'subject' needs the picture's importance map")
     if padded:
         resized = contain(original, bucket, upscale=upscale)
         top, left = (bucket.height - resized.height) // 2, (bucket.width - resized.width) // 2
         return Placement(original, resized, 0, 0, bucket, flip, pad_top=top, pad_left=left)
-    resized = cover(original, bucket, upscale=upscale)
-    axis = 0 if resized.height > bucket.height else 1
-    slack, side, scale = resized[axis] - bucket[axis], bucket[axis], resized[axis] / original[axis]
-    if crop_box is not None:
-        centre = (crop_box[axis] + crop_box[axis + 2]) / 2 * scale
-        offset = min(max(round(centre - side / 2), 0), slack)
-    else:
+    resized = resized or cover(original, bucket, upscale=upscale)
+    rng = seeds.generator(seed, seeds.Purpose.CROP, generation, image_id)
+    offsets = [0, 0]
+    for axis in (0, 1):
+        slack, side, scale = resized[axis] - bucket[axis], bucket[axis], resized[axis] / original[axis]
+        if slack == 0:
+            continue
+        if crop_box is not None:
+            centre = (crop_box[axis] + crop_box[axis + 2]) / 2 * scale
+            offsets[axis] = min(max(round(centre - side / 2), 0), slack)
+            continue
         allowed = np.arange(slack + 1)
         if mode == "subject":
-            if importance is None:
-                raise DataError(f"image {image_id}: crop mode 'subject' needs the picture's importance map")
+            assert importance is not None
             kept = _kept(importance.sum(axis=1 - axis), resized[axis], side, allowed)
             allowed = allowed[kept >= _KEPT_SHARE * kept.max()]
         if avoid:
             inside = _overlap(avoid, axis, scale, side, allowed)
             allowed = allowed[inside <= inside.min() + 1e-6]
         if mode == "centre":
-            offset = int(allowed[np.argmin(np.abs(allowed - slack // 2))])
+            offsets[axis] = int(allowed[np.argmin(np.abs(allowed - slack // 2))])
         else:
-            rng = seeds.generator(seed, seeds.Purpose.CROP, generation, image_id)
-            offset = int(allowed[rng.randrange(len(allowed))])
-    return Placement(original, resized, offset * (1 - axis), offset * axis, bucket, flip)
+            offsets[axis] = int(allowed[rng.randrange(len(allowed))])
+    return Placement(original, resized, offsets[0], offsets[1], bucket, flip)
 
 
 def cover(original: Size, bucket: Size, *, upscale: bool = False) -> Size:
