@@ -12,9 +12,7 @@ from typing import Literal
 import torch
 
 from training.ranks import Pending, Ranks
-
-SLICE_NUMBERS = 32_000_000
-"""Gradients that one message holds at most: 128 MB, which bounds what a gather of all ranks' takes."""
+from training.run_config import SLICE_NUMBERS
 
 Mode = Literal["canonical", "fast"]
 

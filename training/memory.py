@@ -5,24 +5,25 @@ Closed forms over a model's layers, without torch; what libraries and kernels ta
 
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
 from training.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate
-from training.run_config import OptimizerName, RunConfig
+from training.run_config import SLICE_NUMBERS, OptimizerName, RunConfig
 from training.unet_layers import Layer, unet_layers
+
+Shape = tuple[int, ...]
 
 CONTEXT_BYTES = 3e9
 """CUDA context, libraries and their workspaces. performance.md section 1.3."""
 
-# Optimizer state per trained parameter. Adafactor keeps a row and a column of each matrix, which is next to nothing;
-# Prodigy keeps the first weights and a running sum beside AdamW's two.
-_STATE_BYTES: dict[OptimizerName, int] = {
-    "adamw": 8, "adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "adafactor": 0, "prodigy": 16,
-}  # fmt: skip
+# Optimizer state per trained parameter; Adafactor's follows from shapes. Prodigy keeps the first weights and a running
+# sum beside AdamW's two moments.
+_STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "prodigy": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +37,9 @@ class MemoryEstimate:
     weights: float
     """Trained weights, their fp32 master copy or 16-bit casts, and frozen text encoders."""
     gradients: float
-    """Of trained weights."""
+    """Of trained weights, with what summing them over ranks takes."""
     optimizer: float
-    """Its state, this rank's share where it is sharded."""
+    """Its state, a rank's mean share where it is sharded."""
     ema: float
     """Averaged weights, fp32, this rank's share where the optimizer is sharded."""
     activations: float
@@ -66,13 +67,14 @@ def estimate_memory(
         num_ranks: Devices of the run.
     """
     numbers = range(len(model.text_encoders))
-    unet = _unet_parameters(frozen(model.unet))
-    total = unet + sum(
+    unet = _unet_shapes(frozen(model.unet))
+    total = _count(unet) + sum(
         encoder_parameters(encoder, num_layers=encoder["num_hidden_layers"], embeddings=True, projects=number == 1)
         + 2 * int(encoder["hidden_size"])
         for number, encoder in enumerate(model.text_encoders)
     )
-    trained = unet + sum(_trained_encoder_parameters(model, number, config) for number in numbers)
+    shapes = [*unet, *(shape for number in numbers for shape in _trained_encoder_shapes(model, number, config))]
+    trained = _count(shapes)
     ranks = num_ranks if config.compute.shard_optimizer else 1
     # Autocast casts fp32 weights once per pass and keeps the casts till its end; bf16 weights have an fp32 master.
     copies = {"fp32": 4.0, "bf16": 2 + 4 / ranks}.get(config.precision, 6.0)
@@ -82,11 +84,34 @@ def estimate_memory(
         num_parameters=total,
         num_trained=trained,
         weights=trained * copies + (total - trained) * (2 if config.precision == "bf16" else 4),
-        gradients=trained * 4,
-        optimizer=trained * _STATE_BYTES[config.optimizer.name] / ranks,
+        gradients=_gradient_bytes(trained, config, num_ranks),
+        optimizer=state_bytes(config.optimizer.name, shapes) / ranks,
         ema=trained * 4 / ranks if config.optimizer.ema_half_life_samples else 0,
         activations=sample * config.batch.micro_batch_size,
     )
+
+
+def _gradient_bytes(trained: int, config: RunConfig, num_ranks: int) -> float:
+    """The fp32 buffer; where ranks' micro-batches are added one by one, their sum and one slice of every rank beside."""
+    if config.reduction == "fast" or num_ranks == 1:
+        return 4.0 * trained
+    return 4.0 * (2 * trained + num_ranks * min(trained, SLICE_NUMBERS))
+
+
+def state_bytes(optimizer: OptimizerName, shapes: Sequence[Shape]) -> int:
+    """What an optimizer keeps of trained weights of these shapes from its first step on.
+
+    Adafactor keeps two means of the squared gradient, over the last side of a shape and over the one before, and all of
+    it for vectors: next to nothing of a linear layer, two thirds of a 3x3 convolution. arXiv:1804.04235, section 4.
+    """
+    if optimizer != "adafactor":
+        return _count(shapes) * _STATE_BYTES[optimizer]
+    kept = [part for shape in shapes for part in _factors(shape)]
+    return 4 * _count(kept)
+
+
+def _factors(shape: Shape) -> tuple[Shape, ...]:
+    return (shape[:-1], (*shape[:-2], shape[-1])) if len(shape) > 1 else (shape,)
 
 
 def activation_bytes(unet: Mapping[str, Any], config: RunConfig, height: int, width: int, tokens: int) -> float:
@@ -170,9 +195,13 @@ def _linear_saved(layer: Layer) -> float:
     return layer.inputs
 
 
+def _count(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
 @functools.lru_cache(maxsize=8)
-def _unet_parameters(config: str) -> int:
-    return sum(layer.num_parameters for layer in unet_layers(json.loads(config)))
+def _unet_shapes(config: str) -> tuple[Shape, ...]:
+    return tuple(shape for layer in unet_layers(json.loads(config)) for shape in layer.shapes)
 
 
 def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> int:
@@ -184,21 +213,28 @@ def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings
         embeddings: Count token and position embeddings.
         projects: Count the projection of the pooled output.
     """
+    return _count(_encoder_shapes(config, num_layers=num_layers, embeddings=embeddings, projects=projects))
+
+
+def _encoder_shapes(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> list[Shape]:
     width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width  # attention, two linear, two norms
-    embedded = (config["vocab_size"] + config["max_position_embeddings"]) * width if embeddings else 0
-    return int(embedded + num_layers * layer + (width * config["projection_dim"] if projects else 0))
+    attention = [(width, width), (width,)] * 4
+    norms = [(width,)] * 4
+    shapes: list[Shape] = [*attention, (inner, width), (inner,), (width, inner), (width,), *norms] * num_layers
+    if embeddings:
+        shapes += [(int(config[rows]), width) for rows in ("vocab_size", "max_position_embeddings")]
+    return [*shapes, (int(config["projection_dim"]), width)] if projects else shapes
 
 
-def _trained_encoder_parameters(model: ModelConfigs, number: int, config: RunConfig) -> int:
+def _trained_encoder_shapes(model: ModelConfigs, number: int, config: RunConfig) -> list[Shape]:
     encoder, num_layers = model.text_encoders[number], model.trained_layers(number, config)
     if not num_layers:
-        return 0
-    size = encoder_parameters(
+        return []
+    shapes = _encoder_shapes(
         encoder, num_layers=num_layers, embeddings=not config.freeze_embeddings, projects=number == 1
     )
     # SDXL reads its first encoder before the final norm.
-    return size if model.family == "sdxl" and number == 0 else size + 2 * int(encoder["hidden_size"])
+    return shapes if model.family == "sdxl" and number == 0 else [*shapes, *[(int(encoder["hidden_size"]),)] * 2]
 
 
 def _encoder_activation_bytes(model: ModelConfigs, number: int, config: RunConfig) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.errors import ConfigError
+from training.errors import ConfigError, TrainingError
 from training.rules import EIGHT_BIT, check_installed
 from training.run_config import OptimizerConfig
 
@@ -14,6 +14,10 @@ UNET, TEXT_ENCODERS = "unet", "text_encoders"
 # What steps change in a group itself: a counter, and Prodigy's estimate of its rate.
 _GROUP_STATE = ("step", "d", "d_max", "d_hat", "d_numerator", "d_de_nom")
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
+# State of torch's Adafactor, which earlier versions trained with.
+_TORCH_ADAFACTOR = frozenset({"row_var", "col_var", "variance"})
+_GROUP_NUMBERS = 64_000_000
+"""Weights of one group, about: pytorch-optimizer steps a group as one list, with an update of each weight beside it."""
 
 
 def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
@@ -33,12 +37,17 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
     if config.name == "adamw":
         # Fused: one pass over the weights.
         return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True, **decay)
-    if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, d=config.clip_threshold, **decay)
     if config.name in EIGHT_BIT:
         return _make_8bit(config, groups)
     import pytorch_optimizer
 
+    groups = [part for group in groups for part in _divide(group)]
+    if config.name == "adafactor":
+        # The rate is the schedule's alone, and the second moment's decay has no cap: one that no step reaches.
+        return pytorch_optimizer.AdaFactor(
+            groups, betas=(None, math.nextafter(1, 0)), clip_threshold=config.clip_threshold, scale_parameter=False,
+            relative_step=False, **decay,
+        )  # fmt: skip
     if config.name == "lion":
         return pytorch_optimizer.Lion(groups, betas=config.betas, **decay)
     return pytorch_optimizer.Prodigy(groups, betas=config.betas, eps=config.epsilon, **decay)
@@ -105,16 +114,24 @@ def restore_optimizer(
     Raises:
         KeyError: there is state, but not of a weight.
         ValueError: a moment has another shape than its weight.
+        TrainingError: it is torch's Adafactor's, which earlier versions trained with.
     """
     fused = bool(optimizer.defaults.get("fused"))
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for path, tensor in state.items():
         key, name = path.split(".", 1)
         by_name.setdefault(name, {})[key] = tensor
+        if key in _TORCH_ADAFACTOR:
+            raise TrainingError(
+                f"the checkpoint's optimizer state ({path}) is that of torch's Adafactor, whose steps are smaller by "
+                "the size of the weights; this version trains with optimizer.name=adafactor as bigASP and kohya do: "
+                "go on with the version that wrote it, or begin another run with the checkpoint as its base"
+            )
     for name, weight in named.items() if state else ():
         for key, value in by_name[name].items():
-            if key in _MOMENTS and value.shape != weight.shape:
-                raise ValueError(f"{key} of {name} is {list(value.shape)} instead of {list(weight.shape)}")
+            expected = _moment_shape(key, weight.shape)
+            if expected is not None and value.shape != expected:
+                raise ValueError(f"{key} of {name} is {list(value.shape)} instead of {list(expected)}")
         optimizer.state[weight] = {key: _restored(value, weight, fused) for key, value in by_name[name].items()}
     for group in optimizer.param_groups:
         group |= {key: _number(value) for key, value in by_name.get(group["name"], {}).items()}
@@ -131,6 +148,28 @@ def _groups(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> lis
         for name, params in members.items()
         if params
     ]
+
+
+def _divide(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group as several of the same name and rate, in order, each of at most `_GROUP_NUMBERS` or one weight."""
+    parts: list[list[torch.Tensor]] = [[]]
+    size = 0
+    for weight in group["params"]:
+        if parts[-1] and size + weight.numel() > _GROUP_NUMBERS:
+            parts.append([])
+            size = 0
+        parts[-1].append(weight)
+        size += weight.numel()
+    return [{**group, "params": part} for part in parts]
+
+
+def _moment_shape(key: str, shape: torch.Size) -> torch.Size | None:
+    """The shape of a moment of a weight of this shape; None for what is no moment."""
+    if key == "exp_avg_sq_row":
+        return shape[:-1]
+    if key == "exp_avg_sq_col":
+        return shape[:-2] + shape[-1:]
+    return shape if key in _MOMENTS else None
 
 
 def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Every option of a training run: frozen dataclasses, the only home of a default, read from a recipe's `[run]` half."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from training.checks import check_fractions, check_name, check_positive
@@ -111,9 +111,18 @@ class BatchConfig:
             )
 
 
+SLICE_NUMBERS = 32_000_000
+"""Gradients that one message between ranks holds at most: 128 MB, which bounds what a gather of all ranks' takes."""
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "tf32", "fp16_amp", "bf16_amp", "bf16", "fp16"]
 Compile = Literal["auto", False, "blocks", "whole"]
+
+_TAKEN_BY: dict[str, tuple[OptimizerName, ...]] = {
+    "betas": ("adamw", "adamw_8bit", "lion", "lion_8bit", "prodigy"),
+    "epsilon": ("adamw", "adamw_8bit", "prodigy"),
+    "clip_threshold": ("adafactor",),
+}
+"""Options that only some optimizers have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +130,8 @@ class OptimizerConfig:
     """The optimizer, its rates and its averages."""
 
     name: OptimizerName = "adamw"
-    """`adamw` is fused where the device has that; the 8-bit ones need bitsandbytes and a GPU."""
+    """`adamw` is fused where the device has that; the 8-bit ones need bitsandbytes and a GPU; `adafactor` takes its
+    rate from the schedule alone, as bigASP and kohya call it (`scale_parameter=False, relative_step=False`)."""
     learning_rate: float = 1e-4
     """Peak rate of the UNet; Prodigy finds its own and takes 1."""
     text_encoder_learning_rate: float = 0.0
@@ -133,7 +143,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running moments; Adafactor has none."""
     epsilon: float = 1e-8
-    """Of AdamW and Prodigy."""
+    """Of AdamW, its 8-bit form and Prodigy."""
     weight_decay: float = 0.1
     """Decoupled from the gradient, times the rate."""
     clip_threshold: float = 1.0
@@ -162,8 +172,13 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be >= 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas={list(self.betas)} must each lie in [0, 1)")
-        if self.name == "adafactor" and self.clip_threshold < 1:
-            raise ConfigError(f"optimizer.clip_threshold={self.clip_threshold:g} must be at least 1")
+        for option in fields(self):
+            names, value = _TAKEN_BY.get(option.name), getattr(self, option.name)
+            if names and self.name not in names and value != option.default:
+                raise ConfigError(
+                    f"optimizer.{option.name}={value} is an option of {', '.join(names)}, optimizer.name={self.name} "
+                    f"has none: leave it at {option.default}"
+                )
         if self.name == "prodigy" and (self.learning_rate != 1 or self.text_encoder_learning_rate not in (0, 1)):
             raise ConfigError(
                 f"optimizer.name=prodigy with learning_rate={self.learning_rate:g} and text_encoder_learning_rate="

@@ -3,6 +3,7 @@
 It is diffusers' `UNet2DConditionModel` with the blocks of SD 1.x and SDXL; tests hold it against the class itself.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,7 +51,15 @@ class Layer:
     @property
     def num_parameters(self) -> int:
         """Numbers of weight and bias."""
-        return (self.multiplies or self.outputs) + self.outputs * self.has_bias
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of its weight and bias."""
+        weight: tuple[int, ...] = (self.outputs,)
+        if not self.kind.endswith("norm"):
+            weight = (self.outputs, self.inputs, *((self.kernel, self.kernel) if self.kind == "conv" else ()))
+        return (weight, (self.outputs,)) if self.has_bias else (weight,)
 
 
 def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
