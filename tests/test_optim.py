@@ -245,7 +245,7 @@ def test_three_steps_saved_and_three_more_are_six_straight(name, tmp_path):
 def test_lists_of_weights_of_any_length_take_the_same_steps(name, monkeypatch):
     settings, whole, divided = config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2), *twice(make_weights)
     first = make_optimizer(settings, whole)
-    monkeypatch.setattr(optim, "_GROUP_NUMBERS", 30)
+    monkeypatch.setattr(optim, "GROUP_NUMBERS", 30)
     second = make_optimizer(settings, divided)
     assert [[len(weight) for weight in group["params"]] for group in second.param_groups] == [[4], [4], [5]]
     for optimizer, weights in ((first, whole), (second, divided)):

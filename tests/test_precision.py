@@ -9,7 +9,7 @@ from training.conditioning import make_time_ids, predict, trained_parameters
 from training.ema import Ema
 from training.models.compute import apply_compute
 from training.models.unet import load_pipeline_parts, save_diffusers_folder
-from training.optim import make_optimizer, optimizer_state, restore_optimizer
+from training.optim import make_optimizer, optimizer_state, restore_optimizer, step_groups
 from training.precision import Arithmetic
 from training.run_config import ComputeConfig, OptimizerConfig
 
@@ -28,7 +28,7 @@ class Run:
             apply_compute(self.parts, compute, backend="eager")  # capture; making kernels takes minutes on two cores
         self.arithmetic = Arithmetic(precision, self.parts, self.parameters, self.parameters, CPU)
         self.optimizer = make_optimizer(ADAMW, self.arithmetic.weights)
-        self.ema = Ema(self.arithmetic.weights, 10)
+        self.ema = Ema(self.arithmetic.values(), 10)
 
     def loss(self, number, time_ids=None):
         torch.manual_seed(number)
@@ -45,8 +45,7 @@ class Run:
             self.arithmetic.backward(self.loss(2 * number + micro_batch) / 2)
         norm = self.arithmetic.norm().item()
         self.arithmetic.unscale_and_clip(norm, 1.0)
-        self.arithmetic.step(self.optimizer)
-        self.ema.update(self.arithmetic.weights, 2)
+        self.arithmetic.step(self.optimizer, lambda weights: self.ema.update(weights, 2))
         return norm
 
 
@@ -62,7 +61,7 @@ def test_three_steps_saved_and_three_more_are_six_straight(tiny_sdxl, tmp_path, 
     first = Run(tiny_sdxl, precision)
     for number in range(3):
         first.step(number)
-    overrides = {**first.arithmetic.frozen, **first.arithmetic.weights}
+    overrides = {**first.arithmetic.frozen, **first.arithmetic.values()}
     save_diffusers_folder(first.parts, tmp_path, torch.float32, overrides)
     second = Run(tmp_path, precision)
     moments = optimizer_state(first.optimizer, first.arithmetic.weights)
@@ -71,11 +70,11 @@ def test_three_steps_saved_and_three_more_are_six_straight(tiny_sdxl, tmp_path, 
     second.arithmetic.restore_scaler(first.arithmetic.scaler_state())
     for number in range(3, 6):
         second.step(number)
-    assert equal(straight.arithmetic.weights, second.arithmetic.weights)
+    assert equal(straight.arithmetic.values(), second.arithmetic.values())
     assert equal(straight.ema.shadows, second.ema.shadows)
     assert equal(straight.parameters, second.parameters)
     assert straight.arithmetic.scaler_state() == second.arithmetic.scaler_state()
-    assert not equal(straight.ema.shadows, straight.arithmetic.weights)
+    assert not equal(straight.ema.shadows, straight.arithmetic.values())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -130,24 +129,27 @@ def test_pure_bf16_trains_what_bf16_weights_alone_would_round_away(tiny_sdxl):
     run = Run(tiny_sdxl, "bf16")
     assert {parameter.dtype for parameter in run.parts.unet.parameters()} == {torch.bfloat16}
     name = "unet.conv_in.weight"
-    weight, held = run.arithmetic.weights[name], run.parameters[name]
-    with torch.no_grad():
-        weight.fill_(1.0)
-        held.fill_(1.0)
-    # One step is a tenth of what bf16 can hold next to 1; ten of them must arrive.
-    small = torch.optim.SGD([weight], lr=2.0**-11)
+    start = run.arithmetic.values()[name]
+    # One step is a thousandth of what bf16 can hold next to 1; many of them must arrive.
+    weights = run.arithmetic.weights
+    groups = [{"params": [weights[name] for name in names]} for names in step_groups(weights)]
+    small = torch.optim.SGD(groups, lr=2.0**-19)
     for _ in range(16):
-        weight.grad.fill_(-1.0)
+        for weight in weights.values():
+            weight.grad.fill_(-1.0)
         run.arithmetic.step(small)
-    assert (weight == 1 + 16 * 2.0**-11).all()
-    assert (held == 1.0078125).all()
+    wanted = start.clone()
+    for _ in range(16):
+        wanted += 2.0**-19
+    assert torch.equal(run.arithmetic.values()[name], wanted)
+    assert torch.equal(run.parameters[name].data, wanted.bfloat16())
 
 
 def test_pure_bf16_keeps_what_it_does_not_train_as_it_was(tiny_sdxl, tmp_path):
     before = load_pipeline_parts(tiny_sdxl, "cpu").text_encoders[1].state_dict()
     run = Run(tiny_sdxl, "bf16", train_text=False)
     run.step(0)
-    save_diffusers_folder(run.parts, tmp_path, torch.float32, {**run.arithmetic.frozen, **run.arithmetic.weights})
+    save_diffusers_folder(run.parts, tmp_path, torch.float32, {**run.arithmetic.frozen, **run.arithmetic.values()})
     after = load_pipeline_parts(tmp_path, "cpu").text_encoders[1].state_dict()
     assert equal(before, after)
     assert run.arithmetic.frozen.keys().isdisjoint(run.arithmetic.weights)

@@ -112,14 +112,14 @@ class Capture:
         """Note what is copied; every rank does so, between the same two steps."""
         self._state = state
         # The tensors themselves: a validation of the averages exchanges what the model's parameters hold.
-        self._weights = {name: weight.detach() for name, weight in state.arithmetic.weights.items()}
+        self._weights, self._whole = state.arithmetic.stored()
         self._clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
         self._offload = Offload(state.sharding.ranks.device)
 
     def copy(self) -> Snapshot | None:
         """Copy all that steps change, in any thread; every rank calls it and rank 0 gets it."""
         state, sharding = self._state, self._state.sharding
-        weights = sharding.collect(self._weights, self._offload)
+        weights = self._whole(sharding.collect(self._weights, self._offload))
         averages = sharding.collect(state.ema.shadows, self._offload) if state.ema is not None else {}
         optimizer = optimizer_state(state.optimizer, state.arithmetic.weights)
         moments = sharding.collect(optimizer, self._offload)

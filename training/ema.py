@@ -21,9 +21,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor], num_samples: int) -> None:
-        """Move the shadows after a step of `num_samples` samples."""
+        """Move the shadows of some weights after a step of `num_samples` samples."""
         share = 1 - 0.5 ** (num_samples / self.half_life_samples)
-        names = list(self.shadows)
+        names = list(weights)
         torch._foreach_lerp_([self.shadows[name] for name in names], [weights[name].detach() for name in names], share)
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:

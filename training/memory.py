@@ -13,7 +13,7 @@ from typing import Any
 from training.data.bucket_plans import VAE_FACTOR
 from training.data.tokens import CHUNK_LENGTH
 from training.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate
-from training.run_config import SLICE_NUMBERS, OptimizerName, RunConfig
+from training.run_config import GROUP_NUMBERS, SLICE_NUMBERS, OptimizerName, RunConfig
 from training.unet_layers import Layer, unet_layers
 
 Shape = tuple[int, ...]
@@ -76,14 +76,16 @@ def estimate_memory(
     shapes = [*unet, *(shape for number in numbers for shape in _trained_encoder_shapes(model, number, config))]
     trained = _count(shapes)
     ranks = num_ranks if config.compute.shard_optimizer else 1
-    # Autocast casts fp32 weights once per pass and keeps the casts till its end; bf16 weights have an fp32 master.
-    copies = {"fp32": 4.0, "bf16": 2 + 4 / ranks}.get(config.precision, 6.0)
+    # Autocast casts fp32 weights once per pass and keeps the casts till its end; fp32 weights beside bf16 ones are 16
+    # bits more, see training/masters.py.
+    copies = {"fp32": 4.0, "tf32": 4.0, "bf16": 2 + 2 / ranks}.get(config.precision, 6.0)
+    frozen_bytes = 2 if config.precision == "bf16" else 4
     sample = activation_bytes(model.unet, config, height, width, num_chunks * CHUNK_LENGTH)
     sample += num_chunks * sum(_encoder_activation_bytes(model, number, config) for number in numbers)
     return MemoryEstimate(
         num_parameters=total,
         num_trained=trained,
-        weights=trained * copies + (total - trained) * (2 if config.precision == "bf16" else 4),
+        weights=trained * copies + _joined_bytes(trained, config) + (total - trained) * frozen_bytes,
         gradients=_gradient_bytes(trained, config, num_ranks),
         optimizer=state_bytes(config.optimizer.name, shapes) / ranks,
         ema=trained * 4 / ranks if config.optimizer.ema_half_life_samples else 0,
@@ -91,8 +93,15 @@ def estimate_memory(
     )
 
 
+def _joined_bytes(trained: int, config: RunConfig) -> float:
+    """The fp32 weights of a group that is stepped, made of both halves, and what halving them again takes."""
+    if config.precision != "bf16":
+        return 0.0
+    return 8.0 * (trained if config.optimizer.name == "prodigy" else min(trained, GROUP_NUMBERS))
+
+
 def _gradient_bytes(trained: int, config: RunConfig, num_ranks: int) -> float:
-    """The fp32 buffer; where ranks' micro-batches are added one by one, their sum and one slice of every rank beside."""
+    """The fp32 buffer; where ranks' micro-batches are added one by one, their sum and a slice of every rank beside."""
     if config.reduction == "fast" or num_ranks == 1:
         return 4.0 * trained
     return 4.0 * (2 * trained + num_ranks * min(trained, SLICE_NUMBERS))
@@ -247,4 +256,4 @@ def _encoder_activation_bytes(model: ModelConfigs, number: int, config: RunConfi
 
 
 def _plain_bytes(config: RunConfig) -> int:
-    return 4 if config.precision == "fp32" else 2
+    return 4 if config.precision in ("fp32", "tf32") else 2

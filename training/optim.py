@@ -1,14 +1,14 @@
 """The optimizer, its learning rates, whose clock is samples trained on, and its state as plain tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from training.errors import ConfigError, TrainingError
 from training.rules import EIGHT_BIT, check_installed
-from training.run_config import OptimizerConfig
+from training.run_config import GROUP_NUMBERS, OptimizerConfig
 
 UNET, TEXT_ENCODERS = "unet", "text_encoders"
 # What steps change in a group itself: a counter, and Prodigy's estimate of its rate.
@@ -16,12 +16,10 @@ _GROUP_STATE = ("step", "d", "d_max", "d_hat", "d_numerator", "d_de_nom")
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
 # State of torch's Adafactor, which earlier versions trained with.
 _TORCH_ADAFACTOR = frozenset({"row_var", "col_var", "variance"})
-_GROUP_NUMBERS = 64_000_000
-"""Weights of one group, about: pytorch-optimizer steps a group as one list, with an update of each weight beside it."""
 
 
 def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of a run, with one group for the UNet and one for the text encoders.
+    """The optimizer of a run, with the groups of `step_groups`.
 
     Args:
         config: Name, peak rates and decay.
@@ -32,7 +30,7 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
 
     Source: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235, Lion arXiv:2302.06675, Prodigy arXiv:2306.06101.
     """
-    groups = _groups(config, weights)
+    groups = [_group(config, weights, names) for names in step_groups(weights)]
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.name == "adamw":
         # Fused: one pass over the weights.
@@ -41,7 +39,6 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
         return _make_8bit(config, groups)
     import pytorch_optimizer
 
-    groups = [part for group in groups for part in _divide(group)]
     if config.name == "adafactor":
         # The rate is the schedule's alone, and the second moment's decay has no cap: one that no step reaches.
         return pytorch_optimizer.AdaFactor(
@@ -137,30 +134,33 @@ def restore_optimizer(
         group |= {key: _number(value) for key, value in by_name.get(group["name"], {}).items()}
 
 
-def _groups(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Groups that have weights, with their peak rate as `initial_lr`, as torch's own schedules call it."""
-    rates = {UNET: config.learning_rate, TEXT_ENCODERS: config.text_encoder_learning_rate or config.learning_rate}
-    members: dict[str, list[torch.Tensor]] = {UNET: [], TEXT_ENCODERS: []}
-    for name, weight in weights.items():
-        members[UNET if name.startswith("unet.") else TEXT_ENCODERS].append(weight)
-    return [
-        {"params": params, "name": name, "lr": rates[name], "initial_lr": rates[name]}
-        for name, params in members.items()
-        if params
-    ]
+def step_groups(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of the weights in groups, which are stepped one after the other: of the UNet, then of the text encoders.
+
+    Args:
+        weights: By name; `unet.` opens those of the UNet. A group has some 64 million numbers, or one larger weight.
+    """
+    groups: list[list[str]] = []
+    for part in (True, False):
+        size = GROUP_NUMBERS
+        for name, weight in weights.items():
+            if name.startswith("unet.") != part:
+                continue
+            if size + weight.numel() > GROUP_NUMBERS:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += weight.numel()
+    return groups
 
 
-def _divide(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group as several of the same name and rate, in order, each of at most `_GROUP_NUMBERS` or one weight."""
-    parts: list[list[torch.Tensor]] = [[]]
-    size = 0
-    for weight in group["params"]:
-        if parts[-1] and size + weight.numel() > _GROUP_NUMBERS:
-            parts.append([])
-            size = 0
-        parts[-1].append(weight)
-        size += weight.numel()
-    return [{**group, "params": part} for part in parts]
+def _group(config: OptimizerConfig, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """A group with its peak rate as `initial_lr`, as torch's own schedules call it."""
+    part = UNET if names[0].startswith("unet.") else TEXT_ENCODERS
+    rate = config.learning_rate
+    if part == TEXT_ENCODERS and config.text_encoder_learning_rate:
+        rate = config.text_encoder_learning_rate
+    return {"params": [weights[name] for name in names], "name": part, "lr": rate, "initial_lr": rate}
 
 
 def _moment_shape(key: str, shape: torch.Size) -> torch.Size | None:

@@ -1,13 +1,15 @@
 """The arithmetic of a run: autocast, the gradient scaler, and fp32 weights beside a model that computes in bf16."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
 
 from training.gradients import Gradients, Mode
+from training.masters import Masters, joined, round_to_bf16
 from training.models.unet import PipelineParts, named_modules
+from training.optim import step_groups
 from training.ranks import Ranks
 from training.run_config import Precision
 
@@ -22,8 +24,9 @@ _AUTOCAST = MappingProxyType({"fp16_amp": torch.float16, "bf16_amp": torch.bfloa
 class Arithmetic:
     """What stands between the loss and the optimizer's step."""
 
-    weights: Mapping[str, torch.Tensor]
-    """This rank's share of the trained weights in fp32, by name: what the optimizer steps and checkpoints hold."""
+    weights: Mapping[str, torch.nn.Parameter]
+    """This rank's share of the trained weights in fp32, by name, which the optimizer is made for; `bf16` has their
+    numbers only while they are stepped, see `values`."""
     frozen: Mapping[str, torch.Tensor]
     """Weights that are not trained and that `bf16` rounded in the model: their fp32 values, on the CPU."""
     gradients: Gradients
@@ -40,6 +43,7 @@ class Arithmetic:
         ranks: Ranks | None = None,
         reduction: Mode = "fast",
         global_batch_size: int = 1,
+        together: bool = False,
     ) -> None:
         """Bring the model into its precision; `bf16` rounds UNet and text encoders in place.
 
@@ -52,26 +56,29 @@ class Arithmetic:
             ranks: Of the run; None for one.
             reduction: How their gradients are summed.
             global_batch_size: Samples of a step, which the scaler's growth counts.
+            together: The optimizer reads all weights at once, as Prodigy does.
         """
         self._precision, self._device = precision, device
         self._parameters = dict(parameters)
-        self._masters: dict[str, torch.nn.Parameter] = {}
+        self._masters: Masters | None = None
         self.frozen = {}
         use_tf32(precision == "tf32")
         if precision == "bf16":
-            self._masters = {name: _copy(parameter) for name, parameter in owned.items()}
             self.frozen = _rounded(parts, parameters)
+            self._masters = Masters(owned, [list(owned)] if together else step_groups(owned))
+            for name in parameters.keys() - owned.keys():  # as their owners round them
+                parameters[name].data = round_to_bf16(parameters[name])
             for module in named_modules(parts).values():
                 module.to(torch.bfloat16)
-        self.weights = self._masters if precision == "bf16" else dict(owned)
+        self.weights = dict(owned) if self._masters is None else self._masters.weights
         self._scale, self._good_steps = 1.0, 0
         if precision == "fp16_amp":
             self._scale = _INITIAL_SCALE * (1 if ranks is None else ranks.size)
         self._growth_steps = max(1, _GROWTH_SAMPLES // global_batch_size)
         self.gradients = Gradients(list(self._parameters.values()), device, ranks, reduction)
         by_name = dict(zip(self._parameters, self.gradients.views, strict=True))
-        for name, master in self._masters.items():
-            master.grad = by_name[name]
+        for name, weight in self.weights.items():
+            weight.grad = by_name[name]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -100,15 +107,42 @@ class Arithmetic:
             self.gradients.flat.mul_(factor / self._scale)
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step the fp32 weights, round them into the model, and let the scaler grow."""
-        optimizer.step()
-        if self._masters:
-            torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        then: Callable[[Mapping[str, torch.Tensor]], None] = lambda _: None,
+    ) -> None:
+        """Step the fp32 weights, round them into the model, and let the scaler grow.
+
+        Args:
+            optimizer: Made for `weights`.
+            then: Is shown all stepped weights, some at a time.
+        """
+        if self._masters is None:
+            optimizer.step()
+            then(self.weights)
+        else:
+            groups = optimizer.param_groups
+            try:
+                for optimizer.param_groups, weights in self._masters.groups(groups):
+                    optimizer.step()
+                    then(weights)
+            finally:
+                optimizer.param_groups = groups
         if self._precision == "fp16_amp":
             self._good_steps += 1
             if self._good_steps == self._growth_steps:
                 self._scale, self._good_steps = self._scale * 2, 0
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The trained weights of this rank in fp32, by name: the model's own where that is fp32, else a copy."""
+        return dict(self.weights) if self._masters is None else self._masters.values()
+
+    def stored(self) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]:
+        """What this rank's weights are kept as, and what makes fp32 weights by name of copies of it."""
+        if self._masters is None:
+            return {name: weight.detach() for name, weight in self.weights.items()}, lambda copies: copies
+        return self._masters.halves(), joined
 
     def skip(self) -> None:
         """Halve the scale after a step that was left out because it was not finite."""
@@ -139,10 +173,6 @@ def use_tf32(on: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
-
-
-def _copy(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(parameter.detach().clone())
 
 
 def _rounded(parts: PipelineParts, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:

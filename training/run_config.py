@@ -113,6 +113,8 @@ class BatchConfig:
 
 SLICE_NUMBERS = 32_000_000
 """Gradients that one message between ranks holds at most: 128 MB, which bounds what a gather of all ranks' takes."""
+GROUP_NUMBERS = 64_000_000
+"""Weights that the optimizer steps at once, about: what is there beside each of them meanwhile stays small."""
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "tf32", "fp16_amp", "bf16_amp", "bf16", "fp16"]
 Compile = Literal["auto", False, "blocks", "whole"]

@@ -91,7 +91,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     sharding = Sharding(parameters, ranks, config)
     arithmetic = Arithmetic(
         config.precision, parts, parameters, sharding.owned, ranks.device, ranks=ranks, reduction=config.reduction,
-        global_batch_size=config.batch.global_batch_size,
+        global_batch_size=config.batch.global_batch_size, together=config.optimizer.name == "prodigy",
     )  # fmt: skip
     half_life = config.optimizer.ema_half_life_samples
     state = TrainingState(
@@ -100,7 +100,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         sharding=sharding,
         arithmetic=arithmetic,
         optimizer=make_optimizer(config.optimizer, arithmetic.weights),
-        ema=Ema(arithmetic.weights, half_life) if half_life else None,
+        ema=Ema(arithmetic.values(), half_life) if half_life else None,
         clock=Clock(),
     )
     if resumed is not None:

@@ -198,10 +198,9 @@ class Trainer:
         arithmetic.unscale_and_clip(grad_norm, self.config.optimizer.max_grad_norm)
         factor = schedule_factor(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
         rates = set_learning_rates(self.state.optimizer, factor)
-        arithmetic.step(self.state.optimizer)
+        ema = self.state.ema
+        arithmetic.step(self.state.optimizer, *([] if ema is None else [lambda weights: ema.update(weights, size)]))
         self.state.sharding.publish()
-        if self.state.ema is not None:
-            self.state.ema.update(arithmetic.weights, size)
         self._advance(size)
         clock.samples_trained += size
         clock.skipped_in_row = 0
