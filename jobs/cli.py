@@ -308,12 +308,13 @@ def prompts(
     else:
         from resources.workspace import example_prompts
 
-        made, read = example_prompts(open_store(home), run or "", n)
+        made, told, read = example_prompts(open_store(home), run or "", n, tell_sizes=trace)
         print(read, file=sys.stderr)
-        for prompt in made:
+        for number, prompt in enumerate(made):
             print(prompt.text or "(empty)")
             if trace:
                 print(f"    {prompt_statistics.trace_line(prompt)}")
+                print(f"    {told[number]}")
 
 
 latents_app = typer.Typer(no_args_is_help=True, help="Encode latents anew, and move them in and out.")

@@ -1,22 +1,34 @@
 """Makes workspaces and starts runs in them: the files that people edit, written once."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
 
 from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
-from training import recipes, toml
+from training import older_runs, recipes, toml
 from training.base_model import config_folder
 from training.checks import check_run_name
 from training.commit import lock, write_bytes
 from training.data import vocabulary
 from training.data.clip_tokenizer import ClipTokenizer
+from training.data.crops import told_crop
+from training.data.geometry import Placement
+from training.data.latent_files import generations, read_generation
 from training.data.prompt_maker import MadePrompt, PromptMaker
 from training.data.samples import Samples
 from training.errors import ConfigError, WorkspaceError
+from training.latents import placement_of
 from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import (
     CONFIG,
+    EPOCHS,
     EVENTS,
+    FETCHED,
     INPUTS,
     RunInputs,
     checked_training_set,
@@ -79,20 +91,29 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     """
     folder = Store(home).run_folder(check_run_name(run))
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
-        _check_unchanged(folder, config)
-        write_bytes(folder / CONFIG, recipes.run_toml(config).encode())
+        recorded = _begun_with(folder)
+        config = _kept(folder, recorded, config)
+        # An option that the run's version did not know stays unsaid: so the next launch sees that, too.
+        unsaid = () if recorded is None else older_runs.lacking(recorded)
+        write_bytes(folder / CONFIG, recipes.run_toml(config, unsaid).encode())
 
 
-def _check_unchanged(folder: Path, config: RunConfig) -> None:
-    """Check that a run, if it was started or bundled, keeps what is fixed by its first launch.
+def _begun_with(folder: Path) -> dict[str, Any] | None:
+    """The recorded config of a run that was started or bundled; None of others."""
+    return toml.load(folder / CONFIG) if (folder / EVENTS).exists() or is_away(folder) else None
+
+
+def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -> RunConfig:
+    """What a recipe's config means for a run: one that was started or bundled keeps what is fixed by its first launch.
 
     Raises:
         ConfigError: it was started with other values; the message lists them.
     """
+    if recorded is None:
+        return config
     started = (folder / EVENTS).exists()
-    if not started and not is_away(folder):
-        return
-    before, after = toml.flatten(toml.dump(read_config(folder))), toml.flatten(toml.dump(config))
+    config = older_runs.as_begun(config, recorded)
+    before, after = (toml.flatten(toml.dump(one)) for one in (older_runs.build(recorded, folder / CONFIG), config))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if fixed := [key for key in changed if not key.startswith(FREE_KEYS)]:
         listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
@@ -100,6 +121,7 @@ def _check_unchanged(folder: Path, config: RunConfig) -> None:
             f"run {folder.name!r} was {'started' if started else 'bundled'} with other values ({listed}); "
             "choose another --run name"
         )
+    return config
 
 
 def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
@@ -121,8 +143,8 @@ def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[st
         require_run(store, run)
         return read_config(store.run_folder(run))
     config = _recipe_config(recipe, assignments, tiny=tiny)
-    _check_unchanged(store.run_folder(check_run_name(run)), config)
-    return config
+    folder = store.run_folder(check_run_name(run))
+    return _kept(folder, _begun_with(folder), config)
 
 
 def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunConfig:
@@ -171,8 +193,14 @@ def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> P
     )
 
 
-def example_prompts(store: Store, run: str, num_prompts: int) -> tuple[list[MadePrompt], str]:
-    """Prompts of the first images that train in a run, as epoch 0 makes them, and a line that says what was read.
+def example_prompts(
+    store: Store, run: str, num_prompts: int, *, tell_sizes: bool = False
+) -> tuple[list[MadePrompt], list[str], str]:
+    """Prompts of the first images that train in a run, as epoch 0 makes them.
+
+    Returns:
+        The prompts; with `tell_sizes`, a line for each image of the sizes and the crop that the model is told; and a
+        line that says what was read.
 
     Raises:
         ConfigError: there is no such run.
@@ -183,7 +211,34 @@ def example_prompts(store: Store, run: str, num_prompts: int) -> tuple[list[Made
     config, frozen = read_config(store.run_folder(run)), frozen_inputs(store, run)
     maker = prompt_maker(store, config, frozen)
     train = maker.samples.train_rows
-    rows = train[:num_prompts].tolist()
+    rows = train[:num_prompts]
     which = f"current training set {config.encoding}" if frozen is None else f"set {frozen.fingerprint[:16]} of the run"
     read = f"epoch 0 of {which}: {len(rows)} of {len(train)} images that train"
-    return maker.make(rows, 0), read
+    told = _told_sizes(store, run, config, frozen, maker.samples, rows) if tell_sizes else []
+    return maker.make(rows.tolist(), 0), told, read
+
+
+def _told_sizes(
+    store: Store, run: str, config: RunConfig, frozen: RunInputs | None, samples: Samples, rows: np.ndarray
+) -> list[str]:
+    """What a model is told of these rows beside their prompts in epoch 0, by the latents that it reads, or would."""
+    folder, image_ids = store.run_folder(run), samples.image_ids.take(rows)
+    latents = store.home / "latents" / config.encoding if frozen is None else frozen.latents
+    latents = folder / FETCHED if config.latents_url else latents
+    pinned = folder / EPOCHS / "0.json"
+    pins = json.loads(pinned.read_bytes())["latents"] if pinned.is_file() else {}
+    placements: dict[str, Placement] = {}
+    for shard in sorted({samples.shard_names[code] for code in samples.shards[rows].tolist()}):
+        newest = max(generations(latents / shard), default=0)
+        if number := pins.get(shard, {}).get("generation", newest):
+            table = read_generation(latents / shard, number).table().filter(pl.col("image_id").is_in(image_ids))
+            placements |= {row["image_id"]: placement_of(row) for row in table.iter_rows(named=True)}
+    told = []
+    for image_id in image_ids:
+        if placed := placements.get(image_id):
+            top, left = told_crop(placed, config.rules_version)
+            mirrored = ", mirrored" if placed.flip else ""
+            told.append(f"{placed.original} px, {top} cut off above and {left} on the left, {placed.bucket}{mirrored}")
+        else:
+            told.append("no latents yet")
+    return told

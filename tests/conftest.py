@@ -117,7 +117,9 @@ def training_rows(num_train, num_validation, buckets=BUCKETS):
     return TABLES["training_set"].conform(pl.DataFrame(rows, schema=TABLES["training_set"].schema))
 
 
-def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000, scaling_factor=0.13025):
+def commit_generation(
+    folder, number, rows, *, log_variance=True, max_bytes=1_000, flip=False, scaling_factor=0.13025
+):
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
     sizes = rows.select("bucket_height", "bucket_width").unique(maintain_order=True).sort(pl.all()).rows()
@@ -142,7 +144,7 @@ def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_00
                     "bucket_width": bucket.width, "original_height": row["height"],
                     "original_width": row["width"], "resized_height": bucket.height,
                     "resized_width": bucket.width + 8, "crop_top": 0, "crop_left": number, "pad_top": 0, "pad_left": 0,
-                    "flip": False, "encoded_in": number,
+                    "flip": flip, "encoded_in": number,
                 }
             )  # fmt: skip
     frame = TABLES["latents"].conform(pl.DataFrame(table, schema=TABLES["latents"].schema))

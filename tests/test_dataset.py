@@ -57,6 +57,22 @@ def test_a_batch_is_what_the_tables_say(open_run):
     assert batch.ids[0].shape == batch.ids[1].shape
 
 
+@pytest.mark.parametrize(("rules_version", "left"), [(1, 1), (2, 7)])
+def test_a_mirrored_sample_is_told_its_crop_as_it_is_seen(open_run, rules_version, left):
+    _, dataset = open_run(rules_version=rules_version)
+    rows = one_bucket(dataset, 3)
+    before = dataset.batch(rows, 3)
+    dataset._geometry = dataset._geometry.copy()
+    dataset._geometry[rows[0], -1] = 1
+    # Resized to 32 x 56 for 32 x 48, of which one column is cut off on the left: seven on the right.
+    after = dataset.batch(rows, 3)
+    assert after.crop_top_left.tolist() == [[0, left], *[[0, 1]] * (len(rows) - 1)]
+    assert dataset.batch(rows[:1], None).crop_top_left.tolist() == [[0, left]]
+    assert torch.equal(after.original_size, before.original_size)
+    # Masks are made of the placement itself.
+    assert torch.equal(after.mask[0], before.mask[0].flip(-1))
+
+
 def test_a_sample_does_not_depend_on_its_neighbours_but_on_the_epoch(open_run):
     _, dataset = open_run()
     rows = one_bucket(dataset, 3)

@@ -326,6 +326,39 @@ def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_wa
     assert len(estimates.count_epoch(workspace, "new", CONFIG).buckets) == 1
 
 
+def test_prompts_tell_sizes_and_crops_as_the_trainer_does(workspace, foundry, write_generation):
+    def told():
+        status, out, errors = foundry("prompts", "--run", "one", "--n", "22", "--trace")
+        assert status == 0, errors
+        return out.splitlines()[2::3]
+
+    folder = configure(workspace)
+    rows = training_rows(22, 5)
+    train = rows.filter(pl.col("split") == "train").sort("image_id")
+
+    def expected(left, mirrored=""):
+        sizes = train.select("height", "width", "bucket_height", "bucket_width").iter_rows()
+        return [f"    {h}x{w} px, 0 cut off above and {left} on the left, {b}x{c}{mirrored}" for h, w, b, c in sizes]
+
+    assert told() == expected(1)
+    # Generation 2 cuts two columns off on the left of pictures eight wider than their bucket: six on the right.
+    for shard in SHARDS:
+        own = rows.filter(pl.col("shard") == shard)
+        write_generation(workspace.home / "latents" / "tiny" / shard, 2, own, flip=True)
+    assert told() == expected(6, ", mirrored")
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("rules_version = 2", "rules_version = 1"))
+    assert told() == expected(2, ", mirrored")
+    config.write_text(config.read_text().replace("rules_version = 1", "rules_version = 2"))
+    (folder / "epochs").mkdir()
+    pins = {shard: {"generation": 1} for shard in SHARDS}
+    (folder / "epochs" / "0.json").write_text(json.dumps({"latents": pins}))
+    assert told() == expected(1), "what the epoch began with"
+    shutil.rmtree(workspace.home / "latents")
+    (folder / "epochs" / "0.json").unlink()
+    assert set(told()) == {"    no latents yet"}
+
+
 def test_prompt_statistics_count_images_that_train(workspace):
     configure(workspace)
     shutil.rmtree(workspace.home / "latents")  # which they do not read, and whose tables are not those of the stage

@@ -10,12 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
+from training.conditioning import make_time_ids
 from training.run import main
 from training.trainer import Trainer
 
 
 def trace(losses):
-    """Wrap the loss of a micro-batch: who is in it, with which prompts, timesteps and noise."""
+    """Wrap the loss of a micro-batch: who is in it, with which prompts, sizes, timesteps and noise."""
     counts = {}
 
     def traced(self, draw):
@@ -25,6 +26,7 @@ def trace(losses):
             "step": step, "index": ranks.rank + turn * ranks.size, "image_ids": batch.image_ids,
             "prompts": batch.prompts, "timesteps": draw.timesteps.tolist(),
             "noise": hashlib.sha256(draw.noise.numpy().tobytes()).hexdigest(),
+            "time_ids": make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size).tolist(),
             "latents": hashlib.sha256(batch.latents.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         with (Path(os.environ["TRACE"]) / f"{ranks.rank}.jsonl").open("a") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import commit, run_folder, toml
+from training import commit, older_runs, run_folder, toml
 from training.ema import Ema
 from training.errors import ConfigError, DamageError, TrainingError
 from training.models.unet import PipelineParts, read_weights, save_diffusers_folder
@@ -311,10 +311,7 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
             "a run keeps its training set"
         )
     try:
-        # An older version's config gets the defaults of options that it did not have; free ones it may have spelt
-        # in a way that is no more.
-        kept = {key: value for key, value in ready.config.items() if f"{key}." not in FREE_KEYS}
-        before = toml.build(RunConfig, kept)
+        before = older_runs.build(ready.config)
     except ConfigError as error:
         raise TrainingError(f"{checkpoint} was made by another version of this code, which named {error}") from None
     old, new = toml.flatten(toml.dump(before)), toml.flatten(toml.dump(config))

@@ -14,7 +14,7 @@ def make_time_ids(original_size: torch.Tensor, crop_top_left: torch.Tensor, targ
 
     Args:
         original_size: `(B, 2)` upright source size, pixels.
-        crop_top_left: `(B, 2)` rows and columns cut off, pixels of the resized image.
+        crop_top_left: `(B, 2)` rows and columns cut off, pixels of the resized image; of a mirrored one as it is seen.
         target_size: `(B, 2)` the bucket, pixels.
 
     Source: SDXL report, arXiv:2307.01952, section 2.2. Never rounded to 16 bits: 1,023 is no bfloat16.

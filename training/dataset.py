@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from training import noise
 from training.commit import Entry
 from training.data.chunk_counts import count_in_processes
-from training.data.crops import map_box
+from training.data.crops import map_box, told_crop
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import LatentFile, read_generation
 from training.data.prompt_maker import PromptMaker
@@ -54,7 +54,7 @@ class Batch:
     original_size: torch.Tensor
     """`(B, 2)` fp32, upright source pixels, height first."""
     crop_top_left: torch.Tensor
-    """`(B, 2)` fp32, pixels of the resized image."""
+    """`(B, 2)` fp32, pixels of the resized image; of a mirrored one as it is seen."""
     target_size: torch.Tensor
     """`(B, 2)` fp32, the bucket in pixels."""
     zeroed: torch.Tensor
@@ -264,18 +264,19 @@ class Dataset:
             ids = tuple(torch.from_numpy(ids) for ids in self.prompt_maker.ids(made))
         with self.times.stage("latents"):
             latents = self._gather(rows, image_ids, epoch)
-        geometry = torch.from_numpy(self._geometry[rows]).to(torch.float32)
+        placements = self._placements(rows)
+        crops = [told_crop(placement, self.config.rules_version) for placement in placements]
         return Batch(
             image_ids=image_ids,
             prompts=[prompt.text for prompt in made],
             latents=latents,
             ids=ids,
-            original_size=geometry[:, 0:2],
-            crop_top_left=geometry[:, 4:6],
+            original_size=torch.tensor([one.original for one in placements], dtype=torch.float32),
+            crop_top_left=torch.tensor(crops, dtype=torch.float32),
             target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
             zeroed=torch.tensor([prompt.zeroed for prompt in made]),
             num_truncated=sum(prompt.num_truncated for prompt in made),
-            mask=self._masks(rows, 1.0 if epoch is None else self.config.loss.watermark_weight),
+            mask=self._masks(rows, placements, 1.0 if epoch is None else self.config.loss.watermark_weight),
             bucket=Size(*self.buckets[rows[0]].tolist()),
         )
 
@@ -298,25 +299,31 @@ class Dataset:
         draw = noise.draw_noise(self.config.seed, Purpose.POSTERIOR, epoch, image_ids, mean.shape[1:])
         return mean + torch.exp(log_variance / 2) * draw
 
-    def _masks(self, rows: np.ndarray, watermark_weight: float) -> torch.Tensor | None:
+    def _placements(self, rows: np.ndarray) -> list[Placement]:
+        """How the pictures of these rows were placed."""
+        placements = []
+        for bucket, values in zip(self.buckets[rows].tolist(), self._geometry[rows].tolist(), strict=True):
+            height, width, resized_height, resized_width, top, left, pad_top, pad_left, flip = values
+            placements.append(
+                Placement(
+                    original=Size(height, width),
+                    resized=Size(resized_height, resized_width),
+                    crop_top=top,
+                    crop_left=left,
+                    bucket=Size(*bucket),
+                    flip=bool(flip),
+                    pad_top=pad_top,
+                    pad_left=pad_left,
+                )
+            )
+        return placements
+
+    def _masks(self, rows: np.ndarray, placements: Sequence[Placement], watermark_weight: float) -> torch.Tensor | None:
         """Weights `(B, 1, h, w)` of latent pixels; None where all are 1."""
-        geometry = self._geometry[rows]
-        padded = (geometry[:, 2:4] < self.buckets[rows]).any(axis=1)
-        if watermark_weight == 1 and not padded.any():
+        if watermark_weight == 1 and not any(placement.padded for placement in placements):
             return None
         masks = []
-        for row, values in zip(rows.tolist(), geometry.tolist(), strict=True):
-            height, width, resized_h, resized_w, top, left, pad_top, pad_left, flip = values
-            placement = Placement(
-                original=Size(height, width),
-                resized=Size(resized_h, resized_w),
-                crop_top=top,
-                crop_left=left,
-                bucket=Size(*self.buckets[row].tolist()),
-                flip=bool(flip),
-                pad_top=pad_top,
-                pad_left=pad_left,
-            )
+        for row, placement in zip(rows.tolist(), placements, strict=True):
             latent_height = self._open(self._places[row, 0]).shape[2]
             boxes = self.samples.boxes(row) if watermark_weight < 1 else []
             masks.append(loss_mask(boxes, placement, placement.bucket.height // latent_height, watermark_weight))

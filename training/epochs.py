@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from training import commit, run_folder, toml
+from training import commit, older_runs, run_folder
 from training.data.prompts import PROMPTS_VERSION
 from training.dataset import Dataset, Pins
 from training.errors import DamageError
@@ -29,7 +29,8 @@ def prepare_epoch(
     manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
     content = manifest.with_suffix(".npz")
     notes: list[str] = []
-    settings = [fingerprint, toml.dump(config.prompts), toml.dump(config.batch), config.seed, epoch, PROMPTS_VERSION]
+    values = older_runs.comparable(config)
+    settings = [fingerprint, values["prompts"], values["batch"], config.seed, epoch, PROMPTS_VERSION]
     key = commit.json_digest(settings)
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())

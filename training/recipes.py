@@ -2,12 +2,13 @@
 
 import copy
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
-from training import toml
+from training import older_runs, toml
 from training.config import WorkspaceConfig
 from training.errors import ConfigError
 from training.evaluation.prompt_groups import NAMES
@@ -85,9 +86,9 @@ def run_config(path: Path, assignments: list[str], *, tiny: Path | None) -> RunC
     return toml.build(RunConfig, toml.override(values, assignments), origin=path, prefix="run.")
 
 
-def run_toml(config: RunConfig) -> str:
-    """A resolved run as the text of its config.toml."""
-    return tomlkit.dumps(toml.dump(config))
+def run_toml(config: RunConfig, unsaid: Collection[str] = ()) -> str:
+    """A resolved run as the text of its config.toml, without the dotted keys in `unsaid`."""
+    return tomlkit.dumps(older_runs.without(toml.dump(config), unsaid))
 
 
 def _source_tables(folders: list[str]) -> Any:

@@ -6,6 +6,9 @@ from typing import Literal
 from training.checks import check_fractions, check_name, check_positive
 from training.errors import ConfigError
 
+RULES_VERSION = 2
+"""Raised when a rule that no option names changes what a run learns; a run that was begun keeps its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
@@ -303,6 +306,9 @@ class RunConfig:
     latents_url: str = ""
     """Folder `latents/<encoding>` of another workspace or a bucket, as fsspec reads it (`s3://...`); its files are
     fetched in the order of training. Empty for the workspace's own."""
+    rules_version: int = RULES_VERSION
+    """Version of the rules that no option names. In 1, by which runs of older versions go on, a mirrored picture is
+    told what was cut off on its right as it is seen."""
     reduction: Literal["canonical", "fast"] = "fast"
     """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -323,6 +329,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_name("encoding", self.encoding)
         check_positive("run", num_samples=self.num_samples, num_processes=self.num_processes, clip_skip=self.clip_skip)
+        if not 1 <= self.rules_version <= RULES_VERSION:
+            raise ConfigError(f"rules_version={self.rules_version} must lie between 1 and {RULES_VERSION}")
         if self.precision == "fp16":
             raise ConfigError(
                 'precision="fp16": updates smaller than 1/2048 of a weight vanish in fp16 weights and the training '

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import commit, toml
+from training import commit, older_runs, toml
 from training.checks import check_run_name
 from training.errors import ConfigError, DamageError, DataError
 from training.run_config import RunConfig
@@ -166,13 +166,13 @@ def bundled_latents(folder: Path) -> dict[str, list[int]]:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read `config.toml`.
+    """Read `config.toml`; a run of an older version goes on as it began.
 
     Raises:
         ConfigError: it is missing, or a key or value cannot be used.
     """
     path = folder / CONFIG
-    return toml.build(RunConfig, toml.load(path), origin=path)
+    return older_runs.build(toml.load(path), origin=path)
 
 
 def checkpoint_folder(folder: Path, samples_seen: int) -> Path:

@@ -192,6 +192,38 @@ def test_a_mapped_box_is_where_the_pixels_are(bucket, generation, flip, padded):
     assert mapped == pytest.approx((rows.min(), columns.min(), rows.max() + 1, columns.max() + 1), abs=1.0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    bucket=bucket_sizes, margin=margins, generation=st.integers(0, 20), flip=st.booleans(), padded=st.booleans(),
+    cut=st.booleans(),
+)  # fmt: skip
+def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen(
+    bucket, margin, generation, flip, padded, cut
+):
+    original = Size(bucket.height + margin[0], bucket.width + margin[1])
+    p = crops.place(
+        original, bucket, mode="random", seed=3, generation=generation, image_id="c", flip=flip, padded=padded,
+        resized=original if cut else None,
+    )  # fmt: skip
+    # One pixel of the resized picture, so that nothing is blurred: the marker lies in the middle of what is kept.
+    row, column = p.crop_top + bucket.height // 2 - p.pad_top, p.crop_left + bucket.width // 3 - p.pad_left
+    whole = np.zeros((*p.resized, 3), np.uint8)
+    whole[row, column] = 255
+    seen = whole[:, ::-1] if flip else whole
+    encoded = crops.apply(whole, p._replace(original=p.resized))
+    (y, x), (whole_y, whole_x) = (np.argwhere(picture[..., 0] == 255)[0] for picture in (encoded, seen))
+    pad_left = bucket.width - p.resized.width - p.pad_left if flip else p.pad_left
+    pads = (p.pad_top, pad_left) if padded else (0, 0)
+    assert crops.told_crop(p, 2) == (whole_y - y + pads[0], whole_x - x + pads[1])
+
+
+def test_what_was_cut_off_a_mirrored_picture_on_the_left():
+    # 1,280 wide for a bucket of 832: 21 columns are cut off on the left, 427 on the right, which is the left mirrored.
+    p = Placement(Size(2000, 2105), Size(1216, 1280), 0, 21, Size(1216, 832), False)
+    assert [crops.told_crop(p, version) for version in (1, 2)] == [(0, 21), (0, 21)]
+    assert [crops.told_crop(p._replace(flip=True), version) for version in (1, 2)] == [(0, 21), (0, 427)]
+
+
 def test_a_box_outside_of_the_crop_is_gone():
     p = Placement(Size(100, 200), Size(100, 200), 0, 100, Size(100, 100), False)
     assert crops.map_box(Box(0, 0, 50, 100), p) is None

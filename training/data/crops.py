@@ -167,6 +167,14 @@ def apply(pixels: np.ndarray, placement: Placement) -> np.ndarray:
     return np.ascontiguousarray(cropped[:, ::-1] if placement.flip else cropped)
 
 
+def told_crop(placement: Placement, rules_version: int) -> tuple[int, int]:
+    """Rows and columns that a model is told were cut off above and on the left of a picture, px of the resized image.
+
+    Rules of version 1 told of a mirrored picture what had been cut off on its right.
+    """
+    return placement.seen_crop if rules_version > 1 else (placement.crop_top, placement.crop_left)
+
+
 def map_box(box: Box, placement: Placement) -> Box | None:
     """Where a box of the upright source lies in the bucket-sized picture, px; None when it was cut away."""
     down = placement.resized.height / placement.original.height

@@ -57,3 +57,10 @@ class Placement(NamedTuple):
     def padded(self) -> bool:
         """Whether the bucket is larger than the resized image in any dimension."""
         return self.resized.height < self.bucket.height or self.resized.width < self.bucket.width
+
+    @property
+    def seen_crop(self) -> tuple[int, int]:
+        """Rows cut off above, and columns cut off on the left of the picture as it is seen: mirrored, those that were
+        cut off on the right before. Pixels of the resized image."""
+        overhang = max(self.resized.width - self.bucket.width, 0)
+        return self.crop_top, overhang - self.crop_left if self.flip else self.crop_left

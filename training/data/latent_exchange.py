@@ -85,10 +85,10 @@ def write_kohya(file: BinaryIO, latents: np.ndarray, placement: Placement, scali
         file: Open for writing.
         latents: `(C, H/8, W/8)` fp32, scaled.
         placement: Its own; sizes are written width first, as the format has them, and the crop in pixels of the resized
-            picture, as training means it.
+            picture, as training means it: of a mirrored one as it is seen.
         scaling_factor: Taken out again.
     """
-    top, left = placement.crop_top, placement.crop_left
+    top, left = placement.seen_crop
     np.savez(
         file,
         latents=(latents / np.float32(scaling_factor)).astype(np.float32),
