@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -29,7 +30,7 @@ def weights(weighting, signal=SIGNAL, prediction_type="epsilon", **changes):
         ("min_snr", "epsilon", [1, 5 / 9, 1, 5 / 1999]),
         ("min_snr", "v_prediction", [1 / 2, 5 / 10, (1 / 9) / (10 / 9), 5 / 2000]),
         ("debiased", "epsilon", [1, 1 / 3, 3, 1 / math.sqrt(1000)]),
-        ("debiased", "v_prediction", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
+        ("debiased", "v_prediction", [1 / 2, 1 / 10, 9 / 10, 1 / 1001]),
         ("p2", "epsilon", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
         ("p2", "v_prediction", [1 / 2, 1 / 10, 9 / 10, 1 / 2000]),
     ],
@@ -37,6 +38,29 @@ def weights(weighting, signal=SIGNAL, prediction_type="epsilon", **changes):
 def test_weights_against_hand_worked_values(weighting, prediction_type, expected):
     found = weights(weighting, SHARES, prediction_type)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-7)
+
+
+def test_rules_of_version_1_have_no_cap_for_v():
+    found = timestep_weights(LossConfig(weighting="debiased"), SHARES, "v_prediction", 1)
+    torch.testing.assert_close(found, torch.tensor([1 / 2, 1 / 10, 9 / 10, 1 / 2000]), rtol=2e-4, atol=1e-7)
+
+
+def test_debiased_weights_of_v_on_sdxls_schedule_are_kohyas():
+    # kohya-ss/sd-scripts 48d368fa, apply_debiased_estimation(v_prediction=True) on its all_snr: SNR 1,175.4 at t = 0.
+    table = {0: 9.990010e-04, 1: 1.703978e-03, 100: 1.057768e-01, 500: 7.236676e-01, 999: 9.953399e-01}
+    found = weights("debiased", prediction_type="v_prediction")
+    assert {t: found[t].item() for t in table} == pytest.approx(table, rel=1e-5)
+
+
+def test_p2_is_the_factor_of_its_paper_whatever_is_predicted():
+    # 1 / (k + SNR)^gamma with k = 1, the signal of DDPM's schedule in double precision.
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    signal = np.cumprod(1 - beta)
+    for gamma in (0.5, 1.0):
+        expected = torch.from_numpy((1 + signal / (1 - signal)) ** -gamma).float()
+        for predicted in ("epsilon", "v_prediction"):
+            found = weights("p2", prediction_type=predicted, p2_gamma=gamma)
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=0)
 
 
 def test_gammas_are_the_cap_and_the_exponent():

@@ -6,7 +6,7 @@ import torch
 
 from training.errors import TrainingError
 from training.rules import NO_WEIGHT
-from training.run_config import LossConfig
+from training.run_config import RULES_VERSION, LossConfig
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -45,21 +45,25 @@ def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor, mask: torch.T
     return (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area
 
 
-def timestep_weights(config: LossConfig, signal: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
+def timestep_weights(
+    config: LossConfig, signal: torch.Tensor, prediction_type: PredictionType, rules_version: int = RULES_VERSION
+) -> torch.Tensor:
     """The weight of a loss at each timestep, `(T,)` fp32; weights are not normalised.
 
     For epsilon: `min_snr` min(SNR, gamma) / SNR, `debiased` 1 / sqrt(min(SNR, 1000)), `p2` (1 + SNR)^-gamma.
-    For v: `min_snr` min(SNR, gamma) / (SNR + 1), `debiased` 1 / (SNR + 1), `p2` as for epsilon.
+    For v: `min_snr` min(SNR, gamma) / (SNR + 1), `debiased` 1 / (min(SNR, 1000) + 1), `p2` as for epsilon.
 
     Args:
         config: Which, and its gamma.
         signal: `alphas_cumprod`, `(T,)`.
         prediction_type: What the UNet predicts.
+        rules_version: Of the run.
 
     Raises:
         TrainingError: the schedule ends without signal, and `min_snr` would never learn its last step.
 
-    Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227.
+    Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227; what they leave open
+    for v is decided in docs/decisions/0013.
     """
     if config.weighting == "min_snr" and signal[-1] <= 0:
         raise TrainingError(NO_WEIGHT)
@@ -69,7 +73,10 @@ def timestep_weights(config: LossConfig, signal: torch.Tensor, prediction_type: 
         return snr.clamp(max=config.min_snr_gamma) / (snr if noise_to_predict else snr + 1)
     if config.weighting == "debiased":
         # The cap, kohya's, keeps the cleanest steps from having next to no weight.
-        return snr.clamp(max=1000).rsqrt() if noise_to_predict else 1 / (snr + 1)
+        capped = snr.clamp(max=1000)
+        if noise_to_predict:
+            return capped.rsqrt()
+        return 1 / ((capped if rules_version > 1 else snr) + 1)
     if config.weighting == "p2":
         return (1 + snr) ** -config.p2_gamma
     return torch.ones_like(signal)

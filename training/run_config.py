@@ -308,7 +308,7 @@ class RunConfig:
     fetched in the order of training. Empty for the workspace's own."""
     rules_version: int = RULES_VERSION
     """Version of the rules that no option names. In 1, by which runs of older versions go on, a mirrored picture is
-    told what was cut off on its right as it is seen."""
+    told what was cut off on its right as it is seen, and `debiased` for v has no cap."""
     reduction: Literal["canonical", "fast"] = "fast"
     """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
     prompts: PromptConfig = field(default_factory=PromptConfig)

@@ -79,7 +79,7 @@ class Trainer:
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
         self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)  # (T,)
-        self.weights = timestep_weights(config.loss, self.signal, self.prediction_type)  # (T,)
+        self.weights = timestep_weights(config.loss, self.signal, self.prediction_type, config.rules_version)  # (T,)
         self.meters = Meters(device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops)
         self.sender, self.worker = Sender(ranks.device), ThreadPoolExecutor(1, thread_name_prefix="batches")
         self.graphs = Graphs() if config.compute.compile else None
