@@ -38,6 +38,9 @@ class PromptConfig:
     """Probability that each tag draws for itself, spaces in 80 %."""
     loose_separators_prob: float = 0.2
     """Probability that separators are typed carelessly: commas missing, spaces missing. bigASP's code."""
+    missing_space_prob: float = 0.0
+    """Probability that the space after a comma is missing in the other prompts; in careless ones it is 0.2, whatever
+    this is. bigASP's code: 0.2, so in all prompts."""
     misspelling_prob: float = 0.0
     """Probability that a tag has two letters exchanged, one left out or one doubled."""
     score_tags: bool = True
@@ -67,6 +70,7 @@ class PromptConfig:
             spaces_prob=self.spaces_prob,
             mixed_prob=self.mixed_prob,
             loose_separators_prob=self.loose_separators_prob,
+            missing_space_prob=self.missing_space_prob,
             misspelling_prob=self.misspelling_prob,
             caption_prob=self.caption_prob,
             caption_and_tags_prob=self.caption_and_tags_prob,

@@ -51,6 +51,7 @@ recipes = st.fixed_dictionaries(
         "spaces_prob": st.sampled_from([0.0, 0.4]), "mixed_prob": st.sampled_from([0.0, 0.4]),
         "loose_separators_prob": st.sampled_from([0.0, 0.5, 1.0]), "misspelling_prob": st.sampled_from([0.0, 0.3]),
         "caption_prob": st.sampled_from([0.0, 0.2]), "caption_and_tags_prob": st.sampled_from([0.0, 0.3]),
+        "missing_space_prob": st.sampled_from([0.0, 0.5, 1.0]),
         "empty_prob": st.sampled_from([0.0, 0.1]), "chunk_shares": st.sampled_from([(), (0.5, 0.5)]),
     }
 )  # fmt: skip

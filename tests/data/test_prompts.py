@@ -99,6 +99,7 @@ configs = st.builds(
     spaces_prob=st.sampled_from([0.0, 0.5]),
     mixed_prob=st.sampled_from([0.0, 0.5]),
     loose_separators_prob=shares,
+    missing_space_prob=shares,
     misspelling_prob=shares,
     score_tags=st.booleans(),
     caption_prob=st.sampled_from([0.0, 0.4]),
@@ -159,7 +160,8 @@ def assert_text_is_what_the_trace_says(prompt):
     assert text.startswith(scores)
     assert text.endswith(said)
     assert "caption" in trace or text == scores + said
-    if trace["spelling"] == "underscores" and not trace["loose"] and "caption" not in trace:
+    spaced = not trace["loose"] and not prompt.block.config.missing_space_prob
+    if trace["spelling"] == "underscores" and spaced and "caption" not in trace:
         assert prompt.text == ", ".join([*trace["score_tags"], *names])
 
 
@@ -229,6 +231,22 @@ def test_spellings_and_separators_have_hand_worked_shares():
     assert fits(between, {", ": 0.64, ",": 0.16, "  ": 0.16, " ": 0.04})
     assert all(set(re.split(r"tag_\d+", p.text)) == {"", ", "} for p in made[:500]
                if not p.trace["loose"] and p.trace["spelling"] == "underscores")  # fmt: skip
+
+
+def test_commas_without_a_space_have_the_shares_of_bigasps_code():
+    # data.py of bigASP v1: eight prompts in ten have commas only, in two each separator is a comma in eight cases of
+    # ten and else a space; then, in every prompt, a space follows in eight cases of ten.
+    careful, loose = {", ": 0.8, ",": 0.2}, {", ": 0.64, ",": 0.16, "  ": 0.16, " ": 0.04}
+    made = many(recipe(loose_separators_prob=0.2, missing_space_prob=0.2), 3000, num_tags=20)
+    assert fits(Counter(p.trace["loose"] for p in made), {True: 0.2, False: 0.8})
+    for wanted, expected in ((True, loose), (False, careful)):
+        own = [p.text for p in made if p.trace["loose"] is wanted]
+        assert fits(Counter(gap for text in own for gap in re.split(r"tag_\d+", text)[1:-1]), expected)
+        assert sum("," in text.replace(", ", "") for text in own) > 0.9 * len(own), "in nearly all prompts"
+    # Nothing else is drawn differently, and a prompt without the option has a space after every comma.
+    before = many(recipe(loose_separators_prob=0.2), 3000, num_tags=20)
+    assert [p.text.replace(" ", "") for p in made] == [p.text.replace(" ", "") for p in before]
+    assert not any("," in p.text.replace(", ", "") for p in before if not p.trace["loose"])
 
 
 def test_aliases_are_exchanged_at_their_rate():

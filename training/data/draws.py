@@ -60,7 +60,7 @@ class PerTag(IntEnum):
     COMMA = auto()
     """Whether a comma follows it, in a loose prompt."""
     SPACE = auto()
-    """Whether a space follows that."""
+    """Whether a space follows that, or the comma of a careful prompt."""
     DROP = auto()
     """Whether dropout takes it."""
     SLIP = auto()

@@ -68,9 +68,9 @@ def write(
 ) -> WrittenTags:
     """Write the tags of prompts.
 
-    Separators are a comma and a space, in loose prompts 80 % have a comma and the others a space, then 80 % have a
-    space more. Two tags that nothing but a comma parts are two pieces where the second begins with a letter or digit
-    of ASCII, else one.
+    Separators are a comma and a space, which is left out with `missing_space_prob`; in loose prompts 80 % have a comma
+    and the others a space, then 80 % have a space more. Two tags that nothing but a comma parts are two pieces where
+    the second begins with a letter or digit of ASCII, else one.
 
     Args:
         chosen: The tags.
@@ -90,7 +90,7 @@ def write(
     bare = NUM_FORMS * spelled + SPACES * (spaced & names.spaced[spelled])
     slips = _slips(chosen, bare, names, config, draws)
     loose = draws.per_sample(PerSample.LOOSE) < config.loose_separators_prob
-    comma, gaps = _separate(chosen, loose, draws)
+    comma, gaps = _separate(chosen, loose, config, draws)
     comma[interrupted], gaps[interrupted] = True, 1
     kept = np.ones(len(bare), dtype=np.bool_)
     pieces = bare + COMMA * comma
@@ -149,15 +149,20 @@ def misspell(text: str, letter_drawn: float, kind_drawn: float) -> str:
     return before + after if kind == 1 else before + letter + letter + after
 
 
-def _separate(chosen: ChosenTags, loose: np.ndarray, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+def _separate(
+    chosen: ChosenTags, loose: np.ndarray, config: PromptConfig, draws: Draws
+) -> tuple[np.ndarray, np.ndarray]:
     """Whether a comma follows each tag, and how many spaces."""
     comma = np.ones(len(chosen.tags), dtype=np.bool_)
     comma[chosen.starts[1:][chosen.starts[1:] > chosen.starts[:-1]] - 1] = False  # the last of each prompt
     gaps = comma.astype(np.int64)
-    careless = (comma & loose[draws.sample[chosen.tags]]).nonzero()[0]
+    careful = comma & ~loose[draws.sample[chosen.tags]]
+    careless = (comma & ~careful).nonzero()[0]
     tags = chosen.tags[careless]
     comma[careless] = own = draws.per_tag(PerTag.COMMA, tags) < _COMMA_PROB
     gaps[careless] = ~own + (draws.per_tag(PerTag.SPACE, tags) < _SPACE_PROB).astype(np.int64)
+    if config.missing_space_prob:
+        gaps[careful] = draws.per_tag(PerTag.SPACE, chosen.tags[careful]) < 1 - config.missing_space_prob
     return comma, gaps
 
 
