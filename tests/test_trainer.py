@@ -292,11 +292,17 @@ def poison(trainer, bad_steps):
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
     run = make_run(**{"optimizer.schedule": "linear", "optimizer.warmup_samples": 0})
-    weights = []
+    weights, averaged = [], []
 
     def prepare(trainer):
         poison(trainer, {3, 4})
-        skip = trainer._skip
+        skip, average = trainer._skip, trainer.state.ema.update
+
+        def counted(shares, size, steps_before):
+            averaged.append(steps_before)
+            average(shares, size, steps_before)
+
+        trainer.state.ema.update = counted
 
         def watched(*arguments):
             weights.append(trainer.state.parts.unet.conv_in.weight.detach().clone())
@@ -306,6 +312,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
 
     assert train(run, prepare=prepare) == "finished"
     assert torch.equal(*weights)
+    assert averaged == [0, 1, 2, 3, 4], "the warm-up of the average counts steps that trained"
     steps = history(run, "step")
     assert [event["step"] for event in steps] == [1, 2, 5, 6, 7]
     assert steps[-1]["num_skipped"] == 2

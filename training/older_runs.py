@@ -9,6 +9,7 @@ from training.run_config import RunConfig
 
 BEFORE: Mapping[str, Any] = {
     "rules_version": 1,
+    "optimizer.ema_warmup": False,
     "prompts.missing_space_prob": 0.0,
 }
 """Options that change results, and what those runs did whose recorded config does not know them."""

@@ -161,6 +161,9 @@ class OptimizerConfig:
     """Clip the global gradient norm; 0 for never."""
     ema_half_life_samples: int = 0
     """Half-life of the averaged weights, samples; 0 for none."""
+    ema_warmup: bool = True
+    """Average over few steps while there are few: after n of them the decay is at most (1 + n) / (10 + n), as in
+    diffusers. Without it the base model's weights fade by the half-life alone."""
 
     def __post_init__(self) -> None:
         check_positive(

@@ -1,12 +1,13 @@
 """The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,8 +199,7 @@ class Trainer:
         arithmetic.unscale_and_clip(grad_norm, self.config.optimizer.max_grad_norm)
         factor = schedule_factor(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
         rates = set_learning_rates(self.state.optimizer, factor)
-        ema = self.state.ema
-        arithmetic.step(self.state.optimizer, *([] if ema is None else [lambda weights: ema.update(weights, size)]))
+        arithmetic.step(self.state.optimizer, functools.partial(self._average, size))
         self.state.sharding.publish()
         self._advance(size)
         clock.samples_trained += size
@@ -211,6 +211,13 @@ class Trainer:
         )  # fmt: skip
         self._log_step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **measured)
         return True
+
+    def _average(self, num_samples: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Move the averages, where there are any, of some weights that a step of so many samples has changed."""
+        clock = self.state.clock
+        if self.state.ema is not None:
+            before = clock.step - clock.num_skipped if self.config.optimizer.ema_warmup else None
+            self.state.ema.update(weights, num_samples, before)
 
     def _wait_until_copied(self) -> None:
         """Let a checkpoint that is being copied have the state as it was; what that takes is part of its stall."""
