@@ -194,6 +194,7 @@ def train(
 ) -> None:
     """Start, resume or follow a training run, or adopt one that was trained elsewhere."""
     from resources import torchrun, workspace
+    from training.run_folder import read_config
 
     if dry_run + stop + (bundle is not None) > 1:
         raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
@@ -222,18 +223,22 @@ def train(
         print(recipes.run_toml(config))
         print("\n".join(estimates.dry_run(store, run, config, hardware)))
         return
-    from jobs import bundles, console, pipeline
-
     if recipe is not None:
         workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
     workspace.require_run(store, run)
-    started = time.monotonic()
-    with console.progress() as announce:
-        if bundle is not None:
+    if bundle is not None:
+        from jobs import bundles, console
+
+        with console.progress() as announce:
             num_bytes = bundles.write(store.home, run, bundle.expanduser().resolve(), started=announce)
-            print(f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back")
-            return
-        outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
+        print(f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back")
+        return
+    started, folder = time.monotonic(), store.run_folder(run)
+    with torchrun.standing_by(folder, read_config(folder).num_processes):
+        from jobs import console, pipeline  # Dagster, while the trainer imports its own
+
+        with console.progress() as announce:
+            outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
 
 

@@ -103,9 +103,14 @@ def _holder(kind: Kind, home: Path) -> str:
     return f"{kind} of {home} (pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')})"
 
 
+def has_cards() -> bool:
+    """Whether this machine may have cards that torch sees; asked without torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
 def visible_cards() -> list[str]:
     """The machine's numbers (or ids) of the cards that torch sees, in torch's order."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+    if not has_cards():
         return []
     import torch
 

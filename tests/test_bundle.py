@@ -188,7 +188,7 @@ def test_requirements_cover_all_that_training_imports(make_run, tmp_path):
     lines = (tmp_path / "bundle" / "requirements.txt").read_text().split()
     wanted = {line.partition("==")[0] for line in lines}
     assert not {"dagster", "mlflow"} & wanted
-    code = """import training.run, training.bundle, sys
+    code = """import training.run, training.trainer, training.bundle, sys
 print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('training.') and m.__file__))"""
     files = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert len(files) > 30

@@ -3,11 +3,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from resources import torchrun
-from training import run_folder
+from training import commit, run_folder
 from training.event_log import EventLog, read_events
 
 LONG = {"num_samples": 4000, "validation.every_samples": 4000, "checkpoints.every_samples": 22}
@@ -138,6 +139,93 @@ def test_a_trainer_that_was_killed_has_failed_and_says_where_to_look(tmp_path):
     assert (ending["event"], ending["samples_seen"]) == ("failed", 8)
     assert "ended without a last line" in ending["reason"]
     assert ending["reason"].endswith("trainer.log: out of memory")
+
+
+def standby_pid():
+    return torchrun._standby[0]._process.pid
+
+
+def is_gone(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"  # its parent has ended too, and nobody has adopted it
+
+
+def test_one_rank_runs_by_itself(make_run, start):
+    run = make_run(num_samples=8)
+    handle = start(run)
+    opening = until(handle, "started")
+    assert opening["pid"] == handle.process.pid
+    assert opening["num_ranks"] == 1
+    assert handle.wait()["event"] == "finished", output(run)
+    assert "torch.distributed" not in output(run)
+
+
+def test_a_trainer_stands_by_and_is_the_one_that_trains(unbroken, make_run):
+    run = make_run("early")
+    with torchrun.standing_by(run.folder, 1):
+        pid = standby_pid()
+        assert os.getsid(pid) == pid
+        assert not (run.folder / run_folder.OUTPUT).exists(), "nothing is written before it is told its run"
+        assert not torchrun.is_running(run.folder)
+        handle = torchrun.start_or_attach(run.folder, 1)
+        assert handle.process.pid == pid
+    assert until(handle, "started")["pid"] == pid
+    assert handle.wait()["event"] == "finished", output(run)
+    assert handle.process.wait() == 0
+    assert contents(run, 52) == contents(unbroken, 52)
+
+
+def test_a_trainer_that_stands_by_ends_with_a_launcher_that_needs_none(make_run):
+    run = make_run()
+    with torchrun.standing_by(run.folder, 1):
+        pid = standby_pid()
+    assert is_gone(pid)
+    assert not torchrun._standby
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.toml", "inputs.json", "vocabulary.parquet"]
+
+
+def test_a_trainer_that_stands_by_ends_with_a_killed_launcher(make_run):
+    code = (
+        "import sys, time; from pathlib import Path; from resources import torchrun\n"
+        "with torchrun.standing_by(Path(sys.argv[1]), 1):\n"
+        "    print(torchrun._standby[0]._process.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(make_run().folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        pid = int(launcher.stdout.readline())
+        launcher.kill()
+    deadline = time.monotonic() + 20
+    while not is_gone(pid):
+        assert time.monotonic() < deadline, "it is left behind"
+        time.sleep(0.05)
+
+
+def test_a_trainer_that_died_standing_by_is_replaced(make_run):
+    run = make_run(num_samples=8)
+    with torchrun.standing_by(run.folder, 1):
+        pid = standby_pid()
+        os.kill(pid, signal.SIGKILL)
+        torchrun._standby[0]._process.wait()
+        handle = torchrun.start_or_attach(run.folder, 1)
+        assert handle.process.pid != pid
+    assert handle.wait()["event"] == "finished", output(run)
+
+
+def test_nobody_stands_by_for_nothing(unbroken, make_run, monkeypatch):
+    def stands_by(folder, num_processes=1):
+        with torchrun.standing_by(folder, num_processes):
+            return bool(torchrun._standby)
+
+    run = make_run()
+    assert not stands_by(unbroken.folder)
+    assert not stands_by(run.folder, 2)
+    with commit.lock(run.folder / run_folder.LOCK, "the run"):
+        assert not stands_by(run.folder)
+    monkeypatch.setattr(torchrun.devices, "has_cards", lambda: True)
+    assert not stands_by(run.folder)
 
 
 def test_a_run_that_cannot_start_says_why_in_one_line(make_run, start):

@@ -1,30 +1,41 @@
-"""Entry point of a training process under torchrun: `python -m torch.distributed.run ... -m training.run RUN_FOLDER`.
+"""Entry point of a training process: `python -m training.run RUN_FOLDER`, alone or as a rank under torchrun.
 
-How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses.
+How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses. Started early with `--wait FD`,
+it imports its libraries and is told its run folder over that socket; when the other end closes first, it ends silently.
 """
 
 import contextlib
+import os
+import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
 from pathlib import Path
 
-import torch
-
 from training import commit, run_folder
 from training.errors import ConfigError, PipelineError
 from training.event_log import EventLog, read_events
-from training.ranks import Ranks
-from training.trainer import Trainer
+from training.quick_imports import quick_imports
+
+WAIT = "--wait"
+_MAX_PATH_BYTES = 4096
 
 
 def main(arguments: list[str]) -> int:
     """Train the run in the folder named by the only argument; 0 when it finished or was asked to stop."""
-    if len(arguments) != 1:
-        print("usage: python -m training.run RUN_FOLDER", file=sys.stderr)
+    waits = len(arguments) == 2 and arguments[0] == WAIT and arguments[1].isdecimal()
+    if len(arguments) != 1 and not waits:
+        print(f"usage: python -m training.run RUN_FOLDER | {WAIT} FD", file=sys.stderr)
         return 2
-    folder = Path(arguments[0]).resolve()
+    told = _listen(int(arguments[1])) if waits else None
+    with quick_imports(freeze=__name__ == "__main__"):
+        import torch
+
+        from training.ranks import Ranks
+        from training.trainer import Trainer
+    folder = (Path(arguments[0]) if told is None else told.get()).resolve()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -55,6 +66,28 @@ def main(arguments: list[str]) -> int:
             return 1
         ranks.close()
     return 0
+
+
+def _listen(descriptor: int) -> "queue.Queue[Path]":
+    """Wait in a thread to be told the run folder: it is queued, and output goes to the descriptor that comes with it.
+
+    A launcher that ends or thinks better of it closes its end, and this process is gone at once, whatever it imports.
+    """
+    told: queue.Queue[Path] = queue.Queue()
+
+    def wait() -> None:
+        with socket.socket(fileno=descriptor) as launcher:
+            message, descriptors, _, _ = socket.recv_fds(launcher, _MAX_PATH_BYTES, 1)
+            if not message:
+                os._exit(0)
+            (output,) = descriptors
+            for number in (1, 2):
+                os.dup2(output, number)
+            os.close(output)
+            told.put(Path(os.fsdecode(message)))
+
+    threading.Thread(target=wait, daemon=True, name="launcher").start()
+    return told
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """Everything a run needs, checked and loaded before its first step."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +66,8 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     config = ranks.from_first(lambda: resolve_run(folder, config, device, None if ready is None else ready.config))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
-    elif ranks.rank == 0:
-        _check_digest("base model", inputs.base_model, inputs.base_digest)
-        if inputs.vae is not None:
-            _check_digest("VAE", inputs.vae, inputs.vae_digest)
-    parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config)
+    with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
+        parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
@@ -144,6 +143,30 @@ def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: 
             f"rank {ranks.rank} sees another run folder {folder} than rank 0, which has "
             f"{'no checkpoint' if name is None else name}: all machines of a run must share its folder"
         )
+
+
+@contextlib.contextmanager
+def _digests_checked(inputs: RunInputs | None) -> Iterator[None]:
+    """Hash what a run begins from while it is loaded; what has changed is told of first, whatever else goes wrong.
+
+    Raises:
+        ModelError: the base model or the VAE is not the one that `inputs.json` names.
+    """
+
+    def check(inputs: RunInputs) -> None:
+        _check_digest("base model", inputs.base_model, inputs.base_digest)
+        if inputs.vae is not None:
+            _check_digest("VAE", inputs.vae, inputs.vae_digest)
+
+    if inputs is None:
+        yield
+        return
+    with ThreadPoolExecutor(1, "digests") as pool:
+        checked = pool.submit(check, inputs)
+        try:
+            yield
+        finally:
+            checked.result()
 
 
 def _check_digest(what: str, model: Path, recorded: str) -> None:
