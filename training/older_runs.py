@@ -21,7 +21,10 @@ def build(values: Mapping[str, Any], origin: Path | None = None) -> RunConfig:
     Raises:
         ConfigError: a key or value cannot be used.
     """
-    return toml.build(RunConfig, _nested({**toml.flatten(values), **_before(lacking(values))}), origin=origin)
+    flat = {**toml.flatten(values), **_before(lacking(values))}
+    if flat.get("compute.compile") is True:
+        flat["compute.compile"] = "whole"  # its only way then
+    return toml.build(RunConfig, _nested(flat), origin=origin)
 
 
 def lacking(values: Mapping[str, Any]) -> set[str]:
