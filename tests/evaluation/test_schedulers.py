@@ -10,11 +10,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.schedulers import AysSchedules
 
 from training.errors import ConfigError, EvaluationError
-from training.evaluation.schedulers import label, lay_out, make_scheduler
+from training.evaluation.schedulers import label, lay_out, make_scheduler, starting_latents
 from training.evaluation_config import SamplingConfig
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -59,13 +59,13 @@ def run(sampler, num_steps, start, seed=0, prediction="epsilon", schedule="karra
     sigmas = scheduler.sigmas.tolist()
     levels = scheduler.levels.tolist() if sampler == "dpmpp_sde" else sigmas[:-1]
     generators = [torch.Generator().manual_seed(seed)]
-    x = walk(scheduler, start * scheduler.init_noise_sigma, levels, generators, prediction).double()
+    x = walk(scheduler, starting_latents(scheduler, start), levels, generators, prediction).double()
     return x * math.sqrt(1 + sigmas[-1] ** 2) if sampler in PRESERVING else x, scheduler
 
 
-def start_of(sampler, sigmas):
-    """diffusers starts from unit noise in variance-preserving form: sqrt(1 + sigma^2) times as much in ours."""
-    return START.double() * (math.sqrt(1 + sigmas[0] ** 2) if sampler in PRESERVING else sigmas[0])
+def start_of(sigmas):
+    """Unit noise in variance-preserving form, sqrt(1 + sigma^2) times as much in the other."""
+    return START.double() * math.sqrt(1 + sigmas[0] ** 2)
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -116,6 +116,23 @@ def test_ten_aligned_steps_are_the_tables_of_diffusers():
         timesteps = make_scheduler("euler", "ays", CONFIG, 10, family=family).timesteps
         # Theirs are rounded too, from sigmas of more digits.
         assert np.abs(timesteps.numpy() - AysSchedules[f"{name}Timesteps"]).max() <= 1
+
+
+# By hand: NVIDIA's published levels, and log-linear between them; halves are geometric means, sqrt(14.615 * 6.315), ...
+AYS_15 = (
+    14.615, 8.353, 5.318, 3.771, 2.618, 1.855, 1.342, 0.999, 0.744, 0.555, 0.431, 0.323, 0.234, 0.144, 0.072, 0.0,
+)  # fmt: skip
+AYS_20 = (
+    14.615, 9.607, 6.315, 4.880, 3.771, 2.868, 2.181, 1.711, 1.342, 1.076, 0.862, 0.692, 0.555, 0.459, 0.380, 0.298,
+    0.234, 0.163, 0.113, 0.057, 0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [AYS_15, AYS_20])
+def test_other_numbers_of_aligned_steps_are_comfyuis(table):
+    """As many levels as steps and a 0, of 11 levels of which the last is left out; A1111 would keep its 0.029."""
+    sigmas = lay_out("ays", len(table) - 1, SIGMA.numpy(), "sdxl")
+    assert sigmas.tolist() == pytest.approx(table, abs=6e-4)
 
 
 def test_the_unet_is_asked_at_whole_timesteps_of_the_same_noise():
@@ -303,7 +320,7 @@ def drawing(seed):
 def test_a_sampler_equals_the_papers_with_the_same_noise(sampler, schedule, num_steps):
     x, _ = run(sampler, num_steps, START, seed=9, schedule=schedule)
     sigmas = levels_of(schedule, num_steps)
-    reference = REFERENCES[sampler](start_of(sampler, sigmas), sigmas, drawing(9))
+    reference = REFERENCES[sampler](start_of(sigmas), sigmas, drawing(9))
     # The denoiser decides between two values, which magnifies what fp32 rounds; a wrong term is off by 0.01 and more.
     torch.testing.assert_close(x, reference, atol=1e-3, rtol=0)
 
@@ -315,7 +332,7 @@ def test_ddim_equals_the_paper_from_pure_noise_to_the_first_timestep(num_steps):
     assert scheduler.timesteps.tolist() == timesteps
     assert timesteps[0] == 999
     sigmas = [*SIGMA[timesteps].tolist(), SIGMA[0].item()]
-    torch.testing.assert_close(x, ddim(start_of("ddim", sigmas), sigmas, None), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x, ddim(start_of(sigmas), sigmas, None), atol=1e-4, rtol=0)
 
 
 @COPY
@@ -340,7 +357,7 @@ def test_both_kinds_of_prediction_draw_the_same(sampler):
 def test_the_third_order_solver_of_diffusers_is_still_wrong():
     """When this fails, diffusers has mended its sign and `Dpmpp3mSde` can go."""
     sigmas = levels_of("karras", 30)
-    reference = dpmpp_3m_sde(start_of("dpmpp_3m_sde", sigmas), sigmas, drawing(9))
+    reference = dpmpp_3m_sde(start_of(sigmas), sigmas, drawing(9))
     stock = DPMSolverMultistepScheduler(
         **BETAS, algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun", use_karras_sigmas=True,
         lower_order_final=False,
@@ -357,6 +374,23 @@ def test_samples_follow_the_data(sampler):
     assert abs((x > 0.25).double().mean().item() - 0.5) < 0.05
     assert x[x > 0.25].mean().item() == pytest.approx(1.5, abs=0.1)
     assert x[x < 0.25].std().item() == pytest.approx(0.3, abs=0.08)
+
+
+@COPY
+@pytest.mark.parametrize("schedule", ["karras", "exponential", "ays", "plain"])
+@pytest.mark.parametrize("sampler", REFERENCES)
+def test_every_sampler_starts_from_noise_of_variance_one(sampler, schedule):
+    """Stability AI's rule for SDXL, ComfyUI's and, with its leading spacing, that of diffusers' Euler."""
+    schedule = "plain" if sampler == "ddim" else schedule
+    scheduler = make_scheduler(sampler, schedule, CONFIG, 20)
+    start = starting_latents(scheduler, START)
+    torch.testing.assert_close(scheduler.scale_model_input(start, scheduler.timesteps[0]), START, rtol=1e-6, atol=0)
+    factor = 1.0 if sampler in PRESERVING else math.sqrt(1 + 14.6146**2)
+    torch.testing.assert_close(start, START * factor, rtol=1e-4, atol=0)
+    stock = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
+    stock.set_timesteps(1000)
+    if sampler not in PRESERVING:
+        torch.testing.assert_close(start, START * stock.init_noise_sigma, rtol=1e-4, atol=0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from training.evaluation.guidance import guide, num_readings, perturbed, repeat_
 from training.evaluation.png_parameters import lora_hash, parameters, write_png
 from training.evaluation.prompt_encoding import PromptEncoder, cut_prompts
 from training.evaluation.sampling_inputs import clip_skip, model_folder
-from training.evaluation.schedulers import SamplingScheduler, make_scheduler
+from training.evaluation.schedulers import SamplingScheduler, make_scheduler, starting_latents
 from training.evaluation.second_pass import enlarge, final_size
 from training.evaluation_config import SamplingConfig
 from training.models.lora import add_loras
@@ -161,7 +161,8 @@ def draw(
     trained, family = parts.noise_scheduler_config, parts.family
     scheduler = make_scheduler(config.sampler, config.schedule, trained, config.num_steps, family=family)
     generators, noise = noise_of(size)
-    latents = denoise(parts, text, noise * scheduler.init_noise_sigma, size, scheduler, generators, config)
+    start = starting_latents(scheduler, noise)
+    latents = denoise(parts, text, start, size, scheduler, generators, config)
     if (second := config.second_pass) is None:
         return latents
     size = final_size(size, second, vae.scale)

@@ -37,8 +37,6 @@ class SamplingScheduler(Protocol):
     """`(n,)` fp32 on the CPU: the timestep of each call of the UNet."""
     sigmas: Any
     """`(steps + 1,)` fp32: noise levels, falling."""
-    init_noise_sigma: Any
-    """Factor of the noise that a first pass starts from."""
 
     def scale_model_input(self, sample: Any, timestep: Any) -> Any:
         """Latents as the UNet is shown them."""
@@ -51,6 +49,16 @@ class SamplingScheduler(Protocol):
     def step(self, model_output: Any, timestep: Any, sample: Any, *, generator: Any) -> Any:
         """`prev_sample` is what the next call starts from."""
         ...
+
+
+def starting_latents(scheduler: SamplingScheduler, noise: Any) -> Any:
+    """The latents that a first pass starts from: the UNet is shown `noise` itself, of variance 1, by every sampler.
+
+    Of data + sigma * noise that is sqrt(1 + sigma^2) times the noise, with data of variance 1 what training ends at.
+    Source: x_T ~ N(0, 1) of arXiv:2006.11239, 2010.02502 and 2211.01095; ComfyUI, Stability AI's code of SDXL, and
+    A1111 with its option "SGM noise multiplier"; docs/decisions/0012-start-noise.md.
+    """
+    return noise / scheduler.scale_model_input(noise.new_ones(()), scheduler.timesteps[0])
 
 
 def label(sampler: Sampler, schedule: Schedule) -> str:
@@ -99,7 +107,9 @@ def lay_out(schedule: Schedule, num_steps: int, trained: np.ndarray, family: str
         family: `sdxl` or `sd1`.
 
     Source: karras: arXiv:2206.00364, eq. 5 with rho = 7; exponential: even in log sigma; plain: even in time, the UIs'
-    Normal; ays: arXiv:2404.14507, tables of 10 steps, other numbers log-linear between them as its authors say.
+    Normal; ays: arXiv:2404.14507, tables of 10 steps with 11 levels, other numbers log-linear between them and the last
+    level 0, as its authors say and ComfyUI does. A1111 interpolates 11 levels to as many as there are steps and then
+    appends 0: its last step begins at 0.029, ours of 10 steps at 0.113.
     """
     least, most = float(trained[0]), float(trained[-1])
     ramp = np.linspace(0, 1, num_steps)

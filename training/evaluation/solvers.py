@@ -64,7 +64,6 @@ class DpmppSde:
         """Sigma of each call of the UNet, `(2 n - 1,)`."""
         self.timesteps = torch.empty(0)
         """Set by the maker: the trained timestep of each level."""
-        self.init_noise_sigma = self.sigmas[0]
         self._prediction_type = prediction_type
         self._calls = 0
         self._start = self._half_noise = torch.empty(0)
