@@ -13,6 +13,7 @@ from training.data.geometry import Size
 from training.errors import ConfigError
 from training.evaluation import prompt_building
 from training.evaluation.prompt_groups import UNKNOWN_WORDS, negative_prompt
+from training.evaluation.prompt_reading import read_set
 from training.evaluation.prompt_sets import make_frame, read_prompts, refuse_overlap
 
 SELECTED = ("image_id", "height", "width", *prompt_building.TEXTS)
@@ -35,7 +36,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 STAGE = Stage(
     name="prompt_sets",
-    version=3,
+    version=4,
     scope=Scope.PROMPT_SET,
     config=lambda config, key: config.prompt_sets[key],
     others=_inputs,
@@ -65,7 +66,11 @@ def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
 
 
 def _make(store: Store, key: str) -> pl.DataFrame:
-    """The set's prompts, none of which a training image has as a caption or as its tags."""
+    """The set's prompts, none of which a training image has as a caption or as its tags.
+
+    Raises:
+        EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt cannot be drawn.
+    """
     config = store.config.prompt_sets[key]
     selected = store.read("selected_images", SELECTED)
     if config.file:
@@ -84,9 +89,12 @@ def _make(store: Store, key: str) -> pl.DataFrame:
         frame = make_frame([row for one in frames for row in one.drop("seed").to_dicts()])
     refuse_overlap(frame, prompt_building.trained_texts(selected))
     negative = pl.col("negative")
-    return frame.with_columns(
+    frame = frame.with_columns(
         negative=pl.when(negative == "").then(pl.lit(negative_prompt(config.negative))).otherwise(negative)
     )
+    if key == store.config.evaluation.prompt_set:
+        read_set(frame, store.config.evaluation.sampling)  # refused here, and not when a model is to draw it
+    return frame
 
 
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:

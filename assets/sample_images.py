@@ -15,6 +15,7 @@ from training.base_model import config_folder
 from training.errors import DataError
 from training.evaluation import figures
 from training.evaluation.pictures import read_picture
+from training.evaluation.prompt_reading import read_set, remarks
 from training.evaluation.sampling_inputs import input_digests
 from training.progress import report
 from training.retention import reading
@@ -35,7 +36,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 STAGE = Stage(
     name="sample_images",
-    version=1,
+    version=2,
     scope=Scope.CHECKPOINT,
     config=lambda config, key: config.evaluation.sampling,
     others=_inputs,
@@ -57,6 +58,7 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
         from training.models.text_encoders import load_tokenizer
 
         prompts, sampling = prompts_of(store), store.config.evaluation.sampling
+        odd = remarks(prompts, read_set(prompts, sampling))
         folder, model = store.sample_folder(key), store.checkpoint_folder(key)
         # A checkpoint of a run that is still training is not to be removed while it is read.
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
@@ -73,7 +75,7 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             report={
                 "pictures": {"pictures": sheet(folder, frame)},
                 "numbers": {"pictures that are not finite": failed} if failed else {},
-                "tables": {"prompts longer than what is read": cut},
+                "tables": {"prompts longer than what is read": cut, "prompts read otherwise than they look": odd},
             },
         )
 

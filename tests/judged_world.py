@@ -46,7 +46,10 @@ class World:
         self.write_config()
         row = {"name": "base", "checkpoint": f"base.{self.store.model_digest('base')[:8]}@0", "digest": "d"}
         self._commit(base_model.STAGE, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema, strict=False))
-        rows = [{"prompt_id": f"p{n:04d}", "text": f"star {n}", "group": "g", "seed": n} for n in range(num_prompts)]
+        rows = [
+            {"prompt_id": f"p{n:04d}", "text": f"star {n}", "negative": "", "group": "g", "seed": n}
+            for n in range(num_prompts)
+        ]
         self._commit(prompt_sets.STAGE, "standard", pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema))
         self.base = self.store.base_checkpoint()
 

@@ -9,6 +9,7 @@ import torch
 from training.data.tables import TABLES
 from training.evaluation import sampling
 from training.evaluation.prompt_encoding import PromptEncoder
+from training.evaluation.prompt_reading import read_set
 from training.evaluation.prompt_sets import seed_of
 from training.evaluation_config import SamplingConfig
 from training.models.vae import Vae
@@ -36,8 +37,8 @@ def changed(**changes):
 
 
 def encoder_of(parts, frame, clip_skip=1, **changes):
-    texts = [*frame["text"], *frame["negative"]]
-    return PromptEncoder(parts, texts, changed(**changes), clip_skip=clip_skip, device="cpu")
+    config = changed(**changes)
+    return PromptEncoder(parts, read_set(frame, config), config, clip_skip=clip_skip, device="cpu")
 
 
 def latents_of(parts, frame, clip_skip=1, **changes):

@@ -11,6 +11,9 @@ from training.evaluation import prompt_groups
 Sampler = Literal["dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler", "euler_a", "ddim"]
 Schedule = Literal["karras", "exponential", "ays", "plain"]
 PromptWeights = Literal["off", "plain", "mean_restored"]
+PromptSyntax = Literal["a1111", "strict"]
+PromptTimes = Literal["new", "old"]
+PromptEnds = Literal["a1111", "exact"]
 Enlarge = Literal["latent", "latent_bicubic", "pixels"]
 SamplingPrecision = Literal["fp32", "tf32", "bf16"]
 ScorerName = Literal["pickscore", "hps_v2", "image_reward"]
@@ -60,7 +63,8 @@ class SamplingConfig:
     sampler: Sampler = "dpmpp_2m"
     """Solver, by the name that people use."""
     schedule: Schedule = "karras"
-    """Where its steps lie: `ays` is Align Your Steps, `plain` the UIs' Normal. DDIM has steps of its own: `plain`."""
+    """Where its steps lie: `ays` is Align Your Steps as ComfyUI has it (its authors' levels of 10 steps, log-linear for
+    other numbers, then 0), `plain` the UIs' Normal. DDIM has steps of its own: `plain`."""
     num_steps: int = 30
     """Sampler steps; one of `dpmpp_sde` calls the UNet twice, one of the others once."""
     guidance_scale: float = 6.0
@@ -73,6 +77,17 @@ class SamplingConfig:
     prompt_weights: PromptWeights = "off"
     """`off` reads prompts literally, as they were trained; the others read `(tag:1.5)` as the UIs do and multiply:
     `mean_restored` then restores the mean of a chunk (A1111's "Original"), `plain` does not ("No norm")."""
+    prompt_syntax: PromptSyntax = "a1111"
+    """What is done with prompts that A1111 reads otherwise than they look: marks that it takes for letters, a number
+    at the end that it takes for a weight, a time beyond the last call. `a1111` follows it and warns once a prompt,
+    `strict` refuses. Schedules, `[from:to:when]` and `[a|b]`, are drawn with both."""
+    prompt_times: PromptTimes = "new"
+    """What the times in schedules are, in A1111's words for its rules. `new`: a number with a point is a fraction, one
+    without is a step, and the second pass goes on counting: 1.5 is its middle. `old`: a number below 1 is a fraction,
+    others are steps, and the second pass has the schedule of the first."""
+    prompt_ends: PromptEnds = "a1111"
+    """`a1111` gives the first text of a schedule one call of the UNet more than its time says, as A1111 does, `exact`
+    as many as it says: of 20 calls `[cat:dog:0.5]` has 11 or 10 of the cat."""
     second_pass: SecondPassConfig | None = None
     """Draw the picture again, larger."""
     loras: tuple[LoraConfig, ...] = ()

@@ -16,11 +16,12 @@ from training.data.tokens import (
     CHUNK_LENGTH,
     CHUNK_TOKENS,
     TokenCache,
-    count_chunks,
+    chunk_spans,
     encode,
     fill_chunks,
     fit,
     tokenize,
+    tokenize_sections,
 )
 from training.data.vocabulary import Vocabulary
 from training.run_config import PromptConfig
@@ -54,7 +55,7 @@ def test_chunks_hold_the_prompt_in_order_and_count_the_rest(num_tokens, max_chun
         assert set(row[end + 1 :]) <= {0}
     assert words == list(range(num_tokens))[: max_chunks * CHUNK_TOKENS]
     assert len(words) + cut.num_truncated == cut.num_tokens == num_tokens
-    assert cut.num_chunks == max(min_chunks, count_chunks(num_tokens, max_chunks))
+    assert cut.num_chunks == max(min_chunks, min(-(-max(num_tokens, 1) // CHUNK_TOKENS), max_chunks))
 
 
 def test_an_empty_prompt_is_one_chunk_of_bos_eos_and_pads():
@@ -63,8 +64,22 @@ def test_an_empty_prompt_is_one_chunk_of_bos_eos_and_pads():
     assert (cut.num_chunks, cut.num_tokens, cut.num_truncated) == (1, 0, 0)
 
 
-def test_chunk_counts_at_the_borders():
-    assert [count_chunks(n) for n in (0, 1, 75, 76, 150, 151, 225, 226, 1000)] == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+def test_chunks_at_the_borders():
+    assert [len(chunk_spans([n])) for n in (0, 1, 75, 76, 150, 151, 225, 226)] == [1, 1, 1, 2, 2, 3, 3, 4]
+    assert chunk_spans([76]) == [(0, 0, 75), (0, 75, 76)]
+
+
+def test_sections_begin_chunks_of_their_own():
+    """As A1111's BREAK: an empty section is an empty chunk, but nothing follows one at the end."""
+    long = " ".join(str(number) for number in range(80))
+    (cut,) = tokenize_sections([["7 8", "", long]], Words())
+    rows = [[id for id in row if id < 1000] for row in cut.ids]
+    assert rows == [[7, 8], [], list(range(75))]
+    assert (cut.num_tokens, cut.num_truncated) == (82, 5)
+    for sections, counts in ((["1", ""], [1]), (["", "1"], [0, 1]), (["", ""], [0]), (["", "", ""], [0, 0])):
+        (cut,) = tokenize_sections([sections], Words())
+        assert [len([id for id in row if id < 1000]) for row in cut.ids] == counts
+    assert tokenize_sections([["1 2"], [long]], Words(), min_chunks=2) == tokenize(["1 2", long], Words(), min_chunks=2)
 
 
 def test_no_prompts_give_no_rows():
@@ -74,7 +89,7 @@ def test_no_prompts_give_no_rows():
 @given(lengths=st.lists(st.integers(0, 225), min_size=1, max_size=4), pad=st.sampled_from([0, 1001]))
 def test_filled_chunks_are_those_of_tokenize(lengths, pad):
     texts = [" ".join(str(number) for number in range(length)) for length in lengths]
-    most = max(count_chunks(length) for length in lengths)
+    most = max(len(chunk_spans([length])) for length in lengths)
     expected = [one.ids for one in tokenize(texts, Words(pad), min_chunks=most)]
     prompts = Ragged(np.concatenate([np.arange(length) for length in lengths]), offsets(np.array(lengths)))
     found = fill_chunks(prompts, most, Words(pad))

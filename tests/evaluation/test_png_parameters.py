@@ -33,6 +33,7 @@ def test_a_plain_picture_is_read_back():
     assert settings == {
         "Steps": "28", "Sampler": "Euler a", "Schedule type": "Normal", "CFG scale": "7.5", "Seed": "3",
         "Size": "832x1216", "Model": "run@12", "Emphasis": "None", "Precision": "fp32", "RNG": "CPU",
+        "Prompt syntax": "a1111", "SGM noise multiplier": "True",
     }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def test_all_that_was_done_is_read_back():
         "Sampler": "DPM++ 3M SDE", "Schedule type": "Align Your Steps", "Clip skip": "2", "Denoising strength": "0.45",
         "Hires upscale": "1.5", "Hires steps": "12", "Hires upscaler": "Latent (bicubic antialiased)",
         "PAG scale": "3.0", "Emphasis": "No norm", "Size": "1024x1024", "Precision": "bf16",
+        "Align Your Steps": "ComfyUI",
     }  # fmt: skip
     assert wanted.items() <= settings.items()
 
@@ -72,11 +74,24 @@ def test_upscalers_are_named_as_a1111_names_them(how, said):
     assert read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2]["Hires upscaler"] == said
 
 
-def test_ddim_has_no_type_of_schedule():
+def test_ddim_has_no_type_of_schedule_and_one_start_everywhere():
     config = SamplingConfig(sampler="ddim", schedule="plain")
     settings = read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2]
     assert settings["Sampler"] == "DDIM"
     assert "Schedule type" not in settings
+    assert "SGM noise multiplier" not in settings
+
+
+def test_how_prompts_are_read_is_said_in_a1111s_words_where_it_has_some():
+    """`Old prompt editing timelines` is what A1111 1.6 and later writes and reads; it has no exact ends."""
+    prompt = "by [(a:0.9):b \\(c\\):0.15], [d|e]"
+    config = SamplingConfig(prompt_syntax="strict", prompt_times="old", prompt_ends="exact", prompt_weights="plain")
+    text, negative, settings = read(parameters(prompt, "[x:3]", seed=0, height=8, width=8, model="m", config=config))
+    assert (text, negative) == (prompt, "[x:3]")
+    wanted = {"Prompt syntax": "strict", "Old prompt editing timelines": "True", "Prompt ends": "exact"}
+    assert wanted.items() <= settings.items()
+    settings = read(parameters(prompt, "", seed=0, height=8, width=8, model="m", config=SamplingConfig()))[2]
+    assert settings.keys().isdisjoint({"Old prompt editing timelines", "Prompt ends", "Align Your Steps"})
 
 
 def test_a_lora_is_known_by_its_tensors_and_not_by_its_metadata(tmp_path):

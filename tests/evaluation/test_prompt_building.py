@@ -56,6 +56,18 @@ def test_held_out_images_become_prompts_that_were_never_trained():
     assert prompt_building.from_validation(selected(rows), sizes, 1).height == 1
 
 
+def test_texts_that_a_ui_reads_otherwise_are_left_out():
+    """Nobody wrote them as prompts, and one of them would have a strict protocol refuse the set."""
+    captions = ("a star at 12:30", "SALT AND PEPPER", "[signed:1999:3] print", "a | b", "(a star:1.2)", "a star: red")
+    rows = [(f"c{n}", 90, 90, "validation", caption, []) for n, caption in enumerate(captions)]
+    rows += [("t1", 90, 90, "validation", None, ["star", ":)"]), ("t2", 90, 90, "validation", None, ["fox_(animal)"])]
+    frame = prompt_building.from_validation(selected(rows), SIZES, 99)
+    assert sorted(frame["text"]) == ["a star: red", "fox_(animal)"]
+    kept = pl.concat([frame, prompt_sets.make_frame([{**frame.drop("seed").row(0, named=True), "text": "SALT AND X"}])])
+    again = prompt_building.from_validation(selected(rows), SIZES, 99, previous=kept[1:])
+    assert sorted(again["text"]) == ["a star: red", "fox_(animal)"]
+
+
 def test_more_images_keep_the_prompts_that_are_first_by_hash():
     few = [(f"v{n}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
     more = few + [(f"w{n}", 90, 90, "validation", f"another picture {n}", []) for n in range(5)]

@@ -1,5 +1,8 @@
 """Weights in prompts: read as the UIs read them, on the tokens of the same prompt without marks."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_sampling import encoder_of, latents_of, prompt_frame
 
-from training.data.tokens import tokenize
+from training.data.tokens import tokenize, tokenize_sections
 from training.errors import EvaluationError
-from training.evaluation.prompt_weights import apply_weights, escape, read_prompt, token_weights
+from training.evaluation.prompt_weights import apply_weights, read_text, token_weights, unread_marks
 from training.models.unet import load_pipeline_parts
 
 
@@ -20,13 +23,7 @@ def parts(tiny_sdxl):
 
 def pieces(prompt):
     """Runs of equal weight as `[(text, weight)]`, to four digits."""
-    read, found = read_prompt(prompt, "plain"), []
-    for letter, weight in zip(read.text, read.weights, strict=True):
-        if found and abs(found[-1][1] - weight) < 1e-6:
-            found[-1][0] += letter
-        else:
-            found.append([letter, weight])
-    return [(text, round(weight, 4)) for text, weight in found]
+    return [(text, round(weight, 4)) for text, weight in read_text(prompt, "plain").runs]
 
 
 @pytest.mark.parametrize(
@@ -45,14 +42,24 @@ def pieces(prompt):
         ("(a: 1.5 )", [("a", 1.5)]),
         ("(a:-1)", [("a", -1)]),
         ("(a:.5) (b:2.)", [("a", 0.5), (" ", 1), ("b", 2)]),
-        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("(a:)", [("a:", 1.1)]),
+        ("(a:1e1)", [("a:1e1", 1.1)]),
         # What is opened and never closed reaches to the end; what is closed and never opened is a letter.
         ("x (y", [("x ", 1), ("y", 1.1)]),
         ("x [y (z", [("x ", 1), ("y ", 0.9091), ("z", 1)]),
         ("x) y] :1) z", [("x) y] :1) z", 1)]),
         (":) (smile:2)", [(":) ", 1), ("smile", 2)]),
-        ("", []),
-        ("()", []),
+        ("", [("", 1)]),
+        ("()", [("", 1)]),
+        # What looks like a schedule and is none only weakens.
+        ("[re:zero:fate:0.5]", [("re:zero:fate:0.5", 0.9091)]),
+        ("[a:b:+5]", [("a:b:+5", 0.9091)]),
+        ("[a|b]", [("a|b", 0.9091)]),
+        # BREAK is a mark of weight -1 with nothing but what stands before and behind it.
+        ("a cat  BREAK a dog", [("a cat", 1), ("BREAK", -1), ("a dog", 1)]),
+        ("aBREAK b, BREAKER", [("aBREAK b, BREAKER", 1)]),
+        ("(a BREAK b:1.2)", [("a", 1.2), ("BREAK", -1.2), ("b", 1.2)]),
+        ("a BREAK BREAK", [("a", 1), ("BREAK", -1), ("", 1), ("BREAK", -1), ("", 1)]),
     ],
 )
 def test_marks_are_read_as_the_uis_read_them(prompt, wanted):
@@ -61,10 +68,9 @@ def test_marks_are_read_as_the_uis_read_them(prompt, wanted):
 
 @given(text=st.text(alphabet="ab ()[]\\:.1,", max_size=30))
 def test_off_and_escaped_texts_are_literal(text):
-    off = read_prompt(text, "off")
-    assert (off.text, set(off.weights) | {1.0}) == (text, {1.0})
-    read = read_prompt(escape(text), "plain")
-    assert (read.text, set(read.weights) | {1.0}) == (text, {1.0})
+    assert read_text(text, "off").runs == ((text, 1.0),)
+    escaped = re.sub(r"([()\[\]\\])", r"\\\1", text)
+    assert read_text(escaped, "plain").runs == ((text, 1.0),)
 
 
 tree = st.recursive(
@@ -86,24 +92,42 @@ tree = st.recursive(
 @given(tree)
 def test_weights_multiply_however_they_nest(built):
     prompt, letters = built
-    read = read_prompt(prompt, "plain")
+    (read,) = read_text(prompt, "plain").sections
     assert read.text == "".join(letter for letter, _ in letters)
     assert read.weights == pytest.approx([weight for _, weight in letters])
 
 
-@pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "[cat|dog]", "[hat:10]", "[a: 0.5]"])
-def test_words_that_change_while_sampling_are_refused(prompt):
-    with pytest.raises(EvaluationError, match=r"exchanges words while sampling .* write \\\[ and \\\]"):
-        read_prompt(prompt, "mean_restored")
-    assert read_prompt(prompt, "off").text == prompt
+@pytest.mark.parametrize("weight", ["1.2.3", ".", "+.", "1..", "..5"])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(
+        EvaluationError, match=rf"':{re.escape(weight)}\)': the weight {re.escape(weight)} is no number"
+    ):
+        read_text(f"a (b:{weight})", "plain")
+    assert read_text(f"b:{weight})", "plain").runs == ((f"b:{weight})", 1.0),)  # no bracket, no weight
+
+
+def test_a_break_parts_sections_and_one_in_brackets_is_a_word():
+    read = read_text("(a:2) b BREAK (c BREAK d:1.5) BREAK", "plain")
+    assert read.num_words == 1
+    assert [section.text for section in read.sections] == ["a b", "cBREAKd", ""]
+    assert read.sections[0].weights == (2.0, 1.0, 1.0)
+    assert read.sections[1].weights == (1.5, *[-1.5] * 5, 1.5)
+    assert read_text("a BREAK b", "off").sections[0].text == "a BREAK b"
+
+
+def test_marks_that_off_reads_as_letters_are_found():
+    assert unread_marks("hatsune_miku_(cosplay), :), x") == []
+    assert unread_marks(r"(a:1.2) (b: .5 ) [c] ((d)) \(e\) BREAK, (f:1.2)") == [
+        ":1.2)", ": .5 )", "[", "((", r"\(", r"\)", "BREAK",
+    ]  # fmt: skip
 
 
 def test_tokens_are_those_of_the_prompt_without_marks(parts):
     for tokenizer in parts.tokenizers:
-        prompt = read_prompt("a (r)ed  (CAT, hat \\(x\\):1.5) [é猫] " + "(z:2)" * 80, "plain")
+        (prompt,) = read_text("a (r)ed  (CAT, hat \\(x\\):1.5) [é猫] " + "(z:2)" * 80, "plain").sections
         assert prompt.text == "a red  CAT, hat (x) é猫 " + "z" * 80
         (tokens,) = tokenize([prompt.text], tokenizer, min_chunks=2)
-        weights = token_weights([prompt], tokenizer, 2)
+        weights = token_weights([[prompt]], tokenizer, 2)
         assert weights.shape == (1, 2, 77)
         # The tiny tokenizer has a token per byte, so each character's bytes carry its weight.
         per_token = [
@@ -116,6 +140,17 @@ def test_tokens_are_those_of_the_prompt_without_marks(parts):
         inner = weights[0, :, 1:76].ravel()
         assert inner.tolist() == pytest.approx((per_token + [1.0] * 150)[:150])
         assert (weights[0, :, [0, 76]] == 1).all()
+
+
+def test_sections_have_chunks_of_their_own_with_their_weights(parts):
+    for tokenizer in parts.tokenizers:
+        sections = read_text("(ab:2) c BREAK" + " z" * 80 + " BREAK (d:3)", "plain").sections
+        (tokens,) = tokenize_sections([[section.text for section in sections]], tokenizer, max_chunks=4)
+        alone = [tokenize([section.text], tokenizer)[0] for section in sections]
+        assert tokens.ids == tuple(itertools.chain.from_iterable(one.ids for one in alone))
+        weights = token_weights([sections], tokenizer, 4)[0]
+        assert weights[:, :5].tolist() == [[1, 2, 2, 1, 1], [1] * 5, [1] * 5, [1, 3, 1, 1, 1]]
+        assert (weights[:, 5:] == 1).all()
 
 
 def test_each_token_is_multiplied_and_the_mean_restored():
@@ -138,7 +173,8 @@ def test_each_token_is_multiplied_and_the_mean_restored():
 
 def encoded(parts, text, mode, negative=""):
     frame = prompt_frame(("a", text, negative, 32, 32))
-    return encoder_of(parts, frame, prompt_weights=mode).encode([negative], [text])
+    (shown,) = encoder_of(parts, frame, prompt_weights=mode).encode([negative], [text])
+    return shown.at(0)
 
 
 def test_each_encoder_has_its_own_mean_and_the_pooled_text_no_weights(parts):

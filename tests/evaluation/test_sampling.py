@@ -422,7 +422,10 @@ def test_what_no_chunk_holds_of_a_prompt_is_told_by_id_and_tokens(parts):
         ("a", f"{long} z", "", 32, 32), ("b", f"{long} z x", f"({long}:1.2) x z", 32, 32), ("c", "x", "", 32, 32)
     )  # fmt: skip
     said = r"^2 prompts or negatives have more than 225 tokens, .*: prompt of 'b' 226, negative of 'b' 232$"
-    with pytest.warns(UserWarning, match=said):
+    with (
+        pytest.warns(UserWarning, match=said),
+        pytest.warns(UserWarning, match="negative of 'b': ':1.2\\)' is read as"),
+    ):
         draw(parts, frame)
     weighted = cut_prompts(frame, parts.tokenizers[1], changed(prompt_weights="plain"))
     assert weighted == [

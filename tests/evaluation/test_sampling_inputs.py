@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,8 +16,18 @@ from assets.sample_images import STAGE
 from resources.store import Store
 from training import run_folder, toml
 from training.errors import ConfigError
+from training.evaluation.prompt_schedules import parse, schedule, text_at
 from training.evaluation.sampling_inputs import input_digests, model_folder
-from training.evaluation_config import LoraConfig, Sampler, SamplingConfig, SamplingPrecision, Schedule
+from training.evaluation_config import (
+    LoraConfig,
+    PromptEnds,
+    PromptSyntax,
+    PromptTimes,
+    Sampler,
+    SamplingConfig,
+    SamplingPrecision,
+    Schedule,
+)
 
 
 def loras(*paths):
@@ -75,6 +86,17 @@ def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
         toml.build(SamplingConfig, {"precision": "fp16"})
 
 
+def test_how_prompts_are_read_is_part_of_what_pictures_follow_from(tmp_path):
+    sections = []
+    for line in ("", 'prompt_syntax = "strict"', 'prompt_times = "old"', 'prompt_ends = "exact"'):
+        (tmp_path / "foundry.toml").write_text(f"format = 1\nsources = []\n[evaluation.sampling]\n{line}\n")
+        sections.append(Store(tmp_path).section(STAGE, "base"))
+    assert all(one != other for one, other in itertools.combinations(sections, 2))
+    for key in ("prompt_syntax", "prompt_times", "prompt_ends"):
+        with pytest.raises(ConfigError, match=key):
+            toml.build(SamplingConfig, {key: "comfy"})
+
+
 def test_names_of_loras_must_differ():
     with pytest.raises(ConfigError, match=r"names \['x', 'x'\] must differ"):
         loras("a/x.safetensors", "x.safetensors")
@@ -91,5 +113,22 @@ def test_the_example_of_the_documentation_is_a_configuration():
     values = tomllib.loads(page.split("```toml\n")[1].split("```")[0])["evaluation"]["sampling"]
     config = toml.build(SamplingConfig, values)
     assert (config.sampler, config.loras[0].name, config.second_pass.num_steps) == ("dpmpp_3m_sde", "ink", 15)
-    for name in (*get_args(Sampler), *get_args(Schedule), *get_args(SamplingPrecision)):
+    choices = (Sampler, Schedule, SamplingPrecision, PromptSyntax, PromptTimes, PromptEnds)
+    for name in itertools.chain.from_iterable(map(get_args, choices)):
         assert name in page
+
+
+def test_the_table_of_the_documentation_is_what_is_drawn():
+    """Each row: a prompt, and the calls of 20 that each text has."""
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text("utf-8")
+    rows = [
+        [cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("| `") and " calls" in line
+    ]
+    assert len(rows) >= 12
+    for prompt, shown in rows:
+        texts = schedule(parse(prompt.replace("\\|", "|")), 20)
+        runs = itertools.groupby(text_at(texts, call, "a1111") for call in range(20))
+        drawn = ", ".join(f"{len(list(members))} calls “{text}”" for text, members in runs)
+        assert shown.replace("\\|", "|").split(" …")[0] in drawn, prompt

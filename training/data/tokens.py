@@ -54,11 +54,6 @@ class TokenizedPrompt:
         return len(self.ids)
 
 
-def count_chunks(num_tokens: int, max_chunks: int = MAX_CHUNKS) -> int:
-    """The chunks that `num_tokens` tokens fill: at least 1, at most `max_chunks`."""
-    return min(max(-(-num_tokens // CHUNK_TOKENS), 1), max_chunks)
-
-
 def tokenize(
     prompts: Sequence[str], tokenizer: Tokenizer, *, max_chunks: int = MAX_CHUNKS, min_chunks: int = 1
 ) -> list[TokenizedPrompt]:
@@ -73,10 +68,32 @@ def tokenize(
     Returns:
         One entry per prompt, in order.
     """
+    return tokenize_sections([[prompt] for prompt in prompts], tokenizer, max_chunks=max_chunks, min_chunks=min_chunks)
+
+
+def tokenize_sections(
+    prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, *, max_chunks: int = MAX_CHUNKS, min_chunks: int = 1
+) -> list[TokenizedPrompt]:
+    """As `tokenize`, of prompts in one section or more, each of which begins a chunk of its own."""
     assert 1 <= min_chunks <= max_chunks, (min_chunks, max_chunks)
     if not prompts:
         return []
-    return [_cut(ids, tokenizer, min_chunks, max_chunks) for ids in encode(prompts, tokenizer)]
+    ids = iter(encode([section for sections in prompts for section in sections], tokenizer))
+    return [_cut([next(ids) for _ in sections], tokenizer, min_chunks, max_chunks) for sections in prompts]
+
+
+def chunk_spans(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The chunks that sections of so many tokens fill: section, first token, end.
+
+    An empty section has one chunk, as in A1111, but none where it is the last of several.
+    """
+    last = len(lengths) - 1
+    return [
+        (section, start, min(start + CHUNK_TOKENS, length))
+        for section, length in enumerate(lengths)
+        if length or section == 0 or section < last
+        for start in range(0, max(length, 1), CHUNK_TOKENS)
+    ]
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -86,15 +103,15 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut(tokens: list[int], tokenizer: Tokenizer, min_chunks: int, max_chunks: int) -> TokenizedPrompt:
-    num_chunks = max(count_chunks(len(tokens), max_chunks), min_chunks)
+def _cut(sections: list[list[int]], tokenizer: Tokenizer, min_chunks: int, max_chunks: int) -> TokenizedPrompt:
+    chunks = [sections[section][start:stop] for section, start, stop in chunk_spans([len(ids) for ids in sections])]
+    num_tokens, kept = sum(len(words) for words in chunks), chunks[:max_chunks]
     rows = []
-    for start in range(0, num_chunks * CHUNK_TOKENS, CHUNK_TOKENS):
-        words = tokens[start : start + CHUNK_TOKENS]
+    for words in [*kept, *[[]] * (min_chunks - len(kept))]:
         pads = [tokenizer.pad_token_id] * (CHUNK_TOKENS - len(words))
         rows.append((tokenizer.bos_token_id, *words, tokenizer.eos_token_id, *pads))
     return TokenizedPrompt(
-        ids=tuple(rows), num_tokens=len(tokens), num_truncated=max(len(tokens) - num_chunks * CHUNK_TOKENS, 0)
+        ids=tuple(rows), num_tokens=num_tokens, num_truncated=num_tokens - sum(len(words) for words in kept)
     )
 
 

@@ -17,6 +17,7 @@ from training import commit, run_folder, toml
 from training.base_model import SUFFIX, checkpoint_name
 from training.data.tables import TABLES
 from training.errors import DamageError, EvaluationError
+from training.evaluation.prompt_reading import read_set
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
 from training.evaluation.sampling_inputs import input_digests
 from training.evaluation_config import SamplingConfig
@@ -97,12 +98,13 @@ def draw(
         progress: Follows along.
 
     Raises:
-        EvaluationError: the prompt file cannot be used, or `out` is in the way.
+        EvaluationError: the prompt file or one of its prompts cannot be used, or `out` is in the way.
         ModelError: the checkpoint is incomplete.
     """
     from training.evaluation.sampling import sample_folder
 
     frame, sampling = read_file(prompts)
+    read_set(frame, sampling)
     if (out / RECORD).exists():
         raise EvaluationError(
             f"{out} holds the pictures of {read_record(out).checkpoint} already; choose another --out"

@@ -59,13 +59,18 @@ def perturbed(unet: UNet2DConditionModel, config: SamplingConfig) -> Iterator[No
             layer.set_processor(processor)
 
 
-def guide(prediction: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+def guide(prediction: torch.Tensor, config: SamplingConfig, factors: torch.Tensor | float = 1.0) -> torch.Tensor:
     """One prediction `(B, ...)` of those of all readings `(num_readings * B, ...)`.
+
+    Args:
+        prediction: Of the UNet.
+        config: Says how strong both guidances are.
+        factors: Of the scale of classifier-free guidance, `(B, 1, 1, 1)` or one for all pictures.
 
     Source: Ho and Salimans, arXiv:2207.12598, eq. 6; arXiv:2403.17377, eq. 16 (both guidances at once).
     """
     without, with_text, *rest = prediction.chunk(num_readings(config))
-    guided = without + config.guidance_scale * (with_text - without)
+    guided = without + config.guidance_scale * factors * (with_text - without)
     for perturbed_text in rest:
         guided = guided + config.pag_scale * (with_text - perturbed_text)
     return guided

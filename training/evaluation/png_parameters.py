@@ -58,6 +58,15 @@ def parameters(
     if config.pag_scale:
         settings["PAG scale"] = config.pag_scale
     settings["Emphasis"] = _EMPHASIS[config.prompt_weights]
+    settings["Prompt syntax"] = config.prompt_syntax
+    if config.prompt_times == "old":
+        settings["Old prompt editing timelines"] = True
+    if config.prompt_ends != "a1111":
+        settings["Prompt ends"] = config.prompt_ends
+    if config.schedule == "ays":
+        settings["Align Your Steps"] = "ComfyUI"  # A1111 has the same name for other levels
+    if config.sampler != "ddim":  # whose start A1111 always has so
+        settings["SGM noise multiplier"] = True
     if lora_hashes:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
     settings |= {"Precision": config.precision, "RNG": "CPU"}

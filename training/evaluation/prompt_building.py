@@ -13,6 +13,7 @@ import polars as pl
 from training.data.geometry import Size
 from training.errors import EvaluationError
 from training.evaluation.prompt_groups import group_prompts
+from training.evaluation.prompt_reading import is_plain
 from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key, trained_keys
 
 PARTI_COLUMNS = ("Prompt", "Category")
@@ -39,8 +40,9 @@ def from_validation(
 
     Returns:
         Rows of table `prompt_sets`, without texts that a training image has too; the choice follows the SHA-256 of
-        the image's id, so that more images change few prompts. Groups are `caption` and `tags`. Empty where no
-        held-out image has a text of its own.
+        the image's id, so that more images change few prompts. Texts that a UI reads otherwise than they stand (`:)`,
+        `16:9` at the end, AND) are left out. Groups are `caption` and `tags`. Empty where no held-out image has a text
+        of its own.
     """
     held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
     ids = {image_id[:16] for image_id in held_out["image_id"]}
@@ -58,7 +60,8 @@ def from_validation(
     seen = trained_keys(keys, trained_texts(selected))
     rows: dict[str, dict[str, object]] = {}
     for row, key in zip(candidates, keys, strict=True):
-        if key not in seen and row["prompt_id"] not in rows and len(rows) < num_prompts:
+        is_new = key not in seen and row["prompt_id"] not in rows
+        if is_new and len(rows) < num_prompts and is_plain(str(row["text"])):
             seen.add(key)
             rows[str(row["prompt_id"])] = row
     return make_frame(list(rows.values()))

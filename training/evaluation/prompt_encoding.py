@@ -4,15 +4,17 @@ Three chunks are read of every prompt by every checkpoint, whatever its run's `m
 to be shown the same words. What is cut off is told of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 import torch
 
-from training.data.tokens import Tokenizer, count_chunks, tokenize
+from training.data.tokens import Tokenizer, tokenize_sections
 from training.errors import EvaluationError
-from training.evaluation.prompt_weights import apply_weights, read_prompt, token_weights
-from training.evaluation_config import SamplingConfig
+from training.evaluation.prompt_reading import Readings, read_set
+from training.evaluation.prompt_schedules import Schedule, text_at
+from training.evaluation.prompt_weights import apply_weights, token_weights
+from training.evaluation_config import PromptEnds, SamplingConfig
 from training.models.text_encoders import TextConditioning, encode_sd1, encode_sdxl, ids_tensor
 from training.models.unet import PipelineParts
 
@@ -23,39 +25,73 @@ def cut_prompts(prompts: pl.DataFrame, tokenizer: Tokenizer, config: SamplingCon
     Args:
         prompts: Rows of table `prompt_sets`.
         tokenizer: Of either text encoder.
-        config: Says how weights in prompts are read: they are no tokens.
+        config: Says how marks in prompts are read: they are no tokens.
 
     Returns:
-        Rows `prompt_id`, `text` (`prompt` or `negative`), `tokens` and how many of these are `not read`, by prompt_id.
+        Rows `prompt_id`, `text` (`prompt` or `negative`), `tokens` and how many of these are `not read`, by prompt_id;
+        of a prompt that changes while it is drawn, for the text that loses most.
     """
+    readings = read_set(prompts, config)
     rows: list[dict[str, object]] = []
     for name, column in (("prompt", "text"), ("negative", "negative")):
-        plain = [read_prompt(text, config.prompt_weights).text for text in prompts[column]]
-        for prompt_id, entry in zip(prompts["prompt_id"], tokenize(plain, tokenizer), strict=True):
-            if entry.num_truncated:
-                rows.append({"prompt_id": prompt_id, "text": name, "tokens": entry.num_tokens,
-                             "not read": entry.num_truncated})  # fmt: skip
+        for prompt_id, text in prompts.select("prompt_id", column).iter_rows():
+            read = readings[text, name == "negative"].texts.values()
+            plain = [[section.text for section in text.sections] for text in read]
+            longest = max(tokenize_sections(plain, tokenizer), key=lambda entry: entry.num_truncated)
+            if longest.num_truncated:
+                rows.append({"prompt_id": prompt_id, "text": name, "tokens": longest.num_tokens,
+                             "not read": longest.num_truncated})  # fmt: skip
     return sorted(rows, key=lambda row: str(row["prompt_id"]))
+
+
+class PassText:
+    """What the UNet attends to in one pass of a batch, call by call."""
+
+    def __init__(
+        self, encoded: TextConditioning, schedules: Sequence[tuple[Schedule, Mapping[str, int]]], ends: PromptEnds
+    ) -> None:
+        """Hold the texts of a pass.
+
+        Args:
+            encoded: Of all distinct texts, `(T, n * 77, d)`.
+            schedules: Per reading, negatives first: its schedule, and the row in `encoded` of each of its texts.
+            ends: How ends are compared with calls.
+        """
+        self._encoded, self._schedules, self._ends = encoded, schedules, ends
+        self._rows: tuple[int, ...] = ()
+        self._now = encoded
+
+    def at(self, call: int) -> TextConditioning:
+        """Conditioning `(2 * B, n * 77, d)` of a call of the UNet, counted from 0, negatives first; the same object as
+        before while no text changes."""
+        rows = tuple(row_of[text_at(texts, call, self._ends)] for texts, row_of in self._schedules)
+        if rows != self._rows:
+            hidden_states, pooled = self._encoded.hidden_states, self._encoded.pooled
+            places = torch.tensor(rows, device=hidden_states.device)
+            self._rows = rows
+            self._now = TextConditioning(
+                hidden_states=hidden_states[places], pooled=None if pooled is None else pooled[places]
+            )
+        return self._now
 
 
 class PromptEncoder:
     """Encodes batches of prompts with their negatives; each distinct text of a batch once."""
 
     def __init__(
-        self, parts: PipelineParts, texts: Sequence[str], config: SamplingConfig, *, clip_skip: int, device: str
+        self, parts: PipelineParts, readings: Readings, config: SamplingConfig, *, clip_skip: int, device: str
     ) -> None:
-        """Read all prompts and check them before the first picture is drawn.
+        """Check what is asked of the text encoders before the first picture is drawn.
 
         Args:
             parts: The model.
-            texts: Every prompt and negative that will be asked for.
-            config: Says how weights in prompts are read.
+            readings: Every prompt and negative that will be asked for.
+            config: Says how prompts are read.
             clip_skip: Layer of SD 1.x's text encoder, from the end; SDXL has no choice and reads its own.
             device: Where the encoders are.
 
         Raises:
-            EvaluationError: SDXL is asked for another layer, SD 1.x for one that it does not have, or a prompt for
-                what cannot be done.
+            EvaluationError: SDXL is asked for another layer, or SD 1.x for one that it does not have.
         """
         if parts.family == "sdxl" and config.clip_skip > 1:
             raise EvaluationError(
@@ -66,36 +102,50 @@ class PromptEncoder:
         if parts.family == "sd1" and clip_skip > layers:
             raise EvaluationError(f"clip_skip={clip_skip}: the text encoder has {layers} layers")
         self._parts, self._config, self._clip_skip, self._device = parts, config, clip_skip, device
-        self._read = {text: read_prompt(text, config.prompt_weights) for text in dict.fromkeys(texts)}
-        plain = [read.text for read in self._read.values()]
-        self._chunks = {
-            text: count_chunks(entry.num_tokens)
-            for text, entry in zip(self._read, tokenize(plain, parts.tokenizers[0]), strict=True)
-        }
+        self._readings = readings
+        self._sections = {text: read.sections for reading in readings.values() for text, read in reading.texts.items()}
+        plain = [[section.text for section in sections] for sections in self._sections.values()]
+        tokenized = tokenize_sections(plain, parts.tokenizers[0])
+        self._chunks = {text: entry.num_chunks for text, entry in zip(self._sections, tokenized, strict=True)}
 
-    def num_chunks(self, *texts: str) -> int:
-        """Chunks of the longest of the texts: what they share when they are encoded together."""
-        return max(self._chunks[text] for text in texts)
+    def num_chunks(self, prompt: str, negative: str) -> int:
+        """Chunks of the longest text that the two ever show: they share it in every call."""
+        readings = self._readings[prompt, False], self._readings[negative, True]
+        return max(self._chunks[text] for reading in readings for text in reading.texts)
 
-    def encode(self, negatives: Sequence[str], prompts: Sequence[str]) -> TextConditioning:
-        """Conditioning `(2 * B, n * 77, d)`, negatives first; n is that of the longest text."""
-        texts = [*negatives, *prompts]
-        distinct = list(dict.fromkeys(texts))
+    def guidance(self, prompts: Sequence[str]) -> list[float]:
+        """Factors of the guidance scale."""
+        return [self._readings[prompt, False].guidance for prompt in prompts]
+
+    def encode(self, negatives: Sequence[str], prompts: Sequence[str]) -> list[PassText]:
+        """What each pass attends to; all its calls have the chunks of the longest text of the batch."""
+        readings = [self._readings[text, True] for text in negatives] + [
+            self._readings[text, False] for text in prompts
+        ]
+        distinct = list(dict.fromkeys(text for reading in readings for text in reading.texts))
         encoded = self._encode(distinct)
-        rows = torch.tensor([distinct.index(text) for text in texts], device=self._device)
-        hidden_states = encoded.hidden_states[rows]
-        pooled = None if encoded.pooled is None else encoded.pooled[rows]
-        if self._parts.force_zeros_for_empty_prompt and pooled is not None:
-            empty = [place for place, negative in enumerate(negatives) if not negative]
-            hidden_states[empty], pooled[empty] = 0.0, 0.0
-        return TextConditioning(hidden_states=hidden_states, pooled=pooled)
+        row_of = {text: row for row, text in enumerate(distinct)}
+        rows = [row_of] * len(readings)
+        if self._parts.force_zeros_for_empty_prompt and encoded.pooled is not None:
+            empty = [place for place in range(len(negatives)) if not any(readings[place].texts)]
+            encoded = TextConditioning(
+                hidden_states=torch.cat([encoded.hidden_states, torch.zeros_like(encoded.hidden_states[:1])]),
+                pooled=torch.cat([encoded.pooled, torch.zeros_like(encoded.pooled[:1])]),
+            )
+            for place in empty:
+                rows[place] = {"": len(distinct)}
+        return [
+            PassText(encoded, list(zip(schedules, rows, strict=True)), self._config.prompt_ends)
+            for schedules in zip(*(reading.passes for reading in readings), strict=True)
+        ]
 
     def _encode(self, texts: Sequence[str]) -> TextConditioning:
-        num_chunks = self.num_chunks(*texts)
-        plain = [self._read[text].text for text in texts]
+        num_chunks = max(self._chunks[text] for text in texts)
+        sections = [self._sections[text] for text in texts]
+        plain = [[section.text for section in one] for one in sections]
         parts = self._parts
         ids = [
-            ids_tensor(tokenize(plain, tokenizer, min_chunks=num_chunks), self._device)
+            ids_tensor(tokenize_sections(plain, tokenizer, min_chunks=num_chunks), self._device)
             for tokenizer in parts.tokenizers
         ]
         if parts.family == "sd1":
@@ -105,11 +155,10 @@ class PromptEncoder:
         if self._config.prompt_weights == "off":
             return encoded
         widths = [encoder.config.hidden_size for encoder in parts.text_encoders]
-        reads = [self._read[text] for text in texts]
         weighted = [
             apply_weights(
                 states,
-                torch.from_numpy(token_weights(reads, tokenizer, num_chunks)).to(self._device),
+                torch.from_numpy(token_weights(sections, tokenizer, num_chunks)).to(self._device),
                 restore_mean=self._config.prompt_weights == "mean_restored",
             )
             for states, tokenizer in zip(encoded.hidden_states.split(widths, dim=-1), parts.tokenizers, strict=True)

@@ -1,31 +1,37 @@
 """Reads the weights that the UIs let people write into prompts, and applies them to what the text encoders say.
 
 `(a)` is 1.1 times as strong, `(a:1.5)` 1.5 times, `[a]` 1 / 1.1 times; they nest, and behind a backslash a bracket is a
-letter. Source: A1111's prompt syntax and its emphasis "Original" and "No norm"; docs/decisions/0009-prompt-weights.md
-says why no library does it.
+letter. The word BREAK begins a new chunk. Source: A1111's prompt syntax, measured on its parser, and its emphasis
+"Original" and "No norm"; docs/decisions/0009-prompt-weights.md says why no library does it.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import CLIPTokenizer
 
-from training.data.tokens import CHUNK_LENGTH, CHUNK_TOKENS
+from training.data.tokens import CHUNK_LENGTH, chunk_spans
 from training.errors import EvaluationError
 from training.evaluation_config import PromptWeights
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPTokenizer
+
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-_PIECE = re.compile(r"\\[()\[\]\\]|\\|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|:")
-_CHANGING = re.compile(r"\||:\s*[\d.]+\s*$")
-"""In square brackets: A1111 exchanges words while it samples (`[cat:dog:0.5]`, `[cat|dog]`)."""
+_PIECE = re.compile(r"\\[()\[\]\\]|\\|:\s*([+-]?[.\d]+)\s*\)|[()\[\]]|[^\\()\[\]:]+|:")
+_BREAK = re.compile(r"\s*\b(BREAK)\b\s*")
+_MARK = ("BREAK", -1.0)
+"""The run that begins a new chunk: brackets around it multiply its weight, and it is a word."""
+_UNREAD = re.compile(r"\\[()\[\]\\]|:\s*[+-]?[.\d]+\s*\)|\[|\({2,}|\bBREAK\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedText:
-    """A prompt without its marks."""
+    """A prompt without its marks, or the part of it that has chunks of its own."""
 
     text: str
     """What is tokenized."""
@@ -33,68 +39,112 @@ class WeightedText:
     """One per character."""
 
 
-def read_prompt(prompt: str, mode: PromptWeights) -> WeightedText:
-    """Read a prompt as the mode has it: literally where it is `off`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadText:
+    """A prompt as its weights are read."""
+
+    runs: tuple[tuple[str, float], ...]
+    """Text and weight; neighbours differ in weight."""
+    num_words: int = 0
+    """How many BREAK stand in brackets, and so are words."""
+
+    @property
+    def sections(self) -> tuple[WeightedText, ...]:
+        """The parts between each BREAK and the next, one at least."""
+        sections: list[list[tuple[str, float]]] = [[]]
+        for run in self.runs:
+            if run == _MARK:
+                sections.append([])
+            else:
+                sections[-1].append(run)
+        return tuple(
+            WeightedText(
+                text="".join(text for text, _ in runs),
+                weights=tuple(weight for text, weight in runs for _ in text),
+            )
+            for runs in sections
+        )
+
+
+def read_text(text: str, mode: PromptWeights) -> ReadText:
+    """Read a text as the mode has it: literally where it is `off`.
 
     Raises:
-        EvaluationError: it asks for words that change while sampling.
+        EvaluationError: a weight is no number.
     """
     if mode == "off":
-        return WeightedText(text=prompt, weights=(1.0,) * len(prompt))
+        return ReadText(runs=((text, 1.0),))
     letters: list[str] = []
     weights: list[float] = []
+    marks: set[int] = set()
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
-    def multiply(start: int, factor: float) -> None:
+    def close(bracket: str, factor: float) -> None:
+        start = opened[bracket].pop()
         weights[start:] = [weight * factor for weight in weights[start:]]
 
-    for piece in _PIECE.findall(prompt):
+    for match in _PIECE.finditer(text):
+        piece, weight = match.group(), match.group(1)
         if piece in opened:
             opened[piece].append(len(letters))
         elif piece == ")" and opened["("]:
-            multiply(opened["("].pop(), _ROUND)
+            close("(", _ROUND)
         elif piece == "]" and opened["["]:
-            start = opened["["].pop()
-            if _CHANGING.search("".join(letters[start:])):
-                inside = "".join(letters[start:])
-                raise EvaluationError(
-                    f"prompt {prompt!r}: [{inside}] exchanges words while sampling in the UIs, which is not done here; "
-                    r"write \[ and \] where the brackets are letters"
-                )
-            multiply(start, _SQUARE)
-        elif len(piece) > 1 and piece[0] == ":" and opened["("]:
-            multiply(opened["("].pop(), float(piece[1:-1]))
+            close("[", _SQUARE)
+        elif weight is not None and opened["("]:
+            close("(", _number(weight, piece))
+        elif piece[0] == "\\":
+            letters.append(piece[1:])  # a backslash alone vanishes
+            weights.append(1.0)
         else:
-            literal = piece[1:] if piece[0] == "\\" else piece  # as in A1111, a backslash alone vanishes
-            letters += literal
-            weights += [1.0] * len(literal)
+            parts = _BREAK.split(piece)
+            marks.update(range(len(letters) + 1, len(letters) + len(parts), 2))
+            letters += parts
+            weights += [_MARK[1] if place % 2 else 1.0 for place in range(len(parts))]
     for bracket, factor in (("(", _ROUND), ("[", _SQUARE)):  # what is never closed reaches to the end
-        for start in opened[bracket]:
-            multiply(start, factor)
-    return WeightedText(text="".join(letters), weights=tuple(weights))
+        while opened[bracket]:
+            close(bracket, factor)
+    runs, num_words = [], 0
+    for run_weight, places in itertools.groupby(range(len(letters)), key=weights.__getitem__):
+        members = list(places)
+        run = ("".join(letters[place] for place in members), run_weight)
+        runs.append(run)
+        num_words += 0 if run == _MARK else len(marks.intersection(members))
+    return ReadText(runs=tuple(runs) or (("", 1.0),), num_words=num_words)
 
 
-def escape(text: str) -> str:
-    """A prompt that reads as `text`, every character of weight 1."""
-    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+def _number(weight: str, piece: str) -> float:
+    try:
+        return float(weight)
+    except ValueError:
+        raise EvaluationError(f"{piece!r}: the weight {weight} is no number") from None
 
 
-def token_weights(prompts: Sequence[WeightedText], tokenizer: CLIPTokenizer, num_chunks: int) -> np.ndarray:
-    """Weights `(len(prompts), num_chunks, 77)` fp32 of the tokens that `tokens.tokenize` makes of the texts.
+def unread_marks(text: str) -> list[str]:
+    """Marks that mode `off` reads as letters, each once. Single round brackets are none: many tags have some."""
+    return list(dict.fromkeys(match.group() for match in _UNREAD.finditer(text)))
 
-    The text is tokenized whole, so that its tokens are those of the prompt without marks; one that spans a mark has the
-    weight of its first character. BOS, EOS and pads have 1.
+
+def token_weights(prompts: Sequence[Sequence[WeightedText]], tokenizer: "CLIPTokenizer", num_chunks: int) -> np.ndarray:
+    """Weights `(len(prompts), num_chunks, 77)` fp32 of the tokens that `tokens.tokenize_sections` makes of the texts.
+
+    A section is tokenized whole, so that its tokens are those of the prompt without marks; one that spans a mark has
+    the weight of its first character. BOS, EOS and pads have 1.
     """
-    texts = [prompt.text for prompt in prompts]
+    texts = [section.text for sections in prompts for section in sections]
     encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+    offsets = iter(encoded["offset_mapping"])
     out = np.ones((len(prompts), num_chunks, CHUNK_LENGTH), dtype=np.float32)
-    for row, (prompt, offsets) in enumerate(zip(prompts, encoded["offset_mapping"], strict=True)):
-        for place, (start, _) in enumerate(offsets[: num_chunks * CHUNK_TOKENS]):
-            out[row, place // CHUNK_TOKENS, place % CHUNK_TOKENS + 1] = prompt.weights[start]
+    for row, sections in enumerate(prompts):
+        places = [next(offsets) for _ in sections]
+        spans = chunk_spans([len(tokens) for tokens in places])
+        for chunk, (section, start, stop) in enumerate(spans[:num_chunks]):
+            found = [sections[section].weights[first] for first, _ in places[section][start:stop]]
+            out[row, chunk, 1 : len(found) + 1] = found
     return out
 
 
-def apply_weights(states: torch.Tensor, weights: torch.Tensor, *, restore_mean: bool) -> torch.Tensor:
+def apply_weights(states: "torch.Tensor", weights: "torch.Tensor", *, restore_mean: bool) -> "torch.Tensor":
     """Multiply what one encoder says of each token by the token's weight.
 
     Args:

@@ -1,8 +1,9 @@
 """Draws a checkpoint's pictures of a prompt set: one generator per picture, so that no picture depends on the others.
 
-Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant there. Noise is drawn
-on the CPU, one seed per picture, as ComfyUI does: equal on every device, and the same for every checkpoint. Latents,
-scheduler and guidance are fp32 in every precision; only the models compute in less.
+Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant there; what the UNet
+attends to may change from call to call. Noise is drawn on the CPU, one seed per picture, as ComfyUI does: equal on
+every device, and the same for every checkpoint. Latents, scheduler and guidance are fp32 in every precision; only the
+models compute in less.
 """
 
 import hashlib
@@ -22,13 +23,13 @@ from training.data.tokens import CHUNK_TOKENS, MAX_CHUNKS
 from training.errors import EvaluationError
 from training.evaluation.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.evaluation.png_parameters import lora_hash, parameters, write_png
-from training.evaluation.prompt_encoding import PromptEncoder, cut_prompts
+from training.evaluation.prompt_encoding import PassText, PromptEncoder, cut_prompts
+from training.evaluation.prompt_reading import Readings, read_set, remarks
 from training.evaluation.sampling_inputs import clip_skip, model_folder
 from training.evaluation.schedulers import SamplingScheduler, make_scheduler, starting_latents
 from training.evaluation.second_pass import enlarge, final_size
 from training.evaluation_config import SamplingConfig
 from training.models.lora import add_loras
-from training.models.text_encoders import TextConditioning
 from training.models.unet import PipelineParts, load_pipeline_parts
 from training.models.vae import Vae, arithmetic, scale_of
 
@@ -71,8 +72,9 @@ def sample_folder(
 
     Raises:
         ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
-        EvaluationError: the checkpoint cannot be sampled in this way.
+        EvaluationError: the checkpoint cannot be sampled in this way, or a prompt cannot be drawn.
     """
+    read_set(prompts, config)  # before anything is loaded
     model, layer = model_folder(checkpoint, config), clip_skip(checkpoint, config)
     parts = load_pipeline_parts(model, device)
     files = [home / lora.path for lora in config.loras]
@@ -121,16 +123,17 @@ def sample(
         `batch_size`; batches change it by rounding only.
 
     Raises:
-        EvaluationError: a side does not fit the checkpoint's VAE, or the checkpoint cannot be sampled in this way.
+        EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or the checkpoint cannot be
+            sampled in this way.
     """
-    rows = _prompts(prompts)
-    texts = [text for prompt in rows for text in (prompt.text, prompt.negative)]
-    encoder = PromptEncoder(parts, texts, config, clip_skip=clip_skip, device=device)
+    rows, readings = _prompts(prompts), read_set(prompts, config)
+    encoder = PromptEncoder(parts, readings, config, clip_skip=clip_skip, device=device)
     # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range and three bits more.
     vae = Vae(parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32")
     _lay_out(parts, config, vae.device)
     _warn_of_plain(parts, config)
     _warn_of_cut(prompts, parts, config)
+    _warn_of_remarks(prompts, readings)
     for batch in _batches(rows, encoder, config.batch_size):
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
@@ -148,7 +151,10 @@ def draw(
     parts: PipelineParts, vae: Vae, encoder: PromptEncoder, batch: Sequence[Prompt], config: SamplingConfig
 ) -> torch.Tensor:
     """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and number of chunks, of both passes."""
-    text = encoder.encode([prompt.negative for prompt in batch], [prompt.text for prompt in batch])
+    passes = encoder.encode([prompt.negative for prompt in batch], [prompt.text for prompt in batch])
+    factors: torch.Tensor | float = 1.0
+    if set(found := encoder.guidance([prompt.text for prompt in batch])) != {1.0}:
+        factors = torch.tensor(found, device=vae.device)[:, None, None, None]
     size = Size(batch[0].height, batch[0].width)
 
     def noise_of(size: Size) -> tuple[list[torch.Generator], torch.Tensor]:
@@ -162,7 +168,7 @@ def draw(
     scheduler = make_scheduler(config.sampler, config.schedule, trained, config.num_steps, family=family)
     generators, noise = noise_of(size)
     start = starting_latents(scheduler, noise)
-    latents = denoise(parts, text, start, size, scheduler, generators, config)
+    latents = denoise(parts, passes[0], start, size, scheduler, generators, config, factors)
     if (second := config.second_pass) is None:
         return latents
     size = final_size(size, second, vae.scale)
@@ -172,23 +178,24 @@ def draw(
     generators, noise = noise_of(size)
     latents = enlarge(latents, size, second.enlarge, vae)
     latents = scheduler.add_noise(latents, noise, scheduler.timesteps[:1].expand(len(batch)))
-    return denoise(parts, text, latents, size, scheduler, generators, config)
+    return denoise(parts, passes[1], latents, size, scheduler, generators, config, factors)
 
 
 def denoise(
-    parts: PipelineParts, text: TextConditioning, latents: torch.Tensor, size: Size, scheduler: SamplingScheduler,
-    generators: list[torch.Generator], config: SamplingConfig,
+    parts: PipelineParts, text: PassText, latents: torch.Tensor, size: Size, scheduler: SamplingScheduler,
+    generators: list[torch.Generator], config: SamplingConfig, factors: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """One pass: from noised latents `(B, C, h, w)` to those of the picture.
 
     Args:
         parts: The model; the UNet computes in the type of its weights.
-        text: `(2 * B, n * 77, d)`, negatives first.
+        text: Of this pass.
         latents: As the scheduler has them at its first timestep.
         size: Of the pictures, pixels.
         scheduler: New.
         generators: One per picture, for samplers that draw while they step.
         config: Guidance.
+        factors: Of the guidance scale, one for all or `(B, 1, 1, 1)`.
     """
     device, dtype = latents.device, parts.unet.dtype
     readings = num_readings(config)
@@ -196,17 +203,19 @@ def denoise(
     # which the UNet makes its sines before it rounds them, as with timesteps.
     sizes = torch.tensor([size] * (readings * len(latents)), device=device)
     time_ids = make_time_ids(sizes, torch.zeros_like(sizes), sizes)
-    added = None
-    if text.pooled is not None:
-        added = {"text_embeds": repeat_prompts(text.pooled, config), "time_ids": time_ids}
-    hidden_states = repeat_prompts(text.hidden_states, config).to(dtype)
+    shown = added = hidden_states = None
     with perturbed(parts.unet, config):
-        for timestep in scheduler.timesteps:
+        for call, timestep in enumerate(scheduler.timesteps):
+            if (now := text.at(call)) is not shown:
+                shown, hidden_states = now, repeat_prompts(now.hidden_states, config).to(dtype)
+                if now.pooled is not None:
+                    added = {"text_embeds": repeat_prompts(now.pooled, config), "time_ids": time_ids}
             repeated = scheduler.scale_model_input(torch.cat([latents] * readings), timestep)
             prediction = parts.unet(
                 repeated.to(dtype), timestep.to(device), encoder_hidden_states=hidden_states, added_cond_kwargs=added
             ).sample.float()
-            latents = scheduler.step(guide(prediction, config), timestep, latents, generator=generators).prev_sample
+            guided = guide(prediction, config, factors)
+            latents = scheduler.step(guided, timestep, latents, generator=generators).prev_sample
     return latents
 
 
@@ -259,3 +268,9 @@ def _warn_of_cut(prompts: pl.DataFrame, parts: PipelineParts, config: SamplingCo
             f"{', ...' if len(cut) > 5 else ''}",
             stacklevel=3,
         )
+
+
+def _warn_of_remarks(prompts: pl.DataFrame, readings: Readings) -> None:
+    """Once a prompt, and once for a negative however many prompts share it."""
+    for row in remarks(prompts, readings):
+        warnings.warn(f"{row['text']} of {row['prompt_id']!r}: {row['read as']}", stacklevel=3)
