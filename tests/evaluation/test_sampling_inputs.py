@@ -130,5 +130,6 @@ def test_the_table_of_the_documentation_is_what_is_drawn():
     for prompt, shown in rows:
         texts = schedule(parse(prompt.replace("\\|", "|")), 20)
         runs = itertools.groupby(text_at(texts, call, "a1111") for call in range(20))
-        drawn = ", ".join(f"{len(list(members))} calls “{text}”" for text, members in runs)
+        counts = [(len(list(members)), text) for text, members in runs]
+        drawn = ", ".join(f"{count} call{'s' * (count > 1)} “{text}”" for count, text in counts)
         assert shown.replace("\\|", "|").split(" …")[0] in drawn, prompt
