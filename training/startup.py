@@ -67,7 +67,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
     with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
-        parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config)
+        parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config, ranks.device)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
@@ -77,8 +77,6 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         parts.tokenizers,
         parts.vae.config.scaling_factor,
     )
-    for module in (parts.unet, *parts.text_encoders):
-        module.to(ranks.device)  # the VAE stays on the CPU: it is only saved again
     parameters = trained_parameters(
         parts,
         text_encoder=config.train_text_encoder,
@@ -177,18 +175,20 @@ def _check_digest(what: str, model: Path, recorded: str) -> None:
         )
 
 
-def _load(source: Path, vae: Path | None, config: RunConfig) -> PipelineParts:
+def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.device) -> PipelineParts:
     """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it came from.
 
     Args:
         source: The base model, or a checkpoint.
         vae: VAE that takes the place of the base model's; None for the model's own.
         config: Of the run.
+        device: Where UNet and text encoders go, weight by weight.
 
     Raises:
         ModelError: it is of another family than the recipe is for, or the VAE is not for it.
     """
-    parts = load_pipeline_parts(source, "cpu")
+    parts = load_pipeline_parts(source, device)
+    parts.vae.to("cpu")  # it is only saved again
     if config.family not in ("any", parts.family):
         raise ModelError(
             f'{source} is a model of family "{parts.family}", the recipe is for family = "{config.family}": name '

@@ -1,5 +1,6 @@
 """A model that comes as one file is the same model, bit for bit, as its folder."""
 
+import json
 import shutil
 
 import pytest
@@ -82,14 +83,18 @@ def test_markers_of_the_schedule_are_read(write):
     assert inspect(path)["prediction_type"] == "v_prediction"
 
 
-def test_half_precision_files_are_loaded_in_single(write, folder_of):
-    parts = load_pipeline_parts(folder_of["sd1"], "cpu")
-    path = write("sd1")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_files_are_loaded_in_single(write, folder_of, family):
+    parts = load_pipeline_parts(folder_of[family], "cpu")
+    path = write(family)
+    for config in path.with_suffix("").glob("text_encoder*/config.json"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
     halves = {
         name: v.half().contiguous() if v.is_floating_point() else v for name, v in original_tensors(parts).items()
     }
     save_file(halves, path)
     for key, value in states(load_pipeline_parts(path, "cpu")).items():
+        assert value.dtype == states(parts)[key].dtype
         assert torch.equal(value, states(parts)[key].half().float())
 
 

@@ -1,11 +1,15 @@
 """A model folder that cannot be used says which files, from where and how to fetch them."""
 
+import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, Owlv2ForObjectDetection
 
 from training.errors import ModelError
 from training.models import weights
@@ -112,3 +116,107 @@ def test_broken_json_and_safetensors_name_the_file(tmp_path):
 def test_weights_do_not_lie_in_the_file_where_its_header_would_decide_their_last_bits(sd1_folder):
     model = weights.from_pretrained(CLIPTextModel, sd1_folder / "text_encoder", "cpu")
     assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}
+
+
+@pytest.fixture
+def folder_of(sdxl_folder, sd1_folder, clip_folder, owlv2_folder):
+    return {
+        UNet2DConditionModel: sdxl_folder / "unet", AutoencoderKL: sd1_folder / "vae",
+        CLIPTextModel: sd1_folder / "text_encoder", CLIPTextModelWithProjection: sdxl_folder / "text_encoder_2",
+        CLIPModel: clip_folder, Owlv2ForObjectDetection: owlv2_folder,
+    }  # fmt: skip
+
+
+MODELS = [
+    UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPModel, Owlv2ForObjectDetection,
+]  # fmt: skip
+
+
+def assert_same(ours, theirs):
+    mine, its = (model.state_dict() | dict(model.named_buffers()) for model in (ours, theirs))
+    assert list(mine) == list(its)
+    for name, value in its.items():
+        assert torch.equal(mine[name], value), name
+        assert (mine[name].dtype, mine[name].stride()) == (value.dtype, value.stride())
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_model_is_what_its_library_loads(folder_of, model_class):
+    folder = folder_of[model_class]
+    ours, theirs = weights.from_pretrained(model_class, folder, "cpu"), model_class.from_pretrained(folder)
+    assert_same(ours, theirs)
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    mine, its = (
+        model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config) for model in (ours, theirs)
+    )
+    assert mine | {"_name_or_path": ""} == its | {"_name_or_path": ""}
+    assert getattr(ours.config, "_attn_implementation", None) == getattr(theirs.config, "_attn_implementation", None)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_half_precision_becomes_single_whatever_the_configuration_says(folder_of, tmp_path, model_class):
+    folder = shutil.copytree(folder_of[model_class], tmp_path / "half")
+    (file,) = folder.glob("*.safetensors")
+    state = {name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts if "_class_name" not in config else ():
+        part["dtype"] = "float16"
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = weights.from_pretrained(model_class, folder_of[model_class], "cpu").state_dict()
+    for loaded in (weights.from_pretrained(model_class, folder, "cpu"), weights.build(model_class, folder)):
+        assert {value.dtype for value in loaded.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    for name, value in weights.from_pretrained(model_class, folder, "cpu").state_dict().items():
+        assert torch.equal(value, whole[name].half().float())
+
+
+def test_names_of_earlier_versions_are_read(folder_of, tmp_path):
+    # SD 1.x's VAE as it was published, and a text encoder with and without the prefix that transformers dropped.
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
+    for model_class, patterns in (
+        (AutoencoderKL, {rf"(attentions\.0)\.{name}\.": rf"\1.{old}." for name, old in new.items()}),
+        (CLIPTextModel, {r"^text_model\.": ""}),
+        (CLIPTextModel, {r"^(text_model\.)?": "text_model."}),
+    ):
+        folder = shutil.copytree(folder_of[model_class], tmp_path / model_class.__name__, dirs_exist_ok=True)
+        (file,) = folder.glob("*.safetensors")
+        state = load_file(file)
+        for pattern, replacement in patterns.items():
+            state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+        save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)}, file, metadata={"format": "pt"})
+        theirs = model_class.from_pretrained(folder, **({"low_cpu_mem_usage": False} if len(patterns) > 1 else {}))
+        assert_same(weights.from_pretrained(model_class, folder, "cpu"), theirs)
+
+
+def test_a_model_that_is_built_has_no_memory_for_its_weights_and_all_else(folder_of):
+    for model_class in MODELS:
+        model = weights.build(model_class, folder_of[model_class])
+        large = {name for name, value in model.named_parameters() if not value.is_meta and value.numel() > 100}
+        assert not large
+        assert not any(value.is_meta for value in model.buffers())
+    with pytest.raises(ModelError, match=r"CLIPTextModel cannot be loaded from .*nowhere"):
+        weights.build(CLIPTextModel, Path("/nowhere"))
+
+
+def resident(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_goes_into_a_model_tensor_by_tensor(tmp_path, dtype):
+    path, sizes = tmp_path / "model.safetensors", [(1024, 1024)] * 40  # 168 MB in fp32
+    save_file({f"{number}.weight": torch.ones(size, dtype=dtype) for number, size in enumerate(sizes)}, path)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    with weights.Unfilled():
+        model = torch.nn.Sequential(*(torch.nn.Linear(*size, bias=False) for size in sizes))
+    state = weights.read_tensors(path)
+    weights.load_state(model, state, path)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert num_bytes > 160e6
+    assert resident("VmHWM") - before < 1.1 * num_bytes
+    assert all(bool((parameter == 1).all()) for parameter in model.parameters())
+    assert all(bool((value == 1).all()) for value in state.values()), "pages come back from the file"

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from training.evaluation_config import ScorerName
 from training.models import pixels, weights
@@ -98,7 +98,7 @@ class Hps:
             + pickle_command("xswu/HPSv2", "HPS_v2.1_compressed.pt", folder, key="state_dict"),
         )
         path = folder / "model.safetensors"
-        model = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True))
+        model = weights.build(CLIPModel, folder)
         weights.load_state(model, from_open_clip(weights.read_tensors(path), path), path)
         side = model.config.vision_config.image_size
         return cls(Clip(model, load_tokenizer(folder), {"size": side, "crop_size": side}, device))

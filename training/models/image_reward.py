@@ -70,7 +70,9 @@ class ImageReward:
         if empty := [prefix for prefix, own in parts.items() if not own]:
             raise ModelError(f"{path} holds no weights under {', '.join(empty)}: it is not ImageReward's")
         seen, read, scored = parts.values()
-        vision, text = BlipVisionModel(_vision_config(seen)), BlipTextModel(_text_config(read), add_pooling_layer=False)
+        with weights.Unfilled():
+            vision = BlipVisionModel(_vision_config(seen))
+            text = BlipTextModel(_text_config(read), add_pooling_layer=False)
         head = aesthetic.AestheticHead(text.config.hidden_size)
         renamed = {_vision_name(name): value for name, value in seen.items()}
         for module, own in ((vision, renamed), (text, read), (head, scored)):

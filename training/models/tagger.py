@@ -117,7 +117,8 @@ class Tagger:
             source="https://huggingface.co/fancyfeast/joytag",
             command=f"hf download fancyfeast/joytag {' '.join(_FILES)} --local-dir {folder}",
         )
-        model = build(weights.read_config(folder / "config.json"))
+        with weights.Unfilled():
+            model = build(weights.read_config(folder / "config.json"))
         state = weights.read_tensors(folder / "model.safetensors")
         n_tags = model.head.out_features
         if len(state.get("head.bias", ())) == n_tags + _OLD_EXTRA_ROWS:

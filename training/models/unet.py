@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import base_model
 from training.data.tokens import CHUNK_LENGTH
@@ -32,7 +32,6 @@ Family = Literal["sdxl", "sd1"]
 _PIPELINES: dict[Family, str] = {"sdxl": "StableDiffusionXLPipeline", "sd1": "StableDiffusionPipeline"}
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
-_DIFFUSION_FILE = "diffusion_pytorch_model.safetensors"
 # transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
 _TEXT_PREFIX = "text_model."
 # Six numbers of SDXL's conditioning: original size, crop, target size, two each.
@@ -191,7 +190,7 @@ def save_diffusers_folder(
         index["requires_safety_checker"] = False
     for name, module in (("unet", parts.unet), ("vae", parts.vae)):
         module.save_config(folder / name)
-        _save_weights(module, folder / name / _DIFFUSION_FILE, dtype, overrides, part=name, prefix="")
+        _save_weights(module, folder / name / weights.DIFFUSERS_FILE, dtype, overrides, part=name, prefix="")
     for number, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers, strict=True)):
         suffix = f"_{number + 1}" if number else ""
         index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
@@ -232,8 +231,10 @@ def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
     family = _detect_family(folder)
     suffixes = _suffixes(family)
     files = [f"{part}/config.json" for part in ("unet", "vae")]
-    files += [f"{part}/{_DIFFUSION_FILE}" for part in ("unet", "vae")]
-    files += [f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", "model.safetensors")]
+    files += [f"{part}/{weights.DIFFUSERS_FILE}" for part in ("unet", "vae")]
+    files += [
+        f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", weights.TRANSFORMERS_FILE)
+    ]
     files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
     _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
     return PipelineParts(
@@ -257,21 +258,18 @@ def _load_single_file(path: Path, device: str | torch.device) -> PipelineParts:
     if (found := base_model.detect_family(tensors, path)) != family:
         raise ModelError(f"{path} is of family {found}, but the configurations in {folder} are of {family}")
     suffixes = _suffixes(family)
-    unet, vae = (
-        model_class.from_config(weights.read_config(folder / part / "config.json"))
-        for model_class, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-    )
+    unet, vae = weights.build(UNet2DConditionModel, folder / "unet"), weights.build(AutoencoderKL, folder / "vae")
     encoders = tuple(
-        encoder_class(CLIPTextConfig.from_dict(weights.read_config(folder / f"text_encoder{suffix}" / "config.json")))
+        weights.build(encoder_class, folder / f"text_encoder{suffix}")
         for encoder_class, suffix in zip(_ENCODERS, suffixes, strict=False)
     )
-    weights.load_state(unet, single_file.unet_state(tensors, unet.config), path)
-    weights.load_state(vae, single_file.vae_state(tensors, vae.config), path)
-    weights.load_state(encoders[0], single_file.clip_state(tensors), path)
-    if family == "sdxl":
-        weights.load_state(encoders[1], single_file.open_clip_state(tensors, encoders[1]), path)
+    if family == "sdxl":  # first, while there is room: its translation copies what it cuts apart
+        weights.load_state(encoders[1], single_file.open_clip_state(tensors, encoders[1]), path, device)
+    weights.load_state(encoders[0], single_file.clip_state(tensors), path, device)
+    weights.load_state(vae, single_file.vae_state(tensors, vae.config), path, device)
+    weights.load_state(unet, single_file.unet_state(tensors, unet.config), path, device)
     for module in (unet, vae, *encoders):
-        module.to(device).eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     scheduler = weights.read_config(folder / "scheduler" / "scheduler_config.json")
     return PipelineParts(
         family=family,
@@ -335,7 +333,7 @@ def _save_text_encoder(
     }
     _write_json(folder / "config.json", config)
     prefix = _TEXT_PREFIX if isinstance(encoder, CLIPTextModel) else ""
-    _save_weights(encoder, folder / "model.safetensors", dtype, overrides, part=folder.name, prefix=prefix)
+    _save_weights(encoder, folder / weights.TRANSFORMERS_FILE, dtype, overrides, part=folder.name, prefix=prefix)
 
 
 def _save_weights(

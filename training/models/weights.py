@@ -1,12 +1,16 @@
-"""Decides whether a model folder can be used at all, and says what to do where it cannot.
+"""Decides whether a model folder can be used at all, says what to do where it cannot, and fills models with weights.
 
 Weights load from safetensors only: a pickle is a program, and a Git LFS pointer says that the weights are
-elsewhere.
+elsewhere. A model is built without memory and filled from the mapped file tensor by tensor, so that a rank never holds
+more than the model and one tensor of the file.
 """
 
+import ctypes
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import mmap
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +18,19 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from training.errors import ModelError
 
+DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+"""The weights in a folder of either library."""
 _LFS_HEADER = b"version https://git-lfs"
 _PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _DIGESTED = frozenset({".json", ".model", ".safetensors", ".txt"})
 _CHUNK_BYTES = 1 << 20
+# diffusers' names of an attention of the VAE before its version 0.15, as in the folders of SD 1.x.
+_OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
+_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -113,8 +123,51 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], origin: Path) -> None:
-    """Fill `module` with `state`, whose names and shapes must match it one to one.
+class Unfilled(TorchFunctionMode):
+    """Modules that are built inside have no memory for their weights, which `load_state` gives them; buffers have."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Layers begin with `torch.empty` and fill it by `torch.nn.init`, which is left out here."""
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            return function(*args, **kwargs | {"device": "meta"})
+        if "tensor" in kwargs and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def build(model_class: type[Model], folder: Path) -> Model:
+    """A diffusers or transformers model after the `config.json` in `folder`, in fp32, its weights yet to be loaded.
+
+    Raises:
+        ModelError: the configuration is missing or broken.
+    """
+    try:
+        with Unfilled():
+            if not issubclass(model_class, transformers.PreTrainedModel):
+                model: Model = model_class.from_config(read_config(folder / "config.json"))  # type: ignore[attr-defined]
+                return model
+            config = model_class.config_class.from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
+            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+                part.dtype = torch.float32  # else the model would be of the type that is written there
+            return model_class(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
+
+
+def load_state(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], origin: Path, device: str | torch.device = "cpu"
+) -> None:
+    """Fill `module` with copies of `state`, whose names and shapes must match it one to one, and bring it to `device`.
+
+    Weights leave a mapped file one by one: it lets go of each, and none lies in it as the header's length has it, since
+    the last bits of products depend on alignment.
 
     Raises:
         ModelError: A name is missing, unknown or of another shape; the message names up to three.
@@ -128,37 +181,57 @@ def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], origi
         if state[key].shape != own[key].shape
     ]
     _refuse_mismatch(origin, missing, unknown, shapes)
-    module.load_state_dict(state)
+    maps, filled = _file_maps(), {}
+    for name, value in state.items():
+        filled[name] = torch.empty(value.shape, dtype=own[name].dtype, device=device).copy_(value)
+        _let_go(value, maps)
+    module.load_state_dict(filled, assign=True)
+    module.to(device)
 
 
 def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.device) -> Model:
     """Load a diffusers or transformers model from a local folder in fp32, frozen and in evaluation mode.
 
-    The libraries fill missing weights with random numbers and a warning; here that is an error.
+    Tensors of the file that the model does not have are left out, as the libraries do; weights that the file does not
+    have they fill with random numbers and a warning, and here that is an error.
 
     Raises:
         ModelError: The folder is unusable, or its weights do not fill the model one to one.
     """
-    transformers.utils.logging.disable_progress_bar()
-    options = (
-        # Mismatches are let through to be named below: transformers' own error only points at a printed table.
-        {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        if issubclass(model_class, transformers.PreTrainedModel)
-        # Low memory use needs accelerate, which nothing else here does.
-        else {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    )
+    is_diffusers = not issubclass(model_class, transformers.PreTrainedModel)
+    model = build(model_class, folder)
     try:
-        model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        state = read_tensors(folder / (DIFFUSERS_FILE if is_diffusers else TRANSFORMERS_FILE))
+    except ModelError as error:
         raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
-    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-    _refuse_mismatch(folder, sorted(info["missing_keys"]), [], sorted(mismatched))
-    for parameter in model.parameters():
-        # Out of the mapped file, where it lies as the header's length has it: products' last bits depend on alignment.
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model.to(device).eval().requires_grad_(False)
+    own = model.state_dict()
+    renamed = {name if name in own else _present_name(name): value for name, value in state.items()}
+    load_state(model, {name: value for name, value in renamed.items() if name in own}, folder, device)
+    return model.eval().requires_grad_(False)
+
+
+def _present_name(name: str) -> str:
+    """What the libraries call a tensor that a file has under a name of their earlier versions."""
+    # transformers 5.6 dropped the prefix from CLIPTextModel.
+    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", name).removeprefix("text_model.")
+
+
+def _file_maps() -> list[tuple[int, int]]:
+    """Addresses of this process that lie in safetensors files: begin and end of each map."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []  # not Linux: pages stay in memory until their file is closed
+    ranges = [line.split(" ", 1)[0] for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+    return [(int(begin, 16), int(end, 16)) for begin, end in (found.split("-") for found in ranges)]
+
+
+def _let_go(tensor: torch.Tensor, maps: Sequence[tuple[int, int]]) -> None:
+    """Take the pages under a tensor out of this process's memory where a file holds them, to which they go back."""
+    storage = tensor.untyped_storage()
+    begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and any(first <= begin and end <= last for first, last in maps):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def _relative(path: Path, folder: Path) -> str:
