@@ -6,7 +6,7 @@ import json
 import pytest
 
 from training import run_folder, toml
-from training.device_defaults import CPU, RECORD, Device, read_record, resolve, resolve_run
+from training.device_defaults import CPU, RECORD, Device, read_record, record, resolve, resolve_run
 from training.errors import ConfigError, DamageError, TrainingError
 from training.event_log import read_events
 from training.run_config import ComputeConfig, RunConfig
@@ -31,8 +31,12 @@ def test_a_recipe_decides_what_it_names():
     assert resolve(named, H200, {"precision": "fp32", "compute.channels_last": True}) == named
 
 
-def test_the_first_launch_is_recorded_and_kept_on_another_device(tmp_path):
+def test_the_first_step_is_recorded_and_kept_on_another_device(tmp_path):
+    assert resolve_run(tmp_path, AUTO, CPU, None).precision == "fp32"
+    assert read_record(tmp_path) is None, "a launch that never came to a step decides nothing"
     first = resolve_run(tmp_path, AUTO, H200, None)
+    record(tmp_path, first, H200.name)
+    record(tmp_path, resolve(AUTO, CPU, {}), CPU.name)
     assert read_record(tmp_path) == {
         "precision": "bf16_amp", "compute.channels_last": True, "compute.compile": "blocks"
     }  # fmt: skip
@@ -45,7 +49,7 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path, precision, devic
     named = dataclasses.replace(AUTO, precision=precision)
     with pytest.raises(ConfigError, match=rf'precision="{precision}" \(as configured\): {device.name} (has no|cannot)'):
         resolve(named, device, {})
-    with pytest.raises(ConfigError, match=r"\(recorded by the run's first launch\)"):
+    with pytest.raises(ConfigError, match=r"\(recorded at the run's first step\)"):
         resolve(AUTO, device, {"precision": precision})
 
 
@@ -53,7 +57,6 @@ def test_a_run_of_an_older_version_keeps_what_its_checkpoints_say(tmp_path):
     old = toml.dump(AUTO) | {"precision": "fp32", "compute": {"channels_last": False, "compile": False}}
     found = resolve_run(tmp_path, AUTO, H200, old)
     assert (found.precision, found.compute.channels_last, found.compute.compile) == ("fp32", False, False)
-    assert resolve_run(tmp_path, AUTO, H200, None) == found
 
 
 def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
@@ -68,7 +71,9 @@ def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
 def test_a_run_resumes_with_what_its_first_launch_resolved(make_run, train):
     run = make_run(num_samples=16)
     assert run.config.precision == "auto"
+    assert read_record(run.folder) is None
     assert train(run, stop_at=6) == "stopped"
+    assert read_record(run.folder)["precision"] == "fp32"
     (opening,) = (event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "started")
     assert (opening["precision"], opening["channels_last"], opening["compile"]) == ("fp32", False, False)
     assert opening["tf32"] is False

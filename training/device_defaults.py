@@ -12,7 +12,7 @@ from training.errors import ConfigError, DamageError
 from training.run_config import RunConfig
 
 RECORD = "resolved.json"
-"""In a run's folder: what its first launch came to."""
+"""In a run's folder: what it came to at the first step."""
 _FORMAT = 1
 _KEYS = ("precision", "compute.channels_last", "compute.compile")
 
@@ -40,7 +40,7 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
     Args:
         config: As it stands in the run's folder.
         device: The one that trains.
-        recorded: What the run's first launch came to, by dotted key; empty before it.
+        recorded: What the run came to at its first step, by dotted key; empty before it.
 
     Raises:
         ConfigError: the device lacks the precision that the config or the record names.
@@ -67,7 +67,7 @@ def has_auto(config: RunConfig) -> list[str]:
 def resolve_run(
     folder: Path, config: RunConfig, device: Device, checkpoint_config: Mapping[str, Any] | None
 ) -> RunConfig:
-    """Resolve the config of a run and record it in the run's folder at its first launch; called by one process.
+    """The config of a run without `auto`, as `record` has kept it if there was a first step.
 
     Args:
         folder: The run's.
@@ -84,16 +84,19 @@ def resolve_run(
     if recorded is None and checkpoint_config is not None:
         flat = toml.flatten(checkpoint_config)
         recorded = {key: flat[key] for key in _KEYS if flat.get(key, "auto") != "auto"}
-    resolved = resolve(config, device, recorded or {})
+    return resolve(config, device, recorded or {})
+
+
+def record(folder: Path, resolved: RunConfig, device_name: str) -> None:
+    """Keep what a run's config came to, unless that was done; called by one process before the run's first step."""
     if not (folder / RECORD).exists():
         values = toml.flatten(toml.dump(resolved))
-        content = {"format": _FORMAT, "device": device.name, "values": {key: values[key] for key in _KEYS}}
+        content = {"format": _FORMAT, "device": device_name, "values": {key: values[key] for key in _KEYS}}
         commit.write_json(folder / RECORD, content)
-    return resolved
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What the first launch of a run came to, by dotted key; None before it.
+    """What a run came to at its first step, by dotted key; None before it.
 
     Raises:
         DamageError: the record is damaged or of another format.
@@ -107,11 +110,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{path}: what the run's first launch resolved cannot be read ({error})") from None
+        raise DamageError(f"{path}: what the run came to cannot be read ({error})") from None
 
 
 def _check_precision(precision: str, device: Device, *, recorded: bool) -> None:
-    whose = "recorded by the run's first launch" if recorded else "as configured"
+    whose = "recorded at the run's first step" if recorded else "as configured"
     if precision in ("bf16", "bf16_amp") and not device.has_bf16:
         raise ConfigError(
             f'precision="{precision}" ({whose}): {device.name} has no bf16; take "fp16_amp" or "fp32", or another card'

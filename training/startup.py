@@ -37,6 +37,8 @@ class Start:
 
     config: RunConfig
     """The run's, with what `auto` comes to on this machine."""
+    device_name: str
+    """Of this rank's device."""
     state: TrainingState
     dataset: Dataset
     flops: Callable[[int, int, int], Flops]
@@ -110,6 +112,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     peak = peak_flops(ranks.device, config.precision)
     return Start(
         config=config,
+        device_name=device.name,
         state=state,
         dataset=dataset,
         flops=training_flops(configs, config),

@@ -18,6 +18,7 @@ from training import noise, run_folder
 from training.checkpoint import Writer, record_validation
 from training.conditioning import make_time_ids, predict
 from training.dataset import Draw
+from training.device_defaults import record
 from training.epochs import open_epoch, prepare_epoch
 from training.errors import TrainingError
 from training.event_log import EventLog
@@ -75,7 +76,7 @@ class Trainer:
         start = prepare(folder, config, inputs, ranks)
         config = start.config
         self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
-        self.stop_requested = stop_requested
+        self.stop_requested, self.device_name = stop_requested, start.device_name
         self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
@@ -123,6 +124,8 @@ class Trainer:
                 return self._stop()
             if owed and self.ranks.rank == 0:
                 self._log_checkpoint(record_validation(self.folder, clock))
+        if self.ranks.rank == 0:
+            record(self.folder, config, self.device_name)
         while clock.samples_seen < config.num_samples:
             if clock.step_in_epoch == self.order.num_steps:
                 clock.epoch, clock.step_in_epoch = clock.epoch + 1, 0
