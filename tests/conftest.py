@@ -117,9 +117,7 @@ def training_rows(num_train, num_validation, buckets=BUCKETS):
     return TABLES["training_set"].conform(pl.DataFrame(rows, schema=TABLES["training_set"].schema))
 
 
-def commit_generation(
-    folder, number, rows, *, log_variance=True, max_bytes=1_000, flip=False, scaling_factor=0.13025
-):
+def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000, flip=False, scaling_factor=0.13025):
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
     sizes = rows.select("bucket_height", "bucket_width").unique(maintain_order=True).sort(pl.all()).rows()

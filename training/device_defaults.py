@@ -29,6 +29,8 @@ class Device:
     """Whether bf16 is as quick on it as fp16; a CPU computes it too, slowly."""
     has_tf32: bool
     """Whether it can round fp32 products to TF32."""
+    not_compiled: str = ""
+    """Why nothing can be compiled for it; empty where that can be done, or was not asked."""
 
 
 CPU = Device(name="cpu", is_gpu=False, has_bf16=True, has_tf32=False)
@@ -43,15 +45,21 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
         recorded: What the run came to at its first step, by dotted key; empty before it.
 
     Raises:
-        ConfigError: the device lacks the precision that the config or the record names.
+        ConfigError: the device lacks the precision that the config or the record names, or cannot be compiled for.
     """
     suitable: dict[str, Any] = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
     if device.is_gpu:
         half = "bf16_amp" if device.has_bf16 else "fp16_amp"
-        suitable = {"precision": half, "compute.channels_last": True, "compute.compile": "blocks"}
+        blocks = False if device.not_compiled else "blocks"
+        suitable = {"precision": half, "compute.channels_last": True, "compute.compile": blocks}
     asked = toml.flatten(toml.dump(config))
     values = {key: asked[key] if asked[key] != "auto" else recorded.get(key, suitable[key]) for key in _KEYS}
     _check_precision(values["precision"], device, recorded="precision" in recorded and asked["precision"] == "auto")
+    if values["compute.compile"] and device.not_compiled:
+        raise ConfigError(
+            f'compute.compile="{values["compute.compile"]}": nothing can be compiled for {device.name} here '
+            f"({device.not_compiled}); set it to false, or install what is missing"
+        )
     compute = dataclasses.replace(
         config.compute, channels_last=values["compute.channels_last"], compile=values["compute.compile"]
     )

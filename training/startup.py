@@ -19,7 +19,7 @@ from training.ema import Ema
 from training.errors import ModelError, TrainingError
 from training.flops import Flops, ModelConfigs, peak_flops, training_flops
 from training.latent_source import LatentSource
-from training.models.compute import apply_compute
+from training.models.compute import apply_compute, why_not_compiled
 from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule, with_vae
 from training.models.vae import Vae
 from training.models.weights import model_digest
@@ -37,8 +37,8 @@ class Start:
 
     config: RunConfig
     """The run's, with what `auto` comes to on this machine."""
-    device_name: str
-    """Of this rank's device."""
+    device: Device
+    """This rank's."""
     state: TrainingState
     dataset: Dataset
     flops: Callable[[int, int, int], Flops]
@@ -64,7 +64,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
     _check_shared(folder, config, resumed, ranks)
     ready = None if resumed is None else run_folder.read_ready(resumed)
-    device = describe(ranks.device)
+    device = describe(ranks.device, config)
     config = ranks.from_first(lambda: resolve_run(folder, config, device, None if ready is None else ready.config))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
@@ -112,7 +112,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     peak = peak_flops(ranks.device, config.precision)
     return Start(
         config=config,
-        device_name=device.name,
+        device=device,
         state=state,
         dataset=dataset,
         flops=training_flops(configs, config),
@@ -122,13 +122,18 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     )
 
 
-def describe(device: torch.device) -> Device:
-    """What the defaults of a run ask of its device."""
-    if device.type != "cuda":
-        return CPU
+def describe(device: torch.device, config: RunConfig) -> Device:
+    """What a run's defaults ask of its device; whether it can be compiled for is tried where the run may want it."""
+    is_gpu = device.type == "cuda"
+    wanted = config.compute.compile not in (False, "auto") or (is_gpu and config.compute.compile == "auto")
+    reason = why_not_compiled(device) if wanted else ""
+    if not is_gpu:
+        return dataclasses.replace(CPU, not_compiled=reason)
     # bf16 and TF32 came with Ampere, compute capability 8.0; torch emulates bf16 on older cards.
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Device(name=torch.cuda.get_device_name(device), is_gpu=True, has_bf16=ampere, has_tf32=ampere)
+    return Device(
+        name=torch.cuda.get_device_name(device), is_gpu=True, has_bf16=ampere, has_tf32=ampere, not_compiled=reason
+    )
 
 
 def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: Ranks) -> None:

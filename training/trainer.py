@@ -76,7 +76,7 @@ class Trainer:
         start = prepare(folder, config, inputs, ranks)
         config = start.config
         self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
-        self.stop_requested, self.device_name = stop_requested, start.device_name
+        self.stop_requested, self.device_name = stop_requested, start.device.name
         self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
@@ -294,8 +294,15 @@ class Trainer:
 
     def _pass(self, draw: Draw, size: int) -> torch.Tensor:
         """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)` without their graph."""
-        losses = self._losses(draw)
-        self.state.arithmetic.backward(losses.sum() / size)
+        try:
+            losses = self._losses(draw)
+            self.state.arithmetic.backward(losses.sum() / size)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(
+                f'compute.compile="{self.config.compute.compile}": {_in_words(draw)} cannot be compiled; set it to '
+                f"false, which may be changed in a run ({reason})"
+            ) from error
         return losses.detach()
 
     def _losses(self, draw: Draw) -> torch.Tensor:
@@ -323,10 +330,8 @@ class Trainer:
         if num_graphs:
             self._log("compiled", num_graphs=num_graphs, shape=list(shape))
             if shape in self.compiled_for:
-                height, width = draw.batch.bucket
-                message = (
-                    f"compiled {height}x{width} again, which stalls the run: {'; '.join(causes) or 'no cause given'}"
-                )
+                cause = "; ".join(causes) or "torch names no cause"
+                message = f"compiled again for {_in_words(draw)}, which the run was slowed by: {cause}"
                 self._log("warning", kind="recompiled", message=message, epoch=self.state.clock.epoch)
         self.compiled_for.add(shape)
 
@@ -465,8 +470,17 @@ class Trainer:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
+        if self.ranks.device.type == "cuda" and start.device.not_compiled and not self.config.compute.compile:
+            message = f"nothing is compiled: {start.device.not_compiled}; training is slower without"
+            self._log("warning", kind="not_compiled", message=message)
         for message in start.torn:
             self._log("warning", kind="torn_checkpoint", message=message)
+
+
+def _in_words(draw: Draw) -> str:
+    """What a micro-batch is."""
+    height, width = draw.batch.bucket
+    return f"{len(draw.timesteps)} x {height}x{width} with {draw.batch.ids[0].shape[1]} chunks of text"
 
 
 def _is_due(before: int, after: int, every: int) -> bool:

@@ -53,6 +53,15 @@ def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str =
                 module.compile(dynamic=True, backend=backend)
 
 
+def why_not_compiled(device: torch.device) -> str:
+    """Why nothing can be compiled for a device, in one line; empty where it can: the compiler needs other programs."""
+    try:
+        torch.compile(lambda numbers: numbers * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler, or one that it calls, has to say
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
 class Graphs(logging.Handler):
     """Counts the graphs that were compiled, and keeps why others were not reused."""
 
