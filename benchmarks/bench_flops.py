@@ -7,8 +7,8 @@ import time
 
 import torch
 from diffusers import UNet2DConditionModel
+from random_sdxl import BUCKETS, UNET
 from torch.utils.flop_counter import FlopCounterMode
-from train_throughput import BUCKETS, UNET
 
 from training.flops import unet_flops
 from training.memory import activation_bytes

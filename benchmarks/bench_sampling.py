@@ -19,7 +19,7 @@ from typing import get_args
 import polars as pl
 import torch
 from diffusers import AutoencoderKL
-from train_throughput import TINY_SCALE, make_parts
+from random_sdxl import TINY_SCALE, make_parts
 
 from training.evaluation.prompt_sets import make_frame
 from training.evaluation.sampling import sample

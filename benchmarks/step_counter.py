@@ -27,7 +27,7 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 
 
 class Phases:
-    """Seconds of each part of a step: by the device's own clock on a GPU, but for waiting for data, which the host does."""
+    """Seconds of each part of a step, on a GPU by its own clock, but for waiting for data, which the host does."""
 
     def __init__(self, device: torch.device) -> None:
         """Nothing spent."""

@@ -1,10 +1,12 @@
 """Training throughput on one device: bigASP's configuration recreated, then one lever at a time, each kept if it fits.
 
 Full-size SDXL with random weights (speed does not depend on their values): UNet and text encoder 1 trained, text
-encoder 2 frozen, buckets and prompt lengths mixed as in bigASP's run. The passes and steps are the product's own.
+encoder 2 frozen, buckets and prompt lengths mixed as in bigASP's run. The passes and steps are the product's own. Of
+each lever it prints where the time of a step goes, what the step asks of the device, and whether the lever is seen to
+act; it fails where one is not.
 
 Usage: python benchmarks/train_throughput.py [--tiny] [--steps N] [--accumulate N] [--out FILE]
-Without CUDA it runs at tiny size, where its numbers say nothing. FILE is what `foundry cost --rates FILE` reads.
+Without CUDA it runs at tiny size, where its times say nothing. FILE is what `foundry cost --rates FILE` reads.
 """
 
 import argparse
@@ -12,75 +14,28 @@ import contextlib
 import dataclasses
 import gc
 import json
+import sys
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from levers_seen import Evidence, contradiction, not_run
+from random_sdxl import TINY_MICRO_SCALE, Shape, draw_shapes
+from step_counter import PHASES
+from train_bench import Bench, Variant
 
-from training import noise, seeds
-from training.conditioning import make_time_ids, predict, trained_parameters
 from training.cost import RATES_FORMAT
-from training.data.geometry import Size
-from training.data.tokens import CHUNK_LENGTH
-from training.flops import ModelConfigs, peak_flops, training_flops
+from training.device_defaults import Device, resolve
+from training.flops import peak_flops, training_flops
 from training.gpus import detect_gpu
-from training.loss import mse_per_sample, prediction_target, timestep_weights
-from training.models.compute import apply_compute
-from training.models.unet import PipelineParts, named_modules
-from training.optim import make_optimizer
-from training.precision import Arithmetic
 from training.run_config import BatchConfig, ComputeConfig, RunConfig
-from training.seeds import Purpose
 
-# Images per bucket of bigASP v1, (height, width): five_finetunes.md section 1.
-BUCKETS = {
-    (1216, 832): 372_164, (832, 1216): 289_428, (1152, 832): 174_153, (896, 1152): 64_223, (1152, 896): 56_959,
-    (1344, 768): 30_512, (1024, 1024): 26_565, (1088, 896): 16_070, (1408, 704): 15_656, (768, 1344): 15_149,
-    (1280, 768): 13_564, (1344, 704): 11_833, (1088, 960): 10_300, (832, 1152): 7_051, (1024, 960): 6_601,
-    (896, 1088): 5_067, (960, 1024): 4_842, (960, 1088): 4_454, (768, 1280): 2_719, (704, 1344): 1_819,
-    (704, 1472): 1_334, (704, 1408): 1_293, (640, 1600): 840, (576, 1728): 743, (640, 1536): 326, (576, 1664): 51,
-}  # fmt: skip
-CHUNK_SHARES = {1: 0.09, 2: 0.66, 3: 0.25}
-TINY_SCALE = 16
-"""Sides of buckets are divided by it at tiny size,"""
-TINY_MICRO_SCALE = 4
-"""and micro-batches by this."""
-SCHEDULER = {
-    "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-}  # fmt: skip
-UNET = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-TINY_UNET = UNET | {
-    "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 48,
-    "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 32,
-}  # fmt: skip
-# Width, layers, heads and activation of text encoders 1 and 2.
-ENCODERS = ((768, 12, 12, "quick_gelu"), (1280, 32, 20, "gelu"))
-TINY_ENCODERS = ((16, 3, 2, "quick_gelu"), (32, 3, 2, "gelu"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """One configuration to measure."""
-
-    run: RunConfig
-    """Precision, layout, micro-batch."""
-    fused: bool = False
-    """The product's optimizer; else torch's AdamW as it comes."""
-    sync: bool = True
-    """Ask after every micro-step whether the loss is a number, as bigASP's code does."""
+MICRO_BATCH = 8
+AMORTISED = ("checkpoint", "validation")
+"""What is due at intervals only: its share of a step, by the product's intervals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +51,31 @@ class Result:
     """Of device memory; None on a CPU."""
     ratio: float | None
     """Of images_per_s to the recreated configuration's."""
+    budget: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step by part: those of `PHASES`, then `AMORTISED`."""
+    counts: dict[str, int | None] = field(default_factory=dict)
+    """What a step asks of the device; None where that cannot be counted here."""
+    contradiction: str = ""
+    """What shows that the lever does not act; empty where it is seen to act."""
+    not_run: str = ""
+    """What of the lever cannot be seen on this machine, and why."""
 
 
 def recreated(micro_batch_size: int) -> Variant:
     """bigASP v1's training as published (performance.md section 1.1), but for the micro-batch, which is not."""
-    run = RunConfig(
-        encoding="sdxl", precision="fp16_amp", compute=ComputeConfig(gradient_checkpointing=("all",)),
-        batch=BatchConfig(micro_batch_size=micro_batch_size),
-    )  # fmt: skip
-    return Variant(run=run)
+    compute = ComputeConfig(gradient_checkpointing=("all",), channels_last=False, compile=False)
+    batch = BatchConfig(micro_batch_size=micro_batch_size)
+    return Variant(run=RunConfig(encoding="sdxl", precision="fp16_amp", compute=compute, batch=batch))
 
 
-def levers(variant: Variant, *, compiles: bool) -> Generator[tuple[str, Variant], Variant, None]:
+def defaults(micro_batch_size: int) -> Variant:
+    """What the product does on a GPU that has all it asks of one, when a recipe says nothing."""
+    device = Device(name="a GPU", is_gpu=True, has_bf16=True, has_tf32=True)
+    config = RunConfig(encoding="sdxl", batch=BatchConfig(micro_batch_size=micro_batch_size))
+    return Variant(run=resolve(config, device, {}), fused=True, sync=False, sent_ahead=True)
+
+
+def levers(variant: Variant) -> Generator[tuple[str, Variant], Variant, None]:
     """`variant` with one lever more; the caller sends back what the next one is to build on."""
 
     def changed(**values: object) -> Variant:
@@ -122,134 +90,133 @@ def levers(variant: Variant, *, compiles: bool) -> Generator[tuple[str, Variant]
     variant = yield "bf16 weights, fp32 master", changed(precision="bf16")
     variant = yield "no checkpointing", laid_out(gradient_checkpointing=())
     variant = yield "channels_last", laid_out(channels_last=True)
-    if compiles:
-        variant = yield "compile", laid_out(compile=True)
-    for size in (variant.run.batch.micro_batch_size * quarters // 4 for quarters in (2, 6, 8)):
+    variant = yield "pinned, sent ahead", dataclasses.replace(variant, sent_ahead=True)
+    variant = yield "compile blocks", laid_out(compile="blocks")
+    for size in (variant.run.batch.micro_batch_size * quarters // 4 for quarters in (6, 8, 2)):
         yield f"micro-batch {size}", changed(batch=dataclasses.replace(variant.run.batch, micro_batch_size=size))
-
-
-def make_parts(device: torch.device, *, tiny: bool) -> PipelineParts:
-    """A random SDXL without its VAE, which training does not read."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(seeds.integer(0, Purpose.INIT, "throughput"))
-        configs = [
-            CLIPTextConfig(
-                vocab_size=49_408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                num_attention_heads=heads, hidden_act=act, projection_dim=width,
-            )
-            for width, layers, heads, act in (TINY_ENCODERS if tiny else ENCODERS)
-        ]  # fmt: skip
-        return PipelineParts(
-            family="sdxl",
-            unet=UNet2DConditionModel.from_config(TINY_UNET if tiny else UNET),
-            vae=None,  # type: ignore[arg-type]
-            text_encoders=(CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])),
-            tokenizers=(),
-            noise_scheduler_config=SCHEDULER,
-            force_zeros_for_empty_prompt=False,
-        )
-
-
-def draw_shapes(count: int, *, tiny: bool) -> list[tuple[Size, int]]:
-    """Bucket and chunks of so many micro-batches, the same for every variant."""
-    rng = seeds.generator(0, Purpose.ORDER, "throughput")
-    buckets = rng.choices(list(BUCKETS), weights=list(BUCKETS.values()), k=count)
-    chunks = rng.choices(list(CHUNK_SHARES), weights=list(CHUNK_SHARES.values()), k=count)
-    scale = TINY_SCALE if tiny else 1
-    return [
-        (Size(height // scale, width // scale), number) for (height, width), number in zip(buckets, chunks, strict=True)
-    ]
-
-
-class Bench:
-    """A model in one variant, ready to train."""
-
-    def __init__(self, variant: Variant, device: torch.device, *, tiny: bool) -> None:
-        """Build it as `training/startup.py` does."""
-        self.variant, self.device = variant, device
-        self.parts = make_parts(device, tiny=tiny)
-        run = variant.run
-        for module in named_modules(self.parts).values():
-            module.train(False)
-        parameters = trained_parameters(self.parts, text_encoder=True, text_encoder_2=False)
-        self.configs = ModelConfigs(
-            family="sdxl", unet=dict(self.parts.unet.config),
-            text_encoders=tuple(encoder.config.to_dict() for encoder in self.parts.text_encoders),
-        )  # fmt: skip
-        apply_compute(self.parts, run.compute)
-        self.arithmetic = Arithmetic(run.precision, self.parts, parameters, parameters, device)
-        self.optimizer = (
-            make_optimizer(run.optimizer, self.arithmetic.weights)
-            if variant.fused
-            else torch.optim.AdamW(self.arithmetic.weights.values(), lr=1e-4, weight_decay=0.1)
-        )
-        self.signal = noise.alphas_cumprod(SCHEDULER).to(device)
-        self.weights = timestep_weights(run.loss, self.signal, "epsilon")
-        self.random = torch.Generator(device).manual_seed(seeds.integer(0, Purpose.NOISE, "throughput"))
-
-    def micro_step(self, bucket: Size, num_chunks: int, share: float) -> None:
-        """Forward and backward pass of one micro-batch, `share` of a step."""
-        size, device = self.variant.run.batch.micro_batch_size, self.device
-        shape = (size, 4, bucket.height // 8, bucket.width // 8)
-        latents, draw = (torch.randn(shape, generator=self.random, device=device) for _ in range(2))
-        timesteps = torch.randint(0, len(self.signal), (size,), generator=self.random, device=device)
-        ids = torch.randint(0, 49_000, (size, num_chunks, CHUNK_LENGTH), generator=self.random, device=device)
-        sides = torch.tensor([bucket], dtype=torch.float32, device=device).expand(size, 2)
-        time_ids = make_time_ids(sides, torch.zeros_like(sides), sides)
-        with self.arithmetic.autocast():
-            noised = noise.add_noise(latents, draw, timesteps, self.signal)
-            prediction = predict(self.parts, noised, timesteps, (ids, ids), time_ids)
-        target = prediction_target("epsilon", latents, draw, timesteps, self.signal)
-        loss = (mse_per_sample(prediction, target, None) * self.weights[timesteps]).mean() * share
-        if self.variant.sync and bool(loss.isnan()):
-            raise FloatingPointError(f"loss {loss.item()} of a random model")
-        self.arithmetic.backward(loss)
-
-    def step(self, shapes: list[tuple[Size, int]]) -> None:
-        """One optimizer step."""
-        self.arithmetic.clear_gradients()
-        for bucket, num_chunks in shapes:
-            self.micro_step(bucket, num_chunks, 1 / len(shapes))
-        self.arithmetic.unscale_and_clip(self.variant.run.optimizer.max_grad_norm)
-        self.arithmetic.step(self.optimizer)
+    # A graph for each size takes minutes: both on one size.
+    yield "compile blocks; one size", dataclasses.replace(variant, one_shape=True)
+    yield "compile whole; one size", dataclasses.replace(laid_out(compile="whole"), one_shape=True)
 
 
 def measure(
-    name: str, variant: Variant, device: torch.device, *, tiny: bool, steps: int, accumulate: int, base: float | None
-) -> Result:
-    """Images per second of a variant over `steps` steps, after one step for warming up."""
-    on_gpu = device.type == "cuda"
+    name: str, variant: Variant, *, device: torch.device, tiny: bool, steps: int, accumulate: int, base: float | None,
+    offload: bool, backend: str,
+) -> Result:  # fmt: skip
+    """Speed, budget and counts of a variant.
+
+    Args:
+        name: The lever's that it adds.
+        variant: What to measure.
+        device: Where.
+        tiny: A small model.
+        steps: Optimizer steps to measure, after one over all their sizes for warming up.
+        accumulate: Micro-batches a step.
+        base: Images per second of the recreated configuration.
+        offload: Copy a checkpoint beside a step; at full size it takes 32 GB of main memory.
+        backend: What compiles graphs.
+    """
+    shapes = draw_shapes(steps * accumulate, tiny=tiny)
+    if variant.one_shape:
+        shapes = shapes[:1] * len(shapes)
     _free(device)
+    bench = None
     try:
-        bench = Bench(variant, device, tiny=tiny)
-        shapes = draw_shapes((steps + 1) * accumulate, tiny=tiny)
-        bench.step(shapes[:accumulate])
+        bench = Bench(variant, device, tiny=tiny, backend=backend)
+        distinct = list(dict.fromkeys(shapes))
+        bench.steps(distinct, len(distinct))
         _wait(device)
+        num_graphs = 0 if bench.graphs is None else bench.graphs.new()[0]
+        bench.phases.take()
         began = time.perf_counter()
-        for first in range(accumulate, len(shapes), accumulate):
-            bench.step(shapes[first : first + accumulate])
+        bench.steps(shapes, accumulate)
         _wait(device)
         seconds = time.perf_counter() - began
+        budget = {phase: spent / steps for phase, spent in bench.phases.take().items()}
+        late = 0 if bench.graphs is None else bench.graphs.new()[0]
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        budget |= _amortised(bench, shapes[:accumulate], offload=offload)
+        seen = dataclasses.replace(
+            bench.inspect(shapes[:accumulate]), num_graphs=num_graphs, num_late_graphs=late, num_graph_breaks=breaks
+        )
+        counts = _counts(bench, seen, shapes[:accumulate])
     except torch.OutOfMemoryError:
         return Result(name=name, images_per_s=None, mfu=None, peak_bytes=None, ratio=None)
+    finally:
+        if bench is not None:
+            bench.close()
     size = variant.run.batch.micro_batch_size
     count = training_flops(bench.configs, variant.run)
-    flops = size * sum(count(*bucket, chunks).model for bucket, chunks in shapes[accumulate:])
-    peak, rate = peak_flops(device, variant.run.precision), size * steps * accumulate / seconds
+    flops = size * sum(count(*bucket, chunks).model for bucket, chunks in shapes)
+    peak, rate = peak_flops(device, variant.run.precision), size * len(shapes) / seconds
     return Result(
-        name=name,
-        images_per_s=rate,
-        mfu=flops / seconds / peak if peak else None,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        ratio=rate / base if base else 1.0,
-    )
+        name=name, images_per_s=rate, mfu=flops / seconds / peak if peak else None, peak_bytes=peak_bytes,
+        ratio=rate / base if base else 1.0, budget=budget, counts=counts, contradiction=contradiction(name, seen),
+        not_run=not_run(name, seen),
+    )  # fmt: skip
+
+
+def _amortised(bench: Bench, shapes: list[Shape], *, offload: bool) -> dict[str, float]:
+    """A step's share of checkpoints and validations, at the product's intervals; without `offload` no checkpoints'."""
+    run = bench.variant.run
+    images = run.batch.micro_batch_size * len(shapes)
+    validations = images / run.validation.every_samples
+    passes = 2 * run.validation.num_images / run.batch.micro_batch_size  # the held-out list and the stable one
+    found = {"validation": validations * passes * bench.validation_s(shapes[0])}
+    if offload:
+        found["checkpoint"] = bench.checkpoint_stall_s(shapes) * images / run.checkpoints.every_samples
+    return found
+
+
+def _counts(bench: Bench, seen: Evidence, shapes: list[Shape]) -> dict[str, int | None]:
+    on_gpu, compiled = bench.device.type == "cuda", bench.graphs is not None
+    return {
+        "host syncs": len(seen.host_syncs),
+        "blocking copies": len(seen.blocking_copies),
+        "operations": None if compiled else seen.operations.total(),
+        "kernels": _kernels(bench, shapes) if on_gpu else None,
+        "CUDA syncs": _cuda_syncs(bench, shapes) if on_gpu else None,
+        "optimizer bytes": seen.optimizer_bytes,
+        "graphs": seen.num_graphs,
+        "graph breaks": seen.num_graph_breaks,
+        "late graphs": seen.num_late_graphs,
+    }
+
+
+def _kernels(bench: Bench, shapes: list[Shape]) -> int:
+    """Kernels of a step, as the driver saw them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        bench.steps(shapes, len(shapes))
+        _wait(bench.device)
+    on_device = (event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+
+
+def _cuda_syncs(bench: Bench, shapes: list[Shape]) -> int:
+    """Times that a step waits for CUDA, as torch itself notices it."""
+    with _syncs_warned(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bench.steps(shapes, len(shapes))
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def _syncs_warned() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _free(device: torch.device) -> None:
     """Give back what the last variant held."""
     gc.collect()
+    torch.compiler.reset()
     if device.type == "cuda":
-        torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -259,39 +226,47 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_all(device: torch.device, *, tiny: bool, steps: int, accumulate: int) -> list[Result]:
+def measure_all(device: torch.device, *, tiny: bool, steps: int, accumulate: int, backend: str) -> Iterator[Result]:
     """The recreated configuration, every lever, and the first again, which shows how far the machine drifts."""
-    results: list[Result] = []
-
-    def one(name: str, variant: Variant) -> bool:
-        base = results[0].images_per_s if results else None
-        results.append(
-            measure(name, variant, device, tiny=tiny, steps=steps, accumulate=accumulate, base=base)
-        )  # fmt: skip
-        _print(results[-1])
-        return results[-1].images_per_s is not None
-
-    micro_batch_size = 8 // TINY_MICRO_SCALE if tiny else 8
-    best = recreated(micro_batch_size)
-    one("bigASP recreated", best)
-    # Compiling for a CPU takes longer than all the rest of the tiny run.
-    steps_up = levers(best, compiles=device.type == "cuda")
+    size = MICRO_BATCH // TINY_MICRO_SCALE if tiny else MICRO_BATCH
+    best, base = recreated(size), None
+    setting = {"device": device, "tiny": tiny, "steps": steps, "accumulate": accumulate, "backend": backend}
+    steps_up, pending = levers(best), ("bigASP recreated", best)
     with contextlib.suppress(StopIteration):
-        name, variant = next(steps_up)
         while True:
-            best = variant if one(name, variant) else best
-            name, variant = steps_up.send(best)
-    one("bigASP recreated, again", recreated(micro_batch_size))
-    return results
+            name, variant = pending
+            result = measure(name, variant, base=base, offload=tiny or base is None, **setting)
+            yield result
+            base = base or result.images_per_s
+            best = variant if result.images_per_s is not None else best
+            pending = next(steps_up) if name == "bigASP recreated" else steps_up.send(best)
+    yield measure("bigASP recreated; again", recreated(size), base=base, offload=False, **setting)
 
 
-def _print(result: Result) -> None:
+def print_head() -> None:
+    """Names of the columns of `print_result`."""
+    print(f"{'':<28}{'images/s':>10}{'MFU':>8}{'memory':>10}{'ratio':>10}  seconds a step, counts a step")
+
+
+def print_result(result: Result) -> None:
+    """A variant's line, its step's budget and counts, and what is wrong with it."""
     if result.images_per_s is None:
         print(f"{result.name:<28}  out of memory", flush=True)
         return
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"
     memory = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.1f} GB"
-    print(f"{result.name:<28}{result.images_per_s:>10.2f}{mfu:>8}{memory:>10}{result.ratio:>8.2f} x", flush=True)
+    print(f"{result.name:<28}{result.images_per_s:>10.2f}{mfu:>8}{memory:>10}{result.ratio:>8.2f} x")
+    parts = (f"{name} {result.budget[name]:.4f}" for name in (*PHASES, *AMORTISED) if name in result.budget)
+    print(f"{'':<6}{', '.join(parts)}")
+    counted = (f"{value:,} {name}" for name, value in result.counts.items() if value is not None)
+    print(f"{'':<6}{', '.join(counted)}")
+    for note in (
+        result.not_run and f"not run: {result.not_run}",
+        result.contradiction and f"NOT SEEN: {result.contradiction}",
+    ):
+        if note:
+            print(f"{'':<6}{note}")
+    sys.stdout.flush()
 
 
 def write(path: Path, device: torch.device, results: list[Result], *, tiny: bool) -> None:
@@ -309,8 +284,13 @@ def write(path: Path, device: torch.device, results: list[Result], *, tiny: bool
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def main() -> None:
-    """Measure, print and write."""
+def default_backend(*, tiny: bool) -> str:
+    """What compiles graphs: a tiny model's are only counted, which takes seconds instead of minutes."""
+    return "eager" if tiny else "inductor"
+
+
+def main() -> int:
+    """Measure, print and write; 1 where a lever was not seen to act."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny model of the same classes")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps to measure; default 4, tiny 1")
@@ -321,11 +301,16 @@ def main() -> None:
     tiny = options.tiny or device.type == "cpu"
     steps, accumulate = options.steps or (1 if tiny else 4), options.accumulate or (2 if tiny else 12)
     print(f"{device}, {'tiny' if tiny else 'full-size'} SDXL, {steps} steps of {accumulate} micro-batches")
-    print(f"{'':<28}{'images/s':>10}{'MFU':>8}{'memory':>10}{'ratio':>10}")
-    results = measure_all(device, tiny=tiny, steps=steps, accumulate=accumulate)
+    print_head()
+    results = []
+    backend = default_backend(tiny=tiny)
+    for result in measure_all(device, tiny=tiny, steps=steps, accumulate=accumulate, backend=backend):
+        print_result(result)
+        results.append(result)
     write(options.out, device, results, tiny=tiny)
     print(f"wrote {options.out}")
+    return int(any(result.contradiction for result in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
