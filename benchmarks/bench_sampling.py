@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -109,12 +110,20 @@ def _draw(parts: PipelineParts, config: SamplingConfig, device: torch.device, pr
         pass
 
 
-def measure_all(device: torch.device, *, tiny: bool, batch_size: int, num_batches: int, num_steps: int) -> list[Result]:
+def measure_all(
+    device: torch.device,
+    *,
+    tiny: bool,
+    batch_size: int,
+    num_batches: int,
+    num_steps: int,
+    precisions: Sequence[SamplingPrecision] = get_args(SamplingPrecision),
+) -> list[Result]:
     """Every precision on one model, from the widest to the narrowest, because the narrowest rounds it."""
     parts = make_model(device, tiny=tiny)
     side_px = SIDE_PX // TINY_SCALE if tiny else SIDE_PX
     results: list[Result] = []
-    for precision in get_args(SamplingPrecision):
+    for precision in precisions:
         config = SamplingConfig(precision=precision, num_steps=num_steps, batch_size=batch_size)
         results.append(measure(parts, config, device, side_px=side_px, num_batches=num_batches))
         _print(results[-1], results[0].images_per_s)

@@ -54,11 +54,11 @@ class Evidence:
     """Whether batches were made, and begun to be sent, by the prefetch thread."""
     pinned: bool | None
     """Whether all that was sent was pinned; None where nothing was sent to a GPU."""
-    num_graphs: int = 0
+    num_graphs: int
     """Compiled before the timed steps,"""
-    num_graph_breaks: int = 0
+    num_graph_breaks: int
     """places at which they end early,"""
-    num_late_graphs: int = 0
+    num_late_graphs: int
     """and graphs compiled in the timed steps."""
 
 
@@ -156,10 +156,9 @@ def contradiction(name: str, seen: Evidence) -> str:
     flash = sum(seen.operations[kernel] for kernel in FLASH) / seen.num_micro_steps
     if flash < seen.num_attentions:
         return f"attention: {flash:g} calls of a flash kernel a pass instead of {seen.num_attentions}"
-    if name.startswith("micro-batch "):
-        wanted = int(name.removeprefix("micro-batch "))
-        return "" if seen.batch_size == wanted else f"micro-batches have {seen.batch_size} samples"
     found = next((CHECKS[key](seen) for key in CHECKS if name == key or name.startswith(f"{key}; ")), "")
+    if name.startswith("micro-batch ") and seen.batch_size != int(name.removeprefix("micro-batch ")):
+        found = f"micro-batches have {seen.batch_size} samples"
     return f"{name}: {found}" if found else ""
 
 

@@ -126,13 +126,12 @@ class StepCounter:
         name, first = getattr(function, "__name__", ""), args[0] if args else None
         if name in _READS or (name == "to" and "cpu" in (*args[1:], kwargs.get("device"))):
             return self._read(function, args, kwargs) if self.is_there(first) else function(*args, **kwargs)
-        target = kwargs.get("device") if name != "to" else next(_devices(args[1:], kwargs), None)
-        if name == "to" and target is not None and not self.is_there(first):
-            return self._upload(function, args, kwargs, is_pinned=first.is_pinned())
-        if name in ("tensor", "as_tensor") and target is not None and not self.is_there(first):
-            return self._upload(function, args, kwargs, is_pinned=False)
+        target = next(_devices(args[1:] if name == "to" else (), kwargs), None)
+        if name in ("to", "tensor", "as_tensor") and target is not None and not self.is_there(first):
+            is_pinned = isinstance(first, torch.Tensor) and first.is_pinned()
+            return self._upload(function, args, kwargs, is_pinned=is_pinned)
         result = function(*args, **kwargs)
-        if isinstance(target, torch.device) or (isinstance(target, str) and target != "cpu"):
+        if target is not None:
             self.place(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result
 
@@ -207,7 +206,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.device]:
-    """What `Tensor.to` is told of a device."""
+    """What a call is told of a device. The string `cpu` means the host, also where the device is a CPU itself."""
     for value in (*args, kwargs.get("device")):
         if isinstance(value, torch.device) or (isinstance(value, str) and value != "cpu"):
             yield torch.device(value)

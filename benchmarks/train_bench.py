@@ -73,7 +73,7 @@ class Bench:
             text_encoders=tuple(encoder.config.to_dict() for encoder in self.parts.text_encoders),
         )  # fmt: skip
         torch._dynamo.utils.counters.clear()
-        self.graphs = Graphs() if run.compute.compile else None
+        self.graphs, self.num_graphs = Graphs() if run.compute.compile else None, 0
         apply_compute(self.parts, run.compute, backend=backend)
         self.arithmetic = Arithmetic(
             run.precision, self.parts, self.parameters, self.parameters, device,
@@ -100,6 +100,13 @@ class Bench:
         self.offloader.shutdown()
         if self.graphs is not None:
             self.graphs.close()
+
+    def warm_up(self, shapes: Sequence[Shape]) -> None:
+        """A step over all sizes that will come; what is compiled later is late."""
+        distinct = list(dict.fromkeys(shapes))
+        self.steps(distinct, len(distinct))
+        self.num_graphs = 0 if self.graphs is None else self.graphs.new()[0]
+        self.phases.take()
 
     def draws(self, shapes: Sequence[Shape]) -> "Prefetch[Sent]":
         """Micro-batches of these shapes, made ahead; a context manager."""
@@ -166,6 +173,7 @@ class Bench:
 
     def inspect(self, shapes: Sequence[Shape]) -> Evidence:
         """One step of these micro-batches, looked at from all sides; compiled graphs are not used in it."""
+        late = 0 if self.graphs is None else self.graphs.new()[0]
         present = [*self._held(), self.signal, self.weights, self.arithmetic.gradients.flat]
         counter = self.counter = StepCounter(self.device, present, self.phases)
         unet, counted, outputs, kept, pinned = self.parts.unet, [0], list[torch.Tensor](), list[bool](), list[bool]()
@@ -216,6 +224,9 @@ class Bench:
             keeps_own_gradients=any(kept) or self._keeps_own_gradients(),
             made_ahead=bool(self.made_by) and all(name.startswith(PREFETCH_THREAD) for name in self.made_by),
             pinned=all(pinned) if pinned and self.device.type == "cuda" else None,
+            num_graphs=self.num_graphs,
+            num_late_graphs=late,
+            num_graph_breaks=sum(torch._dynamo.utils.counters["graph_break"].values()),
         )
 
     def _keeps_own_gradients(self) -> bool:

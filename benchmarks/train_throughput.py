@@ -53,6 +53,8 @@ class Result:
     """Of images_per_s to the recreated configuration's."""
     budget: dict[str, float] = field(default_factory=dict)
     """Seconds of a step by part: those of `PHASES`, then `AMORTISED`."""
+    stall_s: float | None = None
+    """By which a step is longer beside which a checkpoint is copied; None where none was."""
     counts: dict[str, int | None] = field(default_factory=dict)
     """What a step asks of the device; None where that cannot be counted here."""
     contradiction: str = ""
@@ -123,24 +125,18 @@ def measure(
     bench = None
     try:
         bench = Bench(variant, device, tiny=tiny, backend=backend)
-        distinct = list(dict.fromkeys(shapes))
-        bench.steps(distinct, len(distinct))
+        bench.warm_up(shapes)
         _wait(device)
-        num_graphs = 0 if bench.graphs is None else bench.graphs.new()[0]
-        bench.phases.take()
         began = time.perf_counter()
         bench.steps(shapes, accumulate)
         _wait(device)
         seconds = time.perf_counter() - began
         budget = {phase: spent / steps for phase, spent in bench.phases.take().items()}
-        late = 0 if bench.graphs is None else bench.graphs.new()[0]
-        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
         peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        budget |= _amortised(bench, shapes[:accumulate], offload=offload)
-        seen = dataclasses.replace(
-            bench.inspect(shapes[:accumulate]), num_graphs=num_graphs, num_late_graphs=late, num_graph_breaks=breaks
-        )
+        seen = bench.inspect(shapes[:accumulate])
         counts = _counts(bench, seen, shapes[:accumulate])
+        stall_s = bench.checkpoint_stall_s(shapes[:accumulate]) if offload else None
+        budget |= _amortised(bench, shapes[:accumulate], stall_s)
     except torch.OutOfMemoryError:
         return Result(name=name, images_per_s=None, mfu=None, peak_bytes=None, ratio=None)
     finally:
@@ -152,21 +148,18 @@ def measure(
     peak, rate = peak_flops(device, variant.run.precision), size * len(shapes) / seconds
     return Result(
         name=name, images_per_s=rate, mfu=flops / seconds / peak if peak else None, peak_bytes=peak_bytes,
-        ratio=rate / base if base else 1.0, budget=budget, counts=counts, contradiction=contradiction(name, seen),
-        not_run=not_run(name, seen),
+        ratio=rate / base if base else 1.0, budget=budget, stall_s=stall_s, counts=counts,
+        contradiction=contradiction(name, seen), not_run=not_run(name, seen),
     )  # fmt: skip
 
 
-def _amortised(bench: Bench, shapes: list[Shape], *, offload: bool) -> dict[str, float]:
-    """A step's share of checkpoints and validations, at the product's intervals; without `offload` no checkpoints'."""
+def _amortised(bench: Bench, shapes: list[Shape], stall_s: float | None) -> dict[str, float]:
+    """A step's share of validations, and of checkpoints where one was copied, at the product's intervals."""
     run = bench.variant.run
     images = run.batch.micro_batch_size * len(shapes)
-    validations = images / run.validation.every_samples
     passes = 2 * run.validation.num_images / run.batch.micro_batch_size  # the held-out list and the stable one
-    found = {"validation": validations * passes * bench.validation_s(shapes[0])}
-    if offload:
-        found["checkpoint"] = bench.checkpoint_stall_s(shapes) * images / run.checkpoints.every_samples
-    return found
+    found = {"validation": images / run.validation.every_samples * passes * bench.validation_s(shapes[0])}
+    return found if stall_s is None else found | {"checkpoint": stall_s * images / run.checkpoints.every_samples}
 
 
 def _counts(bench: Bench, seen: Evidence, shapes: list[Shape]) -> dict[str, int | None]:
@@ -258,6 +251,8 @@ def print_result(result: Result) -> None:
     print(f"{result.name:<28}{result.images_per_s:>10.2f}{mfu:>8}{memory:>10}{result.ratio:>8.2f} x")
     parts = (f"{name} {result.budget[name]:.4f}" for name in (*PHASES, *AMORTISED) if name in result.budget)
     print(f"{'':<6}{', '.join(parts)}")
+    if result.stall_s is not None:
+        print(f"{'':<6}{result.stall_s:.3f} s longer beside a checkpoint")
     counted = (f"{value:,} {name}" for name, value in result.counts.items() if value is not None)
     print(f"{'':<6}{', '.join(counted)}")
     for note in (
