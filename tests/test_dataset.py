@@ -1,9 +1,11 @@
+import threading
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from training import epochs, run_folder
+from training import commit, epochs, run_folder
 from training.data.geometry import Box, Placement, Size
 from training.data.latent_files import from_bfloat16, read_generation
 from training.data.vocabulary import Vocabulary
@@ -165,6 +167,83 @@ def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation)
     path.unlink()
     assert open_at(0) == {"s000000": 1, "s000001": 1}
     assert path.read_bytes() == before
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of latent files, each as often as all its bytes were read, and the thread that did."""
+    found, whole = [], commit.sha256_file
+
+    def spy(path):
+        if path.suffix == ".safetensors" and not path.name.startswith("."):
+            found.append((path.name, threading.current_thread().name))
+        return whole(path)
+
+    monkeypatch.setattr(commit, "sha256_file", spy)
+    return found
+
+
+def open_epoch(run, dataset, epoch):
+    epochs.prepare_epoch(run.folder, epoch, dataset, run.config, "f")
+    return epochs.open_epoch(run.folder, epoch, 0, dataset)
+
+
+def all_files(run, pattern="*/g0001-*.safetensors"):
+    return sorted(path.name for path in run.inputs.latents.glob(pattern))
+
+
+def test_a_latent_file_is_checked_once_in_all_epochs_of_a_process(open_run, write_generation, hashed):
+    run, dataset = open_run(**{"prompts.max_chunks": 1})
+    for epoch in range(3):
+        order = open_epoch(run, dataset, epoch)
+        for row in [*dataset.validation_rows, *order.samples]:
+            dataset.batch(np.array([row]), epoch)
+    assert sorted(name for name, _ in hashed) == all_files(run)
+    maps = {number: dataset._open(number)._map for number in range(len(dataset._files))}
+    hashed.clear()
+    write_generation(run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001"))
+    order = open_epoch(run, dataset, 3)
+    for row in order.samples:
+        dataset.batch(np.array([row]), 3)
+    assert sorted(name for name, _ in hashed) == all_files(run, "s000001/g0002-*.safetensors")
+    kept = [number for number, (shard, _) in enumerate(dataset._files) if shard == "s000000"]
+    assert kept
+    assert all(dataset._open(number)._map is maps[number] for number in kept)
+    assert {entry.name for _, entry in dataset.latents._files} == {entry.name for _, entry in dataset._files}
+
+
+def test_latent_files_are_checked_ahead_of_their_use_in_its_order(open_run, hashed):
+    run, dataset = open_run(**{"prompts.max_chunks": 1})
+    order = open_epoch(run, dataset, 0)
+    dataset.latents._thread.join(30)
+    rows = np.concatenate([dataset.validation_rows, dataset.stable_rows, order.samples])
+    numbers = dict.fromkeys(dataset._places[rows, 0].tolist())
+    assert [name for name, _ in hashed] == [dataset._files[number][1].name for number in numbers]
+    assert {thread for _, thread in hashed} == {"latent-files"}
+    hashed.clear()
+    for row in order.samples:
+        dataset.batch(np.array([row]), 0)
+    assert not hashed
+
+
+def test_a_damaged_latent_file_ends_the_run_before_a_sample_of_it_is_used(open_run):
+    run, dataset = open_run(**{"prompts.max_chunks": 1})
+    (victim, *_) = all_files(run, "s000001/g0001-*.safetensors")
+    path = run.inputs.latents / "s000001" / victim
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    order = open_epoch(run, dataset, 0)
+    dataset.latents._thread.join(30)
+    for row in order.samples:
+        if dataset._files[dataset._places[row, 0]][1].name == victim:
+            with pytest.raises(DamageError, match=rf"{victim} has SHA-256 .*, its manifest says .*; run `foundry"):
+                dataset.batch(np.array([row]), 0)
+        else:
+            dataset.batch(np.array([row]), 0)
+    path.write_bytes(data[:-1])
+    with pytest.raises(DamageError, match=rf"{victim} has {len(data) - 1} bytes, its manifest says {len(data)}"):
+        dataset.use_latents(dataset.pins)
 
 
 def test_an_epoch_of_another_set_is_refused(open_run):

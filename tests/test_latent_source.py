@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import run_folder
+from training import commit, run_folder
 from training.errors import DamageError, DataError
 from training.event_log import read_events
 from training.latent_source import LatentSource
@@ -160,6 +160,22 @@ def test_files_arrive_in_the_order_of_training_while_it_goes_on(make_run):
     assert [name for name in SlowFileSystem.asked if name != urgent] == [name for name in wanted if name != urgent]
     assert sorted(SlowFileSystem.asked) == sorted(wanted)
     source.close()
+
+
+def test_a_fetched_file_has_been_checked_on_its_way(make_run, monkeypatch):
+    run, whole, hashed = make_run(), commit.sha256_file, []
+    monkeypatch.setattr(commit, "sha256_file", lambda path: hashed.append(path) or whole(path))
+    for attempt in range(2):  # what an earlier process has fetched is checked again
+        source = LatentSource(run.folder / run_folder.FETCHED, f"slow://{run.inputs.latents}")
+        chosen, _, _ = source.choose("s000000", rows_of(run, "s000000")["image_id"].to_list())
+        entries = [entry for entry in chosen.manifest.files if entry.name.endswith(".safetensors")]
+        hashed.clear()
+        source.prefetch([("s000000", entry) for entry in entries])
+        source._thread.join(30)
+        for entry in entries:
+            source.open("s000000", entry).gather([0])
+        assert len(hashed) == len(entries)
+        assert {path.name in {entry.name for entry in entries} for path in hashed} == {attempt == 1}
 
 
 def test_a_damaged_or_unknown_source_is_named(make_run, train):

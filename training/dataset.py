@@ -227,12 +227,13 @@ class Dataset:
         self._places = joined.select("number", "row").to_numpy()  # (N, 2)
         self._geometry = joined.select(pl.col(name).cast(pl.Int64) for name in _GEOMETRY).to_numpy()
         _allow_open_files(len(self._files))
+        self.latents.keep(self._files)
         if not self.latents.url:
             for number in range(len(self._files)):
                 self._open(number)  # what is cut or foreign is told of now, not in the middle of the epoch
 
     def fetch_in_order(self, samples: np.ndarray) -> None:
-        """Let latent files that lie elsewhere arrive in this order of rows, those for validation first."""
+        """Let latent files arrive and be checked in this order of rows, those for validation first."""
         rows = np.concatenate([self.validation_rows, self.stable_rows, np.asarray(samples)])
         numbers, first = np.unique(self._places[rows, 0], return_index=True)
         self.latents.prefetch([self._files[number] for number in numbers[np.argsort(first)].tolist()])
@@ -240,9 +241,7 @@ class Dataset:
     def _open(self, number: int) -> LatentFile:
         """A latent file of the epoch, fetched if need be."""
         if number not in self._opened:
-            shard, entry = self._files[number]
-            self.latents.fetch(shard, entry)
-            file = LatentFile(self.latents.folder / shard, entry)
+            file = self.latents.open(*self._files[number])
             found = file.metadata.get("scaling_factor")
             if found is None or float(found) != self.scaling_factor:
                 raise DataError(

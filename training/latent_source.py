@@ -1,7 +1,8 @@
 """Where a run's latents lie: beside it, or elsewhere, fetched file by file in the order in which training wants them.
 
 Elsewhere is any folder `latents/<encoding>` that fsspec can read. Manifests and tables are fetched at the border of an
-epoch; latent files follow in a thread while training goes on, and whoever needs one sooner fetches it at once.
+epoch; latent files follow in a thread while training goes on, which also compares each with its digest, once in this
+process. Whoever needs one sooner fetches and checks it at once.
 """
 
 import threading
@@ -12,7 +13,7 @@ import fsspec
 
 from training import commit
 from training.commit import Entry
-from training.data.latent_files import Generation, generations, manifest_number, read_generation
+from training.data.latent_files import Generation, LatentFile, generations, manifest_number, read_generation
 from training.errors import DamageError, DataError
 
 _ATTEMPTS = 3
@@ -35,6 +36,8 @@ class LatentSource:
         self.folder, self.url, self._vae_digest = folder, url, vae_digest
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
+        self._files = dict[tuple[str, Entry], LatentFile]()
+        self._fetched = set[tuple[str, Entry]]()  # and compared with their digests
         if url:
             try:
                 self._fs, self._root = fsspec.core.url_to_fs(url)
@@ -65,6 +68,26 @@ class LatentSource:
             fewest = min(fewest, lacking)
         return None, fewest, notes
 
+    def open(self, shard: str, entry: Entry) -> LatentFile:
+        """A latent file, fetched if need be; the same object, with its map, until `keep` lets it go.
+
+        Raises:
+            DamageError: it is gone, cut or foreign; its digest is compared before its first row is read.
+        """
+        key, folder = (shard, entry), self.folder / shard
+        if key in self._files:
+            commit.check_entry(folder, entry, whole=False)
+        else:
+            self.fetch(shard, entry)
+            self._files.setdefault(key, LatentFile(folder, entry, checked=key in self._fetched))
+        return self._files[key]
+
+    def keep(self, files: Collection[tuple[str, Entry]]) -> None:
+        """Let go of all opened files but these, and end the thread."""
+        self.close()
+        wanted = set(files)
+        self._files = {key: file for key, file in self._files.items() if key in wanted}
+
     def fetch(self, shard: str, entry: Entry) -> None:
         """Make sure that a content file is there, whole; at once where it lies beside the run anyway.
 
@@ -87,19 +110,19 @@ class LatentSource:
                                 f"{self.url}/{shard}/{entry.name} has SHA-256 {found[:16]}, its manifest says "
                                 f"{entry.sha256[:16]}; run `foundry verify --repair` where it was made"
                             )
+                        self._fetched.add((shard, entry))
                 except (OSError, DamageError):
                     if attempt == _ATTEMPTS - 1:
                         raise
 
     def prefetch(self, files: Iterable[tuple[str, Entry]]) -> None:
-        """Fetch files in this order in a thread, in place of whatever it was fetching before."""
+        """Fetch and check files in this order in a thread, in place of whatever it was at before."""
         self.close()
-        if self.url:
-            self._end = threading.Event()
-            self._thread = threading.Thread(
-                target=self._work, args=(list(files), self._end), name="latent-files", daemon=True
-            )
-            self._thread.start()
+        self._end = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(list(files), self._end), name="latent-files", daemon=True
+        )
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread after the file in work."""
@@ -113,7 +136,7 @@ class LatentSource:
             if end.is_set():
                 return
             try:
-                self.fetch(shard, entry)
+                self.open(shard, entry).check()
             except (OSError, DamageError):
                 return  # whoever needs the file meets the same error, and can tell of it
 

@@ -1,3 +1,6 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +170,32 @@ def test_a_flipped_bit_is_noticed_before_the_first_row_is_used(tmp_path, codec):
     file = LatentFile(tmp_path, writer.entries[0])
     with pytest.raises(DamageError, match="SHA-256"):
         file.gather([0])
+
+
+def test_who_needs_a_file_while_it_is_checked_waits_for_that(tmp_path, monkeypatch):
+    writer, _ = write(tmp_path, 5)
+    file, whole = LatentFile(tmp_path, writer.entries[0]), commit.sha256_file
+    asked, gate = [], threading.Event()
+
+    def slow(path):
+        asked.append(path.name)
+        assert gate.wait(30)
+        return whole(path)
+
+    monkeypatch.setattr(commit, "sha256_file", slow)
+    with ThreadPoolExecutor(2) as pool:
+        checking = pool.submit(file.check)
+        while not asked:
+            time.sleep(0.001)
+        reading = pool.submit(file.gather, [0])
+        time.sleep(0.05)
+        assert not reading.done()
+        gate.set()
+        checking.result()
+        reading.result()
+    assert asked == [writer.entries[0].name]
+    assert LatentFile(tmp_path, writer.entries[0], checked=True).gather([1]) is not None
+    assert len(asked) == 1
 
 
 def test_a_row_that_is_not_there_is_damage(tmp_path):

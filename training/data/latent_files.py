@@ -10,6 +10,7 @@ meaning. A shard's folder holds generations: `g0003.json` (the manifest), its ta
 import json
 import re
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,10 +157,15 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, 
 
 
 class LatentFile:
-    """A memory-mapped latent file; size and header are checked at open, its digest before the first row is read."""
+    """A memory-mapped latent file; size and header are checked at open, its digest once before the first row."""
 
-    def __init__(self, folder: Path, entry: commit.Entry) -> None:
+    def __init__(self, folder: Path, entry: commit.Entry, *, checked: bool = False) -> None:
         """Open and check size and header; nothing stays open until the first row is asked for.
+
+        Args:
+            folder: Where it lies.
+            entry: What its manifest says of it.
+            checked: Whether its bytes have been compared with its digest already.
 
         Raises:
             DamageError: the file is gone, cut, foreign, or its header disagrees with its size.
@@ -171,6 +177,7 @@ class LatentFile:
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", {})
         """Strings of the header: `codec`, and what the writer was given."""
         self._check_header()
+        self._checked, self._checking = checked, threading.Lock()
         self._map: np.ndarray | None = None
 
     @property
@@ -183,6 +190,17 @@ class LatentFile:
         """Whether the posterior can be drawn."""
         return any(name.startswith(LOG_VARIANCE) for name in self._header)
 
+    def check(self) -> None:
+        """Compare all its bytes with its digest, unless that has been done; whoever comes meanwhile waits for it.
+
+        Raises:
+            DamageError: they do not match; each caller is told.
+        """
+        with self._checking:
+            if not self._checked:
+                commit.check_entry(self.folder, self.entry)
+                self._checked = True
+
     def gather(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Copy rows out of the map, in the order asked for.
 
@@ -193,7 +211,7 @@ class LatentFile:
             DamageError: the bytes do not match the manifest's digest, or the table names a row that is not there.
         """
         if self._map is None:
-            commit.check_entry(self.folder, self.entry)
+            self.check()
             self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
         index = np.asarray(rows, dtype=np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.shape[0]):
