@@ -181,8 +181,9 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; write nothing.")] = False,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", help="With --dry-run: cards; the run's num_processes by default.", min=1)
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", "--gpus", help="With --dry-run: ranks; the run's num_processes by default."),
     ] = None,
     gpu: Gpu = "H200",
     price: Price = 3.0,
@@ -200,10 +201,13 @@ def train(
         raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
     if recipe is None and (set_ or tiny):
         raise ConfigError("--set and --tiny change a recipe: name it with --recipe, or edit the run's config.toml")
-    if gpus is not None and not dry_run:
+    if world_size is not None and not dry_run:
         raise ConfigError(
-            f"--gpus {gpus} is for --dry-run; a run trains on its num_processes: --set num_processes={gpus}"
+            f"--world-size {world_size} is for --dry-run; a run trains on its num_processes: "
+            f"--set num_processes={world_size}"
         )
+    if world_size is not None and world_size < 1:
+        raise ConfigError(f"--world-size {world_size} must be at least 1: one rank for each card")
     store = open_store(home)
     if stop:
         folder = store.run_folder(run)
@@ -218,8 +222,8 @@ def train(
         from training import recipes
 
         config = workspace.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
-        cards = gpus or config.num_processes
-        hardware = estimates.Hardware(num_gpus=cards, gpu=gpu, dollars_per_hour=price, rates=rates)
+        num_ranks = world_size or config.num_processes
+        hardware = estimates.Hardware(num_gpus=num_ranks, gpu=gpu, dollars_per_hour=price, rates=rates)
         print(recipes.run_toml(config))
         print("\n".join(estimates.dry_run(store, run, config, hardware)))
         return

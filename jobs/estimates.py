@@ -1,23 +1,27 @@
 """What a training run will take and cost, told before it begins: for `foundry train --dry-run` and `foundry cost`."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from jobs.scale import memory_lines, network_lines
 from resources.store import Store
 from resources.workspace import frozen_inputs, prompt_maker, require_run
+from training import toml
 from training.commit import Manifest
 from training.cost import Cost, Rates, Workload, length_lines, read_rates, training_rate
 from training.data.bucket_plans import plan
 from training.data.tables import TABLES
+from training.device_defaults import Device, has_auto, read_record, resolve
 from training.errors import ConfigError, DataError
 from training.flops import ModelConfigs, read_model_configs, training_flops
-from training.gpus import find_gpu, peak_flops
+from training.gpus import Gpu, find_gpu, peak_flops
 from training.latent_source import LatentSource
-from training.memory import estimate_memory
+from training.memory import MemoryEstimate, estimate_memory
 from training.order import EpochOrder, assign_windows, make_order
 from training.rules import check_trainable
 from training.run_config import RunConfig
@@ -138,42 +142,61 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         DataError: images of the set have no latents, or none trains.
     """
     rates, folder = hardware.resolve(), store.model_path(config.base)
+    card, num_ranks = find_gpu(rates.gpu), hardware.num_gpus
+    recorded = read_record(store.run_folder(run))
+    left = has_auto(config)
+    config = resolve(config, _device(card), recorded or {})
     model = read_model_configs(folder)
-    check_trainable(folder, model, config, hardware.num_gpus)
+    check_trainable(folder, model, config, num_ranks)
     epoch = count_epoch(store, run, config)
     shapes = _shapes(store, config, epoch)
     height, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
-    memory = estimate_memory(
-        model, config, height=height, width=width, num_chunks=max(chunks for *_, chunks in shapes),
-        num_ranks=hardware.num_gpus,
-    )  # fmt: skip
-    card = find_gpu(rates.gpu)
-    parts = ("weights", "gradients", "optimizer", "ema", "activations", "context")
-    listed = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in parts)
+    num_chunks = max(chunks for *_, chunks in shapes)
+
+    def estimated(config: RunConfig) -> MemoryEstimate:
+        return estimate_memory(
+            model, config, height=height, width=width, num_chunks=num_chunks, num_ranks=num_ranks
+        )  # fmt: skip
+
+    memory = estimated(config)
     lines = [
+        *_resolved_lines(config, left, "recorded" if recorded else f"on {card.name}"),
         f"model: {model.family}, {memory.num_trained:,} of {memory.num_parameters:,} parameters trained",
-        f"memory per card: about {memory.total / 1e9:.2f} GB ({listed})",
+        *memory_lines(estimated, config, card, (height, width, num_chunks)),
+        *_epoch_lines(config, epoch),
     ]
-    if memory.total > card.memory_bytes:
-        lines.append(
-            f"memory: more than the {card.memory_bytes / 1e9:.0f} GB of one {card.name}; lower batch.micro_batch_size, "
-            "or set compute.gradient_checkpointing or compute.shard_optimizer"
-        )
-    lines += _epoch_lines(config, epoch)
     flops = _sample_flops(model, config, shapes)
     peak = peak_flops(card, config.precision)
-    if peak is None:
-        raise ConfigError(f"precision={config.precision!r}: {card.name} has no fast arithmetic for it")
+    assert peak is not None, "resolved for this card"
     # One utilization for all arithmetic; fp32 is slower by what the card can do in it.
     rate = training_rate(rates, flops / _TERA) * peak / card.half
     hours = config.num_samples / rate / 3600
+    batch = config.batch
+    micro_batches = batch.global_batch_size / batch.micro_batch_size
+    if epoch is not None:
+        micro_batches = (len(epoch.order.micro_starts) - 1) / epoch.order.num_steps
     return [
         *lines,
         f"compute: {flops / _TERA:.4g} TFLOP per sample, {rate:,.4g} images/s per {card.name} at "
         f"{rates.mfu:.0%} of its peak ({'default rates' if hardware.rates is None else hardware.rates})",
-        f"time: {hours / hardware.num_gpus:,.2f} hours on {hardware.num_gpus} x {card.name}, {hours:,.2f} GPU-hours, "
+        *network_lines(
+            config, memory.num_trained, num_ranks, micro_batches, batch.global_batch_size / rate / num_ranks
+        ),
+        f"time: {hours / num_ranks:,.2f} hours on {num_ranks} x {card.name}, {hours:,.2f} GPU-hours, "
         f"${hours * hardware.dollars_per_hour:,.2f} at ${hardware.dollars_per_hour:g} an hour",
     ]
+
+
+def _device(card: Gpu) -> Device:
+    """A card of the data sheets, as defaults are chosen for it."""
+    return Device(name=card.name, is_gpu=True, has_bf16=card.has_bf16, has_tf32=card.has_bf16)
+
+
+def _resolved_lines(config: RunConfig, left: Sequence[str], whose: str) -> list[str]:
+    """What the keys that the config leaves to the device come to."""
+    values = toml.flatten(toml.dump(config))
+    listed = ", ".join(f"{key} = {json.dumps(values[key])}" for key in left)
+    return [f"auto, {whose}: {listed}"] if left else []
 
 
 def _sample_flops(model: ModelConfigs, config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:

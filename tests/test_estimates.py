@@ -177,6 +177,29 @@ def test_time_and_money_follow_cards_and_price(workspace):
     assert line.endswith("at $6 an hour")
 
 
+def test_what_is_left_to_the_device_is_told_and_a_started_run_keeps_its_own(workspace):
+    left = dataclasses.replace(CONFIG, precision="auto")
+
+    def line(gpu):
+        return estimates.dry_run(workspace, "one", left, dataclasses.replace(HARDWARE, gpu=gpu))[0]
+
+    rest = 'compute.channels_last = true, compute.compile = "blocks"'
+    assert line("H200") == f'auto, on H200: precision = "bf16_amp", {rest}'
+    assert line("V100") == f'auto, on V100: precision = "fp16_amp", {rest}'
+    folder = workspace.run_folder("one")
+    folder.mkdir(parents=True)
+    values = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
+    commit.write_json(folder / "resolved.json", {"format": 1, "device": "cpu", "values": values})
+    assert line("H200").startswith('auto, recorded: precision = "fp32", compute.channels_last = false')
+
+
+def test_the_largest_micro_batch_is_told(workspace):
+    text = "\n".join(estimates.dry_run(workspace, "new", CONFIG, HARDWARE))
+    found = re.search(r"largest micro-batch of (32x48|48x32) with \d x 77 tokens, without .*: (\d+) on one H200", text)
+    assert int(found[2]) > 10_000
+    assert "a micro-batch of 16 takes" not in text
+
+
 def test_a_model_too_large_for_the_card_is_told(workspace):
     large = dataclasses.replace(CONFIG, batch=BatchConfig(global_batch_size=10**9, micro_batch_size=10**8))
     text = "\n".join(estimates.dry_run(workspace, "new", large, HARDWARE))
@@ -252,6 +275,10 @@ def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(wor
     assert "steps: 9 of 8 samples" in out
     assert " on 4 x H200" in out, "cards are the run's own unless others are named"
     assert " on 2 x H200" in foundry("train", "--run", "one", "--dry-run", "--gpus", "2")[1]
+    status, out, _ = foundry("train", "--run", "one", "--dry-run", "--world-size", "8")
+    assert "network: each of 8 ranks sends and receives 0.00 GB a step (gradients 0.00 GB, all-reduced)" in out
+    assert re.search(r"network: \S+ s at 10 Gbit/s, \S+ s at 100 Gbit/s, \S+ s at 400 Gbit/s per rank, beside", out)
+    assert "fewer than 8 ranks" in out
     assert files(workspace) == before
 
 
@@ -262,7 +289,9 @@ def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(wor
         (["--tiny", "--dry-run"], "--set and --tiny change a recipe"),
         (["--dry-run", "--stop"], "--dry-run, --stop and --bundle do different things"),
         (["--dry-run", "--bundle", "there"], "--dry-run, --stop and --bundle do different things"),
-        (["--gpus", "8"], "--gpus 8 is for --dry-run"),
+        (["--world-size", "8"], "--world-size 8 is for --dry-run"),
+        (["--world-size", "0", "--dry-run"], "--world-size 0 must be at least 1"),
+        (["--gpus", "-3", "--dry-run"], "--world-size -3 must be at least 1"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(workspace, foundry, monkeypatch, arguments, said):
