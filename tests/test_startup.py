@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from assets.checkpoints import prepare as launch
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
-from training import bundle, commit, run_folder
+from training import bundle, commit, run_folder, startup
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.event_log import read_events
 from training.models.weights import model_digest
@@ -67,6 +67,26 @@ def test_what_does_not_fit_is_refused_before_the_first_step(make_run, train, cha
     with pytest.raises(error, match=message):
         run_again(run, train)
     assert not (run.folder / run_folder.CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"family": "sd1"}, ModelError, r"family='sd1', but base model .* is of family 'sdxl'"),
+        (
+            {"compute.gradient_checkpointing": ["down_blocks.7"]}, ConfigError,
+            r"compute\.gradient_checkpointing: no block 'down_blocks\.7'; there are",
+        ),
+        ({"zero_terminal_snr": True, "loss.weighting": "plain"}, ConfigError, "zero_terminal_snr=true, and the UNet"),
+        ({"optimizer.name": "adamw_8bit"}, ConfigError, "optimizer.name=adamw_8bit needs bitsandbytes"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(
+    make_run, train, monkeypatch, changes, error, message
+):
+    monkeypatch.setattr(startup, "load_pipeline_parts", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(error, match=message):
+        train(make_run(**changes))
 
 
 def test_a_run_keeps_its_values_but_may_change_intervals_and_ranks(make_run, train):

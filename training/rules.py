@@ -46,7 +46,10 @@ def check_trainable(folder: Path, model: ModelConfigs, config: RunConfig, num_ra
         TrainingError: the model's noise schedule has steps that the loss cannot teach.
     """
     if config.family not in ("any", model.family):
-        raise ModelError(f"family={config.family!r}, but base model {folder} is of family {model.family!r}")
+        raise ModelError(
+            f"family={config.family!r}, but base model {folder} is of family {model.family!r}: name another one under "
+            "`base`"
+        )
     if config.train_text_encoder_2 and len(model.text_encoders) == 1:
         raise ConfigError(f"train_text_encoder_2=true, but base model {folder} has one text encoder")
     layers = model.text_encoders[0]["num_hidden_layers"]

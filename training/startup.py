@@ -17,7 +17,7 @@ from training.dataset import Dataset
 from training.device_defaults import CPU, Device, resolve_run
 from training.ema import Ema
 from training.errors import ModelError, TrainingError
-from training.flops import Flops, ModelConfigs, peak_flops, training_flops
+from training.flops import Flops, peak_flops, read_model_configs, training_flops
 from training.latent_source import LatentSource
 from training.models.compute import apply_compute, why_not_compiled
 from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule, with_vae
@@ -26,6 +26,7 @@ from training.models.weights import model_digest
 from training.optim import make_optimizer
 from training.precision import Arithmetic
 from training.ranks import Ranks
+from training.rules import check_trainable
 from training.run_config import RunConfig
 from training.run_folder import READY, RunInputs, checked_training_set
 from training.sharding import Sharding
@@ -68,8 +69,11 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     config = ranks.from_first(lambda: resolve_run(folder, config, device, None if ready is None else ready.config))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
+    source = resumed or inputs.base_model
     with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
-        parts = _load(resumed or inputs.base_model, None if resumed else inputs.vae, config, ranks.device)
+        model = read_model_configs(source)
+        check_trainable(source, model, config, ranks.size)
+        parts = _load(source, None if resumed else inputs.vae, config, ranks.device)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
@@ -104,18 +108,13 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     )
     if resumed is not None:
         checkpoint.restore_state(resumed, state)
-    configs = ModelConfigs(
-        family=parts.family,
-        unet=dict(parts.unet.config),
-        text_encoders=tuple(encoder.config.to_dict() for encoder in parts.text_encoders),
-    )
     peak = peak_flops(ranks.device, config.precision)
     return Start(
         config=config,
         device=device,
         state=state,
         dataset=dataset,
-        flops=training_flops(configs, config),
+        flops=training_flops(model, config),
         peak_flops=None if peak is None else peak * ranks.size,
         checkpoint=resumed,
         torn=torn,
@@ -193,15 +192,10 @@ def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.devic
         device: Where UNet and text encoders go, weight by weight.
 
     Raises:
-        ModelError: it is of another family than the recipe is for, or the VAE is not for it.
+        ModelError: it cannot be loaded, or the VAE is not for it.
     """
     parts = load_pipeline_parts(source, device)
     parts.vae.to("cpu")  # it is only saved again
-    if config.family not in ("any", parts.family):
-        raise ModelError(
-            f'{source} is a model of family "{parts.family}", the recipe is for family = "{config.family}": name '
-            "another model under `base`"
-        )
     if vae is not None:
         parts = with_vae(parts, Vae.load(vae, "cpu").model, str(vae))
     parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
