@@ -91,7 +91,7 @@ def levers(setting: Setting) -> Iterator[Row]:
 def _of_training(setting: Setting) -> dict[str, Any]:
     import train_throughput as bench
 
-    steps, accumulate = (1, 2) if setting.tiny else (2, 4)
+    steps, accumulate = (1, 1) if setting.tiny else (2, 4)
     backend = bench.default_backend(tiny=setting.tiny)
     return {**dataclasses.asdict(setting), "steps": steps, "accumulate": accumulate, "backend": backend}
 
@@ -244,12 +244,12 @@ class Figures:
         os.replace(temporary, self.path)
 
     def faults(self) -> list[str]:
-        """A line for each lever that was not seen to act and each part that failed."""
+        """A line for each lever that was not seen to act and each part that failed, or did not end at tiny size."""
         found = []
         for name, part in self.content["parts"].items():
             found += [row["contradiction"] for row in part["rows"] if row.get("contradiction")]
-            if part["status"] == "failed":
-                found.append(f"{name}: {part['reason']}")
+            if part["status"] == "failed" or (self.content["tiny"] and part["status"] != "done"):
+                found.append(f"{name}: {part['status']}: {part['reason']}")
         return found
 
 

@@ -228,7 +228,7 @@ def measure_all(device: torch.device, *, tiny: bool, steps: int, accumulate: int
     with contextlib.suppress(StopIteration):
         while True:
             name, variant = pending
-            result = measure(name, variant, base=base, offload=tiny or base is None, **setting)
+            result = measure(name, variant, base=base, offload=base is None, **setting)
             yield result
             base = base or result.images_per_s
             best = variant if result.images_per_s is not None else best

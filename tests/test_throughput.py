@@ -1,29 +1,51 @@
-"""The benchmark of training runs at tiny size wherever there is no GPU."""
+"""The benchmark of training runs writes what `foundry cost` reads, and fails where a lever is not seen to act."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.cost import read_rates
 from training.errors import ConfigError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "train_throughput.py"
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    import train_throughput
+
+    return train_throughput
 
 
-def test_every_lever_runs_and_the_results_are_written(tmp_path):
-    out = tmp_path / "rates.json"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "1", "--accumulate", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    names = [result["name"] for result in found["configurations"]]
-    assert names[0] == "bigASP recreated"
-    assert names[-1] == "bigASP recreated, again"
-    assert {"bf16 autocast", "no checkpointing", "channels_last", "fused AdamW", "micro-batch 4"} < set(names)
-    assert all(result["images_per_s"] > 0 for result in found["configurations"])
-    assert all(name in done.stdout for name in names)
+def results(bench, contradiction=""):
+    return [
+        bench.Result(name="bigASP recreated", images_per_s=8.0, mfu=0.16, peak_bytes=10**9, ratio=1.0),
+        bench.Result(name="all levers", images_per_s=20.0, mfu=0.4, peak_bytes=10**9, ratio=2.5,
+                     contradiction=contradiction),
+        bench.Result(name="too large", images_per_s=None, mfu=None, peak_bytes=None, ratio=None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("contradiction", "status"), [("", 0), ("all levers: nothing was compiled", 1)])
+def test_the_results_are_written_and_a_lever_that_does_nothing_fails(
+    bench, monkeypatch, tmp_path, capsys, contradiction, status
+):
+    monkeypatch.setattr(bench, "measure_all", lambda *_, **__: iter(results(bench, contradiction)))
+    monkeypatch.setattr(sys, "argv", ["train_throughput.py", "--tiny", "--out", str(tmp_path / "rates.json")])
+    assert bench.main() == status
+    found = json.loads((tmp_path / "rates.json").read_text())
+    assert [result["name"] for result in found["configurations"]] == ["bigASP recreated", "all levers", "too large"]
+    printed = capsys.readouterr().out
+    assert "out of memory" in printed
+    assert ("NOT SEEN" in printed) == bool(contradiction)
     with pytest.raises(ConfigError, match="rates"):
-        read_rates(out)  # a tiny model's rates are nobody's
+        read_rates(tmp_path / "rates.json")  # a tiny model's rates are nobody's
+
+
+def test_foundry_cost_reads_the_best_rate_of_a_known_card(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    bench.write(tmp_path / "rates.json", torch.device("cuda"), results(bench), tiny=False)
+    rates = read_rates(tmp_path / "rates.json")
+    assert (rates.training, rates.mfu) == (20.0, 0.4)
