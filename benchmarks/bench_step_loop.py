@@ -136,8 +136,8 @@ class Script:
         return float(loss.item())
 
 
-def measure_floor(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each step of the product, the bare loop and the script, made by turns."""
+def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Wall seconds of each step of the product, the bare loop and the script, by turns, and of our steps' parts."""
     import conftest
     import torch
 
@@ -168,6 +168,7 @@ def measure_floor(folder: Path, rounds: int) -> dict[str, list[float]]:
             stop_requested=lambda: False,
         )  # fmt: skip
         bare, script = BareLoop(trainer), Script(trainer)
+        parts = _timed_parts(trainer)
         for _ in range(rounds):
             trainer.state.clock.step_in_epoch = 0
             upcoming = trainer._upcoming()[: trainer.order.num_steps]
@@ -178,7 +179,33 @@ def measure_floor(folder: Path, rounds: int) -> dict[str, list[float]]:
                     _time(seconds["bare"], bare.step, draw)
                     _time(seconds["script"], script.step, draw)
         trainer.worker.shutdown()
-    return {name: values[WARM_UP_STEPS:] for name, values in seconds.items()}
+    kept = {name: values[WARM_UP_STEPS:] for name, values in seconds.items()}
+    inside = {name: statistics.median(values[WARM_UP_STEPS:]) for name, values in parts.items()}
+    inside["all else"] = statistics.median(kept["ours"]) - sum(inside.values())
+    return kept, inside
+
+
+def _timed_parts(trainer: Any) -> dict[str, list[float]]:
+    """Wrap what our step is made of; returns seconds by part, which grow with every step."""
+    arithmetic, parts = trainer.state.arithmetic, dict[str, list[float]]()
+    places = {
+        "text, forward and backward": (trainer, "_pass"), "clearing gradients": (arithmetic.gradients, "begin"),
+        "norm": (arithmetic, "norm"), "clipping": (arithmetic, "unscale_and_clip"), "AdamW": (arithmetic, "step"),
+    }  # fmt: skip
+
+    def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments)
+            seconds.append(time.perf_counter() - began)
+            return result
+
+        return measured
+
+    for name, (owner, attribute) in places.items():
+        parts[name] = []
+        setattr(owner, attribute, timed(getattr(owner, attribute), parts[name]))
+    return parts
 
 
 def _time(into: list[float], call: Callable[..., object], *arguments: object) -> None:
@@ -237,12 +264,13 @@ def main() -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
-        floor = measure_floor(Path(folder), arguments.rounds)
+        floor, parts = measure_floor(Path(folder), arguments.rounds)
     ours = statistics.median(floor["ours"])
     for name, limit in (("bare", MAX_RATIO_TO_BARE), ("script", MAX_RATIO_TO_SCRIPT)):
         other = statistics.median(floor[name])
         ratio = statistics.median(a / b for a, b in zip(floor["ours"], floor[name], strict=True))
         print(f"a step of 32 at 128 x 128: ours {ours:.3f} s, {name} {other:.3f} s: {ratio:.2f} x (limit {limit:.2f})")
+    print("of ours: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts.items()))
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
