@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m training.run RUN_FOLDER | {WAIT} FD", file=sys.stderr)
         return 2
     told = _listen(int(arguments[1])) if waits else None
+    # Buckets take turns: pieces of a size that comes back later are lost to all others, unless pieces can grow.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with quick_imports(freeze=__name__ == "__main__"):
         import torch
 
