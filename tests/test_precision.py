@@ -276,8 +276,11 @@ def test_tf32_is_one_switch_for_products_and_convolutions(tiny_sdxl, precision):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected", "ignore::DeprecationWarning", "ignore:The .grad attribute")
-@pytest.mark.parametrize("mode", ["blocks", "whole"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [*((precision, "whole") for precision in PRECISIONS), ("bf16", "blocks"),
+     *(pytest.param(precision, "blocks", marks=pytest.mark.slow) for precision in PRECISIONS[:-1])],
+)  # fmt: skip
 def test_every_precision_is_compiled_without_a_break(tiny_sdxl, precision, mode):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
