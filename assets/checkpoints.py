@@ -137,7 +137,8 @@ def follow(
     if has_finished(folder / EVENTS):
         return dict(read_events(folder / EVENTS)[-1])
     handle = start(store, folder, run)
-    forwarded = logged = 0.0
+    # MLflow is imported with the first lines that it gets: not at once, the trainer needs the cores for its first step.
+    forwarded, logged = time.monotonic(), 0.0
     try:
         for event in handle.events():
             report("samples", min(event.get("samples_seen", 0), run.num_samples), run.num_samples)

@@ -20,7 +20,7 @@ NUM_TAGS = 30
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the run's configuration, and of the training set and vocabulary: those that it was frozen with, or
     before its first launch those of the tables."""
-    from resources.workspace import frozen_inputs
+    from resources.run_prompts import frozen_inputs
 
     folder, frozen = store.run_folder(key), frozen_inputs(store, key)
     if frozen is not None:
@@ -46,7 +46,7 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
     """
 
     def make(key: str) -> Made:
-        from resources.workspace import frozen_inputs, prompt_maker
+        from resources.run_prompts import frozen_inputs, prompt_maker
 
         config = read_config(store.run_folder(key))
         maker = prompt_maker(store, config, frozen_inputs(store, key))

@@ -315,7 +315,7 @@ def prompts(
         mean, std = prompt_statistics.fit_lengths(fit)
         print(f"mean_tags = {mean:.1f}\nstd_tags = {std:.1f}")
     else:
-        from resources.workspace import example_prompts
+        from resources.run_prompts import example_prompts
 
         made, told, read = example_prompts(open_store(home), run or "", n, tell_sizes=trace)
         print(read, file=sys.stderr)

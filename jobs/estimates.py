@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 
 from jobs.scale import memory_lines, network_lines
+from resources.run_prompts import frozen_inputs, prompt_maker
 from resources.store import Store
-from resources.workspace import frozen_inputs, prompt_maker, require_run
+from resources.workspace import require_run
 from training import toml
 from training.commit import Manifest
 from training.cost import Cost, Rates, Workload, length_lines, read_rates, training_rate

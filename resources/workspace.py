@@ -1,41 +1,17 @@
 """Makes workspaces and starts runs in them: the files that people edit, written once."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
-
 from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
 from training import older_runs, recipes, toml
-from training.base_model import config_folder
 from training.checks import check_run_name
 from training.commit import lock, write_bytes
-from training.data import vocabulary
-from training.data.clip_tokenizer import ClipTokenizer
-from training.data.crops import told_crop
-from training.data.geometry import Placement
-from training.data.latent_files import generations, read_generation
-from training.data.prompt_maker import MadePrompt, PromptMaker
-from training.data.samples import Samples
 from training.errors import ConfigError, WorkspaceError
-from training.latents import placement_of
 from training.run_config import FREE_KEYS, RunConfig
-from training.run_folder import (
-    CONFIG,
-    EPOCHS,
-    EVENTS,
-    FETCHED,
-    INPUTS,
-    RunInputs,
-    checked_training_set,
-    is_away,
-    read_config,
-    read_inputs,
-)
+from training.run_folder import CONFIG, EVENTS, is_away, read_config
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -160,85 +136,3 @@ def require_run(store: Store, run: str) -> None:
     if not (store.run_folder(run) / CONFIG).is_file():
         known = ", ".join(store.keys(Scope.RUN)) or "none"
         raise ConfigError(f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}")
-
-
-def frozen_inputs(store: Store, run: str) -> RunInputs | None:
-    """What a run was frozen with at its first launch; None before that."""
-    folder = store.run_folder(run)
-    return read_inputs(folder) if (folder / INPUTS).exists() else None
-
-
-def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:
-    """Makes a run's prompts as its trainer does.
-
-    Args:
-        store: The workspace.
-        config: Of the run.
-        frozen: What the run was frozen with; None reads the workspace's tables, as the first launch will freeze them.
-
-    Raises:
-        DataError: nothing is frozen, and the encoding has no training set yet.
-        DamageError: the set's or the vocabulary's file is gone or damaged.
-    """
-    if frozen is None:
-        samples, base = Samples(store.table_file("training_set", config.encoding)), store.model_path(config.base)
-        known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
-    else:
-        samples, base = Samples(checked_training_set(frozen)), frozen.base_model
-        known = vocabulary.read(frozen.vocabulary, frozen.vocabulary_sha256)
-    configs = config_folder(base)
-    names = ("tokenizer", "tokenizer_2") if (configs / "tokenizer_2").is_dir() else ("tokenizer",)
-    return PromptMaker(
-        samples, known, config.prompts, config.seed, [ClipTokenizer.load(configs / name) for name in names]
-    )
-
-
-def example_prompts(
-    store: Store, run: str, num_prompts: int, *, tell_sizes: bool = False
-) -> tuple[list[MadePrompt], list[str], str]:
-    """Prompts of the first images that train in a run, as epoch 0 makes them.
-
-    Returns:
-        The prompts; with `tell_sizes`, a line for each image of the sizes and the crop that the model is told; and a
-        line that says what was read.
-
-    Raises:
-        ConfigError: there is no such run.
-        DataError: it was not started, and its encoding has no training set yet.
-        DamageError: what it was frozen with is gone or damaged.
-    """
-    require_run(store, run)
-    config, frozen = read_config(store.run_folder(run)), frozen_inputs(store, run)
-    maker = prompt_maker(store, config, frozen)
-    train = maker.samples.train_rows
-    rows = train[:num_prompts]
-    which = f"current training set {config.encoding}" if frozen is None else f"set {frozen.fingerprint[:16]} of the run"
-    read = f"epoch 0 of {which}: {len(rows)} of {len(train)} images that train"
-    told = _told_sizes(store, run, config, frozen, maker.samples, rows) if tell_sizes else []
-    return maker.make(rows.tolist(), 0), told, read
-
-
-def _told_sizes(
-    store: Store, run: str, config: RunConfig, frozen: RunInputs | None, samples: Samples, rows: np.ndarray
-) -> list[str]:
-    """What a model is told of these rows beside their prompts in epoch 0, by the latents that it reads, or would."""
-    folder, image_ids = store.run_folder(run), samples.image_ids.take(rows)
-    latents = store.home / "latents" / config.encoding if frozen is None else frozen.latents
-    latents = folder / FETCHED if config.latents_url else latents
-    pinned = folder / EPOCHS / "0.json"
-    pins = json.loads(pinned.read_bytes())["latents"] if pinned.is_file() else {}
-    placements: dict[str, Placement] = {}
-    for shard in sorted({samples.shard_names[code] for code in samples.shards[rows].tolist()}):
-        newest = max(generations(latents / shard), default=0)
-        if number := pins.get(shard, {}).get("generation", newest):
-            table = read_generation(latents / shard, number).table().filter(pl.col("image_id").is_in(image_ids))
-            placements |= {row["image_id"]: placement_of(row) for row in table.iter_rows(named=True)}
-    told = []
-    for image_id in image_ids:
-        if placed := placements.get(image_id):
-            top, left = told_crop(placed, config.rules_version)
-            mirrored = ", mirrored" if placed.flip else ""
-            told.append(f"{placed.original} px, {top} cut off above and {left} on the left, {placed.bucket}{mirrored}")
-        else:
-            told.append("no latents yet")
-    return told

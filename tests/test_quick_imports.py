@@ -15,13 +15,13 @@ def package(tmp_path, monkeypatch):
     """`package(init, **submodules)`: write a package, defer it, and import one of its submodules."""
     made = []
 
-    def write(name, init, **submodules):
+    def write(name, init, functions=(), **submodules):
         folder = tmp_path / name
         folder.mkdir()
         for stem, text in {"__init__": init, **submodules}.items():
             (folder / f"{stem}.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(quick_imports, "DEFERRED", (name,))
+        monkeypatch.setattr(quick_imports, "DEFERRED", {name: functions})
         made.append(name)
         with quick_imports.quick_imports():
             return importlib.import_module(f"{name}.part")
@@ -66,6 +66,17 @@ def test_a_package_that_puts_another_object_in_its_place_is_that_object(package)
     assert deferred_b.other.VALUE == 2
 
 
+def test_a_named_function_can_be_imported_and_runs_the_package_when_it_is_called(package):
+    package("deferred_e", "def add(a, b=1):\n    return a + b\nOTHER = 3\n", functions=("add",), part="VALUE = 1")
+    from deferred_e import add
+
+    assert "OTHER" not in vars(sys.modules["deferred_e"])
+    assert (add(2), add(2, b=5)) == (3, 7)
+    from deferred_e import OTHER, add
+
+    assert (OTHER, add.__name__) == (3, "add")
+
+
 def test_an_error_in_a_deferred_package_reaches_whoever_asked(package):
     package("deferred_c", "raise ValueError('broken')", part="VALUE = 1")
     import deferred_c
@@ -77,7 +88,7 @@ def test_an_error_in_a_deferred_package_reaches_whoever_asked(package):
 def test_outside_of_the_context_nothing_is_deferred_and_garbage_is_collected(tmp_path, monkeypatch):
     (tmp_path / "deferred_d.py").write_text("VALUE = 3")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quick_imports, "DEFERRED", ("deferred_d",))
+    monkeypatch.setattr(quick_imports, "DEFERRED", {"deferred_d": ()})
     with quick_imports.quick_imports():
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -95,9 +106,12 @@ with quick_imports():
     import training.trainer
 run = [name for name in DEFERRED if "_loader" not in vars(sys.modules[name])]
 assert not run, run
-import scipy.stats, transformers.models, diffusers.models.unets, diffusers.models.transformers
+import scipy.optimize, scipy.stats, transformers.models, diffusers.models.unets, diffusers.models.transformers
 import diffusers.models.autoencoders
 assert scipy.stats.norm.cdf(0) == 0.5
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+assert linear_sum_assignment([[2, 1], [1, 2]])[1].tolist() == [1, 0]
+assert scipy.optimize.linear_sum_assignment([[2, 1], [1, 2]])[1].tolist() == [1, 0]
 assert transformers.models.bert.BertConfig().model_type == "bert"
 assert diffusers.models.unets.UNet2DModel is diffusers.UNet2DModel
 assert diffusers.models.transformers.DiTTransformer2DModel is diffusers.DiTTransformer2DModel

@@ -6,6 +6,7 @@ needs it finds it, only later.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.abc
 import importlib.machinery
@@ -15,14 +16,17 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-DEFERRED = (
-    "diffusers.models.autoencoders",  # every autoencoder; its submodule of AutoencoderKL is asked for directly
-    "diffusers.models.transformers",  # every diffusion transformer, for the one that dual attention could have
-    "diffusers.models.unets",
-    "scipy.stats",  # for samplers with beta schedules
-    "transformers.models",  # reads the source of all 400 models to list their classes
-)
-"""Modules that neither the trainer nor what it uses of the libraries asks for anything."""
+DEFERRED: dict[str, tuple[str, ...]] = {
+    "diffusers.models.autoencoders": (),  # every autoencoder; the submodule of AutoencoderKL is asked for directly
+    "diffusers.models.transformers": (),  # every diffusion transformer, for the one that dual attention could have
+    "diffusers.models.unets": (),
+    "scipy.integrate": (),  # for the LMS sampler
+    "scipy.optimize": ("linear_sum_assignment",),  # for losses of detectors
+    "scipy.stats": (),  # for samplers with beta schedules
+    "transformers.models": (),  # reads the source of all 400 models to list their classes
+}
+"""Modules of which neither the trainer nor what it uses of the libraries calls anything; and functions of theirs that
+are imported by name all the same, which run the module when they are called."""
 
 _lock = threading.RLock()
 
@@ -54,6 +58,14 @@ class _Deferred(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Asked for what is not there: run the module's code, once."""
+        if name in DEFERRED.get(self.__name__, ()) and "_loader" in self.__dict__:
+            return functools.partial(self._call, name)
+        return self._run(name)
+
+    def _call(self, name: str, /, *arguments: Any, **keywords: Any) -> Any:
+        return self._run(name)(*arguments, **keywords)
+
+    def _run(self, name: str) -> Any:
         with _lock:
             if (loader := self.__dict__.pop("_loader", None)) is not None:
                 loader.exec_module(self)
