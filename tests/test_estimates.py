@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from assets import checkpoints, prompt_statistics
 from jobs import cli, estimates, pipeline
 from jobs.cli import app
+from resources import torchrun
 from resources.store import Store
 from training import commit, recipes
 from training.data.tables import TABLES
@@ -414,3 +416,22 @@ def test_a_dry_run_imports_no_heavy_library(workspace):
     assert "training set: 22 images train" in done.stdout
     assert "GPU-hours" in done.stdout
     assert done.stdout.endswith("heavy: []\n")
+
+
+def test_a_trainer_imports_its_libraries_while_the_launcher_checks(workspace, foundry, monkeypatch):
+    seen = []
+
+    def checks(home, **_):
+        seen.append(torchrun._standby[0]._process)
+        assert seen[-1].poll() is None
+        if len(seen) > 1:
+            raise DataError("nothing to train on")
+        return []
+
+    monkeypatch.setattr(pipeline, "bring_up_to_date", checks)
+    configure(workspace)
+    assert foundry("train", "--run", "one")[0] == 0
+    status, _, errors = foundry("train", "--run", "one")
+    assert (status, errors.splitlines()[-1]) == (2, "foundry: nothing to train on")
+    assert [process.poll() for process in seen] == [-signal.SIGKILL] * 2, "neither is left behind"
+    assert not torchrun._standby
