@@ -46,7 +46,7 @@ up: $(STAMP)  ## Dagster and MLflow on 127.0.0.1 until Ctrl-C.
 	@exec $(BIN)/foundry up --home $(HOME_DIR) --port $(PORT) --mlflow-port $(MLFLOW_PORT)
 
 bench: $(STAMP)  ## Every benchmark; each prints its ratios.
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/bench_*.py benchmarks/train_throughput.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 wheel: $(STAMP)  ## The wheel that a training bundle needs, in dist/.
 	$(BIN)/pip wheel --quiet --no-deps -w dist .

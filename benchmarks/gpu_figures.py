@@ -264,7 +264,8 @@ def run_part(part: Part, setting: Setting, figures: Figures, seconds: float) -> 
     before = signal.signal(signal.SIGALRM, time_up)
     entry |= {"status": "cut_off", "reason": "the process ended in it"}
     figures.write()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what is raised while an object is deleted, say, is ignored.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         for row in part.rows(setting):
             entry["rows"].append(row)
