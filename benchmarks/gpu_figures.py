@@ -308,32 +308,46 @@ def run(setting: Setting, figures: Figures, until: float) -> int:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown: speeds, but of tiny models, which say nothing, and what a step asks of the device."""
     lines = [
-        f"`benchmarks/gpu_figures.sh`, {content['device']}, torch {content['torch']}"
-        f"{', tiny models: their speed says nothing' if content['tiny'] else ''}:",
+        f"`benchmarks/gpu_figures.sh`, {content['device']}, torch {content['torch']}{', tiny' * content['tiny']}:",
         "",
-        "| what | images/s | goal | MFU | memory | times bigASP's | host syncs a step | kernels a step |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    goals = content["goals"]
-    for name, part in content["parts"].items():
-        for row in part["rows"]:
-            is_training, counts = name in ("training", "levers"), row.get("counts", {})
-            cells = [
-                row["name"],
-                "out of memory" if row["images_per_s"] is None else f"{row['images_per_s']:.2f}",
-                f"{goals['training']:g}; {goals['ratio']:g} x" if is_training else f"{row['goal']:g}",
-                f"{row['mfu']:.1%}" if row.get("mfu") else "",
-                f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
-                f"{row['ratio']:.2f}" if row.get("ratio") else "",
-                str(counts.get("host syncs", "")),
-                str(counts.get("kernels") or ""),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        if part["status"] != "done":
-            lines.append(f"| {name}: {part['status']} ({part['reason']}) | | | | | | | |")
+    parts = content["parts"].items()
+    if not content["tiny"]:
+        lines += _header("what", "images/s", "goal", "times bigASP's", "MFU", "memory")
+        lines += [_speeds(row, content["goals"]) for _, part in parts for row in part["rows"]]
+    not_done = [f"{name}: {part['status']} ({part['reason']})" for name, part in parts if part["status"] != "done"]
+    lines += ["", *(f"- {line}" for line in not_done), ""] if not_done else [""]
+    rows = [row for _, part in parts for row in part["rows"] if row.get("counts")]
+    if rows:
+        names = list(rows[0]["counts"])
+        lines += _header("a step", *names)
+        for row in rows:
+            lines.append(
+                _cells(row["name"], *("" if (n := row["counts"][name]) is None else f"{n:,}" for name in names))
+            )
     return "\n".join(lines) + "\n"
+
+
+def _speeds(row: Row, goals: dict[str, float]) -> str:
+    is_training = "counts" in row
+    return _cells(
+        row["name"],
+        "out of memory" if row["images_per_s"] is None else f"{row['images_per_s']:.2f}",
+        f"{goals['training']:g} and {goals['ratio']:g} x" if is_training else f"{row['goal']:g}",
+        f"{row['ratio']:.2f}" if row.get("ratio") else "",
+        f"{row['mfu']:.1%}" if row.get("mfu") else "",
+        f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
+    )
+
+
+def _header(*names: str) -> list[str]:
+    return [_cells(*names), _cells(*("---" for _ in names))]
+
+
+def _cells(*values: str) -> str:
+    return f"| {' | '.join(values)} |"
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ UNET = {
 }  # fmt: skip
 TINY_UNET = UNET | {
     "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 48,
-    "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,
+    "transformer_layers_per_block": [1, 1, 1], "attention_head_dim": [1, 2, 4], "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 32,
 }  # fmt: skip
 # Width, layers, heads and activation of text encoders 1 and 2.
