@@ -294,3 +294,19 @@ def test_every_precision_is_compiled_without_a_break(tiny_sdxl, precision, mode)
     assert counters["stats"]["unique_graphs"] <= kinds
     run.step(1)
     assert counters["stats"]["unique_graphs"] <= kinds, "a second step of equal sizes compiles nothing"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ranks_that_share_the_optimizer_lay_their_gradients_out_alike(tiny_sdxl, precision):
+    """What one rank steps another does not, and both send the same buffer: element by element of the same weights."""
+    layouts = []
+    for turn in range(2):
+        parts = load_pipeline_parts(tiny_sdxl, "cpu")
+        apply_compute(parts, ComputeConfig(channels_last=True, compile=False))
+        parameters = trained_parameters(parts, text_encoder=False, text_encoder_2=False)
+        owned = {name: parameters[name] for number, name in enumerate(parameters) if number % 2 == turn}
+        arithmetic = Arithmetic(precision, parts, parameters, owned, CPU)
+        layouts.append([view.stride() for view in arithmetic.gradients.views])
+        kernels = [parameter for parameter in parameters.values() if parameter.dim() == 4]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert layouts[0] == layouts[1]

@@ -69,8 +69,8 @@ class Masters:
 
 
 def round_to_bf16(weight: torch.Tensor) -> torch.Tensor:
-    """An fp32 weight in bf16 as `Masters` rounds it: halfway cases up, where torch rounds them to even."""
-    return _upper_half(weight.detach().contiguous().view(torch.int32)).to(torch.int16).view(torch.bfloat16)
+    """An fp32 weight in bf16, laid out as it is, as `Masters` rounds it: halfway cases up, in torch to even."""
+    return _upper_half(weight.detach().view(torch.int32)).to(torch.int16).view(torch.bfloat16)
 
 
 def joined(halves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
