@@ -83,14 +83,17 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All that steps change in an optimizer, as tensors that safetensors can hold; numbers become 0-d tensors.
+    """All that steps change in an optimizer; numbers become 0-d tensors.
+
+    Nothing is computed on the device: it would be done behind the mark that `Offload` waits for, and read before.
 
     Args:
         optimizer: From `make_optimizer`.
         named: The weights that it steps, by name.
 
     Returns:
-        `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first step.
+        `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first step. The optimizer's own
+        tensors, of any layout, some of them twice: `Offload.copy` makes what safetensors can hold of them.
     """
     tensors = {
         f"{key}.{name}": _tensor(value)
@@ -98,8 +101,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.
         for key, value in optimizer.state.get(weight, {}).items()
     }
     for group in optimizer.param_groups if tensors else ():
-        # Prodigy's groups share their tensors, safetensors must not.
-        tensors |= {f"{key}.{group['name']}": _tensor(group[key]).clone() for key in _GROUP_STATE if key in group}
+        tensors |= {f"{key}.{group['name']}": _tensor(group[key]) for key in _GROUP_STATE if key in group}
     return tensors
 
 
@@ -196,7 +198,7 @@ def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.o
 
 def _tensor(value: object) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value.detach().contiguous()
+        return value.detach()
     assert isinstance(value, int | float), f"state of an optimizer that is no number: {value!r}"
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
