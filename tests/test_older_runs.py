@@ -94,6 +94,21 @@ def test_a_recipe_does_not_change_an_older_run(tmp_path):
         write_run(tmp_path, "one", spaces)
 
 
+def test_a_recipe_that_leaves_the_precision_to_the_device_launches_an_older_run_again(tmp_path):
+    """Versions before `auto` wrote what their default was, fp32, into the run's config."""
+    folder = tmp_path / "runs" / "one"
+    recipe = RunConfig(encoding="e")
+    write_run(tmp_path, "one", dataclasses.replace(recipe, precision="fp32"))
+    path = folder / run_folder.CONFIG
+    path.write_text(tomlkit.dumps(older_runs.without(toml.load(path), older_runs.BEFORE)))
+    (folder / run_folder.EVENTS).write_text("")
+    for _ in range(2):
+        write_run(tmp_path, "one", recipe)
+        assert run_folder.read_config(folder).precision == "fp32"
+    with pytest.raises(ConfigError, match="precision: 'fp32' -> 'bf16'"):
+        write_run(tmp_path, "one", dataclasses.replace(recipe, precision="bf16"))
+
+
 def test_a_run_of_this_version_keeps_what_it_began_with(tmp_path):
     cold = RunConfig(encoding="e")
     cold = dataclasses.replace(cold, optimizer=dataclasses.replace(cold.optimizer, ema_warmup=False))

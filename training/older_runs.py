@@ -34,9 +34,13 @@ def lacking(values: Mapping[str, Any]) -> set[str]:
 
 def as_begun(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
     """A recipe's config for a run that was begun: options that its recorded config lacks, and that the recipe leaves
-    at their defaults, stay as the run began."""
+    at their defaults, stay as the run began; and so does the precision, which those versions did not leave to the
+    device."""
     own, defaults = (toml.flatten(toml.dump(one)) for one in (config, RunConfig(encoding=config.encoding)))
-    kept = _before({key for key in lacking(recorded) if own[key] == defaults[key]})
+    unknown = lacking(recorded)
+    kept = _before({key for key in unknown if own[key] == defaults[key]})
+    if "rules_version" in unknown and own["precision"] == "auto":
+        kept["precision"] = recorded.get("precision", "auto")
     return toml.build(RunConfig, _nested({**own, **kept}))
 
 
