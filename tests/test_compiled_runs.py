@@ -51,6 +51,16 @@ def test_graphs_are_named_and_one_that_is_made_again_is_a_warning(make_run, trai
     assert not [event for event in events(run, "warning") if event["samples_seen"] < 38]
 
 
+def test_graphs_of_a_resumed_runs_validation_are_no_repetitions(make_run, train, captured):
+    run = make_run(num_samples=44, **{"compute.compile": "blocks", "validation.every_samples": 30})
+    assert train(run, stop_at=20) == "stopped"
+    torch._dynamo.reset()
+    assert train(run) == "finished"
+    later = [event for event in events(run, "compiled") if event["samples_seen"] > 20]
+    assert any(event.get("validation") for event in later)
+    assert not [event for event in events(run, "warning") if event["kind"] == "recompiled"]
+
+
 def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(make_run, train, monkeypatch):
     monkeypatch.setattr(startup, "why_not_compiled", lambda device: "no C++ compiler found")
     monkeypatch.setattr(startup, "_load", lambda *_: pytest.fail("the model was loaded"))
@@ -67,7 +77,10 @@ def test_a_graph_that_the_compiler_fails_on_names_the_option(make_run, train, ca
 
     monkeypatch.setattr(startup, "apply_compute", functools.partial(compute.apply_compute, backend=fail))
     run = make_run(**{"compute.compile": "blocks"})
-    with pytest.raises(TrainingError, match=r'compute.compile="blocks": . x \d+x\d+ with \d chunks .* internal error'):
+    message = r'compute.compile="blocks": \d+ x \d+x\d+ with \d chunks .* internal error'
+    with pytest.raises(TrainingError, match=message):
+        train(run)  # in the validation before the first step
+    with pytest.raises(TrainingError, match=message):
         train(run, prepare=lambda trainer: setattr(trainer, "_validate", lambda: True))
 
 

@@ -1,5 +1,6 @@
 """The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -7,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -294,16 +295,27 @@ class Trainer:
 
     def _pass(self, draw: Draw, size: int) -> torch.Tensor:
         """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)` without their graph."""
-        try:
+        with self._compiling(draw):
             losses = self._losses(draw)
             self.state.arithmetic.backward(losses.sum() / size)
+        return losses.detach()
+
+    def _losses_of(self, draw: Draw) -> torch.Tensor:
+        """What a validation asks for: the plain losses `(B,)` of a draw."""
+        with self._compiling(draw):
+            return self._plain_losses(draw)
+
+    @contextlib.contextmanager
+    def _compiling(self, draw: Draw) -> Iterator[None]:
+        """Within, what cannot be compiled is named with the option that asks for it."""
+        try:
+            yield
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(
                 f'compute.compile="{self.config.compute.compile}": {_in_words(draw)} cannot be compiled; set it to '
                 f"false, which may be changed in a run ({reason})"
             ) from error
-        return losses.detach()
 
     def _losses(self, draw: Draw) -> torch.Tensor:
         """Weighted loss per sample `(B,)` fp32, with gradients."""
@@ -334,6 +346,11 @@ class Trainer:
                 message = f"compiled again for {_in_words(draw)}, which the run was slowed by: {cause}"
                 self._log("warning", kind="recompiled", message=message, epoch=self.state.clock.epoch)
         self.compiled_for.add(shape)
+
+    def _log_graphs_of_validation(self) -> None:
+        """Those of a validation are made once more in each process, without gradients: they repeat no step's."""
+        if self.graphs is not None and (num_graphs := self.graphs.new()[0]):
+            self._log("compiled", num_graphs=num_graphs, validation=True)
 
     def _open_epoch(self) -> None:
         """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
@@ -378,6 +395,7 @@ class Trainer:
                 return False
             values |= {f"ema_{name}": value for name, value in self._views(*averaged).items()}
         clock.validation_owed, clock.validation_loss = False, raw[0].mean
+        self._log_graphs_of_validation()
         self._log("validation", **values, seconds=time.monotonic() - began)
         return True
 
@@ -385,7 +403,7 @@ class Trainer:
         """Losses of the held-out and of the stable images by the weights that the model holds; None when stopped."""
         found = []
         for name, images in (("held-out", self.held_out), ("stable", self.stable)):
-            losses = images.losses(self._plain_losses, self.worker, self.sender, self.stop_requested)
+            losses = images.losses(self._losses_of, self.worker, self.sender, self.stop_requested)
             if losses is None:
                 return None
             if losses.not_finite:
