@@ -45,7 +45,7 @@ def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str =
         # Else a graph holds that two sizes are one because they were equal when it was made.
         torch.fx.experimental._config.use_duck_shape = False
     if config.compile == "whole":
-        # Sizes as constants: only so does the compiler choose the layout of convolutions. The batch may vary.
+        # Sizes as constants: only so does the compiler choose the layout of convolutions. The batch is one of them.
         parts.unet.compile(dynamic=False, backend=backend)
     elif config.compile == "blocks":
         for module in parts.unet.modules():
