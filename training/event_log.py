@@ -2,10 +2,10 @@
 
 Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
 model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
-no such line. A `data` line says where the time of an interval went, a `compiled` line which graphs a batch needed. A
-`resumed` line takes back every other kind of line before it that lies beyond its `samples_seen`, a second `started`
-takes back all of them: that part of the run is done again. Of two `validation` or `checkpoint` lines at the same
-`samples_seen` the later one counts: a resume may make up for a validation that a stop request dropped.
+no such line. A `data` line says where the time of an interval went, a `compiled` line which graphs a batch needed, or
+a validation. A `resumed` line takes back every other kind of line before it that lies beyond its `samples_seen`, a
+second `started` takes back all of them: that part of the run is done again. Of two `validation` or `checkpoint` lines
+at the same `samples_seen` the later one counts: a resume may make up for a validation that a stop request dropped.
 """
 
 import json
