@@ -6,7 +6,7 @@ import json
 import pytest
 
 from training import run_folder, toml
-from training.device_defaults import CPU, RECORD, Device, read_record, record, resolve, resolve_run
+from training.device_defaults import CPU, RECORD, Device, read_record, record, recorded_in, resolve
 from training.errors import ConfigError, DamageError, TrainingError
 from training.event_log import read_events
 from training.run_config import ComputeConfig, RunConfig
@@ -31,17 +31,26 @@ def test_a_recipe_decides_what_it_names():
     assert resolve(named, H200, {"precision": "fp32", "compute.channels_last": True}) == named
 
 
-def test_the_first_step_is_recorded_and_kept_on_another_device(tmp_path):
-    assert resolve_run(tmp_path, AUTO, CPU, None).precision == "fp32"
-    assert read_record(tmp_path) is None, "a launch that never came to a step decides nothing"
-    first = resolve_run(tmp_path, AUTO, H200, None)
-    record(tmp_path, first, H200.name)
+def test_the_first_step_decides_and_resumes_keep_it_on_another_device(tmp_path):
+    assert read_record(tmp_path) is None
     record(tmp_path, resolve(AUTO, CPU, {}), CPU.name)
+    first = resolve(AUTO, H200, {})
+    record(tmp_path, first, H200.name)  # the first launch never came to a checkpoint
     assert read_record(tmp_path) == {
         "precision": "bf16_amp", "compute.channels_last": True, "compute.compile": "blocks"
     }  # fmt: skip
     assert json.loads((tmp_path / RECORD).read_bytes())["device"] == "NVIDIA H200"
-    assert resolve_run(tmp_path, AUTO, CPU, toml.dump(first)) == first
+    assert resolve(AUTO, CPU, recorded_in(toml.dump(first))) == first
+
+
+def test_a_device_that_cannot_be_compiled_for_is_not_by_default_and_refused_by_name():
+    lacking = dataclasses.replace(H200, not_compiled=lambda: "no C++ compiler")
+    assert resolve(AUTO, lacking, {}).compute.compile is False
+    named = dataclasses.replace(AUTO, compute=ComputeConfig(compile="whole"))
+    with pytest.raises(ConfigError, match=r'compute.compile="whole": nothing can be compiled .*\(no C\+\+ compiler\)'):
+        resolve(named, lacking, {})
+    asked = dataclasses.replace(CPU, not_compiled=lambda: pytest.fail("asked where nothing is to be compiled"))
+    assert resolve(AUTO, asked, {}).compute.compile is False
 
 
 @pytest.mark.parametrize(("precision", "device"), [("bf16", V100), ("bf16_amp", V100), ("tf32", V100), ("tf32", CPU)])
@@ -53,9 +62,9 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path, precision, devic
         resolve(AUTO, device, {"precision": precision})
 
 
-def test_a_run_of_an_older_version_keeps_what_its_checkpoints_say(tmp_path):
+def test_a_run_of_an_older_version_keeps_what_its_checkpoints_say():
     old = toml.dump(AUTO) | {"precision": "fp32", "compute": {"channels_last": False, "compile": False}}
-    found = resolve_run(tmp_path, AUTO, H200, old)
+    found = resolve(AUTO, H200, recorded_in(old))
     assert (found.precision, found.compute.channels_last, found.compute.compile) == ("fp32", False, False)
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from training.errors import TrainingError
 from training.ranks import Ranks
+from training.run_config import ComputeConfig, RunConfig
 
 
 @pytest.fixture
@@ -32,7 +33,6 @@ def ranks():
 
 MESSAGES = {
     "all_gather": lambda ranks: ranks.gather(torch.ones(2)),
-    "broadcast": lambda ranks: ranks.broadcast_([torch.ones(2)], 1),
 }
 
 
@@ -93,3 +93,13 @@ def test_a_rank_that_is_lost_in_a_sum_is_named(ranks):
 
     with pytest.raises(TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"):
         ranks.wait([Broken()])
+
+
+def test_shares_are_sent_after_one_meeting(ranks, calls):
+    from training.sharding import Sharding
+
+    ranks.device = torch.device("cuda", 0)
+    config = RunConfig(encoding="tiny", compute=ComputeConfig(shard_optimizer=True))
+    parameters = {f"unet.{number}": torch.nn.Parameter(torch.ones(2)) for number in range(4)}
+    Sharding(parameters, ranks, config).publish()
+    assert calls == ["synchronize", "agree", "broadcast", "broadcast"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from training.errors import ConfigError, DamageError
 from training.run_config import RunConfig
 
 RECORD = "resolved.json"
-"""In a run's folder: what it came to at the first step."""
+"""In a run's folder: what it came to at the first step, for people and estimates; a resume asks the checkpoint."""
 _FORMAT = 1
 _KEYS = ("precision", "compute.channels_last", "compute.compile")
 
@@ -29,8 +29,8 @@ class Device:
     """Whether bf16 is as quick on it as fp16; a CPU computes it too, slowly."""
     has_tf32: bool
     """Whether it can round fp32 products to TF32."""
-    not_compiled: str = ""
-    """Why nothing can be compiled for it; empty where that can be done, or was not asked."""
+    not_compiled: Callable[[], str] = lambda: ""
+    """Tries to compile for it: why nothing can be, or an empty string. Takes seconds, so it is asked only by need."""
 
 
 CPU = Device(name="cpu", is_gpu=False, has_bf16=True, has_tf32=False)
@@ -50,16 +50,17 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
     suitable: dict[str, Any] = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
     if device.is_gpu:
         half = "bf16_amp" if device.has_bf16 else "fp16_amp"
-        blocks = False if device.not_compiled else "blocks"
-        suitable = {"precision": half, "compute.channels_last": True, "compute.compile": blocks}
+        suitable = {"precision": half, "compute.channels_last": True, "compute.compile": "blocks"}
     asked = toml.flatten(toml.dump(config))
     values = {key: asked[key] if asked[key] != "auto" else recorded.get(key, suitable[key]) for key in _KEYS}
     _check_precision(values["precision"], device, recorded="precision" in recorded and asked["precision"] == "auto")
-    if values["compute.compile"] and device.not_compiled:
-        raise ConfigError(
-            f'compute.compile="{values["compute.compile"]}": nothing can be compiled for {device.name} here '
-            f"({device.not_compiled}); set it to false, or install what is missing"
-        )
+    if values["compute.compile"] and (reason := device.not_compiled()):
+        if asked["compute.compile"] != "auto":
+            raise ConfigError(
+                f'compute.compile="{values["compute.compile"]}": nothing can be compiled for {device.name} here '
+                f"({reason}); set it to false, or install what is missing"
+            )
+        values["compute.compile"] = False
     compute = dataclasses.replace(
         config.compute, channels_last=values["compute.channels_last"], compile=values["compute.compile"]
     )
@@ -72,35 +73,17 @@ def has_auto(config: RunConfig) -> list[str]:
     return [key for key in _KEYS if values[key] == "auto"]
 
 
-def resolve_run(
-    folder: Path, config: RunConfig, device: Device, checkpoint_config: Mapping[str, Any] | None
-) -> RunConfig:
-    """The config of a run without `auto`, as `record` has kept it if there was a first step.
-
-    Args:
-        folder: The run's.
-        config: As it stands there.
-        device: The one that trains.
-        checkpoint_config: The config of the checkpoint that is resumed from: a run of an older version has no record,
-            but its checkpoints say what it was trained with.
-
-    Raises:
-        ConfigError: the device lacks the precision that the config or the record names.
-        DamageError: the record cannot be read.
-    """
-    recorded = read_record(folder)
-    if recorded is None and checkpoint_config is not None:
-        flat = toml.flatten(checkpoint_config)
-        recorded = {key: flat[key] for key in _KEYS if flat.get(key, "auto") != "auto"}
-    return resolve(config, device, recorded or {})
+def recorded_in(checkpoint_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run came to, by the config that a checkpoint of it holds, also one of an older version."""
+    flat = toml.flatten(checkpoint_config)
+    return {key: flat[key] for key in _KEYS if flat.get(key, "auto") != "auto"}
 
 
 def record(folder: Path, resolved: RunConfig, device_name: str) -> None:
-    """Keep what a run's config came to, unless that was done; called by one process before the run's first step."""
-    if not (folder / RECORD).exists():
-        values = toml.flatten(toml.dump(resolved))
-        content = {"format": _FORMAT, "device": device_name, "values": {key: values[key] for key in _KEYS}}
-        commit.write_json(folder / RECORD, content)
+    """Say in a run's folder what its config came to; called by one process before the step that begins the run."""
+    values = toml.flatten(toml.dump(resolved))
+    content = {"format": _FORMAT, "device": device_name, "values": {key: values[key] for key in _KEYS}}
+    commit.write_json(folder / RECORD, content)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -17,9 +17,9 @@ Pending = dist.Work
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
-# Between GPUs a message begins when all ranks are there: one that takes longer has lost a rank on its way, and NCCL's
-# watchdog ends the process. The largest are a model's gradients, seconds on a network of 10 Gbit/s.
-_GPU_TIMEOUT = datetime.timedelta(seconds=60)
+# A sum that overlaps the backward pass waits in a GPU's queue for ranks that are still at theirs, which may compile a
+# graph or fetch latents meanwhile. A lost rank is noticed on the CPUs' network, long before NCCL's watchdog gives up.
+_GPU_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 class Ranks:
@@ -65,10 +65,9 @@ class Ranks:
         return cast(T, values[0])
 
     def broadcast_(self, tensors: Sequence[torch.Tensor], source: int) -> None:
-        """Overwrite tensors with those of one rank, in one message per 256 MB."""
+        """Overwrite tensors with those of one rank, in one message per 256 MB; between GPUs after `meet`."""
         for chunk in _chunks(tensors, 64_000_000) if self.size > 1 and tensors else ():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in chunk])
-            self._meet()
             with _peers():
                 dist.broadcast(flat, source)
             for part, tensor in zip(flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True):
@@ -122,13 +121,13 @@ class Ranks:
         if self.size == 1:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.size)]
-        self._meet()
+        self.meet()
         with _peers():
             dist.all_gather(gathered, values)
         return gathered
 
-    def _meet(self) -> None:
-        """Before a message between GPUs: wait for all ranks where a lost one is noticed at once.
+    def meet(self) -> None:
+        """Before messages between GPUs: wait for all ranks where a lost one is noticed at once.
 
         NCCL does not notice it: the others would wait in the GPU's queue, deaf to torchrun, until a timeout.
         """

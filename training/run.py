@@ -65,6 +65,10 @@ def main(arguments: list[str]) -> int:
             if not isinstance(error, PipelineError):
                 traceback.print_exc()
             print(f"training failed: {reason}", file=sys.stderr)
+            if ranks is not None and ranks.size > 1 and ranks.device.type == "cuda":
+                # Sums that a lost rank has left in the GPU's queue would be waited for at an orderly end.
+                sys.stderr.flush()
+                os._exit(1)
             return 1
         ranks.close()
     return 0

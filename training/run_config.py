@@ -232,7 +232,7 @@ class ComputeConfig:
     """Convolutions read the channels last: quicker on GPUs. `auto`: on a GPU."""
     compile: Compile = "auto"
     """What is compiled: `blocks`, the UNet's transformer blocks, which are alike and share their graphs over all sizes;
-    `whole`, the UNet with one graph for each bucket, length of text and size of micro-batch, short ones too; or false.
+    `whole`, the UNet with one graph for each bucket and length of text, short micro-batches left as they are; or false.
     `auto`: `blocks` on a GPU."""
     prefetch: int = 4
     """Batches that are made and sent to the device ahead of their use, at most."""

@@ -51,6 +51,8 @@ class Sharding:
 
     def publish(self) -> None:
         """Send the weights of every share to all ranks, after their owners have changed them."""
+        if self.active:
+            self.ranks.meet()
         for rank in range(self.ranks.size) if self.active else ():
             self.ranks.broadcast_(
                 [self._parameters[name] for name, owner in self._owners.items() if owner == rank], rank

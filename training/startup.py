@@ -14,7 +14,7 @@ from training.checkpoint import Clock, TrainingState
 from training.conditioning import trained_parameters
 from training.data import vocabulary
 from training.dataset import Dataset
-from training.device_defaults import CPU, Device, resolve_run
+from training.device_defaults import CPU, Device, recorded_in, resolve
 from training.ema import Ema
 from training.errors import ModelError, TrainingError
 from training.flops import Flops, peak_flops, read_model_configs, training_flops
@@ -40,6 +40,8 @@ class Start:
     """The run's, with what `auto` comes to on this machine."""
     device: Device
     """This rank's."""
+    not_compiled: bool
+    """Whether the run was to be compiled by default and cannot be."""
     state: TrainingState
     dataset: Dataset
     flops: Callable[[int, int, int], Flops]
@@ -65,8 +67,9 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
     _check_shared(folder, config, resumed, ranks)
     ready = None if resumed is None else run_folder.read_ready(resumed)
-    device = describe(ranks.device, config)
-    config = ranks.from_first(lambda: resolve_run(folder, config, device, None if ready is None else ready.config))
+    by_default = config.compute.compile == "auto"
+    device, recorded = describe(ranks.device), {} if ready is None else recorded_in(ready.config)
+    config = ranks.from_first(lambda: resolve(config, device, recorded))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
     source = resumed or inputs.base_model
@@ -90,7 +93,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         freeze_embeddings=config.freeze_embeddings,
         clip_skip=config.clip_skip,
     )
-    apply_compute(parts, config.compute)
+    apply_compute(parts, config.compute, micro_batch_size=config.batch.micro_batch_size)
     sharding = Sharding(parameters, ranks, config)
     arithmetic = Arithmetic(
         config.precision, parts, parameters, sharding.owned, ranks.device, ranks=ranks, reduction=config.reduction,
@@ -112,6 +115,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     return Start(
         config=config,
         device=device,
+        not_compiled=by_default and device.is_gpu and not config.compute.compile,
         state=state,
         dataset=dataset,
         flops=training_flops(model, config),
@@ -121,18 +125,16 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     )
 
 
-def describe(device: torch.device, config: RunConfig) -> Device:
-    """What a run's defaults ask of its device; whether it can be compiled for is tried where the run may want it."""
-    is_gpu = device.type == "cuda"
-    wanted = config.compute.compile not in (False, "auto") or (is_gpu and config.compute.compile == "auto")
-    reason = why_not_compiled(device) if wanted else ""
-    if not is_gpu:
-        return dataclasses.replace(CPU, not_compiled=reason)
+def describe(device: torch.device) -> Device:
+    """What a run's defaults ask of its device."""
+    if device.type != "cuda":
+        return dataclasses.replace(CPU, not_compiled=lambda: why_not_compiled(device))
     # bf16 and TF32 came with Ampere, compute capability 8.0; torch emulates bf16 on older cards.
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
     return Device(
-        name=torch.cuda.get_device_name(device), is_gpu=True, has_bf16=ampere, has_tf32=ampere, not_compiled=reason
-    )
+        name=torch.cuda.get_device_name(device), is_gpu=True, has_bf16=ampere, has_tf32=ampere,
+        not_compiled=lambda: why_not_compiled(device),
+    )  # fmt: skip
 
 
 def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: Ranks) -> None:

@@ -125,7 +125,7 @@ class Trainer:
                 return self._stop()
             if owed and self.ranks.rank == 0:
                 self._log_checkpoint(record_validation(self.folder, clock))
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and clock.samples_seen == 0:
             record(self.folder, config, self.device_name)
         while clock.samples_seen < config.num_samples:
             if clock.step_in_epoch == self.order.num_steps:
@@ -488,8 +488,8 @@ class Trainer:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        if self.ranks.device.type == "cuda" and start.device.not_compiled and not self.config.compute.compile:
-            message = f"nothing is compiled: {start.device.not_compiled}; training is slower without"
+        if start.not_compiled:
+            message = "compute.compile is left to the device, and nothing can be compiled here: training is slower"
             self._log("warning", kind="not_compiled", message=message)
         for message in start.torn:
             self._log("warning", kind="torn_checkpoint", message=message)

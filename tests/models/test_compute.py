@@ -83,32 +83,33 @@ def test_every_attention_goes_through_sdpa(folder, monkeypatch):
 
 @pytest.mark.slow
 # torch's compiler warns of its own parts.
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-def test_graphs_do_not_grow_with_the_number_of_shapes(sdxl_folder, monkeypatch):
-    own = torch.nn.Module.compile
-    # Capture is what shapes are about; generating C++ for the graph takes minutes on two cores.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: own(self, backend="eager", **options))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad", "ignore:Dynamo detected")
+@pytest.mark.parametrize(("mode", "num_graphs"), [("blocks", 4), ("whole", 6)])
+def test_graphs_are_shared_by_shapes_or_one_for_each_whole_batch(sdxl_folder, mode, num_graphs):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     parts = load_pipeline_parts(sdxl_folder, "cpu")
     names = list(parts.unet.state_dict())
-    apply_compute(parts, ComputeConfig(compile=True))
+    # Capture is what shapes are about; generating C++ for the graph takes minutes on two cores.
+    apply_compute(parts, ComputeConfig(compile=mode), micro_batch_size=3, backend="eager")
     assert list(parts.unet.state_dict()) == names
     plain = load_pipeline_parts(sdxl_folder, "cpu")
-    for height, width, chunks in ((8, 12, 1), (12, 8, 2), (16, 10, 3), (10, 14, 1), (6, 18, 2), (18, 6, 3)):
+    sizes = [(8, 12, 1), (12, 8, 2), (16, 10, 3), (10, 14, 1), (6, 18, 2), (18, 6, 3)]
+    for batch, (height, width, chunks) in [(3, size) for size in sizes] + [(2, sizes[0]), (2, sizes[1])]:
         torch.manual_seed(height)
-        batch = torch.randn(2, 4, height, width), torch.tensor([1, 2]), torch.randn(2, chunks * 77, 48)
-        added = {"text_embeds": torch.randn(2, 24), "time_ids": torch.ones(2, 6)}
-        predictions = [model.unet(*batch, added_cond_kwargs=added).sample for model in (plain, parts)]
+        inputs = torch.randn(batch, 4, height, width), torch.arange(batch), torch.randn(batch, chunks * 77, 48)
+        added = {"text_embeds": torch.randn(batch, 24), "time_ids": torch.ones(batch, 6)}
+        predictions = [model.unet(*inputs, added_cond_kwargs=added).sample for model in (plain, parts)]
         torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= num_graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.gpu
-def test_the_compiled_unet_has_the_gradients_of_the_plain_one(sdxl_folder):
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_the_compiled_unet_has_the_gradients_of_the_plain_one(sdxl_folder, mode):
     loss, plain, _ = gradients(sdxl_folder, device="cuda")
-    same_loss, compiled, _ = gradients(sdxl_folder, device="cuda", compile=True)
+    same_loss, compiled, _ = gradients(sdxl_folder, device="cuda", compile=mode)
     assert same_loss == pytest.approx(loss, rel=1e-4)
     assert plain.keys() == compiled.keys()
     for name in plain:

@@ -20,7 +20,9 @@ _RECOMPILES = "torch._dynamo.guards.__recompiles"
 _MAX_GRAPHS = 1024
 
 
-def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str = "inductor") -> None:
+def apply_compute(
+    parts: PipelineParts, config: ComputeConfig, *, micro_batch_size: int | None = None, backend: str = "inductor"
+) -> None:
     """Lay the model out as asked; what it computes stays the same but for rounding.
 
     Attention always runs in `scaled_dot_product_attention`, whose kernel torch chooses for the device.
@@ -28,6 +30,8 @@ def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str =
     Args:
         parts: The model, on its device; changed in place, names of parameters stay.
         config: Blocks to recompute, memory format, compilation; resolved.
+        micro_batch_size: Of the run: `whole` compiles whole micro-batches alone, since remainders have every smaller
+            size and would each have a graph; None for all sizes.
         backend: What compiles graphs, by torch's name.
 
     Raises:
@@ -45,12 +49,23 @@ def apply_compute(parts: PipelineParts, config: ComputeConfig, *, backend: str =
         # Else a graph holds that two sizes are one because they were equal when it was made.
         torch.fx.experimental._config.use_duck_shape = False
     if config.compile == "whole":
-        # Sizes as constants: only so does the compiler choose the layout of convolutions. The batch is one of them.
-        parts.unet.compile(dynamic=False, backend=backend)
+        _compile_whole(parts.unet, micro_batch_size, backend)
     elif config.compile == "blocks":
         for module in parts.unet.modules():
             if isinstance(module, BasicTransformerBlock):
                 module.compile(dynamic=True, backend=backend)
+
+
+def _compile_whole(unet: torch.nn.Module, micro_batch_size: int | None, backend: str) -> None:
+    """Sizes as constants: only so does the compiler choose the layout of convolutions. The batch is one of them."""
+    plain = unet.forward
+    compiled = torch.compile(plain, dynamic=False, backend=backend)
+
+    def forward(noised: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        is_whole = micro_batch_size in (None, len(noised))
+        return (compiled if is_whole else plain)(noised, *arguments, **options)
+
+    unet.forward = forward
 
 
 def why_not_compiled(device: torch.device) -> str:
