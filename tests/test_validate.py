@@ -1,4 +1,5 @@
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from training import noise
 from training.data.vocabulary import Vocabulary
 from training.dataset import Dataset
+from training.errors import TrainingError
 from training.latent_source import LatentSource
 from training.models.text_encoders import load_tokenizer
 from training.prefetch import Sender
@@ -38,7 +40,7 @@ def losses_of(dataset, worker):
 
 @pytest.fixture
 def dataset(make_run, tiny_sdxl):
-    run = make_run()
+    run = make_run(**{"compute.compile": False})
     tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
     dataset = Dataset(run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
     dataset.use_latents(dataset.pin_latents()[0])
@@ -157,3 +159,52 @@ def test_a_stop_request_is_answered_between_micro_batches(dataset, losses_of):
 
     assert losses_of(dataset.train_rows, losses, lambda: next(answers)) is None
     assert len(passes) == 2
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def sums(draw):
+    """Sums that more threads than one round otherwise."""
+    generator = torch.Generator().manual_seed(int(draw.timesteps[0]))
+    return torch.stack([torch.randn(1 << 20, generator=generator).sum() for _ in draw.timesteps])
+
+
+def test_threads_of_a_cpu_compute_a_micro_batch_each_with_the_bits_of_one(dataset, losses_of, three_threads):
+    torch.set_num_threads(1)
+    expected = losses_of(dataset.train_rows, sums).losses
+    torch.set_num_threads(3)
+    together = threading.Barrier(3, timeout=20)
+    seen = []
+
+    def losses(draw):
+        seen.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        if len(seen) <= 3:
+            together.wait()  # broken unless three are computed at the same time
+        return sums(draw)
+
+    found = losses_of(dataset.train_rows, losses).losses
+    assert torch.equal(found, expected)
+    assert len({thread for thread, *_ in seen} - {threading.get_ident()}) == 3
+    assert {rest for _, *rest in seen for rest in [tuple(rest)]} == {(1, False)}
+    assert torch.get_num_threads() == 3
+    assert ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 3
+
+
+def test_a_stop_request_and_an_error_end_threads_that_compute_apart(dataset, losses_of, three_threads):
+    passes, answers = [], iter([False, False, True])
+    assert losses_of(dataset.train_rows, lambda draw: passes.append(1) or sums(draw), lambda: next(answers)) is None
+    assert len(passes) == 2
+
+    def broken(draw):
+        raise TrainingError("no such weight")
+
+    with pytest.raises(TrainingError, match="no such weight"):
+        losses_of(dataset.train_rows, broken)
+    assert torch.get_num_threads() == 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("validation")]

@@ -3,9 +3,11 @@
 Two lists: held-out images, and the stable list of training images; a gap between them is overfitting.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,9 @@ from training.ranks import Ranks
 from training.seeds import Purpose
 
 PlainLosses = Callable[[Draw], torch.Tensor]
-"""A draw on the device to the unweighted loss per sample, `(B,)`."""
+"""A draw on the device to the unweighted loss per sample, `(B,)`; on a CPU several may be asked for at a time."""
+_MOST_APART = 8
+"""Threads that compute a micro-batch each; more of them compute each one together, which takes less memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,6 @@ class FixedList:
         if self._pins != self._dataset.pins:  # other latents
             self._made, self._pins = {}, self._dataset.pins
         micro_batches, losses = self._micro_batches, torch.zeros(len(self.rows), dtype=torch.float32)
-        found: list[tuple[np.ndarray, torch.Tensor]] = []
 
         def make(number: int) -> tuple[Draw, torch.cuda.Event | None]:
             if number not in self._made:
@@ -122,17 +125,19 @@ class FixedList:
             return self._made[number].moved(sender.send), sender.sent()
 
         own = range(ranks.rank, len(micro_batches), ranks.size)
-        with Prefetch(make, own, worker, self._dataset.config.compute.prefetch) as draws, torch.no_grad():
+        compute, found = self._dataset.config.compute, list[tuple[np.ndarray, Callable[[], torch.Tensor]]]()
+        apart = ranks.device.type == "cpu" and not compute.compile
+        with Prefetch(make, own, worker, compute.prefetch) as draws, _passes(losses_of, apart=apart) as begin:
             for first in range(0, len(micro_batches), ranks.size):
                 if ranks.any(stop_requested()):
                     return None
                 if first + ranks.rank < len(micro_batches):
                     draw, mark = next(draws)
                     sender.receive(mark, draw.tensors())
-                    found.append((micro_batches[first + ranks.rank], losses_of(draw).float()))
-        # Read after the last one was queued: a device is not waited for in between.
-        for positions, values in found:
-            losses[positions] = values.cpu()
+                    found.append((micro_batches[first + ranks.rank], begin(draw)))
+            # Read after the last one was queued: a device is not waited for in between.
+            for positions, values in found:
+                losses[positions] = values().cpu()
         # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
         return ListLosses(
             losses=ranks.sum_(losses).double(), timesteps=self._timesteps, buckets=self._dataset.buckets[self.rows],
@@ -146,6 +151,45 @@ class FixedList:
             dataset.config.seed, Purpose.VALIDATION, 0, batch.image_ids, batch.latents.shape[1:]
         )  # fmt: skip
         return Draw(batch=batch, timesteps=self._timesteps[positions], noise=draw)
+
+
+@contextlib.contextmanager
+def _passes(losses_of: PlainLosses, *, apart: bool) -> Iterator[Callable[[Draw], Callable[[], torch.Tensor]]]:
+    """How forward passes are computed: a function that begins one and returns what waits for its losses.
+
+    A CPU's few threads compute a micro-batch each. Together on each one, they would wait for one another at every small
+    operation, on a machine that does other work nearly all the time; and each sum has the bits of one thread.
+
+    Args:
+        losses_of: One forward pass.
+        apart: Threads may compute one each.
+    """
+
+    def compute(draw: Draw) -> torch.Tensor:
+        with torch.no_grad():
+            return losses_of(draw).float()
+
+    def at_once(draw: Draw) -> Callable[[], torch.Tensor]:
+        losses = compute(draw)
+        return lambda: losses
+
+    num_threads = torch.get_num_threads()
+    if not apart or not 1 < num_threads <= _MOST_APART:
+        yield at_once
+        return
+    ahead = deque[Future[torch.Tensor]]()
+    with ThreadPoolExecutor(num_threads, "validation", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def begin(draw: Draw) -> Callable[[], torch.Tensor]:
+            if len(ahead) == num_threads:
+                ahead.popleft().result()
+            ahead.append(pool.submit(compute, draw))
+            return ahead[-1].result
+
+        try:
+            yield begin
+        finally:
+            torch.set_num_threads(num_threads)  # what threads that are made from now on begin with
 
 
 def _mean(losses: torch.Tensor) -> float | None:
