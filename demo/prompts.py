@@ -10,7 +10,7 @@ from training.data.geometry import Size
 from training.seeds import Purpose, generator
 
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
-NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 48
+NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 16
 EVALUATION_SIZES = (Size(128, 128), Size(152, 104), Size(104, 152), Size(120, 128))
 FILE = Path(__file__).with_name("prompts.csv")
 WORLD_SEED, NUM_WORLD_PICTURES = 7, 300
