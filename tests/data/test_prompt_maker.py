@@ -1,6 +1,8 @@
 """Prompts with ids: those of the tokenizers themselves, cut at a tag's border, counted alike by all workers."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -194,6 +196,17 @@ def test_a_worker_that_fails_says_why(many_groups, clip_tokenizers, tmp_path):
     table([{"tags": ["a"]}] * 300).drop("words").write_parquet(other)
     with pytest.raises(PipelineError, match=r"counting the chunks of 300 prompts failed .*lacks the columns"):
         chunk_counts.count_in_processes(one, other, np.arange(300), 0, 1)
+
+
+def test_a_set_is_read_without_pandas(many_groups):
+    """Which pyarrow imports for itself where it can, for a third of a second of every process."""
+    path, frame = many_groups
+    code = (
+        "import sys; from pathlib import Path; from training.data.samples import Samples\n"
+        "print(len(Samples(Path(sys.argv[1]))), 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(frame)), "False"]
 
 
 def test_columns_give_back_the_rows_of_the_table(tmp_path):

@@ -186,14 +186,14 @@ def _convert(table: pa.Table, source: Path | pl.DataFrame) -> _Part:
     columns = {name: _whole(table, name) for name in table.column_names}
     part: _Part = {"image_id": _ids(columns["image_id"], source)}
     for name, dtype in _NUMBERS.items():
-        part[name] = columns[name].fill_null(dtype(0)).to_numpy(zero_copy_only=False).astype(dtype)
+        part[name] = _values(columns[name]).astype(dtype)
     for name in ("shard", "split"):
         part[name], part[f"{name} names"] = _codes(columns[name])
     for name in ("tags", "words", "boxes"):
-        part[f"{name} lengths"] = np.diff(columns[name].offsets.to_numpy()).astype(np.int32)
+        part[f"{name} lengths"] = np.diff(_values(columns[name].offsets)).astype(np.int32)
     part["tags"], part["tags names"] = _codes(columns["tags"].values.field("name"))
     part["words"], part["words names"] = _codes(columns["words"].values)
-    sides = [columns["boxes"].values.field(side).to_numpy(zero_copy_only=False) for side in _SIDES]
+    sides = [_values(columns["boxes"].values.field(side)) for side in _SIDES]
     part["boxes"] = np.column_stack(sides).astype(np.float64)
     for name in ("caption", "made_caption"):
         texts = columns[name].cast(pa.large_string())
@@ -219,7 +219,23 @@ def _ids(array: pa.Array, source: Path | pl.DataFrame) -> np.ndarray:
 
 def _codes(array: pa.DictionaryArray) -> tuple[np.ndarray, list[str]]:
     """Codes `(N,)` int32, and the names that they count."""
-    return array.indices.to_numpy(zero_copy_only=False).astype(np.int32), array.dictionary.to_pylist()
+    return _values(array.indices).astype(np.int32), array.dictionary.to_pylist()
+
+
+def _values(array: pa.Array) -> np.ndarray:
+    """Numbers or truth values of an Arrow array, nulls as 0, out of its memory: `to_numpy` would import pandas."""
+    whole = slice(array.offset, array.offset + len(array))
+    validity, data = array.buffers()
+    if pa.types.is_boolean(array.type):
+        values = _bits(data)[whole]
+    else:
+        kind = "f" if pa.types.is_floating(array.type) else "i"
+        values = np.frombuffer(data or b"", dtype=f"{kind}{array.type.bit_width // 8}")[whole]
+    return np.where(_bits(validity)[whole], values, 0).astype(values.dtype) if array.null_count else values
+
+
+def _bits(buffer: pa.Buffer | None) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(buffer or b"", dtype=np.uint8), bitorder="little").astype(bool)
 
 
 def _join(parts: list[_Part], name: str) -> np.ndarray:
