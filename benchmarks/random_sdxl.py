@@ -1,5 +1,8 @@
 """SDXL with random weights, full-size or tiny, and the sizes of bigASP's batches: speed depends on nothing else."""
 
+import sys
+from pathlib import Path
+
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -8,6 +11,10 @@ from training import seeds
 from training.data.geometry import Size
 from training.models.unet import PipelineParts
 from training.seeds import Purpose
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from sdxl_shapes import SDXL as UNET
 
 Shape = tuple[Size, int]
 """Bucket and number of chunks of text of a micro-batch."""
@@ -27,14 +34,6 @@ TINY_MICRO_SCALE = 4
 SCHEDULER = {
     "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-}  # fmt: skip
-UNET = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 TINY_UNET = UNET | {
     "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 48,
