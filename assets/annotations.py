@@ -7,7 +7,7 @@ from functools import partial
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, shown
+from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_path, thumbnails
 from resources import devices, engine
@@ -25,15 +25,15 @@ from training.progress import track
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
 EMBEDDINGS = Stage(
     name="embeddings", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("clip",), model="clip",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
 )  # fmt: skip
 TAGS = Stage(
     name="tags", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("tagger",), model="tagger",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
 )  # fmt: skip
 WATERMARKS = Stage(
     name="watermark_boxes", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("detector",), model="detector",
-    config=lambda config, key: config.annotate,
+    config=lambda config, key: config.annotate, settings="annotate",
 )  # fmt: skip
 CAPTIONS = Stage(
     name="captions", version=1, scope=Scope.SHARD, model="sidecar",
@@ -48,7 +48,8 @@ _FILLED = {"embeddings": ["vector", "projection"], "tags": ["tags"], "watermark_
 
 
 def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
-    about = describe(stage, "annotate", *kinds)
+    deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
+    about = describe(stage, "annotate", *kinds, deps=deps)
     about.pop("backfill_policy")
     descriptions = {
         "embeddings": "One row per picture: what CLIP's vision tower sees, before and after its projection.",
@@ -56,8 +57,7 @@ def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
         "watermark_boxes": "One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found.",
         "captions": "One row per picture: the sentence its sidecar holds, or null.",
     }
-    deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
-    return dg.AssetSpec(stage.name, deps=deps, description=descriptions[stage.name], **about)
+    return dg.AssetSpec(stage.name, description=descriptions[stage.name], **about)
 
 
 @dg.multi_asset(
@@ -76,7 +76,7 @@ def annotations(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
     """Decode each picture once and show it to every annotator whose rows are stale."""
     wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
     digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
-    for key in context.partition_keys:
+    for key in partition_keys(context, store, wanted[0]):
         for stage, manifest in _bring_up_to_date(context, store, wanted, key):
             digests[stage.name][key] = manifest.digest
             context.add_asset_metadata(
@@ -98,6 +98,8 @@ def _bring_up_to_date(
         if None in bases.values():
             raise DataError(f"annotations {key}: raw_images {key} is not committed yet; run that first")
         stale = [stage for stage in wanted if not store.is_current(stage, key)]
+        for stage in stale:
+            store.begin(stage, key, bases[stage.name] or {})
         started = time.monotonic()
         made: dict[str, Made] = {}
         if networks := [stage for stage in stale if stage in NETWORKS]:

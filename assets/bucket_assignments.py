@@ -27,10 +27,11 @@ STAGE = Stage(
         "up_crop": toml.dump(config.encodings[key].up_crop),
         "seed": config.encodings[key].seed,
     },
+    settings="encodings.{key}",
 )
 
 
-@dg.asset(deps=["selected_images"], partitions_def=encodings, **describe(STAGE, "encode", "polars"))
+@dg.asset(partitions_def=encodings, **describe(STAGE, "encode", "polars", deps=["selected_images"]))
 def bucket_assignments(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per kept image: its bucket, resized size, and crop slack or padding."""
 

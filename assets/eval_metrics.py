@@ -29,15 +29,21 @@ METRICS = Stage(
     scope=Scope.CHECKPOINT,
     reads=(Reads("sample_images", per=Per.KEY),),
     config=lambda config, key: {"scorers": list(config.evaluation.scoring.scorers)},
+    settings="evaluation.scoring",
     models=("clip", "aesthetic"),
     others=_inputs,
 )
 
 
 @dg.asset(
-    deps=["sample_images", dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping())],
     partitions_def=checkpoints,
-    **describe(METRICS, "evaluate", "pytorch", "huggingface"),
+    **describe(
+        METRICS,
+        "evaluate",
+        "pytorch",
+        "huggingface",
+        deps=["sample_images", dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping())],
+    ),
 )
 def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image, look; and their sum."""

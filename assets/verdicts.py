@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -17,8 +17,9 @@ from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import workspace_tracking
 from resources.tracking_catch_up import catch_up
-from training import retention, run_folder
+from training import retention, run_folder, toml
 from training.commit import lock
+from training.config import WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import DataError, EvaluationError, FailedPicturesError
 from training.evaluation import champion
@@ -40,12 +41,19 @@ def _pair_scores(store: Store, key: str) -> dict[str, str]:
     return {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
 
 
+def _margins(config: WorkspaceConfig) -> dict[str, Any]:
+    """Differences that matter, by the names of their settings."""
+    margins = toml.dump(config.evaluation.verdicts)
+    return {name: margins[name] for name in ("clip_margin", "aesthetic_margin", "further_margins")}
+
+
 VERDICTS = Stage(
     name="verdicts",
     version=3,
     scope=Scope.CHECKPOINT,
     reads=(Reads("eval_metrics", per=Per.KEY),),
-    config=lambda config, key: {"margins": config.evaluation.verdicts.margins},
+    config=lambda config, key: _margins(config),
+    settings="evaluation.verdicts",
     models=("clip", "aesthetic"),
     others=_base_scores,
     prefix="base~",
@@ -59,13 +67,13 @@ def _pairs(*, one_of_many: bool) -> Stage:
     return replace(
         VERDICTS,
         reads=(),
-        config=lambda config, key: {"margins": config.evaluation.verdicts.margins, "one_of_many": one_of_many},
+        config=lambda config, key: _margins(config) | {"one_of_many": one_of_many},
         others=_pair_scores,
         prefix="",
     )
 
 
-@dg.asset(deps=["eval_metrics"], partitions_def=checkpoints, **describe(VERDICTS, "evaluate"))
+@dg.asset(partitions_def=checkpoints, **describe(VERDICTS, "evaluate", deps=["eval_metrics"]))
 def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
 

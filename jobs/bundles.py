@@ -1,6 +1,5 @@
 """Takes a training run out of its workspace: brings what it trains on up to date, then writes the bundle."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from assets.checkpoints import prepare
@@ -14,7 +13,7 @@ from training.event_log import has_finished
 from training.run_folder import BUNDLED, EVENTS, read_config
 
 
-def write(home: Path, run: str, target: Path, *, started: Callable[[str, int], None]) -> int:
+def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> int:
     """Write a configured run into a new folder; returns its size, bytes. Until it comes back, it is not trained here.
 
     Args:

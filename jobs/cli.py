@@ -90,6 +90,25 @@ def run(
 
 
 @app.command()
+def status(
+    home: Home = None,
+    select: Annotated[str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="List every stale partition with its reasons.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a stage, in a list.")] = False,
+) -> None:
+    """Say what is stale, why, and how long `foundry run` will take; does nothing."""
+    from dataclasses import asdict
+
+    from jobs import console, pipeline
+
+    found = pipeline.status(open_store(home).home, select)
+    if as_json:
+        print(json.dumps([asdict(item) | {"sentence": item.sentence} for item in found], ensure_ascii=False))
+    else:
+        console.status(found, why=why)
+
+
+@app.command()
 def sql(
     query: Annotated[str, typer.Argument(help="One DuckDB statement over the tables.")],
     home: Home = None,
@@ -342,7 +361,7 @@ def latents_reencode(
 
     store = open_store(home)
     with console.progress() as announce:
-        announce("latents", shards or len(store.parts("latents")))
+        announce("latents", shards or len(store.parts("latents")), ["encoded anew"])
         done, left = encode.reencode(store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes)
     print(f"encoded anew: {', '.join(done) or 'nothing'}")
     if left:

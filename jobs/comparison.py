@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from jobs import pipeline
 from jobs.evaluate import STAGES, keep
 from resources import devices
 from resources.instance import instance as open_instance
+from resources.staleness import StalePartition, grouped, reasons
 from resources.store import Made, Store
 from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
@@ -28,7 +29,6 @@ from training.progress import report
 from training.run_folder import READY, read_ready
 from training.run_folder import checkpoints as ready_checkpoints
 
-Started = Callable[[str, int], None]
 FOLDER = "comparisons"
 
 
@@ -71,7 +71,7 @@ def resolve(store: Store, name: str) -> str:
     return name
 
 
-def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list[str]:
+def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started) -> list[str]:
     """Draw, score and judge checkpoints, those of runs that are still training too; what is current stays.
 
     Args:
@@ -103,7 +103,8 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: Started) -> list
         for stage in STAGES:
             stale = [key for key in keys if key not in failed and not Store(home).is_current(stage, key)]
             if stale:
-                started(stage.name, len(stale))
+                found = [StalePartition(key, reasons(Store(home), stage, key)) for key in stale]
+                started(stage.name, len(stale), grouped(found))
             for key in stale:
                 try:
                     pipeline.execute(instance, [stage], [key])
@@ -127,7 +128,7 @@ def _name_partitions(instance: dg.DagsterInstance, store: Store, keys: Sequence[
         instance.add_dynamic_partitions(checkpoint_partitions.name, new)
 
 
-def compare(home: Path, a: str, b: str, *, started: Started) -> Comparison:
+def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Comparison:
     """Judge checkpoint b against a and write a page that shows both; evaluates what is not evaluated yet.
 
     Raises:

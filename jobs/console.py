@@ -23,6 +23,7 @@ from rich.text import Text
 
 from jobs.pipeline import Outcome
 from resources.stages import Scope
+from resources.staleness import StageStatus, grouped
 from resources.store import Store
 from training.evaluation import champion, verdict
 from training.progress import listen
@@ -41,7 +42,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int], None]]:
+def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
     """Bars for the stage at work: its partitions, and what it counts within one."""
     columns = (
         TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
@@ -51,12 +52,12 @@ def progress() -> Iterator[Callable[[str, int], None]]:
     with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 
-        def announce(stage: str, num_partitions: int) -> None:
+        def announce(stage: str, num_partitions: int, reasons: Sequence[str] = ()) -> None:
             for task in tasks.values():
                 bars.remove_task(task)  # type: ignore[arg-type]
             tasks.clear()
             plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
-            console.print(f"[bold]{stage}[/bold]{plural}")
+            console.print(Text.assemble((stage, "bold"), plural, f": {'; '.join(reasons)}" if reasons else ""))
 
         def advance(what: str, done: int, total: int, note: str) -> None:
             if what not in tasks:
@@ -68,6 +69,47 @@ def progress() -> Iterator[Callable[[str, int], None]]:
             yield announce
         finally:
             unlisten()
+
+
+def status(found: Sequence[StageStatus], *, why: bool) -> None:
+    """One line a stage: how many partitions are stale, why, and the expected time; then what to run."""
+    console = Console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in (("stage", "left"), ("stale", "right"), ("reason", "left"), ("time", "right")):
+        table.add_column(name, justify=justify, no_wrap=name != "reason")  # type: ignore[arg-type]
+    for item in found:
+        counted = f"{len(item.stale)} of {item.num_partitions}" if item.num_partitions != 1 else str(len(item.stale))
+        reason = Text(item.error or "; ".join(grouped(item.stale)) or "current", style="" if item.stale else "dim")
+        if not item.stale and not item.error and item.follows:
+            reason = Text(f"may follow {item.follows[-1]}", style="dim")
+        table.add_row(item.stage, counted if item.stale else "", reason, _expected(item))
+        if why:
+            for partition in item.stale:
+                table.add_row("", "", Text(f"{partition.key}: {'; '.join(partition.reasons)}"), "")
+    console.print(table)
+    stale = [item for item in found if item.stale]
+    known = sum(item.seconds or 0 for item in stale)
+    unknown = [item.stage for item in stale if item.seconds is None]
+    if not stale:
+        console.print("everything is up to date")
+        return
+    console.print(
+        f"bring up to date with `foundry run`: about {_duration(known)}"
+        + (f", and {', '.join(unknown)}, which never ran" if unknown else "")
+    )
+
+
+def _expected(item: StageStatus) -> str:
+    if not item.stale:
+        return ""
+    return "?" if item.seconds is None else _duration(item.seconds)
+
+
+def _duration(seconds: float) -> str:
+    """`12 s`, `3 min`, `4.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:

@@ -81,6 +81,8 @@ class Stage:
     """Slices of tables."""
     config: Callable[[WorkspaceConfig, str], Any] = nothing
     """The section of foundry.toml that it reads."""
+    settings: str = ""
+    """Where in foundry.toml that section's keys stand, dotted; `{key}` and `{encoding}` are the partition's."""
     models: tuple[str, ...] = ()
     """Keys under [models] whose weights it runs; `vae` is that of the partition's encoding."""
     others: Callable[["Store", str], Mapping[str, str]] = no_others
@@ -93,6 +95,10 @@ class Stage:
     def part(self, key: str) -> str:
         """Name of the part that holds the partition `key`."""
         return f"{self.prefix}{key}.{self.model}" if self.model else f"{self.prefix}{key}"
+
+    def settings_of(self, key: str) -> str:
+        """Where in foundry.toml the section of a partition stands (`encodings.sdxl`)."""
+        return self.settings.format(key=key, encoding=self.encoding(key))
 
     def shard(self, key: str) -> str:
         """The shard of a partition key (`sdxl|s000012` -> `s000012`)."""

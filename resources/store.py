@@ -36,7 +36,7 @@ from training.commit import (
 )
 from training.config import FORMAT, ModelsConfig, WorkspaceConfig
 from training.data.tables import TABLES
-from training.errors import ConfigError, DataError, ModelError, WorkspaceError
+from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
 from training.evaluation.contenders import RIVAL, due, read_rivals
 from training.run_folder import READY, checkpoint_folder, read_config, read_ready
@@ -278,6 +278,15 @@ class Store:
             case Scope.CHECKPOINT:
                 return self.checkpoints_to_evaluate()
 
+    def has_key(self, scope: Scope, key: str) -> bool:
+        """Whether a partition exists; of checkpoints every one that is there may be evaluated."""
+        if scope is not Scope.CHECKPOINT:
+            return key in self.keys(scope)
+        try:
+            return self.is_there(key)
+        except PipelineError:
+            return False
+
     def shards(self) -> list[str]:
         """All shards of the listing, sorted."""
         if self.manifest("source_listing", "all") is None:
@@ -441,9 +450,35 @@ class Store:
         return section if isinstance(section, Mapping) else toml.dump(section)
 
     def is_current(self, stage: Stage, key: str) -> bool:
-        """Whether the committed part is what would be made now."""
+        """Whether the committed part is what would be made now, and its files are there."""
         manifest = self.manifest(stage.name, stage.part(key))
-        return manifest is not None and manifest.basis == self.basis(stage, key)
+        return manifest is not None and self.agrees(manifest, self.basis(stage, key))
+
+    def attempts(self, stage: Stage, key: str) -> int:
+        """How often this partition was begun and not committed, from what it would be made from now."""
+        path = self._attempts_file(stage, key)
+        try:
+            found = json.loads(path.read_bytes())
+            return int(found["attempts"]) if found["basis"] == json_digest(self.basis(stage, key)) else 0
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def begin(self, stage: Stage, key: str, basis: Mapping[str, Any]) -> None:
+        """Count an attempt at a partition, before its work begins; `commit` forgets it."""
+        attempts = self.attempts(stage, key) + 1
+        write_json(self._attempts_file(stage, key), {"basis": json_digest(basis), "attempts": attempts})
+
+    def _attempts_file(self, stage: Stage, key: str) -> Path:
+        return self.home / "cache" / "attempts" / f"{stage.name}.{stage.part(key)}.json"
+
+    def agrees(self, manifest: Manifest, basis: Mapping[str, Any] | None) -> bool:
+        """Whether a committed part was made from this basis, and its files are there."""
+        return manifest.basis == basis and not self.missing_files(manifest)
+
+    def missing_files(self, manifest: Manifest) -> list[str]:
+        """Files of a committed part that someone deleted; damage is found where they are read, and by `verify`."""
+        folder = self.table_folder(manifest.table, manifest.part)
+        return [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
 
     def stale(self, stage: Stage) -> list[str]:
         """Partitions whose committed part is missing or made from something else than what is there now."""
@@ -459,6 +494,13 @@ class Store:
         if name == "base":
             return config_folder(self.resource_path(self.config.models.base)) / "vae"
         return self.resource_path(name)
+
+    def model_name(self, name: str, encoding: str) -> str:
+        """What foundry.toml says for a model of a stage; for `vae`, for that of the encoding."""
+        if name != "vae":
+            return str(getattr(self.config.models, name))
+        vae = self.config.encodings[encoding].vae
+        return f"that of {self.config.models.base}" if vae == "base" else vae
 
     def vae_of_run(self, encoding: str, base: str) -> Path | None:
         """Folder of an encoding's VAE; None where it is that of the model under `[models] base` itself."""
@@ -490,7 +532,8 @@ class Store:
                 from training.models.weights import model_digest  # takes torch along, for seconds
 
                 digest = model_digest(folder)
-                write_json(memo_path, {"folder": str(folder), "digest": digest})
+                with contextlib.suppress(OSError):  # a full or read-only disk only costs time
+                    write_json(memo_path, {"folder": str(folder), "digest": digest})
             self._model_digests[str(folder)] = digest
         return self._model_digests[str(folder)]
 
@@ -545,6 +588,7 @@ class Store:
             provenance=self._provenance(),
         )
         commit_manifest(path, manifest)
+        self._attempts_file(stage, key).unlink(missing_ok=True)
         return manifest
 
     def commit_rejected(self, stage: str, version: int, key: str, rejected: pl.DataFrame) -> dict[str, Any]:

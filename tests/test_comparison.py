@@ -9,7 +9,7 @@ from jobs import comparison, console, evaluate, pipeline
 from training.errors import DataError, EvaluationError, FailedPicturesError, ModelError
 from training.evaluation import champion
 
-QUIET = {"started": lambda stage, partitions: None}
+QUIET = {"started": lambda *announced: None}
 DRAW, SCORE, JUDGE = (stage.name for stage in evaluate.STAGES)
 
 
