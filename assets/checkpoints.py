@@ -50,12 +50,14 @@ class RunSettings(dg.Config):
     """`key=value` assignments over the recipe."""
 
 
-@dg.asset(
-    deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
-          dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
-    partitions_def=runs,
-    **describe(STAGE, "train", "pytorch", "huggingface"),
-)  # fmt: skip
+_READ: list[str | dg.AssetDep] = [
+    dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
+    dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping()),
+    "tag_vocabulary",
+]
+
+
+@dg.asset(partitions_def=runs, **describe(STAGE, "train", "pytorch", "huggingface", deps=_READ))
 def checkpoints(
     context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -81,7 +83,7 @@ def checkpoints(
             raise TrainingError(f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}")
         return Made(frame=table(folder), report=_report(folder, tracking, key))
 
-    result = materialize(context, store, STAGE, make)
+    result = materialize(context, store, STAGE, make, new=lambda key: bool(config.recipe))
     mirror(context.instance, store)
     return result
 

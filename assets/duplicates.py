@@ -15,7 +15,7 @@ COLUMNS = (
 STAGE = Stage(name="duplicate_groups", version=1, scope=Scope.ALL, reads=(Reads("raw_images", COLUMNS),))
 
 
-@dg.asset(deps=["raw_images"], **describe(STAGE, "curate"))
+@dg.asset(**describe(STAGE, "curate", deps=["raw_images"]))
 def duplicate_groups(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per candidate that is a copy of another, and which one of each group goes on."""
 

@@ -59,15 +59,17 @@ STAGE = Stage(
         Reads("selected_images", ("image_id", "source", "locator", "flip", "crop_box", "split", "stable"), Per.ROWS),
     ),
     config=lambda config, key: config.encodings[key.partition("|")[0]],
+    settings="encodings.{encoding}",
     models=("vae",),
     others=_read_by_some,
 )
 
 
 @dg.asset(
-    deps=["bucket_assignments", "selected_images", "watermark_boxes"],
     partitions_def=encoding_shards,
-    **describe(STAGE, "encode", "pytorch", "huggingface"),
+    **describe(
+        STAGE, "encode", "pytorch", "huggingface", deps=["bucket_assignments", "selected_images", "watermark_boxes"]
+    ),
 )
 def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per kept image: where its latents lie, and exactly how it was placed.

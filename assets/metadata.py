@@ -7,7 +7,8 @@ from typing import Any
 
 import dagster as dg
 
-from resources.stages import Stage
+from assets import followed
+from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from resources.warehouse import rebuild
 from training.commit import Manifest, json_digest
@@ -18,17 +19,29 @@ OWNER = "team:foundry"
 DIGEST_SHOWN = 16
 """Characters of a digest that fit beside the other metadata; the whole is the asset's data version."""
 SIGNIFICANT_DIGITS = 5
+MAX_KEYS_LISTED = 8
+_SCOPE_WORDS = {
+    Scope.SHARD: "shard",
+    Scope.ENCODING: "encoding",
+    Scope.ENCODING_SHARD: "encoding and shard",
+    Scope.MODEL: "base model",
+    Scope.PROMPT_SET: "prompt set",
+    Scope.RUN: "training run",
+    Scope.CHECKPOINT: "checkpoint",
+}
 _TYPE_WORDS = {"String": "string", "Int8": "int", "Int32": "int", "Int64": "int", "UInt64": "int", "Boolean": "bool"}
 
 
-def describe(stage: Stage, group: str, *kinds: str) -> dict[str, Any]:
-    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table."""
+def describe(stage: Stage, group: str, *kinds: str, deps: Sequence[str | dg.AssetDep] = ()) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table, and what it follows
+    from: the tables `deps`, and its settings and models."""
     table = TABLES[stage.name]
     columns = [
         dg.TableColumn(name, _type_word(str(column.dtype)), description=column.about)
         for name, column in table.columns.items()
     ]
     return {
+        "deps": [*deps, *followed.deps(stage)],
         "group_name": group,
         "kinds": {"parquet", *kinds},
         "owners": [OWNER],
@@ -56,13 +69,15 @@ def materialize(
     make: Callable[[str], Made],
     *,
     again: Callable[[str], bool] = lambda key: False,
+    new: Callable[[str], bool] = lambda key: False,
 ) -> dg.MaterializeResult:
     """Bring the run's partitions of a stage up to date: each is locked, checked, made if stale, committed, shown.
 
     A partition that is current already is not made again, unless the run asks for that with `again`: its recorded
-    report is shown. So a run is never needed to be right, and never wrong to repeat.
+    report is shown. So a run is never needed to be right, and never wrong to repeat. A partition that the workspace
+    does not have is refused, unless `new` says that this run makes it.
     """
-    keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ["all"]
+    keys = partition_keys(context, store, stage, new=new)
     digests = {}
     for key in keys:
         manifest = bring_up_to_date(context, store, stage, key, make, again=again(key))
@@ -75,6 +90,26 @@ def materialize(
     rebuild(store)
     version = next(iter(digests.values())) if len(digests) == 1 else json_digest(digests)
     return dg.MaterializeResult(data_version=dg.DataVersion(version))
+
+
+def partition_keys(
+    context: dg.AssetExecutionContext, store: Store, stage: Stage, *, new: Callable[[str], bool] = lambda key: False
+) -> list[str]:
+    """The partitions that a run is about; `all` of a whole table.
+
+    Raises:
+        DataError: the run names none though the stage has partitions, or one that the workspace does not have.
+    """
+    if stage.scope is Scope.ALL:
+        return ["all"]
+    keys = list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else []
+    unknown = [key for key in keys if not store.has_key(stage.scope, key) and not new(key)]
+    if keys and not unknown:
+        return keys
+    known = store.keys(stage.scope)
+    listed = ", ".join(known[:MAX_KEYS_LISTED]) + (f" and {n} more" if (n := len(known) - MAX_KEYS_LISTED) > 0 else "")
+    wrong = f"there is no partition {unknown[0]!r}" if unknown else "the run was launched without a partition"
+    raise DataError(f"{stage.name}: {wrong}; it is made per {_SCOPE_WORDS[stage.scope]}, there are: {listed or 'none'}")
 
 
 def bring_up_to_date(
@@ -90,12 +125,13 @@ def bring_up_to_date(
     part = stage.part(key)
     with store.writing(stage.name, part):
         manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
-        if manifest is not None and manifest.basis == basis and not again:
+        if manifest is not None and store.agrees(manifest, basis) and not again:
             context.log.info(f"{stage.name} {key}: current, nothing to do")
             return manifest
         if basis is None:
             missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
             raise DataError(f"{stage.name} {key}: nothing is committed in {', '.join(missing)} yet; run that first")
+        store.begin(stage, key, basis)
         started = time.monotonic()
         made = make(key)
         manifest = store.commit(stage, key, made, basis, seconds=time.monotonic() - started)

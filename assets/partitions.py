@@ -30,7 +30,7 @@ def mirror(instance: dg.DagsterInstance, store: Store) -> None:
         wanted = set(store.keys(scope))
         known = set(instance.get_dynamic_partitions(definition.name))
         if scope is Scope.CHECKPOINT:
-            wanted |= known
+            wanted |= {name for name in known if store.has_key(scope, name)}
         if new := sorted(wanted - known):
             instance.add_dynamic_partitions(definition.name, new)
         for gone in sorted(known - wanted):

@@ -39,12 +39,13 @@ STAGE = Stage(
     version=4,
     scope=Scope.PROMPT_SET,
     config=lambda config, key: config.prompt_sets[key],
+    settings="prompt_sets.{key}",
     others=_inputs,
 )
 
 
 @dg.asset(
-    deps=["selected_images", "tag_vocabulary"], partitions_def=prompt_set_partitions, **describe(STAGE, "evaluate")
+    partitions_def=prompt_set_partitions, **describe(STAGE, "evaluate", deps=["selected_images", "tag_vocabulary"])
 )
 def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per prompt: text, negative, size, group, and a seed that follows from its id alone."""

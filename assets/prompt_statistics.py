@@ -35,9 +35,13 @@ STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("bas
 
 
 @dg.asset(
-    deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
     partitions_def=runs,
-    **describe(STAGE, "train", "polars"),
+    **describe(
+        STAGE,
+        "train",
+        "polars",
+        deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
+    ),
 )
 def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples.

@@ -37,6 +37,7 @@ MODEL = Stage(
     scope=Scope.ALL,
     reads=(Reads("quality_pairs", ("pair_id", "a", "b", "outcome")), Reads("embeddings", ("image_id", "vector"))),
     config=lambda config, key: {"min_pairs": config.quality.min_pairs, "shares": list(config.quality.shares)},
+    settings="quality",
     models=("quality_head",),
 )
 SCORES = Stage(
@@ -50,6 +51,7 @@ SCORES = Stage(
         Reads("quality_model"),
     ),
     config=lambda config, key: {"junk_threshold": config.quality.junk_threshold},
+    settings="quality",
     models=("aesthetic",),
 )  # fmt: skip
 
@@ -72,7 +74,7 @@ def quality_pairs(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
     return materialize(context, store, PAIRS, make)
 
 
-@dg.asset(deps=["quality_pairs", "embeddings"], **describe(MODEL, "curate", "pytorch"))
+@dg.asset(**describe(MODEL, "curate", "pytorch", deps=["quality_pairs", "embeddings"]))
 def quality_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """The heads that turn an embedding into utility and junk probability, with frozen cut points and their report."""
 
@@ -100,7 +102,7 @@ def quality_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
 
 
 @dg.asset(
-    deps=["embeddings", "raw_images", "quality_model"], partitions_def=shards, **describe(SCORES, "curate", "pytorch")
+    partitions_def=shards, **describe(SCORES, "curate", "pytorch", deps=["embeddings", "raw_images", "quality_model"])
 )
 def quality_scores(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per picture: utility, score 0-9 (0 is junk), aesthetic score, low-level measures."""

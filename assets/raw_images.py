@@ -44,6 +44,7 @@ RAW_IMAGES = Stage(
     scope=Scope.SHARD,
     reads=(Reads("source_listing", CANDIDATES, Per.ROWS),),
     config=lambda config, key: config.decode,
+    settings="decode",
 )
 
 
@@ -78,7 +79,7 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
     return result
 
 
-@dg.asset(deps=["source_listing"], partitions_def=shards, **describe(RAW_IMAGES, "ingest"))
+@dg.asset(partitions_def=shards, **describe(RAW_IMAGES, "ingest", deps=["source_listing"]))
 def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per file that is a picture. All others are in rejected_images, each with its reason."""
 

@@ -48,14 +48,19 @@ STAGE = Stage(
     version=2,
     scope=Scope.RUN,
     config=lambda config, key: {"base_license": config.models.base_license},
+    settings="models",
     others=_inputs,
 )
 
 
 @dg.asset(
-    deps=[dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping()) for name in ("checkpoints", "verdicts")],
     partitions_def=runs,
-    **describe(STAGE, "evaluate", "huggingface"),
+    **describe(
+        STAGE,
+        "evaluate",
+        "huggingface",
+        deps=[dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping()) for name in ("checkpoints", "verdicts")],
+    ),
 )
 def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per file of the release: the last checkpoint's model, its card, its report, licence and pictures."""

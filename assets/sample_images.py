@@ -39,16 +39,18 @@ STAGE = Stage(
     version=2,
     scope=Scope.CHECKPOINT,
     config=lambda config, key: config.evaluation.sampling,
+    settings="evaluation.sampling",
     others=_inputs,
 )
 
 
-@dg.asset(
-    deps=[dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
-          for name in ("checkpoints", "base_model", "prompt_sets")],
-    partitions_def=checkpoints,
-    **describe(STAGE, "evaluate", "pytorch", "huggingface"),
-)  # fmt: skip
+_READ = [
+    dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
+    for name in ("checkpoints", "base_model", "prompt_sets")
+]
+
+
+@dg.asset(partitions_def=checkpoints, **describe(STAGE, "evaluate", "pytorch", "huggingface", deps=_READ))
 def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
 

@@ -36,8 +36,20 @@ def _plain(section: object) -> dict[str, object]:
 
 
 @dg.asset(
-    deps=["source_listing", "raw_images", "duplicate_groups", "quality_scores", "tags", "captions", "watermark_boxes"],
-    **describe(STAGE, "curate", "polars"),
+    **describe(
+        STAGE,
+        "curate",
+        "polars",
+        deps=[
+            "source_listing",
+            "raw_images",
+            "duplicate_groups",
+            "quality_scores",
+            "tags",
+            "captions",
+            "watermark_boxes",
+        ],
+    ),
 )
 def selected_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per picture: kept or the rule that dropped it, its split, score, tags, caption and boxes."""

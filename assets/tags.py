@@ -24,6 +24,7 @@ STAGE = Stage(
         Reads("tags", ("image_id", "tags")),
     ),
     config=lambda config, key: config.tags,
+    settings="tags",
     models=("clip",),
     others=aliases_digest,
 )
@@ -35,7 +36,7 @@ def read_aliases(store: Store) -> Aliases:
     return load_aliases(store.resource_path(name)) if name else Aliases()
 
 
-@dg.asset(deps=["raw_images", "source_listing", "tags"], **describe(STAGE, "curate", "polars"))
+@dg.asset(**describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", "tags"]))
 def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per canonical tag: category, aliases, counts by origin, CLIP pieces."""
 

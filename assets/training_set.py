@@ -24,13 +24,17 @@ STAGE = Stage(
 
 
 @dg.asset(
-    deps=[
-        "selected_images",
-        "bucket_assignments",
-        dg.AssetDep("latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")),
-    ],
     partitions_def=encodings,
-    **describe(STAGE, "encode", "polars"),
+    **describe(
+        STAGE,
+        "encode",
+        "polars",
+        deps=[
+            "selected_images",
+            "bucket_assignments",
+            dg.AssetDep("latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")),
+        ],
+    ),
 )
 def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
     """One row per sample of an encoding. Its digest is the fingerprint that runs and checkpoints carry."""

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets import verdicts
+from assets import currency, verdicts
 from assets.partitions import mirror
 from jobs.definitions import STAGES, defs
 from resources.instance import instance as open_instance
 from resources.run_launcher import holder_tags, report_dead_runs
 from resources.stages import Scope, Stage
+from resources.staleness import StageStatus, StalePartition, grouped, reasons
+from resources.staleness import status as status_of_stages
 from resources.store import Store
 from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
@@ -25,6 +27,9 @@ from training.run_folder import is_away
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
+
+
+Started = Callable[[str, int, Sequence[str]], None]
 
 
 @dataclass(kw_only=True)
@@ -49,7 +54,7 @@ def bring_up_to_date(
     only: bool = False,
     max_minutes: float | None = None,
     run: str | None = None,
-    started: Callable[[str, int], None] = lambda stage, partitions: None,
+    started: Started = lambda stage, num_partitions, reasons: None,
 ) -> list[Outcome]:
     """Bring the selected stages, and unless `only` all that they follow from, up to date.
 
@@ -60,7 +65,7 @@ def bring_up_to_date(
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
         run: Of all training runs, only this one.
-        started: Told of each stage that has work, before it begins.
+        started: Called for each stage that has work, before it begins: its name, partitions, and why they are stale.
 
     Raises:
         LockedError: another `foundry run` works on this workspace.
@@ -74,6 +79,7 @@ def bring_up_to_date(
         open_instance(home) as instance,
     ):
         report_dead_runs(instance)
+        currency.report_versions(instance, store)
         outcomes = []
         for stages in _selected(select, only=only):
             mirror(instance, store)
@@ -82,9 +88,22 @@ def bring_up_to_date(
                 _require_a_picture(Store(home))
             if stages[0] is verdicts.VERDICTS:
                 verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between the two
+        currency.report(instance, Store(home), defs.resolve_asset_graph())
     rebuild(store)
     catch_up(store, logging.getLogger(__name__))
     return outcomes
+
+
+def status(home: Path, select: str | None = None) -> list[StageStatus]:
+    """What `bring_up_to_date` would do, stage by stage, and why; writes nothing.
+
+    Raises:
+        ConfigError: the selection is wrong, or matches nothing.
+    """
+    graph = defs.resolve_asset_graph()
+    parents = {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in STAGES}
+    chosen = {stage.name for stages in _selected(select, only=True) for stage in stages}
+    return [item for item in status_of_stages(Store(home), STAGES, parents) if item.stage in chosen]
 
 
 def _require_a_picture(store: Store) -> None:
@@ -129,7 +148,7 @@ def _run_body(
     stages: list[Stage],
     run: str | None,
     deadline: float | None,
-    started: Callable[[str, int], None],
+    started: Started,
 ) -> list[Outcome]:
     """Run one body over the stale partitions of its stages."""
     begin = time.monotonic()
@@ -140,8 +159,9 @@ def _run_body(
     keys = sorted(set().union(*stale.values()))
     left: list[str] = []
     if keys:
-        started(" + ".join(stage.name for stage in stages if stale[stage.name]), len(keys))
         chosen = [stage for stage in stages if stale[stage.name]]
+        why = [StalePartition(key, reasons(store, stage, key)) for stage in chosen for key in stale[stage.name]]
+        started(" + ".join(stage.name for stage in chosen), len(keys), grouped(why))
         for batch in _batches(chosen[0], keys, one_by_one=deadline is not None):
             if deadline is not None and time.monotonic() > deadline:
                 left.extend(batch)

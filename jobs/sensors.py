@@ -1,19 +1,20 @@
-"""Work by what happened: new pictures, new checkpoints, anything stale. All are off until switched on."""
+"""Work by what happened: new pictures, new checkpoints, anything stale. Those that start runs are off until switched
+on."""
 
-from collections.abc import Iterator
+import time
 
 import dagster as dg
 
-from assets import raw_images
+from assets import currency, raw_images
 from assets.partitions import checkpoints, mirror
-from jobs import evaluate
-from resources.stages import Scope
+from assets.registry import STAGES
+from jobs import automation, evaluate
 from resources.store import Store
 from training.commit import json_digest
 from training.errors import PipelineError
 
-MAX_REQUESTS = 50
-"""Runs that one tick of `keep_current` asks for, at most."""
+REST = 9.0
+"""How much longer than its last look `staleness` rests, so that it costs a tenth of the time at most."""
 MAX_ATTEMPTS = 3
 """Runs of `new_checkpoint` for one checkpoint, as long as nothing that its evaluation follows from changes."""
 RUN_KEY = "dagster/run_key"
@@ -87,35 +88,31 @@ def _attempt(instance: dg.DagsterInstance, store: Store, checkpoint: str) -> str
 
 
 @dg.sensor(
-    asset_selection=dg.AssetSelection.all(),
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Keeps the checks `current`, the settings and the models of the graph up to date with the workspace. "
+    "Starts no run. On from the start.",
+)
+def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
+    """Report what changed since Dagster last heard of it; where that takes long, less often."""
+    from jobs.definitions import defs
+
+    if time.time() < float(context.cursor or 0):
+        return dg.SkipReason("the last look took long: waiting before the next")
+    started = time.monotonic()
+    mirror(context.instance, store)
+    num_events = currency.report(context.instance, store, defs.resolve_asset_graph())
+    context.update_cursor(str(time.time() + REST * (time.monotonic() - started)))
+    return dg.SkipReason(f"reported {num_events} changes" if num_events else "nothing has changed")
+
+
+keep_current = dg.AutomationConditionSensorDefinition(
+    "keep_current",
+    target=dg.AssetSelection.assets(*STAGES),
+    default_condition=automation.CONDITION,
+    use_user_code_server=True,
     minimum_interval_seconds=60,
     description="Brings whatever is stale up to date, the first stages of the graph first.",
 )
-def keep_current(
-    context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
-) -> dg.SensorResult | dg.SkipReason:
-    """Request the stale partitions of the first stale stages; later stages follow in later ticks."""
-    mirror(context.instance, store)
-    requests = list(_requests(store))[:MAX_REQUESTS]
-    return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("nothing is stale")
 
-
-def _requests(store: Store) -> Iterator[dg.RunRequest]:
-    """Runs for stages that are stale while nothing that they read is."""
-    from jobs.definitions import STAGES, defs
-
-    graph = defs.resolve_asset_graph()
-    stale = {name: keys for name, stage in STAGES.items() if (keys := store.stale(stage))}
-    for name, keys in stale.items():
-        upstream = {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}
-        if upstream & stale.keys():
-            continue
-        selection = [dg.AssetKey(name)]
-        for key in keys:
-            basis = store.basis(STAGES[name], key)
-            run_key = f"{name}:{key}:{json_digest(basis)[:16]}"
-            partition = None if STAGES[name].scope is Scope.ALL else key
-            yield dg.RunRequest(run_key=run_key, asset_selection=selection, partition_key=partition)
-
-
-ALL = [new_images, new_checkpoint, keep_current]
+ALL = [staleness, new_images, new_checkpoint, keep_current]

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 import pytest
 from browser import chromium, needs_chromium
+from graph_tools import shorten
 
 from jobs.definitions import STAGES
 
@@ -41,7 +42,10 @@ LAUNCH = {
 }
 CURVES = "return [...document.querySelectorAll('.js-plotly-plot path.js-line')].map(line => line.getTotalLength())"
 """Lengths of the lines in MLflow's charts, pixels."""
+STALE = '{ assetNodes(assetKeys: [{path: ["selected_images"]}]) { assetKey { path } staleStatus } }'
 PAGES_S = 60
+SENSOR_S = 120
+RUN_S = 180
 
 
 class Up:
@@ -128,13 +132,16 @@ def open_part(up, asset):
 
 def test_the_graph_shows_every_asset_as_materialized(up):
     groups = ",".join(
-        f"global@global:{group}" for group in ("ingest", "annotate", "curate", "encode", "train", "evaluate")
+        f"global@global:{group}"
+        for group in ("ingest", "annotate", "curate", "encode", "train", "evaluate", "settings", "models")
     )
+    up.page.resize(3600, 2400)  # Dagster leaves names out where they would be too small to read
     up.page.open(f"{up.dagster}/asset-groups?expanded={groups}")
     up.page.wait_for_text(*STAGES, timeout_s=PAGES_S)
+    up.page.resize(1440, 900)
     assert not up.page.errors()
-    nodes = {node["assetKey"]["path"][-1]: node for node in up.ask(ASSETS)["assetNodes"]}
-    assert nodes.keys() == STAGES.keys()
+    nodes = {"/".join(node["assetKey"]["path"]): node for node in up.ask(ASSETS)["assetNodes"]}
+    assert {name for name in nodes if "/" not in name} == STAGES.keys()
     for name, node in nodes.items():
         assert node["assetMaterializations"], f"{name} was never materialized"
         if (stats := node["partitionStats"]) is not None:
@@ -211,6 +218,26 @@ def test_a_foreign_page_cannot_start_a_run(up):
     started = up.ask(**LAUNCH)["launchPipelineExecution"]
     assert started["__typename"] == "LaunchRunSuccess", started
     assert up.runs() == before | {started["run"]["runId"]}
+
+
+def test_a_changed_setting_is_seen_and_one_click_brings_it_up_to_date(up):
+    """The way of a person: foundry.toml, the asset's checks, the job's launch page, the checks again."""
+    page, checks = up.page, f"{up.dagster}/assets/selected_images?view=checks&checkDetail=current"
+    page.open(checks)
+    page.wait_for_text("current", "Passed", timeout_s=PAGES_S)
+    shorten(up.home / "foundry.toml", min_score="3")
+    page.wait_for_text("[selection] min_score 1 → 3", timeout_s=SENSOR_S)
+    assert {node["assetKey"]["path"][0]: node["staleStatus"] for node in up.ask(STALE)["assetNodes"]} == {
+        "selected_images": "STALE"
+    }
+    page.open(f"{up.dagster}/locations/foundry/jobs/bring_up_to_date/playground")
+    page.wait_for_text("select", "No errors", "Launch Run", timeout_s=PAGES_S)
+    before = up.runs()
+    page.click("Launch Run")
+    page.wait(lambda: up.runs() > before, "a run", PAGES_S)
+    page.open(checks)
+    page.wait(lambda: "min_score" not in page.text() and "Passed" in page.text(), "the check turned back", RUN_S)
+    assert {node["staleStatus"] for node in up.ask(STALE)["assetNodes"]} == {"FRESH"}
 
 
 def test_ctrl_c_leaves_nothing_running(up):
