@@ -9,6 +9,7 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
+from assets.run_settings import RunSettings, configure, is_new
 from resources import devices, torchrun
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
@@ -41,15 +42,6 @@ LOG_EVERY_S = 15.0
 STAGE = Stage(name="checkpoints", version=1, scope=Scope.RUN)
 
 
-class RunSettings(dg.Config):
-    """What the launch dialog may say of a run that has no configuration yet."""
-
-    recipe: str = ""
-    """Recipe whose [run] half to train; empty for a run that is configured already."""
-    set: list[str] = []
-    """`key=value` assignments over the recipe."""
-
-
 _READ: list[str | dg.AssetDep] = [
     dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
     dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping()),
@@ -62,11 +54,9 @@ def checkpoints(
     context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
     """One row per checkpoint of a training run, in diffusers layout, with the fingerprint of what it was trained on."""
-    from resources.workspace import configure_run
 
     def make(key: str) -> Made:
-        if config.recipe:
-            configure_run(store.home, key, config.recipe, config.set)
+        configure(store, key, config)
         folder = store.run_folder(key)
         if is_away(folder):
             raise ConfigError(
@@ -83,7 +73,7 @@ def checkpoints(
             raise TrainingError(f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}")
         return Made(frame=table(folder), report=_report(folder, tracking, key))
 
-    result = materialize(context, store, STAGE, make, new=lambda key: bool(config.recipe))
+    result = materialize(context, store, STAGE, make, new=lambda key: is_new(config))
     mirror(context.instance, store)
     return result
 

@@ -1,6 +1,7 @@
 """How the graph is partitioned. Keys are made by the store; Dagster only mirrors them."""
 
 import dagster as dg
+from dagster._core.storage.dagster_run import FINISHED_STATUSES
 
 from resources.stages import Scope
 from resources.store import Store
@@ -13,6 +14,10 @@ prompt_sets = dg.DynamicPartitionsDefinition(name="prompt_sets")
 runs = dg.DynamicPartitionsDefinition(name="runs")
 checkpoints = dg.DynamicPartitionsDefinition(name="checkpoints")
 
+PARTITION = "dagster/partition"
+"""Tag of a run with its partition."""
+_UNFINISHED = [status for status in dg.DagsterRunStatus if status not in FINISHED_STATUSES]
+
 DYNAMIC = {
     Scope.SHARD: shards,
     Scope.ENCODING: encodings,
@@ -23,8 +28,11 @@ DYNAMIC = {
 }
 
 
-def mirror(instance: dg.DagsterInstance, store: Store) -> None:
-    """Add to Dagster every partition that the workspace has, and remove those it no longer has."""
+def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -> None:
+    """Add to Dagster every partition that the workspace has, and unless told not to, remove those it does not have.
+
+    A run that was named in the launch dialog and is about to be configured by its launch stays.
+    """
     for scope, definition in DYNAMIC.items():
         assert definition.name is not None
         wanted = set(store.keys(scope))
@@ -33,5 +41,9 @@ def mirror(instance: dg.DagsterInstance, store: Store) -> None:
             wanted |= {name for name in known if store.has_key(scope, name)}
         if new := sorted(wanted - known):
             instance.add_dynamic_partitions(definition.name, new)
-        for gone in sorted(known - wanted):
-            instance.delete_dynamic_partition(definition.name, gone)
+        unknown = sorted(known - wanted) if remove else []
+        if unknown and scope is Scope.RUN:
+            launched = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
+            unknown = [name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)]
+        for name in unknown:
+            instance.delete_dynamic_partition(definition.name, name)

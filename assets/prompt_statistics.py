@@ -5,6 +5,7 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import runs
+from assets.run_settings import RunSettings, configure
 from resources.stages import Scope, Stage
 from resources.store import Made, Store, file_digest
 from training.data import prompt_statistics as counted
@@ -43,7 +44,9 @@ STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("bas
         deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
     ),
 )
-def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def prompt_statistics(
+    context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples.
 
     Read are images that train; of a run that was started, those of the set that it was frozen with.
@@ -52,12 +55,12 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
     def make(key: str) -> Made:
         from resources.run_prompts import frozen_inputs, prompt_maker
 
-        config = read_config(store.run_folder(key))
-        maker = prompt_maker(store, config, frozen_inputs(store, key))
+        run = read_config(store.run_folder(key))
+        maker = prompt_maker(store, run, frozen_inputs(store, key))
         train = maker.samples.train_rows
         made = maker.make(train[:MAX_SAMPLES].tolist(), 0)
         frame = counted.statistics(made)
-        report = _report(frame, config.prompts)
+        report = _report(frame, run.prompts)
         report["tables"]["examples"] = [
             {"prompt": one.text, "tokens": one.num_tokens, "kind": one.prompt.trace["kind"]}
             for one in made[:NUM_EXAMPLES]
@@ -66,6 +69,8 @@ def prompt_statistics(context: dg.AssetExecutionContext, store: dg.ResourceParam
         report["numbers"]["zeroed"] = sum(one.zeroed for one in made)
         return Made(frame=frame, report=report)
 
+    for key in context.partition_keys if context.has_partition_key else ():
+        configure(store, key, config)
     return materialize(context, store, STAGE, make)
 
 

@@ -6,7 +6,7 @@ import time
 import dagster as dg
 
 from assets import currency, raw_images
-from assets.partitions import checkpoints, mirror
+from assets.partitions import PARTITION, checkpoints, mirror
 from assets.registry import STAGES
 from jobs import automation, evaluate
 from resources.store import Store
@@ -19,8 +19,6 @@ MAX_ATTEMPTS = 3
 """Runs of `new_checkpoint` for one checkpoint, as long as nothing that its evaluation follows from changes."""
 RUN_KEY = "dagster/run_key"
 """Tag of a run with the key that a sensor asked for it by."""
-PARTITION = "dagster/partition"
-"""Tag of a run with its partition."""
 
 LISTING_JOB = dg.define_asset_job(
     "list_sources", selection=dg.AssetSelection.assets("source_listing"), description="List the sources again."
@@ -100,7 +98,7 @@ def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store
     if time.time() < float(context.cursor or 0):
         return dg.SkipReason("the last look took long: waiting before the next")
     started = time.monotonic()
-    mirror(context.instance, store)
+    mirror(context.instance, store, remove=False)  # somebody may be naming a new run in the launch dialog
     num_events = currency.report(context.instance, store, defs.resolve_asset_graph())
     context.update_cursor(str(time.time() + REST * (time.monotonic() - started)))
     return dg.SkipReason(f"reported {num_events} changes" if num_events else "nothing has changed")

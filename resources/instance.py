@@ -17,8 +17,8 @@ nux: {enabled: false}
 telemetry: {enabled: false}
 run_launcher: {module: resources.run_launcher, class: FoundryRunLauncher}
 run_coordinator:
-  module: dagster.core.run_coordinator
-  class: QueuedRunCoordinator
+  module: resources.run_coordinator
+  class: FoundryRunCoordinator
   config: {dequeue_interval_seconds: 1}
 concurrency:
   runs: {max_concurrent_runs: 4}
@@ -53,6 +53,16 @@ compute_logs:
 {SETTINGS}"""
 
 
+_DAGSTERS_COORDINATOR = """\
+  module: dagster.core.run_coordinator
+  class: QueuedRunCoordinator
+"""
+_OUR_COORDINATOR = """\
+  module: resources.run_coordinator
+  class: FoundryRunCoordinator
+"""
+
+
 def dagster_home(home: Path) -> Path:
     """The DAGSTER_HOME of a workspace."""
     return home.resolve() / "dagster"
@@ -73,6 +83,7 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
     folder = dagster_home(home)
     if not (folder / "dagster.yaml").is_file():
         raise WorkspaceError(f"{folder / 'dagster.yaml'} is missing; write it with `foundry init {home}`")
+    _upgrade(folder / "dagster.yaml")
     check_storage(InstanceRef.from_dir(str(folder)), home)
     names = {"DAGSTER_HOME": str(folder), "FOUNDRY_HOME": str(home.resolve())}
     before = {name: os.environ.get(name) for name in names}
@@ -86,6 +97,14 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _upgrade(path: Path) -> None:
+    """Let the instance of a workspace from before 0.2 use our run coordinator; what people changed stays."""
+    text = path.read_text("utf-8")
+    if (upgraded := text.replace(_DAGSTERS_COORDINATOR, _OUR_COORDINATOR)) != text:
+        with contextlib.suppress(OSError):  # a read-only workspace is served as it is
+            write_bytes(path, upgraded.encode())
 
 
 def check_instance(opened: dg.DagsterInstance, home: Path) -> None:

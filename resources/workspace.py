@@ -15,6 +15,8 @@ from training.run_folder import CONFIG, EVENTS, is_away, read_config
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
+AS_CONFIGURED = "as_configured"
+"""Instead of a recipe in a launch: the run has its configuration."""
 
 
 def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) -> None:

@@ -21,11 +21,15 @@ def recipe_path(folder: Path, name: str) -> Path:
     Raises:
         ConfigError: there is no such recipe; the message lists those that are there.
     """
-    path = folder / f"{name}.toml"
-    if not path.is_file() or name == "tiny":
-        known = sorted(item.stem for item in folder.glob("*.toml") if item.stem != "tiny")
-        raise ConfigError(f"no recipe is named {name!r}; there are: {', '.join(known)}")
-    return path
+    known = recipe_names(folder)
+    if name not in known:
+        raise ConfigError(f"no recipe is named {name!r}; {toml.nearest(name, known)}")
+    return folder / f"{name}.toml"
+
+
+def recipe_names(folder: Path) -> list[str]:
+    """Names of the recipes in a folder, sorted."""
+    return sorted(item.stem for item in folder.iterdir() if item.suffix == ".toml" and item.stem != "tiny")
 
 
 def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
@@ -83,7 +87,7 @@ def run_config(path: Path, assignments: list[str], *, tiny: Path | None) -> RunC
     values = copy.deepcopy(values)
     if tiny is not None:
         _shrink(values, "run", toml.load(tiny))
-    return toml.build(RunConfig, toml.override(values, assignments), origin=path, prefix="run.")
+    return toml.build_with(RunConfig, values, assignments, origin=path, prefix="run.")
 
 
 def run_toml(config: RunConfig, unsaid: Collection[str] = ()) -> str:

@@ -6,7 +6,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +48,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None
     for key, value in values.items():
         path = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(fields))}"
+            deeper = [name for name in _leaves(cls) if name.rpartition(".")[2] == key]
+            hint = f"did you mean {prefix + deeper[0]!r}?" if deeper else nearest(key, sorted(fields))
             raise ConfigError(f"{_where(origin, key)}unknown key {path!r}; {hint}")
         arguments[key] = _convert(hints[key], value, origin, path)
     for name, item in fields.items():
@@ -60,6 +60,51 @@ def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{_where(origin, None)}{error}") from None
+
+
+def build_with(
+    cls: type[T], values: Mapping[str, Any], assignments: list[str], *, origin: Path | None = None, prefix: str = ""
+) -> T:
+    """`build` with `a.b=VALUE` assignments over the values, whose mistakes are told from those of the file.
+
+    Raises:
+        ConfigError: as `build` does; a wrong assignment is named as what follows `--set`.
+    """
+    if not assignments:
+        return build(cls, values, origin=origin, prefix=prefix)
+    given = override(dict(values), assignments)
+    if _mistake(cls, given) is None:
+        return build(cls, given)
+    of_file = _mistake(cls, values)
+    for one in assignments:
+        mistake = _mistake(cls, override(dict(values), [one]))
+        if mistake not in (None, of_file):
+            raise ConfigError(f"--set {one}: {mistake}")
+    if _mistake(cls, given) == of_file:
+        build(cls, values, origin=origin, prefix=prefix)
+    raise ConfigError(f"--set {' --set '.join(assignments)}: {_mistake(cls, given)}")
+
+
+def _mistake(cls: type[Any], values: Mapping[str, Any]) -> str | None:
+    try:
+        build(cls, values)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown word: the one that was meant, or all there are."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+
+
+def _leaves(cls: type[Any]) -> list[str]:
+    """Dotted paths of all keys in the tables of a dataclass."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        found += [f"{name}.{inner}" for inner in _leaves(hint)] if dataclasses.is_dataclass(hint) else [name]
+    return found
 
 
 def dump(value: Any) -> dict[str, Any]:

@@ -202,7 +202,6 @@ def requested(home, instance):
     }
 
 
-@pytest.mark.filterwarnings("ignore::dagster.PreviewWarning", "ignore::dagster.BetaWarning")
 def test_keep_current_asks_for_the_first_stale_stages_and_no_other(kind):
     with open_instance(kind) as instance:
         assert requested(kind, instance) == {}
@@ -213,7 +212,6 @@ def test_keep_current_asks_for_the_first_stale_stages_and_no_other(kind):
         assert set(requested(kind, instance)) == {"tags", "embeddings"}  # both of one body, what reads them later
 
 
-@pytest.mark.filterwarnings("ignore::dagster.PreviewWarning", "ignore::dagster.BetaWarning")
 def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
     stage = STAGES["selected_images"]
     with open_instance(kind) as instance:
