@@ -45,8 +45,9 @@ def check_launch(run: DagsterRun) -> None:
     Raises:
         ConfigError: no such recipe, a wrong key or value, or a started run with other values.
     """
+    ops: Any = run.run_config.get("ops", {})
     for asset in CONFIGURED_BY_LAUNCH:
-        found = run.run_config.get("ops", {}).get(asset, {}).get("config") or {}
+        found = ops.get(asset, {}).get("config") or {}
         recipe, assignments = found.get("recipe", AS_CONFIGURED), found.get("set", [])
         if recipe == AS_CONFIGURED:
             if assignments or found.get("tiny"):

@@ -103,7 +103,8 @@ def _leaves(cls: type[Any]) -> list[str]:
     """Dotted paths of all keys in the tables of a dataclass."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
-        found += [f"{name}.{inner}" for inner in _leaves(hint)] if dataclasses.is_dataclass(hint) else [name]
+        is_table = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found += [f"{name}.{inner}" for inner in _leaves(hint)] if is_table else [name]
     return found
 
 
