@@ -16,6 +16,7 @@ from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
 from resources.tracking_catch_up import catch_up
 from training.commit import lock
+from training.cost import warmup_lines
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, TrackingError, TrainingError
 from training.evaluation import figures
@@ -64,6 +65,8 @@ def checkpoints(
                 "train it here"
             )
         run = read_config(folder)
+        for line in warmup_lines(run.optimizer, run.num_samples):
+            context.log.warning(line)
         prepare(store, key, run)
         tracking = workspace_tracking(store.home, store.config.tracking.uri)
         ending = follow(context, store, folder, run, tracking)

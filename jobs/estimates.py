@@ -14,7 +14,16 @@ from resources.store import Store
 from resources.workspace import require_run
 from training import toml
 from training.commit import Manifest
-from training.cost import Cost, Rates, Workload, length_lines, read_rates, training_rate
+from training.cost import (
+    Cost,
+    Rates,
+    Workload,
+    count_steps,
+    length_lines,
+    read_rates,
+    training_rate,
+    warmup_lines,
+)
 from training.data.bucket_plans import plan
 from training.data.tables import TABLES
 from training.device_defaults import Device, has_auto, read_record, resolve
@@ -225,17 +234,17 @@ def _epoch_lines(config: RunConfig, epoch: Epoch | None) -> list[str]:
     batch = config.batch
     if epoch is None:
         steps = -(-config.num_samples // batch.global_batch_size)
-        return [f"steps: {steps:,}; no training set yet: epochs and micro-batches are not known"]
+        unknown = f"steps: {steps:,} at least; no training set yet: epochs and micro-batches are not known"
+        return [unknown, *warmup_lines(config.optimizer, config.num_samples)]
     num_train, order = len(epoch.buckets), epoch.order
-    whole, rest = divmod(config.num_samples, num_train)
-    steps = whole * order.num_steps + -(-rest // batch.global_batch_size)
+    steps = count_steps(num_train, config.num_samples, batch.global_batch_size)
     sizes = np.diff(order.micro_starts)
     of_micro = epoch.buckets[order.samples[order.micro_starts[:-1]]]
     short = sizes < batch.micro_batch_size
     lines = [
         f"training set: {num_train:,} images train, {epoch.num_held_out:,} validate",
-        f"steps: {steps:,} of {batch.global_batch_size} samples in {config.num_samples / num_train:,.2f} epochs of "
-        f"{order.num_steps:,}",
+        f"steps: {steps:,} of up to {batch.global_batch_size} samples in {config.num_samples / num_train:,.2f} epochs "
+        f"of {order.num_steps:,}",
         f"micro-batches per epoch: {len(sizes):,} of up to {batch.micro_batch_size}, {short.sum():,} short",
         "bucket        samples  micro-batches  short",
     ]
@@ -244,7 +253,8 @@ def _epoch_lines(config: RunConfig, epoch: Epoch | None) -> list[str]:
         here = (of_micro == found[position]).all(axis=1)
         name = "x".join(map(str, found[position].tolist()))
         lines.append(f"{name:<12}{samples[position]:>9,}{here.sum():>15,}{(here & short).sum():>7,}")
-    return lines + length_lines(num_train, config.num_samples, batch.global_batch_size)
+    lines += length_lines(num_train, config.num_samples, batch.global_batch_size)
+    return lines + warmup_lines(config.optimizer, config.num_samples)
 
 
 def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], list[str]]:

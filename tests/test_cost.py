@@ -8,9 +8,20 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from training.cost import Rates, Workload, advise_length, estimate_cost, length_lines, read_rates, training_rate
+from training.cost import (
+    Rates,
+    Workload,
+    advise_length,
+    count_steps,
+    estimate_cost,
+    length_lines,
+    read_rates,
+    training_rate,
+    warmup_lines,
+)
 from training.errors import ConfigError
 from training.gpus import find_gpu
+from training.run_config import OptimizerConfig
 
 # Images, samples, cards; TB of pictures, latents, tables, embeddings; hours of three annotators, encoding, training,
 # evaluation; core-hours of decoding twice; all GPU-hours, days, dollars; dollars a month. As printed there.
@@ -111,12 +122,33 @@ def test_larger_sets_see_each_image_less_and_take_longer(images):
     assert more.low > one.low
 
 
+@given(st.integers(1, 50), st.integers(1, 400), st.integers(1, 40))
+def test_steps_are_counted_as_the_loop_makes_them(images, samples, batch):
+    """The loop: an epoch in steps of the batch, the last with what is left, until the samples of the run are seen."""
+    steps = seen = 0
+    while seen < samples:
+        left = images
+        while left and seen < samples:
+            taken = min(batch, left)
+            left, seen, steps = left - taken, seen + taken, steps + 1
+    assert count_steps(images, samples, batch) == steps
+
+
+def test_a_warm_up_longer_than_the_run_says_which_rate_is_reached():
+    config = OptimizerConfig(learning_rate=8e-4, warmup_samples=640)
+    assert warmup_lines(config, 640) == []
+    (line,) = warmup_lines(config, 64)
+    assert "warmup_samples=640 exceeds num_samples=64" in line
+    assert "rises to 8e-05 (10% of 0.0008) at most" in line
+
+
 def test_advice_stands_beside_the_recipes_own_length():
-    lines = length_lines(75, 20_000, 4)
-    assert "266.7 per image and 5,000 steps" in lines[0]
+    lines = length_lines(75, 19_725, 4)
+    # 75 images in steps of 4 are 19 steps, the last of 3; 263 epochs of them.
+    assert "263.0 per image and 4,997 steps" in lines[0]
     assert "15,000 to 22,500" in lines[0]
     assert len(lines) == 1
-    assert "5,000 steps" in length_lines(75, 20_004, 4)[1]
+    assert "5,000 steps" in length_lines(75, 19_800, 4)[1]
     assert len(length_lines(1_440_000, 30_000_000, 2048)) == 1  # not a few thousand
 
 

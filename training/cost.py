@@ -16,6 +16,7 @@ from training import toml
 from training.checks import check_positive
 from training.errors import ConfigError
 from training.gpus import find_gpu
+from training.run_config import OptimizerConfig
 
 DEFAULT_GPU = "H200"
 """The card that the default rates are for."""
@@ -245,6 +246,23 @@ def advise_length(num_images: int) -> LengthAdvice:
     return LengthAdvice(low=low, high=high, reason=reason)
 
 
+def count_steps(num_images: int, num_samples: int, global_batch_size: int) -> int:
+    """Optimizer steps of a run: the last step of an epoch takes what is left of it, be it the whole set."""
+    epochs, rest = divmod(num_samples, num_images)
+    return epochs * -(-num_images // global_batch_size) + -(-rest // global_batch_size)
+
+
+def warmup_lines(optimizer: OptimizerConfig, num_samples: int) -> list[str]:
+    """What people should know of a warm-up that is longer than the run: the rate that is reached."""
+    if optimizer.warmup_samples <= num_samples:
+        return []
+    share = num_samples / optimizer.warmup_samples
+    return [
+        f"warm-up: warmup_samples={optimizer.warmup_samples:,} exceeds num_samples={num_samples:,}: the learning rate "
+        f"rises to {optimizer.learning_rate * share:.3g} ({share:.0%} of {optimizer.learning_rate:.3g}) at most"
+    ]
+
+
 def length_lines(num_images: int, num_samples: int, global_batch_size: int) -> list[str]:
     """The advice beside a recipe's own length, for people.
 
@@ -253,7 +271,7 @@ def length_lines(num_images: int, num_samples: int, global_batch_size: int) -> l
         num_samples: The recipe's length.
         global_batch_size: Its samples per step.
     """
-    advice, steps = advise_length(num_images), -(-num_samples // global_batch_size)
+    advice, steps = advise_length(num_images), count_steps(num_images, num_samples, global_batch_size)
     lines = [
         f"length: {num_samples:,} samples are {num_samples / num_images:,.1f} per image and {steps:,} steps; advice "
         f"{advice.low:,}" + ("" if advice.low == advice.high else f" to {advice.high:,}") + f" ({advice.reason})"
