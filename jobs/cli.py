@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs import cli_evaluation
-from jobs.cli_shared import Home, open_store
+from jobs.cli_shared import Home, if_interrupted, interrupted, open_store
 from resources.store import Store
 from training.errors import ConfigError, PipelineError
 from training.run_config import BatchConfig
@@ -42,7 +42,7 @@ def main() -> None:
         app(prog_name="foundry")
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("foundry: interrupted; what is committed stays, run the same command again", file=sys.stderr)
+            print(f"foundry: interrupted; {interrupted()}", file=sys.stderr)
         raise
     except PipelineError as error:
         print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,6 +79,7 @@ def run(
     from jobs import console, pipeline
 
     store = open_store(home)
+    if_interrupted(lambda: f"what is committed stays; go on with `foundry run --home {store.home}`")
     started = time.monotonic()
     with console.progress() as announce:
         outcomes = pipeline.bring_up_to_date(
@@ -257,12 +258,26 @@ def train(
         print(f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back")
         return
     started, folder = time.monotonic(), store.run_folder(run)
+    if_interrupted(lambda: _train_interrupted(store, run))
     with torchrun.standing_by(folder, read_config(folder).num_processes):
         from jobs import console, pipeline  # Dagster, while the trainer imports its own
 
         with console.progress() as announce:
             outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
+
+
+def _train_interrupted(store: Store, run: str) -> str:
+    """What is kept of a run that is no longer followed, and how to go on."""
+    from resources import torchrun
+    from training.run_folder import checkpoints
+
+    folder, command = store.run_folder(run), f"`foundry train --home {store.home} --run {run}"
+    if torchrun.is_running(folder):
+        return f"the trainer goes on by itself; follow it again with {command}`, stop it with {command} --stop`"
+    saved = [path.name for path in checkpoints(folder)]
+    kept = f"checkpoint {saved[-1]} stays" if saved else "the run has no checkpoint yet"
+    return f"{kept}; go on with {command}`"
 
 
 @app.command()

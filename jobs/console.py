@@ -26,7 +26,7 @@ from resources.stages import Scope
 from resources.staleness import StageStatus, grouped
 from resources.store import Store
 from training.evaluation import champion, verdict
-from training.progress import listen
+from training.progress import listen, told
 from training.run_folder import is_away
 
 if TYPE_CHECKING:
@@ -43,21 +43,29 @@ class _RateColumn(ProgressColumn):
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
-    """Bars for the stage at work: its partitions, and what it counts within one."""
+    """For the stage at work: its partitions, why they are stale, and how far it is; bars on a terminal, else lines."""
     columns = (
         TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bars:
+
+    def say(stage: str, num_partitions: int, reasons: Sequence[str] = ()) -> None:
+        plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
+        console.print(Text.assemble((stage, "bold"), plural, f": {'; '.join(reasons)}" if reasons else ""))
+
+    if not console.is_terminal:  # a log has no bars: a line at most every 30 s
+        with told(lambda line: console.print(f"  {line}", markup=False, soft_wrap=True)):
+            yield say
+        return
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, int] = {}
 
         def announce(stage: str, num_partitions: int, reasons: Sequence[str] = ()) -> None:
             for task in tasks.values():
                 bars.remove_task(task)  # type: ignore[arg-type]
             tasks.clear()
-            plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
-            console.print(Text.assemble((stage, "bold"), plural, f": {'; '.join(reasons)}" if reasons else ""))
+            say(stage, num_partitions, reasons)
 
         def advance(what: str, done: int, total: int, note: str) -> None:
             if what not in tasks:
@@ -71,12 +79,21 @@ def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
             unlisten()
 
 
+def _table(first: str, *others: str, gap: int = 2) -> Table:
+    """A table that fits 80 columns: no frame, numbers to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def status(found: Sequence[StageStatus], *, why: bool) -> None:
     """One line a stage: how many partitions are stale, why, and the expected time; then what to run."""
     console = Console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (("stage", "left"), ("stale", "right"), ("reason", "left"), ("time", "right")):
-        table.add_column(name, justify=justify, no_wrap=name != "reason")  # type: ignore[arg-type]
+    table = _table("stage", "stale")
+    table.add_column("reason")
+    table.add_column("time", justify="right", no_wrap=True)
     for item in found:
         counted = f"{len(item.stale)} of {item.num_partitions}" if item.num_partitions != 1 else str(len(item.stale))
         reason = Text(item.error or "; ".join(grouped(item.stale)) or "current", style="" if item.stale else "dim")
@@ -108,21 +125,19 @@ def _expected(item: StageStatus) -> str:
 def _duration(seconds: float) -> str:
     """`12 s`, `3 min`, `4.5 h`."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
     """Rows in, out and rejected, and seconds, per stage; then base against fine-tuned, and what to do next."""
-    console = Console(width=max(Console().width, 100))
-    table = Table(title="stages", title_justify="left")
-    for name in ("stage", "partitions", "made now", "rows in", "rows out", "rejected", "seconds"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    console = Console()
+    table = _table("stage", "made now", "rows in", "rows out", "rejected", "seconds")
     for item in outcomes:
-        made = str(item.num_made) if item.num_made else "current"
+        made = f"{item.num_made} of {item.num_partitions}" if item.num_made else "current"
         table.add_row(
-            item.stage, str(item.num_partitions), made, str(item.rows_in or ""), str(item.rows_out),
-            str(item.rows_rejected), f"{item.seconds:.1f}",
+            item.stage, made, str(item.rows_in or ""), str(item.rows_out), str(item.rows_rejected or ""),
+            f"{item.seconds:.1f}" if item.num_made else "",
         )  # fmt: skip
     console.print(table)
     made_now = sum(outcome.num_made for outcome in outcomes)
@@ -147,9 +162,8 @@ def _verdicts(store: Store, console: Console) -> None:
         return
     _against_base(store, parts, ("base", "fine-tuned"), console)
     _champion(store, console)
-    console.print(
-        f"pictures: {store.home / 'sample_images'}   model and card: {store.home / 'release'}", soft_wrap=True
-    )
+    console.print(f"sample images: {store.home / 'sample_images'}", soft_wrap=True, markup=False)
+    console.print(f"model and card: {store.home / 'release'}", soft_wrap=True, markup=False)
     console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
 
 
@@ -166,30 +180,28 @@ def _verdict_tables(frame: pl.DataFrame, names: tuple[str, str], console: Consol
     """One table per pair of checkpoints."""
     ordered = frame.sort("b", "metric", pl.col("group") != verdict.ALL, "group")
     for (a, b), rows in ordered.group_by("a", "b", maintain_order=True):
-        table = Table(title=f"{names[0]} against {names[1]}: {b} against {a}, paired by prompt", title_justify="left")
-        table.add_column("metric (prompts)")
-        for name in (*names, "difference, 95 % interval", "verdict"):
-            table.add_column(name, no_wrap=True)
+        console.print(f"\n{b} against {a}, paired by prompt, 95 % intervals", markup=False)
+        table = _table("metric (prompts)", *names, "difference", "verdict", gap=1)
         for row in rows.iter_rows(named=True):
             table.add_row(
-                f"{row['metric']}, {row['group']} ({row['num_prompts']})",
+                Text(f"{row['metric']}, {row['group']} ({row['num_prompts']})"),
                 f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
-                f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
-                row["verdict"].replace("_", " "),
+                Text(f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"),
+                row["verdict"].replace("too_few_prompts", "too few").replace("_", " "),
             )  # fmt: skip
-        console.print(table, markup=False)
+        console.print(table)
 
 
 def _champion(store: Store, console: Console) -> None:
     now = champion.read(store.home)
     if now is not None:
         why = f" ({now.sentence})" if now.sentence else ", nothing is better yet"
-        console.print(f"champion: {now.checkpoint}{why}", soft_wrap=True, markup=False)
+        console.print(f"champion: {now.checkpoint}{why}", markup=False)
 
 
 def evaluated(store: Store, names: Sequence[str]) -> None:
     """Verdicts of checkpoints against the base, and the champion."""
-    console = Console(width=max(Console().width, 100))
+    console = Console()
     parts = [part for name in names if (part := f"base~{name}") in store.parts("verdicts")]
     _against_base(store, parts, ("base", "judged"), console)
     _champion(store, console)
@@ -197,7 +209,7 @@ def evaluated(store: Store, names: Sequence[str]) -> None:
 
 def compared(found: "Comparison") -> None:
     """The verdict in words, the table, and where the page is."""
-    console = Console(width=max(Console().width, 100))
+    console = Console()
     overall = found.verdicts.filter(pl.col("group") == verdict.ALL)
     for row in overall.iter_rows(named=True):
         console.print(verdict.sentence(row), soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ from resources.stages import Per, Stage
 from resources.store import Store
 from training import toml
 from training.commit import Manifest
+from training.data.tables import TABLES
 from training.errors import PipelineError
 
 MAX_VALUE_CHARS = 60
@@ -147,7 +148,8 @@ def _inputs(stage: Stage, manifest: Manifest, basis: Mapping[str, Any]) -> Itera
             continue
         table, _, rest = label.partition(":")
         per = rest.partition(":")[0]
-        name = table if label in labels or per in set(Per) else label.replace(":", " ").replace("_", " ")
+        is_table = label in labels or label in TABLES or per in set(Per)
+        name = table if is_table else label.replace(":", " ").replace("_", " ")
         if after.get(label) == "absent":
             yield f"{name} is missing"
         elif label not in before:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jobs import cli
+from jobs import cli, cli_shared
 
 
 @pytest.fixture
@@ -38,6 +38,8 @@ def test_a_wrong_command_line_is_named_with_its_usage(command, arguments, said):
 
 
 def test_ctrl_c_says_that_nothing_is_lost(command, monkeypatch):
+    monkeypatch.setattr(cli_shared, "_kept", [])
+
     def interrupted(home):
         raise KeyboardInterrupt
 
@@ -56,3 +58,32 @@ def test_a_query_says_what_it_found_and_nothing_else(tmp_path):
     done = subprocess.run(asked, check=True, capture_output=True, text=True)
     assert done.stdout == "n\n7\n"
     assert done.stderr == f"workspace {home}\n"
+
+
+def test_ctrl_c_while_following_says_that_the_trainer_goes_on(command, monkeypatch, tmp_path):
+    from resources import torchrun
+    from resources.store import Store
+
+    store = Store(tmp_path)
+    folder = store.run_folder("one")
+    monkeypatch.setattr(torchrun, "is_running", lambda run: run == folder)
+    assert cli._train_interrupted(store, "one") == (
+        f"the trainer goes on by itself; follow it again with `foundry train --home {tmp_path} --run one`, "
+        f"stop it with `foundry train --home {tmp_path} --run one --stop`"
+    )
+    monkeypatch.setattr(torchrun, "is_running", lambda run: False)
+    assert cli._train_interrupted(store, "one").startswith("the run has no checkpoint yet; go on with `foundry train")
+
+
+def test_ctrl_c_in_a_run_names_the_workspace(command, monkeypatch, tmp_path):
+    from jobs import pipeline
+    from resources.store import Store
+
+    def interrupted(home, **arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_store", lambda home: Store(tmp_path))
+    monkeypatch.setattr(pipeline, "bring_up_to_date", interrupted)
+    status, _, errors = command("run")
+    assert status == 130
+    assert f"go on with `foundry run --home {tmp_path}`" in errors
