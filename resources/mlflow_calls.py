@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import re
-import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 PROXIED = "mlflow-artifacts:/"
 """How artifacts are addressed that lie where a server keeps them: without a path of this machine."""
 _DEFAULT = "MLFLOW_TRACKING_URI"
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
 _SETTINGS = {
     # The defaults block 246 s per call when a server is away (measured).
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -40,8 +39,8 @@ def connect(uri: str) -> "MlflowClient":
         warnings.simplefilter("ignore")  # MLflow 3.17 imports modules that others have deprecated
         from mlflow import MlflowClient
 
-        if uri.startswith(_SQLITE):
-            create_database(Path(uri.removeprefix(_SQLITE)))
+        if uri.startswith(SQLITE):
+            create_database(Path(uri.removeprefix(SQLITE)))
         return MlflowClient(tracking_uri=uri)
 
 
@@ -86,26 +85,6 @@ def create_database(path: Path) -> None:
             fresh.unlink(missing_ok=True)
             SqlAlchemyStore(f"sqlite:///{fresh}", PROXIED).engine.dispose()
             os.replace(fresh, path)
-
-
-def experiment_on_disk(uri: str, name: str) -> str | None:
-    """`identity` of an experiment, read past MLflow, whose import takes 2 s.
-
-    Returns:
-        Empty where there is none; None where only MLflow can tell: on a server, or while the database is locked.
-    """
-    if not uri.startswith(_SQLITE):
-        return None
-    path = Path(uri.removeprefix(_SQLITE)).absolute()
-    if not path.is_file():
-        return ""
-    query = "select experiment_id, creation_time from experiments where name = ?"
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            row = database.execute(query, [name]).fetchone()
-    except sqlite3.Error:
-        return None
-    return identity(*row) if row else ""
 
 
 def identity(experiment_id: str | int, created_ms: int) -> str:

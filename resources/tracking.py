@@ -6,7 +6,6 @@ MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedMode
 
 import contextlib
 import functools
-import hashlib
 import json
 import re
 import tempfile
@@ -22,6 +21,7 @@ from resources import (
     guard,
     mlflow_calls,
     mlflow_views,
+    tracking_experiment,
     tracking_pictures,
     tracking_registry,
     tracking_scores,
@@ -29,6 +29,7 @@ from resources import (
 )
 from resources.mlflow_calls import PROXIED
 from resources.tracking_spool import Chunk
+from resources.workspace_id import workspace_id
 from training import commit, run_folder
 from training.errors import TrackingError
 from training.evaluation import verdict
@@ -49,14 +50,15 @@ def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
     """The tracker of a workspace: its own `mlflow.db`, or the one that `[tracking] uri` names.
 
     Args:
-        home: The workspace; experiments are named after its folder.
+        home: The workspace; experiments are named after its folder, on a shared server with the workspace's id.
         uri: MLflow tracking URI; empty for the workspace's own.
     """
     home = home.resolve()
-    own = not uri
+    own, known = not uri, workspace_id(home)
     return Tracking(
         uri=uri or f"sqlite:///{home / 'mlflow.db'}",
-        experiment=home.name if own else f"{home.name}-{hashlib.sha256(str(home).encode()).hexdigest()[:6]}",
+        experiment=home.name if own else f"{home.name}-{known[:6]}",
+        workspace=known,
         artifacts=home / "mlartifacts" if own else None,
         ui=uri.rstrip("/") if uri.startswith("http") else guard.MLFLOW_PATH,
     )
@@ -70,6 +72,8 @@ class Tracking:
     """MLflow tracking URI."""
     experiment: str
     """Name of the experiment; made when first needed."""
+    workspace: str = ""
+    """Id of the workspace that the experiment is of: `resources.workspace_id`."""
     artifacts: Path | None = None
     """Folder of the artifacts where this process writes them itself; None where the server does. The database then
     holds no absolute path, and a workspace can be moved or copied."""
@@ -86,6 +90,16 @@ class Tracking:
             client = mlflow_calls.connect(self.uri)
             experiment = client.get_experiment(self._experiment_id(client))
             return mlflow_calls.identity(experiment.experiment_id, experiment.creation_time)
+
+    def on_disk(self) -> tracking_experiment.Found | None:
+        """The experiment as the database says without MLflow; None where there is none.
+
+        Raises:
+            LookupError: only MLflow can tell.
+        """
+        return tracking_experiment.on_disk(
+            self.uri, self.experiment, workspace=self.workspace, own=self.artifacts is not None
+        )
 
     def forward(self, folder: Path) -> int:
         """Send what a run's event log holds and MLflow does not have yet, with the times at which it happened.
@@ -255,29 +269,30 @@ class Tracking:
         return f"{self.ui}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&{mlflow_views.TRAINING_PAGES}"
 
     def _experiment_id(self, client: "MlflowClient") -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        from mlflow.exceptions import MlflowException
+        return tracking_experiment.ready(
+            client, self.experiment, workspace=self.workspace, own=self.artifacts is not None
+        )
 
-        location = None if self.artifacts is None else f"{PROXIED}{mlflow_calls.slug(self.experiment)}"
-        # MLflow's pages show curves and pictures for this kind of experiment, and chats for the default one.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        try:
-            return str(client.create_experiment(self.experiment, artifact_location=location, tags=tags))
-        except MlflowException:
-            again = client.get_experiment_by_name(self.experiment)
-            if again is None:
-                raise
-            return str(again.experiment_id)  # another process was faster
+    def _run(self, client: "MlflowClient", name: str, start_ms: int | None = None) -> "Run":
+        """The run of that name; of two that were made at once, always the older one. One that was deleted is restored.
 
-    def _run(self, client: "MlflowClient", name: str) -> "Run":
-        """The run of that name; of two that were made at once, always the older one."""
+        Args:
+            client: A connected client.
+            name: The run's.
+            start_ms: When it began, where it is made anew; now without one.
+        """
+        from mlflow.entities import LifecycleStage, ViewType
+
         experiment_id = self._experiment_id(client)
         name_filter = f"tags.`{RUN_TAG}` = '{name}'"
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-        found = client.search_runs([experiment_id], name_filter, max_results=1, order_by=order)
-        return found[0] if found else client.create_run(experiment_id, tags={RUN_TAG: name}, run_name=name)
+        for view in (ViewType.ACTIVE_ONLY, ViewType.DELETED_ONLY):
+            if found := client.search_runs([experiment_id], name_filter, view, max_results=1, order_by=order):
+                if found[0].info.lifecycle_stage == LifecycleStage.DELETED:
+                    client.restore_run(found[0].info.run_id)
+                    return client.get_run(found[0].info.run_id)
+                return found[0]
+        return client.create_run(experiment_id, start_time=start_ms, tags={RUN_TAG: name}, run_name=name)
 
     def _model(self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]) -> "LoggedModel":
         """The LoggedModel of a checkpoint, made where there is none; of two that were made at once, the older one."""

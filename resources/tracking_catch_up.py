@@ -125,7 +125,15 @@ def _owed(store: Store, tracking: Tracking, note: _Note) -> Iterator[_Item]:
 
 
 def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
-    """All that MLflow should have, logs first; of each run the newest checkpoint last, whose verdict stays on top."""
+    """All that MLflow should have: the experiment under its name, then logs; of each run the newest checkpoint last,
+    whose verdict stays on top."""
+    said = commit.json_digest([tracking.workspace, tracking.experiment])
+    if work := list(_work(store, tracking)):
+        yield _Item("the experiment", said, tracking.identity)  # a copy, or a workspace that moved, has another name
+    yield from work
+
+
+def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
     for path in sorted((store.home / "runs").glob(f"*/{EVENTS}")):
         yield _Item(
             f"the log of run {path.parent.name}", str(path.stat().st_size), partial(tracking.forward, path.parent)
@@ -218,7 +226,11 @@ def _tracking(store: Store) -> Tracking:
 def _read(store: Store, tracking: Tracking) -> _Note:
     """What was sent to the experiment that is there now; nothing where the note is of another, or damaged."""
     address = "" if tracking.artifacts is not None else commit.json_digest(tracking.uri)
-    found = mlflow_calls.experiment_on_disk(tracking.uri, tracking.experiment)
+    try:
+        there = tracking.on_disk()
+        found = mlflow_calls.identity(there.experiment_id, there.created_ms) if there else ""
+    except LookupError:
+        found = None
     try:
         values = json.loads((store.home / NOTE).read_bytes())
         note = _Note(address=values["address"], experiment=values["experiment"], sent=dict(values["sent"]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from resources.stages import Scope
 from resources.store import CODE_ROOT, CONFIG_FILE, Store
+from resources.workspace_id import workspace_id
 from training import older_runs, recipes, toml
 from training.checks import check_run_name
 from training.commit import lock, write_bytes
@@ -46,6 +47,7 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
     if preset == "demo":
         write_run(home, "demo", recipes.run_config(RECIPES / "demo.toml", [], tiny=None))
     instance.write_instance(home)
+    workspace_id(home)
     write_bytes(home / CONFIG_FILE, text.encode())
 
 

@@ -1,5 +1,6 @@
 """Whatever MLflow was away for arrives with the next call, once; and whoever calls is neither failed nor kept."""
 
+import json
 import logging
 import shutil
 import socket
@@ -18,7 +19,7 @@ from PIL import Image
 
 from resources import mlflow_calls, tracking_catch_up
 from resources.store import Store
-from resources.tracking import Tracking
+from resources.tracking import Tracking, workspace_tracking
 from resources.tracking_catch_up import catch_up, owes
 from training import commit, run_folder
 from training.data.tables import TABLES
@@ -31,7 +32,7 @@ LOG = logging.getLogger("catch up")
 BASE, OLD, NEW = "base.bbbbbbbb@0", "demo@40", "demo@120"
 """By the alphabet the newer checkpoint comes first."""
 EVERYTHING = [
-    "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}",
+    "the experiment", "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}",
     "the base's pictures beside demo", "verdicts on demo",
     "the report of demo", "the champion",
 ]  # fmt: skip
@@ -69,7 +70,10 @@ def store(tmp_path, templates):
 @pytest.fixture
 def sent(tmp_path, templates):
     """The workspace whose MLflow has everything."""
-    return Store(shutil.copytree(templates[1], tmp_path / "sent" / "space"))
+    home = shutil.copytree(templates[1], tmp_path / "sent" / "space")
+    known = json.loads((home / "workspace.json").read_text())
+    commit.write_json(home / "workspace.json", known | {"home": str(home)})  # as if it had been moved
+    return Store(home)
 
 
 def log_run(folder, *endings):
@@ -200,7 +204,7 @@ def test_without_its_note_all_is_sent_again_which_changes_nothing(sent):
     # A torn last line, which a kill leaves, is not waited for.
     with (sent.home / "runs" / "demo" / run_folder.EVENTS).open("a") as log:
         log.write('{"torn')
-    assert owes(sent) == EVERYTHING[:1]
+    assert owes(sent) == EVERYTHING[1:2]
     assert catch_up(sent, LOG)
     assert owes(sent) == []
 
@@ -267,7 +271,7 @@ def test_another_address_is_owed_everything_and_an_absent_server_costs_one_attem
     assert not catch_up(away, LOG)
     assert time.monotonic() - began < 10
     (warning,) = caplog.messages
-    assert warning.startswith(f"MLflow is owed {', '.join(EVERYTHING[:4])} and 4 more: MLflow at http://***@127.0.0.1")
+    assert warning.startswith(f"MLflow is owed {', '.join(EVERYTHING[:4])} and 5 more: MLflow at http://***@127.0.0.1")
     assert owes(away) == EVERYTHING
 
 
@@ -303,7 +307,7 @@ def test_a_server_that_hangs_is_waited_for_once(store, monkeypatch, caplog):
         f"MLflow is owed scores of {BASE}, scores of {OLD}, scores of {NEW}, the base's pictures beside demo "
         "and 3 more: timed out"
     ]
-    assert owes(store) == EVERYTHING[1:]
+    assert owes(store) == EVERYTHING[2:]
 
 
 class Killed(BaseException):
@@ -367,3 +371,75 @@ def test_two_do_not_catch_up_at_once(store, monkeypatch, caplog):
     assert "catching up MLflow with" in caplog.messages[0]
     assert "is held by pid" in caplog.messages[0]
     assert owes(store) == EVERYTHING
+
+
+def news(store):
+    """Let there be new scores and a new verdict; what MLflow shows of them once they have arrived."""
+    evaluate(store.home, NEW, 8.0)
+    judge(store.home, NEW, "worse")
+    return ("demo", "eval/aesthetic_mean", 120, 8.0)
+
+
+def test_an_experiment_that_was_deleted_on_its_page_comes_back_with_the_next_news(sent):
+    client = client_of(sent)
+    before = arrived(sent)
+    client.delete_experiment("1")
+    point = news(sent)
+    assert catch_up(sent, LOG)
+    assert owes(sent) == []
+    (experiment,) = [item for item in client.search_experiments() if item.name == "space"]
+    assert experiment.experiment_id == "1"
+    assert {run.data.tags["foundry.run"] for run in client.search_runs(["1"])} == {"demo", "base.bbbbbbbb"}
+    found = arrived(sent)
+    assert point in found["metrics"]
+    assert set(before["metrics"]) <= set(found["metrics"])
+    assert found["tags"]["verdict.aesthetic"] == "worse"
+
+
+def test_a_run_that_was_deleted_on_its_page_comes_back_with_the_next_news(sent):
+    client = client_of(sent)
+    (run,) = client.search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    before = arrived(sent)
+    client.delete_run(run.info.run_id)
+    assert owes(sent) == []  # until there is news, it stays as the person wanted it
+    point = news(sent)
+    assert catch_up(sent, LOG)
+    assert owes(sent) == []
+    (again,) = client.search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    assert again.info.run_id == run.info.run_id
+    found = arrived(sent)
+    assert point in found["metrics"]
+    assert set(before["metrics"]) <= set(found["metrics"])
+    assert found["tags"]["verdict.aesthetic"] == "worse"
+
+
+def moved(store, path):
+    """The workspace after a person has moved it."""
+    path.parent.mkdir(exist_ok=True)
+    return Store(Path(shutil.move(store.home, path)))
+
+
+@pytest.mark.parametrize("name", ["space", "another-name"])
+def test_a_moved_workspace_keeps_its_experiment_and_a_copy_makes_it_its_own(sent, tmp_path, name):
+    def experiments(store):
+        found = [item for item in client_of(store).search_experiments() if item.name != "Default"]
+        return {(item.experiment_id, item.name): item.tags["foundry.workspace"] for item in found}
+
+    before, known = arrived(sent), experiments(sent)["1", "space"]
+    copy = Store(shutil.copytree(sent.home, tmp_path / "copy" / name))
+    assert owes(copy) == ["the experiment"]
+    assert catch_up(copy, LOG)
+    assert experiments(sent) == {("1", "space"): known}
+    assert experiments(copy).keys() == {("1", name)}
+    assert experiments(copy)["1", name] != known
+    assert arrived(copy) == before
+    there = moved(sent, tmp_path / "moved" / name)
+    assert owes(there) == ([] if name == "space" else ["the experiment"])
+    assert catch_up(there, LOG)
+    assert experiments(there) == {("1", name): known}
+    assert arrived(there) == before
+    links = workspace_tracking(there.home).views()
+    (version,) = client_of(there).search_model_versions(f"name = '{name}'")
+    assert f"/#/models/{name}?" in links["Champion"]
+    model = client_of(there).get_logged_model(version.source.removeprefix("models:/"))
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
