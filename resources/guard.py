@@ -20,6 +20,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MLFLOW_PATH = "/mlflow"
 """Where Dagster's pages find MLflow, whichever ports are served: links that are stored must stay true."""
+DAGSTER_PATH = "/dagster"
+"""Where MLflow's pages find Dagster."""
 ASSISTANT_PATH = "/ajax-api/3.0/mlflow/assistant"
 """Of MLflow 3.17: an agent with a shell on the host, for whoever may talk to the page."""
 LOCATION = "foundry"
@@ -46,7 +48,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         answer = None if scope["type"] == "lifespan" else judge(scope, self._port)
-        if answer is None and scope["type"] == "http" and (address := self._elsewhere.get(scope["path"].rstrip("/"))):
+        if answer is None and scope["type"] == "http" and (address := self._elsewhere_of(scope)):
             answer = Answer(307, "moved", address)  # a browser keeps what stands after the #
         if answer is None:
             await self._application(scope, receive, send)
@@ -59,6 +61,15 @@ class Guard:
                 headers.append((b"location", answer.location.encode("latin-1")))
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             await send({"type": "http.response.body", "body": f"{answer.text}\n".encode()})
+
+    def _elsewhere_of(self, scope: Scope) -> str:
+        """The address of another page of ours that a path means; empty where it means ours."""
+        asked = scope["raw_path"].decode("latin-1").partition("?")[0]
+        query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
+        for path, address in self._elsewhere.items():
+            if asked == path or asked.startswith(f"{path}/"):
+                return f"{address}/{asked.removeprefix(path).lstrip('/')}{query}"
+        return ""
 
 
 def judge(scope: Scope, port: int) -> Answer | None:
@@ -115,7 +126,7 @@ def dagster_application(socket: Path, port: int, *, mlflow_port: int) -> Iterato
         instance.optimize_for_webserver(statement_timeout=15_000, pool_recycle=3600, max_overflow=20)
         with WorkspaceProcessContext(instance, code_location(socket), version=__version__) as context:
             application = create_app_from_workspace_process_context(context)
-            yield Guard(application, port, {MLFLOW_PATH: f"http://127.0.0.1:{mlflow_port}/"})
+            yield Guard(application, port, {MLFLOW_PATH: f"http://127.0.0.1:{mlflow_port}"})
 
 
 def code_location(socket: Path) -> Any:
@@ -125,8 +136,13 @@ def code_location(socket: Path) -> Any:
     return GrpcServerTarget(host="localhost", port=None, socket=str(socket), location_name=LOCATION)
 
 
-def mlflow_application(home: Path, port: int) -> Application:
+def mlflow_application(home: Path, port: int, *, dagster_port: int) -> Application:
     """MLflow's web application on the workspace's own database, behind the guard.
+
+    Args:
+        home: The workspace.
+        port: The port that will be served.
+        dagster_port: Where Dagster is served.
 
     Only for a process of its own: MLflow reads its settings from the environment while it is imported.
     """
@@ -148,4 +164,6 @@ def mlflow_application(home: Path, port: int) -> Application:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow 3.17 imports a module that Starlette has deprecated
         from mlflow.server.fastapi_app import app
-    return Guard(app, port)
+    from resources.mlflow_page import FirstPage
+
+    return Guard(FirstPage(app, home), port, {DAGSTER_PATH: f"http://127.0.0.1:{dagster_port}"})

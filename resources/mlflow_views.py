@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 VIEW_TAG = "mlflow.sharedViewState."
+_RUNS = "foundry-runs"
+RUNS_VIEW = VIEW_TAG + _RUNS
+"""Tag of the view that an experiment opens with."""
 PICTURES_TAG = "foundry.pictures"
 """Tag of a run: which pictures it has, as `Pictures`."""
 TRAINED_TAG = "foundry.fingerprint"
@@ -31,14 +34,15 @@ _PACKED = "deflate;"
 _OURS = "foundry"
 """Marks what we wrote: MLflow leaves it out when a person overwrites a view."""
 _MAX_RUNS = 100
+_CREATED = {"attributes.`Created`": 125}
 _COLUMNS = {
-    "attributes.`Created`": 130, "tags.`foundry.champion`": 140, "tags.`verdict.aesthetic`": 130,
-    "tags.`verdict.clip_score`": 135, "metrics.`eval/aesthetic_mean`": 145, "metrics.`eval/clip_score_mean`": 155,
-    "metrics.`val/stable_loss`": 120, "metrics.`eval/train_similarity_p95`": 190, "metrics.`val/loss`": 110,
-    "metrics.`progress/epoch`": 120, "metrics.`perf/images_per_s`": 140, "params.`learning_rate`": 110,
-    "tags.`foundry.global_batch_size`": 190, "tags.`foundry.base`": 110, "attributes.`Dataset`": 300,
+    "tags.`foundry.champion`": 140, "tags.`verdict`": 215, "metrics.`eval/aesthetic_mean`": 145,
+    "metrics.`eval/clip_score_mean`": 150, "metrics.`val/stable_loss`": 125,
 }  # fmt: skip
-"""Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order."""
+"""Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order. All others can be chosen
+on the page."""
+_PARAM_PX, _MAX_PARAMS = 110, 6
+"""Columns of the parameters in which runs differ, which stand before those."""
 _PICTURES = "samples"
 """Section of the image grid, as MLflow makes it of the pictures' names."""
 _SECTIONS = ("eval", "val", "train", "val_t", "perf", "progress", "eval_groups", "eval_spread")
@@ -97,7 +101,7 @@ def links(ui: str, experiment_id: str, *, seeded: bool) -> dict[str, str]:
     """
     page = f"{ui}/#/experiments/{experiment_id}"
     found = {}
-    for key, view in views([]).items():
+    for key, view in views().items():
         share = f"&viewStateShareKey={key}" if seeded else ""
         found[view.name] = f"{page}/runs?compareRunsMode={view.mode}{share}&{TRAINING_PAGES}"
     return {**found, "Checkpoints": f"{page}/models?{TRAINING_PAGES}"}
@@ -105,7 +109,10 @@ def links(ui: str, experiment_id: str, *, seeded: bool) -> dict[str, str]:
 
 def seed(client: "MlflowClient", experiment: "Experiment") -> None:
     """Write the views that are missing or no longer fit the runs; one that a person has overwritten stays theirs."""
-    for key, view in views(_pictures(client, experiment.experiment_id)).items():
+    runs = client.search_runs([experiment.experiment_id], max_results=_MAX_RUNS)
+    pictures = [found for run in runs if (found := Pictures.read(run.data.tags)) is not None]
+    trained = [run.data.params for run in runs if TRAINED_TAG in run.data.tags]
+    for key, view in views(pictures, differing(trained)).items():
         there = _read(experiment.tags.get(VIEW_TAG + key, ""))
         state = base64.b64encode(zlib.compress(json.dumps(view.state, separators=(",", ":")).encode())).decode()
         now = time.time_ns() // 1_000_000
@@ -116,47 +123,58 @@ def seed(client: "MlflowClient", experiment: "Experiment") -> None:
             client.set_experiment_tag(experiment.experiment_id, VIEW_TAG + key, json.dumps(envelope))
 
 
-def views(pictures: Sequence[Pictures]) -> dict[str, View]:
+def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names of the parameters that are not the same in all runs, by the alphabet.
+
+    Args:
+        params: Those of each run.
+    """
+    names = sorted({name for one in params for name in one})
+    return [name for name in names if len({one.get(name) for one in params}) > 1]
+
+
+def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict[str, View]:
     """All views by their key.
 
     Args:
         pictures: Those of the experiment's runs; without any, only the views of pictures are poorer.
+        params: Names of the parameters in which runs differ: the first columns.
     """
-    keys, step = _most_common(pictures)
+    prompt_set, keys, step = _most_common(pictures)
     # MLflow adds a card for each picture that has none of its own, so those are there, but deleted.
     single = [_image_card([key], 0) | {"deleted": True} for key in keys]
     curves = [_line_card(metric) for metric in _CURVES]
     cards = curves + single
     grid = _image_card(keys, step) | {"uuid": _uuid("grid")}
-    trained = f"tags.`{TRAINED_TAG}` != ''"
+    # Runs without pictures, and those with pictures of other prompts, would be columns of holes.
+    shown = f"tags.`{TRAINED_TAG}` != ''" + (f" AND tags.`{PICTURES_TAG}` LIKE '%{prompt_set}%'" if prompt_set else "")
     return {
-        "foundry-runs": View("Runs, best pictures first", "TABLE", _state(cards)),
-        "foundry-curves": View("Curves", "CHART", _state(cards)),
+        _RUNS: View("Runs, best pictures first", "TABLE", _state(cards, params)),
+        "foundry-curves": View("Curves", "CHART", _state(cards, params)),
         "foundry-pictures": View(
             "Pictures, with a slider", "CHART",
-            _state([grid, *cards], first=_PICTURES, facets={"searchFilter": trained}),
+            _state([grid, *cards], params, first=_PICTURES, facets={"searchFilter": shown}),
         ),
-        "foundry-prompts": View("Prompts beside runs", "ARTIFACT", _state(cards)),
+        "foundry-prompts": View("Prompts beside runs", "ARTIFACT", _state(cards, params)),
     }  # fmt: skip
 
 
-def _most_common(pictures: Sequence[Pictures]) -> tuple[list[str], int]:
-    """The grid's keys that most runs have, and the step at which most of those have pictures, the later of equals."""
+def _most_common(pictures: Sequence[Pictures]) -> tuple[str, list[str], int]:
+    """The set of prompts that most runs have pictures of, its keys in the grid, and the step at which most of those
+    have some, the later of equals."""
     sets = Counter(item.prompt_set for item in pictures)
     if not sets:
-        return [], 0
+        return "", [], 0
     chosen = [item for item in pictures if item.prompt_set == max(sets, key=lambda name: (sets[name], name))]
     steps = Counter(step for item in chosen for step in item.steps if step)  # at 0 are the base and rivals
-    return list(chosen[0].keys), max(steps, key=lambda step: (steps[step], step), default=0)
+    return chosen[0].prompt_set, list(chosen[0].keys), max(steps, key=lambda step: (steps[step], step), default=0)
 
 
-def _pictures(client: "MlflowClient", experiment_id: str) -> list[Pictures]:
-    runs = client.search_runs([experiment_id], f"tags.`{PICTURES_TAG}` != ''", max_results=_MAX_RUNS)
-    return [found for run in runs if (found := Pictures.read(run.data.tags)) is not None]
-
-
-def _state(cards: list[dict[str, Any]], *, first: str = "", facets: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _state(
+    cards: list[dict[str, Any]], params: Sequence[str], *, first: str = "", facets: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A view's state: which runs in which order, columns, charts and sections."""
+    columns = _CREATED | {f"params.`{name}`": _PARAM_PX for name in params[:_MAX_PARAMS]} | _COLUMNS
     names = (*([first] if first else []), *_SECTIONS)
     sections = [
         {
@@ -169,7 +187,7 @@ def _state(cards: list[dict[str, Any]], *, first: str = "", facets: Mapping[str,
     return {
         "searchFilter": "", "orderByKey": "metrics.`eval/aesthetic_mean`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", **(facets or {}),
-        "selectedColumns": list(_COLUMNS), "columnOrder": list(_COLUMNS), "columnWidths": _COLUMNS,
+        "selectedColumns": list(columns), "columnOrder": list(columns), "columnWidths": columns,
         "runsHiddenMode": "FIRST_10_RUNS", "viewMaximized": False, "runListHidden": False, "groupBy": None,
         "isAccordionReordered": True, "hideEmptyCharts": True, "useGroupedValuesInCharts": True, "groupsExpanded": {},
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
@@ -207,6 +225,18 @@ def _read(tag: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) and "state" in found else {}
+
+
+def unpacked(tag: str) -> dict[str, Any] | None:
+    """The state of a stored view; None where it is none that we wrote."""
+    view = _read(tag)
+    if _OURS not in view:
+        return None
+    try:
+        found = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix(_PACKED))))
+    except (ValueError, zlib.error):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_known(uri: str) -> bool:

@@ -30,8 +30,8 @@ START_TIMEOUT_S = 180
 """How long the pages may take to answer, seconds; 10 is usual on two cores."""
 STOP_TIMEOUT_S = 15
 """How long children may take to end before they are killed, seconds."""
-FIRST_PAGES = {"Dagster": "asset-groups", "MLflow": "#/experiments?workflowType=machine_learning"}
-"""The asset graph, and MLflow's view for training instead of the one for agents."""
+FIRST_PAGES = {"Dagster": "asset-groups", "MLflow": ""}
+"""The asset graph, and MLflow's page, which `resources.mlflow_page` opens on the workspace's runs."""
 LAST_LINES = 12
 """How much of a dead child's log is shown."""
 PR_SET_PDEATHSIG = 1
@@ -237,7 +237,7 @@ def _daemon(home: Path, ports: Ports, code_socket: Path) -> None:
 def _mlflow(home: Path, ports: Ports, code_socket: Path) -> None:
     from resources.guard import mlflow_application
 
-    _run_uvicorn(mlflow_application(home, ports.mlflow), ports.mlflow)
+    _run_uvicorn(mlflow_application(home, ports.mlflow, dagster_port=ports.dagster), ports.mlflow)
 
 
 CHILDREN: dict[str, Callable[[Path, Ports, Path], None]] = {

@@ -21,7 +21,10 @@ from resources import (
     guard,
     mlflow_calls,
     mlflow_views,
+    tracking_colors,
     tracking_experiment,
+    tracking_note,
+    tracking_params,
     tracking_pictures,
     tracking_registry,
     tracking_scores,
@@ -33,6 +36,7 @@ from resources.workspace_id import workspace_id
 from training import commit, run_folder
 from training.errors import TrackingError
 from training.evaluation import verdict
+from training.release import REPORT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,8 +45,10 @@ if TYPE_CHECKING:
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
 RUN_TAG = "foundry.run"
-_VERDICT = "verdict."
-_NOTE, _OUR_NOTE = "mlflow.note.content", "Verdict: "
+_VERDICT, _VERDICTS = "verdict.", "verdict"
+"""Tags: the word on one metric, and all of them for the runs' table."""
+_DUE_TAG = "foundry.checkpoints_due"
+"""Tag of a run: the interval of its checkpoints and its length, samples."""
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -120,7 +126,7 @@ class Tracking:
             commit.lock(folder / "tracking.lock", what),
         ):
             client = mlflow_calls.connect(self.uri)
-            run = self._run(client, folder.name)
+            run = self._run(client, folder.name, tracking_spool.began_ms(folder))
             state = tracking_spool.read_state(folder, run.info.run_id)
             if state.offset == 0:
                 self._describe(client, run, folder)
@@ -189,15 +195,29 @@ class Tracking:
             tags = {f"{_VERDICT}{metric}": word for metric, word in overall.iter_rows()}
             for name in [name for name in model.tags if name.startswith(_VERDICT) and name not in tags]:
                 client.delete_logged_model_tag(model.model_id, name)
-            for name in [name for name in run.data.tags if name.startswith(_VERDICT) and name not in tags]:
-                client.delete_tag(run.info.run_id, name)
             if tags:
                 client.set_logged_model_tags(model.model_id, tags)
-            if run.data.tags.get(_NOTE, _OUR_NOTE).startswith(_OUR_NOTE):
-                said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
-                about = f"{checkpoint} against {rows['a'][0]}\n{said}" if said else f"none on {checkpoint}: {note}"
-                tags[_NOTE] = f"{_OUR_NOTE}{about}"
-            mlflow_calls.log_batch(client, run.info.run_id, tags=tags)
+                tags[_VERDICTS] = ", ".join(f"{metric} {word}" for metric, word in sorted(overall.iter_rows()))
+            for name in run.data.tags:
+                if name.startswith(_VERDICTS) and name not in tags:
+                    client.delete_tag(run.info.run_id, name)
+            said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
+            about = f"{checkpoint} against {rows['a'][0]}\n{said}" if said else f"none on {checkpoint}: {note}"
+            self._note(client, run.info.run_id, tags, about)
+
+    def log_dagster_run(self, run: str, dagster_run: str) -> None:
+        """Link from a run's page to the run of Dagster that trained it.
+
+        Args:
+            run: Name of the run.
+            dagster_run: Dagster's id of its run.
+
+        Raises:
+            TrackingError: MLflow is away, hung or refuses.
+        """
+        with mlflow_calls.explained(f"Dagster's run of {run} is not sent to {mlflow_calls.masked(self.uri)}"):
+            client = mlflow_calls.connect(self.uri)
+            self._note(client, self._run(client, run).info.run_id, {tracking_note.DAGSTER_TAG: dagster_run})
 
     def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
         """Keep a file, such as a report or a contact sheet, as artifact `evaluation/<samples_seen>/<name>`.
@@ -208,7 +228,10 @@ class Tracking:
         run_name, step = _parts(checkpoint)
         with mlflow_calls.explained(f"{name} of {checkpoint} is not sent to {mlflow_calls.masked(self.uri)}"):
             client = mlflow_calls.connect(self.uri)
-            self._put(client, self._run(client, run_name), f"evaluation/{step:09d}/{name}", content)
+            run, path = self._run(client, run_name), f"evaluation/{step:09d}/{name}"
+            self._put(client, run, path, content)
+            if name == REPORT and run.data.tags.get(tracking_note.REPORT_TAG) != path:
+                self._note(client, run.info.run_id, {tracking_note.REPORT_TAG: path})
 
     def set_champion(self, checkpoint: str, sentence: str) -> None:
         """Let the alias `champion` of the registered model, which has the experiment's name, follow `champion.json`.
@@ -292,7 +315,23 @@ class Tracking:
                     client.restore_run(found[0].info.run_id)
                     return client.get_run(found[0].info.run_id)
                 return found[0]
-        return client.create_run(experiment_id, start_time=start_ms, tags={RUN_TAG: name}, run_name=name)
+        tags = {RUN_TAG: name, tracking_colors.TAG: tracking_colors.free(client, experiment_id)}
+        return client.create_run(experiment_id, start_time=start_ms, tags=tags, run_name=_known_name(name))
+
+    def _note(self, client: "MlflowClient", run_id: str, tags: Mapping[str, str], said: str | None = None) -> None:
+        """Set tags of a run, and the description that follows from them, unless a person has written one.
+
+        Args:
+            client: A connected client.
+            run_id: MLflow's id of the run.
+            tags: The tags.
+            said: The verdict in words; what stands there where there is no new one.
+        """
+        run = client.get_run(run_id)
+        note = tracking_note.note(
+            run.data.tags | tags, said, run.info.experiment_id, run_id, dagster=self.ui == guard.MLFLOW_PATH
+        )
+        mlflow_calls.log_batch(client, run_id, tags=dict(tags) | note)
 
     def _model(self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]) -> "LoggedModel":
         """The LoggedModel of a checkpoint, made where there is none; of two that were made at once, the older one."""
@@ -332,8 +371,10 @@ class Tracking:
             "foundry.base": inputs.base_digest[:8],
             "foundry.seed": str(config.seed),
             "foundry.global_batch_size": str(config.batch.global_batch_size),
+            _DUE_TAG: json.dumps([config.checkpoints.every_samples, config.num_samples]),
         }
         mlflow_calls.log_batch(client, run.info.run_id, params=params, tags=tags)
+        tracking_params.log_differing(client, run.info.experiment_id, RUN_TAG, folder.parent)
         self._put(client, run, run_folder.CONFIG, text)
         source = json.dumps({"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint})
         # 36 characters are all that MLflow's column holds.
@@ -360,7 +401,7 @@ class Tracking:
                 client.set_terminated(run_id, status, end_time=chunk.phase["time_ms"])
 
     def _log_pictures(self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path) -> None:
-        chosen = choose_pictures(samples, NUM_PICTURES)
+        chosen, step = choose_pictures(samples, NUM_PICTURES), _due(run.data.tags, step)
         put = functools.partial(self._put, client, run)
         mlflow_calls.log_batch(client, run.info.run_id, tags=tracking_pictures.put(run, step, chosen, folder, put))
 
@@ -390,10 +431,35 @@ class Tracking:
             client.log_artifact(run.info.run_id, str(path), name.rpartition("/")[0] or None)
 
 
+def _known_name(run: str) -> str:
+    """What a person calls a run: `base.7d8632a3` is the base model."""
+    kind, _, name = run.partition(".")
+    return f"{kind} model {name}" if kind == "base" and name else run
+
+
 def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
     """The first pictures of each group in turn, `count` in all: the same prompts for every checkpoint."""
     turn = pl.int_range(pl.len()).over("group").alias("turn")
     return samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
+
+
+def _due(tags: Mapping[str, str], step: int) -> int:
+    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end, at which it was due.
+
+    Training saves with the first step at or behind that, which depends on the batch size: runs with the same interval
+    would have no step in common, and the slider shows one step.
+
+    Args:
+        tags: The run's.
+        step: samples_seen of the checkpoint.
+    """
+    try:
+        every, end = (int(number) for number in json.loads(tags[_DUE_TAG]))
+        batch = int(tags["foundry.global_batch_size"])
+    except (KeyError, TypeError, ValueError):
+        return step
+    marks = [mark for mark in (step // every * every, end) if 0 < mark <= step < mark + batch]
+    return max(marks, default=step)
 
 
 def _parts(checkpoint: str) -> tuple[str, int]:

@@ -138,6 +138,11 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
         yield _Item(
             f"the log of run {path.parent.name}", str(path.stat().st_size), partial(tracking.forward, path.parent)
         )
+    for run in store.parts("checkpoints"):
+        manifest = store.manifest("checkpoints", run)
+        if manifest is not None and (dagster_run := str(manifest.provenance.get("dagster_run", ""))):
+            send = partial(tracking.log_dagster_run, run, dagster_run)
+            yield _Item(f"the link from {run} to Dagster", dagster_run, send)
     for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
         yield _Item(f"scores of {checkpoint}", "+".join(digests), partial(_send_scores, store, tracking, checkpoint))

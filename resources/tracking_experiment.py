@@ -102,6 +102,22 @@ def on_disk(uri: str, name: str, *, workspace: str, own: bool) -> Found | None:
     return choose(found, name, workspace=workspace, own=own)
 
 
+def tag_on_disk(uri: str, experiment_id: str, key: str) -> str:
+    """A tag of an experiment, read past MLflow; empty where there is none.
+
+    Raises:
+        LookupError: the database cannot be read.
+    """
+    path = Path(uri.removeprefix(SQLITE)).absolute()
+    query = "select value from experiment_tags where experiment_id = ? and key = ?"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            row = database.execute(query, [int(experiment_id), key]).fetchone()
+    except sqlite3.Error as error:
+        raise LookupError(str(error)) from error
+    return str(row[0]) if row else ""
+
+
 def _all(client: "MlflowClient") -> list[Found]:
     from mlflow.entities import LifecycleStage, ViewType
 

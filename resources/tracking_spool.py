@@ -18,7 +18,8 @@ from training.run_folder import EVENTS
 STATE = "tracking.json"
 MAX_METRICS = 1_000
 """MLflow's limit of metrics in one batch."""
-_POINTS = frozenset({"step", "validation", "checkpoint"})
+_POINTS = frozenset({"step", "validation", "checkpoint", "data"})
+"""Of `data` one number is a curve; `compiled` is for whoever reads the log."""
 _EVERY_LINE = frozenset({"time_ms", "event", "attempt", "samples_seen"})
 _NAMES = {
     ("step", "step"): "progress/optimizer_step",
@@ -26,6 +27,7 @@ _NAMES = {
     ("step", "eta_s"): "progress/eta_s",
     ("step", "images_per_s"): "perf/images_per_s",
     ("step", "data_wait"): "perf/data_wait",
+    ("data", "share"): "perf/data_wait_share",
     ("validation", "seconds"): "perf/validation_s",
     ("checkpoint", "seconds"): "perf/checkpoint_s",
 }
@@ -81,6 +83,16 @@ def read_state(folder: Path, run_id: str) -> State:
 def write_state(folder: Path, state: State) -> None:
     """Commit how far the log has been sent."""
     commit.write_json(folder / STATE, {"run_id": state.run_id, "offset": state.offset, "marks": state.marks})
+
+
+def began_ms(folder: Path) -> int | None:
+    """When the run in `folder` wrote its first line, ms since 1970; None where it has none yet."""
+    try:
+        with (folder / EVENTS).open("rb") as file:
+            first = parse_line(file.readline())
+    except FileNotFoundError:
+        return None
+    return int(first["time_ms"]) if first is not None else None
 
 
 def pending(folder: Path, state: State) -> Iterator[Chunk]:

@@ -163,6 +163,9 @@ def fill(home: Path) -> Tracking:
     for name, difference in {"first": 0.41, "two-colours": 0.55}.items():
         said = judge(tracking, "base.sdxl@0", f"{name}@60000", "better", difference)
         tracking.set_champion(f"{name}@60000", said)
+    tracking.log_file("two-colours@60000", "report.html", b"<!doctype html><h1>A report</h1>")
+    tracking.log_dagster_run("two-colours", "12345678-abcd")
+    tracking.views()
     return tracking
 
 

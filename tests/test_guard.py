@@ -152,7 +152,7 @@ def test_the_application_hears_nothing_of_a_refused_request():
     assert (ran, sent[0]["type"]) == ([], "websocket.close")
 
 
-def test_dagsters_pages_find_mlflow_on_whichever_port():
+def test_our_pages_find_each_other_on_whichever_port():
     sent = []
 
     async def application(scope, receive, send):
@@ -161,14 +161,15 @@ def test_dagsters_pages_find_mlflow_on_whichever_port():
     async def send(message):
         sent.append(message)
 
-    guard = Guard(application, PORT, {"/mlflow": "http://127.0.0.1:5123/"})
-    for path in ("/mlflow", "/mlflow/"):
+    guard = Guard(application, PORT, {"/mlflow": "http://127.0.0.1:5123"})
+    paths = {"/mlflow": "", "/mlflow/": "", "/mlflow/runs/1": "runs/1", "/mlflow//evil.test/": "evil.test/"}
+    for path, there in paths.items():
         sent.clear()
         asyncio.run(guard(request(path=path, sec_fetch_dest="document"), None, send))
         assert sent[0]["status"] == 307
-        assert (b"location", b"http://127.0.0.1:5123/") in sent[0]["headers"]
+        assert (b"location", f"http://127.0.0.1:5123/{there}".encode()) in sent[0]["headers"]
     sent.clear()
-    asyncio.run(guard(request(path="/mlflow/other"), None, send))
+    asyncio.run(guard(request(path="/mlflowers"), None, send))
     assert sent == ["application"]
     sent.clear()
     asyncio.run(guard(request(path="/mlflow", sec_fetch_site="cross-site"), None, send))

@@ -18,6 +18,7 @@ LEFT = """return [...document.images].filter(e => e.closest('.ag-row')).map(e =>
     e.closest('.ag-row').getBoundingClientRect()]).filter(([b, row]) => b.height >= 100 && row.height > 0)
     .map(([b, row]) => row.bottom - b.top - b.height / 2)"""
 """Of each picture in a table, how much of its row is left below the upper half of its square, px."""
+FRAME = "return [...document.querySelectorAll('iframe')].length > 0"
 LINES = "return document.querySelectorAll('.scatterlayer path.js-line').length"
 
 ASSISTANT = {"mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true", "mlflow.assistant.panelOpen_v1": "false"}
@@ -60,13 +61,56 @@ def words(page: Page) -> str:
 def test_the_table_has_what_matters_and_the_best_run_first(page, views):
     shown = look(page, views["Runs, best pictures first"], "4 matching runs", "two-colours", "Sort: eval/")
     shown = shown.partition("Run Name")[2]
-    places = [shown.index(name) for name in ("two-colours", "first ", "slow-rate", "base.sdxl")]
+    places = [shown.index(name) for name in ("two-colours", "first ", "slow-rate", "base model sdxl")]
     assert places == sorted(places)
-    for column in ("foundry.champion", "verdict.aesthetic", "verdict.clip_score", "eval/aesthetic_mean"):
+    for column in ("Created", "learning_rate", "foundry.champion", "verdict", "eval/aesthetic_mean"):
         assert column in shown
     assert "at 60000 samples" in shown
     assert shown.count("better") == 4
     assert shown.count("unclear") == 2
+
+
+def test_the_root_opens_on_the_runs_without_tour_assistant_and_telemetry(views):
+    root = next(iter(views.values())).partition("/#")[0]
+    with chromium(1600, 1000) as page:  # of somebody who has never been here
+        for address in (f"{root}/", f"{root}/#/experiments"):
+            page.open("about:blank")
+            page.open(address)
+            if address.endswith("experiments"):
+                page.wait_for_text("space", "foundry.workspace")
+                page.click("space")
+            page.wait_for_text("two-colours", "foundry.champion", "verdict", "4 matching runs")
+            assert "workflowType=machine_learning" in page.driver.current_url or "/runs" in page.driver.current_url
+            for text in ("Welcome to MLflow", "shared view", "Overview", "UI telemetry"):
+                assert text not in page.text()
+        page.open(f"{root}/#/")
+        page.driver.execute_script("location.hash = '#/settings'")
+        page.open(f"{root}/#/settings")
+        page.wait_for_text("Settings")
+        assert page.driver.execute_script("return localStorage['mlflow.settings.telemetry.enabled_v1']") == "false"
+
+
+def test_a_runs_page_leads_to_its_report(views, page):
+    look(page, views["Runs, best pictures first"], "two-colours", "4 matching runs")
+    page.click("two-colours")
+    page.wait_for_text("About this run", "Links:", "Verdict: two-colours@60000")
+    links = page.driver.execute_script(
+        """return [...document.querySelectorAll('a')]
+            .filter(e => ['report', 'Dagster run 12345678'].includes(e.innerText)).map(e => e.href)"""
+    )
+    assert [link.partition("/artifacts/")[2] for link in links] == ["evaluation/000060000/report.html", ""]
+    assert links[1].endswith("/dagster/runs/12345678-abcd")
+    page.open("about:blank")
+    page.open(links[0])
+    page.wait(lambda: page.driver.execute_script(FRAME), "the report in its frame")
+
+
+def test_curves_of_runs_differ_in_colour(page, views):
+    look(page, views["Curves"], "train (")
+    colors = (
+        "return [...new Set([...document.querySelectorAll('.scatterlayer path.js-line')].map(e => e.style.stroke))]"
+    )
+    page.wait(lambda: len(page.driver.execute_script(colors)) == len(RUNS), f"{len(RUNS)} colours")
 
 
 def test_curves_stand_in_sections_with_the_scores_first(page, views):

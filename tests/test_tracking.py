@@ -1,13 +1,16 @@
 """Event logs and scores reach MLflow whole, once, with their own times; a tracker that is away costs seconds."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow_world import prepare_run
 from PIL import Image
 
 from resources import tracking_spool
-from resources.tracking import NUM_PICTURES, Tracking, choose_pictures, workspace_tracking
+from resources.tracking import NUM_PICTURES, Tracking, _due, choose_pictures, workspace_tracking
 from training import run_folder
 from training.data.tables import TABLES
 from training.errors import TrackingError
@@ -430,7 +434,10 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
     tracking.log_verdict("demo@40", verdicts, "")
     tags = the_run(home).data.tags
     assert tags["verdict.clip_score"] == "better"
-    said = tags["mlflow.note.content"].splitlines()
+    assert tags["verdict"] == "clip_score better"
+    links, _, text = tags["mlflow.note.content"].partition("\n\n")
+    assert links.endswith("/artifacts/evaluation/000000040/report.html)")
+    said = text.splitlines()
     assert said[0] == "Verdict: demo@40 against base.abc@0"
     assert [line[:21] for line in said[2:]] == ["- clip_score (all): b", "- clip_score (hands):"]
     (model,) = client_of(home).search_logged_models(["1"])
@@ -438,7 +445,9 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
     assert files_of(home)[0].endswith("/artifacts/evaluation/000000040/report.html")
     tracking.log_verdict("demo@40", verdicts.clear(), "3 pictures have no score")
     assert "verdict.clip_score" not in the_run(home).data.tags
-    assert the_run(home).data.tags["mlflow.note.content"] == "Verdict: none on demo@40: 3 pictures have no score"
+    assert "verdict" not in the_run(home).data.tags
+    said = f"{links}\n\nVerdict: none on demo@40: 3 pictures have no score"
+    assert the_run(home).data.tags["mlflow.note.content"] == said
     (model,) = client_of(home).search_logged_models(["1"])
     assert "verdict.clip_score" not in model.tags
     client_of(home).set_tag(the_run(home).info.run_id, "mlflow.note.content", "I like it.")
@@ -465,6 +474,85 @@ def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
     assert url == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}?workflowType=machine_learning"
     assert tracking.run_url("demo") == url
     assert tracking.experiment_url().startswith("/mlflow/#/experiments/1/runs?compareRunsMode=CHART")
+
+
+def test_runs_differ_in_colour_and_are_called_by_names_that_people_know(home):
+    tracking = workspace_tracking(home)
+    names = ["base.7d8632a3", *(f"run-{number}" for number in range(9))]
+    for name in names:
+        tracking.run_url(name)
+    runs = [the_run(home, name) for name in names]
+    colors = [run.data.tags["mlflow.runColor"] for run in runs]
+    assert len(set(colors)) == len(names)
+    assert all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+    assert [run.info.run_name for run in runs] == ["base model 7d8632a3", *names[1:]]
+    tracking.run_url("one more")
+    assert the_run(home, "one more").data.tags["mlflow.runColor"] in colors
+
+
+def test_a_run_that_is_sent_late_began_when_it_began(home, run):
+    train(run, "started", 0, 4, "finished")
+    first, last = (read_events(run / "events.jsonl")[number]["time_ms"] for number in (0, -1))
+    time.sleep(0.01)
+    workspace_tracking(home).forward(run)
+    info = the_run(home).info
+    assert (info.start_time, info.end_time) == (first, last)
+
+
+def test_the_options_in_which_runs_differ_are_parameters_of_all_of_them(home):
+    tracking, sent = workspace_tracking(home), {}
+    for name, options in {
+        "one": "[batch]\nglobal_batch_size = 64\nmicro_batch_size = 32\n",
+        "two": "[batch]\nglobal_batch_size = 32\nmicro_batch_size = 32\n",
+    }.items():
+        folder = prepare_run(home, name, options)
+        train(folder, "started", 0, 2, "finished")
+        tracking.forward(folder)
+        sent[name] = the_run(home, name).data.params
+    assert sent["one"].keys() == {"num_samples", "learning_rate"}
+    both = [the_run(home, name).data.params for name in ("one", "two")]
+    assert [params["batch.global_batch_size"] for params in both] == ["64", "32"]
+    assert both[0].keys() == both[1].keys() == {"num_samples", "learning_rate", "batch.global_batch_size"}
+    view = json.loads(client_of(home).get_experiment("1").tags.get("mlflow.sharedViewState.foundry-runs", "{}"))
+    assert not view
+    tracking.views()
+    tag = client_of(home).get_experiment("1").tags["mlflow.sharedViewState.foundry-runs"]
+    columns = json.loads(zlib.decompress(base64.b64decode(json.loads(tag)["state"][8:])))["selectedColumns"]
+    assert columns[:2] == ["attributes.`Created`", "params.`batch.global_batch_size`"]
+    assert len(columns) == 7
+
+
+@pytest.mark.parametrize(
+    ("step", "shown"),
+    [
+        (40, 40),
+        (4_000, 4_000),
+        (4_018, 4_000),
+        (4_031, 4_000),
+        (4_032, 4_032),
+        (8_005, 8_000),
+        (9_010, 9_001),
+        (12, 12),
+    ],
+)
+def test_a_checkpoint_is_shown_where_it_was_due(step, shown):
+    tags = {"foundry.checkpoints_due": "[4000, 9001]", "foundry.global_batch_size": "32"}
+    assert _due(tags, step) == shown
+    assert _due({}, step) == _due(tags | {"foundry.checkpoints_due": "rotten"}, step) == step
+
+
+def test_pictures_of_runs_with_other_batch_sizes_have_steps_in_common(home):
+    tracking, shown = workspace_tracking(home), {}
+    for name, batch, step in (("one", 32, 4_018), ("two", 64, 4_050)):
+        options = f"num_samples = 9001\n[batch]\nglobal_batch_size = {batch}\nmicro_batch_size = 32\n"
+        folder = prepare_run(home, name, f"{options}[checkpoints]\nevery_samples = 4000\n")
+        train(folder, "started", 0, 1, "finished")
+        tracking.forward(folder)
+        tracking.log_evaluation(f"{name}@{step}", **sampled(home, f"{name}@{step}", count=2))
+        shown[name] = json.loads(the_run(home, name).data.tags["foundry.pictures"])["steps"]
+        # Scores stand where they were measured.
+        assert {row[1] for row in rows(home, run=name) if row[0].startswith("eval")} == {step}
+    assert shown == {"one": [4_000], "two": [4_000]}
 
 
 def test_a_shared_server_keeps_workspaces_apart(tmp_path):

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 LOG = logging.getLogger("catch up")
 BASE, OLD, NEW = "base.bbbbbbbb@0", "demo@40", "demo@120"
 """By the alphabet the newer checkpoint comes first."""
+TAGS = ("verdict.aesthetic", "mlflow.note.content")
 EVERYTHING = [
     "the experiment", "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}",
     "the base's pictures beside demo", "verdicts on demo",
@@ -88,13 +89,13 @@ def log_run(folder, *endings):
             log.write(ending, samples_seen=120)
 
 
-def put(home, table, part, frame, report=None, inputs=None):
+def put(home, table, part, frame, report=None, inputs=None, dagster_run=""):
     """Commit a part as a stage does."""
     frame, folder = TABLES[table].conform(frame), home / "tables" / table
     manifest = commit.Manifest(
         table=table, part=part, version=1, files=(commit.write_parquet(folder, part, frame),), rows=frame.height,
         digest=commit.logical_digest(commit.column_digests(frame), frame.height), report=report or {},
-        inputs=inputs or {},
+        inputs=inputs or {}, provenance={"dagster_run": dagster_run},
     )  # fmt: skip
     commit.commit_manifest(folder / f"{part}.json", manifest)
 
@@ -148,7 +149,7 @@ def arrived(store):
     (run,) = client_of(store).search_runs(["1"], "tags.`foundry.run` = 'demo'")
     return {
         "metrics": found, "files": files, "champion": (aliases, versions), "status": run.info.status,
-        "tags": {name: run.data.tags.get(name) for name in ("verdict.aesthetic", "mlflow.note.content")},
+        "tags": {name: run.data.tags.get(name, "").replace(run.info.run_id, "ID") for name in TAGS},
         "models": sorted(model.name for model in client_of(store).search_logged_models(["1"])),
     }  # fmt: skip
 
@@ -167,7 +168,7 @@ def test_all_that_is_owed_arrives_once_and_then_mlflow_is_left_alone(store, monk
     ]  # fmt: skip
     assert [row[2:] for row in found["metrics"] if row[1] == "train/loss"] == [(n, 1 / n) for n in (40, 80, 120)]
     assert found["tags"]["verdict.aesthetic"] == "better"
-    assert found["tags"]["mlflow.note.content"].startswith(f"Verdict: {NEW} against {BASE}")
+    assert f"\n\nVerdict: {NEW} against {BASE}" in found["tags"]["mlflow.note.content"]
     assert found["champion"] == ([("champion", 1)], [(1, "it is better")])
     assert (found["status"], found["models"]) == ("FINISHED", ["base-bbbbbbbb@0", NEW, OLD])
     assert {"report.html", "contact_sheet.jpg", "config.toml"} < set(found["files"])
@@ -443,3 +444,27 @@ def test_a_moved_workspace_keeps_its_experiment_and_a_copy_makes_it_its_own(sent
     assert f"/#/models/{name}?" in links["Champion"]
     model = client_of(there).get_logged_model(version.source.removeprefix("models:/"))
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
+
+
+def test_a_runs_page_leads_to_its_report_and_to_the_run_of_dagster_that_trained_it(sent):
+    put(sent.home, "checkpoints", "demo", TABLES["checkpoints"].empty(), dagster_run="12345678-abcd")
+    assert owes(sent) == ["the link from demo to Dagster"]
+    assert catch_up(sent, LOG)
+    (run,) = client_of(sent).search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    links, _, verdict = run.data.tags["mlflow.note.content"].partition("\n\n")
+    page = f"#/experiments/1/runs/{run.info.run_id}"
+    assert links == (
+        f"Links: [report]({page}/artifacts/evaluation/000000120/report.html), "
+        "[Dagster run 12345678](/dagster/runs/12345678-abcd)"
+    )
+    assert verdict.startswith(f"Verdict: {NEW} against {BASE}")
+    judge(sent.home, NEW, "unclear")
+    assert catch_up(sent, LOG)
+    (run,) = client_of(sent).search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    assert run.data.tags["mlflow.note.content"].startswith(f"{links}\n\nVerdict: {NEW}")
+    assert "unclear" in run.data.tags["mlflow.note.content"]
+    client_of(sent).set_tag(run.info.run_id, "mlflow.note.content", "I like it.")
+    judge(sent.home, NEW, "better")
+    assert catch_up(sent, LOG)
+    (run,) = client_of(sent).search_runs(["1"], "tags.`foundry.run` = 'demo'")
+    assert run.data.tags["mlflow.note.content"] == "I like it."

@@ -25,3 +25,18 @@ def test_no_batch_holds_more_than_mlflow_takes_and_together_they_hold_each_numbe
         state = chunk.state
     assert len(sent) == len(set(sent)) == 205 * 9 + 2 * (1 + 2 * num_buckets)
     assert list(tracking_spool.pending(tmp_path, state)) == []
+
+
+def test_of_the_data_interval_one_curve_arrives_and_of_compiled_shapes_none(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.write("started", samples_seen=0, run="demo")
+        log.write("compiled", samples_seen=0, num_graphs=1, shape=[8, 4, 16, 16])
+        for seen, share in ((40, 0.25), (80, 0.5)):
+            log.write("data", samples_seen=seen, seconds=4.0, waited_s=1.0, share=share, stages={"prompts": 0.1})
+        log.write("resumed", samples_seen=40, run="demo")
+        log.write("data", samples_seen=80, seconds=4.0, waited_s=1.0, share=0.75, stages={"prompts": 0.1})
+    chunks = tracking_spool.pending(tmp_path, tracking_spool.State(run_id="r"))
+    points = [point for chunk in chunks for point in chunk.points]
+    assert [(point.name, point.samples_seen, point.value) for point in points] == [
+        ("perf/data_wait_share", 40, 0.25), ("perf/data_wait_share", 80, 0.75),
+    ]  # fmt: skip

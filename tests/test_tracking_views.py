@@ -135,6 +135,34 @@ def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
     assert shared(home).keys() == {"foundry-runs", "foundry-pictures", "foundry-prompts", "foundry-curves"}
 
 
+def test_the_grid_has_only_runs_with_pictures_of_its_prompts(home):
+    tracking = workspace_tracking(home)
+    for name in ("one", "two", "other", "none"):
+        tracking.run_url(name)
+        client_of(home).set_tag(the_run(home, name).info.run_id, "foundry.fingerprint", "f")
+    evaluate(home, "one@40")
+    evaluate(home, "two@40")
+    evaluate(home, "other@40", seed=100)
+    state = shared(home)["foundry-pictures"][1]
+    found = client_of(home).search_runs(["1"], state["searchFilter"])
+    assert {run.data.tags["foundry.run"] for run in found} == {"one", "two"}
+
+
+def test_parameters_that_differ_are_the_first_columns(home):
+    tracking = workspace_tracking(home)
+    for name, rate in (("one", "0.1"), ("two", "0.2")):
+        tracking.run_url(name)
+        run_id = the_run(home, name).info.run_id
+        client_of(home).set_tag(run_id, "foundry.fingerprint", "f")
+        client_of(home).log_param(run_id, "learning_rate", rate)
+        client_of(home).log_param(run_id, "num_samples", "8000")
+    tracking.run_url("base.x")  # has no parameters, and counts for none
+    tracking.views()
+    columns = shared(home)["foundry-runs"][1]["selectedColumns"]
+    assert columns[:2] == ["attributes.`Created`", "params.`learning_rate`"]
+    assert [name for name in columns if name.startswith("params")] == columns[1:2]
+
+
 def test_another_mlflow_gets_links_without_views_and_an_absent_one_none(home, monkeypatch):
     tracking = workspace_tracking(home)
     for version in ((0, 0), (KNOWN_VERSIONS[0][0], KNOWN_VERSIONS[0][1] - 1), KNOWN_VERSIONS[1]):
