@@ -17,7 +17,7 @@ ALWAYS = {"mlflow.settings.telemetry.enabled_v1": False, "mlflow.telemetry.info.
 """What the page is always told: `foundry up` sends no usage data, whatever MLflow's settings say."""
 AT_FIRST = {
     "mlflow.workflowType_v1": "machine_learning",
-    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,  # the guard refuses the assistant
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
     "mlflow.assistant.panelOpen_v1": False,
     "mlflow.detectIssues.guidanceShown_v1": True,
 }
@@ -31,7 +31,8 @@ _SCRIPT = """<script>(() => {
       if (localStorage.getItem(name) === null) localStorage.setItem(name, value);
   } catch {}
   if (['', '#', '#/'].includes(location.hash)) history.replaceState(null, '', FIRST_PAGE);
-})();</script>"""
+})();</script><style>[data-assistant-ui] { display: none !important }</style>"""
+"""The guard refuses what MLflow's assistant asks for, so the page does not offer it."""
 
 
 class FirstPage:

@@ -36,8 +36,8 @@ _OURS = "foundry"
 _MAX_RUNS = 100
 _CREATED = {"attributes.`Created`": 125}
 _COLUMNS = {
-    "tags.`foundry.champion`": 140, "tags.`verdict`": 215, "metrics.`eval/aesthetic_mean`": 145,
-    "metrics.`eval/clip_score_mean`": 150, "metrics.`val/stable_loss`": 125,
+    "metrics.`eval/aesthetic_mean`": 150, "metrics.`eval/clip_score_mean`": 155, "metrics.`val/stable_loss`": 125,
+    "tags.`foundry.champion`": 140, "tags.`verdict`": 235,
 }  # fmt: skip
 """Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order. All others can be chosen
 on the page."""

@@ -47,8 +47,8 @@ NUM_PICTURES = 12
 RUN_TAG = "foundry.run"
 _VERDICT, _VERDICTS = "verdict.", "verdict"
 """Tags: the word on one metric, and all of them for the runs' table."""
-_DUE_TAG = "foundry.checkpoints_due"
-"""Tag of a run: the interval of its checkpoints and its length, samples."""
+_DUE_TAG = "mlflow.foundry.checkpoints_due"
+"""Tag of a run: the interval of its checkpoints and its length, samples. MLflow's pages leave out tags of its own."""
 _STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from resources import mlflow_calls
+from resources import mlflow_calls, mlflow_views
 from resources.store import Store
 from resources.tracking import Tracking, workspace_tracking
 from training import commit
@@ -127,10 +127,17 @@ def _owed(store: Store, tracking: Tracking, note: _Note) -> Iterator[_Item]:
 def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
     """All that MLflow should have: the experiment under its name, then logs; of each run the newest checkpoint last,
     whose verdict stays on top."""
-    said = commit.json_digest([tracking.workspace, tracking.experiment])
     if work := list(_work(store, tracking)):
-        yield _Item("the experiment", said, tracking.identity)  # a copy, or a workspace that moved, has another name
+        # A copy, or a workspace that moved, has another name; another version of ours other views.
+        plain = [view.state for view in mlflow_views.views().values()]
+        said = commit.json_digest([tracking.workspace, tracking.experiment, plain])
+        yield _Item("the experiment", said, partial(_send_experiment, tracking))
     yield from work
+
+
+def _send_experiment(tracking: Tracking) -> None:
+    tracking.identity()
+    tracking.views()
 
 
 def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:

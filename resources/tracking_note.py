@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from resources import guard
 
 NOTE_TAG = "mlflow.note.content"
-DAGSTER_TAG, REPORT_TAG = "foundry.dagster_run", "foundry.report"
+DAGSTER_TAG, REPORT_TAG = "mlflow.foundry.dagster_run", "mlflow.foundry.report"
+"""What the links are made of; MLflow's pages leave out tags of its own."""
 _LINKS, _VERDICT = "Links: ", "Verdict: "
 """How our paragraphs begin; a description that begins otherwise is a person's."""
 

@@ -4,6 +4,8 @@ import pytest
 from browser import Page, chromium, needs_chromium
 from mlflow_world import PROMPTS, RUNS, fill, served
 
+from resources.tracking_colors import COLORS
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
@@ -80,14 +82,16 @@ def test_the_root_opens_on_the_runs_without_tour_assistant_and_telemetry(views):
                 page.wait_for_text("space", "foundry.workspace")
                 page.click("space")
             page.wait_for_text("two-colours", "foundry.champion", "verdict", "4 matching runs")
-            assert "workflowType=machine_learning" in page.driver.current_url or "/runs" in page.driver.current_url
-            for text in ("Welcome to MLflow", "shared view", "Overview", "UI telemetry"):
+            assert "/runs?" in page.driver.current_url
+            for text in ("Welcome to MLflow", "Assistant", "shared view", "Overview", "UI telemetry"):
                 assert text not in page.text()
-        page.open(f"{root}/#/")
-        page.driver.execute_script("location.hash = '#/settings'")
+            offered = (
+                "return [...document.querySelectorAll('[data-assistant-ui]')].some(e => e.getClientRects().length)"
+            )
+            assert not page.driver.execute_script(offered)
+        page.open("about:blank")
         page.open(f"{root}/#/settings")
-        page.wait_for_text("Settings")
-        assert page.driver.execute_script("return localStorage['mlflow.settings.telemetry.enabled_v1']") == "false"
+        page.wait_for_text("Enable telemetry", "Off")
 
 
 def test_a_runs_page_leads_to_its_report(views, page):
@@ -107,10 +111,9 @@ def test_a_runs_page_leads_to_its_report(views, page):
 
 def test_curves_of_runs_differ_in_colour(page, views):
     look(page, views["Curves"], "train (")
-    colors = (
-        "return [...new Set([...document.querySelectorAll('.scatterlayer path.js-line')].map(e => e.style.stroke))]"
-    )
-    page.wait(lambda: len(page.driver.execute_script(colors)) == len(RUNS), f"{len(RUNS)} colours")
+    strokes = "return [...document.querySelectorAll('.scatterlayer path.js-line')].map(e => e.style.stroke)"
+    wanted = {f"rgb{tuple(int(color[at : at + 2], 16) for at in (1, 3, 5))}" for color in COLORS[: len(RUNS) + 1]}
+    page.wait(lambda: set(page.driver.execute_script(strokes)) == wanted, f"lines in {wanted}")
 
 
 def test_curves_stand_in_sections_with_the_scores_first(page, views):

@@ -536,9 +536,9 @@ def test_the_options_in_which_runs_differ_are_parameters_of_all_of_them(home):
     ],
 )
 def test_a_checkpoint_is_shown_where_it_was_due(step, shown):
-    tags = {"foundry.checkpoints_due": "[4000, 9001]", "foundry.global_batch_size": "32"}
+    tags = {"mlflow.foundry.checkpoints_due": "[4000, 9001]", "foundry.global_batch_size": "32"}
     assert _due(tags, step) == shown
-    assert _due({}, step) == _due(tags | {"foundry.checkpoints_due": "rotten"}, step) == step
+    assert _due({}, step) == _due(tags | {"mlflow.foundry.checkpoints_due": "rotten"}, step) == step
 
 
 def test_pictures_of_runs_with_other_batch_sizes_have_steps_in_common(home):
