@@ -60,7 +60,7 @@ def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> st
     """
     from mlflow.exceptions import MlflowException
 
-    found = choose(_all(client), name, workspace=workspace, own=own)
+    found = choose(_candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own)
     if found is None:
         # MLflow's pages show curves and pictures for this kind of experiment, and chats for the default one.
         tags = {"mlflow.experimentKind": "custom_model_development", WORKSPACE_TAG: workspace}
@@ -68,7 +68,7 @@ def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> st
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException:
-            found = choose(_all(client), name, workspace=workspace, own=own)
+            found = choose(_candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own)
             if found is None:
                 raise  # else another process was faster
     if found.deleted:
@@ -118,21 +118,21 @@ def tag_on_disk(uri: str, experiment_id: str, key: str) -> str:
     return str(row[0]) if row else ""
 
 
-def _all(client: "MlflowClient") -> list[Found]:
+def _candidates(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> list[Found]:
+    """All that `choose` may choose from: on a server that has thousands, only those with the right id or name."""
     from mlflow.entities import LifecycleStage, ViewType
 
-    found, token = list[Found](), None
-    while True:
-        page = client.search_experiments(view_type=ViewType.ALL, max_results=1_000, page_token=token)
-        found += [
-            Found(
-                str(item.experiment_id), item.name, int(item.creation_time or 0), item.tags.get(WORKSPACE_TAG, ""),
-                item.lifecycle_stage == LifecycleStage.DELETED,
-            )
-            for item in page
-        ]  # fmt: skip
-        if not (token := page.token):
-            return found
+    wanted = None if own else f"tags.`{WORKSPACE_TAG}` = '{workspace}'"
+    found = list(client.search_experiments(ViewType.ALL, filter_string=wanted, max_results=1_000))
+    if not found and (named := client.get_experiment_by_name(name)) is not None:
+        found = [named]
+    return [
+        Found(
+            str(item.experiment_id), item.name, int(item.creation_time or 0), item.tags.get(WORKSPACE_TAG, ""),
+            item.lifecycle_stage == LifecycleStage.DELETED,
+        )
+        for item in found
+    ]  # fmt: skip
 
 
 def _rename(client: "MlflowClient", found: Found, name: str) -> None:

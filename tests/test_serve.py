@@ -145,9 +145,9 @@ def both(tmp_path_factory, code) -> Iterator[tuple[Up, Up]]:
     try:
         for up in ups:
             lines = [up.process.stdout.readline() for _ in range(3)]
-            assert [line.partition("/#")[0].strip() for line in lines] == [
+            assert [line.strip() for line in lines] == [
                 f"Dagster {up.dagster}/asset-groups",
-                f"MLflow  {up.mlflow}",
+                f"MLflow  {up.mlflow}/",
                 "Ctrl-C stops both.",
             ]
         yield ups[0], ups[1]
@@ -209,7 +209,8 @@ def test_two_workspaces_share_nothing(both):
     for up, expected in ((one, 200), (two, 404)):
         found = httpx.get(f"{up.mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=only-in-one")
         assert found.status_code == expected
-        assert sorted(path.name for path in up.home.iterdir()) == ["dagster", "locks", "mlartifacts", "mlflow.db"]
+        names = ["dagster", "locks", "mlartifacts", "mlflow.db", "workspace.json"]
+        assert sorted(path.name for path in up.home.iterdir()) == names
     run = {"experiment_id": created["experiment_id"], "start_time": 0}
     made = httpx.post(f"{one.mlflow}/api/2.0/mlflow/runs/create", json=run).json()["run"]["info"]
     path = f"{made['artifact_uri'].removeprefix('mlflow-artifacts:/')}/a.txt"
