@@ -1,5 +1,6 @@
 """Commands that judge: `foundry evaluate`, `compare`, `rival`."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,7 @@ def compare(
     a: Annotated[str, typer.Argument(help="Compared against: RUN@SAMPLES, RUN, base, champion, a rival.")],
     b: Annotated[str, typer.Argument(help="Judged.")],
     home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether checkpoint B is better than A: the verdict, the table, and a page that shows both."""
     from jobs import comparison, console
@@ -65,7 +67,11 @@ def compare(
     store = open_store(home)
     with console.progress() as announce:
         found = comparison.compare(store.home, a, b, started=announce)
-    console.compared(found)
+    if as_json:
+        verdicts = found.verdicts.to_dicts()
+        print(json.dumps({"a": found.a, "b": found.b, "report": str(found.report), "verdicts": verdicts}, default=str))
+    else:
+        console.compared(found)
 
 
 rival_app = typer.Typer(no_args_is_help=True, help="Models made by others, sampled and judged beside ours.")
