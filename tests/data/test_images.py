@@ -3,13 +3,14 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageCms, ImageFilter, PngImagePlugin, TiffImagePlugin
 from scipy.fft import dctn
 
 from training.config import DecodeConfig
@@ -112,6 +113,23 @@ def test_16_bit_grey_is_scaled_and_not_clipped(fmt):
     wide = np.linspace(0, 65535, 32 * 48).astype(np.uint16).reshape(32, 48)
     decoded = images.decode(encode(Image.fromarray(wide), fmt), CONFIG)
     assert np.array_equal(decoded.pixels[..., 1], np.rint(wide / 257).astype(np.uint8))
+
+
+def test_16_bit_grey_whose_zero_is_white_is_turned_over():
+    wide = np.linspace(0, 65535, 32 * 48).astype(np.uint16).reshape(32, 48)
+    shown = 255 - np.rint(wide / 257).astype(np.uint8)
+    decoded = images.decode(encode(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}), CONFIG)
+    assert np.array_equal(decoded.pixels[..., 1], shown)
+    packed = images.decode(encode(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}, compression="tiff_lzw"), CONFIG)
+    assert np.array_equal(packed.pixels[..., 1], shown)
+
+
+def test_8_bit_grey_whose_zero_is_white_is_turned_over_once():
+    grey = np.linspace(0, 255, 32 * 48).astype(np.uint8).reshape(32, 48)
+    data = bytearray(encode(Image.fromarray(grey), "TIFF"))
+    entry = data.index(struct.pack("<HHI", 262, 3, 1))
+    data[entry + 8] = 0
+    assert np.array_equal(images.decode(bytes(data), CONFIG).pixels[..., 1], 255 - grey)
 
 
 def png(height, width, depth, colour, rows, extra=b""):
@@ -275,6 +293,113 @@ def test_a_cut_file_is_refused(fmt, share):
         assert error.reason == "truncated"
 
 
+NOTICED_IN_PART = {
+    "JPEG": {"quality": 90}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"},
+    "AVIF": {},
+}  # fmt: skip
+"""Formats without checksums, or whose decoders do not look at them."""
+
+
+@pytest.mark.parametrize("fmt", ["PNG", *NOTICED_IN_PART])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_file_cut_at_any_of_16_places_is_refused(fmt, seed):
+    data = encode(textured(seed=seed), fmt, **NOTICED_IN_PART.get(fmt, {}))
+    for length in [*(len(data) * place // 17 for place in range(1, 17)), len(data) - 1]:
+        assert refused(data[:length]).reason in {"truncated", "decode_failed"}, length
+
+
+def flips(data, count=100):
+    """Copies of `data` with one bit changed each."""
+    generator = np.random.default_rng(7)
+    for bit in generator.choice(8 * len(data), count, replace=False):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        yield bytes(damaged)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_flipped_bit_of_a_png_is_noticed(seed):
+    for damaged in flips(encode(textured(seed=seed), "PNG")):
+        refused(damaged)
+
+
+@pytest.mark.parametrize("fmt", NOTICED_IN_PART)
+def test_a_flipped_bit_gives_an_image_or_a_reason_and_never_a_crash(fmt):
+    for damaged in flips(encode(textured(), fmt, **NOTICED_IN_PART[fmt])):
+        try:
+            assert images.decode(damaged, DecodeConfig(max_pixels=1_000_000)).pixels.ndim == 3
+        except images.Unusable as error:
+            assert error.reason in set(Reason)
+
+
+def test_deflated_tiffs_carry_a_checksum_that_is_looked_at():
+    data = encode(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8), "TIFF", compression="tiff_deflate")
+    strip = slice(data.index(b"\x78"), len(data) - 400)
+    for damaged in flips(data[strip]):
+        refused(data[: strip.start] + damaged + data[strip.stop :])
+
+
+def chunks(data):
+    """Name and place of each chunk of a PNG."""
+    at = 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], at, at + 12 + length
+        at += 12 + length
+
+
+def test_a_wrong_checksum_of_any_chunk_is_named():
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encode(textured(), "PNG", exif=exif, dpi=(96, 96))
+    names = set()
+    for name, _, end in chunks(data):
+        names.add(name)
+        error = refused(data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:])
+        assert error.reason == "decode_failed"
+        assert name.decode() in error.detail
+    assert names == {b"IHDR", b"pHYs", b"eXIf", b"IDAT", b"IEND"}
+
+
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_pixels_that_only_the_decoder_can_check_are_checked_before_the_metadata(orientation):
+    # The first decode fails, a second one passes: reading the EXIF block first once hid the failure.
+    extra = b""
+    if orientation:
+        block = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHH", 274, 3, 1, orientation, 0) + b"\0\0\0\0"
+        extra = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    whole = png(96, 128, 8, 2, [row.tobytes() for row in textured()], extra)
+    assert images.decode(whole, CONFIG).pixels.size == 96 * 128 * 3
+    stored = zlib.compress(b"".join(b"\0" + row.tobytes() for row in textured()))
+    for pixels in (stored[: len(stored) // 2], stored[:200] + bytes(64) + stored[264:]):
+        body = struct.pack(">I", len(pixels)) + b"IDAT" + pixels + struct.pack(">I", zlib.crc32(b"IDAT" + pixels))
+        error = refused(whole[: whole.index(b"IDAT") - 4] + body + struct.pack(">I", 0) + b"IEND\xaeB`\x82")
+        assert error.reason in {"truncated", "decode_failed"}
+        assert error.detail
+
+
+def test_bytes_after_the_end_are_no_part_of_the_image():
+    for fmt in ("PNG", "GIF", "JPEG"):
+        data = encode(Image.fromarray(quadrants()), fmt)
+        assert np.array_equal(images.decode(data + bytes(99), CONFIG).pixels, images.decode(data, CONFIG).pixels)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+def test_a_decode_that_warns_is_refused_with_its_words(fmt, monkeypatch):
+    data = encode(quadrants(), fmt)
+    plugin = PngImagePlugin.PngImageFile if fmt == "PNG" else TiffImagePlugin.TiffImageFile
+    original = plugin.load
+
+    def load(self):
+        warnings.warn("half of it is missing", stacklevel=1)
+        return original(self)
+
+    monkeypatch.setattr(plugin, "load", load)
+    error = refused(data)
+    assert error.reason == "decode_failed"
+    assert "half of it is missing" in error.detail
+
+
 def test_a_bomb_is_refused_by_its_header():
     bomb = png(30_000, 30_000, 1, 0, [])
     assert len(bomb) < 200
@@ -290,6 +415,8 @@ def test_limits_are_the_configs():
     assert images.decode(data, DecodeConfig(max_pixels=3072)).pixels.shape == (48, 64, 3)
     small = refused(data, DecodeConfig(min_side_px=49))
     assert (small.reason, small.value, small.limit) == ("too_small", "48", "49")
+    memory = refused(data, DecodeConfig(memory_bytes=7 * 3072 - 1))
+    assert (memory.reason, memory.value, memory.limit) == ("out_of_memory", "at least 21504 bytes", "21503 bytes")
     large = refused(data, DecodeConfig(max_bytes=50))
     assert (large.reason, large.value, large.limit) == ("too_many_bytes", str(len(data)), "50")
 
@@ -306,7 +433,7 @@ def test_limits_are_the_configs():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "format_not_allowed", "EPS"),
         (b"%PDF-1.7\n", "format_not_allowed", "PDF"),
         (b"\xff\xd8\xff\xe0", "truncated", "JPEG"),
-        (b"\x89PNG\r\n\x1a\nIEND", "decode_failed", "PNG"),
+        (b"\x89PNG\r\n\x1a\nIEND", "truncated", "PNG"),
     ],
 )
 def test_what_is_no_picture_is_named(data, reason, value):
@@ -343,7 +470,8 @@ def test_of_a_multi_picture_jpeg_and_a_tiff_the_first_is_taken():
 @pytest.mark.parametrize("values", [np.int32, np.float32])
 def test_deeper_than_16_bits_is_refused_and_not_guessed(values):
     image = Image.fromarray(np.ones((32, 32), values))
-    assert refused(encode(image, "TIFF")).value.startswith("mode ")
+    error = refused(encode(image, "TIFF"))
+    assert (error.reason, error.value) == ("mode_not_allowed", image.mode)
 
 
 @pytest.mark.parametrize(

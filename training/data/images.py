@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from training.data import containers
 from training.data.geometry import Size
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ _KNOWN = (  # Magic numbers: offset, bytes, name. Only to say what a file is; no
     (0, b"\x1aE\xdf\xa3", "video"),
 )
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_METADATA_WARNINGS = "Metadata Warning|Possibly corrupt EXIF|Truncated File Read"
+"""What Pillow says of a TIFF's tags while it loads one; they say nothing of the pixels."""
+_DEEP_MODES = ("I", "F")
+"""Pillow's modes of more than 16 bits or of fractions: nothing says which of their values is white."""
+_PIXEL_BYTES = 7
+"""Least memory per pixel while an image is decoded, bytes: four as Pillow holds RGB, three as it leaves."""
 _PROFILE_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,6 +70,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 274
+_PHOTOMETRIC_TAG = 262
+_ZERO_IS_WHITE = 0
 _X_RESOLUTION_TAG = 282
 
 
@@ -117,9 +126,10 @@ class Facts:
     sharpness: float
 
 
-def out_of_memory(config: "DecodeConfig") -> Unusable:
-    """What to say of a picture that a worker's memory does not hold."""
-    return Unusable("decode_failed", value="out of memory", limit=f"{config.memory_bytes} bytes")
+def out_of_memory(config: "DecodeConfig", needed_bytes: int | None = None) -> Unusable:
+    """What to say of an image that a worker's memory does not hold."""
+    needed = "more" if needed_bytes is None else f"at least {needed_bytes} bytes"
+    return Unusable("out_of_memory", value=needed, limit=f"{config.memory_bytes} bytes")
 
 
 def one_line(words: object) -> str:
@@ -161,10 +171,11 @@ def read_file(path: Path, config: "DecodeConfig") -> bytes:
 def decode(data: bytes, config: "DecodeConfig") -> Decoded:
     """Turn a file's bytes into upright 8-bit sRGB.
 
-    Size and number of frames are checked in the header, before any pixel is decoded. 16-bit grey is scaled, not
-    clipped; transparency is blended on white; a colour profile that is not sRGB is converted (perceptual
-    intent), a broken one ignored; of a multi-picture JPEG or a TIFF the first picture is taken. Sets Pillow's
-    own pixel limit for this process.
+    Size, mode and number of frames are checked in the header, before any pixel is decoded. There is one full decode,
+    and metadata is read after it; where it fails, warns or stops early, the file is refused. What no checksum or
+    decoder can notice is listed in `docs/images.md`. 16-bit grey is scaled, not clipped; transparency is blended on
+    white; a colour profile that is not sRGB is converted (perceptual intent), a broken one ignored; of a
+    multi-picture JPEG or a TIFF the first image is taken. Sets Pillow's own pixel limit for this process.
 
     Raises:
         Unusable: whatever is wrong, with a reason out of the closed list.
@@ -178,7 +189,7 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
         warnings.simplefilter("ignore")
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, config)
+                return _decode(image, data, config)
         except Unusable:
             raise
         except Image.DecompressionBombError as error:
@@ -192,21 +203,26 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
             raise Unusable(reason, detail=f"{type(error).__name__}: {error}") from None
 
 
-def _decode(image: Image.Image, config: "DecodeConfig") -> Decoded:
+def _decode(image: Image.Image, data: bytes, config: "DecodeConfig") -> Decoded:
     size = Size(image.height, image.width)
-    if size.area > config.max_pixels:
-        raise Unusable("too_many_pixels", value=size.area, limit=config.max_pixels)
-    if min(size) < config.min_side_px:
-        raise Unusable("too_small", value=min(size), limit=config.min_side_px)
     form, mode = image.format or "", image.mode
+    _check_header(size, mode, config)
     if form not in ("MPO", "TIFF") and getattr(image, "is_animated", False):
         raise Unusable("animated", value=form, limit="1 frame", detail="more than one frame")
-    orientation, dpi = _orientation(image), _dpi(image)
-    image.load()
-    # Pillow turns a TIFF by itself while it loads: turn by what the tag says now, report what it said before.
-    left = _orientation(image)
+    try:
+        containers.check(data)
+    except containers.Damaged as damaged:
+        raise _damaged(damaged, form) from None
+    tags = dict(getattr(image, "tag_v2", {}))  # Pillow turns a TIFF while it loads, and forgets how it was turned.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", _METADATA_WARNINGS)
+        image.load()
+    dpi = _dpi(image)
+    left = _orientation(image)  # What remains to be done: a TIFF is upright by now.
+    orientation = _valid_orientation(tags.get(_ORIENTATION_TAG, left))
     turned_by_pillow = left != orientation
-    upright = _to_rgb(image)
+    upright = _to_rgb(image, zero_is_white=tags.get(_PHOTOMETRIC_TAG) == _ZERO_IS_WHITE)
     if left in _TRANSPOSE:
         upright = upright.transpose(_TRANSPOSE[left])
     pixels = np.ascontiguousarray(upright)
@@ -214,13 +230,29 @@ def _decode(image: Image.Image, config: "DecodeConfig") -> Decoded:
     return Decoded(pixels=pixels, format=form, mode=mode, stored=stored, orientation=orientation, dpi=dpi)
 
 
+def _check_header(size: Size, mode: str, config: "DecodeConfig") -> None:
+    """Refuse by the header what cannot be used, before any pixel is decoded."""
+    if size.area > config.max_pixels:
+        raise Unusable("too_many_pixels", value=size.area, limit=config.max_pixels)
+    if min(size) < config.min_side_px:
+        raise Unusable("too_small", value=min(size), limit=config.min_side_px)
+    if mode in _DEEP_MODES:
+        raise Unusable("mode_not_allowed", value=mode, limit="8 or 16 bits per channel")
+    if (needed := _PIXEL_BYTES * size.area) > config.memory_bytes:
+        raise out_of_memory(config, needed)
+
+
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1-8; anything else, an EXIF block that cannot be read included, is 1."""
+    """EXIF orientation 1-8 of a loaded image; an EXIF block that cannot be read costs the rotation only."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-        return int(value) if value in range(1, 9) else 1
-    except Exception:  # A broken EXIF block costs the rotation, not the picture.
+        return _valid_orientation(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # The pixels are whole: they were decoded before.
         return 1
+
+
+def _valid_orientation(value: Any) -> int:
+    """1-8; anything else is 1."""
+    return int(value) if value in range(1, 9) else 1
 
 
 def _dpi(image: Image.Image) -> float | None:
@@ -235,14 +267,18 @@ def _dpi(image: Image.Image) -> float | None:
     return round(dpi, 3) if math.isfinite(dpi) and dpi > 0 else None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: sRGB colours, blended on white."""
+def _to_rgb(image: Image.Image, *, zero_is_white: bool) -> Image.Image:
+    """Any mode as RGB: sRGB colours, blended on white.
+
+    Args:
+        image: Loaded.
+        zero_is_white: The TIFF says that 0 means white. Pillow turns 8 bits by itself, and leaves 16 as they are.
+    """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)  # (H, W)
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise Unusable("decode_failed", value=f"mode {image.mode}", limit="8 or 16 bits per channel")
+        grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
+        image = Image.fromarray(255 - grey if zero_is_white else grey)
     alpha = None
     if image.has_transparency_data:
         # Pillow un-premultiplies on the way to straight alpha; La has no direct one to RGBA.
@@ -284,8 +320,16 @@ def _unidentified(data: bytes) -> Unusable:
         return Unusable("not_an_image", value=f"starts with {data[:12]!r}")
     if name not in FORMATS:
         return Unusable("format_not_allowed", value=name, limit=" ".join(FORMATS))
+    try:
+        containers.check(data)
+    except containers.Damaged as damaged:
+        return _damaged(damaged, name)
     reason = "truncated" if _ends_early(data) else "decode_failed"
     return Unusable(reason, value=name, detail=f"starts like {name}, but its header cannot be read")
+
+
+def _damaged(damaged: containers.Damaged, form: str) -> Unusable:
+    return Unusable("truncated" if damaged.early_end else "decode_failed", value=form, detail=damaged)
 
 
 def _ends_early(data: bytes) -> bool:
