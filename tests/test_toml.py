@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import config as configs
-from training import toml
+from training import recipes, toml
 from training.config import SelectionConfig, WorkspaceConfig
 from training.errors import ConfigError
 from training.run_config import RunConfig
@@ -49,6 +49,22 @@ def test_each_mistake_names_key_value_and_rule(tmp_path, text, words):
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    path = tmp_path / "foundry.toml"
+    path.write_bytes(BOM + b"format = 1\r\n[selection]\r\nmin_score = 3\r\n")
+    assert build(path).selection.min_score == 3
+    path.write_bytes(BOM + b"formt = 1")
+    with pytest.raises(ConfigError, match=r"foundry\.toml:1: unknown key 'formt'"):
+        build(path)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_bytes(BOM + b'[workspace]\nformat = 1\n[run]\nencoding = "sdxl"\nnum_samples = 77\n')
+    assert recipes.workspace_toml(recipe, [], tiny=None) == "format = 1\n"
+    assert recipes.run_config(recipe, [], tiny=None).num_samples == 77
 
 
 def test_defaults_survive_a_round_trip():

@@ -43,7 +43,7 @@ def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
     Raises:
         ConfigError: the half has an unknown key or an impossible value.
     """
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8-sig")
     start = re.search(r"^\[workspace\]$", text, re.MULTILINE)
     end = re.search(r"^\[+run\b", text, re.MULTILINE)
     if start is None:

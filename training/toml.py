@@ -22,7 +22,7 @@ def load(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML; the message names file and line.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -167,7 +167,7 @@ def _where(origin: Path | None, key: str | None) -> str:
     if origin is None:
         return ""
     if key is not None and origin.is_file():
-        for number, line in enumerate(origin.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(origin.read_text("utf-8-sig").splitlines(), 1):
             if re.match(rf"\s*(\[+.*\b)?{re.escape(key)}\b", line):
                 return f"{origin}:{number}: "
     return f"{origin}: "
