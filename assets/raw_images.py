@@ -31,7 +31,7 @@ def _scan(store: Store, key: str) -> dict[str, str]:
 
 LISTING = Stage(
     name="source_listing",
-    version=1,
+    version=2,
     scope=Scope.ALL,
     config=lambda config, key: {"sources": [source.name for source in config.sources], "shard_size": config.shard_size},
     others=_scan,
@@ -53,26 +53,32 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
     """Every candidate that the sources ever held, with its own metadata and its shard. Only grows."""
 
     def make(key: str) -> Made:
-        found, problems = [], []
+        found, unused = [], []
         for source in store.config.sources:
-            frame, bad = sources.list_folder(source, store.source_root(source.name))
+            frame, problems = sources.list_folder(source, store.source_root(source.name))
             found.append(frame)
-            problems.extend(bad)
+            unused += [sources.rejection(source.name, problem) for problem in problems]
         previous = store.read("source_listing")
         listed = pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
         merged = sources.merge_listing(previous, listed, shard_size=store.config.shard_size, now=datetime.now(UTC))
         if merged.is_empty():
             folders = ", ".join(str(store.source_root(source.name)) for source in store.config.sources) or "none"
             raise DataError(f"no image file in any source (looked in: {folders}); add pictures or another [[sources]]")
+        rejected = rejections("source_listing", unused)
+        num_with_words = sources.num_with_words(listed, store.config.sources)
+        num_unmatched = rejected.filter(pl.col("reason") == Reason.SIDECAR_UNMATCHED).height
         report = {
             "numbers": {
                 "shards": merged["shard"].n_unique(),
                 "gone": merged["gone_at"].is_not_null().sum(),
-                "sidecar problems": len(problems),
+                "with words": num_with_words,
+                "unmatched sidecars": num_unmatched,
+                "sidecar problems": rejected.height - num_unmatched,
             },
-            "tables": {"sidecar problems": [item._asdict() for item in problems[:20]]},
+            "tables": {"not used": unused[:20]},
+            "notes": sources.notes(listed.height, num_with_words, rejected),
         }
-        return Made(frame=merged, rows_in=merged.height, report=report)
+        return Made(frame=merged, rejected=rejected, rows_in=merged.height + rejected.height, report=report)
 
     result = materialize(context, store, LISTING, make)
     mirror(context.instance, store)
@@ -124,7 +130,7 @@ def read_candidates(store: Store, candidates: pl.DataFrame) -> tuple[list[dict[s
 
 def image_path(store: Store, row: dict[str, object]) -> Path:
     """Where the bytes of a candidate lie."""
-    return sources.locate(store.source_root(str(row["source"])), str(row["locator"]))
+    return sources.readable(store.source_root(str(row["source"])), str(row["locator"]))
 
 
 def _identity(row: dict[str, object]) -> dict[str, object]:

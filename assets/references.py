@@ -85,7 +85,7 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
             continue
     kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
     return [
-        (image_id, sources.locate(roots[source], locator))
+        (image_id, sources.readable(roots[source], locator))
         for image_id, source, locator in kept.select("image_id", "source", "locator").iter_rows()
     ]
 

@@ -144,6 +144,9 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
     if not made_now:
         console.print("everything selected is up to date: nothing was done")
     for item in outcomes:
+        if item.stage == "source_listing" and (listing := store.manifest("source_listing", "all")) is not None:
+            for note in listing.report.get("notes", []):
+                console.print(note, soft_wrap=True, markup=False, highlight=False)
         if item.unfinished:
             console.print(f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run")
     for run in store.keys(Scope.RUN):

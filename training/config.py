@@ -27,6 +27,8 @@ class SourceConfig:
     """Folder; relative to the workspace."""
     tags: tuple[str, ...] = ()
     """Tags that every image of it carries."""
+    words: Literal["auto", "tags", "captions"] = "auto"
+    """What the text files beside its images hold. auto: each line is judged by itself, and `.caption` is prose."""
 
     def __post_init__(self) -> None:
         check_name("source", self.name)

@@ -51,6 +51,38 @@ def test_one_bad_picture_costs_one_row(empty):
     assert rows == ["bad.png,rejected,truncated", "good.png,accepted,"]
 
 
+def test_links_that_lead_out_and_words_that_are_not_used_are_said(empty, tmp_path):
+    home, source = empty
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in (source / "a.png", source / "b.png", elsewhere / "c.png"):
+        Image.effect_noise((200, 160), 50).convert("RGB").save(path)
+    (source / "concept").symlink_to(elsewhere)
+    (source / "a.TXT").write_text("1girl, red_dress\nA girl in a red dress stands in a garden.\n")
+    (source / "b.json").write_text("[1]")
+    (source / "c.txt").write_text("nobody's")
+    done = foundry("run", "--home", home, "--select", "raw_images,captions")
+    for words in (
+        "words: 1 of 3 image files have tags or a caption beside them",
+        "sidecars without an image of their name: 1, such as c.txt",
+        "1, such as b.json: must hold an object, holds list", "from rejected_images where stage = 'source_listing'",
+    ):  # fmt: skip
+        assert words in done.stdout
+
+    def ask(query):
+        return foundry("sql", "--home", home, "--format", "csv", query).stdout.splitlines()[1:]
+
+    assert ask("select source_id, status, reason from ingest_verdicts order by 1") == [
+        "a.png,accepted,", "b.png,accepted,", "concept,rejected,link_not_followed",
+    ]  # fmt: skip
+    assert ask("select reason, value from rejected_images where stage = 'source_listing' order by 1") == [
+        "sidecar_malformed,b.json", "sidecar_unmatched,c.txt",
+    ]  # fmt: skip
+    assert ask("select caption from captions where caption is not null") == [
+        "A girl in a red dress stands in a garden."
+    ]
+
+
 def test_an_unknown_key(empty):
     home, _ = empty
     path = home / "foundry.toml"

@@ -139,10 +139,10 @@ def one_line(words: object) -> str:
 
 
 def read_file(path: Path, config: "DecodeConfig") -> bytes:
-    """The bytes of a regular file; links are not followed.
+    """The bytes of a regular file; a link is not followed.
 
     Raises:
-        Unusable: gone, no regular file, not readable, empty, too large, or changed while it was read.
+        Unusable: gone, a link, no regular file, not readable, empty, too large, or changed while it was read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -159,8 +159,11 @@ def read_file(path: Path, config: "DecodeConfig") -> bytes:
                 data += more
             after = os.fstat(descriptor)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            detail = f"leads to {os.readlink(path)}" if path.is_symlink() else error.strerror
+            raise Unusable("link_not_followed", value="link", limit="inside the source", detail=detail) from None
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        no_file = error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+        no_file = error.errno in (errno.ENXIO, errno.EISDIR)
         reason = "gone" if missing else "not_a_file" if no_file else "unreadable"
         raise Unusable(reason, detail=error.strerror) from None
     if len(data) != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):

@@ -6,60 +6,45 @@ What looks like an image by its name is a candidate; whether it is one is decide
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
-from training.data import sidecars
-from training.data.tables import TABLES
+from training.data import folders, sidecars
+from training.data.folders import Found, is_inside
+from training.data.tables import TABLES, Reason
 from training.errors import DataError
 
 if TYPE_CHECKING:
     from training.config import SourceConfig
 
-# fmt: off
-IMAGE_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
-    ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".svg", ".ico",
-    ".cur", ".icns", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dds", ".exr", ".hdr", ".eps",
-    ".xcf", ".raw", ".dng", ".cr2", ".nef", ".arw",
-))
-# fmt: on
-"""Names that claim to be an image. Most of these formats are rejected later, with a reason."""
-
 _LISTED = tuple(name for name in TABLES["source_listing"].columns if name not in ("shard", "gone_at"))
+_EXAMPLES = 3
+_UNUSED_WORDS = {
+    Reason.SIDECAR_UNMATCHED: "sidecars without an image of their name",
+    Reason.SIDECAR_UNREADABLE: "sidecars that cannot be read",
+    Reason.SIDECAR_MALFORMED: "sidecars that are used in part, or hold nothing that is known",
+    Reason.UNREADABLE: "folders and files that cannot be looked at",
+}
 _ROWS = 50_000
 """Rows held as Python objects at a time."""
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
 class Problem(NamedTuple):
-    """Something beside or around a candidate that could not be used; the candidate itself goes on."""
+    """Something beside or around the candidates that was not used."""
 
+    path: str
+    """The sidecar or folder, relative to the root."""
+    reason: str
+    """A value of `tables.Reason`."""
     source_id: str
-    """The candidate, or the folder."""
-    what: str
+    """The candidate that it belongs to, which goes on; empty for none."""
+    detail: str
     """One line."""
-
-
-class _Status(NamedTuple):
-    bytes: int
-    modified_ns: int
-    kind: int
-    """File type bits of st_mode."""
-
-
-class _Found(NamedTuple):
-    name: bytes
-    """Path relative to the root."""
-    status: _Status
-    """Of the candidate itself, links not followed."""
-    sidecars: tuple[tuple[bytes, _Status], ...]
-    """Name relative to the root and status of each, in the order of `sidecars.SUFFIXES`."""
 
 
 def locate(root: Path, locator: str) -> Path:
@@ -78,6 +63,21 @@ def locate(root: Path, locator: str) -> Path:
     return root / os.fsdecode(name)
 
 
+def readable(root: Path, locator: str) -> Path:
+    """Where the bytes of a candidate are read: its links resolved, as long as they stay inside the folder.
+
+    Of a path that leads out, the link that does is returned, and `images.read_file` refuses it, as it does a link to no
+    file.
+    """
+    path, top = locate(root, locator), os.fsencode(os.path.realpath(root))
+    real = os.path.realpath(path)
+    if is_inside(os.fsencode(real), top):
+        return Path(real) if os.path.isfile(real) or not os.path.islink(path) else path
+    above = [folder for folder in reversed(path.parents) if folder.is_relative_to(root) and folder != root]
+    leads_out = (at for at in above if not is_inside(os.fsencode(os.path.realpath(at)), top))
+    return next(leads_out, path)
+
+
 def encode_name(name: bytes) -> str:
     """A path as clean printable text: bytes that are not are percent-encoded, and so is a percent sign that
     would read as an encoded byte. `locate` turns it back; different paths give different texts.
@@ -94,51 +94,63 @@ def encode_name(name: bytes) -> str:
 
 
 def scan_digest(source: "SourceConfig", root: Path) -> str:
-    """SHA-256 over the relative names, sizes and times of all candidates and sidecars, and the fixed tags.
+    """SHA-256 over names, sizes, times and inodes of all candidates and sidecars, and the source's settings.
 
     It changes whenever `list_folder` could give another result, and reads no file.
 
     Raises:
         DataError: the folder is missing.
     """
-    hasher = hashlib.sha256(repr((source.name, source.tags)).encode())
-    for found in sorted(_walk(source, root, [])):
+    candidates, problems = _walk(source, root)
+    hasher = hashlib.sha256(repr((source.name, source.tags, source.words)).encode())
+    for found in candidates:
         for name, status in ((found.name, found.status), *found.sidecars):
             hasher.update(repr((name, *status)).encode())
+    hasher.update(repr(sorted(problems)).encode())
     return hasher.hexdigest()
 
 
 def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[Problem]]:
-    """All candidates below a folder with what their sidecars say.
-
-    Links are never followed. A link, pipe or device that is named like an image is listed all the same, so that
-    it is rejected with a reason and does not just vanish; folders are walked whatever their name.
+    """All candidates below a folder (see `folders.walk`) with what their sidecars say.
 
     Returns:
-        `source_listing` without shard and gone_at, ordered by the bytes of the relative path; and what could
-        not be used of sidecars and folders.
+        `source_listing` without shard and gone_at, ordered by the bytes of the relative path; and what was not used of
+        sidecars and folders.
 
     Raises:
         DataError: the folder is missing.
     """
-    problems: list[Problem] = []
     schema = {name: TABLES["source_listing"].schema[name] for name in _LISTED}
     frames = [pl.DataFrame(schema=schema)]
-    candidates = sorted(_walk(source, root, problems))
+    candidates, problems = _walk(source, root)
     for start in range(0, len(candidates), _ROWS):
         rows = [_row(source, root, found, problems) for found in candidates[start : start + _ROWS]]
         frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
     return pl.concat(frames), sorted(problems)
 
 
-def _row(source: "SourceConfig", root: Path, found: _Found, problems: list[Problem]) -> dict[str, object]:
+def _walk(source: "SourceConfig", root: Path) -> tuple[list[Found], list[Problem]]:
+    """Candidates by name, and what is of none."""
+    if not root.is_dir():
+        raise DataError(f"source {source.name!r}: folder {root} is missing; sources.path must name a folder")
+    candidates, problems = [], []
+    for item in folders.walk(root):
+        if isinstance(item, Found):
+            candidates.append(item)
+        else:
+            problems.append(Problem(encode_name(item.name), item.reason, "", item.detail))
+    return sorted(candidates), problems
+
+
+def _row(source: "SourceConfig", root: Path, found: Found, problems: list[Problem]) -> dict[str, object]:
     """One candidate with its metadata as a row of the listing."""
     source_id = encode_name(found.name)
     metadata = sidecars.Metadata()
     for tag in source.tags:
         metadata.add_tag(tag)
-    paths = [root / os.fsdecode(name) for name, _ in found.sidecars]
-    problems += [Problem(source_id, what) for what in sidecars.read(paths, metadata)]
+    names = {readable(root, encode_name(name)): name for name, _ in found.sidecars}
+    for flaw in sidecars.read(list(names), metadata, source.words):
+        problems.append(Problem(encode_name(names[flaw.path]), flaw.reason, source_id, flaw.detail))
     return {
         "source": source.name,
         "source_id": source_id,
@@ -155,46 +167,46 @@ def _row(source: "SourceConfig", root: Path, found: _Found, problems: list[Probl
     }
 
 
-def _walk(source: "SourceConfig", root: Path, problems: list[Problem]) -> Iterator[_Found]:
-    """Candidates in no particular order; folders that cannot be read go to `problems`."""
-    if not root.is_dir():
-        raise DataError(f"source {source.name!r}: folder {root} is missing; sources.path must name a folder")
-    top = os.fsencode(root)
-    waiting = [b""]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            with os.scandir(os.path.join(top, folder)) as entries:
-                files, folders = _sort_entries(entries, folder, problems)
-        except OSError as error:
-            problems.append(Problem(encode_name(folder) or ".", f"folder: {error.strerror}"))
-            continue
-        waiting += folders
-        for name, status in files.items():
-            stem, suffix = os.path.splitext(name)
-            if os.fsdecode(suffix).lower() in IMAGE_SUFFIXES:
-                beside = [stem + end.encode() for end in sidecars.SUFFIXES]
-                yield _Found(name, status, tuple((side, files[side]) for side in beside if side in files))
+def rejection(source: str, problem: Problem) -> dict[str, object]:
+    """What was not used as a row of `rejected_images`."""
+    return {
+        "source": source, "source_id": problem.source_id or None, "reason": problem.reason, "value": problem.path,
+        "detail": problem.detail,
+    }  # fmt: skip
 
 
-def _sort_entries(
-    entries: Iterator["os.DirEntry[bytes]"], folder: bytes, problems: list[Problem]
-) -> tuple[dict[bytes, _Status], list[bytes]]:
-    """Files by relative name with status, and folders, of one folder."""
-    files: dict[bytes, _Status] = {}
-    folders = []
-    for entry in entries:
-        name = os.path.join(folder, entry.name)
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except OSError as error:
-            problems.append(Problem(encode_name(name), f"status: {error.strerror}"))
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            folders.append(name)
-        else:
-            files[name] = _Status(status.st_size, status.st_mtime_ns, stat.S_IFMT(status.st_mode))
-    return files, folders
+def num_with_words(listed: pl.DataFrame, sources: Sequence["SourceConfig"]) -> int:
+    """How many candidates have a caption, or a tag that is not their source's."""
+    count = 0
+    for source in sources:
+        given = sidecars.Metadata()
+        for tag in source.tags:
+            given.add_tag(tag)
+        own = pl.col("tags").list.len() > len(given.tags)
+        count += listed.filter(pl.col("source") == source.name, own | pl.col("caption").is_not_null()).height
+    return count
+
+
+def notes(num_candidates: int, num_with_words: int, unused: pl.DataFrame) -> list[str]:
+    """What a listing says to whoever started it: how many images have words, and which words were not used.
+
+    Args:
+        num_candidates: Files that are there now.
+        num_with_words: Those of them with words.
+        unused: The listing's rows of `rejected_images`.
+    """
+    lines = [f"words: {num_with_words} of {num_candidates} image files have tags or a caption beside them"]
+    for reason, what in _UNUSED_WORDS.items():
+        rows = unused.filter(pl.col("reason") == reason)
+        if rows.height:
+            examples = "; ".join(
+                f"{row['value']}: {row['detail']}" if row["source_id"] else str(row["value"])
+                for row in rows.head(_EXAMPLES).iter_rows(named=True)
+            )
+            lines.append(f"{what}: {rows.height}, such as {examples}")
+    if unused.height:
+        lines.append("see them with `foundry sql \"from rejected_images where stage = 'source_listing'\"`")
+    return lines
 
 
 def merge_listing(previous: pl.DataFrame, found: pl.DataFrame, *, shard_size: int, now: datetime) -> pl.DataFrame:

@@ -19,10 +19,11 @@ UTC = pl.Datetime("us", "UTC")
 
 
 class Reason(StrEnum):
-    """Why an image cannot be used at all. A closed list: `rejected_images.reason` holds nothing else."""
+    """Why an image, or what lies beside it, is not used. A closed list: `rejected_images.reason` holds nothing else."""
 
     GONE = "gone"
     NOT_A_FILE = "not_a_file"
+    LINK_NOT_FOLLOWED = "link_not_followed"
     UNREADABLE = "unreadable"
     EMPTY_FILE = "empty_file"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -43,6 +44,9 @@ class Reason(StrEnum):
     SMALLER_THAN_BUCKET = "smaller_than_bucket"
     NON_FINITE_LATENTS = "non_finite_latents"
     ANNOTATION_FAILED = "annotation_failed"
+    SIDECAR_UNMATCHED = "sidecar_unmatched"
+    SIDECAR_UNREADABLE = "sidecar_unreadable"
+    SIDECAR_MALFORMED = "sidecar_malformed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "rejected_images",
-            "candidate or image",
+            "candidate, image, sidecar or folder",
             (),
             {
                 "stage": _c(pl.String, "stage that could not use it"),
@@ -174,7 +178,7 @@ TABLES: dict[str, Table] = {
                 "source_id": _c(pl.String, "identity within the source; null for an image"),
                 "image_id": _c(pl.String, "SHA-256 of the bytes; null when they were never read"),
                 "reason": _c(pl.String, "one of the closed list of reasons"),
-                "value": _c(pl.String, "what was found"),
+                "value": _c(pl.String, "what was found; the path of a sidecar or folder"),
                 "limit": _c(pl.String, "what was allowed"),
                 "detail": _c(pl.String, "the decoder's words, one line"),
             },
