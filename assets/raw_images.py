@@ -10,9 +10,10 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, shards
+from resources import missing
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
-from training.data import sources
+from training.data import absence, sources
 from training.data.decode_pool import DecodePool
 from training.data.images import Facts
 from training.data.tables import TABLES, Reason, rejections
@@ -50,7 +51,10 @@ RAW_IMAGES = Stage(
 
 @dg.asset(**describe(LISTING, "ingest"))
 def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """Every candidate that the sources ever held, with its own metadata and its shard. Only grows."""
+    """Every candidate that the sources ever held, with its own metadata and its shard. Only grows.
+
+    A source that has lost most of its files ends the run, unless people accepted exactly that: absence is not deletion.
+    """
 
     def make(key: str) -> Made:
         found, unused = [], []
@@ -60,6 +64,8 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
             unused += [sources.rejection(source.name, problem) for problem in problems]
         previous = store.read("source_listing")
         listed = pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
+        losses = absence.losses(previous, listed, [source.name for source in store.config.sources])
+        missing.require_accepted(store, losses)
         merged = sources.merge_listing(previous, listed, shard_size=store.config.shard_size, now=datetime.now(UTC))
         if merged.is_empty():
             folders = ", ".join(str(store.source_root(source.name)) for source in store.config.sources) or "none"
@@ -76,11 +82,15 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
                 "sidecar problems": rejected.height - num_unmatched,
             },
             "tables": {"not used": unused[:20]},
-            "notes": sources.notes(listed.height, num_with_words, rejected),
+            "notes": [
+                *sources.notes(listed.height, num_with_words, rejected),
+                *(f"accepted as missing: {loss}" for loss in losses),
+            ],
         }
         return Made(frame=merged, rejected=rejected, rows_in=merged.height + rejected.height, report=report)
 
     result = materialize(context, store, LISTING, make)
+    missing.settle(store)
     mirror(context.instance, store)
     return result
 

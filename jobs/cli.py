@@ -74,6 +74,10 @@ def run(
     select: Annotated[str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")] = None,
     only: Annotated[bool, typer.Option("--only", help="Leave stale stages upstream of the selection alone.")] = False,
     max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Start no partition after this.")] = None,
+    accept_missing: Annotated[
+        list[str] | None,
+        typer.Option("--accept-missing", help="Source that has lost files as it should; may repeat.", metavar="SOURCE"),
+    ] = None,
 ) -> None:
     """Bring the graph up to date: does what is missing or stale, and only that."""
     from jobs import console, pipeline
@@ -83,7 +87,12 @@ def run(
     started = time.monotonic()
     with console.progress() as announce:
         outcomes = pipeline.bring_up_to_date(
-            store.home, select=select, only=only, max_minutes=max_minutes, started=announce
+            store.home,
+            select=select,
+            only=only,
+            max_minutes=max_minutes,
+            accept_missing=accept_missing or (),
+            started=announce,
         )
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
     if any(outcome.unfinished for outcome in outcomes):

@@ -13,6 +13,7 @@ import dagster as dg
 from assets import currency, verdicts
 from assets.partitions import mirror
 from jobs.definitions import STAGES, defs
+from resources import missing
 from resources.instance import instance as open_instance
 from resources.run_launcher import holder_tags, report_dead_runs
 from resources.stages import Scope, Stage
@@ -54,6 +55,7 @@ def bring_up_to_date(
     only: bool = False,
     max_minutes: float | None = None,
     run: str | None = None,
+    accept_missing: Sequence[str] = (),
     started: Started = lambda stage, num_partitions, reasons: None,
 ) -> list[Outcome]:
     """Bring the selected stages, and unless `only` all that they follow from, up to date.
@@ -65,6 +67,7 @@ def bring_up_to_date(
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
         run: Of all training runs, only this one.
+        accept_missing: Sources whose missing files are meant to be missing, as their folders are now.
         started: Called for each stage that has work, before it begins: its name, partitions, and why they are stale.
 
     Raises:
@@ -80,6 +83,7 @@ def bring_up_to_date(
     ):
         report_dead_runs(instance)
         currency.report_versions(instance, store)
+        missing.accept(store, accept_missing)
         outcomes = []
         for stages in _selected(select, only=only):
             mirror(instance, store)
