@@ -10,7 +10,7 @@ import polars as pl
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_path, thumbnails
-from resources import devices, engine
+from resources import devices, engine, kept_rows
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from resources.warehouse import rebuild
@@ -121,10 +121,13 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     pictures = store.read_slice(EMBEDDINGS, "raw_images", key).unique("image_id", keep="first").sort("image_id")
     config = store.config
     models = {stage.model: store.model_path(stage.model) for stage in stages}
-    work = [(row["image_id"], image_path(store, row)) for row in pictures.iter_rows(named=True)]
+    known = {stage.name: kept_rows.known(store, stage, key) for stage in stages}
+    done_before = set.intersection(*(set(rows["image_id"]) for rows in known.values()))
+    fresh = pictures.filter(~pl.col("image_id").is_in(list(done_before)))
+    work = [(row["image_id"], image_path(store, row)) for row in fresh.iter_rows(named=True)]
     size = config.annotate.batch_size
     batches = [work[start : start + size] for start in range(0, len(work), size)]
-    identity = json_digest([stage.name for stage in stages] + [store.basis(stage, key) for stage in stages])
+    identity = json_digest([[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()])
     worker = partial(Annotator, models, config.annotate, config.decode)
     with devices.hold("annotate", config.devices, store.home) as device:
         run = partial(engine.run, worker, (), devices=[device])
@@ -132,12 +135,23 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
         rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
     rejected = rejections("annotations", failures(rows))
     good = rows.filter(pl.col("failure").is_null())
-    return {stage.name: _made(store, stage, good, rejected, pictures) for stage in stages}
+    for stage in stages:
+        kept_rows.keep(store, stage, key, known[stage.name].join(pictures, on="image_id", how="anti"))
+    present = pictures.filter(pl.col("image_id").is_in(list(done_before))).select("image_id")
+    return {
+        stage.name: _made(
+            store, stage, good, known[stage.name].join(present, on="image_id", how="semi"), rejected, pictures
+        )
+        for stage in stages
+    }
 
 
-def _made(store: Store, stage: Stage, rows: pl.DataFrame, rejected: pl.DataFrame, pictures: pl.DataFrame) -> Made:
+def _made(
+    store: Store, stage: Stage, rows: pl.DataFrame, known: pl.DataFrame, rejected: pl.DataFrame, pictures: pl.DataFrame
+) -> Made:
     filled = _FILLED[stage.name]
-    frame = rows.select("image_id", pl.lit(stage.model).alias("model"), *filled)
+    new = rows.select("image_id", pl.lit(stage.model).alias("model"), *filled)
+    frame = pl.concat([new, known.select(new.columns)]).sort("image_id")
     return Made(
         frame=frame, rejected=rejected.with_columns(stage=pl.lit(stage.name)), rows_in=pictures.height,
         report=_report(store, stage, frame, pictures),

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -16,11 +16,13 @@ from resources import devices, generations
 from resources.stages import Per, Reads, Scope, Stage
 from resources.store import Made, Store
 from training import progress, toml
+from training.commit import Manifest
 from training.data.bucket_plans import follows_picture
 from training.data.geometry import Box, Size
 from training.data.latent_files import Generation, read_generation
 from training.data.latent_files import generations as numbers_of
 from training.data.tables import rejections
+from training.errors import DamageError
 from training.evaluation import figures
 from training.latents import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
 
@@ -91,6 +93,7 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
         folder = store.table_folder("latents", key)
         number = max(numbers_of(folder), default=0) + 1
         say = context.log.info
+        reusable = [] if anew else _reusable(store, key)
         hold = devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say)
         with hold as device, progress.told(say):
             began = time.monotonic()
@@ -105,7 +108,8 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
                     load_vae=lambda: _load_vae(
                         store.vae_folder(STAGE.encoding(key)), device, encoding.precision, encoding.tile_above_px
                     ),
-                    previous=None if anew else _reusable(store, key),
+                    previous=reusable[0] if reusable else None,
+                    older=tuple(reusable[1:]),
                     show_watermarks=store.config.selection.watermark_threshold,
                 ),
             )
@@ -136,20 +140,35 @@ def _load_vae(folder: Path, device: str, precision: str, tile_above_px: int) -> 
     return Vae.load(folder, device, precision=precision, tile_above_px=tile_above_px)  # type: ignore[arg-type]
 
 
-def _reusable(store: Store, key: str) -> Generation | None:
-    """The current generation, where its rows are what would be made now: equal code, VAE and crop policy."""
-    manifest, basis = store.manifest("latents", key), store.basis(STAGE, key)
-    if manifest is None or basis is None:
-        return None
-    boxes = _watermarks_read(store, key)
-    equal = (
+def _reusable(store: Store, key: str) -> list[Generation]:
+    """The current generation, and older ones for images that were missing since, the newest first.
+
+    Empty where the current one's rows are not what would be made now: by equal code, VAE and crop policy.
+    """
+    basis = store.basis(STAGE, key)
+    folder = store.table_folder("latents", key)
+    found: list[Generation] = []
+    for number in reversed(numbers_of(folder)):
+        try:
+            generation = read_generation(folder, number)
+        except DamageError:
+            if not found:
+                raise
+            continue
+        if basis is not None and _is_equal(store, key, generation.manifest, basis):
+            found.append(generation)
+        elif not found:
+            break
+    return found
+
+
+def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, Any]) -> bool:
+    return (
         manifest.version == STAGE.version
         and dict(manifest.models) == basis["models"]
         and same_policy(manifest.config, toml.dump(store.config.encodings[STAGE.encoding(key)]))
-        and all(manifest.inputs.get(label) == digest for label, digest in boxes.items())
+        and all(manifest.inputs.get(label) == digest for label, digest in _watermarks_read(store, key).items())
     )
-    folder = store.table_folder("latents", key)
-    return read_generation(folder, max(numbers_of(folder))) if equal else None
 
 
 def pictures(store: Store, key: str) -> list[Picture]:

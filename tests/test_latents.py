@@ -53,13 +53,13 @@ def pictures(tmp_path_factory):
 def encode(tmp_path, vae):
     """`encode(pictures, generation, changes, previous=...)`: one committed generation in `tmp_path`."""
 
-    def run(pictures, number, load=lambda: vae, previous=None, **changes):
+    def run(pictures, number, load=lambda: vae, previous=None, older=(), **changes):
         encoding = EncodingConfig(buckets=BucketConfig(scale=8), **{"batch_size": 3, "max_file_bytes": 4096, **changes})
         shard = encode_shard(
             pictures,
             EncodeJob(
                 folder=tmp_path, generation=number, encoding=encoding, decode=DecodeConfig(num_workers=1),
-                vae_digest="v", load_vae=load, previous=previous,
+                vae_digest="v", load_vae=load, previous=previous, older=older,
             ),
         )  # fmt: skip
         frame = TABLES["latents"].conform(shard.frame)
@@ -203,6 +203,27 @@ def test_what_is_encoded_already_is_copied_bit_for_bit_and_only_the_rest_encoded
     assert (shard.num_copied, third.manifest.rows) == (5, 5)
     for entry in third.open_files().values():
         assert entry.metadata["scaling_factor"] == "0.13025"
+
+
+def test_a_picture_that_was_missing_from_a_generation_is_copied_from_an_older_one(pictures, encode):
+    def never():
+        raise AssertionError("the VAE was loaded")
+
+    wanted = pictures[:3] + pictures[4:]  # One of them cannot be encoded.
+    _, first = encode(wanted, 1)
+    _, second = encode(wanted[2:], 2, load=never, previous=first)
+    shard, third = encode(wanted, 3, load=never, previous=second, older=(first,))
+    assert shard.num_copied == len(wanted)
+    before, after = values(first), values(third)
+    assert before.keys() == after.keys()
+    assert all((a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True))
+
+    # A damaged older generation costs its pictures' encoding; a newer one wins where both have a picture.
+    for entry in first.manifest.files:
+        (first.folder / entry.name).write_bytes(b"")
+    shard, fourth = encode(wanted, 4, previous=second, older=(first,))
+    assert shard.num_copied == len(wanted) - 2
+    assert fourth.table().filter(pl.col("encoded_in") == 4).height == 2
 
 
 @pytest.mark.parametrize(

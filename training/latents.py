@@ -16,9 +16,10 @@ from training.config import DecodeConfig, EncodingConfig
 from training.data.crops import apply, place
 from training.data.decode_pool import DecodePool, Rejection
 from training.data.geometry import Box, Placement, Size
-from training.data.latent_files import BucketWriter, Generation
+from training.data.latent_files import BucketWriter, Generation, LatentFile
 from training.data.saliency import importance
 from training.data.tables import TABLES, Reason
+from training.errors import DamageError
 from training.evaluation import figures
 from training.progress import report
 
@@ -111,6 +112,8 @@ class EncodeJob:
     """Called once, and not at all where nothing is to be encoded."""
     previous: Generation | None = None
     """Whose rows may be copied."""
+    older: tuple[Generation, ...] = ()
+    """The same of images that the previous one lacks, because they were missing then; the newest first."""
     show_watermarks: float = 1.0
     """Confidence from which a watermark box is drawn into the shown sources."""
 
@@ -132,20 +135,37 @@ def encode_shard(pictures: Sequence[Picture], job: EncodeJob) -> EncodedShard:
         DamageError: a file of the previous generation is damaged.
     """
     pictures = sorted(pictures, key=lambda item: (item.bucket, item.measured, item.image_id))
-    copied = {} if job.previous is None else reusable_rows(job.previous, pictures, job.encoding)
+    copied, old_files = _copyable(pictures, job)
     fresh = [picture for picture in pictures if picture.image_id not in copied]
     if not fresh:
-        return _Attempt(job, None, copied, 0).run(pictures)
+        return _Attempt(job, None, copied, old_files, 0).run(pictures)
     vae, size = job.load_vae(), job.encoding.batch_size
     while True:
         try:
-            return _Attempt(job, vae, copied, size).run(pictures)
+            return _Attempt(job, vae, copied, old_files, size).run(pictures)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower() or size == 1:
                 raise
             size //= 2
         finally:
             vae.free_memory()  # before the next attempt, and for whoever gets the card when the shard is done
+
+
+def _copyable(pictures: Sequence[Picture], job: EncodeJob) -> tuple[dict[str, dict[str, Any]], dict[str, LatentFile]]:
+    """Rows by image_id that need not be encoded, and the files that hold them; damaged older generations are left."""
+    rows: dict[str, dict[str, Any]] = {}
+    files: dict[str, LatentFile] = {}
+    for generation in () if job.previous is None else (job.previous, *job.older):
+        try:
+            found = reusable_rows(generation, [item for item in pictures if item.image_id not in rows], job.encoding)
+            opened = generation.open_files() if found else {}
+        except DamageError:
+            if generation is job.previous:
+                raise
+            continue
+        rows |= found
+        files |= opened
+    return rows, files
 
 
 def reusable_rows(
@@ -231,9 +251,15 @@ Crop = tuple[Picture, np.ndarray, Placement]
 class _Attempt:
     """One attempt at a whole shard with batches of one size."""
 
-    def __init__(self, job: EncodeJob, vae: "Vae | None", copied: Mapping[str, dict[str, Any]], size: int) -> None:
-        self.job, self.vae, self.copied, self.size = job, vae, copied, size
-        self.old_files = {} if job.previous is None or not copied else job.previous.open_files()
+    def __init__(
+        self,
+        job: EncodeJob,
+        vae: "Vae | None",
+        copied: Mapping[str, dict[str, Any]],
+        old_files: Mapping[str, LatentFile],
+        size: int,
+    ) -> None:
+        self.job, self.vae, self.copied, self.old_files, self.size = job, vae, copied, old_files, size
         self.rows: list[dict[str, Any]] = []
         self.files: list[Entry] = []
         self.rejected: list[dict[str, object]] = []

@@ -6,7 +6,7 @@ import pytest
 from graph_tools import foundry
 from PIL import Image
 
-from resources import missing
+from resources import missing, upkeep
 from resources.store import Store
 from training.data.absence import Loss
 from training.errors import ConfigError, DataError
@@ -75,6 +75,60 @@ def test_a_share_that_is_not_mounted_changes_nothing_until_it_is_accepted(listed
     (many / "11.png").unlink()
     with pytest.raises(DataError, match="1 of 1"):
         run(home)
+
+
+NETWORKS = "embeddings,tags"
+
+
+def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_path, monkeypatch):
+    from jobs import pipeline
+    from training.annotations import Annotator
+
+    home, many, _ = listed
+    annotated, pools = [], []
+
+    class Counted(Annotator):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            pools.append(self.pool)
+
+        def __call__(self, batch):
+            annotated.extend(path.name for _, path in batch)
+            return super().__call__(batch)
+
+    def annotate():
+        pipeline.bring_up_to_date(home, select=NETWORKS)
+        for pool in pools:
+            pool.__exit__(None, None, None)
+        pools.clear()
+
+    monkeypatch.setattr("assets.annotations.Annotator", Counted)
+    annotate()
+    assert len(annotated) == 13
+    tables = NETWORKS.split(",")
+    before = {table: Store(home).read(table) for table in tables}
+    annotated.clear()
+
+    names = ["03.png", "04.png", "05.png"]
+    for name in names:
+        (many / name).rename(tmp_path / name)
+    annotate()
+    assert all(Store(home).read(table).height == 10 for table in tables)
+    assert all(Store(home).read(f"kept_{table}").height == 3 for table in tables)
+    for name in names:
+        (tmp_path / name).rename(many / name)
+    annotate()
+    assert annotated == []
+    assert all(Store(home).read(table).equals(before[table]) for table in tables)
+
+    # One new image costs one annotation, and one that people forbid is kept nowhere.
+    Image.effect_noise((90, 90), 50).convert("RGB").save(many / "new.png")
+    annotate()
+    assert annotated == ["new.png"]
+    image_id = Store(home).read("raw_images").filter(source_id="04.png")["image_id"][0]
+    upkeep.forget(Store(home), [image_id])
+    for table in (*tables, *(f"kept_{table}" for table in tables)):
+        assert image_id not in Store(home).read(table)["image_id"].to_list()
 
 
 def test_an_acceptance_is_of_one_source_as_it_is_now(listed):

@@ -525,6 +525,12 @@ TABLES: dict[str, Table] = {
     )
 }
 
+for _name in ("embeddings", "tags", "watermark_boxes"):
+    TABLES[f"kept_{_name}"] = Table(
+        f"kept_{_name}", "image x model, of images that were missing from their shard", TABLES[_name].key,
+        TABLES[_name].columns,
+    )  # fmt: skip
+
 
 def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     """Rows for `rejected_images`: each a dict with reason and any of source, source_id, image_id, value, limit, detail.
