@@ -39,8 +39,8 @@ class Found(NamedTuple):
     """Path relative to the root."""
     status: Status
     """Of the file that is read: a link's own where it is not followed."""
-    sidecars: tuple[tuple[bytes, Status], ...]
-    """Name relative to the root and status of each, in the order of `sidecars.SUFFIXES`."""
+    sidecars: tuple[tuple[bytes, Status, bytes], ...]
+    """Name relative to the root, status and real path of each, in the order of `sidecars.SUFFIXES`."""
 
 
 class Unused(NamedTuple):
@@ -58,6 +58,8 @@ class _Folder(NamedTuple):
     """What one folder holds, by name relative to the root."""
 
     files: dict[bytes, Status]
+    paths: dict[bytes, bytes]
+    """Where each file is read: the target of a link that is followed, else the link itself, which is refused."""
     links: set[bytes]
     """Links that are not followed and may mean images, whatever their name."""
     folders: list[tuple[bytes, bytes]]
@@ -92,7 +94,7 @@ def _sort_entries(
     entries: list["os.DirEntry[bytes]"], folder: bytes, real: bytes, top: bytes, followed: set[bytes]
 ) -> _Folder:
     """The entries of the folder at `folder` below the root and at `real`; links are followed inside of `top`."""
-    found = _Folder({}, set(), [], [])
+    found = _Folder({}, {}, set(), [], [])
     for entry in entries:
         name, path = os.path.join(folder, entry.name), os.path.join(real, entry.name)
         try:
@@ -101,20 +103,21 @@ def _sort_entries(
             found.unused.append(Unused(name, "unreadable", f"status: {error.strerror}"))
             continue
         if stat.S_ISLNK(status.st_mode):
-            path = os.path.realpath(path)
-            target = _look(path)
+            leads_to = os.path.realpath(path)
+            target = _look(leads_to)
             is_folder = target is not None and stat.S_ISDIR(target.st_mode)
-            again = is_folder and (path in followed or is_inside(real, path))
-            if target is not None and is_inside(path, top) and not again:
-                status = target
+            again = is_folder and (leads_to in followed or is_inside(real, leads_to))
+            if target is not None and is_inside(leads_to, top) and not again:
+                status, path = target, leads_to
             elif is_folder or (target is None and not os.path.splitext(entry.name)[1]):
                 found.links.add(name)  # What leads nowhere and has no suffix was a folder, for all that is known.
             if is_folder:
-                followed.add(path)
+                followed.add(leads_to)
         if stat.S_ISDIR(status.st_mode):
             found.folders.append((name, path))
         else:
             kind = stat.S_IFMT(status.st_mode)
+            found.paths[name] = path
             found.files[name] = Status(status.st_size, status.st_mtime_ns, kind, status.st_ctime_ns, status.st_ino)
     return found
 
@@ -133,7 +136,7 @@ def _candidates(folder: _Folder) -> Iterator[Found | Unused]:
         if name in folder.links:
             yield Found(name, status, ())
         elif os.fsdecode(os.path.splitext(name)[1]).lower() in IMAGE_SUFFIXES:
-            yield Found(name, status, tuple((side, folder.files[side]) for side in beside.of(name)))
+            yield Found(name, status, tuple((side, folder.files[side], folder.paths[side]) for side in beside.of(name)))
     for name in beside.unmatched():
         yield Unused(name, "sidecar_unmatched", "no image of that name beside it")
 

@@ -51,7 +51,7 @@ class Metadata:
 
     def add_tag(self, name: str, category: str = "general") -> None:
         """Take up a tag; a special category wins over `general`."""
-        name = canonical(clean(name))
+        name = canonical(name)
         if name and self.tags.get(name, "general") == "general":
             self.tags[name] = category
 
@@ -195,7 +195,7 @@ def _take_tag_strings(content: dict[str, Any], metadata: Metadata) -> list[str]:
     for key in ("tag_string", *(f"tag_string_{category}" for category in CATEGORIES)):
         value = content.get(key)
         if isinstance(value, str) and _is_unicode(value):
-            for name in value.split():
+            for name in clean(value).split():
                 metadata.add_tag(name, key.removeprefix("tag_string_") if key != "tag_string" else "general")
         elif value is not None:
             problems.append(f"{key} must be a string of valid Unicode")
@@ -216,7 +216,7 @@ def _take_tags(value: object, metadata: Metadata) -> list[str]:
             problems.append("tags must be strings of valid Unicode")
             continue
         for name in names:
-            metadata.add_tag(name, category if category in CATEGORIES else "general")
+            metadata.add_tag(clean(name), category if category in CATEGORIES else "general")
     return problems
 
 

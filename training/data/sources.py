@@ -104,7 +104,7 @@ def scan_digest(source: "SourceConfig", root: Path) -> str:
     candidates, problems = _walk(source, root)
     hasher = hashlib.sha256(repr((source.name, source.tags, source.words)).encode())
     for found in candidates:
-        for name, status in ((found.name, found.status), *found.sidecars):
+        for name, status, *_ in ((found.name, found.status), *found.sidecars):
             hasher.update(repr((name, *status)).encode())
     hasher.update(repr(sorted(problems)).encode())
     return hasher.hexdigest()
@@ -124,7 +124,7 @@ def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[
     frames = [pl.DataFrame(schema=schema)]
     candidates, problems = _walk(source, root)
     for start in range(0, len(candidates), _ROWS):
-        rows = [_row(source, root, found, problems) for found in candidates[start : start + _ROWS]]
+        rows = [_row(source, found, problems) for found in candidates[start : start + _ROWS]]
         frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
     return pl.concat(frames), sorted(problems)
 
@@ -142,13 +142,13 @@ def _walk(source: "SourceConfig", root: Path) -> tuple[list[Found], list[Problem
     return sorted(candidates), problems
 
 
-def _row(source: "SourceConfig", root: Path, found: Found, problems: list[Problem]) -> dict[str, object]:
+def _row(source: "SourceConfig", found: Found, problems: list[Problem]) -> dict[str, object]:
     """One candidate with its metadata as a row of the listing."""
     source_id = encode_name(found.name)
     metadata = sidecars.Metadata()
     for tag in source.tags:
         metadata.add_tag(tag)
-    names = {readable(root, encode_name(name)): name for name, _ in found.sidecars}
+    names = {Path(os.fsdecode(path)): name for name, _, path in found.sidecars}
     for flaw in sidecars.read(list(names), metadata, source.words):
         problems.append(Problem(encode_name(names[flaw.path]), flaw.reason, source_id, flaw.detail))
     return {
