@@ -16,6 +16,11 @@ class BringUpToDate(dg.Config):
         description="Assets in Dagster's selection syntax (latents, raw_images+, group:curate), several joined by "
         "commas, with all that they follow from. Empty for everything.",
     )
+    accept_missing: list[str] = Field(
+        default=[],
+        description="Sources whose missing files are meant to be missing, as their folders are now; any other run "
+        "stops where a source has lost most of its files.",
+    )
 
 
 @dg.op
@@ -30,7 +35,9 @@ def bring_stages_up_to_date(
         context.log.info(f"{stage}{plural}: {'; '.join(reasons)}")
 
     try:
-        outcomes = pipeline.bring_up_to_date(store.home, select=config.select or None, started=started)
+        outcomes = pipeline.bring_up_to_date(
+            store.home, select=config.select or None, accept_missing=config.accept_missing, started=started
+        )
     except KeyboardInterrupt:
         raise dg.DagsterExecutionInterruptedError from None
     made = [item for item in outcomes if item.num_made]
