@@ -11,6 +11,7 @@ import polars as pl
 from assets.annotations import EMBEDDINGS
 from resources.stages import Stage
 from resources.store import Store
+from training.commit import read_parquet
 from training.data import crops, sources
 from training.data.decode_pool import DecodePool
 from training.data.geometry import Size
@@ -99,7 +100,7 @@ def training_images(store: Store, key: str) -> pl.DataFrame | None:
     if inputs is None:
         return None
     columns = ["image_id", "shard", "split", "bucket_height", "bucket_width"]
-    images = pl.read_parquet(inputs.training_set, columns=columns)
+    images = read_parquet(inputs.training_set, columns)
     return images.filter(~pl.col("image_id").is_in(list(store.forgotten())))
 
 

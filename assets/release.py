@@ -16,7 +16,7 @@ from resources.store import Made, Store, file_digest, git_revision
 from resources.tracking import choose_pictures
 from resources.tracking_catch_up import catch_up
 from training import release as releasing
-from training.commit import json_digest, write_bytes
+from training.commit import json_digest, read_parquet, write_bytes
 from training.errors import DataError
 from training.evaluation import contact_sheet, figures
 from training.evaluation.model_card import Card, Picture
@@ -128,7 +128,7 @@ def render_card(
     base = store.read("base_model", parts=["base"]).row(0, named=True)
     folder = store.run_folder(run)
     inputs, config = read_inputs(folder), read_config(folder)
-    facts = card_facts.count_set(pl.read_parquet(inputs.training_set))
+    facts = card_facts.count_set(read_parquet(inputs.training_set))
     card = Card(
         checkpoint=last,
         base=Path(store.config.models.base).name,

@@ -12,6 +12,7 @@ import typer
 from jobs import cli_evaluation
 from jobs.cli_shared import Home, if_interrupted, interrupted, open_store
 from resources.store import Store
+from training.commit import disk_trouble
 from training.errors import ConfigError, PipelineError
 from training.run_config import BatchConfig
 
@@ -47,10 +48,11 @@ def main() -> None:
     except PipelineError as error:
         print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (28, 122):
+    except Exception as error:
+        message = disk_trouble(error, getattr(error, "filename", None) or "the workspace")
+        if message is None:
             raise
-        print(f"foundry: no space left on device ({error.filename}); free some space and run it again", file=sys.stderr)
+        print(f"foundry: {message}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -22,7 +22,7 @@ from resources.staleness import status as status_of_stages
 from resources.store import Store
 from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
-from training.commit import lock
+from training.commit import explain_disk, lock
 from training.errors import ConfigError, DataError, PipelineError
 from training.run_folder import is_away
 
@@ -78,6 +78,7 @@ def bring_up_to_date(
     _ = store.config
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     with (
+        explain_disk(home),
         lock(home / "locks" / "foundry-run.lock", f"`foundry run` in {home}", wait_s=0.0),
         open_instance(home) as instance,
     ):
@@ -85,7 +86,7 @@ def bring_up_to_date(
         currency.report_versions(instance, store)
         missing.accept(store, accept_missing)
         outcomes = []
-        for stages in _selected(select, only=only):
+        for stages in selected(select, only=only):
             mirror(instance, store)
             outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started))
             if any(stage.name == "raw_images" for stage in stages):
@@ -93,8 +94,9 @@ def bring_up_to_date(
             if stages[0] is verdicts.VERDICTS:
                 verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between the two
         currency.report(instance, Store(home), defs.resolve_asset_graph())
-    rebuild(store)
-    catch_up(store, logging.getLogger(__name__))
+    with explain_disk(home):
+        rebuild(store)
+        catch_up(store, logging.getLogger(__name__))
     return outcomes
 
 
@@ -106,7 +108,7 @@ def status(home: Path, select: str | None = None) -> list[StageStatus]:
     """
     graph = defs.resolve_asset_graph()
     parents = {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in STAGES}
-    chosen = {stage.name for stages in _selected(select, only=True) for stage in stages}
+    chosen = {stage.name for stages in selected(select, only=True) for stage in stages}
     return [item for item in status_of_stages(Store(home), STAGES, parents) if item.stage in chosen]
 
 
@@ -125,7 +127,7 @@ def _require_a_picture(store: Store) -> None:
         )
 
 
-def _selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
+def selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
     """The chosen stages in the order of the graph; those that one body makes come together."""
     graph = defs.resolve_asset_graph()
     chosen = set(STAGES)

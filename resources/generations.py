@@ -10,7 +10,7 @@ import polars as pl
 
 from resources.store import Store
 from training import run_folder
-from training.commit import Entry, read_manifest, sync_folder
+from training.commit import Entry, read_manifest, read_parquet, sync_folder
 from training.data.latent_files import generations
 from training.errors import DamageError
 from training.event_log import has_finished
@@ -163,7 +163,7 @@ def _needed(store: Store) -> Iterator[Path]:
                 yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
         for shard, numbers in run_folder.bundled_latents(path.parent).items():
             yield from (inputs.latents / shard / f"g{number:04d}.json" for number in numbers)
-        samples = pl.read_parquet(inputs.training_set, columns=["shard", "image_id"])
+        samples = read_parquet(inputs.training_set, ["shard", "image_id"])
         source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
         for (shard,), rows in samples.group_by("shard"):
             generation, _, _ = source.choose(str(shard), rows["image_id"].to_list())

@@ -81,10 +81,9 @@ def create_database(path: Path) -> None:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             # Under another name first: a kill in the middle leaves no half database that looks whole.
-            fresh = path.with_name(f"{commit.TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
-            fresh.unlink(missing_ok=True)
-            SqlAlchemyStore(f"sqlite:///{fresh}", PROXIED).engine.dispose()
-            os.replace(fresh, path)
+            with commit.temporary(path, beside=commit.SQLITE_BESIDE) as fresh:
+                SqlAlchemyStore(f"sqlite:///{fresh}", PROXIED).engine.dispose()
+                os.replace(fresh, path)
 
 
 def identity(experiment_id: str | int, created_ms: int) -> str:

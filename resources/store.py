@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,7 +30,10 @@ from training.commit import (
     json_digest,
     lock,
     logical_digest,
+    manifests,
+    parquet_columns,
     read_manifest,
+    read_parquet,
     sha256_file,
     write_json,
     write_parquet,
@@ -45,6 +49,7 @@ from training.run_folder import checkpoints as ready_checkpoints
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[1]
 DEMO_PREFIX = "demo:"
+_NO_PATH = re.compile(r"[?%\\\x00-\x1f\x7f]")
 
 
 def find_home(home: Path | None = None, start: Path | None = None) -> Path:
@@ -59,6 +64,25 @@ def find_home(home: Path | None = None, start: Path | None = None) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     return start / "workspace"
+
+
+def check_home(home: Path) -> None:
+    """Refuse a path that a part of the workspace could not use: DuckDB and the URLs of SQLite give some characters a
+    meaning of their own.
+
+    Raises:
+        WorkspaceError: names the path and what it must not hold.
+    """
+    text = str(home)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise WorkspaceError(f"the path of a workspace must be UTF-8, {os.fsencode(home)!r} is not") from None
+    if found := _NO_PATH.search(text):
+        raise WorkspaceError(
+            f"the path of a workspace must hold no ?, %, backslash or control character, {text!r} holds {found[0]!r}; "
+            "choose or rename a folder"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +114,10 @@ class Store:
         """The workspace's foundry.toml.
 
         Raises:
-            WorkspaceError: there is no workspace here, or a newer version made it.
+            WorkspaceError: there is no workspace here, its path cannot be used, or a newer version made it.
             ConfigError: a key or value is wrong.
         """
+        check_home(self.home)
         path = self.home / CONFIG_FILE
         if not path.is_file():
             raise WorkspaceError(
@@ -185,7 +210,7 @@ class Store:
         if table == "latents":
             found = {path.parent for path in (self.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json")}
             return sorted(f"{path.parent.name}|{path.name}" for path in found)
-        return sorted(path.stem for path in (self.home / "tables" / table).glob("*.json"))
+        return [path.stem for path in manifests(self.home / "tables" / table)]
 
     def table_file(self, table: str, part: str) -> Path:
         """The Parquet file of a committed part, checked against its manifest on the first open of this process.
@@ -532,7 +557,7 @@ class Store:
                 from training.models.weights import model_digest  # takes torch along, for seconds
 
                 digest = model_digest(folder)
-                with contextlib.suppress(OSError):  # a full or read-only disk only costs time
+                with contextlib.suppress(WorkspaceError):  # where nothing can be written, it is digested each time
                     write_json(memo_path, {"folder": str(folder), "digest": digest})
             self._model_digests[str(folder)] = digest
         return self._model_digests[str(folder)]
@@ -560,7 +585,10 @@ class Store:
             raise DataError(
                 f"{stage.name} {key}: {made.rows_in} rows in, but {frame.height} out and {num_rejected} rejected"
             )
-        rejected = {} if made.rejected is None else self.commit_rejected(stage.name, stage.version, key, made.rejected)
+        config = self.section(stage, key)
+        rejected = {}
+        if made.rejected is not None:
+            rejected = self.commit_rejected(stage.name, stage.version, key, made.rejected, config=config, basis=basis)
         folder = self.table_folder(stage.name, part)
         stem, path = part, folder / f"{part}.json"
         if stage.name == "latents":
@@ -576,7 +604,7 @@ class Store:
             digest=logical_digest(digests, frame.height),
             columns=digests,
             inputs=basis["inputs"],
-            config=self.section(stage, key),
+            config=config,
             models=basis["models"],
             rejected=rejected,
             report={
@@ -591,8 +619,20 @@ class Store:
         self._attempts_file(stage, key).unlink(missing_ok=True)
         return manifest
 
-    def commit_rejected(self, stage: str, version: int, key: str, rejected: pl.DataFrame) -> dict[str, Any]:
-        """Commit what a stage could not use of a partition; returns what the stage's manifest says of it."""
+    def commit_rejected(
+        self,
+        stage: str,
+        version: int,
+        key: str,
+        rejected: pl.DataFrame,
+        *,
+        config: Any,
+        basis: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Commit what a stage could not use of a partition; returns what the stage's manifest says of it.
+
+        Both manifests carry what they follow from: equal where they were made together.
+        """
         table = TABLES["rejected_images"]
         part = f"{stage}.{key}"
         frame = table.conform(rejected).sort(list(table.columns), nulls_last=True)
@@ -607,6 +647,9 @@ class Store:
             rows=frame.height,
             digest=digest,
             columns=digests,
+            inputs=basis["inputs"],
+            config=config,
+            models=basis["models"],
             provenance=self._provenance(),
         )
         commit_manifest(folder / f"{part}.json", manifest)
@@ -648,7 +691,7 @@ class Store:
         fresh = run([batches[number] for number in missing])
         for number, path in enumerate(paths):
             if number not in missing:
-                yield pl.read_parquet(path)
+                yield read_parquet(path)
                 continue
             frame = next(fresh)
             with atomic_file(path) as temporary:
@@ -680,8 +723,8 @@ def git_revision() -> str:
 
 def _read_columns(path: Path, names: Sequence[str], schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
     """Columns of a part; those that it lacks, because an older version wrote it, are null."""
-    there = set(pl.read_parquet_schema(path))
-    frame = pl.read_parquet(path, columns=[name for name in names if name in there], memory_map=False)
+    there = parquet_columns(path)
+    frame = read_parquet(path, [name for name in names if name in there])
     missing = [pl.lit(None, dtype=schema[name]).alias(name) for name in names if name not in there]
     return frame.with_columns(missing).select(names)
 

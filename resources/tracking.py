@@ -423,7 +423,8 @@ class Tracking:
     def _put(self, client: "MlflowClient", run: "Run", name: str, content: bytes) -> None:
         """Write one artifact; the same name again replaces it."""
         if self.artifacts is not None and run.info.artifact_uri.startswith(PROXIED):
-            commit.write_bytes(self.artifacts / run.info.artifact_uri.removeprefix(PROXIED) / name, content)
+            path = self.artifacts / run.info.artifact_uri.removeprefix(PROXIED) / name
+            commit.write_bytes(path, content, folder=self.artifacts)  # MLflow lists whatever lies beside it
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, Path(name).name)

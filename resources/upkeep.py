@@ -4,8 +4,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -18,7 +19,9 @@ from training.commit import (
     column_digests,
     commit_manifest,
     logical_digest,
+    manifests,
     read_manifest,
+    read_parquet,
     sync_folder,
     write_bytes,
     write_parquet,
@@ -29,6 +32,9 @@ from training.run_folder import INPUTS, check_checkpoint, checkpoints, read_inpu
 
 DAY_S = 86_400
 QUARANTINE = "quarantine"
+_MEND = "run `foundry verify --repair`"
+_NOT_OURS = ("dagster", "images", "models", QUARANTINE)
+"""Folders of a workspace in which nothing is written under a temporary name of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +51,15 @@ class Problem:
 
 def manifest_paths(store: Store) -> Iterator[Path]:
     """Every manifest of the workspace: all tables, all generations of latents."""
-    yield from sorted((store.home / "tables").glob("*/*.json"))
+    for folder in sorted((store.home / "tables").glob("*/")):
+        yield from manifests(folder)
     yield from sorted((store.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json"))
 
 
 def verify(store: Store) -> list[Problem]:
-    """Compare every committed file with its manifest in full, and pictures and releases with the rows that name them;
-    find files that no manifest names."""
+    """Compare every committed file with its manifest in full, each manifest with its own digest and with what it names
+    elsewhere, and images and releases with the rows that name them; find files that no manifest names, and what killed
+    writers left behind."""
     problems: list[Problem] = []
     for path in manifest_paths(store):
         try:
@@ -61,8 +69,10 @@ def verify(store: Store) -> list[Problem]:
             continue
         assert manifest is not None
         try:
+            _check_place(path, manifest)
             for entry in manifest.files:
                 check_entry(path.parent, entry)
+            _check_rejected(store, path, manifest)
         except DamageError as error:
             problems.append(Problem(kind="damage", path=path, detail=str(error)))
             continue
@@ -73,10 +83,51 @@ def verify(store: Store) -> list[Problem]:
             check_checkpoint(folder)
         except DamageError as error:
             problems.append(Problem(kind="damage", path=folder, detail=str(error)))
-    problems.extend(
-        Problem(kind="orphan", path=path, detail=f"{path} is named by no manifest") for path in orphans(store)
-    )
+    problems.extend(Problem(kind="orphan", path=path, detail=f"{path} {_why_orphan(path)}") for path in orphans(store))
     return problems
+
+
+def _check_place(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that lies under another part's name.
+
+    Raises:
+        DamageError: names both parts.
+    """
+    if manifest.table == "latents":
+        here = ("latents", f"{path.parent.parent.name}|{path.parent.name}")
+    else:
+        here = (path.parent.name, path.stem)
+    if here != (manifest.table, manifest.part):
+        raise DamageError(
+            f"manifest {path} is that of {manifest.table} {manifest.part}, and not of {' '.join(here)}; {_MEND}"
+        )
+
+
+def _check_rejected(store: Store, path: Path, manifest: Manifest) -> None:
+    """Compare what a stage rejected with what its manifest says of it.
+
+    A kill between the two commits leaves the rejections of a newer attempt, which say so by what they follow from.
+
+    Raises:
+        DamageError: the rejections are missing or not those that the manifest names.
+    """
+    if not manifest.rejected:
+        return
+    part, digest = manifest.rejected["part"], manifest.rejected["digest"]
+    rejected = store.manifest("rejected_images", part)
+    if rejected is None:
+        raise DamageError(f"{path} names rejected_images {part}, whose manifest is missing; {_MEND}")
+    for entry in rejected.files:
+        check_entry(store.table_folder("rejected_images", part), entry)
+    if rejected.digest != digest and rejected.basis == manifest.basis:
+        raise DamageError(
+            f"{path} names rejected_images {part} with digest {digest[:16]}, it has {rejected.digest[:16]}; {_MEND}"
+        )
+
+
+def _why_orphan(path: Path) -> str:
+    left = path.name.startswith(TEMPORARY_PREFIX)
+    return "was left behind by a writer that was killed" if left else "is named by no manifest"
 
 
 def repair(store: Store, problems: list[Problem]) -> list[Path]:
@@ -110,7 +161,7 @@ def _content(manifest_path: Path) -> list[Path]:
 
 
 def orphans(store: Store) -> list[Path]:
-    """Files under tables/ and latents/ that no manifest and no run names, and checkpoints without READY.json."""
+    """Files under tables/ and latents/ that no manifest and no run names, and everywhere what killed writers left."""
     named: set[Path] = set()
     for path in manifest_paths(store):
         named.add(path)
@@ -121,9 +172,25 @@ def orphans(store: Store) -> list[Path]:
         for folder, folders, names in os.walk(store.home / top):
             folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
             found.extend(Path(folder) / name for name in sorted(names) if Path(folder) / name not in named)
-    for path in sorted((store.home / "runs").glob(f"*/checkpoints/{TEMPORARY_PREFIX}*")):
-        found.append(path)
-    return found
+    return list(dict.fromkeys([*found, *leftovers(store)]))
+
+
+def leftovers(store: Store) -> Iterator[Path]:
+    """Files and folders of the workspace that were being written when their writer was killed, or are at this moment.
+
+    What lies in the folders of the sources is the user's, whatever its name.
+    """
+    sources = {(store.home / Path(source.path).expanduser()).resolve() for source in store.config.sources}
+    for top, folders, names in os.walk(store.home):
+        folder = Path(top)
+        left = sorted(name for name in (*folders, *names) if name.startswith(TEMPORARY_PREFIX))
+        yield from (folder / name for name in left)
+        skipped = _NOT_OURS if folder == store.home else ()
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if name not in left and name not in skipped and (folder / name).resolve() not in sources
+        ]
 
 
 def training_sets_in_use(store: Store) -> set[Path]:
@@ -139,7 +206,7 @@ def collect_garbage(store: Store, *, min_age_s: float = DAY_S) -> tuple[list[Pat
     removed, total = [], 0
     candidates = orphans(store) + sorted((store.home / "tables").glob("*/*.partial"))
     for path in candidates:
-        if time.time() - path.stat().st_mtime < min_age_s:
+        if not path.exists() or time.time() - path.stat().st_mtime < min_age_s:
             continue
         files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
         total += sum(item.stat().st_size for item in files)
@@ -259,7 +326,7 @@ def _runs_that_saw(store: Store, image_ids: list[str]) -> list[str]:
     seen = []
     for path in sorted((store.home / "runs").glob(f"*/{INPUTS}")):
         file = read_inputs(path.parent).training_set
-        if file.is_file() and pl.read_parquet(file, columns=["image_id"])["image_id"].is_in(image_ids).any():
+        if file.is_file() and read_parquet(file, ["image_id"])["image_id"].is_in(image_ids).any():
             seen.append(path.parent.name)
     return seen
 
@@ -267,7 +334,7 @@ def _runs_that_saw(store: Store, image_ids: list[str]) -> list[str]:
 def _forget_generation(path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
     """Delete a generation of latents that holds one of the images: manifest first, then content."""
     file = path.parent / manifest.files[0].name
-    if not file.is_file() or not pl.read_parquet(file, columns=["image_id"])["image_id"].is_in(image_ids).any():
+    if not file.is_file() or not read_parquet(file, ["image_id"])["image_id"].is_in(image_ids).any():
         return []
     path.unlink()
     sync_folder(path.parent)
@@ -282,12 +349,13 @@ def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[s
     if manifest.table in ("verdicts", "rejected_images") or not names:
         return []
     old = path.parent / manifest.files[0].name
-    frame = pl.read_parquet(old)
+    frame = read_parquet(old)
     kept = frame.filter(~pl.any_horizontal([pl.col(name).is_in(image_ids).fill_null(False) for name in names]))
     if kept.height == frame.height:
         return []
     if manifest.table == "raw_images":
-        _reject_forgotten(store, manifest, frame.filter(pl.col("image_id").is_in(image_ids)))
+        rejected = _reject_forgotten(store, manifest, frame.filter(pl.col("image_id").is_in(image_ids)))
+        manifest = replace(manifest, rejected=rejected)
     digests_ = column_digests(kept)
     stem = old.name.rpartition("-")[0]
     entry = write_parquet(path.parent, stem, kept)
@@ -304,14 +372,16 @@ def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[s
     return [f"{manifest.table} {manifest.part}"]
 
 
-def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> None:
-    """Move accepted candidates to `rejected_images`: every candidate stays accounted for."""
+def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> dict[str, Any]:
+    """Move accepted candidates to `rejected_images`: every candidate stays accounted for. Returns what the stage's
+    manifest says of it."""
     part = f"raw_images.{manifest.part}"
     known = store.read("rejected_images", parts=[part] if part in store.parts("rejected_images") else [])
     rows: list[dict[str, object]] = [
         {**row, "reason": Reason.FORGOTTEN}
         for row in gone.select("source", "source_id", "image_id").iter_rows(named=True)
     ]
-    store.commit_rejected(
-        "raw_images", manifest.version, manifest.part, pl.concat([known, rejections("raw_images", rows)])
+    rejected = pl.concat([known, rejections("raw_images", rows)])
+    return store.commit_rejected(
+        "raw_images", manifest.version, manifest.part, rejected, config=manifest.config, basis=manifest.basis
     )

@@ -1,6 +1,8 @@
 """`warehouse.duckdb`: one view per table over the committed files, rebuilt in a moment, never the only copy."""
 
 import os
+import re
+import tempfile
 from pathlib import Path
 
 import duckdb
@@ -8,7 +10,7 @@ import polars as pl
 
 from resources import generations
 from resources.store import Store
-from training.commit import TEMPORARY_PREFIX
+from training.commit import DUCKDB_BESIDE, temporary
 from training.data.tables import TABLES
 from training.errors import ConfigError
 
@@ -26,20 +28,21 @@ left join (select * from rejected_images where stage = 'raw_images') x using (so
 def rebuild(store: Store) -> Path:
     """Write the views anew and swap the file in: readers that hold the old one go on unharmed."""
     path = store.home / "warehouse.duckdb"
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        with duckdb.connect(str(temporary)) as connection:
-            for name in TABLES:
-                connection.execute(f'create view "{name}" as {_select(store, name)}')
-            connection.execute(VERDICTS)
-            connection.register("encoded", generations.table(store).to_arrow())
-            connection.execute("create table latent_generations as from encoded")
-            connection.unregister("encoded")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary(path, beside=DUCKDB_BESIDE) as fresh:
+        with duckdb.connect(str(fresh)) as connection:
+            _create(connection, store)
+        os.replace(fresh, path)
     return path
+
+
+def _create(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+    """Make the views in an empty database."""
+    for name in TABLES:
+        connection.execute(f'create view "{name}" as {_select(store, name)}')
+    connection.execute(VERDICTS)
+    connection.register("encoded", generations.table(store).to_arrow())
+    connection.execute("create table latent_generations as from encoded")
+    connection.unregister("encoded")
 
 
 def _select(store: Store, table: str) -> str:
@@ -48,8 +51,14 @@ def _select(store: Store, table: str) -> str:
         types = TABLES[table].schema.items()
         columns = ", ".join(f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types)
         return f"select {columns} where false"
-    listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
-    return f"select * from read_parquet([{listed}], union_by_name = true)"
+    listed = ", ".join(map(_exactly, files))
+    return f"select * from read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+
+
+def _exactly(file: Path) -> str:
+    """The SQL literal of the pattern that matches this file and no other: DuckDB takes every path for a pattern."""
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", str(file))
+    return "'" + pattern.replace("'", "''") + "'"
 
 
 def _duckdb_type(dtype: pl.DataType) -> str:
@@ -72,15 +81,31 @@ def _duckdb_type(dtype: pl.DataType) -> str:
     return next((name for kind, name in names.items() if dtype == kind), "timestamptz")
 
 
-def query(store: Store, sql: str) -> pl.DataFrame:
-    """Run one read-only statement over the committed tables.
+def _check_reads(statements: list[duckdb.Statement]) -> None:
+    """Refuse statements that would change a table.
 
     Raises:
-        ConfigError: DuckDB refuses the statement; the message is its own first line.
+        ConfigError: names the kind of statement.
     """
-    path = rebuild(store)
-    with duckdb.connect(str(path), read_only=True) as connection:
+    kinds = duckdb.StatementType
+    changing = (kinds.CREATE, kinds.INSERT, kinds.UPDATE, kinds.DELETE, kinds.DROP, kinds.ALTER)
+    for statement in statements:
+        if statement.type in changing:
+            raise ConfigError(f"sql: {statement.type.name} would change tables, which only stages write")
+
+
+def query(store: Store, sql: str) -> pl.DataFrame:
+    """Run one statement that reads over the committed tables; nothing is written for it, not in the workspace either.
+
+    Raises:
+        ConfigError: DuckDB refuses the statement, with its own first line, or it would change a table.
+    """
+    # What does not fit into memory goes to the system's folder for that, not to `.tmp` where the command is given.
+    spilled = Path(tempfile.gettempdir(), f"foundry-sql-{os.getpid()}")
+    with duckdb.connect(config={"temp_directory": str(spilled)}) as connection:
+        _create(connection, store)
         try:
+            _check_reads(connection.extract_statements(sql))
             relation = connection.sql(sql)
             return pl.DataFrame() if relation is None else relation.pl()
         except duckdb.Error as error:

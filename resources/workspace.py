@@ -1,15 +1,16 @@
 """Makes workspaces and starts runs in them: the files that people edit, written once."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from resources.stages import Scope
-from resources.store import CODE_ROOT, CONFIG_FILE, Store
+from resources.store import CODE_ROOT, CONFIG_FILE, Store, check_home
 from resources.workspace_id import workspace_id
 from training import older_runs, recipes, toml
 from training.checks import check_run_name
-from training.commit import lock, write_bytes
+from training.commit import explain_disk, lock, write_bytes
 from training.errors import ConfigError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
 from training.run_folder import CONFIG, EVENTS, is_away, read_config
@@ -24,14 +25,17 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
     """Make a workspace: foundry.toml, its Dagster instance, and for the demo its pictures, judgements and run.
 
     Raises:
-        WorkspaceError: there is one already.
+        WorkspaceError: there is one already, or its path cannot be used.
         ConfigError: a source is no folder, or there is no such preset.
     """
     from resources import instance  # Dagster, which runs are estimated without
 
     if (home / CONFIG_FILE).exists():
         raise WorkspaceError(f"{home} is a workspace already ({CONFIG_FILE} exists); edit that file, or choose another")
+    check_home(home)
     for source in sources:
+        if any("\ud800" <= character <= "\udfff" for character in source):  # bytes that are no UTF-8
+            raise ConfigError(f"--source {os.fsencode(source)!r}: a path in {CONFIG_FILE} must be UTF-8")
         if not Path(source).expanduser().is_dir():
             raise ConfigError(f"--source {source}: not a folder")
     shrink = tiny_rules(preset, tiny=tiny)
@@ -41,9 +45,10 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
         text = recipes.plain_workspace_toml(sources, tiny=shrink)
     else:
         text = recipes.workspace_toml(recipes.recipe_path(RECIPES, preset), sources, tiny=shrink)
-    home.mkdir(parents=True, exist_ok=True)
-    if preset == "demo" and not sources:
-        _draw_demo(home)
+    with explain_disk(home):
+        home.mkdir(parents=True, exist_ok=True)
+        if preset == "demo" and not sources:
+            _draw_demo(home)
     if preset == "demo":
         write_run(home, "demo", recipes.run_config(RECIPES / "demo.toml", [], tiny=None))
     instance.write_instance(home)

@@ -239,7 +239,7 @@ def other_vae(tmp_path):
         vae.save_pretrained(folder)
         digest = model_digest(folder)
         for path in run.inputs.latents.glob("*/g0001.json"):
-            commit.write_json(path, json.loads(path.read_bytes()) | {"models": {"vae": digest}})
+            commit.commit_manifest(path, dataclasses.replace(commit.read_manifest(path), models={"vae": digest}))
         run.inputs = dataclasses.replace(run.inputs, vae=folder, vae_digest=digest)
         run_folder.write_inputs(run.folder, run.inputs)
 

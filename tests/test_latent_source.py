@@ -1,5 +1,6 @@
 """Which generation is read, and latent files that arrive while training goes on."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def test_latents_of_another_vae_are_passed_over(make_run, write_generation, othe
     rows = rows_of(run, "s000000")
     write_generation(run.inputs.latents / "s000000", 2, rows)
     path = run.inputs.latents / "s000000" / "g0002.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "models": {"vae": "e" * 64}}))
+    commit.commit_manifest(path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64}))
     ids, digest = rows["image_id"].to_list(), run.inputs.vae_digest
     assert LatentSource(run.inputs.latents).choose("s000000", ids)[0].number == 2
     chosen, _, notes = LatentSource(run.inputs.latents, vae_digest=digest).choose("s000000", ids)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import shutil
@@ -200,11 +201,11 @@ def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, ke
     for shard in ("s000000", "s000001"):
         folder = run.inputs.latents / shard
         rows = run.rows.filter(pl.col("shard") == shard)
-        manifest = json.loads((folder / "g0001.json").read_text())
-        table = pl.read_parquet(folder / manifest["files"][-1]["name"])
+        manifest = commit.read_manifest(folder / "g0001.json")
+        table = pl.read_parquet(folder / manifest.files[-1].name)
         entry = commit.write_parquet(folder, "g0001", table.head(len(rows) - 2))
-        manifest["files"][-1] = {"name": entry.name, "sha256": entry.sha256, "bytes": entry.bytes}
-        (folder / "g0001.json").write_text(json.dumps(manifest))
+        files = (*manifest.files[:-1], entry)
+        commit.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
     assert main([str(run.folder)]) == 1
     (event,) = read_events(run.folder / run_folder.EVENTS)
     assert event["event"] == "failed"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import polars as pl
 from fsspec.registry import known_implementations
 
 from training import commit, run_folder
@@ -132,7 +131,7 @@ def _copy_latents(inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, An
         for shard, chosen in pin.items():
             pinned[shard].add(chosen["generation"])
     source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
-    samples = pl.read_parquet(checked_training_set(inputs), columns=["shard", "image_id"])
+    samples = commit.read_parquet(checked_training_set(inputs), ["shard", "image_id"])
     for (shard,), rows in samples.group_by("shard", maintain_order=True):
         generation, missing, notes = source.choose(str(shard), rows["image_id"].to_list())
         if generation is None:

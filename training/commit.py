@@ -5,14 +5,16 @@ atomic replacement of a manifest that names content files by digest; content wit
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,37 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from training.errors import DamageError, LockedError, WorkspaceError
+from training.errors import DamageError, LockedError, PipelineError, WorkspaceError
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+"""Since 2 a manifest carries the digest of its own text; those of format 1 have none and stay readable."""
 TEMPORARY_PREFIX = ".tmp-"
+"""Begins the names of all that is being written, and of what a kill leaves of it."""
+_TEMPORARY_SUFFIX = ".tmp"
+"""Ends them, so that no reader that looks for an ending takes one for a file of its own."""
+SQLITE_BESIDE = ("-journal", "-wal", "-shm")
+DUCKDB_BESIDE = (".wal", ".wal.checkpoint", ".tmp")
+"""What these write beside a database."""
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@|~-]*\.json")
+"""The name of a part's manifest."""
+_DISK_TROUBLE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "mount it for writing, or work on a copy",
+    errno.EACCES: "give yourself the right to use it",
+    errno.EPERM: "give yourself the right to use it",
+}
+"""What a user can mend about a place that cannot be written to."""
+_WORDS = {
+    "no space left on device": errno.ENOSPC,
+    "database or disk is full": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+    "read-only file system": errno.EROFS,
+    "attempt to write a readonly database": errno.EROFS,
+}
+"""How libraries say it, among them SQLite, that keep nothing of the system's error but its words."""
 _ROW_GROUP = 131_072
 """Rows of a Parquet row group: what is read at once."""
 _DICTIONARY_BYTES = 8_000_000
@@ -40,75 +69,143 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def temporary(path: Path, *, folder: Path | None = None, beside: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield the name under which what becomes `path` is written; whatever is left there in the end is removed.
+
+    Args:
+        path: Where it will lie.
+        folder: Where it lies until then, on the same file system; beside `path` by default.
+        beside: Endings of what a database writes beside its file.
+
+    Raises:
+        WorkspaceError: the place is full or cannot be written to; the message names `path` and what to do.
+    """
+    folder = path.parent if folder is None else folder
+    short = os.fsdecode(os.fsencode(path.name)[:200])
+    name = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{short}{_TEMPORARY_SUFFIX}"
+    with explain_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = [name, *(name.with_name(name.name + end) for end in beside)]
+        _remove(names)
+        try:
+            yield name
+        finally:
+            _remove(names)
+
+
+def _remove(names: Sequence[Path]) -> None:
+    """Remove files and folders, where they are there."""
+    for path in names:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.exists():
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, folder: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; on success it is synced and renamed to `path`, else removed.
 
+    Args:
+        path: What is written or replaced.
+        folder: Where the temporary file lies; beside `path` by default.
+
     Raises:
-        WorkspaceError: the disk is full; the message names the path. What was there before stays.
+        WorkspaceError: the place is full or cannot be written to. What was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"[:250]
-    try:
-        with explain_full_disk(path):
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary(path, folder=folder) as name:
+        yield name
+        with name.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success all of it is synced and renamed to `path`.
 
+    Args:
+        path: The folder to make.
+        replace: An older folder of that name makes way at the last moment, and is then removed.
+
     Raises:
-        WorkspaceError: `path` exists already, or the disk is full.
+        WorkspaceError: `path` exists already, or the place is full or cannot be written to.
     """
-    if path.exists():
+    if path.exists() and not replace:
         raise WorkspaceError(f"{path} exists already and is never overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with explain_full_disk(path):
-            yield temporary
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    with open(os.path.join(folder, name), "rb+") as file:
-                        os.fsync(file.fileno())
-                sync_folder(Path(folder))
-            os.rename(temporary, path)
+    with temporary(path) as name:
+        name.mkdir()
+        yield name
+        for inner, _, names in os.walk(name):
+            for file_name in names:
+                with open(os.path.join(inner, file_name), "rb+") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(inner))
+        with temporary(path.with_name(f"{path.name}.old")) as older:
+            if replace and path.exists():
+                os.rename(path, older)
+            os.rename(name, path)
             sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_trouble(error: BaseException, path: object) -> str | None:
+    """One line on where nothing could be written, why, and what to do; None for errors that have other reasons.
+
+    The reason may be wrapped in other errors.
+
+    Args:
+        error: What was raised.
+        path: What was being written, as far as the error does not know better.
+    """
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        number = link.errno if isinstance(link, OSError) else None
+        if number is None:
+            text = str(link).lower()
+            number = next((number for words, number in _WORDS.items() if words in text), None)
+        if number in (errno.EACCES, errno.EPERM):  # perhaps of what is read, and not of what is written
+            where = f": {getattr(link, 'filename', None) or path}"
+        else:
+            where = f" while writing {path}"
+        if number in _DISK_TROUBLE:
+            return (
+                f"{os.strerror(number).lower()}{where}; {_DISK_TROUBLE[number]} and run the same command again: "
+                "everything committed so far is kept"
+            )
+        link = link.__cause__ or link.__context__
+    return None
 
 
 @contextlib.contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left" into one line that names the path and what to do."""
+def explain_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" and its like into one line that names the path and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise WorkspaceError(
-                f"no space left on device while writing {path}; free some space and run the same command again: "
-                "everything committed so far is kept"
-            ) from error
+    except PipelineError:
         raise
+    except Exception as error:
+        message = disk_trouble(error, path)
+        if message is None:
+            raise
+        raise WorkspaceError(message) from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically and durably."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
+def write_bytes(path: Path, data: bytes, *, folder: Path | None = None) -> None:
+    """Write `data` to `path` atomically and durably; `folder` as for `atomic_file`."""
+    with atomic_file(path, folder=folder) as name:
+        name.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, keys sorted, atomically and durably."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json_text(value))
+
+
+def _json_text(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def sha256_file(path: Path) -> str:
@@ -204,6 +301,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Git revision, time, host, Dagster run: never decides anything."""
     format: int = MANIFEST_FORMAT
+    """Version of the file's form."""
 
     @property
     def basis(self) -> dict[str, Any]:
@@ -242,39 +340,54 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     Raises:
         DamageError: it is unreadable, or was written by a newer version; the message names `path`.
     """
+    damaged = f"manifest {path} is damaged ({{}}); run `foundry verify --repair`"
     try:
         values = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
-    if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise DamageError(f"manifest {path} has format {found!r}, this version reads format {MANIFEST_FORMAT}")
+        raise DamageError(damaged.format(error)) from None
+    found = values.get("format") if isinstance(values, dict) else type(values).__name__
+    if found not in (1, MANIFEST_FORMAT):
+        raise DamageError(f"manifest {path} has format {found!r}, this version reads format 1 to {MANIFEST_FORMAT}")
+    if found != 1:
+        values.pop(_SEAL, None)
+        if _sealed(values) != content:
+            raise DamageError(damaged.format(f"its text does not match its own {_SEAL}"))
     try:
-        return Manifest(**{**values, "files": tuple(Entry(**item) for item in values["files"])})
+        files = tuple(Entry(**item) for item in values["files"])
+        return Manifest(**{**values, "files": files, "format": MANIFEST_FORMAT})
     except (TypeError, KeyError) as error:
-        raise DamageError(f"manifest {path} is damaged ({error}); run `foundry verify --repair`") from None
+        raise DamageError(damaged.format(error)) from None
+
+
+_SEAL = "manifest_sha256"
+
+
+def _sealed(values: Mapping[str, Any]) -> bytes:
+    """The text of a manifest with the digest of its values in it; every byte of it follows from them."""
+    plain = json.loads(_json_text(values))  # with the keys that a reader finds: text, and so in its order
+    return _json_text({**plain, _SEAL: json_digest(plain)})
 
 
 def commit_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest: the moment at which new content becomes the truth."""
-    write_json(path, manifest.to_json())
+    write_bytes(path, _sealed(manifest.to_json()))
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The manifests of the parts in a table's folder, sorted; temporary and other files are none."""
+    return sorted(path for path in folder.glob("*.json") if _PART.fullmatch(path.name))
 
 
 def write_named(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> Entry:
     """Let `write` fill a temporary file, then keep it as `<stem>-<digest8><suffix>`: other bytes, other name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{stem}{suffix}"
-    try:
-        with explain_full_disk(folder / f"{stem}{suffix}"):
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            sha256 = sha256_file(temporary)
-            entry = Entry(name=f"{stem}-{sha256[:8]}{suffix}", sha256=sha256, bytes=temporary.stat().st_size)
-            os.replace(temporary, folder / entry.name)
-            sync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary(folder / f"{stem}{suffix}") as name:
+        write(name)
+        with name.open("rb+") as file:
+            os.fsync(file.fileno())
+        sha256 = sha256_file(name)
+        entry = Entry(name=f"{stem}-{sha256[:8]}{suffix}", sha256=sha256, bytes=name.stat().st_size)
+        os.replace(name, folder / entry.name)
+        sync_folder(folder)
     return entry
 
 
@@ -300,6 +413,17 @@ def write_parquet(folder: Path, part: str, frame: pl.DataFrame) -> Entry:
             dictionary_pagesize_limit=_DICTIONARY_BYTES,
         ),
     )
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Read exactly the file `path`: Polars takes `[`, `*` and `?` in a path for a pattern, and would read others."""
+    return pl.read_parquet(path, columns=None if columns is None else list(columns), memory_map=False, glob=False)
+
+
+def parquet_columns(path: Path) -> set[str]:
+    """Names of the columns of exactly the file `path`."""
+    with path.open("rb") as file:
+        return set(pl.read_parquet_schema(file))
 
 
 def _string_paths(name: str, dtype: pl.DataType) -> list[str]:
@@ -342,8 +466,10 @@ def lock(path: Path, what: str, *, wait_s: float = 10.0) -> Iterator[None]:
     Raises:
         LockedError: still held after `wait_s`; names the holder's pid, host and start.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with explain_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    with opened as file:
         deadline = time.monotonic() + wait_s
         while True:
             try:

@@ -61,9 +61,7 @@ def assemble(
         texts: Further files by name.
         copies: Further files to take along, by name.
     """
-    fresh = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with atomic_folder(fresh) as temporary:
+    with atomic_folder(folder, replace=True) as temporary:
         for name in model_files:
             _take(model / name, temporary / "model" / name)
         for name, text in texts.items():
@@ -71,8 +69,6 @@ def assemble(
         for name, path in copies.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(fresh, folder)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -269,5 +269,5 @@ def pinned_latents(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """
     clocks = sorted((folder / CHECKPOINTS).glob(f"samples_*/{STATE}/clock.json"))
     first = min((json.loads(path.read_bytes())["epoch"] for path in clocks), default=0)
-    manifests = sorted((folder / EPOCHS).glob("*.json"))
+    manifests = sorted(path for path in (folder / EPOCHS).glob("*.json") if path.stem.isdecimal())
     return [json.loads(path.read_bytes())["latents"] for path in manifests if int(path.stem) >= first]

@@ -1,7 +1,12 @@
 """Each mistake ends with one clear line that names the thing, its value and what to do, and a non-zero status."""
 
+import json
+import os
+import shutil
+import subprocess
+
 import pytest
-from graph_tools import foundry
+from graph_tools import ROOT, foundry
 from PIL import Image
 
 
@@ -135,27 +140,98 @@ def test_a_wrong_query(empty):
     one_line(foundry("sql", "--home", home, "select nothing from nowhere", check=False), "nowhere")
 
 
-def test_a_full_disk(empty, tmp_path):
-    """A size limit on files stands in for a full disk where no small file system can be mounted."""
-    import os
-    import subprocess
+@pytest.fixture
+def mounted(tmp_path):
+    """`mounted("-t", "tmpfs", ...)`: a folder with that mounted on it."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    done = []
 
+    def mount(*arguments):
+        if os.geteuid() != 0 or subprocess.run(["mount", *arguments, folder], check=False).returncode:
+            pytest.skip("needs root to mount a file system")
+        done.append(arguments)
+        return folder
+
+    yield mount
+    for _ in done:
+        subprocess.run(["umount", folder], check=True)
+
+
+def leftovers(home):
+    """What looks as if a writer had left it, by its name."""
+    return [path for path in home.rglob("*") if ".tmp" in path.name or path.suffix == ".wal"]
+
+
+@pytest.mark.parametrize("free", [3_000, 250_000, 1_500_000])
+def test_a_full_disk(empty, mounted, free):
+    """Full at any moment, the first write of a lock or the database of MLflow: one line, and nothing left lying."""
     _, source = empty
     Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good.png")
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", small]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("needs root to mount a small file system")
-    try:
-        foundry("init", small / "w", "--preset", "demo", "--source", source)
-        filler = small / "filler"
-        size = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - 330_000
-        filler.write_bytes(b"x" * max(size, 0))
-        done = foundry("run", "--home", small / "w", "--select", "raw_images", check=False)
-        assert done.returncode != 0
-        assert "no space left" in done.stderr.lower() or "disk" in done.stderr.lower(), done.stderr
-        filler.unlink()
-        foundry("verify", "--home", small / "w")
-    finally:
-        subprocess.run(["umount", small], check=True)
+    small = mounted("-t", "tmpfs", "-o", "size=12m", "none")
+    home = small / "w"
+    foundry("init", home, "--preset", "demo", "--source", source)
+    filler = small / "filler"
+    filler.write_bytes(b"x" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - free))
+    done = foundry("run", "--home", home, "--select", "raw_images", check=False)
+    if done.returncode:
+        one_line(done, "no space left on device while writing", str(home), "free some space")
+    assert free > 1_000_000 or done.returncode
+    assert leftovers(home) == []
+    filler.write_bytes(b"x" * (filler.stat().st_size + os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+    for command in (("verify",), ("sql", "from source_listing"), ("digest",)):
+        foundry(*command, "--home", home)
+    filler.unlink()
+    foundry("run", "--home", home, "--select", "raw_images")
+    assert foundry("verify", "--home", home).stdout.startswith("0 damaged, 0 orphans")
+
+
+def test_a_workspace_that_cannot_be_written_to(empty, mounted):
+    home, source = empty
+    Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good.png")
+    foundry("run", "--home", home, "--select", "raw_images")
+    there = mounted("--bind", home)
+    subprocess.run(["mount", "-o", "remount,ro,bind", there], check=True)
+    for command in (("verify",), ("sql", "from raw_images"), ("digest",)):
+        foundry(*command, "--home", there)
+    image_id = "0" * 64
+    for command in (
+        ("run",),
+        ("run", "--select", "latents"),
+        ("gc",),
+        ("forget", image_id),
+        ("train", "--run", "demo"),
+    ):
+        done = foundry(*command, "--home", there, check=False)
+        if command != ("gc",) or done.returncode:  # there may be nothing to remove
+            one_line(done, "read-only file system", str(there), "mount it for writing")
+    one_line(foundry("init", there / "new", "--preset", "demo", check=False), "read-only file system", str(there))
+
+
+@pytest.mark.parametrize("name", ["what?", "100%25", "a\\b", "a\nb", os.fsdecode(b"\xff")])
+def test_a_path_that_no_workspace_can_have(tmp_path, name):
+    from resources.workspace import create
+    from training.errors import WorkspaceError
+
+    with pytest.raises(WorkspaceError, match="the path of a workspace must") as refused:
+        create(tmp_path / name / "w", sources=[str(tmp_path)], preset=None, tiny=False)
+    assert str(refused.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["[v1] {a,b} *", 'Bob\'s "q" #1'])
+def test_a_workspace_a_source_and_a_model_below_any_path(tmp_path, name):
+    folder = tmp_path / name
+    source = folder / "what? 100%25 [x]*"
+    source.mkdir(parents=True)
+    Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good [1]*?.png")
+    foundry("init", folder / "w", "--preset", "demo", "--source", source)
+    shutil.copytree(ROOT / "demo" / "models" / "clip", source / "clip")
+    config = folder / "w" / "foundry.toml"
+    text = config.read_text()
+    assert 'clip = "demo:models/clip"' in text
+    config.write_text(text.replace('clip = "demo:models/clip"', f"clip = {json.dumps(str(source / 'clip'))}"))
+    foundry("run", "--home", folder / "w", "--select", "embeddings")
+    asked = ("sql", "--home", folder / "w", "--format", "csv", "select count(*) as n from embeddings")
+    assert foundry(*asked).stdout == "n\n1\n"
+    assert foundry("verify", "--home", folder / "w").stdout.startswith("0 damaged, 0 orphans")

@@ -328,7 +328,7 @@ class Generation:
         """
         entry = next(entry for entry in self.manifest.files if entry.name.endswith(".parquet"))
         commit.check_entry(self.folder, entry)
-        return pl.read_parquet(self.folder / entry.name).select(list(TABLES["latents"].columns))
+        return commit.read_parquet(self.folder / entry.name).select(list(TABLES["latents"].columns))
 
     def open_files(self) -> dict[str, LatentFile]:
         """Its latent files by name, checked by size and header.

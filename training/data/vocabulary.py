@@ -74,7 +74,7 @@ def read(path: Path, sha256: str) -> Vocabulary:
     found = commit.sha256_file(path) if path.is_file() else "no such file"
     if found != sha256:
         raise DamageError(f"vocabulary {path}: {found[:16]}, inputs.json says SHA-256 {sha256[:16]}")
-    rows = pl.read_parquet(path).iter_rows()
+    rows = commit.read_parquet(path).iter_rows()
     category: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     for tag, kind, names in rows:

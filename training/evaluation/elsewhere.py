@@ -155,7 +155,7 @@ def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
     from training.evaluation.pictures import read_picture
 
     commit.check_entry(folder, record.samples)
-    samples = TABLES["sample_images"].conform(pl.read_parquet(folder / record.samples.name))
+    samples = TABLES["sample_images"].conform(commit.read_parquet(folder / record.samples.name))
     drawn = samples.filter(pl.col("file").is_not_null())
     for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
         picture = read_picture(folder / PICTURES / file)

@@ -179,7 +179,7 @@ def score_models(
             with commit.atomic_file(path) as temporary:
                 frame.write_parquet(temporary, metadata={_IDENTITY: identity})
         write_summary(out)
-        failed = pl.read_parquet(path, columns=["failed"])["failed"]
+        failed = commit.read_parquet(path, ["failed"])["failed"]
         yield Outcome(
             name=model.name, num_pictures=len(failed), num_failed=len(failed) - failed.null_count(), skipped=skipped
         )
@@ -189,7 +189,7 @@ def write_summary(out: Path) -> pl.DataFrame:
     """Write `summary.csv`: the guide's columns, a row per model of which there are scores, by name."""
     rows: list[dict[str, object]] = []
     for path in sorted((out / PICTURES).glob("*.parquet")):
-        scores = pl.read_parquet(path).filter(pl.col("failed").is_null())
+        scores = commit.read_parquet(path).filter(pl.col("failed").is_null())
         found = summary.summarise(scores["clip_score"].to_numpy(), scores["aesthetic"].to_numpy())
         rows.append({"Model": path.stem, **found})
     schema = {"Model": pl.String} | dict.fromkeys(summary.COLUMNS, pl.Float64)
