@@ -32,10 +32,17 @@ every_samples = 48
 """
 
 
-_WARM = multiprocessing.get_context("forkserver")
-_WARM.set_forkserver_preload(
-    ["jobs.cli", "jobs.definitions", "training.models.unet", "diffusers", "transformers", "scipy.stats"]
-)
+WARM = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported what commands need."""
+WARM.set_forkserver_preload(
+    [
+        "jobs.cli", "jobs.definitions", "jobs.pipeline", "jobs.console", "training.models.unet", "training.trainer",
+        "diffusers", "transformers", "scipy.stats", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
+        "dagster._core.storage.sqlite_storage", "dagster._core.storage.event_log",
+        "dagster._core.storage.runs", "dagster._core.storage.schedules",
+        "dagster._core.storage.local_compute_log_manager",
+    ]
+)  # fmt: skip
 
 
 def _command(arguments, folder, environment, output, errors):
@@ -65,7 +72,7 @@ def foundry(*arguments, check=True, folder=ROOT):
     environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     with tempfile.TemporaryDirectory() as scratch:
         output, errors = Path(scratch, "output"), Path(scratch, "errors")
-        process = _WARM.Process(target=_command, args=(words, folder, environment, output, errors))
+        process = WARM.Process(target=_command, args=(words, folder, environment, output, errors))
         process.start()
         process.join()
         done = subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())

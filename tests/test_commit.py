@@ -1,28 +1,31 @@
 """Commits: nothing committed is ever lost, nothing half-written is ever seen, equal content has equal digests."""
 
 import errno
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 import polars as pl
 import pytest
+import toy_writer
+from graph_tools import WARM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import commit
 from training.errors import DamageError, LockedError, WorkspaceError
 
-TOY = Path(__file__).with_name("toy_writer.py")
 
-
-def write_toy(folder, generation, fatal=0, style="committed"):
-    """Run the toy writer; returns the signal that ended it, or 0."""
-    done = subprocess.run([sys.executable, TOY, folder, str(generation), str(fatal), style], check=False)
-    return -done.returncode
+def write_toy(folder, generation, style="committed", journal=None):
+    """Run the toy writer in a process of its own; returns the signal that ended it, or 0."""
+    process = WARM.Process(target=toy_writer.write, args=(folder, generation, style, journal))
+    process.start()
+    process.join()
+    return -process.exitcode
 
 
 def committed_version(folder):
@@ -38,33 +41,95 @@ def committed_version(folder):
     return manifest.version
 
 
-def test_a_writer_killed_at_every_file_system_call_loses_nothing(tmp_path):
-    assert write_toy(tmp_path, 1) == 0
-    killed = 0
-    for fatal in range(1, 60):
-        ended = write_toy(tmp_path, 2, fatal)
-        assert committed_version(tmp_path) in (1, 2), f"killed at call {fatal}"
-        if ended == 0:
-            break
+def test_a_writer_killed_at_every_change_loses_nothing(tmp_path):
+    folder, journal = tmp_path / "toy", tmp_path / "points"
+    folder.mkdir()
+    assert write_toy(folder, 1) == 0
+    while ended := write_toy(folder, 2, journal=journal):
         assert ended == signal.SIGKILL
-        killed += 1
-        assert write_toy(tmp_path, 1) == 0  # back to the old content, over whatever the kill left behind
-    assert killed >= 8, "the writer was killed at no more than a few calls: the hook does not see them"
-    assert committed_version(tmp_path) == 2
+        point = journal.read_text().splitlines()[-1]
+        assert committed_version(folder) in (1, 2), point
+        assert {path.name for path in folder.glob("*.json")} == {"t.json"}, f"a reader's glob after {point}"
+        assert write_toy(folder, 1) == 0  # back to the old content, over whatever the kill left behind
+    assert len(journal.read_text().splitlines()) >= 3, "the hook does not see the changes"
+    assert committed_version(folder) == 2
 
 
 def test_an_in_place_writer_is_caught(tmp_path):
     """The negative control of the test above."""
-    assert write_toy(tmp_path, 1, style="in place") == 0
-    broken = 0
-    for fatal in range(1, 12):
-        write_toy(tmp_path, 2, fatal, "in place")
+    folder, journal, broken = tmp_path / "toy", tmp_path / "points", 0
+    folder.mkdir()
+    assert write_toy(folder, 1, "in place") == 0
+    while write_toy(folder, 2, "in place", journal):
         try:
-            committed_version(tmp_path)
+            committed_version(folder)
         except (DamageError, AssertionError, pl.exceptions.PolarsError):
             broken += 1
-        write_toy(tmp_path, 1, style="in place")
+        write_toy(folder, 1, "in place")
     assert broken
+
+
+@pytest.mark.parametrize(
+    "name", ["s000000.json", "a-0.parquet", "g0001-8x8.safetensors", "1.png", "x.jsonl", "é" * 127]
+)
+def test_no_reader_takes_a_temporary_file_for_its_own(tmp_path, name):
+    with commit.temporary(tmp_path / name) as temporary:
+        temporary.write_bytes(b"")
+        assert temporary.name.startswith(commit.TEMPORARY_PREFIX)
+        assert temporary.suffix == ".tmp"
+        assert temporary.parent == tmp_path
+        assert commit.manifests(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_manifest_without_a_digest_of_its_own_is_read(tmp_path):
+    entry = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
+    manifest = commit.Manifest(table="t", part="t", version=1, files=(entry,), rows=1, digest="d", report={10: 1, 9: 2})
+    commit.commit_manifest(tmp_path / "t.json", manifest)
+    new = commit.read_manifest(tmp_path / "t.json")
+    old = {key: value for key, value in json.loads((tmp_path / "t.json").read_bytes()).items() if "sha256" not in key}
+    commit.write_json(tmp_path / "old.json", old | {"format": 1})
+    assert commit.read_manifest(tmp_path / "old.json") == new
+    commit.write_json(tmp_path / "none.json", old)
+    with pytest.raises(DamageError, match="does not match its own"):
+        commit.read_manifest(tmp_path / "none.json")
+
+
+TROUBLE = {
+    "full": (OSError(errno.ENOSPC, "full"), "no space left on device while writing"),
+    "read-only": (OSError(errno.EROFS, "ro", "/x"), "read-only file system while writing"),
+    "denied": (PermissionError(errno.EACCES, "no", "/elsewhere"), "permission denied: /elsewhere"),
+    "polars": (pl.exceptions.ComputeError("No space left on device (os error 28)"), "no space left on device"),
+    "SQLite": (sqlite3.OperationalError("database or disk is full"), "no space left on device"),
+    "read-only SQLite": (sqlite3.OperationalError("attempt to write a readonly database"), "read-only file system"),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_a_place_that_cannot_be_written_to_is_one_line_with_what_to_do(tmp_path, kind):
+    cause, words = TROUBLE[kind]
+
+    def write(path):
+        path.write_bytes(b"half")
+        path.with_name(f"{path.name}-journal").write_bytes(b"half")
+        try:
+            raise cause
+        except Exception as error:
+            raise RuntimeError("a library's own words") from error
+
+    with (
+        pytest.raises(WorkspaceError, match=rf"{words}.*; .* and run the same command again"),
+        commit.temporary(tmp_path / "a.db", beside=commit.SQLITE_BESIDE) as temporary,
+    ):
+        write(temporary)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(ZeroDivisionError), commit.explain_disk(tmp_path):
+        1 / 0  # noqa: B018
+    with pytest.raises(FileNotFoundError), commit.explain_disk(tmp_path):
+        (tmp_path / "none").read_bytes()
 
 
 def test_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, monkeypatch):
@@ -177,7 +242,7 @@ def test_digest_of_a_known_table_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "damaged"), ('{"format": 99}', "format 99, this version reads format 1"), ("[]", "format")],
+    [("{", "damaged"), ('{"format": 99}', "format 99, this version reads format 1 to 2"), ("[]", "format")],
 )
 def test_a_manifest_that_is_none_is_named(tmp_path, text, words):
     (tmp_path / "t.json").write_text(text)

@@ -1,67 +1,33 @@
-"""A process that commits, and dies by SIGKILL at its n-th change of the file system; run by test_commit.py."""
+"""A process that commits a table of one part, and dies by SIGKILL at a change of the file system."""
 
+import json
 import os
-import signal
-import sys
 from pathlib import Path
 
-CHANGES = ("open-write", "fsync", "replace", "unlink", "mkdir", "rename")
+import polars as pl
+from kill_walk import kill_at_new_points
+
+from training import commit
 
 
-def die_at(fatal: int) -> None:
-    """Count every change that this process makes to the file system, and die just before the fatal one."""
-    count = 0
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
-        writes = (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        )
-        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.truncate"):
-            count += 1
-            if count == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    real_fsync = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real_fsync(descriptor)
-
-    os.fsync = fsync
-
-
-def main(folder: Path, generation: int, fatal: int, style: str) -> None:
-    import polars as pl
-
-    from training import commit
-
+def write(folder: Path, generation: int, style: str, journal: Path | None) -> None:
+    """Commit fifty rows; with a journal die at the first point that is not in it."""
     frame = pl.DataFrame({"x": list(range(generation, generation + 50))})
     digests = commit.column_digests(frame)
-    die_at(fatal)
+    if journal is not None:
+        kill_at_new_points(folder, "toy", journal, every=True)
     if style == "in place":  # the negative control: what commits must not do
-        frame.write_parquet(folder / "t-fixed.parquet")
-        entry = commit.Entry(
-            name="t-fixed.parquet",
-            sha256=commit.sha256_file(folder / "t-fixed.parquet"),
-            bytes=(folder / "t-fixed.parquet").stat().st_size,
-        )
+        path = folder / "t-fixed.parquet"
+        with path.open("wb") as file:
+            frame.write_parquet(file)
+        entry = commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
     else:
         entry = commit.write_parquet(folder, "t", frame)
     manifest = commit.Manifest(
         table="toy", part="t", version=generation, files=(entry,), rows=50, digest=commit.logical_digest(digests, 50)
     )
     if style == "in place":
-        import json
-
-        (folder / "t.json").write_text(json.dumps(manifest.to_json()))
+        (folder / "t.json").write_text(json.dumps({**manifest.to_json(), "format": 1}))
     else:
         commit.commit_manifest(folder / "t.json", manifest)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    os._exit(0)

@@ -1,61 +1,106 @@
-"""Kill -9 during any stage, run again: the digests of an undisturbed run."""
+"""Kill -9 before the changes that a run makes to its workspace, go on: the digests of an undisturbed run."""
 
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
 import pytest
-from graph_tools import digests, foundry, make_small
+from graph_tools import digests, foundry, make_small, shorten
+from kill_walk import Walk
 
-STAGES = (
-    "source_listing", "raw_images", "embeddings", "duplicate_groups", "quality_pairs", "quality_model",
-    "quality_scores", "tag_vocabulary", "selected_images", "bucket_assignments", "latents", "training_set",
-    "base_model", "prompt_statistics", "checkpoints", "prompt_sets", "sample_images", "eval_metrics", "verdicts",
-    "release",
-)  # fmt: skip
-COSTLY = ("raw_images", "embeddings", "latents", "checkpoints", "sample_images")
-TYPICAL = ("embeddings", "checkpoints", "sample_images")
+from jobs.pipeline import selected
+from resources import upkeep
+from resources.store import Store
+from resources.warehouse import query
+from training.data.tables import TABLES
 
-
-def kill_during(home, stage, delay_s):
-    """Run until `stage` is announced, wait, and kill the process and its workers; the trainer lives on by design."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment.pop("FOUNDRY_HOME", None)
-    command = [Path(sys.executable).with_name("foundry"), "run", "--home", str(home)]
-    with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as run:
-        for line in run.stderr:
-            if stage in line.strip().split(",")[0].split(" + "):
-                time.sleep(delay_s)
-                run.send_signal(signal.SIGKILL)
-                run.stderr.read()
-                return True
-    return False
+STAGES = [*(",".join(stage.name for stage in body) for body in selected(None, only=False)), "all"]
+"""In the graph's order, those of one body together; and at last the whole, for what comes after the stages."""
+LIMIT_S = 55 * 60
+"""For how long the long proof goes on; what it did not get to is counted."""
 
 
-def killed_and_finished(home, source, stages):
-    make_small(home, source)
-    for number, stage in enumerate(stages):
-        # A cheap stage is over in tenths of a second, and the next one with it: that could then not be killed.
-        delay_s = 0.3 + 0.7 * (number % 3) if stage in COSTLY else 0.06 * (number % 3)
-        assert kill_during(home, stage, delay_s), f"{stage} was not announced"
-    foundry("run", "--home", home)
-    return digests(home)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A new workspace on twelve images with one training run of four steps; not to be written to."""
+    from demo.pictures import write_world
+
+    folder = tmp_path_factory.mktemp("tiny")
+    home = folder / "workspace"
+    make_small(home, write_world(folder / "images", num_pictures=12, seed=5))
+    shorten(home / "runs" / "demo" / "config.toml", num_samples="64", every_samples="32")
+    shorten(home / "foundry.toml", num_steps="2")
+    prompts = home / "prompts.csv"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:4]))
+    return home
 
 
-@pytest.mark.timeout(900)
-def test_a_run_killed_in_typical_stages_ends_as_an_undisturbed_one(small, small_source, tmp_path):
-    assert killed_and_finished(tmp_path / "workspace", small_source, TYPICAL) == digests(small)
+def started(folder, tiny, **options):
+    """A walk below `folder`, which goes on where there is one."""
+    home = folder / "workspace"
+    if not home.exists():
+        folder.mkdir(exist_ok=True)
+        shutil.copytree(tiny, home, symlinks=True)
+    return Walk(home, **options)
+
+
+def count_rows(home):
+    """Rows of each table by SQL, and how many of them have a key of their own."""
+    parts = []
+    for name, table in TABLES.items():
+        key = ", ".join(f'"{column}"' for column in table.key) or "*"
+        distinct = f'(select count(*) from (select distinct {key} from "{name}"))'
+        parts.append(f"select '{name}', count(*), {distinct} from \"{name}\"")
+    return {name: counts for name, *counts in query(Store(home), " union all ".join(parts)).rows()}
+
+
+def check_rows(found, expected, in_work):
+    """Compare row counts with an undisturbed run's: all or none, but in what is in work; and nothing twice."""
+    for name, (rows, distinct) in found.items():
+        assert rows == expected[name][0] or rows == 0 or (name in in_work and rows < expected[name][0]), name
+        assert rows == distinct or expected[name][0] != expected[name][1], name
+
+
+def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
+    """Kill at all points until time is up, look at the workspace after each, and compare with an undisturbed run."""
+    end = time.monotonic() + limit_s
+    whole = started(folder / "whole", tiny, every=every, kill=False)
+    killed = started(folder / "killed", tiny, every=every)
+    for stage in STAGES:
+        assert whole.attempt(stage)
+        expected = count_rows(whole.home)
+        killed.kill = time.monotonic() < end
+        while not killed.attempt(stage):
+            last = killed.points()[-1]
+            damaged = [problem.detail for problem in upkeep.verify(Store(killed.home)) if problem.kind == "damage"]
+            assert damaged == [], last
+            check_rows(count_rows(killed.home), expected, {"rejected_images", *stage.split(",")})
+            killed.kill = time.monotonic() < end
+        assert count_rows(killed.home) == expected
+    assert digests(killed.home) == digests(whole.home)
+    upkeep.collect_garbage(Store(killed.home), min_age_s=0)
+    assert upkeep.verify(Store(killed.home)) == []
+    killed.kill = True
+    points, met = set(killed.points()), set(whole.points())
+    print(f"killed at {len(points)} points, {len(met - points)} of {len(met)} left out: {sorted(met - points)[:9]}")
+    return points, met
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_killed_before_every_kind_of_change_ends_as_an_undisturbed_one(tiny, tmp_path):
+    points, met = walk_and_compare(tmp_path, tiny, every=False)
+    assert met <= points
+    assert len(points) > 150, "the hook does not see the changes"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(small, small_source, tmp_path):
-    assert killed_and_finished(tmp_path / "workspace", small_source, STAGES) == digests(small)
+@pytest.mark.timeout(4200)
+def test_a_run_killed_before_every_change_ends_as_an_undisturbed_one(tiny, tmp_path):
+    """With $KILL_WALK, a folder, a walk that ended early goes on."""
+    folder = Path(os.environ.get("KILL_WALK", tmp_path))
+    points, _ = walk_and_compare(folder, tiny, every=True)
+    assert len(points) > 400
 
 
 def test_verify_finds_damage_and_repair_rebuilds_just_that(small_copy, small):
