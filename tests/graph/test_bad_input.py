@@ -211,11 +211,13 @@ def test_a_workspace_that_cannot_be_written_to(empty, mounted):
 @pytest.mark.parametrize("name", ["what?", "100%25", "a\\b", "a\nb", os.fsdecode(b"\xff")])
 def test_a_path_that_no_workspace_can_have(tmp_path, name):
     from resources.workspace import create
-    from training.errors import WorkspaceError
+    from training.errors import ConfigError, WorkspaceError
 
     with pytest.raises(WorkspaceError, match="the path of a workspace must") as refused:
         create(tmp_path / name / "w", sources=[str(tmp_path)], preset=None, tiny=False)
     assert str(refused.value).isprintable()
+    with pytest.raises(ConfigError, match=r"--source .*: a path in foundry\.toml must be UTF-8"):
+        create(tmp_path / "w", sources=[os.fsdecode(b"\xff")], preset=None, tiny=False)
     assert list(tmp_path.iterdir()) == []
 
 
