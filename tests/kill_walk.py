@@ -30,6 +30,7 @@ _VOLATILE = (
     (re.compile(r"\.tmp-\d+-"), ".tmp-<pid>-"),
     (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"), "<uuid>"),
     (re.compile(r"(?<![0-9a-z])[0-9a-f]{8,64}(?![0-9a-z])"), "<hex>"),
+    (re.compile(r"(?<=compute_logs/)[a-z]{8}"), "<name>"),
     (re.compile(r"[0-9]{10,}"), "<number>"),
 )
 """What differs from run to run in equal changes."""
