@@ -137,12 +137,23 @@ def sql(
 def verify(
     home: Home = None,
     repair: Annotated[bool, typer.Option("--repair", help="Move damage to quarantine/ for the next run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare every committed file with its manifest."""
+    from dataclasses import asdict
+
+    from jobs import console
     from resources import upkeep
 
     store = open_store(home)
-    problems = upkeep.verify(store)
+    if as_json and repair:
+        raise ConfigError("--json only reports: run --repair without it")
+    with console.progress():
+        problems = upkeep.verify(store)
+    if as_json:
+        num_parts = len(upkeep.digests(store))
+        print(json.dumps({"parts": num_parts, "problems": [asdict(problem) for problem in problems]}, default=str))
+        raise typer.Exit(1 if any(problem.kind == "damage" for problem in problems) else 0)
     for problem in problems:
         print(f"{problem.kind}: {problem.detail}")
     damage = [problem for problem in problems if problem.kind == "damage"]

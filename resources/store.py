@@ -38,7 +38,7 @@ from training.commit import (
     write_json,
     write_parquet,
 )
-from training.config import FORMAT, ModelsConfig, WorkspaceConfig
+from training.config import FORMAT, WorkspaceConfig
 from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
@@ -49,6 +49,17 @@ from training.run_folder import checkpoints as ready_checkpoints
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[1]
 DEMO_PREFIX = "demo:"
+PUBLISHED = {
+    "clip": "openai/clip-vit-large-patch14",
+    "aesthetic": "ttj/sac-logos-ava1-l14-linearMSE",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "hps_v2": "xswu/HPSv2",
+    "image_reward": "zai-org/ImageReward",
+    "tagger": "fancyfeast/joytag",
+    "detector": "google/owlv2-base-patch16-ensemble",
+    "base": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Where the weights under a key of [models] are published; a folder that lacks files says which, and how to get it."""
 _NO_PATH = re.compile(r"[?%\\\x00-\x1f\x7f]")
 
 
@@ -184,11 +195,11 @@ class Store:
         if key == "base" and path.suffix == SUFFIX:
             require_file(path)
         elif not path.is_dir():
-            repository = getattr(ModelsConfig(), key).removeprefix("models/")
+            repository = PUBLISHED.get(key)
+            fetch = f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
             raise ModelError(
-                f"[models] {key} = {name!r}: folder {path} is missing; fetch {repository} with "
-                f"`hf download … --local-dir {path}`, set the key in {self.home / CONFIG_FILE}, "
-                "or start with `foundry init --preset demo`, which needs no weights"
+                f"[models] {key} = {name!r}: folder {path} is missing; {fetch}set the key in "
+                f"{self.home / CONFIG_FILE}, or start with `foundry init --preset demo`, which needs no weights"
             )
         return path
 

@@ -28,6 +28,7 @@ from training.commit import (
 )
 from training.data.tables import TABLES, Reason, rejections
 from training.errors import ConfigError, DamageError
+from training.progress import track
 from training.run_folder import INPUTS, check_checkpoint, checkpoints, read_inputs, read_ready
 
 DAY_S = 86_400
@@ -61,7 +62,8 @@ def verify(store: Store) -> list[Problem]:
     elsewhere, and images and releases with the rows that name them; find files that no manifest names, and what killed
     writers left behind."""
     problems: list[Problem] = []
-    for path in manifest_paths(store):
+    paths = list(manifest_paths(store))
+    for path in track(paths, "parts", len(paths)):
         try:
             manifest = read_manifest(path)
         except DamageError as error:
@@ -78,7 +80,8 @@ def verify(store: Store) -> list[Problem]:
             continue
         if damage := find_damage(store, manifest):
             problems.append(Problem(kind="damage", path=path, detail=damage.detail, files=damage.files))
-    for folder in sorted((store.home / "runs").glob("*/checkpoints/samples_*")):
+    saved = sorted((store.home / "runs").glob("*/checkpoints/samples_*"))
+    for folder in track(saved, "checkpoints", len(saved)):
         try:
             check_checkpoint(folder)
         except DamageError as error:
