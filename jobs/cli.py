@@ -415,10 +415,11 @@ def latents_import(
     home: Home = None,
 ) -> None:
     """Take over latents that another trainer has cached; what is missing is encoded by the next run."""
-    from jobs import exchange
+    from jobs import console, exchange
 
     store = open_store(home)
-    done = exchange.import_latents(store, encoding, folder.expanduser().resolve(), kind, index)
+    with console.progress():
+        done = exchange.import_latents(store, encoding, folder.expanduser().resolve(), kind, index)
     print(f"imported {done.num_images} images into {len(done.shards)} shards")
     print(f"reconstruction error of a sample: {done.error:.1f} of 255")
     for reason, count in done.refused:
@@ -433,9 +434,11 @@ def latents_export(
     home: Home = None,
 ) -> None:
     """Write the current latents as kohya's trainers cache them, one .npz a picture."""
-    from jobs import exchange
+    from jobs import console, exchange
 
-    written = exchange.export_latents(open_store(home), encoding, folder.expanduser().resolve())
+    store = open_store(home)
+    with console.progress():
+        written = exchange.export_latents(store, encoding, folder.expanduser().resolve())
     print(f"wrote {written} files to {folder}")
 
 

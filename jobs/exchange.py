@@ -12,6 +12,7 @@ from training.data.latent_files import from_bfloat16, generations, read_generati
 from training.errors import ConfigError, DataError
 from training.latent_import import Format, LatentImport, find_files
 from training.latents import placement_of
+from training.progress import track
 
 _ROWS_AT_A_TIME = 64
 
@@ -66,7 +67,8 @@ def import_latents(store: Store, encoding: str, folder: Path, kind: Format, inde
         vae=Vae.load(store.vae_folder(encoding), "cpu"), vae_digest=store.vae_digest(encoding),
     )  # fmt: skip
     made = {}
-    for key in (f"{encoding}|{shard}" for shard in shards):
+    keys = [f"{encoding}|{shard}" for shard in shards]
+    for key in track(keys, "shards", len(keys)):
         frame, entries = work.shard(store.table_folder("latents", key), latents.pictures(store, key), names)
         if frame.height:
             report = {"generation": "g0001", "numbers": {"imported": frame.height}}
@@ -98,7 +100,7 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
     names = {image_id: (source, source_id) for image_id, source, source_id in named.iter_rows()}
     sdxl = (config_folder(store.model_path("base")) / "text_encoder_2").is_dir()
     written = 0
-    for part in parts:
+    for part in track(parts, "shards", len(parts)):
         shard = store.table_folder("latents", part)
         generation = read_generation(shard, max(generations(shard)))
         files = generation.open_files()

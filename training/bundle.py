@@ -23,6 +23,7 @@ from training.checkpoint import find_resumable
 from training.data.latent_files import Generation, read_generation
 from training.errors import ConfigError, DamageError, DataError
 from training.latent_source import LatentSource
+from training.progress import track
 from training.rules import EIGHT_BIT
 from training.run_config import RunConfig
 from training.run_folder import RunInputs, checked_training_set
@@ -132,7 +133,8 @@ def _copy_latents(inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, An
             pinned[shard].add(chosen["generation"])
     source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
     samples = commit.read_parquet(checked_training_set(inputs), ["shard", "image_id"])
-    for (shard,), rows in samples.group_by("shard", maintain_order=True):
+    shards = samples.group_by("shard", maintain_order=True)
+    for (shard,), rows in track(shards, "shards of latents", samples["shard"].n_unique()):
         generation, missing, notes = source.choose(str(shard), rows["image_id"].to_list())
         if generation is None:
             raise DataError(
