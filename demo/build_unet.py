@@ -2,7 +2,6 @@
 
 import copy
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from demo.drawing import draw
 from demo.progress import steps
 from demo.prompts import training_prompt
 from demo.saving import save_half, write_json
-from demo.scenes import Scene, sample_scene
+from demo.scenes import Scene, mostly_good, sample_scene
 from training.data.geometry import Placement, Size
 from training.seeds import Purpose, integer, torch_generator
 
@@ -98,8 +97,7 @@ class LatentSet(NamedTuple):
 def base_scene(split: str, index: int) -> Scene:
     """A scene of the base model's world: no star, good quality more often than not."""
     scene = sample_scene(SEED, split, index, star_share=0.0, watermark_share=0.06)
-    rng = wording(split, index, "quality")
-    return replace(scene, quality=rng.choice((6, 7, 8, 9, 9))) if rng.random() < 0.6 else scene
+    return mostly_good(scene, wording(split, index, "quality"))
 
 
 def time_ids_of(placement: Placement) -> list[float]:

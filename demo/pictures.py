@@ -22,7 +22,7 @@ from PIL import Image
 
 from demo import trouble
 from demo.drawing import draw
-from demo.prompts import NUM_WORLD_PICTURES, WORLD_SEED, WORLD_STAR_SHARE
+from demo.prompts import NUM_WORLD_PICTURES, WORLD_SEED, world_scene
 from demo.scenes import ALIASES, Scene, alias, all_tags, caption_of, clean, sample_scene, tags_of
 from training.data.geometry import Box, Size
 from training.seeds import Purpose, generator
@@ -128,7 +128,7 @@ def write_world(folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: i
 def _add_pictures(world: World, count: int) -> None:
     turned = set(generator(world.seed, Purpose.DEMO, "turned").sample(range(count), math.ceil(count / 36)))
     for index in range(count):
-        scene = sample_scene(world.seed, "world", index, star_share=WORLD_STAR_SHARE)
+        scene = world_scene(world.seed, index)
         rng = generator(world.seed, Purpose.DEMO, "file", index)
         drawn = draw(scene)
         folder = rng.choice(("drawings", "downloads/2024", "downloads/2025"))
@@ -195,7 +195,7 @@ def _add_trouble(world: World, count: int) -> None:
 
 def write_aliases(path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED) -> None:
     """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion, no header."""
-    scenes = [sample_scene(seed, "world", index, star_share=WORLD_STAR_SHARE) for index in range(num_pictures)]
+    scenes = [world_scene(seed, index) for index in range(num_pictures)]
     counts = {tag: sum(tag in tags_of(scene) for scene in scenes) for tag in all_tags()}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -5,18 +5,25 @@ import itertools
 import random
 from pathlib import Path
 
-from demo.scenes import COLOURS, Scene, alias, caption_of, clean, sample_scene, score_tags, tags_of
+from demo.scenes import COLOURS, Scene, alias, caption_of, clean, mostly_good, sample_scene, score_tags, tags_of
 from training.data.geometry import Size
 from training.seeds import Purpose, generator
 
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
-NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 16
+NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 48
 EVALUATION_SIZES = (Size(128, 128), Size(152, 104), Size(104, 152), Size(120, 128))
 FILE = Path(__file__).with_name("prompts.csv")
-WORLD_SEED, NUM_WORLD_PICTURES = 7, 300
+WORLD_SEED, NUM_WORLD_PICTURES = 7, 600
 """The default world, whose pictures no prompt repeats."""
-WORLD_STAR_SHARE = 0.5
-"""Share of the world's scenes whose main shape is the one that the base model has never seen."""
+WORLD_STAR_SHARE = 0.4
+"""Share of the world's scenes whose main shape is the one that the base model has never seen; the others show what it
+knows, so that a fine-tune does not forget it."""
+
+
+def world_scene(seed: int, index: int) -> Scene:
+    """A scene of the world of that seed: many stars, good quality more often than not, as the base model's world."""
+    scene = sample_scene(seed, "world", index, star_share=WORLD_STAR_SHARE)
+    return mostly_good(scene, generator(seed, Purpose.DEMO, "quality", "world", index))
 
 
 def training_prompt(scene: Scene, rng: random.Random, *, drop: float = 0.15, alias_prob: float = 0.05) -> str:
@@ -83,18 +90,15 @@ def _star_texts() -> list[str]:
 
 
 def _general_texts() -> list[str]:
-    world = [
-        sample_scene(WORLD_SEED, "world", index, star_share=WORLD_STAR_SHARE) for index in range(NUM_WORLD_PICTURES)
-    ]
-    held = {key for scene in world for key in _keys(scene)}
+    held = {key for index in range(NUM_WORLD_PICTURES) for key in _keys(world_scene(WORLD_SEED, index))}
     texts: list[str] = []
     indices = itertools.count()
     while len(texts) < NUM_GENERAL_PROMPTS:
         index = next(indices)
-        scene = clean(sample_scene(WORLD_SEED, "fresh prompt", index, star_share=0))
+        scene = clean(sample_scene(WORLD_SEED, "later prompt", index, star_share=0))
         if len(scene.shapes) == 1 and not held & _keys(scene):
             held |= _keys(scene)
-            words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "fresh prompt words", index))
+            words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "later prompt words", index))
             texts.append(f"score_8_up, {words if len(texts) % 2 else ', '.join(tags_of(scene))}")
     return texts
 

@@ -122,6 +122,11 @@ def sample_scene(seed: int, *key: int | str, star_share: float = 0.28, watermark
     )
 
 
+def mostly_good(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene, in good quality more often than not."""
+    return replace(scene, quality=rng.choice((6, 7, 8, 9, 9))) if rng.random() < 0.6 else scene
+
+
 def clean(scene: Scene) -> Scene:
     """The same scene in best quality and without a watermark."""
     return replace(scene, quality=9, watermark="")

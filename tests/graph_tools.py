@@ -101,6 +101,7 @@ def make_short(home):
 def make_small(home, source):
     """A workspace on the small folder, with a short run and few prompts."""
     foundry("init", home, "--preset", "demo", "--source", source)
+    shorten(home / "foundry.toml", min_score="1")
     make_short(home)
 
 

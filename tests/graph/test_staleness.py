@@ -57,7 +57,7 @@ def test_a_second_run_does_nothing_and_says_so(small_copy):
 
 def test_a_changed_threshold_starts_at_the_selection(small_copy):
     config = small_copy / "foundry.toml"
-    config.write_text(config.read_text().replace("threshold = 0.4\n", "threshold = 0.6\n", 1))
+    config.write_text(config.read_text().replace("threshold = 0.6\n", "threshold = 0.4\n", 1))
     before, digests_before = manifests(small_copy), digests(small_copy)
     foundry("run", "--home", small_copy, "--select", "training_set,tag_vocabulary")
     changed = remade(small_copy, before)

@@ -225,8 +225,8 @@ def test_a_changed_setting_is_seen_and_one_click_brings_it_up_to_date(up):
     page, checks = up.page, f"{up.dagster}/assets/selected_images?view=checks&checkDetail=current"
     page.open(checks)
     page.wait_for_text("current", "Passed", timeout_s=PAGES_S)
-    shorten(up.home / "foundry.toml", min_score="3")
-    page.wait_for_text("[selection] min_score 1 → 3", timeout_s=SENSOR_S)
+    shorten(up.home / "foundry.toml", min_score="6")
+    page.wait_for_text("[selection] min_score 5 → 6", timeout_s=SENSOR_S)
     assert {node["assetKey"]["path"][0]: node["staleStatus"] for node in up.ask(STALE)["assetNodes"]} == {
         "selected_images": "STALE"
     }
