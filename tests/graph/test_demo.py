@@ -72,7 +72,7 @@ def test_the_fine_tune_learned_the_concept(whole_demo):
     verdicts = store.read("verdicts", parts=[f"base~{store.last_checkpoint('demo')}"])
     scores = verdicts.filter(pl.col("metric") == "clip_score")
     assert dict(scores.select("group", "verdict").iter_rows())["star"] == "better"
-    # The first recipe lost 0.047 here; this one came to +0.006 and -0.005 with two seeds, each with an interval of 0.023.
+    # The first recipe lost 0.047 here; this one came to +0.006 and -0.005 with two seeds, give or take 0.023.
     assert dict(scores.select("group", "difference").iter_rows())["general"] > -0.03, "what the base knew is forgotten"
 
 
