@@ -25,7 +25,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 METRICS = Stage(
     name="eval_metrics",
-    version=3,
+    version=4,
     scope=Scope.CHECKPOINT,
     reads=(Reads("sample_images", per=Per.KEY),),
     config=lambda config, key: {"scorers": list(config.evaluation.scoring.scorers)},

@@ -12,7 +12,14 @@ BORDER = "uniform_border"
 ALL = (*MEASURES, BORDER)
 """What is measured on each picture, as metrics of `eval_metrics`."""
 ALARM_INDEX = 0.5
-"""Over-baked index from which the alarm is raised: half a standard deviation of training pictures on each measure."""
+"""Over-baked index above which the alarm is raised."""
+UNITS = {"saturation": 0.3, "contrast": 0.15}
+"""Excess over both references, as a share of the larger, that makes an index of 1: about what colour x 1.4 and contrast
+x 1.25 (Pillow's ImageEnhance) leave after clipping, see tests/evaluation/test_overbaked.py."""
+_FAINT = 0.05
+"""Least level that an excess is a share of, so that a trace of colour in a monochrome set is no excess."""
+_NUM_CELLS = 32
+"""Along the shorter side, of the coarse image whose saturation and contrast are measured: grain averages out of it."""
 ALARM_BORDERS = 0.1
 """By how much the share of pictures with uniform borders may exceed the base's and the training pictures'."""
 MAX_TRAINING_PICTURES = 256
@@ -26,17 +33,19 @@ Levels = Mapping[str, np.ndarray]
 
 
 def measure(picture: np.ndarray) -> dict[str, float]:
-    """The measures of one picture, all at its own size.
+    """The measures of one picture.
 
-    `saturation` is the mean over pixels of the largest minus the smallest of R, G, B; `contrast` the standard deviation
-    of luma; `detail` the root mean square of luma minus the mean of its four neighbours; all of levels 0-1.
-    `uniform_border` is 1 for a letter box, else 0.
+    `saturation` is the mean of the largest minus the smallest of R, G, B and `contrast` the standard deviation of luma,
+    both of a coarse image: means of square blocks, 32 to 63 along the shorter side (of shorter ones the pixels).
+    `detail` is the root mean square of luma minus the mean of its four neighbours, at the picture's own size; all of
+    levels 0-1. `uniform_border` is 1 for a letter box, else 0.
 
     Args:
         picture: `(H, W, 3)` uint8.
     """
     luma = picture.astype(np.float32) @ _LUMA  # (H, W)
-    spread = picture.max(axis=2) - picture.min(axis=2)
+    coarse = _blocks(picture, max(1, min(luma.shape) // _NUM_CELLS))
+    spread = coarse.max(axis=2) - coarse.min(axis=2)
     detail = 0.0
     if min(luma.shape) > 2:
         around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
@@ -44,10 +53,20 @@ def measure(picture: np.ndarray) -> dict[str, float]:
         detail = float(np.sqrt(np.square(fine).mean(dtype=np.float64)))
     return {
         "saturation": float(spread.mean(dtype=np.float64)) / 255,
-        "contrast": float(luma.std(dtype=np.float64)),
+        "contrast": float((coarse @ _LUMA).std(dtype=np.float64)),
         "detail": detail,
         BORDER: float(has_uniform_border(picture)),
     }
+
+
+def _blocks(picture: np.ndarray, side: int) -> np.ndarray:
+    """Means of square blocks of `side` pixels, `(H / side, W / side, 3)` fp32; those at the far edges may be cut."""
+    sums = picture.astype(np.float32)
+    for axis in (0, 1):
+        starts = np.arange(0, picture.shape[axis], side)
+        counts = np.diff(starts, append=picture.shape[axis]).astype(np.float32)
+        sums = np.add.reduceat(sums, starts, axis=axis) / counts.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    return sums
 
 
 def has_uniform_border(picture: np.ndarray) -> bool:
@@ -79,24 +98,24 @@ def collect(measures: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
 def index(own: Levels, base: Levels, training: Levels) -> float:
     """The over-baked index of a checkpoint.
 
-    For each measure: how far the mean over its pictures lies above the larger of the base's and the training pictures'
-    means, in standard deviations (n - 1) of the training pictures, 0 where it does not lie above; then the mean over
-    the three measures. 0 means that no measure exceeds both: a model may well take on the look of its training set.
+    For saturation and contrast: how far the mean over its pictures lies above the larger of the base's and the training
+    pictures' means, as a share of it, in `UNITS`, 0 where it does not lie above; then the geometric mean of the two.
+    A model may well take on the look of its training set, keep that of its base, or lie between.
 
     Args:
         own: Of the checkpoint's pictures.
         base: Of the base's pictures of the same prompts.
-        training: Of training pictures at the size that they were trained at; at least two.
+        training: Of training pictures at the size that they were trained at; at least one.
 
     Returns:
-        0 or more; infinite where training pictures are all alike in a measure that is exceeded.
+        0 or more: 0 unless both measures exceed both references.
     """
-    excesses = []
-    for name in MEASURES:
-        above = float(own[name].mean()) - max(float(base[name].mean()), float(training[name].mean()))
-        spread = float(training[name].std(ddof=1))
-        excesses.append(0.0 if above <= 0 else above / spread if spread else np.inf)
-    return float(np.mean(excesses))
+    product = 1.0
+    for name, unit in UNITS.items():
+        reference = max(float(base[name].mean()), float(training[name].mean()))
+        excess = max(0.0, float(own[name].mean()) - reference) / max(reference, _FAINT)
+        product *= excess / unit
+    return float(product ** (1 / len(UNITS)))
 
 
 def summarise(own: Levels, base: Levels | None, training: Levels | None) -> dict[str, float]:
@@ -111,7 +130,7 @@ def summarise(own: Levels, base: Levels | None, training: Levels | None) -> dict
         if levels is not None and len(levels[BORDER]):
             found |= {f"{name}_mean{suffix}": float(levels[name].mean()) for name in MEASURES}
             found[f"border_share{suffix}"] = float(levels[BORDER].mean())
-    if base is not None and training is not None and len(base[BORDER]) and len(training[BORDER]) > 1:
+    if base is not None and training is not None and len(base[BORDER]) and len(training[BORDER]):
         found["overbaked_index"] = index(own, base, training)
     return found
 
