@@ -11,7 +11,7 @@ import polars as pl
 from resources import generations
 from resources.store import Store
 from training.commit import DUCKDB_BESIDE, temporary
-from training.data.tables import TABLES
+from training.data.tables import PART_COLUMNS, TABLES, part_values
 from training.errors import ConfigError
 
 VERDICTS = """
@@ -38,21 +38,35 @@ def rebuild(store: Store) -> Path:
 def _create(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
     """Make the views in an empty database."""
     for name in TABLES:
-        connection.execute(f'create view "{name}" as {_select(store, name)}')
+        connection.execute(f'create view "{name}" as {_select(store, name, connection)}')
     connection.execute(VERDICTS)
     connection.register("encoded", generations.table(store).to_arrow())
     connection.execute("create table latent_generations as from encoded")
     connection.unregister("encoded")
 
 
-def _select(store: Store, table: str) -> str:
-    files = [store.table_file(table, part) for part in store.parts(table)]
-    if not files:
-        types = TABLES[table].schema.items()
-        columns = ", ".join(f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types)
+def _select(store: Store, table: str, connection: duckdb.DuckDBPyConnection) -> str:
+    """The rows of all parts; where keys recur from part to part, with the columns that tell a row's part."""
+    parts = store.parts(table)
+    told = PART_COLUMNS.get(table, ())
+    if not parts:
+        types = dict.fromkeys(told, pl.String()) | dict(TABLES[table].schema)
+        columns = ", ".join(f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types.items())
         return f"select {columns} where false"
+    files = [store.table_file(table, part) for part in parts]
     listed = ", ".join(map(_exactly, files))
-    return f"select * from read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+    if not told:
+        return f"select * from read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+    keys = f"{table}_parts"
+    values = [{"filename": str(file), **part_values(table, part)} for file, part in zip(files, parts, strict=True)]
+    connection.register("keys", pl.DataFrame(values, schema=dict.fromkeys(("filename", *told), pl.String())).to_arrow())
+    connection.execute(f'create table "{keys}" as from keys')
+    connection.unregister("keys")
+    columns = ", ".join(f'"{name}"' for name in told)
+    return (
+        f"select {columns}, rows.* exclude (filename) from "
+        f'read_parquet([{listed}], union_by_name = true, filename = true, hive_partitioning = false) rows join "{keys}" using (filename)'
+    )
 
 
 def _exactly(file: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 from jobs import bundles
 from resources import generations
 from resources.store import Store
+from resources.warehouse import query
 from training import run_folder
 from training.event_log import read_events
 
@@ -129,3 +130,10 @@ def test_what_a_bundle_took_along_stays_until_the_run_has_finished(
     assert train(run) == "finished"
     generations.collect(store, min_age_s=0)
     assert numbers(store) == [("s000000", 2), ("s000001", 1)]
+
+
+def test_sql_tells_the_shards_of_latents_apart(store):
+    run, workspace = store
+    found = query(workspace, "select encoding, shard, image_id from latents order by all")
+    expected = run.rows.select(encoding=pl.lit("tiny"), shard="shard", image_id="image_id").sort(pl.all())
+    assert found.rows() == expected.rows()

@@ -295,3 +295,29 @@ vae = "models/better"
     # A single file holds a VAE of its own, but latents were encoded with the one in the folder beside it.
     (store.home / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n')
     assert fresh(store).vae_of_run("own", "base") == folder / "base" / "vae"
+
+
+@pytest.mark.parametrize("value", ["demo@8", "rival.other@0", "base.12345678@0"])
+def test_sql_tells_checkpoints_runs_encodings_and_shards_apart(store, value):
+    names = ["demo@4", value]
+    for number, name in enumerate(names):
+        for table, columns in (("eval_metrics", {"metric": "clip_score"}), ("sample_images", {"text": "a cat"})):
+            row = {"prompt_id": "p", **columns} | ({"value": float(number)} if table == "eval_metrics" else {})
+            frame = pl.DataFrame([row], schema=TABLES[table].schema)
+            commit(store, Stage(name=table, version=1, scope=Scope.CHECKPOINT), name, frame)
+    run = "demo" if value.startswith("demo") else None
+    found = query(fresh(store), "select checkpoint, run, value from eval_metrics order by value")
+    assert found.rows() == [("demo@4", "demo", 0.0), (value, run, 1.0)]
+    pairs = "select s.checkpoint from sample_images s join eval_metrics using (checkpoint, prompt_id) order by value"
+    assert query(fresh(store), pairs)["checkpoint"].to_list() == names
+
+
+def test_sql_tells_the_placements_of_encodings_apart(store):
+    row = dict.fromkeys(TABLES["bucket_assignments"].schema) | {"image_id": "a" * 64}
+    for encoding in ("sdxl", "sdxl.2"):
+        frame = pl.DataFrame([row], schema=TABLES["bucket_assignments"].schema)
+        commit(store, Stage(name="bucket_assignments", version=1, scope=Scope.ENCODING), encoding, frame)
+    found = query(fresh(store), "select encoding, count(*) from bucket_assignments group by 1 order by 1")
+    assert found.rows() == [("sdxl", 1), ("sdxl.2", 1)]
+    columns = query(fresh(store), "select * from latents").columns
+    assert columns[:2] == ["encoding", "shard"], "also while there are none"

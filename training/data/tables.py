@@ -9,6 +9,7 @@ from enum import StrEnum
 
 import polars as pl
 
+from training.checks import RESERVED
 from training.errors import DataError
 
 BOX = pl.Struct(dict.fromkeys(("y0", "x0", "y1", "x1"), pl.Float64))
@@ -552,6 +553,33 @@ def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     return pl.DataFrame(full, schema=table.schema) if full else table.empty()
 
 
+PART_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "bucket_assignments": ("encoding",),
+    "latents": ("encoding", "shard"),
+    "training_set": ("encoding",),
+    "prompt_statistics": ("run",),
+    "prompt_sets": ("prompt_set",),
+    "sample_images": ("checkpoint", "run"),
+    "eval_metrics": ("checkpoint", "run"),
+    "release": ("run",),
+}
+"""Of tables whose keys recur from part to part: columns in SQL that tell a row's part."""
+
+
+def part_values(table: str, part: str) -> dict[str, str | None]:
+    """Values of a part's `PART_COLUMNS`; the run of a model without one is None.
+
+    Args:
+        table: Name of the table.
+        part: Name of the part: a checkpoint, a run, an encoding, `<encoding>|<shard>`, or a prompt set.
+    """
+    names = PART_COLUMNS.get(table, ())
+    if names == ("checkpoint", "run"):
+        run = None if part.startswith(RESERVED) else part.rpartition("@")[0]
+        return {"checkpoint": part, "run": run}
+    return dict(zip(names, part.split("|"), strict=True)) if names else {}
+
+
 def markdown() -> str:
     """`docs/tables.md`: every table with its columns."""
     lines = [
@@ -564,7 +592,9 @@ def markdown() -> str:
     ]
     for table in TABLES.values():
         key = ", ".join(f"`{name}`" for name in table.key) or "none"
-        lines += ["", f"## {table.name}", "", f"One row per {table.row}. Key: {key}.", ""]
+        told = " and ".join(f"`{name}`" for name in PART_COLUMNS.get(table.name, ()))
+        more = f" In SQL also {told}, first." if told else ""
+        lines += ["", f"## {table.name}", "", f"One row per {table.row}. Key: {key}.{more}", ""]
         lines += ["| column | type | meaning | tolerance |", "| --- | --- | --- | --- |"]
         for name, column in table.columns.items():
             tolerance = "" if column.tolerance is None else f"{column.tolerance:g}"
