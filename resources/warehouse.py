@@ -64,8 +64,8 @@ def _select(store: Store, table: str, connection: duckdb.DuckDBPyConnection) -> 
     connection.unregister("keys")
     columns = ", ".join(f'"{name}"' for name in told)
     return (
-        f"select {columns}, rows.* exclude (filename) from "
-        f'read_parquet([{listed}], union_by_name = true, filename = true, hive_partitioning = false) rows join "{keys}" using (filename)'
+        f"select {columns}, rows.* exclude (filename) from read_parquet([{listed}], union_by_name = true, "
+        f'filename = true, hive_partitioning = false) rows join "{keys}" using (filename)'
     )
 
 

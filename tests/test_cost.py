@@ -2,23 +2,29 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from training.config import EncodingConfig
 from training.cost import (
     Rates,
+    Sizes,
     Workload,
     advise_length,
     count_steps,
     estimate_cost,
+    latent_bytes,
     length_lines,
     read_rates,
     training_rate,
     warmup_lines,
 )
+from training.data.geometry import Size
+from training.data.latent_files import BucketWriter
 from training.errors import ConfigError
 from training.gpus import find_gpu
 from training.run_config import OptimizerConfig
@@ -33,15 +39,16 @@ TABLE = [
 ]  # fmt: skip
 
 
-def bill(num_images, num_samples, num_gpus=8, rates=None, **changes):
+def bill(num_images, num_samples, num_gpus=8, rates=None, stored_bytes=None, **changes):
     work = Workload(num_images=int(num_images), num_samples=int(num_samples), **changes)
-    return estimate_cost(work, rates or Rates(), num_gpus=num_gpus, dollars_per_hour=3.0, stored_bytes=None)
+    return estimate_cost(work, rates or Rates(), num_gpus=num_gpus, dollars_per_hour=3.0, stored_bytes=stored_bytes)
 
 
 @pytest.mark.parametrize("row", TABLE)
 def test_the_published_table(row):
     images, samples, gpus, stored, hours, cores, totals, month = row
-    cost = bill(images, samples, gpus)
+    compressed = latent_bytes(EncodingConfig(codec="split-zstd", log_variance=False))  # as in that table
+    cost = bill(images, samples, gpus, stored_bytes=Sizes(latents=compressed).of(int(images)))
     terabytes = [cost.stored_bytes[kind] / 1e12 for kind in ("raw", "latents", "tables", "embeddings")]
     assert terabytes == pytest.approx(stored, rel=0.31)  # one digit of each is printed
     assert terabytes[:2] == pytest.approx(stored[:2], rel=0.01)
@@ -52,6 +59,34 @@ def test_the_published_table(row):
     assert cost.gpu_dollars == pytest.approx(totals[2], rel=0.05)
     assert cost.store_dollars_per_month == pytest.approx(month, rel=0.01)
     assert cost.dollars == pytest.approx(cost.gpu_dollars * 1.3)
+
+
+ENCODINGS = [EncodingConfig(), EncodingConfig(log_variance=False), EncodingConfig(codec="split-zstd")]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_latents_take_on_disk_what_the_bill_says(encoding, tmp_path):
+    # 37 latents with the spectrum and deviations of SDXL's, and log-variances that vary as slowly, in real files.
+    size, rng, num_images = Size(1152, 896), np.random.default_rng(0), 37
+    radius = np.hypot(np.fft.fftfreq(144)[:, None], np.fft.rfftfreq(112)[None])
+    radius[0, 0] = np.inf
+    writer = BucketWriter(
+        folder=tmp_path, generation=1, bucket=size, codec=encoding.codec, max_bytes=encoding.max_file_bytes
+    )
+    for number in range(num_images):
+        white = rng.standard_normal((4, 144, 112))
+        pink = np.fft.irfft2(np.fft.rfft2(white) / radius, s=white.shape[1:])
+        latents = 0.9 * pink / pink.std() + 0.4 * rng.standard_normal(white.shape)
+        log_variance = -18 + 3 * pink / pink.std()
+        writer.add(f"{number:064d}", latents, log_variance if encoding.log_variance else None)
+    writer.finish()
+    taken = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert latent_bytes(encoding, size.area) * num_images == pytest.approx(taken, rel=0.05)
+
+
+def test_the_bill_of_a_million_images_is_of_what_an_encoding_without_options_stores():
+    # Two planes (mean, log-variance) of 4 x 128 x 128 bfloat16 at one megapixel.
+    assert bill(1e6, 1e6).stored_bytes["latents"] == pytest.approx(1e6 * 2 * 4 * 128 * 128 * 2, rel=0.05)
 
 
 def test_bigasps_own_rate_gives_bigasps_own_time():

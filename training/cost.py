@@ -14,6 +14,8 @@ from typing import Any
 
 from training import toml
 from training.checks import check_positive
+from training.config import EncodingConfig
+from training.data.bucket_plans import VAE_FACTOR
 from training.errors import ConfigError
 from training.gpus import find_gpu
 from training.run_config import OptimizerConfig
@@ -91,18 +93,41 @@ def read_rates(path: Path) -> Rates:
     return toml.build(Rates, values["rates"], origin=path, prefix="rates.")
 
 
+TYPICAL_PIXELS = 1_005_038
+"""Mean training resolution, pixels, over the images of bigASP's buckets. five_finetunes.md section 1."""
+_CHANNELS, _VALUE_BYTES = 4, 2
+_STORED_SHARES = {"raw": (1.0, 1.0), "split-zstd": (0.664, 0.58)}
+"""Codec -> what it leaves of the bytes of latents (performance.md section 3.2) and of log-variances (the demo's)."""
+
+
+def latent_bytes(encoding: EncodingConfig, num_pixels: float = TYPICAL_PIXELS) -> float:
+    """Bytes of one image's latents in one generation, as an encoding stores them.
+
+    Args:
+        encoding: Its codec, and whether log-variances are stored.
+        num_pixels: Of the image's bucket.
+    """
+    mean, log_variance = _STORED_SHARES[encoding.codec]
+    plane = num_pixels / VAE_FACTOR**2 * _CHANNELS * _VALUE_BYTES
+    return plane * (mean + (log_variance if encoding.log_variance else 0.0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Bytes that an image takes, by kind."""
 
     raw: float = 1.0e6
     """The picture as a file; bigASP's photographs."""
-    latents: float = 83_400.0
-    """One generation in bf16, mean only, codec `split-zstd`. Simulated, performance.md section 3.2."""
+    latents: float = latent_bytes(EncodingConfig())
+    """One generation, as an encoding without options stores it."""
     tables: float = 130.0
     """Rows of all tables but embeddings. performance.md section 5."""
     embeddings: float = 1536.0
     """768 numbers of 16 bits."""
+
+    def of(self, num_images: int) -> dict[str, float]:
+        """Bytes that so many images take, by kind."""
+        return {item.name: num_images * getattr(self, item.name) for item in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,12 +220,11 @@ def estimate_cost(
         "evaluation": work.num_generated / rates.generation,
     }
     core_seconds = {"decoding for annotators": images / rates.decoding, "decoding for latents": images / rates.resizing}
-    typical = {item.name: images * getattr(Sizes(), item.name) for item in dataclasses.fields(Sizes)}
     total = sum(gpu_seconds.values()) / 3600
     return Cost(
         gpu=rates.gpu,
         num_gpus=num_gpus,
-        stored_bytes=typical if stored_bytes is None else stored_bytes,
+        stored_bytes=Sizes().of(images) if stored_bytes is None else stored_bytes,
         gpu_hours={stage: seconds / 3600 for stage, seconds in gpu_seconds.items()},
         core_hours={stage: seconds / 3600 for stage, seconds in core_seconds.items()},
         training_images_per_s=training,
