@@ -16,7 +16,6 @@ from training.evaluation.prompt_groups import UNKNOWN_WORDS, negative_prompt
 from training.evaluation.prompt_reading import read_set
 from training.evaluation.prompt_sets import make_frame, read_prompts, refuse_overlap
 
-SELECTED = ("image_id", "height", "width", *prompt_building.TEXTS)
 VOCABULARY = ("tag", "aliases")
 
 
@@ -25,7 +24,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     config, found = store.config.prompt_sets[key], {}
     if config.file:
         found["file"] = file_digest(store.resource_path(config.file))
-    tables: dict[str, tuple[str, ...]] = {"selected_images": SELECTED}
+    tables: dict[str, tuple[str, ...]] = {"selected_images": prompt_building.HELD_OUT}
     if UNKNOWN_WORDS in config.groups:
         tables["tag_vocabulary"] = VOCABULARY
     for table, columns in tables.items():
@@ -36,7 +35,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 STAGE = Stage(
     name="prompt_sets",
-    version=4,
+    version=5,
     scope=Scope.PROMPT_SET,
     config=lambda config, key: config.prompt_sets[key],
     settings="prompt_sets.{key}",
@@ -73,7 +72,7 @@ def _make(store: Store, key: str) -> pl.DataFrame:
         EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt cannot be drawn.
     """
     config = store.config.prompt_sets[key]
-    selected = store.read("selected_images", SELECTED)
+    selected = store.read("selected_images", prompt_building.HELD_OUT)
     if config.file:
         path = store.resource_path(config.file)
         is_parti = path.is_file() and prompt_building.is_parti(path)
@@ -81,8 +80,10 @@ def _make(store: Store, key: str) -> pl.DataFrame:
     else:
         frames = []
         if config.held_out:
-            previous = store.read("prompt_sets", parts=[key]) if store.manifest("prompt_sets", key) else None
-            frames.append(prompt_building.from_validation(selected, _sizes(store, key), config.held_out, previous))
+            previous = store.read("prompt_sets", parts=[key]) if _is_in_style(store, key) else None
+            frames.append(
+                prompt_building.from_validation(selected, _sizes(store, key), config.held_out, config.prompts, previous)
+            )
         if config.groups:
             words = store.read("tag_vocabulary", VOCABULARY) if UNKNOWN_WORDS in config.groups else None
             known = [] if words is None else [*words["tag"], *words["aliases"].explode().drop_nulls()]
@@ -96,6 +97,14 @@ def _make(store: Store, key: str) -> pl.DataFrame:
     if key == store.config.evaluation.prompt_set:
         read_set(frame, store.config.evaluation.sampling)  # refused here, and not when a model is to draw it
     return frame
+
+
+def _is_in_style(store: Store, key: str) -> bool:
+    """Whether the committed set's held-out images were made into prompts as they would be now."""
+    manifest = store.manifest("prompt_sets", key)
+    if manifest is None or manifest.version != STAGE.version:
+        return False
+    return bool(manifest.config["prompts"] == store.section(STAGE, key)["prompts"])
 
 
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:

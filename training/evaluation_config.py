@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
-from training.checks import check_positive
+from training.checks import check_fractions, check_positive
 from training.errors import ConfigError
 from training.evaluation import prompt_groups
 
@@ -160,6 +160,41 @@ class VerdictConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutPromptsConfig:
+    """How held-out images become prompts: as the workspace's recipe writes prompts, without what it leaves to chance.
+
+    `foundry init --recipe` takes these from the recipe's `[run.prompts]`; the defaults are those of its defaults.
+    """
+
+    prefix: str = "score_7_up"
+    """What opens every prompt that has tags, as users of the model will open theirs; empty for recipes without score
+    tags."""
+    num_tags: int = 32
+    """Tags at most, chosen by the image's id; 0 for all."""
+    order: Literal["shuffled", "kohaku"] = "shuffled"
+    """As in `[run.prompts]`; the shuffle follows from the image's id."""
+    first_tags: tuple[str, ...] = ()
+    """Tags that open the tags of an image that has them, in this order, and are never left out."""
+    spaces: bool = False
+    """Write spaces for underscores in tags of more than three characters."""
+    caption_prob: float = 0.0
+    """Share of the images with a caption that become their caption alone,"""
+    caption_and_tags_prob: float = 0.0
+    """and their caption, then their tags. An image without tags becomes its caption whatever the shares."""
+
+    def __post_init__(self) -> None:
+        owner = "prompt_sets.*.prompts"
+        check_fractions(owner, caption_prob=self.caption_prob, caption_and_tags_prob=self.caption_and_tags_prob)
+        if self.caption_prob + self.caption_and_tags_prob > 1:
+            raise ConfigError(
+                f"{owner}: caption_prob={self.caption_prob} and caption_and_tags_prob={self.caption_and_tags_prob} "
+                "must sum to at most 1"
+            )
+        if self.num_tags < 0:
+            raise ConfigError(f"{owner}.num_tags={self.num_tags} must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSetConfig:
     """Prompts that checkpoints are judged by: from a file, or made from held-out images and shipped groups."""
 
@@ -175,6 +210,8 @@ class PromptSetConfig:
     """Negative prompt of those that have none: basic, drawn, realistic, non_adult, letter_box, or a text."""
     encoding: str = ""
     """Encoding whose bucket plan gives the sizes of prompts that come without; empty where there is but one."""
+    prompts: HeldOutPromptsConfig = field(default_factory=HeldOutPromptsConfig)
+    """How held-out images become prompts."""
 
     def __post_init__(self) -> None:
         made = bool(self.held_out or self.groups)
@@ -185,6 +222,8 @@ class PromptSetConfig:
             )
         if self.held_out < 0:
             raise ConfigError(f"prompt_sets.*.held_out={self.held_out} must be >= 0")
+        if not self.held_out and self.prompts != HeldOutPromptsConfig():
+            raise ConfigError("prompt_sets.*.prompts says how held-out images become prompts, but held_out=0")
         unknown = [name for name in self.groups if name not in prompt_groups.NAMES]
         if unknown:
             raise ConfigError(

@@ -12,7 +12,8 @@ from training import older_runs, toml
 from training.config import WorkspaceConfig
 from training.errors import ConfigError
 from training.evaluation.prompt_groups import NAMES
-from training.run_config import RunConfig
+from training.evaluation_config import HeldOutPromptsConfig
+from training.run_config import PromptConfig, RunConfig
 
 
 def recipe_path(folder: Path, name: str) -> Path:
@@ -54,8 +55,27 @@ def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
         document["sources"] = _source_tables(sources)
     if tiny is not None:
         _shrink(document, "workspace", toml.load(tiny))
-    toml.build(WorkspaceConfig, document.unwrap(), origin=path)
+    config = toml.build(WorkspaceConfig, document.unwrap(), origin=path)
+    prompts = toml.load(path).get("run", {}).get("prompts", {})
+    style = held_out_prompts(toml.build(PromptConfig, prompts, origin=path, prefix="run.prompts."))
+    said = {name: value for name, value in toml.dump(style).items() if value != toml.dump(HeldOutPromptsConfig())[name]}
+    for name, made in config.prompt_sets.items():
+        if said and made.held_out and made.prompts == HeldOutPromptsConfig():
+            document["prompt_sets"][name]["prompts"] = said
     return tomlkit.dumps(document)
+
+
+def held_out_prompts(prompts: PromptConfig) -> HeldOutPromptsConfig:
+    """How a workspace's held-out images become prompts for models that a recipe trains."""
+    return HeldOutPromptsConfig(
+        prefix="score_7_up" if prompts.score_tags else "",
+        num_tags=max(round(prompts.mean_tags), prompts.min_tags) if prompts.mean_tags else 0,
+        order=prompts.order,
+        first_tags=prompts.first_tags,
+        spaces=prompts.spaces_prob > 0.5,
+        caption_prob=prompts.caption_prob,
+        caption_and_tags_prob=prompts.caption_and_tags_prob,
+    )
 
 
 def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:

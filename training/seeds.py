@@ -32,6 +32,7 @@ class Purpose(StrEnum):
     VALIDATION = "validation"
     INIT = "init"
     DEMO = "demo"
+    PROMPT_SET = "prompt_set"
 
 
 def digest(seed: int, purpose: Purpose, *keys: Key) -> bytes:

@@ -20,7 +20,7 @@ SHORT_TAG = 3
 NUM_FORMS = 4
 SPACES, COMMA = 2, 1
 """Form `NUM_FORMS * spelling + SPACES * with_spaces + COMMA * with_comma`."""
-_PLACES = {PEOPLE: 0, "character": 1, "copyright": 2, "artist": 3}
+PLACES = {PEOPLE: 0, "character": 1, "copyright": 2, "artist": 3}
 """Categories that stand before special and general tags in Kohaku's order."""
 NUM_SCORES = 10
 
@@ -47,7 +47,7 @@ class Names:
         self.shared = np.zeros(len(self.names), dtype=np.bool_)
         """Of more than one source: an image may have it twice."""
         self.shared[[self.watermark, *self.of_words[self.of_words < len(samples.tag_names)].tolist()]] = True
-        place = [_PLACES.get(vocabulary.category.get(name, GENERAL), -1) for name in self.names]
+        place = [PLACES.get(vocabulary.category.get(name, GENERAL), -1) for name in self.names]
         self.place = np.array(place, dtype=np.int64)
         """In Kohaku's order; -1 of special and general tags."""
         self.first = np.full(len(self.names), -1)

@@ -51,10 +51,15 @@ def from_tables(tag_vocabulary: pl.DataFrame, tags: Iterable[str], words: Iterab
     for tag in tags:
         kind, names = known.get(tag, (None, ()))
         kind = kind or ("meta" if tag == LETTERBOXED else known.get(swap_sides(tag), (GENERAL, ()))[0])
-        category[tag] = PEOPLE if kind == GENERAL and _COUNTS.fullmatch(tag) else kind
+        category[tag] = place_of(tag, kind)
         if names:
             aliases[tag] = tuple(sorted(names))
     return Vocabulary(category, aliases)
+
+
+def place_of(tag: str, category: str) -> str:
+    """The category by which a tag is placed in a prompt: its own, or `people`."""
+    return PEOPLE if category == GENERAL and _COUNTS.fullmatch(tag) else category
 
 
 def write(path: Path, vocabulary: Vocabulary) -> str:

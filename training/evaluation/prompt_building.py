@@ -3,66 +3,78 @@
 import csv
 import hashlib
 import io
+import random
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
+from training import seeds
 from training.data.geometry import Size
+from training.data.names import PLACES, SHORT_TAG
+from training.data.vocabulary import place_of
 from training.errors import EvaluationError
 from training.evaluation.prompt_groups import group_prompts
 from training.evaluation.prompt_reading import is_plain
 from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key, trained_keys
+from training.evaluation_config import HeldOutPromptsConfig
+from training.seeds import Purpose
 
 PARTI_COLUMNS = ("Prompt", "Category")
 """Of a tab-separated file: github.com/google-research/parti, PartiPrompts.tsv."""
 TEXTS = ("split", "tags", "caption", "made_caption")
 """Columns of an image that say what it is trained with."""
-_MAX_TAGS = 12
-"""Of a prompt that is made from tags."""
+HELD_OUT = ("image_id", "height", "width", *TEXTS, "words")
+"""Columns of an image that say what prompt it becomes."""
+_SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 _ASPECTS = (1.0, 2 / 3, 3 / 2)
 """Width by height of prompts that come from no picture."""
 
 
 def from_validation(
-    selected: pl.DataFrame, sizes: Sequence[Size], num_prompts: int, previous: pl.DataFrame | None = None
+    selected: pl.DataFrame,
+    sizes: Sequence[Size],
+    num_prompts: int,
+    style: HeldOutPromptsConfig,
+    previous: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """Build a prompt set from held-out images: their captions, or up to twelve of their tags where there is none.
+    """Build a prompt set from held-out images: their tags as the recipe orders them, their captions, or both.
 
     Args:
-        selected: Of table `selected_images`: image_id, height, width, split, tags, caption, made_caption.
+        selected: Of table `selected_images`, with the columns `HELD_OUT`.
         sizes: Sizes of the bucket plan; each prompt gets the one nearest to its image's shape.
         num_prompts: At most this many.
-        previous: The set as it was built before: its prompts stay as long as their image is held out and no training
-            image has their text, so that a growing data set does not change what checkpoints are judged by.
+        style: How an image becomes a prompt.
+        previous: The set as it was built before in this style: its prompts stay as long as their image is held out and
+            no training image has their text, so that a growing data set does not change what checkpoints are judged by.
 
     Returns:
-        Rows of table `prompt_sets`, without texts that a training image has too; the choice follows the SHA-256 of
-        the image's id, so that more images change few prompts. Texts that a UI reads otherwise than they stand (`:)`,
-        `16:9` at the end, AND) are left out. Groups are `caption` and `tags`. Empty where no held-out image has a text
-        of its own.
+        Rows of table `prompt_sets`, without those whose caption or tags a training image has too; choice, tags and
+        order follow from the image's id, so that more images change few prompts. Texts that a UI reads otherwise than
+        they stand (`:)`, `16:9` at the end, AND) are left out. Groups are `caption`, `caption_and_tags` and `tags`.
+        Empty where no held-out image has a text of its own.
     """
     held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
-    ids = {image_id[:16] for image_id in held_out["image_id"]}
-    kept = [] if previous is None else previous.select(COLUMNS).sort("prompt_id").to_dicts()
-    candidates = [row for row in kept if row["prompt_id"] in ids]
+    candidates = []
     for row in sorted(
         held_out.iter_rows(named=True), key=lambda row: hashlib.sha256(row["image_id"].encode()).digest()
     ):
-        size = nearest(sizes, row["width"] / row["height"])
-        if sentences := _sentences(row):
-            candidates.append(_row(row["image_id"][:16], sentences[0], "caption", size))
-        elif names := _tag_names(row):
-            candidates.append(_row(row["image_id"][:16], _prompt_of(names[:_MAX_TAGS]), "tags", size))
-    keys = [text_key(str(row["text"])) for row in candidates]
-    seen = trained_keys(keys, trained_texts(selected))
+        if made := _write(row, style):
+            size = nearest(sizes, row["width"] / row["height"])
+            candidates.append((_row(row["image_id"][:16], made.text, made.group, size), text_key(made.source)))
+    keys = {str(row["prompt_id"]): key for row, key in candidates}
+    kept = [] if previous is None else previous.select(COLUMNS).sort("prompt_id").to_dicts()
+    candidates = [(row, keys[row["prompt_id"]]) for row in kept if row["prompt_id"] in keys] + candidates
+    texts = [text_key(str(row["text"])) for row, _ in candidates]
+    seen = trained_keys([*texts, *keys.values()], trained_texts(selected))
     rows: dict[str, dict[str, object]] = {}
-    for row, key in zip(candidates, keys, strict=True):
-        is_new = key not in seen and row["prompt_id"] not in rows
+    for (row, key), text in zip(candidates, texts, strict=True):
+        is_new = not {key, text} & seen and row["prompt_id"] not in rows
         if is_new and len(rows) < num_prompts and is_plain(str(row["text"])):
-            seen.add(key)
+            seen |= {key, text}
             rows[str(row["prompt_id"])] = row
     return make_frame(list(rows.values()))
 
@@ -139,8 +151,7 @@ def _row(prompt_id: str, text: str, group: str, size: Size) -> dict[str, object]
 
 
 def trained_texts(images: pl.DataFrame) -> Iterator[str]:
-    """Every line of the training images' captions and made captions, and their tags as a prompt, all of them and as
-    many as a prompt is made of.
+    """Every line of the training images' captions and made captions, and all their tags as a prompt.
 
     Args:
         images: Of table `selected_images` or `training_set`, with the columns `TEXTS`.
@@ -149,8 +160,52 @@ def trained_texts(images: pl.DataFrame) -> Iterator[str]:
         yield from _sentences(row)
         if names := _tag_names(row):
             yield _prompt_of(names)
-            if len(names) > _MAX_TAGS:
-                yield _prompt_of(names[:_MAX_TAGS])
+
+
+class _Written(NamedTuple):
+    """A held-out image as a prompt."""
+
+    text: str
+    group: str
+    source: str
+    """The caption or the tags, all of them, that no training image may have."""
+
+
+def _write(row: dict[str, object], style: HeldOutPromptsConfig) -> _Written | None:
+    """What an image becomes; None where it has no text of its own."""
+    draw = seeds.generator(0, Purpose.PROMPT_SET, str(row["image_id"]))
+    share, sentences, names = draw.random(), _sentences(row), _tag_names(row)
+    if sentences and (not names or share < style.caption_prob):
+        return _Written(sentences[0], "caption", sentences[0])
+    if not names:
+        return None
+    tags = _prompt_of(_choose(row, style, draw))
+    before = f"{style.prefix}, " if style.prefix else ""
+    if sentences and share < style.caption_prob + style.caption_and_tags_prob:
+        comma = "" if sentences[0].endswith(_SENTENCE_ENDS) else ","
+        return _Written(f"{before}{sentences[0]}{comma} {tags}", "caption_and_tags", sentences[0])
+    return _Written(before + tags, "tags", _prompt_of(names))
+
+
+def _choose(row: dict[str, object], style: HeldOutPromptsConfig, draw: random.Random) -> list[str]:
+    """An image's tags and words in a prompt: as many as the style has, in its order.
+
+    Source: as `training/data/chosen_tags.py`.
+    """
+    tags: list[dict[str, str]] = row["tags"]  # type: ignore[assignment]
+    words: list[str] = row["words"] or []  # type: ignore[assignment]
+    places = dict.fromkeys(words, len(PLACES))
+    places |= {tag["name"]: PLACES.get(place_of(tag["name"], tag["category"]), len(PLACES)) for tag in tags}
+    first = [name for name in style.first_tags if name in places]
+    others = sorted(places.keys() - set(first))
+    draw.shuffle(others)
+    if style.num_tags:
+        others = others[: max(style.num_tags - len(first), 0)]
+    if style.order == "kohaku":
+        placed = sorted((places[name], name) for name in others if places[name] < len(PLACES))
+        others = [name for _, name in placed] + [name for name in others if places[name] == len(PLACES)]
+    chosen = [*first, *others]
+    return [name.replace("_", " ") if len(name) > SHORT_TAG else name for name in chosen] if style.spaces else chosen
 
 
 def _sentences(row: dict[str, object]) -> list[str]:

@@ -24,6 +24,7 @@ MULTIPLE_PX = 8
 MAX_SIDE_PX = 8192
 """Longest side of a picture."""
 _ESCAPED = re.compile(r"\\+([()])")
+_SCORE_TAG = re.compile(r"score \d( up)?")
 
 
 def seed_of(prompt_id: str) -> int:
@@ -152,8 +153,9 @@ def _parse(where: str, line: dict[str | None, str | None]) -> dict[str, object]:
 def text_key(text: str) -> str:
     """What two prompts have in common that say the same: what stands between commas, sorted, in one spelling.
 
-    Case, spaces and underscores, a full stop at the end, and `\\(` for `(`, as the UIs want it, make no difference.
+    Case, spaces and underscores, a full stop at the end, and `\\(` for `(`, as the UIs want it, make no difference; nor
+    do score tags, which every training prompt may have.
     """
     plain = _ESCAPED.sub(r"\1", unicodedata.normalize("NFC", text.replace("_", " ").casefold()))
     parts = (" ".join(part.split()).rstrip(" .") for part in plain.split(","))
-    return ",".join(sorted(part for part in parts if part))
+    return ",".join(sorted(part for part in parts if part and not _SCORE_TAG.fullmatch(part)))
