@@ -12,7 +12,7 @@ from resources import devices
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from training.base_model import config_folder
-from training.errors import DataError
+from training.errors import DataError, PipelineError
 from training.evaluation import figures
 from training.evaluation.pictures import read_picture
 from training.evaluation.prompt_reading import read_set, remarks
@@ -29,9 +29,14 @@ WANTED_BY = "evaluation"
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the checkpoint's weights, averaged ones and LoRAs where they are used, and of the prompts."""
     manifest = store.manifest("prompt_sets", store.config.evaluation.prompt_set)
-    further = input_digests(store.checkpoint_folder(key), store.config.evaluation.sampling, store.home)
     prompts = manifest.digest if manifest else "absent"
-    return {"checkpoint": store.checkpoint_digest(key), "prompts": prompts, **further}
+    try:
+        further = input_digests(store.checkpoint_folder(key), store.config.evaluation.sampling, store.home)
+        return {"checkpoint": store.checkpoint_digest(key), "prompts": prompts, **further}
+    except PipelineError:
+        if not store.is_external(key):
+            raise
+        return {"checkpoint": "absent", "prompts": prompts}  # whoever draws it says why; all others can be judged
 
 
 STAGE = Stage(

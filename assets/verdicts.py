@@ -192,7 +192,7 @@ def crown(store: Store, log: logging.Logger) -> None:
     """
     if not store.parts("verdicts"):
         return
-    if waiting := store.stale(VERDICTS):
+    if waiting := [name for name in store.stale(VERDICTS) if not store.is_external(name)]:
         log.info(f"the champion waits for verdicts on {', '.join(waiting)}")
         return
     with lock(store.home / "locks" / "champion.lock", f"the champion of {store.home}"):

@@ -43,6 +43,8 @@ def bring_stages_up_to_date(
     made = [item for item in outcomes if item.num_made]
     for item in made:
         context.log.info(f"{item.stage}: {item.num_made} made in {item.seconds:.0f} s, {item.rows_out} rows")
+    for key, reason in ((key, reason) for item in outcomes for key, reason in item.failed.items()):
+        context.log.warning(f"{key} is not evaluated: {reason}")
     context.log.info("up to date" if made else "everything selected was up to date: nothing was done")
     rows = [
         dg.TableRecord(

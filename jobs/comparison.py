@@ -99,7 +99,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
         _name_partitions(instance, store, keys)
         for key in keys:
             keep(store, key)
-        failed: dict[str, PipelineError] = {}
+        failed: dict[str, str] = {}
         for stage in STAGES:
             stale = [key for key in keys if key not in failed and not Store(home).is_current(stage, key)]
             if stale:
@@ -108,10 +108,10 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
             for key in stale:
                 try:
                     pipeline.execute(instance, [stage], [key])
-                except PipelineError as error:
-                    if key == base:  # nothing can be judged without it
-                        raise
-                    failed[key] = error
+                except Exception as error:  # what comes from outside may fail in any way
+                    if key == base or not (isinstance(error, PipelineError) or store.is_external(key)):
+                        raise  # nothing can be judged without the base
+                    failed[key] = pipeline.reason_of(error)
         verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between verdicts and champion
     rebuild(store)
     catch_up(store, logging.getLogger(__name__))

@@ -141,7 +141,7 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
         )  # fmt: skip
     console.print(table)
     made_now = sum(outcome.num_made for outcome in outcomes)
-    if not made_now:
+    if not made_now and not any(outcome.failed for outcome in outcomes):
         console.print("everything selected is up to date: nothing was done")
     for item in outcomes:
         if item.stage == "source_listing" and (listing := store.manifest("source_listing", "all")) is not None:
@@ -149,6 +149,8 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
                 console.print(note, soft_wrap=True, markup=False, highlight=False)
         if item.unfinished:
             console.print(f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run")
+        for key, reason in item.failed.items():
+            console.print(f"{key} is not evaluated: {reason}", markup=False)
     for run in store.keys(Scope.RUN):
         if is_away(store.run_folder(run)):
             console.print(f"run {run} is away: it was bundled to be trained elsewhere, and is not trained here")

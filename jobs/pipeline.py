@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -46,6 +46,8 @@ class Outcome:
     rows_rejected: int = 0
     unfinished: list[str] = field(default_factory=list)
     """Stale partitions left because time was up."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """External models that could not be evaluated, and why: everything else went on."""
 
 
 def bring_up_to_date(
@@ -72,7 +74,8 @@ def bring_up_to_date(
 
     Raises:
         LockedError: another `foundry run` works on this workspace.
-        PipelineError: a stage failed; what was committed before stays.
+        PipelineError: a stage failed; what was committed before stays. An external model that fails stops nothing: its
+            outcome says why.
     """
     store = Store(home)
     _ = store.config
@@ -85,10 +88,11 @@ def bring_up_to_date(
         report_dead_runs(instance)
         currency.report_versions(instance, store)
         missing.accept(store, accept_missing)
-        outcomes = []
+        outcomes: list[Outcome] = []
         for stages in selected(select, only=only):
             mirror(instance, store)
-            outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started))
+            failed = {key for outcome in outcomes for key in outcome.failed}
+            outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started, failed))
             if any(stage.name == "raw_images" for stage in stages):
                 _require_a_picture(Store(home))
             if stages[0] is verdicts.VERDICTS:
@@ -155,15 +159,17 @@ def _run_body(
     run: str | None,
     deadline: float | None,
     started: Started,
+    without: Collection[str],
 ) -> list[Outcome]:
-    """Run one body over the stale partitions of its stages."""
+    """Run one body over the stale partitions of its stages, but those in `without`."""
     begin = time.monotonic()
-    stale = {stage.name: store.stale(stage) for stage in stages}
+    stale = {stage.name: [key for key in store.stale(stage) if key not in without] for stage in stages}
     if stages[0].scope is Scope.RUN:
         here = [run] if run else [key for key in store.keys(Scope.RUN) if not is_away(store.run_folder(key))]
         stale = {name: [key for key in keys if key in here] for name, keys in stale.items()}
     keys = sorted(set().union(*stale.values()))
     left: list[str] = []
+    failed: dict[str, str] = {}
     if keys:
         chosen = [stage for stage in stages if stale[stage.name]]
         why = [StalePartition(key, reasons(store, stage, key)) for stage in chosen for key in stale[stage.name]]
@@ -172,9 +178,22 @@ def _run_body(
             if deadline is not None and time.monotonic() > deadline:
                 left.extend(batch)
                 continue
-            execute(instance, chosen, batch)
+            try:
+                execute(instance, chosen, batch)
+            except Exception as error:
+                if chosen[0].scope is not Scope.CHECKPOINT or not store.is_external(batch[0]):
+                    raise
+                failed[batch[0]] = reason_of(error)
     seconds = time.monotonic() - begin
-    return [_outcome(Store(store.home), stage, stale[stage.name], left, seconds) for stage in stages]
+    return [
+        _outcome(Store(store.home), stage, stale[stage.name], [*left, *failed], seconds, failed) for stage in stages
+    ]
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, in one line; a failure that no rule of ours names says what kind it is."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, PipelineError) else f"{type(error).__name__}: {said}"
 
 
 def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[str]]:
@@ -213,7 +232,9 @@ def execute(
         raise KeyboardInterrupt from None
 
 
-def _outcome(store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float) -> Outcome:
+def _outcome(
+    store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float, failed: dict[str, str]
+) -> Outcome:
     """Numbers of a stage from its committed manifests."""
     keys = store.keys(stage.scope)
     outcome = Outcome(
@@ -221,7 +242,8 @@ def _outcome(store: Store, stage: Stage, stale: list[str], left: list[str], seco
         num_made=len([key for key in stale if key not in left]),
         num_partitions=len(keys),
         seconds=seconds if stale else 0.0,
-        unfinished=[key for key in stale if key in left],
+        unfinished=[key for key in stale if key in left and key not in failed],
+        failed=failed,
     )
     for key in keys:
         manifest = store.manifest(stage.name, stage.part(key))

@@ -360,6 +360,10 @@ class Store:
         """Whether a checkpoint is a run's, and no base model or rival."""
         return not checkpoint.startswith(("base.", RIVAL))
 
+    def is_external(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is a model from outside: what becomes of it must not hold up anything else."""
+        return checkpoint.startswith(RIVAL)
+
     def is_there(self, checkpoint: str) -> bool:
         """Whether a checkpoint's weights are still there; retention removes those of runs.
 
@@ -408,7 +412,9 @@ class Store:
             raise DataError(f"there is no rival {name!r}; there are: {', '.join(rivals) or 'none'}")
         path = Path(rivals[name])
         if not path.exists():
-            raise DataError(f"rival {name!r}: {path} is gone; bring it back, or `foundry rival remove {name}`")
+            raise DataError(
+                f"external model {name!r}: {path} is missing; bring it back, or `foundry rival remove {name}`"
+            )
         return path
 
     def checkpoint_folder(self, checkpoint: str) -> Path:

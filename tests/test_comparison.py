@@ -6,8 +6,9 @@ import pytest
 from judged_world import World
 
 from jobs import comparison, console, evaluate, pipeline
+from resources.staleness import reasons
 from training.errors import DataError, EvaluationError, FailedPicturesError, ModelError
-from training.evaluation import champion
+from training.evaluation import champion, contenders
 
 QUIET = {"started": lambda *announced: None}
 DRAW, SCORE, JUDGE = (stage.name for stage in evaluate.STAGES)
@@ -67,6 +68,70 @@ def test_a_checkpoint_that_cannot_be_evaluated_does_not_stop_the_others(world, s
     (world.home / "tables" / stage / f"{'base~' * (stage == JUDGE)}{world.base}.json").unlink()
     with pytest.raises(ModelError, match=r"^the base has no weights"):
         comparison.evaluate(world.home, **QUIET)
+
+
+def add_external(world):
+    """An external model whose folder is there; returns its name as a checkpoint, and the folder."""
+    model = world.home.parent / "outside"
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    return contenders.add_rival(world.home, "outside", model), model
+
+
+def break_external(world, how):
+    """An external model that fails: as its author wrote it, or not there at all."""
+    key, model = add_external(world)
+    if how == "missing":
+        (model / "model_index.json").unlink()
+        model.rmdir()
+        world.broken[DRAW, key] = DataError(f"external model 'outside': {model} is missing")
+        return key, f"external model 'outside': {model} is missing"
+    stage, error = how
+    world.broken[stage, key] = error
+    return key, f"{type(error).__name__}: {error}"
+
+
+FAILURES = ["missing", *((stage, RuntimeError("a size\nof tensors")) for stage in (DRAW, SCORE, JUDGE))]
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_an_external_model_that_fails_in_any_way_stops_no_evaluation(world, how):
+    key, reason = break_external(world, how)
+    with pytest.raises(EvaluationError) as failure:
+        comparison.evaluate(world.home, **QUIET)
+    assert str(failure.value) == f"{key} is not evaluated: {' '.join(reason.split())}"
+    assert {"base~run@1000", "base~run@2000"} <= set(world.store.parts("verdicts"))
+    assert champion.read(world.home) is not None, "the champion waits for no external model"
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_an_external_model_that_fails_does_not_stop_foundry_run(world, how):
+    key, reason = break_external(world, how)
+    failed = {}
+    for stage in evaluate.STAGES:
+        (outcome,) = pipeline._run_body(None, world.store, [stage], None, None, lambda *told: None, failed)
+        failed |= outcome.failed
+        assert outcome.num_made == (3 if key in failed else 4)
+        assert outcome.unfinished == []
+    assert failed == {key: " ".join(reason.split())}
+    assert world.store.parts("verdicts") == [f"base~{world.base}", "base~run@1000", "base~run@2000"]
+
+
+def test_a_checkpoint_that_fails_stops_foundry_run_as_ever(world):
+    world.broken[DRAW, "run@1000"] = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipeline._run_body(None, world.store, [evaluate.STAGES[0]], None, None, lambda *told: None, {})
+
+
+def test_status_of_a_workspace_whose_external_model_is_missing(world):
+    key, model = add_external(world)
+    for name in (world.base, key):
+        world.draw(name)
+    assert key not in world.store.stale(evaluate.STAGES[0])
+    (model / "model_index.json").unlink()
+    model.rmdir()
+    assert key in world.store.stale(evaluate.STAGES[0])
+    assert reasons(world.store, evaluate.STAGES[0], key) == ("checkpoint is missing",)
 
 
 def test_why_there_is_no_verdict_is_printed_beside_the_verdicts(world, capsys):
