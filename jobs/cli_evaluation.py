@@ -117,7 +117,7 @@ def rival_list(home: Home = None) -> None:
 @app.command()
 def score(
     folder: Annotated[Path, typer.Argument(help="Pictures made anywhere, a folder per model.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="CSV with a column Prompts, a row per prompt.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="CSV with a column Prompts, or a prompt file.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where tables go; default: <FOLDER>_scores.")] = None,
     home: Home = None,
 ) -> None:

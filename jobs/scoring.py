@@ -17,7 +17,7 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
     Args:
         store: Whose networks, devices and `[evaluation.scoring]` are used.
         folder: A folder of pictures per model.
-        prompts: CSV with a column `Prompts`.
+        prompts: CSV with a column `Prompts`, or a prompt file.
         out: Where the tables go.
 
     Yields:

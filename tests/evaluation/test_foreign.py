@@ -95,10 +95,11 @@ def test_ghostreviews_folders_are_known_by_its_csv(tmp_path):
     root = tmp_path / "pictures"
     for name in ("Mix-V2.0-0", "Mix-V2.0-2", "real_v6-1"):
         draw(root / name / "00007-99999.png")
-    draw(root / "other-1" / "2.png")  # in no row: a folder of a model
+    draw(root / "new-mix-1" / "2.png")  # its script reads the number after the last hyphen, whatever the model
+    draw(root / "own" / "own-2.png")  # and a folder without one is a model's
     models = foreign.find_models(root, prompts)
     assert [(model.name, [prompts.texts[row] for row in model.rows]) for model in models] == [
-        ("Mix-V2.0", [TEXTS[0], TEXTS[2]]), ("other-1", [TEXTS[2]]), ("real_v6", [TEXTS[1]]),
+        ("Mix-V2.0", [TEXTS[0], TEXTS[2]]), ("new-mix", [TEXTS[1]]), ("own", [TEXTS[2]]), ("real_v6", [TEXTS[1]]),
     ]  # fmt: skip
 
 
@@ -197,8 +198,8 @@ def test_prompts_may_begin_with_a_byte_order_mark_and_hold_line_breaks(tmp_path)
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("cat.png", r"cat\.png: the first number of its name must be that of a prompt, 0 to 2$"),
-     ("3.png", "0 to 2, not 3"), ("00012-1.png", "0 to 2, not 00012")],
+    [("cat.png", r"cat\.png: its name is no prompt's id, .* number of its name must be that of a row, 0 to 2$"),
+     ("3.png", "0 to 2, not 3"), ("00012-1.png", "0 to 2, not 12")],
 )  # fmt: skip
 def test_a_picture_without_its_prompt_is_named_before_anything_is_scored(name, message, folder, prompts):
     draw(folder / "mine" / name)

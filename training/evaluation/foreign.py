@@ -1,8 +1,8 @@
 """Scores pictures made anywhere: folders of pictures and a CSV of prompts, as the guide and GhostReview lay them out.
 
-A folder of pictures per model, the first number in a file's name being that of its prompt: `00012-1234567.png`,
-`prompt7_seed1.png`. Or GhostReview's own: a folder `<model>-<number>` per model and prompt, which is known by the
-columns `sd_model_checkpoint` and `index` of its CSV. Numbers count the CSV's rows from 0.
+A folder of pictures per model, each picture with its prompt as `image_prompts` tells: by the prompt's id, by what the
+file says of itself, or by a number in its name. Or GhostReview's own: a folder `<model>-<number>` per model and prompt,
+where the CSV has its columns `sd_model_checkpoint` and `index`. Numbers count the CSV's rows from 0.
 """
 
 import csv
@@ -19,19 +19,22 @@ from training import commit
 from training.config import DecodeConfig
 from training.data.decode_pool import DecodePool, Rejection
 from training.errors import EvaluationError
-from training.evaluation import clip_score, summary
+from training.evaluation import clip_score, image_prompts, summary
 from training.evaluation.clip_score import Networks, Seen
 from training.evaluation.pictures import DTYPE
 from training.progress import track
 
-COLUMN = "Prompts"
+COLUMNS = ("Prompts", "text")
+"""What prompts are called: in the guide's and GhostReview's tables, and in prompt files of this package."""
+ID_COLUMN = "prompt_id"
 SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 SUMMARY = "summary.csv"
 PICTURES = "pictures"
 """Folder of the tables with a row per picture."""
 _IDENTITY = "foundry.identity"
 _MODEL_COLUMNS = ("sd_model_checkpoint", "index")
-_NUMBER = re.compile(r"\d+")
+_OF_PROMPT = re.compile(r"(.+)-(\d+)")
+"""A folder of GhostReview's: `int(name.split('-')[-1])` in its script."""
 _SCHEMA = {
     "Model": pl.String,
     "file": pl.String,
@@ -46,7 +49,9 @@ class Prompts:
     """A CSV of prompts."""
 
     texts: Sequence[str]
-    """Column `Prompts`, a row each."""
+    """A row each."""
+    prompt_ids: Sequence[str]
+    """Column `prompt_id`, where there is one."""
     folders: Mapping[str, tuple[str, int]]
     """GhostReview's folders, `<sd_model_checkpoint>-<index>` -> model and row."""
 
@@ -73,11 +78,11 @@ class Outcome:
 
 
 def read_prompts(path: Path) -> Prompts:
-    """Read a CSV with a column `Prompts`.
+    """Read a CSV with a column `Prompts`, or `text` as prompt files have it, and perhaps `prompt_id`.
 
     Raises:
         EvaluationError: it is missing, no UTF-8 or no CSV; the column is missing; a line has too few or too many
-            fields, or no prompt. Names file and line.
+            fields, no prompt, or an id that is empty or there already. Names file and line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")
@@ -88,45 +93,52 @@ def read_prompts(path: Path) -> Prompts:
         raise EvaluationError(f"{path}:{line}: not UTF-8: {error.reason}") from None
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     texts: list[str] = []
+    prompt_ids: dict[str, int] = {}
     folders: dict[str, tuple[str, int]] = {}
     try:
         header = next(reader, [])
-        if COLUMN not in header:
-            raise EvaluationError(f"{path}:1: no column {COLUMN!r}, only {', '.join(header) or 'nothing'}")
+        column = next((name for name in COLUMNS if name in header), None)
+        if column is None:
+            raise EvaluationError(f"{path}:1: no column {COLUMNS[0]!r}, only {', '.join(header) or 'nothing'}")
         for fields in filter(None, reader):
             place = f"{path}:{reader.line_num}"
             if len(fields) != len(header):
                 raise EvaluationError(f"{place}: {len(fields)} fields, but the header has {len(header)}: check quotes")
             row = dict(zip(header, fields, strict=True))
-            if not row[COLUMN].strip():
-                raise EvaluationError(f"{place}: column {COLUMN!r} is empty")
+            if not row[column].strip():
+                raise EvaluationError(f"{place}: column {column!r} is empty")
+            if ID_COLUMN in row and (not row[ID_COLUMN] or row[ID_COLUMN] in prompt_ids):
+                raise EvaluationError(f"{place}: {ID_COLUMN} {row[ID_COLUMN]!r} is empty or stands above already")
+            if ID_COLUMN in row:
+                prompt_ids[row[ID_COLUMN]] = len(texts)
             if all(row.get(name) for name in _MODEL_COLUMNS):
                 model, index = (row[name] for name in _MODEL_COLUMNS)
                 folders.setdefault(f"{model}-{index}", (model, len(texts)))
-            texts.append(row[COLUMN])
+            texts.append(row[column])
     except csv.Error as error:
         raise EvaluationError(f"{path}:{reader.line_num}: no valid CSV: {error}") from None
     if not texts:
         raise EvaluationError(f"prompt file {path} holds no prompt")
-    return Prompts(texts=texts, folders=folders)
+    return Prompts(texts=texts, prompt_ids=list(prompt_ids), folders=folders)
 
 
 def find_models(folder: Path, prompts: Prompts) -> list[Model]:
     """The models whose pictures lie in `folder`, by name; other files and hidden folders are left alone.
 
     Raises:
-        EvaluationError: there is no picture; or the name of one has no number, or one that is no row of the CSV.
+        EvaluationError: there is no picture, or nothing tells the prompt of one.
     """
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is no folder")
     found: dict[str, list[tuple[Path, int]]] = {}
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         own = sorted(path for path in inner.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-        if inner.name in prompts.folders:
-            name, row = prompts.folders[inner.name]
+        if told := _of_one_prompt(inner.name, prompts):
+            name, row = told
             found.setdefault(name, []).extend((path, row) for path in own)
         elif own:
-            found.setdefault(inner.name, []).extend((path, _row_of(path, len(prompts.texts))) for path in own)
+            rows = image_prompts.rows_of(inner.name, own, prompts.texts, prompts.prompt_ids)
+            found.setdefault(inner.name, []).extend(zip(own, rows, strict=True))
     if not any(found.values()):
         raise EvaluationError(f"{folder} holds no folder with pictures ({', '.join(sorted(SUFFIXES))})")
     return [
@@ -198,15 +210,12 @@ def write_summary(out: Path) -> pl.DataFrame:
     return frame
 
 
-def _row_of(path: Path, count: int) -> int:
-    """The row of the CSV that a picture's name tells."""
-    match = _NUMBER.search(path.stem)
-    if match is None or int(match[0]) >= count:
-        raise EvaluationError(
-            f"picture {path}: the first number of its name must be that of a prompt, 0 to {count - 1}"
-            + (f", not {match[0]}" if match else "")
-        )
-    return int(match[0])
+def _of_one_prompt(folder: str, prompts: Prompts) -> tuple[str, int] | None:
+    """Model and row of one of GhostReview's folders; None where the CSV is not of its form, or the folder is not."""
+    if folder in prompts.folders:
+        return prompts.folders[folder]
+    match = _OF_PROMPT.fullmatch(folder) if prompts.folders else None
+    return (match[1], int(match[2])) if match and int(match[2]) < len(prompts.texts) else None
 
 
 def _identity(model: Model, texts: Sequence[str], digests: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from training.data.tables import TABLES
 from training.data.tokens import CHUNK_TOKENS, MAX_CHUNKS
 from training.errors import EvaluationError
 from training.evaluation.guidance import guide, num_readings, perturbed, repeat_prompts
+from training.evaluation.image_prompts import own_file_stem
 from training.evaluation.png_parameters import lora_hash, parameters, write_png
 from training.evaluation.prompt_encoding import PassText, PromptEncoder, cut_prompts
 from training.evaluation.prompt_reading import Readings, read_set, remarks
@@ -221,7 +222,7 @@ def denoise(
 
 def file_name(prompt_id: str) -> str:
     """The PNG's name for a prompt: safe whatever the id holds."""
-    return f"{hashlib.sha256(prompt_id.encode()).hexdigest()[:16]}.png"
+    return f"{own_file_stem(prompt_id)}.png"
 
 
 def _prompts(frame: pl.DataFrame) -> list[Prompt]:
