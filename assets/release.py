@@ -45,7 +45,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
 STAGE = Stage(
     name="release",
-    version=2,
+    version=3,
     scope=Scope.RUN,
     config=lambda config, key: {"base_license": config.models.base_license},
     settings="models",

@@ -163,7 +163,7 @@ class VerdictConfig:
 class HeldOutPromptsConfig:
     """How held-out images become prompts: as the workspace's recipe writes prompts, without what it leaves to chance.
 
-    `foundry init --recipe` takes these from the recipe's `[run.prompts]`; the defaults are those of its defaults.
+    `foundry init --preset` takes these from the recipe's `[run.prompts]`; the defaults are those of its defaults.
     """
 
     prefix: str = "score_7_up"

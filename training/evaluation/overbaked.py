@@ -61,7 +61,7 @@ def measure(picture: np.ndarray) -> dict[str, float]:
 
 def _blocks(picture: np.ndarray, side: int) -> np.ndarray:
     """Means of square blocks of `side` pixels, `(H / side, W / side, 3)` fp32; those at the far edges may be cut."""
-    sums = picture.astype(np.float32)
+    sums: np.ndarray = picture.astype(np.float32)
     for axis in (0, 1):
         starts = np.arange(0, picture.shape[axis], side)
         counts = np.diff(starts, append=picture.shape[axis]).astype(np.float32)

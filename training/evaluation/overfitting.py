@@ -34,8 +34,8 @@ def sentences(summaries: Summaries) -> list[str]:
     if (index := last.get("overbaked_index")) is not None:
         borders = last.get("border_share", 0.0)
         found.append(
-            f"Over-baked index {index:.2f}, 0 where saturation, contrast and detail exceed neither the base's nor the "
-            f"training pictures'; {borders:.0%} of the pictures have uniform borders."
+            f"Over-baked index {index:.2f}, 0 unless saturation and contrast both exceed the base's and the training "
+            f"pictures'; {borders:.0%} of the pictures have uniform borders."
         )
     if any(overbaked.alarms(summary) for _, summary in summaries):
         what = "; ".join(overbaked.alarms(last)) or "none here, but at an earlier checkpoint"
