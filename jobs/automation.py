@@ -18,10 +18,15 @@ MAX_ATTEMPTS = 3
 
 @lru_cache(maxsize=256)
 def _stale(home: Path, name: str, tick: object) -> frozenset[str]:
-    """Stale partitions of a stage, once for each tick; none where it cannot be judged."""
+    """Stale partitions of a stage, once for each tick; none where it cannot be judged.
+
+    Left out are runs that are away, and what cannot be made yet of an external model, which may never be.
+    """
     store, stage = Store(home), STAGES[name]
     try:
         keys = store.stale(stage)
+        if stage.scope is Scope.CHECKPOINT:
+            keys = [key for key in keys if not store.is_external(key) or store.basis(stage, key) is not None]
         return frozenset(key for key in keys if stage.scope is not Scope.RUN or not is_away(store.run_folder(key)))
     except PipelineError:
         return frozenset()
@@ -59,6 +64,19 @@ class IsStale(_StoreCondition):
         return _stale(find_home(), name, tick)
 
 
+class HoldsUp(_StoreCondition):
+    """Stale partitions that others wait for: all but those of external models."""
+
+    @property
+    def name(self) -> str:
+        """As Dagster shows it."""
+        return "stale, and of no external model"
+
+    def _keys(self, name: str, tick: object) -> frozenset[str]:
+        store = Store(find_home())
+        return frozenset(key for key in _stale(store.home, name, tick) if not store.is_external(key))
+
+
 class WasTried(_StoreCondition):
     """Stale partitions that were tried `MAX_ATTEMPTS` times from what is there now."""
 
@@ -74,6 +92,6 @@ class WasTried(_StoreCondition):
 
 
 CONDITION = (
-    IsStale() & ~WasTried() & ~dg.AutomationCondition.any_deps_match(IsStale()) & ~dg.AutomationCondition.in_progress()
+    IsStale() & ~WasTried() & ~dg.AutomationCondition.any_deps_match(HoldsUp()) & ~dg.AutomationCondition.in_progress()
 )
 """Of `keep_current`: the first stale stages now, those that read them when they are made."""

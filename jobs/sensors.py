@@ -49,6 +49,7 @@ def new_checkpoint(
     left = []
     for name in store.checkpoints_to_evaluate(training=True):
         try:
+            store.checkpoint_folder(name)  # an external model that is missing is not worth three runs
             evaluate.keep(store, name)
             if not evaluate.is_evaluated(store, name):
                 attempts[name] = _attempt(context.instance, store, name)

@@ -108,4 +108,4 @@ def test_a_rival_that_is_gone_does_not_hold_up_the_others(world, instance):
     assert list(tick(world, instance)) == ["run@1000", "run@2000"]
     for name in ("run@1000", "run@2000"):
         world.evaluate(name)
-    assert "rival 'other'" in tick(world, instance)
+    assert "external model 'other': " in tick(world, instance)

@@ -11,11 +11,13 @@ from graph_tools import foundry
 from PIL import Image
 
 from assets import currency
+from assets.partitions import mirror
 from assets.registry import STAGES
 from jobs import automation, pipeline
 from jobs.definitions import defs
 from resources.instance import instance as open_instance
 from resources.store import Store
+from training.evaluation import contenders
 
 
 def stale(home):
@@ -223,6 +225,20 @@ def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
         assert requested(kind, instance) == {}
         set_value(kind, "min_score = 3", "min_score = 4")
         assert set(requested(kind, instance)) == {"selected_images"}
+
+
+@pytest.mark.filterwarnings("ignore::dagster.PreviewWarning", "ignore::dagster.BetaWarning")
+def test_an_external_model_that_fails_holds_up_no_release(kind):
+    key, stage = contenders.add_rival(kind, "outside", kind / "nowhere"), STAGES["sample_images"]
+    with open_instance(kind) as instance:
+        mirror(instance, Store(kind))
+        assert {name: set(keys.subset) for name, keys in requested(kind, instance).items()} == {"sample_images": {key}}
+        shutil.rmtree(kind / "tables" / "release")
+        assert set(requested(kind, instance)) == {"sample_images", "release"}
+        for _ in range(automation.MAX_ATTEMPTS):
+            store = Store(kind)
+            store.begin(stage, key, store.basis(stage, key))
+        assert set(requested(kind, instance)) == {"release"}
 
 
 NO_PARTITION = "the run was launched without a partition"
