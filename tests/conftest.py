@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from training import commit, run_folder, toml
+from training import commit, recipes, run_folder, toml
 from training.data import vocabulary
 from training.data.geometry import Size
 from training.data.latent_files import BucketWriter
@@ -171,7 +171,6 @@ def build_run(workspace, base_model, name, changes, rows=None, **latents):
 
     `rows` are the set's instead, and `latents` options of `commit_generation`.
     """
-    import tomlkit
 
     from training.models.weights import model_digest
 
@@ -198,7 +197,7 @@ def build_run(workspace, base_model, name, changes, rows=None, **latents):
     config = toml.build(RunConfig, toml.override(values, assignments))
     folder = workspace / "runs" / name
     folder.mkdir(parents=True)
-    (folder / run_folder.CONFIG).write_text(tomlkit.dumps(toml.dump(config)))
+    (folder / run_folder.CONFIG).write_text(recipes.run_toml(config))
     words = dict.fromkeys(WORDS, "general")
     known = Vocabulary(words, {"tag_a": ("alpha",), "tag_b": ("beta", "bravo")})
     path = folder / run_folder.VOCABULARY

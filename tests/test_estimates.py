@@ -378,9 +378,9 @@ def test_prompts_tell_sizes_and_crops_as_the_trainer_does(workspace, foundry, wr
         write_generation(workspace.home / "latents" / "tiny" / shard, 2, own, flip=True)
     assert told() == expected(6, ", mirrored")
     config = folder / "config.toml"
-    config.write_text(config.read_text().replace("rules_version = 2", "rules_version = 1"))
+    config.write_text(config.read_text().replace("rules_version = 3", "rules_version = 1"))
     assert told() == expected(2, ", mirrored")
-    config.write_text(config.read_text().replace("rules_version = 1", "rules_version = 2"))
+    config.write_text(config.read_text().replace("rules_version = 1", "rules_version = 3"))
     (folder / "epochs").mkdir()
     pins = {shard: {"generation": 1} for shard in SHARDS}
     (folder / "epochs" / "0.json").write_text(json.dumps({"latents": pins}))

@@ -27,7 +27,7 @@ from training.flops import (
     vae_flops,
 )
 from training.models.unet import PipelineParts
-from training.run_config import ComputeConfig, RunConfig
+from training.run_config import ComputeConfig, OptimizerConfig, RunConfig
 
 TINY_SDXL = {
     **SDXL, "block_out_channels": [8, 16, 32], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 24,
@@ -173,6 +173,10 @@ def test_a_whole_training_sample_equals_torchs_counter(family, trained):
         text_encoders=tuple(e.config.to_dict() for e in parts.text_encoders),
     )
     assert training_flops(models, config)(128, 96, 2).model == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    frozen, off = OptimizerConfig(text_encoder_learning_rate=0.0), {"train_text_encoder": False}
+    assert training_flops(models, RunConfig(encoding="sdxl", optimizer=frozen))(128, 96, 2) == training_flops(
+        models, RunConfig(encoding="sdxl", **off)
+    )(128, 96, 2)
 
 
 def test_configs_are_read_without_weights(tiny_sdxl, tmp_path):

@@ -10,7 +10,7 @@ from resources.workspace import write_run
 from training import commit, epochs, older_runs, run_folder, toml
 from training.errors import ConfigError, DamageError, TrainingError
 from training.event_log import read_events
-from training.run_config import RunConfig
+from training.run_config import OptimizerConfig, RunConfig
 
 AVERAGED = [1.179133367538452, 1.157539427280426, 1.1338825345039367]
 """Validation losses of the tiny run's averaged weights, as the version before `optimizer.ema_warmup` had them."""
@@ -38,8 +38,8 @@ def test_options_that_a_record_lacks_are_as_they_were():
     assert older_runs.build(toml.dump(RunConfig(encoding="e"))) == RunConfig(encoding="e")
     with pytest.raises(ConfigError, match="optimizer=3 must be a table"):
         older_runs.build({"encoding": "e", "optimizer": 3})
-    with pytest.raises(ConfigError, match="rules_version=3 must lie between 1 and 2"):
-        RunConfig(encoding="e", rules_version=3)
+    with pytest.raises(ConfigError, match="rules_version=4 must lie between 1 and 3"):
+        RunConfig(encoding="e", rules_version=4)
 
 
 def test_every_such_option_is_one_of_a_run():
@@ -58,7 +58,7 @@ def test_a_resume_by_other_rules_is_refused(make_run, train):
     run = make_run("one")
     assert train(run, stop_at=14) == "stopped"
     run.config = dataclasses.replace(run.config, rules_version=1)
-    with pytest.raises(TrainingError, match=r"keeps its config.*rules_version: 2 -> 1"):
+    with pytest.raises(TrainingError, match=r"keeps its config.*rules_version: 3 -> 1"):
         train(run)
 
 
@@ -107,6 +107,26 @@ def test_a_recipe_that_leaves_the_precision_to_the_device_launches_an_older_run_
         assert run_folder.read_config(folder).precision == "fp32"
     with pytest.raises(ConfigError, match="precision: 'fp32' -> 'bf16'"):
         write_run(tmp_path, "one", dataclasses.replace(recipe, precision="bf16"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_recorded_rate_of_0_of_the_text_encoders_stays_the_unets(tmp_path, version):
+    """Versions 1 and 2 recorded 0 for "the UNet's rate"; since then it freezes the text encoders."""
+    folder = tmp_path / "runs" / "one"
+    recipe = RunConfig(encoding="e", optimizer=OptimizerConfig(learning_rate=2e-5))
+    write_run(tmp_path, "one", recipe)
+    path = folder / run_folder.CONFIG
+    recorded = toml.load(path) | {"rules_version": version}
+    recorded["optimizer"]["text_encoder_learning_rate"] = 0.0
+    path.write_text(tomlkit.dumps(recorded))
+    assert run_folder.read_config(folder).optimizer.text_encoder_learning_rate is None
+    (folder / run_folder.EVENTS).write_text("")
+    for _ in range(2):
+        write_run(tmp_path, "one", recipe)
+        assert run_folder.read_config(folder) == dataclasses.replace(recipe, rules_version=version)
+    frozen = dataclasses.replace(recipe.optimizer, text_encoder_learning_rate=0.0)
+    with pytest.raises(ConfigError, match=r"text_encoder_learning_rate: None -> 0\.0"):
+        write_run(tmp_path, "one", dataclasses.replace(recipe, optimizer=frozen))
 
 
 def test_a_run_of_this_version_keeps_what_it_began_with(tmp_path):

@@ -212,6 +212,7 @@ def test_prodigys_rate_in_the_log_is_what_it_found_and_it_takes_no_other():
     weights = make_weights()
     optimizer = make_optimizer(config(name="prodigy", learning_rate=1.0), weights)
     assert set_learning_rates(optimizer, 0.5)["learning_rate"] == pytest.approx(5e-7)
+    assert config(name="prodigy", learning_rate=1.0, text_encoder_learning_rate=0.0), "frozen text encoders"
     for rates in ({"learning_rate": 1e-4}, {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5}):
         with pytest.raises(ConfigError, match=r"prodigy with learning_rate=.* set that to 1"):
             config(name="prodigy", **rates)

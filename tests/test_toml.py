@@ -69,7 +69,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path):
 
 def test_defaults_survive_a_round_trip():
     run = RunConfig(encoding="sdxl")
-    again = toml.build(RunConfig, tomlkit.parse(tomlkit.dumps(toml.dump(run))).unwrap())
+    again = toml.build(RunConfig, tomlkit.parse(recipes.run_toml(run)).unwrap())
     assert again == run
 
 

@@ -237,10 +237,19 @@ def test_only_what_the_config_names_is_trained(make_run, train):
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.values())
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [(False, False, set()), (True, True, {"1", "2"})])
-def test_text_encoders_train_only_when_asked(make_run, train, first, second, expected):
-    run = make_run(**{"train_text_encoder": first, "train_text_encoder_2": second, "num_samples": 8})
-    train(run)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train_text_encoder": False, "train_text_encoder_2": False}, set()),
+        ({"train_text_encoder": True, "train_text_encoder_2": True}, {"1", "2"}),
+        ({"train_text_encoder_2": True, "optimizer.text_encoder_learning_rate": 1e-3}, {"1", "2"}),
+        ({"train_text_encoder_2": True, "optimizer.text_encoder_learning_rate": 0.0}, set()),
+    ],
+)
+def test_text_encoders_train_only_when_asked(make_run, train, changes, expected):
+    run = make_run(**changes, num_samples=8)
+    trained = []
+    train(run, prepare=lambda trainer: trained.extend(trainer.state.parameters))
     before = load_pipeline_parts(run.inputs.base_model, "cpu")
     after = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 8), "cpu")
     changed = {
@@ -249,6 +258,7 @@ def test_text_encoders_train_only_when_asked(make_run, train, first, second, exp
         if any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
     }
     assert changed == expected
+    assert any(name.startswith("text_encoder") for name in trained) == bool(expected), "what is frozen costs nothing"
 
 
 def test_fast_reduction_agrees_with_canonical(unbroken, make_run, train):

@@ -228,8 +228,8 @@ class ModelConfigs:
         """Layers of a text encoder that a run's gradient flows through."""
         num_layers = int(self.text_encoders[number]["num_hidden_layers"])
         if number == 1:
-            return num_layers if config.train_text_encoder_2 else 0
-        if not config.train_text_encoder:
+            return num_layers if config.trained_text_encoders[1] else 0
+        if not config.trained_text_encoders[0]:
             return 0
         # SDXL reads the states before the last layer; clip_skip counts from the end.
         return num_layers - (1 if self.family == "sdxl" else config.clip_skip - 1)
@@ -255,7 +255,7 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
     The function remembers shapes: it can be called for every micro-batch.
     """
     groups = config.compute.gradient_checkpointing
-    text = config.train_text_encoder or config.train_text_encoder_2
+    trained = config.trained_text_encoders
     encoders_checkpointed = "text_encoders" in groups or "all" in groups
 
     @functools.cache
@@ -265,8 +265,8 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
             height,
             width,
             num_chunks * CHUNK_LENGTH,
-            text_gradient=text,
-            pooled_gradient=config.train_text_encoder_2,
+            text_gradient=any(trained),
+            pooled_gradient=trained[1],
             checkpointed=groups,
         )
         for number, encoder in enumerate(model.text_encoders):

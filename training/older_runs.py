@@ -13,6 +13,7 @@ BEFORE: Mapping[str, Any] = {
     "prompts.missing_space_prob": 0.0,
 }
 """Options that change results, and what those runs did whose recorded config does not know them."""
+_TEXT_RATE = "optimizer.text_encoder_learning_rate"
 
 
 def build(values: Mapping[str, Any], origin: Path | None = None) -> RunConfig:
@@ -22,6 +23,8 @@ def build(values: Mapping[str, Any], origin: Path | None = None) -> RunConfig:
         ConfigError: a key or value cannot be used.
     """
     flat = {**toml.flatten(values), **_before(lacking(values))}
+    if flat["rules_version"] in (1, 2) and flat.get(_TEXT_RATE) == 0:
+        flat[_TEXT_RATE] = None  # the UNet's rate, in those versions
     if flat.get("compute.compile") is True:
         flat["compute.compile"] = "whole"  # its only way then
     return toml.build(RunConfig, _nested(flat), origin=origin)
@@ -39,6 +42,8 @@ def as_begun(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
     own, defaults = (toml.flatten(toml.dump(one)) for one in (config, RunConfig(encoding=config.encoding)))
     unknown = lacking(recorded)
     kept = _before({key for key in unknown if own[key] == defaults[key]})
+    if own["rules_version"] == defaults["rules_version"]:
+        kept["rules_version"] = recorded.get("rules_version", BEFORE["rules_version"])
     if "rules_version" in unknown and own["precision"] == "auto":
         kept["precision"] = recorded.get("precision", "auto")
     return toml.build(RunConfig, _nested({**own, **kept}))

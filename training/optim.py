@@ -160,7 +160,7 @@ def _group(config: OptimizerConfig, weights: Mapping[str, torch.Tensor], names: 
     """A group with its peak rate as `initial_lr`, as torch's own schedules call it."""
     part = UNET if names[0].startswith("unet.") else TEXT_ENCODERS
     rate = config.learning_rate
-    if part == TEXT_ENCODERS and config.text_encoder_learning_rate:
+    if part == TEXT_ENCODERS and config.text_encoder_learning_rate is not None:
         rate = config.text_encoder_learning_rate
     return {"params": [weights[name] for name in names], "name": part, "lr": rate, "initial_lr": rate}
 

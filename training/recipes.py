@@ -111,8 +111,10 @@ def run_config(path: Path, assignments: list[str], *, tiny: Path | None) -> RunC
 
 
 def run_toml(config: RunConfig, unsaid: Collection[str] = ()) -> str:
-    """A resolved run as the text of its config.toml, without the dotted keys in `unsaid`."""
-    return tomlkit.dumps(older_runs.without(toml.dump(config), unsaid))
+    """A resolved run as the text of its config.toml, without absent options and the dotted keys in `unsaid`."""
+    values = toml.dump(config)
+    absent = {key for key, value in toml.flatten(values).items() if value is None}
+    return tomlkit.dumps(older_runs.without(values, absent.union(unsaid)))
 
 
 def _source_tables(folders: list[str]) -> Any:

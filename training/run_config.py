@@ -6,7 +6,7 @@ from typing import Literal
 from training.checks import check_fractions, check_name, check_positive
 from training.errors import ConfigError
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raised when a rule that no option names changes what a run learns; a run that was begun keeps its own."""
 
 
@@ -143,8 +143,9 @@ class OptimizerConfig:
     rate from the schedule alone, as bigASP and kohya call it (`scale_parameter=False, relative_step=False`)."""
     learning_rate: float = 1e-4
     """Peak rate of the UNet; Prodigy finds its own and takes 1."""
-    text_encoder_learning_rate: float = 0.0
-    """Peak rate of the text encoders; 0 for the UNet's. Kohaku XL Delta: 1e-5 beside 4e-5."""
+    text_encoder_learning_rate: float | None = None
+    """Peak rate of the text encoders; the UNet's where it is absent, and 0 freezes them, as in kohya's trainers. Kohaku
+    XL Delta: 1e-5 beside 4e-5."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after the warm-up, to 0 at the end (constant stays)."""
     warmup_samples: int = 100_000
@@ -180,7 +181,7 @@ class OptimizerConfig:
             "weight_decay",
         )
         for name in least:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be >= 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas={list(self.betas)} must each lie in [0, 1)")
@@ -191,11 +192,11 @@ class OptimizerConfig:
                     f"optimizer.{option.name}={value} is an option of {', '.join(names)}, optimizer.name={self.name} "
                     f"has none: leave it at {option.default}"
                 )
-        if self.name == "prodigy" and (self.learning_rate != 1 or self.text_encoder_learning_rate not in (0, 1)):
+        if self.name == "prodigy" and (self.learning_rate != 1 or self.text_encoder_learning_rate not in (None, 0, 1)):
             raise ConfigError(
-                f"optimizer.name=prodigy with learning_rate={self.learning_rate:g} and text_encoder_learning_rate="
-                f"{self.text_encoder_learning_rate:g}: it estimates one rate for all weights and multiplies it by "
-                "learning_rate; set that to 1 and leave the other at 0"
+                f"optimizer.name=prodigy with learning_rate={self.learning_rate} and text_encoder_learning_rate="
+                f"{self.text_encoder_learning_rate}: it estimates one rate for all weights and multiplies it by "
+                "learning_rate; set that to 1 and leave the other out, or at 0, which freezes the text encoders"
             )
 
 
@@ -300,9 +301,9 @@ class RunConfig:
     clip_skip: int = 1
     """SD 1.x: layer of the text encoder that is read, from the end; NovelAI's family reads 2."""
     train_text_encoder: bool = True
-    """Train text encoder 1."""
+    """Train text encoder 1, unless `optimizer.text_encoder_learning_rate` is 0."""
     train_text_encoder_2: bool = False
-    """Train text encoder 2."""
+    """Train text encoder 2, unless that rate is 0."""
     freeze_embeddings: bool = False
     """Leave token and position embeddings of a trained text encoder as they are."""
     precision: Precision = "auto"
@@ -316,7 +317,8 @@ class RunConfig:
     fetched in the order of training. Empty for the workspace's own."""
     rules_version: int = RULES_VERSION
     """Version of the rules that no option names. In 1, by which runs of older versions go on, a mirrored picture is
-    told what was cut off on its right as it is seen, and `debiased` for v has no cap."""
+    told what was cut off on its right as it is seen, and `debiased` for v has no cap. Up to 2, a recorded
+    `optimizer.text_encoder_learning_rate` of 0 is the UNet's rate."""
     reduction: Literal["canonical", "fast"] = "fast"
     """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by rounding."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -358,6 +360,12 @@ class RunConfig:
             raise ConfigError(f"clip_skip={self.clip_skip}: SDXL always reads the layer before the last; leave it at 1")
         if self.family == "sd1" and self.train_text_encoder_2:
             raise ConfigError("train_text_encoder_2=true: SD 1.x has one text encoder")
+
+    @property
+    def trained_text_encoders(self) -> tuple[bool, bool]:
+        """Whether text encoders 1 and 2 are trained."""
+        frozen = self.optimizer.text_encoder_learning_rate == 0
+        return self.train_text_encoder and not frozen, self.train_text_encoder_2 and not frozen
 
 
 FREE_KEYS = ("validation.", "checkpoints.", "compute.", "num_processes", "latents_url")

@@ -86,10 +86,11 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         parts.tokenizers,
         parts.vae.config.scaling_factor,
     )
+    first, second = config.trained_text_encoders
     parameters = trained_parameters(
         parts,
-        text_encoder=config.train_text_encoder,
-        text_encoder_2=config.train_text_encoder_2,
+        text_encoder=first,
+        text_encoder_2=second,
         freeze_embeddings=config.freeze_embeddings,
         clip_skip=config.clip_skip,
     )

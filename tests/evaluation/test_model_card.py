@@ -121,6 +121,17 @@ def test_training_is_told_as_it_was_set():
     assert "learning rate of text encoders" not in text
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [(None, "| peak learning rate of text encoders | `0.0001` |"), (1e-5, "`1e-05` |"), (0.0, "| trained | `UNet` |")],
+)
+def test_the_rate_of_text_encoders_is_told_as_it_is(rate, told):
+    run = RunConfig(encoding="sdxl", optimizer=OptimizerConfig(text_encoder_learning_rate=rate))
+    text = model_card.render(card(run=run))
+    assert told in text
+    assert ("of text encoders" in text) == (rate != 0)
+
+
 def test_front_matter_holds_what_hugging_face_documents():
     pictures = [Picture(file="pictures/1.png", text="a: cat # [x]", negative="dog")]
     pictures.append(Picture(file="2.png", text="é猫🐱", negative=""))

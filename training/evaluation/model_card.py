@@ -160,7 +160,8 @@ def _tags(facts: SetFacts) -> str:
 
 def _training(card: Card, samples_seen: int) -> str:
     run, facts, optimizer = card.run, card.run_facts, card.run.optimizer
-    encoders = [name for name, on in (("1", run.train_text_encoder), ("2", run.train_text_encoder_2)) if on]
+    encoders = [name for name, on in zip("12", run.trained_text_encoders, strict=True) if on]
+    text_rate = optimizer.text_encoder_learning_rate
     loss = run.loss.weighting + (f", gamma {run.loss.min_snr_gamma:g}" if run.loss.weighting == "min_snr" else "")
     ema = optimizer.ema_half_life_samples
     rows: Mapping[str, object] = {
@@ -168,7 +169,7 @@ def _training(card: Card, samples_seen: int) -> str:
         "samples per optimizer step": run.batch.global_batch_size,
         "optimizer": f"{optimizer.name}, weight decay {optimizer.weight_decay:g}",
         "peak learning rate": f"{optimizer.learning_rate:g} ({optimizer.schedule})",
-        "peak learning rate of text encoders": f"{optimizer.text_encoder_learning_rate or optimizer.learning_rate:g}"
+        "peak learning rate of text encoders": f"{optimizer.learning_rate if text_rate is None else text_rate:g}"
         if encoders
         else None,
         "warm-up": f"{optimizer.warmup_samples:,} samples",
