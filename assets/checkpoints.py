@@ -27,9 +27,11 @@ from training.run_folder import (
     BUNDLED,
     EVENTS,
     INPUTS,
+    READY,
     VOCABULARY,
     RunInputs,
     adopt,
+    checkpoint_folder,
     is_away,
     read_config,
     read_ready,
@@ -130,7 +132,9 @@ def follow(
     A cancellation in the UI asks the trainer to stop and waits for it; the end of this process alone leaves it be.
     """
     if has_finished(folder / EVENTS):
-        return dict(read_events(folder / EVENTS)[-1])
+        ending = dict(read_events(folder / EVENTS)[-1])
+        require_last_checkpoint(folder, ending["samples_seen"])
+        return ending
     handle = start(store, folder, run)
     # MLflow is imported with the first lines that it gets: not at once, the trainer needs the cores for its first step.
     forwarded, logged = time.monotonic(), 0.0
@@ -158,6 +162,20 @@ def start(store: Store, folder: Path, run: RunConfig) -> torchrun.TrainerHandle:
         return torchrun.start_or_attach(folder, run.num_processes)
     with devices.hold_for_trainer(store.config.devices, store.home, run.num_processes) as (cards, locks):
         return torchrun.start_or_attach(folder, run.num_processes, cards, locks)
+
+
+def require_last_checkpoint(folder: Path, samples_seen: int) -> None:
+    """Check that the weights that a finished run ended with are there.
+
+    Raises:
+        DataError: they are not; a finished run is not trained on.
+    """
+    path = checkpoint_folder(folder, samples_seen)
+    if not (path / READY).is_file():
+        raise DataError(
+            f"run {folder.name} has finished, but its last checkpoint {path} is missing: bring it back, or remove "
+            f"{folder} and launch the run with its recipe to train it anew"
+        )
 
 
 def forward(context: dg.AssetExecutionContext, tracking: Tracking, folder: Path) -> None:

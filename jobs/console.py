@@ -161,7 +161,7 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
 
 def _verdicts(store: Store, console: Console) -> None:
     """Base against fine-tuned, once there is a verdict."""
-    last = [store.last_checkpoint(run) for run in store.parts("checkpoints")]
+    last = [store.last_checkpoint(run) for run in store.finished_runs()]
     parts = [part for name in last if (part := f"base~{name}") in store.parts("verdicts")]
     if not parts:
         return

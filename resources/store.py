@@ -43,7 +43,8 @@ from training.data.tables import TABLES
 from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
 from training.evaluation.contenders import RIVAL, due, read_rivals
-from training.run_folder import READY, checkpoint_folder, read_config, read_ready
+from training.event_log import has_finished
+from training.run_folder import CONFIG, EVENTS, READY, checkpoint_folder, read_config, read_ready
 from training.run_folder import checkpoints as ready_checkpoints
 
 CONFIG_FILE = "foundry.toml"
@@ -344,7 +345,7 @@ class Store:
         """
         base = self.base_checkpoint()
         names = [base, *(f"{RIVAL}{name}@0" for name in read_rivals(self.home))] if base else []
-        for run in self.keys(Scope.RUN) if training else self.parts("checkpoints"):
+        for run in self.keys(Scope.RUN) if training else self.finished_runs():
             folder = self.run_folder(run)
             config = read_config(folder)
             saved = [read_ready(path).samples_seen for path in ready_checkpoints(folder)]
@@ -355,6 +356,12 @@ class Store:
         if now is not None and self.is_of_run(now.checkpoint) and self.is_there(now.checkpoint):
             names.append(now.checkpoint)
         return list(dict.fromkeys(names))
+
+    def finished_runs(self) -> list[str]:
+        """Runs whose checkpoints are committed; a run whose folder was removed since, or that is trained anew, is none
+        of them."""
+        folders = {run: self.run_folder(run) for run in self.parts("checkpoints")}
+        return [run for run, path in folders.items() if (path / CONFIG).is_file() and has_finished(path / EVENTS)]
 
     def is_of_run(self, checkpoint: str) -> bool:
         """Whether a checkpoint is a run's, and no base model or rival."""
@@ -393,7 +400,7 @@ class Store:
 
     def last_checkpoint(self, run: str) -> str | None:
         """The last checkpoint of a run that has ended; None while it has not."""
-        if self.manifest("checkpoints", run) is None:
+        if run not in self.finished_runs():
             return None
         rows = self.read("checkpoints", ["checkpoint", "samples_seen"], [run]).sort("samples_seen")
         return str(rows["checkpoint"][-1]) if rows.height else None
@@ -518,9 +525,18 @@ class Store:
         return manifest.basis == basis and not self.missing_files(manifest)
 
     def missing_files(self, manifest: Manifest) -> list[str]:
-        """Files of a committed part that someone deleted; damage is found where they are read, and by `verify`."""
+        """Files of a committed part that someone deleted, of a run also its log and its last checkpoint; damage is
+        found where they are read, and by `verify`."""
         folder = self.table_folder(manifest.table, manifest.part)
-        return [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
+        missing = [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
+        if manifest.table != "checkpoints" or missing:
+            return missing
+        run = self.run_folder(manifest.part)
+        if not has_finished(run / EVENTS):
+            return [EVENTS]
+        last = self.read("checkpoints", ["samples_seen"], [manifest.part])["samples_seen"].max()
+        ready = checkpoint_folder(run, int(last)) / READY if last is not None else run / READY  # type: ignore[arg-type]
+        return [] if ready.is_file() else [str(ready.relative_to(run))]
 
     def stale(self, stage: Stage) -> list[str]:
         """Partitions whose committed part is missing or made from something else than what is there now."""

@@ -16,6 +16,8 @@ from typing import Any, Self
 OPENINGS = frozenset({"started", "resumed"})
 ENDINGS = frozenset({"finished", "stopped", "failed"})
 _REPEATED = frozenset({"step", "epoch", "validation", "checkpoint", "warning", "data", "compiled"})
+_TAIL_BYTES = 65_536
+"""More than any last line has."""
 
 Event = dict[str, Any]
 
@@ -84,5 +86,11 @@ def read_events(path: Path) -> list[Event]:
 
 
 def has_finished(path: Path) -> bool:
-    """Whether the run came to its end: a stopped or failed one may go on."""
-    return any(event["event"] == "finished" for event in read_lines(path)[-1:])
+    """Whether the run came to its end: a stopped or failed one may go on. Reads the end of the log alone."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        events = (parse_line(line) for line in reversed(file.read().split(b"\n")))
+        last = next((event for event in events if event is not None), None)
+    return last is not None and last["event"] == "finished"
