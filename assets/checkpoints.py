@@ -11,6 +11,7 @@ from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
 from assets.run_settings import RunSettings, configure, is_new
 from resources import devices, torchrun
+from resources.run_files import own_files
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
 from resources.tracking import Tracking, workspace_tracking
@@ -94,12 +95,9 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
     from training.data import vocabulary
     from training.data.samples import Samples
 
-    folder, latents = store.run_folder(key), store.home / "latents" / run.encoding
+    folder = store.run_folder(key)
     if (folder / INPUTS).exists():
-        base_model = store.resource_path(getattr(store.config.models, run.base))
-        sets = store.table_folder("training_set", run.encoding)
-        vae = store.vae_of_run(run.encoding, run.base)
-        adopt(folder, training_sets=sets, latents=latents, base_model=base_model, vae=vae)
+        adopt(folder, **own_files(store, run))
         return
     manifest, known = store.manifest("training_set", run.encoding), store.manifest("tag_vocabulary", "all")
     if manifest is None:
@@ -114,9 +112,9 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
             fingerprint=manifest.digest,
             vocabulary=folder / VOCABULARY,
             vocabulary_sha256=vocabulary.write(folder / VOCABULARY, words),
-            latents=latents,
-            base_model=store.model_path(run.base),
-            base_digest=store.model_digest(run.base),
+            latents=store.home / "latents" / run.encoding,
+            base_model=store.base_path(run.base),
+            base_digest=store.base_digest(run.base),
             vae=store.vae_of_run(run.encoding, run.base),
             vae_digest=store.vae_digest(run.encoding),
             tag_vocabulary=known.digest if known else "absent",

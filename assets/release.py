@@ -16,6 +16,7 @@ from resources.store import Made, Store, file_digest, git_revision
 from resources.tracking import choose_pictures
 from resources.tracking_catch_up import catch_up
 from training import release as releasing
+from training.base_model import inspect
 from training.commit import json_digest, read_parquet, write_bytes
 from training.errors import DataError
 from training.evaluation import contact_sheet, figures
@@ -40,7 +41,9 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
     digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
-    return {"checkpoint": store.checkpoint_digest(last), **digests, "licence": json_digest(texts)}
+    named = read_config(store.run_folder(key)).base != "base"
+    base = {"base": json_digest(_base(store, key))} if named else {}  # of the other one the settings tell
+    return {"checkpoint": store.checkpoint_digest(last), **digests, "licence": json_digest(texts), **base}
 
 
 STAGE = Stage(
@@ -78,8 +81,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
             releasing.TAGS: tags,
         }
         if not licences:
-            config = store.config.models
-            texts[releasing.NO_LICENCE] = releasing.missing_licence(Path(config.base).name, config.base_license)
+            texts[releasing.NO_LICENCE] = releasing.missing_licence(*_base(store, key))
         releasing.assemble(
             folder,
             model=model,
@@ -125,16 +127,16 @@ def render_card(
     from training.data import vocabulary
     from training.evaluation import card_facts, model_card
 
-    base = store.read("base_model", parts=["base"]).row(0, named=True)
-    folder = store.run_folder(run)
+    model = inspect(store.checkpoint_folder(last))
+    folder, (base, license_name) = store.run_folder(run), _base(store, run)
     inputs, config = read_inputs(folder), read_config(folder)
     facts = card_facts.count_set(read_parquet(inputs.training_set))
     card = Card(
         checkpoint=last,
-        base=Path(store.config.models.base).name,
-        family=base["family"],
-        prediction_type=base["prediction_type"] if config.prediction_type == "base" else config.prediction_type,
-        license_name=store.config.models.base_license,
+        base=base,
+        family=model["family"],
+        prediction_type=model["prediction_type"],
+        license_name=license_name,
         license_files=licences,
         lineage={
             "weights": store.checkpoint_digest(last),
@@ -157,8 +159,18 @@ def render_card(
 
 def _licences(store: Store, run: str) -> dict[str, Path]:
     """Texts of the licence of the model that a run began from."""
-    base = read_config(store.run_folder(run)).base
-    return releasing.licence_files(store.resource_path(getattr(store.config.models, base)))
+    from resources.run_prompts import frozen_inputs
+
+    inputs = frozen_inputs(store, run)
+    return {} if inputs is None else releasing.licence_files(inputs.base_model)
+
+
+def _base(store: Store, run: str) -> tuple[str, str]:
+    """Name and licence of the model that a run began from; foundry.toml may name another one as its base by now."""
+    models = store.config.models
+    inputs, config = read_inputs(store.run_folder(run)), read_config(store.run_folder(run))
+    known = config.base == "base" or config.base in models.bases
+    return inputs.base_model.name, models.base_named(config.base).license if known else models.base_license
 
 
 def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:

@@ -11,7 +11,7 @@ import polars as pl
 from jobs.scale import memory_lines, network_lines
 from resources.run_prompts import frozen_inputs, prompt_maker
 from resources.store import Store
-from resources.workspace import require_run
+from resources.workspace import require_named, require_run
 from training import toml
 from training.commit import Manifest
 from training.cost import (
@@ -27,7 +27,7 @@ from training.cost import (
 from training.data.bucket_plans import plan
 from training.data.tables import TABLES
 from training.device_defaults import Device, has_auto, read_record, resolve
-from training.errors import ConfigError, DataError
+from training.errors import DataError
 from training.flops import ModelConfigs, read_model_configs, training_flops
 from training.gpus import Gpu, find_gpu, peak_flops
 from training.latent_source import LatentSource
@@ -92,10 +92,7 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
         ConfigError: the workspace has no such encoding.
         DataError: no sample trains, or images of the set have no latents.
     """
-    if config.encoding not in store.config.encodings:
-        raise ConfigError(
-            f"encoding={config.encoding!r} is none of the workspace's: {', '.join(sorted(store.config.encodings))}"
-        )
+    require_named(store, config)
     frozen = frozen_inputs(store, run)
     if frozen is None and store.manifest("training_set", config.encoding) is None:
         return None
@@ -151,7 +148,7 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
-    rates, folder = hardware.resolve(), store.model_path(config.base)
+    rates, folder = hardware.resolve(), store.base_path(config.base)
     card, num_ranks = find_gpu(rates.gpu), hardware.num_gpus
     recorded = read_record(store.run_folder(run))
     left = has_auto(config)
@@ -277,7 +274,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
     epoch = count_epoch(store, run, config)
-    flops = _sample_flops(read_model_configs(store.model_path(config.base)), config, _shapes(store, config, epoch))
+    flops = _sample_flops(read_model_configs(store.base_path(config.base)), config, _shapes(store, config, epoch))
     work = Workload(
         num_images=num_images, num_samples=config.num_samples, training_tflop=flops / _TERA,
         # The base model and the run's last checkpoint draw every prompt once.

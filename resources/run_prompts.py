@@ -5,6 +5,7 @@ import json
 import numpy as np
 import polars as pl
 
+from resources.run_files import own_files
 from resources.store import Store
 from resources.workspace import require_run
 from training.base_model import config_folder
@@ -17,13 +18,24 @@ from training.data.prompt_maker import MadePrompt, PromptMaker
 from training.data.samples import Samples
 from training.latents import placement_of
 from training.run_config import RunConfig
-from training.run_folder import EPOCHS, FETCHED, INPUTS, RunInputs, checked_training_set, read_config, read_inputs
+from training.run_folder import (
+    EPOCHS,
+    FETCHED,
+    INPUTS,
+    RunInputs,
+    checked_training_set,
+    read_config,
+    read_inputs,
+    repointed,
+)
 
 
 def frozen_inputs(store: Store, run: str) -> RunInputs | None:
-    """What a run was frozen with at its first launch; None before that."""
+    """What a run was frozen with at its first launch, where it lies now; None before that."""
     folder = store.run_folder(run)
-    return read_inputs(folder) if (folder / INPUTS).exists() else None
+    if not (folder / INPUTS).exists():
+        return None
+    return repointed(read_inputs(folder), **own_files(store, read_config(folder)))
 
 
 def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:
@@ -39,7 +51,7 @@ def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> P
         DamageError: the set's or the vocabulary's file is gone or damaged.
     """
     if frozen is None:
-        samples, base = Samples(store.table_file("training_set", config.encoding)), store.model_path(config.base)
+        samples, base = Samples(store.table_file("training_set", config.encoding)), store.base_path(config.base)
         known = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
     else:
         samples, base = Samples(checked_training_set(frozen)), frozen.base_model

@@ -191,16 +191,37 @@ class Store:
         Raises:
             ModelError: it is missing; the message says what to do.
         """
+        if key == "base":
+            return self.base_path(key)
         name = getattr(self.config.models, key)
         path = self.resource_path(name)
-        if key == "base" and path.suffix == SUFFIX:
-            require_file(path)
-        elif not path.is_dir():
+        if not path.is_dir():
             repository = PUBLISHED.get(key)
             fetch = f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
             raise ModelError(
                 f"[models] {key} = {name!r}: folder {path} is missing; {fetch}set the key in "
                 f"{self.home / CONFIG_FILE}, or start with `foundry init --preset demo`, which needs no weights"
+            )
+        return path
+
+    def base_path(self, name: str) -> Path:
+        """The model that a run starts from by this name, a diffusers folder or a single .safetensors file.
+
+        Raises:
+            ConfigError: foundry.toml names no such model.
+            ModelError: it is missing; the message says what to do.
+        """
+        found = self.config.models.base_named(name).path
+        path = self.resource_path(found)
+        if path.suffix == SUFFIX:
+            require_file(path)
+        elif not path.is_dir():
+            key = "base" if name == "base" else f"bases.{name}.path"
+            repository = ModelsConfig().base.removeprefix("models/")
+            raise ModelError(
+                f"[models] {key} = {found!r}: folder {path} is missing; fetch {repository} with "
+                f"`hf download … --local-dir {path}`, set the key in {self.home / CONFIG_FILE}, "
+                "or start with `foundry init --preset demo`, which needs no weights"
             )
         return path
 
@@ -546,6 +567,10 @@ class Store:
         """Digest of the model under `[models] key`."""
         return self._folder_digest(self.model_path(key))
 
+    def base_digest(self, name: str) -> str:
+        """Digest of the model that a run starts from by this name."""
+        return self._folder_digest(self.base_path(name))
+
     def vae_folder(self, encoding: str) -> Path:
         """Folder of an encoding's VAE, which may be missing."""
         name = self.config.encodings[encoding].vae
@@ -561,9 +586,9 @@ class Store:
         return f"that of {self.config.models.base}" if vae == "base" else vae
 
     def vae_of_run(self, encoding: str, base: str) -> Path | None:
-        """Folder of an encoding's VAE; None where it is that of the model under `[models] base` itself."""
+        """Folder of an encoding's VAE; None where it is that of the model that the run starts from itself."""
         folder = self.vae_folder(encoding)
-        return None if folder == self.resource_path(getattr(self.config.models, base)) / "vae" else folder
+        return None if folder == self.resource_path(self.config.models.base_named(base).path) / "vae" else folder
 
     def vae_digest(self, encoding: str) -> str:
         """Digest of an encoding's VAE.

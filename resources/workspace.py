@@ -42,9 +42,9 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
     if preset is None:
         if not sources:
             raise ConfigError("name at least one --source FOLDER, or take --preset demo")
-        text = recipes.plain_workspace_toml(sources, tiny=shrink)
+        text = recipes.plain_workspace_toml(sources, tiny=shrink, home=home)
     else:
-        text = recipes.workspace_toml(recipes.recipe_path(RECIPES, preset), sources, tiny=shrink)
+        text = recipes.workspace_toml(recipes.recipe_path(RECIPES, preset), sources, tiny=shrink, home=home)
     with explain_disk(home):
         home.mkdir(parents=True, exist_ok=True)
         if preset == "demo" and not sources:
@@ -113,9 +113,12 @@ def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, 
     """Fix a run's configuration from a recipe.
 
     Raises:
-        ConfigError: no such recipe, a wrong key or value, or a started run with other values.
+        ConfigError: no such recipe, a wrong key or value, an encoding or a base that the workspace does not have, or
+            a started run with other values.
     """
-    write_run(home, run, _recipe_config(recipe, assignments, tiny=tiny))
+    config = _recipe_config(recipe, assignments, tiny=tiny)
+    require_named(Store(home), config)
+    write_run(home, run, config)
 
 
 def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[str], *, tiny: bool) -> RunConfig:
@@ -128,8 +131,21 @@ def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[st
         require_run(store, run)
         return read_config(store.run_folder(run))
     config = _recipe_config(recipe, assignments, tiny=tiny)
+    require_named(store, config)
     folder = store.run_folder(check_run_name(run))
     return _kept(folder, _begun_with(folder), config)
+
+
+def require_named(store: Store, config: RunConfig) -> None:
+    """Check that foundry.toml has what a run names.
+
+    Raises:
+        ConfigError: it has no such encoding or base model; the message lists those that there are.
+    """
+    if config.encoding not in store.config.encodings:
+        known = ", ".join(sorted(store.config.encodings)) or "none"
+        raise ConfigError(f"encoding={config.encoding!r} is none of the workspace's: {known}")
+    store.config.models.base_named(config.base)
 
 
 def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunConfig:

@@ -80,6 +80,7 @@ class World:
                 ),
             )  # fmt: skip
         if ended:
+            (folder / run_folder.EVENTS).write_text(f'{{"event": "finished", "samples_seen": {max(clocks)}}}\n')
             basis = {"inputs": {}, "models": {}}
             self.store.commit(checkpoints.STAGE, run, Made(frame=TABLES["checkpoints"].empty()), basis, seconds=0.0)
 

@@ -56,3 +56,9 @@ def test_new_workspaces_sample_in_bf16_unless_their_models_are_tiny(tmp_path):
     for tiny, precision in ((None, "bf16"), (TINY, "fp32")):
         values = tomllib.loads(recipes.plain_workspace_toml([str(tmp_path)], tiny=tiny))
         assert values["evaluation"]["sampling"]["precision"] == precision
+
+
+def test_a_source_inside_the_workspace_is_named_from_there(tmp_path):
+    home, outside = tmp_path / "workspace", tmp_path / "photos"
+    text = recipes.plain_workspace_toml([str(home / "own"), str(outside)], tiny=None, home=home)
+    assert [source["path"] for source in tomllib.loads(text)["sources"]] == ["own", str(outside)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from assets.checkpoints import prepare as launch
 from resources.stages import Scope, Stage
 from resources.store import Made, Store
+from resources.workspace import configure_run, resolve_run
 from training import bundle, commit, run_folder, startup
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.event_log import read_events
@@ -227,3 +228,58 @@ def test_wrong_calls_are_refused(tmp_path, keep_signals, capsys):
     assert main([]) == 2
     assert main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_a_named_base(tiny_sdxl, tmp_path):
+    other = shutil.copytree(tiny_sdxl, tmp_path / "models" / "other")
+    (tmp_path / "foundry.toml").write_text("""
+format = 1
+[models.bases.other]
+path = "models/other"
+license = "mit"
+[models.bases.gone]
+path = "models/gone"
+[encodings.own]
+vae = "models/other/vae"
+""")
+    store = Store(tmp_path)
+    stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
+    store.commit(stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0)
+    launch(store, "one", RunConfig(encoding="own", base="other"))
+    inputs = run_folder.read_inputs(store.run_folder("one"))
+    assert (inputs.base_model, inputs.base_digest, inputs.vae) == (other, model_digest(other), None)
+    with pytest.raises(ModelError, match=r"\[models\] bases\.gone\.path = 'models/gone': folder .* is missing"):
+        launch(store, "two", RunConfig(encoding="own", base="gone"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("base=nowhere", "base='nowhere' is no model of .*; there are: base, other"),
+        ("base=clip", "base='clip' is no model"),  # a key under [models] that is no base
+        ("encoding=nowhere", "encoding='nowhere' is none of the workspace's: sdxl"),
+    ],
+)
+def test_a_run_that_names_what_is_not_there_is_not_written(tmp_path, assignment, message):
+    (tmp_path / "foundry.toml").write_text('format = 1\n[models.bases.other]\npath = "x"\n[encodings.sdxl]\n')
+    with pytest.raises(ConfigError, match=message):
+        configure_run(tmp_path, "one", "demo", [assignment])
+    with pytest.raises(ConfigError, match=message):
+        resolve_run(Store(tmp_path), "one", "demo", [assignment], tiny=False)
+    assert not (tmp_path / "runs").exists()
+    configure_run(tmp_path, "one", "demo", ["base=other"])
+    assert run_folder.read_config(tmp_path / "runs" / "one").base == "other"
+
+
+def test_a_started_run_keeps_its_base_when_foundry_toml_names_it_no_more(tiny_sdxl, tmp_path):
+    config = tmp_path / "foundry.toml"
+    config.write_text(
+        f'format = 1\n[models.bases.other]\npath = "{tiny_sdxl}"\n[encodings.own]\nvae = "{tiny_sdxl}/vae"\n'
+    )
+    store = Store(tmp_path)
+    stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
+    store.commit(stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0)
+    launch(store, "one", RunConfig(encoding="own", base="other"))
+    config.write_text("format = 1\n[encodings.own]\n")
+    launch(Store(tmp_path), "one", RunConfig(encoding="own", base="other"))
+    assert run_folder.read_inputs(store.run_folder("one")).base_model == tiny_sdxl

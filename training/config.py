@@ -64,6 +64,16 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseConfig:
+    """A further model that runs may start from."""
+
+    path: str
+    """Diffusers folder or single .safetensors file; relative to the workspace, or `demo:PATH`."""
+    license: str = "openrail++"
+    """Its licence as Hugging Face names it; its fine-tunes inherit it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsConfig:
     """Folders of borrowed weights; relative to the workspace, or `demo:PATH` inside `demo/`."""
 
@@ -87,6 +97,27 @@ class ModelsConfig:
     """Diffusers folder that training starts from."""
     base_license: str = "openrail++"
     """Licence of the base model as Hugging Face names it; its fine-tunes inherit it."""
+    bases: dict[str, BaseConfig] = field(default_factory=dict)
+    """Further models that a run may start from, by the name that it gives as its `base`."""
+
+    def __post_init__(self) -> None:
+        for name in self.bases:
+            check_name("base", name)
+            if name == "base":
+                raise ConfigError("[models.bases.base]: `base` names the model under [models] base; take another name")
+
+    def base_named(self, name: str) -> BaseConfig:
+        """The model that a run's `base` names.
+
+        Raises:
+            ConfigError: there is none of that name; the message lists those that there are.
+        """
+        if name == "base":
+            return BaseConfig(path=self.base, license=self.base_license)
+        if name not in self.bases:
+            known = ", ".join(["base", *sorted(self.bases)])
+            raise ConfigError(f"base={name!r} is no model of [models.bases] in foundry.toml; there are: {known}")
+        return self.bases[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

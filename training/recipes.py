@@ -33,13 +33,14 @@ def recipe_names(folder: Path) -> list[str]:
     return sorted(item.stem for item in folder.iterdir() if item.suffix == ".toml" and item.stem != "tiny")
 
 
-def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
+def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None, home: Path | None = None) -> str:
     """The `[workspace]` half as the text of a new foundry.toml, comments kept.
 
     Args:
         path: Recipe file.
         sources: Folders that replace the recipe's sources; empty keeps them.
         tiny: `tiny.toml` when the workspace is for the demo's models.
+        home: The workspace: sources inside it are named from there, so that they move with it.
 
     Raises:
         ConfigError: the half has an unknown key or an impossible value.
@@ -52,7 +53,7 @@ def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None) -> str:
     body = text[start.end() : end.start() if end else len(text)]
     document = tomlkit.parse(re.sub(r"^(\s*\[+)workspace\.", r"\1", body.strip() + "\n", flags=re.MULTILINE))
     if sources:
-        document["sources"] = _source_tables(sources)
+        document["sources"] = _source_tables(sources, home)
     if tiny is not None:
         _shrink(document, "workspace", toml.load(tiny))
     config = toml.build(WorkspaceConfig, document.unwrap(), origin=path)
@@ -78,11 +79,11 @@ def held_out_prompts(prompts: PromptConfig) -> HeldOutPromptsConfig:
     )
 
 
-def plain_workspace_toml(sources: list[str], *, tiny: Path | None) -> str:
+def plain_workspace_toml(sources: list[str], *, tiny: Path | None, home: Path | None = None) -> str:
     """A foundry.toml without a recipe: SDXL's defaults."""
     document = tomlkit.document()
     document["format"] = 1
-    document["sources"] = _source_tables(sources)
+    document["sources"] = _source_tables(sources, home)
     document["encodings"] = {"sdxl": {"buckets": {"plan": "bigasp_v1"}}}
     document["prompt_sets"] = {
         "standard": {"held_out": 256, "groups": list(NAMES)},
@@ -117,7 +118,7 @@ def run_toml(config: RunConfig, unsaid: Collection[str] = ()) -> str:
     return tomlkit.dumps(older_runs.without(values, absent.union(unsaid)))
 
 
-def _source_tables(folders: list[str]) -> Any:
+def _source_tables(folders: list[str], home: Path | None) -> Any:
     tables = tomlkit.aot()
     names: set[str] = set()
     for folder in folders:
@@ -127,7 +128,10 @@ def _source_tables(folders: list[str]) -> Any:
             name, number = f"{stem[:40]}-{number}", number + 1
         names.add(name)
         table = tomlkit.table()
-        table.update({"name": name, "kind": "folder", "path": str(Path(folder).expanduser().resolve())})
+        path = Path(folder).expanduser().resolve()
+        if home is not None and path.is_relative_to(home):
+            path = path.relative_to(home)
+        table.update({"name": name, "kind": "folder", "path": str(path)})
         tables.append(table)
     return tables
 

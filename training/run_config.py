@@ -290,7 +290,7 @@ class RunConfig:
     seed: int = 0
     """Keys order, prompts, timesteps and noise."""
     base: str = "base"
-    """Key under [models] of the model it starts from: a diffusers folder or a single .safetensors file."""
+    """The model it starts from: `base` for [models] base of foundry.toml, or a name under [models.bases]."""
     family: Literal["any", "sdxl", "sd1"] = "any"
     """What the base model must be, for recipes that fit one family only."""
     prediction_type: Literal["base", "epsilon", "v_prediction"] = "base"

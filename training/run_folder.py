@@ -36,7 +36,8 @@ _YOUNGER = frozenset({"tag_vocabulary", "vae", "vae_digest"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInputs:
-    """`inputs.json`: what a run is made from. Paths are stored relative to the run's folder."""
+    """`inputs.json`: what a run is made from. Paths inside the workspace are stored relative to the run's folder, so
+    that both can be moved together; others as they are."""
 
     run: str
     """Name of the run."""
@@ -71,10 +72,12 @@ class RunInputs:
 def write_inputs(folder: Path, inputs: RunInputs) -> None:
     """Write `inputs.json`; workspace and run folder can then be moved together."""
     values: dict[str, Any] = {"format": FORMAT}
+    workspace = folder.parents[1]
     for item in dataclasses.fields(inputs):
         value = getattr(inputs, item.name)
-        is_path = isinstance(value, Path)
-        values[item.name] = os.path.relpath(value, folder) if is_path else value
+        if isinstance(value, Path):
+            value = os.path.relpath(value, folder) if value.is_relative_to(workspace) else str(value)
+        values[item.name] = value
     commit.write_json(folder / INPUTS, values)
 
 
@@ -119,15 +122,31 @@ def checked_training_set(inputs: RunInputs) -> Path:
     return path
 
 
-def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path, vae: Path | None) -> bool:
-    """Point the inputs of a run that came back from a bundle to the workspace's own files.
+def repointed(
+    inputs: RunInputs, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None
+) -> RunInputs:
+    """The inputs of a run with the workspace's own files in place of those that are no longer where they were: it came
+    back from a bundle, or the workspace was moved.
 
     Args:
-        run: The run's folder.
+        inputs: As they were written.
         training_sets: The workspace's folder of frozen sets.
         latents: Its `latents/<encoding>`.
-        base_model: Its base model.
+        base_model: The model that the run's `base` names; None where foundry.toml no longer has it.
         vae: Its encoding's VAE, where that is not the base model's own.
+    """
+    here = {
+        "training_set": training_sets / inputs.training_set.name,
+        "latents": latents,
+        "base_model": base_model,
+        "vae": None if inputs.vae is None else vae,
+    }
+    lost = {name: path for name, path in here.items() if path is not None and not getattr(inputs, name).exists()}
+    return dataclasses.replace(inputs, **lost)  # type: ignore[arg-type]
+
+
+def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None) -> bool:
+    """Write the inputs of a run as `repointed` has them.
 
     Returns:
         Whether anything had to be changed.
@@ -135,19 +154,16 @@ def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path, va
     Raises:
         DataError: the run was trained on a set that this workspace does not have.
     """
-    inputs = read_inputs(run)
-    here = {"training_set": training_sets / inputs.training_set.name, "latents": latents, "base_model": base_model}
-    if inputs.vae is not None and vae is not None:
-        here["vae"] = vae
-    moved: dict[str, Any] = {name: path for name, path in here.items() if not getattr(inputs, name).exists()}
-    if "training_set" in moved and not moved["training_set"].is_file():
+    before = read_inputs(run)
+    inputs = repointed(before, training_sets=training_sets, latents=latents, base_model=base_model, vae=vae)
+    if not inputs.training_set.is_file():
         raise DataError(
             f"run {inputs.run} was trained on set {inputs.fingerprint[:16]}, which is not in this workspace: "
-            f"{moved['training_set']} is missing"
+            f"{inputs.training_set} is missing"
         )
-    if moved:
-        write_inputs(run, dataclasses.replace(inputs, **moved))
-    return bool(moved)
+    if inputs != before:
+        write_inputs(run, inputs)
+    return inputs != before
 
 
 def is_away(folder: Path) -> bool:

@@ -45,6 +45,14 @@ def test_rivals_have_names_of_their_own(tmp_path):
         contenders.remove_rival(tmp_path, "sdxl")
 
 
+def test_a_rival_inside_the_workspace_moves_with_it(tmp_path):
+    before, after, outside = tmp_path / "before", tmp_path / "after", tmp_path / "outside"
+    contenders.add_rival(before, "inside", before / "models" / "a")
+    contenders.add_rival(before, "outside", outside)
+    before.rename(after)
+    assert contenders.read_rivals(after) == {"inside": str(after / "models" / "a"), "outside": str(outside)}
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', json.dumps({"format": 2, "rivals": {}})])
 def test_a_damaged_list_is_no_empty_one(tmp_path, content):
     (tmp_path / "rivals.json").write_text(content)

@@ -44,7 +44,7 @@ def read_rivals(home: Path) -> dict[str, str]:
         values = json.loads(path.read_bytes())
         if values["format"] != _FORMAT:
             raise DamageError(f"{path} has format {values['format']!r}, this version reads {_FORMAT}")
-        return dict(sorted(values["rivals"].items()))
+        return {name: str(home / model) for name, model in sorted(values["rivals"].items())}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -78,4 +78,7 @@ def remove_rival(home: Path, name: str) -> None:
 
 
 def _write(home: Path, rivals: dict[str, str]) -> None:
-    commit.write_json(home / FILE, {"format": _FORMAT, "rivals": rivals})
+    """Write the list; models inside the workspace are named from there, so that they move with it."""
+    inside = {name for name, model in rivals.items() if Path(model).is_relative_to(home)}
+    named = {name: str(Path(path).relative_to(home)) if name in inside else path for name, path in rivals.items()}
+    commit.write_json(home / FILE, {"format": _FORMAT, "rivals": named})
