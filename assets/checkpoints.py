@@ -35,10 +35,12 @@ from training.run_folder import (
     checkpoint_folder,
     is_away,
     read_config,
+    read_inputs,
     read_ready,
     write_inputs,
 )
 from training.run_folder import checkpoints as ready_checkpoints
+from training.training_set import require_whole
 
 FORWARD_EVERY_S = 10.0
 LOG_EVERY_S = 15.0
@@ -90,7 +92,8 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
     A run that was trained elsewhere and copied back is pointed to this workspace's files.
 
     Raises:
-        DataError: the encoding has no training set yet, or the run that came back has another one.
+        DataError: the encoding has no training set yet, the run that came back has another one, or images of its set
+            were forgotten.
     """
     from training.data import vocabulary
     from training.data.samples import Samples
@@ -98,6 +101,8 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
     folder = store.run_folder(key)
     if (folder / INPUTS).exists():
         adopt(folder, **own_files(store, run))
+        if not has_finished(folder / EVENTS):
+            require_whole(read_inputs(folder))
         return
     manifest, known = store.manifest("training_set", run.encoding), store.manifest("tag_vocabulary", "all")
     if manifest is None:

@@ -12,6 +12,7 @@ from training.data import prompt_statistics as counted
 from training.evaluation import figures
 from training.run_config import PromptConfig
 from training.run_folder import CONFIG, read_config
+from training.training_set import count_forgotten
 
 NUM_EXAMPLES = 12
 MAX_SAMPLES = 10_000
@@ -25,7 +26,9 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 
     folder, frozen = store.run_folder(key), frozen_inputs(store, key)
     if frozen is not None:
-        training_set, words = frozen.fingerprint, frozen.tag_vocabulary or frozen.vocabulary_sha256
+        count = count_forgotten(frozen.training_set)
+        training_set = frozen.fingerprint + (f" without {count}" if count else "")
+        words = frozen.tag_vocabulary or frozen.vocabulary_sha256
     else:
         parts = (("training_set", read_config(folder).encoding), ("tag_vocabulary", "all"))
         training_set, words = (manifest.digest if (manifest := store.manifest(*part)) else "absent" for part in parts)

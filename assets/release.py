@@ -24,6 +24,7 @@ from training.evaluation.model_card import Card, Picture
 from training.evaluation.pictures import read_if_there
 from training.event_log import read_lines
 from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
+from training.training_set import count_forgotten
 
 NUM_SHOWN = 8
 NUM_IN_SHEET = 24
@@ -43,7 +44,10 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
     named = read_config(store.run_folder(key)).base != "base"
     base = {"base": json_digest(_base(store, key))} if named else {}  # of the other one the settings tell
-    return {"checkpoint": store.checkpoint_digest(last), **digests, "licence": json_digest(texts), **base}
+    count = count_forgotten(read_inputs(store.run_folder(key)).training_set)
+    forgotten = {"forgotten images": str(count)} if count else {}
+    own = {"checkpoint": store.checkpoint_digest(last), "licence": json_digest(texts)}
+    return {**own, **digests, **base, **forgotten}
 
 
 STAGE = Stage(

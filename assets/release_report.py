@@ -15,6 +15,7 @@ from training.evaluation.report_scores import Side
 from training.evaluation.run_charts import loss_charts, timestep_map
 from training.event_log import read_events
 from training.run_folder import EVENTS, read_config, read_inputs
+from training.training_set import count_forgotten
 
 
 def sides(store: Store, names: Sequence[str]) -> list[Side]:
@@ -62,8 +63,10 @@ def render_report(store: Store, run: str, last: str) -> str:
     folder = store.run_folder(run)
     events = read_events(folder / EVENTS)
     marks = [int(name.rpartition("@")[2]) for name in names[1:]]
+    inputs = read_inputs(folder)
+    forgotten = count_forgotten(inputs.training_set)
     facts = {
-        "training set": read_inputs(folder).fingerprint[:12],
+        "training set": inputs.fingerprint[:12] + (f", {forgotten} of its images forgotten since" if forgotten else ""),
         "samples": f"{read_config(folder).num_samples:,}",
         **protocol_facts(store, last),
     }

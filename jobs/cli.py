@@ -223,10 +223,12 @@ def forget(image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the fi
 
     store = open_store(home)
     done = upkeep.forget(store, image_id)
-    print(f"rewrote {len(done['parts'])} parts, removed {len(done['generations'])} generations of latents")
+    print(f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents")
     for name in done["sources"]:
         print(f"the file itself lies in your folder, delete it there: {name}")
     print(f"runs that saw one of them: {', '.join(done['runs']) or 'none'}")
+    if done["unfinished"]:
+        print(f"go on only with `--without-forgotten`: {', '.join(done['unfinished'])}")
 
 
 @app.command()
@@ -245,6 +247,9 @@ def train(
     price: Price = 3.0,
     rates: RatesFile = None,
     stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
+    without_forgotten: Annotated[
+        bool, typer.Option("--without-forgotten", help="Go on without images of the set that were forgotten.")
+    ] = False,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Write all that the run needs into this new folder instead.")
     ] = None,
@@ -286,6 +291,8 @@ def train(
     if recipe is not None:
         workspace.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
     workspace.require_run(store, run)
+    if without_forgotten:
+        print(f"run {run} goes on without {workspace.leave_out_forgotten(store, run)} forgotten images")
     if bundle is not None:
         from jobs import bundles, console
 

@@ -104,7 +104,8 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
     if not config.latents_url:
         shards = [samples.shard_names[code] for code in samples.shards.tolist()]
         source = LatentSource(store.home / "latents" / config.encoding, vae_digest=frozen.vae_digest if frozen else "")
-        _check_latents(source, pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}))
+        images = pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}).filter(~samples.forgotten)
+        _check_latents(source, images)
     buckets, num_chunks = samples.buckets[rows], maker.count_chunks(rows, 0)
     windows = assign_windows(
         [samples.shard_names[code] for code in samples.shards[rows].tolist()], seed=config.seed, epoch=0,
@@ -114,7 +115,7 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
         buckets, num_chunks, seed=config.seed, epoch=0, micro_batch_size=config.batch.micro_batch_size,
         global_batch_size=config.batch.global_batch_size, windows=windows,
     )  # fmt: skip
-    return Epoch(num_held_out=len(samples) - len(rows), buckets=buckets, num_chunks=num_chunks, order=order)
+    return Epoch(num_held_out=int(samples.validates.sum()), buckets=buckets, num_chunks=num_chunks, order=order)
 
 
 def _check_latents(source: LatentSource, images: pl.DataFrame) -> None:

@@ -10,11 +10,12 @@ import polars as pl
 
 from resources.store import Store
 from training import run_folder
-from training.commit import Entry, read_manifest, read_parquet, sync_folder
+from training.commit import Entry, read_manifest, sync_folder
 from training.data.latent_files import generations
 from training.errors import DamageError
 from training.event_log import has_finished
 from training.latent_source import LatentSource
+from training.training_set import shards_of
 
 REENCODE_TAG = "foundry/reencode"
 """Tag of a run that writes the next generation although the present one is current."""
@@ -163,7 +164,7 @@ def _needed(store: Store) -> Iterator[Path]:
                 yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
         for shard, numbers in run_folder.bundled_latents(path.parent).items():
             yield from (inputs.latents / shard / f"g{number:04d}.json" for number in numbers)
-        samples = read_parquet(inputs.training_set, ["shard", "image_id"])
+        samples = shards_of(inputs.training_set)
         source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
         for (shard,), rows in samples.group_by("shard"):
             generation, _, _ = source.choose(str(shard), rows["image_id"].to_list())

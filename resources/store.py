@@ -196,13 +196,15 @@ class Store:
         name = getattr(self.config.models, key)
         path = self.resource_path(name)
         if not path.is_dir():
-            repository = PUBLISHED.get(key)
-            fetch = f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
-            raise ModelError(
-                f"[models] {key} = {name!r}: folder {path} is missing; {fetch}set the key in "
-                f"{self.home / CONFIG_FILE}, or start with `foundry init --preset demo`, which needs no weights"
-            )
+            raise self._missing_model(key, name, path, PUBLISHED.get(key))
         return path
+
+    def _missing_model(self, key: str, name: str, path: Path, repository: str | None) -> ModelError:
+        fetch = f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
+        return ModelError(
+            f"[models] {key} = {name!r}: folder {path} is missing; {fetch}set the key in "
+            f"{self.home / CONFIG_FILE}, or start with `foundry init --preset demo`, which needs no weights"
+        )
 
     def base_path(self, name: str) -> Path:
         """The model that a run starts from by this name, a diffusers folder or a single .safetensors file.
@@ -217,12 +219,7 @@ class Store:
             require_file(path)
         elif not path.is_dir():
             key = "base" if name == "base" else f"bases.{name}.path"
-            repository = ModelsConfig().base.removeprefix("models/")
-            raise ModelError(
-                f"[models] {key} = {found!r}: folder {path} is missing; fetch {repository} with "
-                f"`hf download … --local-dir {path}`, set the key in {self.home / CONFIG_FILE}, "
-                "or start with `foundry init --preset demo`, which needs no weights"
-            )
+            raise self._missing_model(key, found, path, PUBLISHED["base"])
         return path
 
     # --- manifests ---------------------------------------------------------------------------------------------

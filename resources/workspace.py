@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from training.checks import check_run_name
 from training.commit import explain_disk, lock, write_bytes
 from training.errors import ConfigError, WorkspaceError
 from training.run_config import FREE_KEYS, RunConfig
-from training.run_folder import CONFIG, EVENTS, is_away, read_config
+from training.run_folder import CONFIG, EVENTS, is_away, read_config, read_inputs, write_inputs
+from training.training_set import count_forgotten
 
 RECIPES = CODE_ROOT / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -116,8 +118,9 @@ def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, 
         ConfigError: no such recipe, a wrong key or value, an encoding or a base that the workspace does not have, or
             a started run with other values.
     """
-    config = _recipe_config(recipe, assignments, tiny=tiny)
-    require_named(Store(home), config)
+    config, store = _recipe_config(recipe, assignments, tiny=tiny), Store(home)
+    if _begun_with(store.run_folder(check_run_name(run))) is None:
+        require_named(store, config)
     write_run(home, run, config)
 
 
@@ -130,10 +133,11 @@ def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[st
     if recipe is None:
         require_run(store, run)
         return read_config(store.run_folder(run))
-    config = _recipe_config(recipe, assignments, tiny=tiny)
-    require_named(store, config)
-    folder = store.run_folder(check_run_name(run))
-    return _kept(folder, _begun_with(folder), config)
+    config, folder = _recipe_config(recipe, assignments, tiny=tiny), store.run_folder(check_run_name(run))
+    recorded = _begun_with(folder)
+    if recorded is None:
+        require_named(store, config)
+    return _kept(folder, recorded, config)
 
 
 def require_named(store: Store, config: RunConfig) -> None:
@@ -150,6 +154,22 @@ def require_named(store: Store, config: RunConfig) -> None:
 
 def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunConfig:
     return recipes.run_config(recipes.recipe_path(RECIPES, recipe), assignments, tiny=tiny_rules(recipe, tiny=tiny))
+
+
+def leave_out_forgotten(store: Store, run: str) -> int:
+    """Let a run that has begun go on without the images of its set that were forgotten; returns how many.
+
+    Raises:
+        ConfigError: the run has not been started.
+    """
+    require_run(store, run)
+    folder = store.run_folder(run)
+    with lock(store.home / "locks" / f"run.{run}.lock", f"run {run} in {store.home}"):
+        inputs = read_inputs(folder)
+        count = count_forgotten(inputs.training_set)
+        if count != inputs.num_left_out:
+            write_inputs(folder, replace(inputs, num_left_out=count))
+    return count
 
 
 def require_run(store: Store, run: str) -> None:

@@ -27,6 +27,7 @@ from training.progress import track
 from training.rules import EIGHT_BIT
 from training.run_config import RunConfig
 from training.run_folder import RunInputs, checked_training_set
+from training.training_set import shards_of
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "polars", "pyarrow", "tomlkit",
@@ -132,7 +133,7 @@ def _copy_latents(inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, An
         for shard, chosen in pin.items():
             pinned[shard].add(chosen["generation"])
     source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
-    samples = commit.read_parquet(checked_training_set(inputs), ["shard", "image_id"])
+    samples = shards_of(checked_training_set(inputs))
     shards = samples.group_by("shard", maintain_order=True)
     for (shard,), rows in track(shards, "shards of latents", samples["shard"].n_unique()):
         generation, missing, notes = source.choose(str(shard), rows["image_id"].to_list())

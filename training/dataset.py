@@ -131,9 +131,9 @@ class Dataset:
         self.scaling_factor = scaling_factor
         self.image_ids = self.samples.image_ids
         self.buckets = self.samples.buckets  # (N, 2)
-        self.train_rows = np.flatnonzero(~self.samples.validates)
+        self.train_rows = self.samples.train_rows
         self.validation_rows = np.flatnonzero(self.samples.validates)
-        self.stable_rows = np.flatnonzero(~self.samples.validates & self.samples.stable)
+        self.stable_rows = self.train_rows[self.samples.stable[self.train_rows]]
         if not len(self.train_rows):
             raise DataError(
                 f"training set has {len(self.samples)} rows and none with split 'train': nothing to train on"
@@ -176,7 +176,10 @@ class Dataset:
         lacking: dict[str, int] = {}
         samples = self.samples
         by_shard = np.split(np.argsort(samples.shards, kind="stable"), np.cumsum(np.bincount(samples.shards))[:-1])
-        for name, rows in sorted(zip(samples.shard_names, by_shard, strict=True)):
+        for name, members in sorted(zip(samples.shard_names, by_shard, strict=True)):
+            rows = members[~samples.forgotten[members]]
+            if not len(rows):
+                continue
             generation, missing, passed_over = self.latents.choose(name, samples.image_ids.take(rows))
             notes += passed_over
             if generation is None:
@@ -218,12 +221,15 @@ class Dataset:
             )
         own = {"image_id": list(self.image_ids), "h": self.buckets[:, 0], "w": self.buckets[:, 1]}
         joined = pl.DataFrame(own).join(pl.concat(frames), on="image_id", how="left", maintain_order="left")
-        wrong = joined.filter((pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width")))
-        if len(wrong) or joined["row"].null_count():
+        needed = joined.filter(~self.samples.forgotten)
+        wrong = needed.filter((pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width")))
+        if len(wrong) or needed["row"].null_count():
             raise DataError(
                 f"latents: {len(wrong)} images lie in another bucket than the training set says and "
-                f"{joined['row'].null_count()} are gone: rebuild training_set and latents together"
+                f"{needed['row'].null_count()} are gone: rebuild training_set and latents together"
             )
+        if len(needed) < len(joined):
+            joined = joined.with_columns(pl.col("number", "row", *_GEOMETRY).fill_null(0))
         self._places = joined.select("number", "row").to_numpy()  # (N, 2)
         self._geometry = joined.select(pl.col(name).cast(pl.Int64) for name in _GEOMETRY).to_numpy()
         _allow_open_files(len(self._files))

@@ -11,14 +11,23 @@ from training import commit, older_runs, run_folder
 from training.data.prompts import PROMPTS_VERSION
 from training.dataset import Dataset, Pins
 from training.errors import DamageError
-from training.order import EpochOrder, assign_windows, make_order, read_order, write_order
+from training.order import EpochOrder, assign_windows, leave_out, make_order, read_order, write_order
 from training.run_config import RunConfig
 
 
 def prepare_epoch(
-    folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str
+    folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str, num_left_out: int = 0
 ) -> tuple[Pins, list[str]]:
     """Write order and pins of an epoch unless they are there; called by one process.
+
+    Args:
+        folder: Of the run.
+        epoch: Number of the epoch.
+        dataset: What the run trains on.
+        config: Of the run.
+        fingerprint: Of its set.
+        num_left_out: Images of the set that were forgotten since; an epoch that was written with more of them goes on
+            in its order without them.
 
     Returns:
         The pinned generations, and a line for each that was passed over because it is not whole.
@@ -31,9 +40,13 @@ def prepare_epoch(
     notes: list[str] = []
     values = older_runs.comparable(config)
     settings = [fingerprint, values["prompts"], values["batch"], config.seed, epoch, PROMPTS_VERSION]
-    key = commit.json_digest(settings)
+    keys = [commit.json_digest([*settings, number] if number else settings) for number in range(num_left_out + 1)]
+    key = keys[-1]
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())
+        if written["order"]["key"] in keys[:-1]:
+            shorter = leave_out(read_order(content, written["order"]["sha256"]), dataset.samples.forgotten)
+            return _write(manifest, epoch, shorter, key, written["latents"]), notes
         if written["order"]["key"] != key:
             raise DamageError(
                 f"{manifest} was written for another set or config, or by a version that makes other prompts; finish "
@@ -59,10 +72,15 @@ def prepare_epoch(
         ),
     )
     rows = dataclasses.replace(order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype))
-    sha256 = write_order(content, rows)
-    described = {"key": key, "file": content.name, "sha256": sha256}
+    return _write(manifest, epoch, rows, key, pins), notes
+
+
+def _write(manifest: Path, epoch: int, order: EpochOrder, key: str, pins: Pins) -> Pins:
+    """Write the order and then what names it; returns the pins."""
+    content = manifest.with_suffix(".npz")
+    described = {"key": key, "file": content.name, "sha256": write_order(content, order)}
     commit.write_json(manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins})
-    return pins, notes
+    return pins
 
 
 def open_epoch(folder: Path, epoch: int, step: int, dataset: Dataset) -> EpochOrder:

@@ -122,6 +122,23 @@ def assign_windows(shards: Sequence[str], *, seed: int, epoch: int, shards_at_a_
     return np.array([place[name] for name in shards], dtype=np.int64)
 
 
+def leave_out(order: EpochOrder, rows: np.ndarray) -> EpochOrder:
+    """An order without some rows of the training set; steps keep their numbers, and one may become empty.
+
+    Args:
+        order: Of an epoch.
+        rows: Whether each row of the set is left out, `(len(set),)` bool.
+    """
+    kept = ~rows[order.samples]
+    borders = np.concatenate([[0], np.cumsum(kept)])[order.micro_starts]
+    filled = np.diff(borders) > 0
+    return EpochOrder(
+        samples=np.asarray(order.samples)[kept],
+        micro_starts=np.concatenate([[0], borders[1:][filled]]).astype(np.int64),
+        step_starts=np.concatenate([[0], np.cumsum(filled)])[order.step_starts].astype(np.int64),
+    )
+
+
 def write_order(path: Path, order: EpochOrder) -> str:
     """Write an order as an uncompressed `.npz`; returns the SHA-256 of its bytes, which equal orders share."""
     with commit.atomic_file(path) as temporary, temporary.open("wb") as file:

@@ -30,7 +30,7 @@ FETCHED = "latents"
 CHECKPOINTS = "checkpoints"
 READY = "READY.json"
 STATE = "state"
-_YOUNGER = frozenset({"tag_vocabulary", "vae", "vae_digest"})
+_YOUNGER = frozenset({"tag_vocabulary", "vae", "vae_digest", "num_left_out"})
 """Keys of `inputs.json` that files of older versions lack."""
 
 
@@ -64,6 +64,8 @@ class RunInputs:
     versions, whose latents are taken as they are."""
     tag_vocabulary: str = ""
     """Digest of the workspace's table that `vocabulary` was taken from; empty in files of older versions."""
+    num_left_out: int = 0
+    """Forgotten images of the set that the run was told to go on without; more of them stop it."""
 
     def __post_init__(self) -> None:
         check_run_name(self.run)
@@ -135,14 +137,31 @@ def repointed(
         base_model: The model that the run's `base` names; None where foundry.toml no longer has it.
         vae: Its encoding's VAE, where that is not the base model's own.
     """
+    if not inputs.training_set.exists():
+        inputs = _with_set(inputs, training_sets)
     here = {
-        "training_set": training_sets / inputs.training_set.name,
+        "training_set": inputs.training_set,
         "latents": latents,
         "base_model": base_model,
         "vae": None if inputs.vae is None else vae,
     }
     lost = {name: path for name, path in here.items() if path is not None and not getattr(inputs, name).exists()}
     return dataclasses.replace(inputs, **lost)  # type: ignore[arg-type]
+
+
+def _with_set(inputs: RunInputs, training_sets: Path) -> RunInputs:
+    """The inputs with the run's set as it is here: under its name, or under what `forgotten_stem` makes of it, because
+    images were forgotten while the run was elsewhere."""
+    found = training_sets / inputs.training_set.name
+    forgotten = sorted(training_sets.glob(f"{forgotten_stem(found)}-*.parquet"))
+    if found.is_file() or not forgotten:
+        return dataclasses.replace(inputs, training_set=found)
+    return dataclasses.replace(inputs, training_set=forgotten[0], training_set_sha256=commit.sha256_file(forgotten[0]))
+
+
+def forgotten_stem(training_set: Path) -> str:
+    """What the name of a frozen set begins with after images of it were forgotten: `sdxl-1a2b3c4d.forgotten`."""
+    return training_set.stem.partition(".forgotten-")[0] + ".forgotten"
 
 
 def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None) -> bool:

@@ -30,6 +30,7 @@ from training.rules import check_trainable
 from training.run_config import RunConfig
 from training.run_folder import READY, RunInputs, checked_training_set
 from training.sharding import Sharding
+from training.training_set import require_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         TrainingError: the checkpoint belongs to another set or config, or other machines see another run folder.
         ModelError: the base model or the VAE is not the one that `inputs.json` names, or cannot be loaded.
         DamageError: the training set's file is gone or changed.
-        DataError: nothing to train on.
+        DataError: nothing to train on, or images of the set were forgotten.
     """
     resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
     _check_shared(folder, config, resumed, ranks)
@@ -72,6 +73,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     config = ranks.from_first(lambda: resolve(config, device, recorded))
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
+    require_whole(inputs)
     source = resumed or inputs.base_model
     with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
         model = read_model_configs(source)

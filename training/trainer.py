@@ -137,6 +137,9 @@ class Trainer:
                 self.dataset.prompt_maker.expect(np.concatenate(upcoming), clock.epoch)
             with Prefetch(self._draw, upcoming, self.worker, config.compute.prefetch) as draws:
                 while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
+                    if not self.order.step_size(clock.step_in_epoch):
+                        clock.step_in_epoch += 1  # all of its images were forgotten
+                        continue
                     before = clock.samples_seen
                     if not self._step(draws):
                         return self._stop()
@@ -357,7 +360,7 @@ class Trainer:
         epoch = self.state.clock.epoch
         if self.ranks.rank == 0:
             self.pins, self.passed_over = prepare_epoch(
-                self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint
+                self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint, self.inputs.num_left_out
             )
         self.ranks.barrier()
         self.order = open_epoch(self.folder, epoch, self.state.clock.step_in_epoch, self.dataset)

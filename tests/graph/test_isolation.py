@@ -10,6 +10,7 @@ from graph_tools import foundry
 
 from resources.instance import instance
 from resources.store import Store
+from training.run_folder import read_inputs
 
 
 def run_ids(home):
@@ -59,8 +60,33 @@ def test_forgotten_images_leave_every_table_and_never_return(small_copy):
         assert store.read(table, ["image_id"]).filter(pl.col("image_id") == gone).is_empty(), table
     rejected = store.read("rejected_images").filter(pl.col("image_id") == gone)
     assert set(rejected["reason"]) == {"forgotten"}
-    left = [path for path in small_copy.rglob("*.parquet") if "partial" not in str(path) and gone in path_ids(path)]
-    assert [path for path in left if path.parent.name != "rejected_images"] == []
+    left = [path for path in small_copy.rglob("*.parquet") if gone in path_ids(path)]
+    (frozen,) = [path for path in left if path.parent.name != "rejected_images"]
+    assert frozen == read_inputs(store.run_folder("demo")).training_set, "which the run is told of"
+    (row,) = pl.read_parquet(frozen).filter(pl.col("image_id") == gone).iter_rows(named=True)
+    assert (row["split"], row["tags"], row["caption"], row["height"]) == ("forgotten", [], None, None)
+
+
+def test_runs_reports_and_releases_stay_readable_after_forgetting(small_copy):
+    """A run was trained on the image, and a picture of its report is nearest to it."""
+    store = Store(small_copy)
+    last = store.last_checkpoint("demo")
+    nearest = store.read("eval_metrics", parts=[last]).drop_nulls("image_id").sort("value")["image_id"]
+    frozen = store.read("training_set").filter(pl.col("split") == "train")["image_id"].to_list()
+    gone = next((image_id for image_id in reversed(nearest) if image_id in frozen), frozen[0])
+    foundry("forget", gone, "--home", small_copy)
+    assert "training set is missing" not in foundry("status", "--home", small_copy).stdout
+    foundry("run", "--home", small_copy)
+    assert "nothing was done" in foundry("run", "--home", small_copy).stdout
+    for command in (("verify",), ("train", "--run", "demo"), ("prompts", "--run", "demo"), ("cost", "--run", "demo"),
+                    ("compare", "base", last), ("gc",), ("train", "--run", "demo", "--dry-run")):  # fmt: skip
+        foundry(*command, "--home", small_copy)
+    release = small_copy / "release" / "demo"
+    assert "1 more were in the set and have been forgotten since" in (release / "README.md").read_text()
+    report = (release / "report.html").read_text()
+    assert "1 of its images forgotten since" in report
+    assert gone[:12] not in report
+    assert "0 damaged" in foundry("verify", "--home", small_copy).stdout
 
 
 def path_ids(path: Path) -> set[str]:

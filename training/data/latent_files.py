@@ -7,11 +7,12 @@ bfloat16 is kept as its 16 bits in uint16, because NumPy has no such type; `trai
 meaning. A shard's folder holds generations: `g0003.json` (the manifest), its table and its latent files.
 """
 
+import dataclasses
 import json
 import re
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -338,6 +339,59 @@ class Generation:
         """
         entries = [entry for entry in self.manifest.files if entry.name.endswith(".safetensors")]
         return {entry.name: LatentFile(self.folder, entry) for entry in entries}
+
+
+def write_without(generation: Generation, image_ids: Collection[str]) -> commit.Manifest:
+    """Write the files of a generation again that hold one of the images, without those; nothing is committed.
+
+    Returns:
+        Its manifest as it must become. Files that only the old one names may be deleted after that.
+
+    Raises:
+        DamageError: a file of it is gone or damaged.
+    """
+    table, folder = generation.table(), generation.folder
+    listed = pl.col("image_id").is_in(list(image_ids))
+    kept, stale = table.filter(~listed), set(table.filter(listed)["file"])
+    entries: list[commit.Entry] = []
+    for entry in generation.manifest.files:
+        if entry.name not in stale:
+            entries += [] if entry.name.endswith(".parquet") else [entry]
+            continue
+        rows, file = kept.filter(pl.col("file") == entry.name).sort("row"), LatentFile(folder, entry)
+        if rows.is_empty():
+            continue
+        metadata = {name: value for name, value in file.metadata.items() if name != "codec"}
+        bucket = Size(*rows.select("bucket_height", "bucket_width").row(0))
+        codec: Codec = "split-zstd" if file.metadata.get("codec") == "split-zstd" else "raw"
+        writer = BucketWriter(
+            folder=folder, generation=generation.number, bucket=bucket,
+            max_bytes=4 * entry.bytes, codec=codec,
+            metadata=metadata,
+        )  # fmt: skip
+        latents, log_variance = file.gather(rows["row"].to_list())
+        for number, image_id in enumerate(rows["image_id"]):
+            spread = None if log_variance is None else log_variance[number]
+            writer.add_bits(image_id, latents[number], spread)
+        writer.finish()
+        entries += writer.entries
+        places = pl.DataFrame(
+            {"image_id": list(writer.places), "file": [f for f, _ in writer.places.values()],
+             "row": [row for _, row in writer.places.values()]},
+            schema={name: table.schema[name] for name in ("image_id", "file", "row")},
+        )  # fmt: skip
+        kept = kept.update(places, on="image_id")
+    kept = TABLES["latents"].conform(kept)
+    digests = commit.column_digests(kept)
+    first = commit.write_parquet(folder, f"g{generation.number:04d}", kept)
+    return dataclasses.replace(
+        generation.manifest,
+        files=(first, *entries),
+        rows=kept.height,
+        columns=digests,
+        digest=commit.logical_digest(digests, kept.height),
+        report={**generation.manifest.report, "pictures": {}},
+    )
 
 
 def generations(folder: Path) -> list[int]:

@@ -92,6 +92,8 @@ class Samples:
         split, names = _join_codes(parts, "split")
         self.validates = np.isin(split, [code for code, name in enumerate(names) if name == "validation"])
         """Per row: of the held-out images, which never train."""
+        self.forgotten = np.isin(split, [code for code, name in enumerate(names) if name == "forgotten"])
+        """Per row: forgotten since the set was frozen; nothing but its id is left."""
         self.stable = _join(parts, "stable")
         """Per row: on the list of the stable training loss."""
         self.scores = _join(parts, "score")
@@ -115,8 +117,8 @@ class Samples:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """Rows that train, `(n,)` int64 in ascending order: all that are not held out."""
-        return np.flatnonzero(~self.validates)
+        """Rows that train, `(n,)` int64 in ascending order: all that are not held out or forgotten."""
+        return np.flatnonzero(~self.validates & ~self.forgotten)
 
     def watermarked(self, rows: np.ndarray) -> np.ndarray:
         """Whether a watermark was found in each of these rows, bool."""

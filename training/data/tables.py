@@ -394,7 +394,10 @@ TABLES: dict[str, Table] = {
                 "made_caption": _c(pl.String, "a model's sentence, or several, a line each; null when there is none"),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags"),
                 "boxes": _c(pl.List(SCORED_BOX), "watermark boxes, upright source pixels"),
-                "split": _c(pl.String, "train or validation"),
+                "split": _c(
+                    pl.String,
+                    "train or validation; forgotten in a set of a run that saw an image that was forgotten since",
+                ),
                 "stable": _c(pl.Boolean, "on the list of the stable training loss"),
             },
         ),

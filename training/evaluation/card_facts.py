@@ -22,6 +22,8 @@ class SetFacts:
 
     num_train: int
     num_validation: int
+    num_forgotten: int
+    """Images that were in the set and have been forgotten since; nothing else counts them."""
     num_captions: int
     """Training samples with a caption of their source,"""
     num_made_captions: int
@@ -64,7 +66,8 @@ def count_set(rows: pl.DataFrame) -> SetFacts:
     buckets = train.group_by(by).len("n").sort("n", *by, descending=True)
     return SetFacts(
         num_train=train.height,
-        num_validation=rows.height - train.height,
+        num_validation=int((rows["split"] == "validation").sum()),
+        num_forgotten=int((rows["split"] == "forgotten").sum()),
         num_captions=int(train["caption"].is_not_null().sum()),
         num_made_captions=int(train["made_caption"].is_not_null().sum()),
         num_watermarked=int((train["boxes"].list.len() > 0).sum()),

@@ -119,6 +119,8 @@ def _data(facts: SetFacts) -> str:
         f"{facts.num_captions:,} have a caption of their source, {facts.num_made_captions:,} one made by a model; a "
         f"watermark was found in {facts.num_watermarked:,}."
     ]
+    if facts.num_forgotten:
+        parts.append(f"{facts.num_forgotten:,} more were in the set and have been forgotten since.")
     if facts.scores:
         most = max(count for _, count in facts.scores)
         rows = [(str(s), f"{n:,}", f"{n / total:.1%}", "█" * round(n / most * _BAR_BLOCKS)) for s, n in facts.scores]
