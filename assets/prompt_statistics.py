@@ -25,14 +25,18 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     from resources.run_prompts import frozen_inputs
 
     folder, frozen = store.run_folder(key), frozen_inputs(store, key)
+    config = read_config(folder)
     if frozen is not None:
         count = count_forgotten(frozen.training_set)
         training_set = frozen.fingerprint + (f" without {count}" if count else "")
         words = frozen.tag_vocabulary or frozen.vocabulary_sha256
     else:
-        parts = (("training_set", read_config(folder).encoding), ("tag_vocabulary", "all"))
+        parts = (("training_set", config.encoding), ("tag_vocabulary", "all"))
         training_set, words = (manifest.digest if (manifest := store.manifest(*part)) else "absent" for part in parts)
-    return {"config": file_digest(folder / CONFIG), "training_set": training_set, "tag_vocabulary": words}
+    found = {"config": file_digest(folder / CONFIG), "training_set": training_set, "tag_vocabulary": words}
+    if config.base != "base":  # whose tokenizers it reads
+        found["base"] = frozen.base_digest if frozen else store.base_digest(config.base)
+    return found
 
 
 STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("base",), others=_inputs)

@@ -42,12 +42,12 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
     digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
-    named = read_config(store.run_folder(key)).base != "base"
-    base = {"base": json_digest(_base(store, key))} if named else {}  # of the other one the settings tell
+    is_named = read_config(store.run_folder(key)).base != "base"
+    named = {"base": json_digest(_base(store, key))} if is_named else {}  # of the other one the settings tell
     count = count_forgotten(read_inputs(store.run_folder(key)).training_set)
     forgotten = {"forgotten images": str(count)} if count else {}
     own = {"checkpoint": store.checkpoint_digest(last), "licence": json_digest(texts)}
-    return {**own, **digests, **base, **forgotten}
+    return {**own, **digests, **named, **forgotten}
 
 
 STAGE = Stage(

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from jobs.scale import memory_lines, network_lines
-from resources.run_prompts import frozen_inputs, prompt_maker
+from resources.run_prompts import base_of, frozen_inputs, prompt_maker
 from resources.store import Store
 from resources.workspace import require_named, require_run
 from training import toml
@@ -149,7 +149,7 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
-    rates, folder = hardware.resolve(), store.base_path(config.base)
+    rates, folder = hardware.resolve(), base_of(store, run, config)
     card, num_ranks = find_gpu(rates.gpu), hardware.num_gpus
     recorded = read_record(store.run_folder(run))
     left = has_auto(config)
@@ -275,7 +275,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
     epoch = count_epoch(store, run, config)
-    flops = _sample_flops(read_model_configs(store.base_path(config.base)), config, _shapes(store, config, epoch))
+    flops = _sample_flops(read_model_configs(base_of(store, run, config)), config, _shapes(store, config, epoch))
     work = Workload(
         num_images=num_images, num_samples=config.num_samples, training_tflop=flops / _TERA,
         # The base model and the run's last checkpoint draw every prompt once.

@@ -1,6 +1,7 @@
 """What a run trains on, read in its workspace as its trainer reads it: what it was frozen with, and its prompts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -36,6 +37,12 @@ def frozen_inputs(store: Store, run: str) -> RunInputs | None:
     if not (folder / INPUTS).exists():
         return None
     return repointed(read_inputs(folder), **own_files(store, read_config(folder)))
+
+
+def base_of(store: Store, run: str, config: RunConfig) -> Path:
+    """The model that a run starts from: one that was launched keeps its own, whatever foundry.toml names by now."""
+    frozen = frozen_inputs(store, run)
+    return store.base_path(config.base) if frozen is None else frozen.base_model
 
 
 def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:

@@ -40,6 +40,8 @@ def test_every_command_works_in_a_moved_workspace(moved, small, tmp_path):
     ):  # fmt: skip
         foundry(*command, *home)
     assert digests(moved) == digests(small)
+    foundry("latents", "reencode", *home)
+    foundry("forget", "0" * 64, *home)
 
 
 def test_a_run_that_was_stopped_goes_on_in_a_moved_workspace(moved):
