@@ -146,7 +146,7 @@ def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_00
                 }
             )  # fmt: skip
     frame = TABLES["latents"].conform(pl.DataFrame(table, schema=TABLES["latents"].schema))
-    entries.append(commit.write_parquet(folder, f"g{number:04d}", frame))
+    entries.insert(0, commit.write_parquet(folder, f"g{number:04d}", frame))
     manifest = commit.Manifest(
         table="latents", part=folder.name, version=1, files=tuple(entries), rows=len(frame),
         digest=commit.logical_digest(commit.column_digests(frame), len(frame)),
