@@ -104,6 +104,21 @@ def asset(page: Page, dagster: str) -> None:
     save(page, "dagster-asset.png")
 
 
+def staleness(page: Page, dagster: str, home: Path) -> None:
+    """A setting that was changed, as the check of its stage tells it; foundry.toml gets its text back."""
+    config = home / "foundry.toml"
+    before = config.read_text("utf-8")
+    config.write_text(before.replace("min_score = 5 ", "min_score = 6 "), "utf-8")
+    try:
+        page.resize(NARROW, 760)
+        page.open(f"{dagster}/assets/selected_images?view=checks&checkDetail=current")
+        page.wait_for_text("min_score 5 → 6", timeout_s=180)
+        time.sleep(SETTLE_S)
+        save(page, "dagster-current.png")
+    finally:
+        config.write_text(before, "utf-8")
+
+
 def encoding(page: Page, dagster: str) -> None:
     """Buckets; latents with a sample of sources, crops and what is decoded again; generations with their age."""
     page.resize(NARROW, 1000)
@@ -211,7 +226,7 @@ def save(page: Page, name: str) -> None:
 def main() -> None:
     """Take all pictures, or those of the functions named."""
     home, name = Path(sys.argv[1]).resolve(), "demo"
-    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run", "report"]
+    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run", "report", "staleness"]
     IMAGES.mkdir(parents=True, exist_ok=True)
     if "before_after" in wanted:
         before_after(home, name)
@@ -220,6 +235,8 @@ def main() -> None:
         for take in (graph, asset, encoding):
             if take.__name__ in wanted:
                 take(page, dagster)
+        if "staleness" in wanted:
+            staleness(page, dagster, home)
         if "run" in wanted:
             run(page, mlflow, dagster, name)
         if "report" in wanted:
