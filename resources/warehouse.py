@@ -1,11 +1,15 @@
-"""`warehouse.duckdb`: one view per table over the committed files, rebuilt in a moment, never the only copy."""
+"""`warehouse.duckdb`: one view per table over the committed files, rebuilt in a moment, never the only copy.
+
+DuckDB is imported inside functions: where torch and Dagster's definitions are loaded too, a module that holds it
+outlives the interpreter, and DuckDB's binding then prints fifty lines about leaks after every command's last one.
+"""
 
 import os
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import duckdb
 import polars as pl
 
 from resources import generations
@@ -13,6 +17,9 @@ from resources.store import Store
 from training.commit import DUCKDB_BESIDE, temporary
 from training.data.tables import PART_COLUMNS, TABLES, part_values
 from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    import duckdb
 
 VERDICTS = """
 create view ingest_verdicts as
@@ -27,6 +34,8 @@ left join (select * from rejected_images where stage = 'raw_images') x using (so
 
 def rebuild(store: Store) -> Path:
     """Write the views anew and swap the file in: readers that hold the old one go on unharmed."""
+    import duckdb
+
     path = store.home / "warehouse.duckdb"
     with temporary(path, beside=DUCKDB_BESIDE) as fresh:
         with duckdb.connect(str(fresh)) as connection:
@@ -35,7 +44,7 @@ def rebuild(store: Store) -> Path:
     return path
 
 
-def _create(connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+def _create(connection: "duckdb.DuckDBPyConnection", store: Store) -> None:
     """Make the views in an empty database."""
     for name in TABLES:
         connection.execute(f'create view "{name}" as {_select(store, name, connection)}')
@@ -95,12 +104,14 @@ def _duckdb_type(dtype: pl.DataType) -> str:
     return next((name for kind, name in names.items() if dtype == kind), "timestamptz")
 
 
-def _check_reads(statements: list[duckdb.Statement]) -> None:
+def _check_reads(statements: "list[duckdb.Statement]") -> None:
     """Refuse statements that would change a table.
 
     Raises:
         ConfigError: names the kind of statement.
     """
+    import duckdb
+
     kinds = duckdb.StatementType
     changing = (kinds.CREATE, kinds.INSERT, kinds.UPDATE, kinds.DELETE, kinds.DROP, kinds.ALTER)
     for statement in statements:
@@ -114,6 +125,8 @@ def query(store: Store, sql: str) -> pl.DataFrame:
     Raises:
         ConfigError: DuckDB refuses the statement, with its own first line, or it would change a table.
     """
+    import duckdb
+
     # What does not fit into memory goes to the system's folder for that, not to `.tmp` where the command is given.
     spilled = Path(tempfile.gettempdir(), f"foundry-sql-{os.getpid()}")
     with duckdb.connect(config={"temp_directory": str(spilled)}) as connection:

@@ -147,3 +147,9 @@ def test_no_postponed_annotations():
     for layer in ("assets", "jobs", "resources", "training", "demo"):
         for path in (ROOT / layer).rglob("*.py"):
             assert "from __future__ import annotations" not in path.read_text("utf-8"), path
+
+
+def test_a_command_that_loads_the_graph_torch_and_duckdb_ends_in_silence():
+    run = "import jobs.definitions, torch\nfrom resources import warehouse\nwarehouse._check_reads([])\n"
+    ended = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
