@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -96,7 +97,9 @@ def status(found: Sequence[StageStatus], *, why: bool) -> None:
     table.add_column("time", justify="right", no_wrap=True)
     for item in found:
         counted = f"{len(item.stale)} of {item.num_partitions}" if item.num_partitions != 1 else str(len(item.stale))
-        reason = Text(item.error or "; ".join(grouped(item.stale)) or "current", style="" if item.stale else "dim")
+        reason = Text(
+            item.error or "; ".join(grouped(item.stale)) or "current", style="" if item.stale or item.error else "dim"
+        )
         if not item.stale and not item.error and item.follows:
             reason = Text(f"may follow {item.follows[-1]}", style="dim")
         table.add_row(item.stage, counted if item.stale else "", reason, _expected(item))
@@ -107,13 +110,15 @@ def status(found: Sequence[StageStatus], *, why: bool) -> None:
     stale = [item for item in found if item.stale]
     known = sum(item.seconds or 0 for item in stale)
     unknown = [item.stage for item in stale if item.seconds is None]
-    if not stale:
+    unjudged = [item.stage for item in found if item.error]
+    if unjudged:
+        console.print(f"cannot be judged: {', '.join(unjudged)}")
+    if stale:
+        times = [f"about {_duration(known)}"] if len(unknown) < len(stale) else []
+        times += [f"{', '.join(unknown)}, which never ran"] if unknown else []
+        console.print(f"bring up to date with `foundry run`: {', and '.join(times)}")
+    elif not unjudged:
         console.print("everything is up to date")
-        return
-    console.print(
-        f"bring up to date with `foundry run`: about {_duration(known)}"
-        + (f", and {', '.join(unknown)}, which never ran" if unknown else "")
-    )
 
 
 def _expected(item: StageStatus) -> str:
@@ -169,7 +174,7 @@ def _verdicts(store: Store, console: Console) -> None:
     _champion(store, console)
     console.print(f"sample images: {store.home / 'sample_images'}", soft_wrap=True, markup=False)
     console.print(f"model and card: {store.home / 'release'}", soft_wrap=True, markup=False)
-    console.print(f"open the pages: foundry up --home {store.home}", soft_wrap=True)
+    console.print(f"open the pages: foundry up --home {shlex.quote(str(store.home))}", soft_wrap=True, markup=False)
 
 
 def _against_base(store: Store, parts: Sequence[str], names: tuple[str, str], console: Console) -> None:

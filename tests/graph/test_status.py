@@ -1,6 +1,7 @@
 """`foundry status`, the check `current`, Dagster's own column and `keep_current` say what `store.stale` says."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -289,3 +290,12 @@ def test_an_unknown_partition_fails_in_one_line_and_commits_nothing(kind, asset,
             ("runs", "unknown"),
         ):
             assert part not in instance.get_dynamic_partitions(name)
+
+
+def test_what_cannot_be_judged_is_not_up_to_date(kind):
+    """A model folder that is missing: each stage that needs it says so, and the last line names them."""
+    path = kind / "foundry.toml"
+    path.write_text(re.sub(r"(?m)^clip = .*", 'clip = "models/no-such-folder"', path.read_text()))
+    said = foundry("status", "--home", kind).stdout
+    assert "up to date" not in said
+    assert "cannot be judged: embeddings" in " ".join(said.split())
