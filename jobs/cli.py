@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ def init(
     from resources.workspace import create
 
     create(path.expanduser().resolve(), sources=source or [], preset=preset, tiny=tiny)
-    print(f"made {path.expanduser().resolve()}; next: foundry run --home {path}")
+    print(f"made {path.expanduser().resolve()}; next: foundry run --home {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -99,7 +100,7 @@ def run(
     from jobs import console, pipeline
 
     store = open_store(home)
-    if_interrupted(lambda: f"what is committed stays; go on with `foundry run --home {store.home}`")
+    if_interrupted(lambda: _run_interrupted(store))
     started = time.monotonic()
     with console.progress() as announce:
         outcomes = pipeline.bring_up_to_date(
@@ -113,6 +114,20 @@ def run(
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
     if any(outcome.unfinished for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _run_interrupted(store: Store) -> str:
+    """What is kept, how to go on, and which trainers go on by themselves."""
+    from resources import torchrun
+    from resources.stages import Scope
+
+    home = shlex.quote(str(store.home))
+    said = f"what is committed stays; go on with `foundry run --home {home}`"
+    for run in store.keys(Scope.RUN):
+        if torchrun.is_running(store.run_folder(run)):
+            command = f"`foundry train --home {home} --run {run} --stop`"
+            said += f"; the trainer of {run} goes on by itself, stop it with {command}"
+    return said
 
 
 @app.command()
@@ -175,7 +190,7 @@ def verify(
     if damage and repair:
         for path in upkeep.repair(store, problems):
             print(f"moved to {path}")
-        print(f"rebuild with: foundry run --home {store.home}")
+        print(f"rebuild with: foundry run --home {shlex.quote(str(store.home))}")
     elif damage:
         print("repair with: foundry verify --repair", file=sys.stderr)
         raise typer.Exit(1)
@@ -315,7 +330,7 @@ def _train_interrupted(store: Store, run: str) -> str:
     from resources import torchrun
     from training.run_folder import checkpoints
 
-    folder, command = store.run_folder(run), f"`foundry train --home {store.home} --run {run}"
+    folder, command = store.run_folder(run), f"`foundry train --home {shlex.quote(str(store.home))} --run {run}"
     if torchrun.is_running(folder):
         return f"the trainer goes on by itself; follow it again with {command}`, stop it with {command} --stop`"
     saved = [path.name for path in checkpoints(folder)]
@@ -445,7 +460,7 @@ def latents_import(
     print(f"reconstruction error of a sample: {done.error:.1f} of 255")
     for reason, count in done.refused:
         print(f"not imported: {count} {reason}")
-    print(f"encode the others with: foundry run --home {store.home} --select latents")
+    print(f"encode the others with: foundry run --home {shlex.quote(str(store.home))} --select latents")
 
 
 @latents_app.command("export")

@@ -1,6 +1,7 @@
 """`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run per stage."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def _require_a_picture(store: Store) -> None:
         reasons = ", ".join(f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows())
         raise DataError(
             f"none of {rejected.height} candidates is a usable picture ({reasons}); see them with "
-            f'`foundry sql --home {store.home} "from rejected_images"`'
+            f'`foundry sql --home {shlex.quote(str(store.home))} "from rejected_images"`'
         )
 
 

@@ -3,6 +3,7 @@ instance at hand belongs to the workspace at hand."""
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,5 +131,5 @@ def check_storage(ref: InstanceRef, home: Path) -> None:
         if not isinstance(base, str) or not Path(base).resolve().is_relative_to(folder):
             raise WorkspaceError(
                 f"Dagster's {name} lies in {base!r}, outside of workspace {home} ({folder}); start Dagster with "
-                f"`foundry up --home {home}`, or set DAGSTER_HOME={folder} and FOUNDRY_HOME={home}"
+                f"`foundry up --home {shlex.quote(str(home))}`, or set DAGSTER_HOME={folder} and FOUNDRY_HOME={home}"
             )

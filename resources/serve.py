@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -70,7 +71,7 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
                 children.stop(asked)
                 for folder in sorted((home / "runs").glob("*/")):
                     if torchrun.is_running(folder):
-                        follow = f"foundry train --home {home} --run {folder.name}"
+                        follow = f"foundry train --home {shlex.quote(str(home))} --run {folder.name}"
                         print(f"Training run {folder.name} goes on; follow it with `{follow}`", flush=True)
 
 

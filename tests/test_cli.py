@@ -1,5 +1,6 @@
 """What the command line says when it is used wrongly, and how quiet it is otherwise."""
 
+import shlex
 import subprocess
 import sys
 
@@ -87,3 +88,22 @@ def test_ctrl_c_in_a_run_names_the_workspace(command, monkeypatch, tmp_path):
     status, _, errors = command("run")
     assert status == 130
     assert f"go on with `foundry run --home {tmp_path}`" in errors
+
+
+def test_ctrl_c_in_a_run_names_the_trainers_that_go_on(monkeypatch, tmp_path):
+    from resources import torchrun
+    from resources.stages import Scope
+    from resources.store import Store
+
+    home = tmp_path / "[v1] Bob's set"
+    store = Store(home)
+    monkeypatch.setattr(Store, "keys", lambda self, scope: ["ended", "going"] if scope is Scope.RUN else [])
+    monkeypatch.setattr(torchrun, "is_running", lambda folder: folder == store.run_folder("going"))
+    said = cli._run_interrupted(store)
+    assert "the trainer of going goes on by itself" in said
+    assert "ended" not in said
+    commands = said.split("`")[1::2]
+    assert [shlex.split(command) for command in commands] == [
+        ["foundry", "run", "--home", str(home)],
+        ["foundry", "train", "--home", str(home), "--run", "going", "--stop"],
+    ]
