@@ -4,6 +4,7 @@ Dagster compares versions itself for whole tables only, and by more than a stage
 `report` tells Dagster what it lacks to show the same.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,8 +99,13 @@ def external_specs() -> list[dg.AssetSpec]:
 
 
 def report(instance: dg.DagsterInstance, store: Store, graph: BaseAssetGraph) -> int:
-    """Tell Dagster what it lacks to show what the store says; returns the number of events, 0 where it shows it."""
-    num_events = report_versions(instance, store)
+    """Tell Dagster what it lacks to show what the store says; returns the number of events, 0 where it shows it.
+
+    With a foundry.toml that cannot be read there are no versions to tell; the checks then say why.
+    """
+    num_events = 0
+    with contextlib.suppress(PipelineError):
+        num_events = report_versions(instance, store)
     found = [status_of(store, stage) for stage in STAGES.values()]
     current = [one.stage for one in found if not one.stale and not one.error]
     for events in (check_evaluations(instance, found), confirmations(instance, store, graph, current)):

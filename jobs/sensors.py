@@ -1,6 +1,7 @@
 """Work by what happened: new pictures, new checkpoints, anything stale. Those that start runs are off until switched
 on."""
 
+import contextlib
 import time
 
 import dagster as dg
@@ -99,7 +100,8 @@ def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store
     if time.time() < float(context.cursor or 0):
         return dg.SkipReason("the last look took long: waiting before the next")
     started = time.monotonic()
-    mirror(context.instance, store, remove=False)  # somebody may be naming a new run in the launch dialog
+    with contextlib.suppress(PipelineError):  # of a foundry.toml that cannot be read: the checks say it, stage by stage
+        mirror(context.instance, store, remove=False)  # somebody may be naming a new run in the launch dialog
     num_events = currency.report(context.instance, store, defs.resolve_asset_graph())
     context.update_cursor(str(time.time() + REST * (time.monotonic() - started)))
     return dg.SkipReason(f"reported {num_events} changes" if num_events else "nothing has changed")

@@ -7,7 +7,9 @@ import pytest
 from dagster._core.test_utils import create_run_for_test
 from judged_world import World
 
-from jobs.sensors import MAX_ATTEMPTS, new_checkpoint
+from assets.currency import CHECK
+from jobs.sensors import MAX_ATTEMPTS, new_checkpoint, staleness
+from resources.store import Store
 from training.evaluation.contenders import FILE as RIVALS
 
 
@@ -109,3 +111,22 @@ def test_a_rival_that_is_gone_does_not_hold_up_the_others(world, instance):
     for name in ("run@1000", "run@2000"):
         world.evaluate(name)
     assert "external model 'other': " in tick(world, instance)
+
+
+def test_a_foundry_toml_that_cannot_be_read_is_what_the_checks_say(world, instance):
+    """The graph would stay green otherwise, while the only sign is a failed tick of a sensor."""
+    path = world.home / "foundry.toml"
+    whole = path.read_text()
+    shown = {}
+    for name, text in (("broken", whole + "\n[selection]\nmin_scor = 3\n"), ("mended", whole)):
+        path.write_text(text)
+        with dg.build_sensor_context(instance=instance, resources={"store": Store(world.home)}) as context:
+            assert isinstance(staleness(context), dg.SkipReason)
+        key = dg.AssetCheckKey(dg.AssetKey("bucket_assignments"), CHECK)
+        found = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key].evaluation
+        shown[name] = (found.passed, found.description)
+    passed, description = shown["broken"]
+    assert not passed
+    assert description.startswith("cannot be judged: ")
+    assert "unknown key 'selection.min_scor'; did you mean 'min_score'?" in description
+    assert "cannot be judged" not in shown["mended"][1]
