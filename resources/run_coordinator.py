@@ -4,15 +4,19 @@ page that launched it."""
 from collections.abc import Mapping
 from typing import Any, Self
 
-from dagster import DagsterRun
+from dagster import DagsterInstance, DagsterRun
+from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
+from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 from dagster._serdes import ConfigurableClassData
 
 from resources.store import Store, find_home
 from resources.workspace import AS_CONFIGURED, resolve_run
-from training.errors import ConfigError, PipelineError
+from training.errors import ConfigError, DataError, PipelineError
 
 PARTITION = "dagster/partition"
+PARTITION_TAGS = (PARTITION, "dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+"""Tags of a run that name its partitions."""
 CONFIGURED_BY_LAUNCH = ("checkpoints", "prompt_statistics")
 """Assets whose launch may configure a run."""
 
@@ -32,11 +36,34 @@ class FoundryRunCoordinator(QueuedRunCoordinator):
             PipelineError: it could not work; it is recorded as failed with the same words.
         """
         try:
+            if context.workspace is not None:
+                check_partitions(context.dagster_run, context.workspace.asset_graph, self._instance)
             check_launch(context.dagster_run)
         except PipelineError as error:
             self._instance.report_run_failed(context.dagster_run, f"refused before it started: {error}")
             raise
         return super().submit_run(context)
+
+
+def check_partitions(run: DagsterRun, graph: BaseAssetGraph, instance: DagsterInstance) -> None:
+    """Check that a run of a partitioned stage names partitions that Dagster knows; whether the workspace knows them,
+    too, is for the stage to say.
+
+    Raises:
+        DataError: it names none, or one that does not exist.
+    """
+    keys = [run.tags[tag] for tag in PARTITION_TAGS if tag in run.tags]
+    for asset in sorted(run.asset_selection or ()):
+        definition = graph.get(asset).partitions_def if graph.has(asset) else None
+        if definition is None:
+            continue
+        name = asset.to_user_string()
+        if not keys:
+            raise DataError(f"{name}: the run was launched without a partition; choose one where it is launched")
+        with partition_loading_context(dynamic_partitions_store=instance):
+            unknown = [key for key in keys if not definition.has_partition_key(key)]
+        if unknown:
+            raise DataError(f"{name}: there is no partition {unknown[0]!r}")
 
 
 def check_launch(run: DagsterRun) -> None:

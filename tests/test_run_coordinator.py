@@ -1,5 +1,7 @@
 """A launch that can only fail is refused before its run starts, with the words of `foundry train`."""
 
+from types import SimpleNamespace
+
 import dagster as dg
 import pytest
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
@@ -11,9 +13,9 @@ from assets.partitions import mirror
 from jobs import cli
 from resources.instance import instance as open_instance
 from resources.instance import write_instance
-from resources.run_coordinator import FoundryRunCoordinator
+from resources.run_coordinator import FoundryRunCoordinator, check_partitions
 from resources.store import Store
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 
 WRONG = [
     ({"recipe": "dem"}, "no recipe is named 'dem'; did you mean 'demo'?"),
@@ -126,3 +128,40 @@ def test_an_older_workspace_gets_our_coordinator_and_keeps_what_people_changed(h
     with open_instance(home) as instance:
         assert isinstance(instance.run_coordinator, FoundryRunCoordinator)
     assert "max_concurrent_runs: 7" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("asset", "tags", "words"),
+    [
+        ("tags", {}, "tags: the run was launched without a partition; choose one where it is launched"),
+        ("checkpoints", {}, "checkpoints: the run was launched without a partition; choose one where it is launched"),
+        ("raw_images", {"dagster/partition": "s77"}, "raw_images: there is no partition 's77'"),
+        ("latents", {"dagster/partition": "s77"}, "latents: there is no partition 's77'"),
+        ("latents", {"dagster/partition": "sdxl|s77"}, "latents: there is no partition 'sdxl|s77'"),
+        (
+            "tags",
+            {"dagster/asset_partition_range_start": "s000000", "dagster/asset_partition_range_end": "s77"},
+            "tags: there is no partition 's77'",
+        ),
+        ("tags", {"dagster/partition": "s000000"}, ""),
+        ("latents", {"dagster/partition": "sdxl|s000000"}, ""),
+        ("source_listing", {}, ""),
+    ],
+)
+def test_a_partition_that_is_not_there_is_refused_in_one_line(home, asset, tags, words):
+    from jobs.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    with open_instance(home) as instance:
+        instance.add_dynamic_partitions("shards", ["s000000"])
+        instance.add_dynamic_partitions("encodings", ["sdxl"])
+        run = create_run_for_test(instance, asset_selection={dg.AssetKey(asset)}, tags=tags)
+        coordinator = instance.run_coordinator
+        workspace = SimpleNamespace(asset_graph=graph)
+        if not words:
+            check_partitions(run, graph, instance)
+            return
+        with pytest.raises(DataError) as refused:
+            coordinator.submit_run(SubmitRunContext(run, workspace=workspace))
+        assert str(refused.value) == words
+        assert instance.get_run_by_id(run.run_id).status is DagsterRunStatus.FAILURE
