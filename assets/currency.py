@@ -152,12 +152,20 @@ def _model(store: Store, name: str) -> tuple[str, dict[str, dg.MetadataValue]]:
 
 
 def check_evaluations(instance: dg.DagsterInstance, found: list[StageStatus]) -> Iterator[dg.AssetCheckEvaluation]:
-    """Outcomes of the checks `current` that differ from what Dagster shows."""
+    """Outcomes of the checks `current` that differ from what Dagster shows; it shows none from before the last
+    materialization."""
     keys = {one.stage: dg.AssetCheckKey(dg.AssetKey(one.stage), CHECK) for one in found}
     shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys.values()))
+    made = {
+        record.asset_entry.asset_key: record.asset_entry.last_materialization_record
+        for record in instance.get_asset_records([key.asset_key for key in keys.values()])
+    }
     for one in found:
         passed, sentence, numbers = outcome(one)
         record = shown.get(keys[one.stage])
+        last = made.get(dg.AssetKey(one.stage))
+        if record is not None and record.event is not None and last and last.timestamp > record.event.timestamp:
+            record = None
         ended = record is not None and record.status is not AssetCheckExecutionRecordStatus.PLANNED
         evaluation = record.evaluation if record is not None and ended else None
         if evaluation is None or (evaluation.passed, evaluation.description) != (passed, sentence):

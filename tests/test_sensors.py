@@ -130,3 +130,21 @@ def test_a_foundry_toml_that_cannot_be_read_is_what_the_checks_say(world, instan
     assert description.startswith("cannot be judged: ")
     assert "unknown key 'selection.min_scor'; did you mean 'min_score'?" in description
     assert "cannot be judged" not in shown["mended"][1]
+
+
+def test_a_check_is_shown_again_after_a_materialization_without_it(world, instance):
+    """A launch may leave checks out; Dagster then shows no outcome, though the same holds."""
+    key = dg.AssetCheckKey(dg.AssetKey("quality_pairs"), CHECK)
+
+    def shown():
+        with dg.build_sensor_context(instance=instance, resources={"store": Store(world.home)}) as context:
+            said = staleness(context).skip_message
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+        return said, record.id
+
+    _, first = shown()
+    assert shown() == ("nothing has changed", first)
+    instance.report_runless_asset_event(dg.AssetMaterialization("quality_pairs"))
+    _, second = shown()
+    assert second != first
+    assert shown() == ("nothing has changed", second)
