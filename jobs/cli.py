@@ -1,7 +1,5 @@
 """`foundry`: the command line. Thin: each command checks its arguments, calls one function and prints."""
 
-import atexit
-import contextlib
 import json
 import os
 import shlex
@@ -42,7 +40,6 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # oneDNN compiles a kernel for each shape and keeps 1,024 of them: buckets times batch sizes are many more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
-    atexit.register(_end_quietly)  # the first to register is the last to run
     try:
         app(prog_name="foundry")
     except SystemExit as end:
@@ -58,17 +55,6 @@ def main() -> None:
             raise
         print(f"foundry: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def _end_quietly() -> None:
-    """Close stderr to DuckDB, which counts what it could not free while the interpreter ends, in a page of lines.
-
-    That is nanobind's check for developers of bindings; it appears where torch, loaded beside it, keeps modules alive.
-    """
-    if "duckdb" in sys.modules:
-        with contextlib.suppress(OSError, ValueError):  # no stderr, or one that is no file
-            sys.stderr.flush()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @app.command()

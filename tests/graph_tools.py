@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,9 +59,6 @@ def _command(arguments, folder, environment, output, errors):
 
     try:
         main()
-    except Exception:
-        traceback.print_exc()  # before the exit functions, which close stderr
-        raise
     finally:
         atexit._run_exitfuncs()  # which processes of this kind leave out
 
