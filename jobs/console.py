@@ -46,7 +46,7 @@ class _RateColumn(ProgressColumn):
 def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
     """For the stage at work: its partitions, why they are stale, and how far it is; bars on a terminal, else lines."""
     columns = (
-        TextColumn("{task.description:38}"), BarColumn(24), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:20}"), BarColumn(12), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     console = Console(stderr=True)

@@ -1,5 +1,6 @@
 """What the command line says when it is used wrongly, and how quiet it is otherwise."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -107,3 +108,19 @@ def test_ctrl_c_in_a_run_names_the_trainers_that_go_on(monkeypatch, tmp_path):
         ["foundry", "run", "--home", str(home)],
         ["foundry", "train", "--home", str(home), "--run", "going", "--stop"],
     ]
+
+
+def test_a_bar_fits_80_columns_with_its_counts(monkeypatch, capsys):
+    from jobs import console
+    from training import progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress() as announce:
+        announce("checkpoints", 1)
+        progress.report("samples", 98_123, 250_000, "0.0 MB")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "98123/250000" in plain
+    assert "0.0 MB" in plain
+    assert "…" not in plain
