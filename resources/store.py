@@ -569,7 +569,14 @@ class Store:
         return self._folder_digest(self.base_path(name))
 
     def vae_folder(self, encoding: str) -> Path:
-        """Folder of an encoding's VAE, which may be missing."""
+        """Folder of an encoding's VAE, which may be missing.
+
+        Raises:
+            ConfigError: foundry.toml has no such encoding, though a run names it.
+        """
+        if encoding not in self.config.encodings:
+            known = ", ".join(sorted(self.config.encodings)) or "none"
+            raise ConfigError(f"foundry.toml has no [encodings.{encoding}], which a run trains on; there are: {known}")
         name = self.config.encodings[encoding].vae
         if name == "base":
             return config_folder(self.resource_path(self.config.models.base)) / "vae"

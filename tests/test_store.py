@@ -321,3 +321,10 @@ def test_sql_tells_the_placements_of_encodings_apart(store):
     assert found.rows() == [("sdxl", 1), ("sdxl.2", 1)]
     columns = query(fresh(store), "select * from latents").columns
     assert columns[:2] == ["encoding", "shard"], "also while there are none"
+
+
+def test_an_encoding_that_was_renamed_in_foundry_toml_is_named(store):
+    known = ", ".join(sorted(store.config.encodings)) or "none"
+    with pytest.raises(ConfigError) as refused:
+        store.vae_folder("renamed")
+    assert str(refused.value) == f"foundry.toml has no [encodings.renamed], which a run trains on; there are: {known}"
