@@ -219,7 +219,7 @@ def _shapes(store: Store, config: RunConfig, epoch: Epoch | None) -> dict[tuple[
         keys = np.column_stack([epoch.buckets, epoch.num_chunks])
         found, counts = np.unique(keys, axis=0, return_counts=True)
         return {(h, w, n): count for (h, w, n), count in zip(found.tolist(), counts.tolist(), strict=True)}
-    sizes = plan(store.config.encodings[config.encoding].buckets)
+    sizes = plan(store.config.encoding(config.encoding).buckets)
     if not sizes:
         raise DataError(
             f"encoding {config.encoding}: sizes follow the pictures; run `foundry run --select training_set`"

@@ -23,6 +23,7 @@ from resources.staleness import status as status_of_stages
 from resources.store import Store
 from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
+from training import toml
 from training.commit import explain_disk, lock
 from training.errors import ConfigError, DataError, PipelineError
 from training.run_folder import is_away
@@ -137,12 +138,19 @@ def selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
     graph = defs.resolve_asset_graph()
     chosen = set(STAGES)
     if select is not None:
+        for part in select.split(","):
+            name = part.strip().strip("+*")
+            if name.isidentifier() and name not in STAGES:
+                raise ConfigError(
+                    f"--select {select!r}: no asset is named {name!r}; {toml.nearest(name, list(STAGES))}"
+                )
         try:
             selections = [dg.AssetSelection.from_string(part.strip()) for part in select.split(",")]
             selection = reduce(or_, selections)
             keys = (selection if only else selection.upstream()).resolve(graph)
         except (dg.DagsterError, ValueError) as error:
-            raise ConfigError(f"--select {select!r}: {str(error).splitlines()[0]}") from None
+            why = str(error).strip().splitlines()[0].removesuffix(":")
+            raise ConfigError(f"--select {select!r}: {why}; see `foundry status` for the names of assets") from None
         chosen = {key.to_user_string() for key in keys}
         if not chosen:
             raise ConfigError(f"--select {select!r} matches no asset; there are: {', '.join(sorted(STAGES))}")

@@ -574,10 +574,7 @@ class Store:
         Raises:
             ConfigError: foundry.toml has no such encoding, though a run names it.
         """
-        if encoding not in self.config.encodings:
-            known = ", ".join(sorted(self.config.encodings)) or "none"
-            raise ConfigError(f"foundry.toml has no [encodings.{encoding}], which a run trains on; there are: {known}")
-        name = self.config.encodings[encoding].vae
+        name = self.config.encoding(encoding).vae
         if name == "base":
             return config_folder(self.resource_path(self.config.models.base)) / "vae"
         return self.resource_path(name)
@@ -586,7 +583,7 @@ class Store:
         """What foundry.toml says for a model of a stage; for `vae`, for that of the encoding."""
         if name != "vae":
             return str(getattr(self.config.models, name))
-        vae = self.config.encodings[encoding].vae
+        vae = self.config.encoding(encoding).vae
         return f"that of {self.config.models.base}" if vae == "base" else vae
 
     def vae_of_run(self, encoding: str, base: str) -> Path | None:
@@ -600,7 +597,7 @@ class Store:
         Raises:
             ModelError: it is missing.
         """
-        if self.config.encodings[encoding].vae == "base":
+        if self.config.encoding(encoding).vae == "base":
             self.model_path("base")  # says what to do where there is none
         return self._folder_digest(self.vae_folder(encoding))
 

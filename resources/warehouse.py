@@ -54,7 +54,7 @@ def _create(connection: "duckdb.DuckDBPyConnection", store: Store) -> None:
     connection.unregister("encoded")
 
 
-def _select(store: Store, table: str, connection: duckdb.DuckDBPyConnection) -> str:
+def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -> str:
     """The rows of all parts; where keys recur from part to part, with the columns that tell a row's part."""
     parts = store.parts(table)
     told = PART_COLUMNS.get(table, ())

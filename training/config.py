@@ -410,6 +410,17 @@ class WorkspaceConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where runs are compared."""
 
+    def encoding(self, name: str) -> EncodingConfig:
+        """The encoding of this name.
+
+        Raises:
+            ConfigError: there is none; the message lists those that there are.
+        """
+        if name not in self.encodings:
+            known = ", ".join(sorted(self.encodings)) or "none"
+            raise ConfigError(f"foundry.toml has no [encodings.{name}], which a run trains on; there are: {known}")
+        return self.encodings[name]
+
     def __post_init__(self) -> None:
         check_positive("workspace", shard_size=self.shard_size)
         names = [source.name for source in self.sources]
