@@ -132,7 +132,8 @@ def test_a_source_that_is_not_there(tmp_path):
 
 def test_a_selection_that_matches_nothing(empty):
     home, _ = empty
-    one_line(foundry("run", "--home", home, "--select", "lattents", check=False), "'lattents'", "did you mean 'latents'?")
+    done = foundry("run", "--home", home, "--select", "lattents", check=False)
+    one_line(done, "'lattents'", "did you mean 'latents'?")
 
 
 def test_a_wrong_query(empty):
