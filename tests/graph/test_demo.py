@@ -32,7 +32,9 @@ def test_every_stage_is_made_and_shown(demo):
     for name, stage in STAGES.items():
         assert store.keys(stage.scope), name
         assert store.stale(stage) == [], name
-    assert "base against fine-tuned" in (demo / "first_run.txt").read_text()
+    printed = (demo / "first_run.txt").read_text()
+    assert "paired by prompt" in printed
+    assert "fine-tuned" in printed
 
 
 def test_what_the_annotators_say_is_true(demo, truth):
