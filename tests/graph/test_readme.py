@@ -5,7 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from graph_tools import foundry, make_short
+
+from jobs.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -60,3 +63,29 @@ def test_every_command_works(tmp_path, small_source):
         if words[0] == "init":
             make_short(tmp_path / "my-set")
     assert ran >= 10
+
+
+def documented():
+    """Every `foundry …` of the documents, in fenced blocks and code spans, with the page that it stands on."""
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text("utf-8")
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+        lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+        for command in [*lines, *re.findall(r"`(foundry [^`]+)`", text)]:
+            if command.startswith("foundry ") and "…" not in command:
+                yield page.name, " ".join(command.split())
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(documented())))
+def test_every_command_of_the_documents_is_one(page, command):
+    """Read as the command line reads it, without being run: commands, options and arguments exist. Brackets mark what
+    may be left out, capitals what a person fills in."""
+    words = shlex.split(re.sub(r"[][|]", " ", command))[1:]
+    words = ["1" if word in ("N", "M") else word for word in words]
+    entry = typer.main.get_command(app)
+    while hasattr(entry, "commands") and words:
+        assert words[0] in entry.commands, f"{page}: `{command}`"
+        entry = entry.commands[words.pop(0)]
+    known = {option for parameter in entry.params for option in parameter.opts}
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert given <= known, f"{page}: `{command}` has no {sorted(given - known)}"
