@@ -203,9 +203,9 @@ def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, ke
         folder = run.inputs.latents / shard
         rows = run.rows.filter(pl.col("shard") == shard)
         manifest = commit.read_manifest(folder / "g0001.json")
-        table = pl.read_parquet(folder / manifest.files[-1].name)
+        table = pl.read_parquet(folder / manifest.files[0].name)
         entry = commit.write_parquet(folder, "g0001", table.head(len(rows) - 2))
-        files = (*manifest.files[:-1], entry)
+        files = (entry, *manifest.files[1:])
         commit.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
     assert main([str(run.folder)]) == 1
     (event,) = read_events(run.folder / run_folder.EVENTS)

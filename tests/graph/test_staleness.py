@@ -47,6 +47,7 @@ finally:
 
 def test_a_second_run_does_nothing_and_says_so(small_copy):
     """In a process of its own, which must not spend seconds on libraries that it has no use for."""
+    foundry("run", "--home", small_copy)  # the first command of a copy gives it an experiment of its own in MLflow
     before = manifests(small_copy)
     command = [sys.executable, "-c", RUN, "run", "--home", str(small_copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
