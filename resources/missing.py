@@ -57,7 +57,8 @@ def require_accepted(store: Store, losses: Sequence[Loss]) -> None:
 
 def settle(store: Store) -> None:
     """Forget what was refused and accepted, once a listing is committed."""
-    (store.home / FILE).unlink(missing_ok=True)
+    if (store.home / FILE).exists():
+        (store.home / FILE).unlink()
 
 
 def _read(store: Store) -> Mapping[str, Mapping[str, Any]]:

@@ -163,7 +163,7 @@ def test_every_check_passed(up):
     assert len(found) >= 20
     # A verdict may honestly be `worse`, which is a warning; every other rule must hold.
     found.pop("verdicts.nothing_got_worse")
-    assert set(found.values()) == {"SUCCEEDED"}, found
+    assert {name: status for name, status in found.items() if status != "SUCCEEDED"} == {}
 
 
 def test_thumbnails_and_charts_are_visible(up):
