@@ -170,12 +170,15 @@ def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation)
 
 
 @pytest.fixture
-def hashed(monkeypatch):
-    """Names of latent files, each as often as all its bytes were read, and the thread that did."""
+def hashed(monkeypatch, tmp_path):
+    """Names of this test's latent files, each as often as all its bytes were read, and the thread that did.
+
+    Threads of earlier tests may still be at theirs.
+    """
     found, whole = [], commit.sha256_file
 
     def spy(path):
-        if path.suffix == ".safetensors" and not path.name.startswith("."):
+        if path.suffix == ".safetensors" and not path.name.startswith(".") and path.is_relative_to(tmp_path):
             found.append((path.name, threading.current_thread().name))
         return whole(path)
 
