@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## The whole graph on drawn pictures and tiny models: about five minutes on two cores, after setting up.
+demo: $(STAMP)  ## The whole graph on drawn pictures and tiny models: about four minutes on two cores, after setting up.
 	test -f $(HOME_DIR)/foundry.toml || $(BIN)/foundry init $(HOME_DIR) --preset demo
 	$(BIN)/foundry run --home $(HOME_DIR)
 
