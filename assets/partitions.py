@@ -3,6 +3,7 @@
 import dagster as dg
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 
+from resources.run_coordinator import PARTITION
 from resources.stages import Scope
 from resources.store import Store
 
@@ -14,8 +15,6 @@ prompt_sets = dg.DynamicPartitionsDefinition(name="prompt_sets")
 runs = dg.DynamicPartitionsDefinition(name="runs")
 checkpoints = dg.DynamicPartitionsDefinition(name="checkpoints")
 
-PARTITION = "dagster/partition"
-"""Tag of a run with its partition."""
 _UNFINISHED = [status for status in dg.DagsterRunStatus if status not in FINISHED_STATUSES]
 
 DYNAMIC = {

@@ -1,5 +1,6 @@
 """When Dagster brings a partition up to date by itself: when the store says that it is stale, and no sooner."""
 
+from abc import abstractmethod
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def _stale(home: Path, name: str, tick: object) -> frozenset[str]:
 class _StoreCondition(dg.AutomationCondition):
     """A condition on the partitions of a stage that the store names."""
 
+    @abstractmethod
     def _keys(self, name: str, tick: object) -> frozenset[str]:
-        raise NotImplementedError
+        """The partitions of a stage that are meant, at one tick of the sensor."""
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
         """The partitions of this asset that the store names, of those that Dagster knows; none of assets from

@@ -16,6 +16,7 @@ from assets.partitions import mirror
 from jobs.definitions import STAGES, defs
 from resources import missing
 from resources.instance import instance as open_instance
+from resources.run_coordinator import RANGE_END, RANGE_START
 from resources.run_launcher import holder_tags, report_dead_runs
 from resources.stages import Scope, Stage
 from resources.staleness import StageStatus, StalePartition, grouped, reasons
@@ -27,10 +28,6 @@ from training import toml
 from training.commit import explain_disk, lock
 from training.errors import ConfigError, DataError, PipelineError
 from training.run_folder import is_away
-
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
-
 
 Started = Callable[[str, int, Sequence[str]], None]
 

@@ -7,9 +7,10 @@ import time
 import dagster as dg
 
 from assets import currency, raw_images
-from assets.partitions import PARTITION, checkpoints, mirror
+from assets.partitions import checkpoints, mirror
 from assets.registry import STAGES
 from jobs import automation, evaluate
+from resources.run_coordinator import PARTITION
 from resources.store import Store
 from training.commit import json_digest
 from training.errors import PipelineError

@@ -15,7 +15,10 @@ from resources.workspace import AS_CONFIGURED, resolve_run
 from training.errors import ConfigError, DataError, PipelineError
 
 PARTITION = "dagster/partition"
-PARTITION_TAGS = (PARTITION, "dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+"""Tag of a run with its partition."""
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+PARTITION_TAGS = (PARTITION, RANGE_START, RANGE_END)
 """Tags of a run that name its partitions."""
 CONFIGURED_BY_LAUNCH = ("checkpoints", "prompt_statistics")
 """Assets whose launch may configure a run."""
