@@ -42,7 +42,7 @@ def started(folder, tiny, **options):
     """A walk below `folder`, which goes on where there is one."""
     home = folder / "workspace"
     if not home.exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(tiny, home, symlinks=True)
     return Walk(home, **options)
 
