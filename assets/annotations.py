@@ -10,17 +10,18 @@ import polars as pl
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_path, thumbnails
-from resources import devices, engine, kept_rows
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
+from resources import devices, engine
+from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
-from training.annotations import ROWS, Annotator, failures
+from resources.workspace import kept_rows
+from resources.workspace.store import Made, Store
+from training.annotators.annotations import ROWS, Annotator, failures
 from training.commit import Manifest, json_digest
-from training.data.captions import from_sources
-from training.data.tables import rejections
+from training.curation.captions import from_sources
 from training.errors import DataError
-from training.evaluation import figures
+from training.images import figures
 from training.progress import track
+from training.tables.schemas import rejections
 
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
 EMBEDDINGS = Stage(

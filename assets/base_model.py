@@ -5,10 +5,10 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, models
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
-from training.base_model import checkpoint_name, inspect
-from training.data.tables import TABLES
+from resources.graph import Scope, Stage
+from resources.workspace.store import Made, Store
+from training.models.base_model import checkpoint_name, inspect
+from training.tables.schemas import TABLES
 
 STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
 

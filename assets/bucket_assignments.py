@@ -5,13 +5,13 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import encodings
-from resources.stages import Reads, Scope, Stage
-from resources.store import Made, Store
+from resources.graph import Reads, Scope, Stage
+from resources.workspace.store import Made, Store
 from training import toml
-from training.data.buckets import assign, nothing_fits, report
-from training.data.tables import rejections
+from training.buckets.bucket_assignments import assign, nothing_fits, report
 from training.errors import DataError
-from training.evaluation import figures
+from training.images import figures
+from training.tables.schemas import rejections
 
 MAX_BARS = 8
 BATCH_SIZES = (4, 8, 16)

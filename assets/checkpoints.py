@@ -11,20 +11,19 @@ from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
 from assets.run_settings import RunSettings, configure, is_new
 from resources import devices, torchrun
-from resources.run_files import own_files
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
-from resources.tracking import Tracking, workspace_tracking
-from resources.tracking_catch_up import catch_up
+from resources.graph import Scope, Stage
+from resources.mlflow.catch_up import catch_up
+from resources.mlflow.tracking import Tracking, workspace_tracking
+from resources.workspace.run_files import own_files
+from resources.workspace.store import Made, Store
 from training.commit import lock
-from training.cost import warmup_lines
-from training.data.tables import TABLES
+from training.config.run import RunConfig
 from training.errors import ConfigError, DataError, TrackingError, TrainingError
-from training.evaluation import figures
-from training.event_log import has_finished, read_events
+from training.estimates.cost import warmup_lines
+from training.images import figures
 from training.progress import report
-from training.run_config import RunConfig
-from training.run_folder import (
+from training.runs.event_log import has_finished, read_events
+from training.runs.run_folder import (
     BUNDLED,
     EVENTS,
     INPUTS,
@@ -39,8 +38,9 @@ from training.run_folder import (
     read_ready,
     write_inputs,
 )
-from training.run_folder import checkpoints as ready_checkpoints
-from training.training_set import require_whole
+from training.runs.run_folder import checkpoints as ready_checkpoints
+from training.runs.training_set import require_whole
+from training.tables.schemas import TABLES
 
 FORWARD_EVERY_S = 10.0
 LOG_EVERY_S = 15.0
@@ -95,8 +95,8 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
         DataError: the encoding has no training set yet, the run that came back has another one, or images of its set
             were forgotten.
     """
-    from training.data import vocabulary
-    from training.data.samples import Samples
+    from training.curation import vocabulary
+    from training.prompts.samples import Samples
 
     folder = store.run_folder(key)
     if (folder / INPUTS).exists():

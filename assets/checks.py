@@ -11,11 +11,11 @@ import dagster as dg
 import polars as pl
 
 from assets.verdicts import VERDICTS
-from resources import generations
-from resources.store import Store
-from training.data.latent_files import MAX_RECONSTRUCTION_ERROR
+from resources.workspace import generations
+from resources.workspace.store import Store
 from training.evaluation.prompt_building import TEXTS, trained_texts
 from training.evaluation.prompt_sets import overlap
+from training.latents.files import MAX_RECONSTRUCTION_ERROR
 
 MIN_USABLE_SHARE = 0.5
 MAX_JUNK_SHARE = 0.5

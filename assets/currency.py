@@ -24,9 +24,9 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 
 from assets import followed
 from assets.registry import STAGES
-from resources.stages import Scope, Stage
-from resources.staleness import StageStatus, status_of
-from resources.store import Store
+from resources.graph import Scope, Stage
+from resources.workspace.staleness import StageStatus, status_of
+from resources.workspace.store import Store
 from training import toml
 from training.commit import json_digest
 from training.errors import PipelineError

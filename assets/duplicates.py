@@ -4,9 +4,9 @@ import dagster as dg
 
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
-from resources.stages import Reads, Scope, Stage
-from resources.store import Made, Store
-from training.data.duplicates import find_groups
+from resources.graph import Reads, Scope, Stage
+from resources.workspace.store import Made, Store
+from training.curation.duplicates import find_groups
 
 COLUMNS = (
     "source", "source_id", "image_id", "locator", "height", "width", "bytes", "pixel_digest", "phash", "phash_mirrored",

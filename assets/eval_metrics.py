@@ -11,10 +11,11 @@ from assets import references
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
 from resources import devices
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
-from resources.tracking import workspace_tracking
-from training.evaluation import figures, overbaked, summary
+from resources.graph import Per, Reads, Scope, Stage
+from resources.mlflow.tracking import workspace_tracking
+from resources.workspace.store import Made, Store
+from training.evaluation import overbaked, summary
+from training.images import figures
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
@@ -49,10 +50,10 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
     """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image, look; and their sum."""
 
     def make(key: str) -> Made:
+        from training.annotators.aesthetic import Aesthetic
+        from training.annotators.clip import Clip
         from training.evaluation import scorers
         from training.evaluation.clip_score import Networks, score
-        from training.models.aesthetic import Aesthetic
-        from training.models.clip import Clip
 
         samples, config = store.read_slice(METRICS, "sample_images", key), store.config.evaluation.scoring
         with devices.hold("evaluate", store.config.devices, store.home) as device:

@@ -4,8 +4,8 @@ import re
 
 import dagster as dg
 
-from resources.stages import Stage, nothing
-from training.config import WorkspaceConfig
+from resources.graph import Stage, nothing
+from training.config.workspace import WorkspaceConfig
 
 SETTINGS, MODELS = "settings", "models"
 """Groups, and first parts of the keys."""

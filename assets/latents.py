@@ -12,19 +12,20 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import encoding_shards
 from assets.raw_images import image_path
-from resources import devices, generations
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
+from resources import devices
+from resources.graph import Per, Reads, Scope, Stage
+from resources.workspace import generations
+from resources.workspace.store import Made, Store
 from training import progress, toml
+from training.buckets.geometry import Box, Size
+from training.buckets.plans import follows_picture
 from training.commit import Manifest
-from training.data.bucket_plans import follows_picture
-from training.data.geometry import Box, Size
-from training.data.latent_files import Generation, read_generation
-from training.data.latent_files import generations as numbers_of
-from training.data.tables import rejections
 from training.errors import DamageError
-from training.evaluation import figures
-from training.latents import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
+from training.images import figures
+from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
+from training.latents.files import Generation, read_generation
+from training.latents.files import generations as numbers_of
+from training.tables.schemas import rejections
 
 if TYPE_CHECKING:
     from training.models.vae import Vae

@@ -8,12 +8,12 @@ from typing import Any
 import dagster as dg
 
 from assets import followed
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
+from resources.graph import Scope, Stage
 from resources.warehouse import rebuild
+from resources.workspace.store import Made, Store
 from training.commit import Manifest, json_digest
-from training.data.tables import TABLES
 from training.errors import DataError
+from training.tables.schemas import TABLES
 
 OWNER = "team:foundry"
 DIGEST_SHOWN = 16

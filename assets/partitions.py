@@ -3,9 +3,9 @@
 import dagster as dg
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 
+from resources.graph import Scope
 from resources.run_coordinator import PARTITION
-from resources.stages import Scope
-from resources.store import Store
+from resources.workspace.store import Store
 
 shards = dg.DynamicPartitionsDefinition(name="shards")
 encodings = dg.DynamicPartitionsDefinition(name="encodings")

@@ -5,16 +5,16 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import prompt_sets as prompt_set_partitions
-from resources.stages import Scope, Stage
-from resources.store import Made, Store, file_digest
+from resources.graph import Scope, Stage
+from resources.workspace.store import Made, Store, file_digest
+from training.buckets import plans
+from training.buckets.geometry import Size
 from training.commit import json_digest
-from training.data import bucket_plans
-from training.data.geometry import Size
 from training.errors import ConfigError
 from training.evaluation import prompt_building
 from training.evaluation.prompt_groups import UNKNOWN_WORDS, negative_prompt
-from training.evaluation.prompt_reading import read_set
 from training.evaluation.prompt_sets import make_frame, read_prompts, refuse_overlap
+from training.sampling.prompt_reading import read_set
 
 VOCABULARY = ("tag", "aliases")
 
@@ -118,7 +118,7 @@ def _sizes(store: Store, key: str) -> tuple[Size, ...]:
     name = name or (known[0] if len(known) == 1 else "")
     if name not in known:
         raise ConfigError(f"prompt_sets.{key}.encoding={name!r} must be one of {', '.join(known) or 'none'}")
-    sizes = bucket_plans.plan(store.config.encodings[name].buckets)
+    sizes = plans.plan(store.config.encodings[name].buckets)
     if not sizes:
         raise ConfigError(
             f"prompt_sets.{key}.encoding={name!r}: its bucket plan has no list of sizes; use a prompt file"

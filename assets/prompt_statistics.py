@@ -6,13 +6,13 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import runs
 from assets.run_settings import RunSettings, configure
-from resources.stages import Scope, Stage
-from resources.store import Made, Store, file_digest
-from training.data import prompt_statistics as counted
-from training.evaluation import figures
-from training.run_config import PromptConfig
-from training.run_folder import CONFIG, read_config
-from training.training_set import count_forgotten
+from resources.graph import Scope, Stage
+from resources.workspace.store import Made, Store, file_digest
+from training.config.run import PromptConfig
+from training.images import figures
+from training.prompts import prompt_statistics as counted
+from training.runs.run_folder import CONFIG, read_config
+from training.runs.training_set import count_forgotten
 
 NUM_EXAMPLES = 12
 MAX_SAMPLES = 10_000
@@ -22,7 +22,7 @@ NUM_TAGS = 30
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the run's configuration, and of the training set and vocabulary: those that it was frozen with, or
     before its first launch those of the tables."""
-    from resources.run_prompts import frozen_inputs
+    from resources.operations.run_prompts import frozen_inputs
 
     folder, frozen = store.run_folder(key), frozen_inputs(store, key)
     config = read_config(folder)
@@ -60,7 +60,7 @@ def prompt_statistics(
     """
 
     def make(key: str) -> Made:
-        from resources.run_prompts import frozen_inputs, prompt_maker
+        from resources.operations.run_prompts import frozen_inputs, prompt_maker
 
         run = read_config(store.run_folder(key))
         maker = prompt_maker(store, run, frozen_inputs(store, key))

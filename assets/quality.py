@@ -10,13 +10,13 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import shards
 from assets.raw_images import thumbnails
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store, file_digest
-from training import quality
+from resources.graph import Per, Reads, Scope, Stage
+from resources.workspace.store import Made, Store, file_digest
 from training.commit import Entry, write_named
-from training.data import quality as scores
-from training.data.tables import TABLES
-from training.evaluation import figures
+from training.curation import quality_model as quality
+from training.curation import quality_scores as scores
+from training.images import figures
+from training.tables.schemas import TABLES
 
 NUM_GALLERY = 10
 
@@ -108,7 +108,7 @@ def quality_scores(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
     """One row per picture: utility, score 0-9 (0 is junk), aesthetic score, low-level measures."""
 
     def make(key: str) -> Made:
-        from training.models.aesthetic import Aesthetic
+        from training.annotators.aesthetic import Aesthetic
 
         model = store.read_slice(SCORES, "quality_model", key).row(0, named=True)
         embeddings = store.read_slice(SCORES, "embeddings", key).sort("image_id")

@@ -10,16 +10,17 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, shards
-from resources import missing
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
-from training.data import absence, sources
-from training.data.decode_pool import DecodePool
-from training.data.images import Facts
-from training.data.tables import TABLES, Reason, rejections
+from resources.graph import Per, Reads, Scope, Stage
+from resources.workspace import missing
+from resources.workspace.store import Made, Store
 from training.errors import DataError
-from training.evaluation import figures
+from training.images import figures
+from training.images.decode_pool import DecodePool
+from training.images.decoding import Facts
 from training.progress import track
+from training.sources import absence
+from training.sources import source_listing as sources
+from training.tables.schemas import TABLES, Reason, rejections
 
 
 def _scan(store: Store, key: str) -> dict[str, str]:

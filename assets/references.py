@@ -9,19 +9,20 @@ import numpy as np
 import polars as pl
 
 from assets.annotations import EMBEDDINGS
-from resources.stages import Stage
-from resources.store import Store
+from resources.graph import Stage
+from resources.workspace.store import Store
+from training.buckets import crops
+from training.buckets.geometry import Size
 from training.commit import read_parquet
-from training.data import crops, sources
-from training.data.decode_pool import DecodePool
-from training.data.geometry import Size
 from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
-from training.evaluation.pictures import read_if_there, read_or_explain
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
-from training.run_folder import INPUTS, RunInputs, read_inputs
+from training.images.decode_pool import DecodePool
+from training.runs.run_folder import INPUTS, RunInputs, read_inputs
+from training.sampling.image_files import read_if_there, read_or_explain
+from training.sources import source_listing
 
 if TYPE_CHECKING:
     from training.evaluation.clip_score import Networks
@@ -86,7 +87,7 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
             continue
     kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
     return [
-        (image_id, sources.readable(roots[source], locator))
+        (image_id, source_listing.readable(roots[source], locator))
         for image_id, source, locator in kept.select("image_id", "source", "locator").iter_rows()
     ]
 

@@ -11,20 +11,21 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import runs
 from assets.release_report import evaluated, render_report, shown, sides, summary_of
-from resources.stages import Scope, Stage
-from resources.store import Made, Store, file_digest, git_revision
-from resources.tracking import choose_pictures
-from resources.tracking_catch_up import catch_up
-from training import release as releasing
-from training.base_model import inspect
+from resources.graph import Scope, Stage
+from resources.mlflow.catch_up import catch_up
+from resources.mlflow.tracking import choose_pictures
+from resources.workspace.store import Made, Store, file_digest, git_revision
 from training.commit import json_digest, read_parquet, write_bytes
 from training.errors import DataError
-from training.evaluation import contact_sheet, figures
-from training.evaluation.model_card import Card, Picture
-from training.evaluation.pictures import read_if_there
-from training.event_log import read_lines
-from training.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
-from training.training_set import count_forgotten
+from training.images import figures
+from training.models.base_model import inspect
+from training.reports import contact_sheet
+from training.reports.model_card import Card, Picture
+from training.runs import release as releasing
+from training.runs.event_log import read_lines
+from training.runs.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
+from training.runs.training_set import count_forgotten
+from training.sampling.image_files import read_if_there
 
 NUM_SHOWN = 8
 NUM_IN_SHEET = 24
@@ -118,7 +119,7 @@ def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
 
 def _clock(store: Store, run: str) -> dict[str, object]:
     """How long the run took: for people, and not for the card, which equal runs have alike."""
-    from training.evaluation import card_facts
+    from training.reports import card_facts
 
     facts = card_facts.summarise_run(read_lines(store.run_folder(run) / EVENTS))
     return {"hours": facts.hours, "attempts": facts.num_attempts, "images a second": facts.images_per_s or 0.0}
@@ -128,8 +129,8 @@ def render_card(
     store: Store, run: str, last: str, licences: Sequence[str], pictures: Sequence[Picture]
 ) -> tuple[str, str]:
     """The model card as Markdown, and the list of tags as CSV."""
-    from training.data import vocabulary
-    from training.evaluation import card_facts, model_card
+    from training.curation import vocabulary
+    from training.reports import card_facts, model_card
 
     model = inspect(store.checkpoint_folder(last))
     folder, (base, license_name) = store.run_folder(run), _base(store, run)
@@ -163,7 +164,7 @@ def render_card(
 
 def _licences(store: Store, run: str) -> dict[str, Path]:
     """Texts of the licence of the model that a run began from."""
-    from resources.run_prompts import frozen_inputs
+    from resources.operations.run_prompts import frozen_inputs
 
     inputs = frozen_inputs(store, run)
     return {} if inputs is None else releasing.licence_files(inputs.base_model)

@@ -6,16 +6,16 @@ import polars as pl
 
 from assets import references
 from assets.verdicts import scores_of
-from resources.store import Store
+from resources.workspace.store import Store
 from training.errors import DataError
-from training.evaluation import report
-from training.evaluation.overfitting import score_charts, sentences
-from training.evaluation.report import Exhibit, Section
-from training.evaluation.report_scores import Side
-from training.evaluation.run_charts import loss_charts, timestep_map
-from training.event_log import read_events
-from training.run_folder import EVENTS, read_config, read_inputs
-from training.training_set import count_forgotten
+from training.reports import report
+from training.reports.overfitting import score_charts, sentences
+from training.reports.report import Exhibit, Section
+from training.reports.run_charts import loss_charts, timestep_map
+from training.reports.scores import Side
+from training.runs.event_log import read_events
+from training.runs.run_folder import EVENTS, read_config, read_inputs
+from training.runs.training_set import count_forgotten
 
 
 def sides(store: Store, names: Sequence[str]) -> list[Side]:
@@ -87,7 +87,7 @@ def render_report(store: Store, run: str, last: str) -> str:
 
 def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
     """How pictures were drawn, in small print, and how many of a checkpoint's have no score."""
-    from training.evaluation.schedulers import label
+    from training.sampling.schedulers import label
 
     sampling = store.config.evaluation.sampling
     facts: dict[str, object] = {

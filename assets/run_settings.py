@@ -5,9 +5,9 @@ from enum import Enum
 import dagster as dg
 from pydantic import Field
 
-from resources.store import Store
-from resources.workspace import AS_CONFIGURED, RECIPES, configure_run
-from training.recipes import recipe_names
+from resources.workspace.setup import AS_CONFIGURED, RECIPES, configure_run
+from resources.workspace.store import Store
+from training.config.recipes import recipe_names
 
 Recipe = Enum("Recipe", {name: name for name in (AS_CONFIGURED, *recipe_names(RECIPES))})  # type: ignore[misc]
 

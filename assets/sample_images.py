@@ -9,17 +9,17 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
 from resources import devices
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
-from training.base_model import config_folder
+from resources.graph import Scope, Stage
+from resources.workspace.store import Made, Store
 from training.errors import DataError, PipelineError
-from training.evaluation import figures
-from training.evaluation.pictures import read_picture
-from training.evaluation.prompt_reading import read_set, remarks
-from training.evaluation.sampling_inputs import input_digests
+from training.images import figures
+from training.models.base_model import config_folder
 from training.progress import report
-from training.retention import reading
-from training.run_folder import READY
+from training.runs.retention import reading
+from training.runs.run_folder import READY
+from training.sampling.image_files import read_picture
+from training.sampling.prompt_reading import read_set, remarks
+from training.sampling.sampling_inputs import input_digests
 
 NUM_SHOWN = 16
 WANTED_BY = "evaluation"
@@ -60,9 +60,9 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
     """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
 
     def make(key: str) -> Made:
-        from training.evaluation.prompt_encoding import cut_prompts
-        from training.evaluation.sampling import sample_folder
         from training.models.text_encoders import load_tokenizer
+        from training.sampling.prompt_encoding import cut_prompts
+        from training.sampling.sampling import sample_folder
 
         prompts, sampling = prompts_of(store), store.config.evaluation.sampling
         odd = remarks(prompts, read_set(prompts, sampling))

@@ -6,10 +6,10 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from assets.tags import aliases_digest, read_aliases
-from resources.stages import Reads, Scope, Stage
-from resources.store import Made, Store
-from training.data.selection import funnel, select
-from training.evaluation import figures
+from resources.graph import Reads, Scope, Stage
+from resources.workspace.store import Made, Store
+from training.curation.selection import funnel, select
+from training.images import figures
 
 STAGE = Stage(
     name="selected_images",

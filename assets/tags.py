@@ -3,9 +3,9 @@
 import dagster as dg
 
 from assets.metadata import describe, materialize
-from resources.stages import Reads, Scope, Stage
-from resources.store import Made, Store, file_digest
-from training.data.tags import Aliases, load_aliases, vocabulary
+from resources.graph import Reads, Scope, Stage
+from resources.workspace.store import Made, Store, file_digest
+from training.curation.tags import Aliases, load_aliases, vocabulary
 
 
 def aliases_digest(store: Store, key: str) -> dict[str, str]:

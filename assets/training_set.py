@@ -5,10 +5,10 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import encodings
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
-from training.evaluation import figures
-from training.training_set import freeze
+from resources.graph import Per, Reads, Scope, Stage
+from resources.workspace.store import Made, Store
+from training.images import figures
+from training.runs.training_set import freeze
 
 STAGE = Stage(
     name="training_set",

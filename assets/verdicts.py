@@ -13,16 +13,17 @@ import polars as pl
 from assets.eval_metrics import METRICS
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
-from resources.tracking import workspace_tracking
-from resources.tracking_catch_up import catch_up
-from training import retention, run_folder, toml
+from resources.graph import Per, Reads, Scope, Stage
+from resources.mlflow.catch_up import catch_up
+from resources.mlflow.tracking import workspace_tracking
+from resources.workspace.store import Made, Store
+from training import toml
 from training.commit import lock
-from training.config import WorkspaceConfig
-from training.data.tables import TABLES
+from training.config.workspace import WorkspaceConfig
 from training.errors import DataError, EvaluationError, FailedPicturesError
 from training.evaluation import champion
+from training.runs import retention, run_folder
+from training.tables.schemas import TABLES
 
 if TYPE_CHECKING:
     from training.evaluation.verdict import Scores
@@ -126,8 +127,8 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
     Raises:
         DataError: they are not committed, or its pictures have been drawn anew since.
     """
-    from training.evaluation.pictures import DTYPE
     from training.evaluation.verdict import Protocol, Scores
+    from training.sampling.image_files import DTYPE
 
     pictures, metrics = (store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics"))
     if pictures is None or metrics is None:

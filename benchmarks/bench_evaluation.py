@@ -36,8 +36,8 @@ def networks() -> tuple[object, object]:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from training.models.aesthetic import Aesthetic
-    from training.models.clip import Clip
+    from training.annotators.aesthetic import Aesthetic
+    from training.annotators.clip import Clip
     from training.models.text_encoders import load_tokenizer
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def networks() -> tuple[object, object]:
 
 def draw(folder: Path) -> pl.DataFrame:
     """Rows of `sample_images` with their pictures."""
-    from training.data.tables import TABLES
+    from training.tables.schemas import TABLES
 
     rng, rows = np.random.default_rng(0), []
     for number in range(NUM_PROMPTS * NUM_PER_PROMPT):
@@ -126,9 +126,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def tables() -> None:
     """Summary and verdict."""
-    from training.data.tables import TABLES
     from training.evaluation import summary
     from training.evaluation.verdict import Protocol, Scores, compare
+    from training.tables.schemas import TABLES
 
     rng = np.random.default_rng(0)
     ids = [f"p{number:06d}" for number in range(NUM_ROWS)]

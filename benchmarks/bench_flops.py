@@ -10,9 +10,9 @@ from diffusers import UNet2DConditionModel
 from random_sdxl import BUCKETS, UNET
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.flops import unet_flops
-from training.memory import activation_bytes
-from training.run_config import RunConfig
+from training.config.run import RunConfig
+from training.estimates.flops import unet_flops
+from training.estimates.memory import activation_bytes
 
 LIMIT_S = 1.0
 

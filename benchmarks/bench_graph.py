@@ -42,8 +42,8 @@ def no_op_stage() -> None:
     """One run over 100 committed shards: every body finds its partition current."""
     from PIL import Image
 
-    from resources.store import Store
-    from resources.workspace import create
+    from resources.workspace.setup import create
+    from resources.workspace.store import Store
 
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"

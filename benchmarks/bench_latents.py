@@ -23,12 +23,13 @@ import numpy as np
 import polars as pl
 
 from training import commit
-from training.config import BucketConfig
-from training.data import buckets, latent_codec
-from training.data.geometry import Size
-from training.data.latent_files import BucketWriter, Codec, LatentFile, from_bfloat16, to_bfloat16
-from training.data.tables import TABLES
-from training.latent_source import LatentSource
+from training.buckets import bucket_assignments
+from training.buckets.geometry import Size
+from training.config.workspace import BucketConfig
+from training.latents import codec as latent_codec
+from training.latents.files import BucketWriter, Codec, LatentFile, from_bfloat16, to_bfloat16
+from training.latents.source import LatentSource
+from training.tables.schemas import TABLES
 
 if TYPE_CHECKING:
     from training.models.vae import Vae
@@ -201,7 +202,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from training import commit
-from training.data.latent_files import LatentFile
+from training.latents.files import LatentFile
 folder, total, seconds = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 files = [LatentFile(folder, commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size))
          for path in sorted(folder.glob("*.safetensors"))]
@@ -240,9 +241,9 @@ def assignment() -> None:
         {"image_id": pl.String}
     )
     began = time.perf_counter()
-    placed, rejected = buckets.assign(images, BucketConfig())
+    placed, rejected = bucket_assignments.assign(images, BucketConfig())
     seconds = time.perf_counter() - began
-    buckets.report(placed, (4, 8, 16))
+    bucket_assignments.report(placed, (4, 8, 16))
     whole = time.perf_counter() - began
     print(f"buckets of {NUM_IMAGES:,} pictures: {seconds:.2f} s (goal well under 1 s), {whole:.2f} s with the report")
     print(f"  {placed.height:,} placed, {len(rejected):,} too small")

@@ -21,7 +21,7 @@ NUM_PASSES = 3
 MAX_GROWTH = 16e6
 """Of a later pass, bytes: what is left of it is the allocator's."""
 DEFAULT_CAPACITY = 20_000
-"""Primitives, as `jobs/cli.py` sets it."""
+"""Primitives, as `jobs/cli/app.py` sets it."""
 
 
 def held_bytes() -> int:

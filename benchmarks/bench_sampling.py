@@ -22,11 +22,11 @@ import torch
 from diffusers import AutoencoderKL
 from random_sdxl import TINY_SCALE, make_parts
 
+from training.config.evaluation import SamplingConfig, SamplingPrecision
 from training.evaluation.prompt_sets import make_frame
-from training.evaluation.sampling import sample
-from training.evaluation_config import SamplingConfig, SamplingPrecision
 from training.models.text_encoders import load_tokenizer
 from training.models.unet import PipelineParts
+from training.sampling.sampling import sample
 
 GOAL_PER_S = 1.0
 SIDE_PX = 1024

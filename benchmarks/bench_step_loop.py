@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
 MAX_OVERHEAD_MS = 2.0
 MAX_RATIO_TO_BARE = 1.2
 MAX_RATIO_TO_SCRIPT = 1.0
@@ -68,9 +68,9 @@ class BareLoop:
         """Train one batch."""
         import torch
 
-        from training.conditioning import make_time_ids
+        from training.loop.conditioning import make_time_ids
+        from training.loop.noise import add_noise
         from training.models.text_encoders import encode_sdxl
-        from training.noise import add_noise
 
         batch = draw.batch
         with torch.no_grad():
@@ -138,17 +138,17 @@ class Script:
 
 def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Wall seconds of each step of the product, the bare loop and the script, by turns, and of our steps' parts."""
-    import conftest
+    import tiny_runs
     import torch
 
-    from training.data.geometry import Size
-    from training.event_log import EventLog
+    from training.buckets.geometry import Size
+    from training.loop.prefetch import Prefetch
+    from training.loop.trainer import Trainer
     from training.models.weights import read_config
-    from training.prefetch import Prefetch
-    from training.ranks import Ranks
-    from training.trainer import Trainer
+    from training.optimization.ranks import Ranks
+    from training.runs.event_log import EventLog
 
-    # As training/run.py: what the product's own steps run with.
+    # As training/loop/run.py: what the product's own steps run with.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     base = ROOT / "demo" / "models" / "base"
@@ -159,8 +159,8 @@ def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], di
         "loss.watermark_weight": 1,
     }  # fmt: skip
     scale = read_config(base / "vae" / "config.json")["scaling_factor"]
-    rows = conftest.training_rows(32 * 4, 8, (Size(128, 128),))
-    run = conftest.build_run(folder, base, "floor", changes, rows, max_bytes=10**8, scaling_factor=scale)
+    rows = tiny_runs.training_rows(32 * 4, 8, (Size(128, 128),))
+    run = tiny_runs.build_run(folder, base, "floor", changes, rows, max_bytes=10**8, scaling_factor=scale)
     seconds: dict[str, list[float]] = {"ours": [], "bare": [], "script": []}
     with EventLog(run.folder / "events.jsonl") as log:
         trainer = Trainer(
@@ -216,9 +216,9 @@ def _time(into: list[float], call: Callable[..., object], *arguments: object) ->
 
 def measure_overhead(folder: Path, num_samples: int) -> tuple[list[float], list[float]]:
     """Processor seconds of each step outside of model code, and of each whole step."""
-    import conftest
+    import tiny_runs
 
-    from training import trainer as loop
+    from training.loop import trainer as loop
 
     clock, overheads, steps = Clock(), list[float](), list[float]()
     changes = {
@@ -246,9 +246,9 @@ def measure_overhead(folder: Path, num_samples: int) -> tuple[list[float], list[
 
     loop.Trainer._pass = clock.timed(forward_and_backward)  # type: ignore[method-assign]
     loop.Trainer._step = timed_step  # type: ignore[method-assign]
-    base = conftest.write_tiny_sdxl(folder / "base")
-    run = conftest.build_run(folder, base, "bench", changes)
-    conftest.train_here(run, prepare=prepare)
+    base = tiny_runs.write_tiny_sdxl(folder / "base")
+    run = tiny_runs.build_run(folder, base, "bench", changes)
+    tiny_runs.train_here(run, prepare=prepare)
     loop.Trainer._pass, loop.Trainer._step = forward_and_backward, step  # type: ignore[method-assign]
     return overheads[WARM_UP_STEPS:], steps[WARM_UP_STEPS:]
 
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="four steps of each kind a round")
     parser.add_argument("--samples", type=int, default=1600)
     arguments = parser.parse_args()
-    import conftest  # noqa: F401  # pins one thread for the tests
+    import tiny_runs  # noqa: F401  # pins one thread for the tests
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

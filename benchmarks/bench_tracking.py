@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
 
 from mlflow_world import Server, prepare_run  # noqa: E402 - the tests' server, importable by the line above
 
-from resources.tracking import Tracking, workspace_tracking  # noqa: E402
-from training import run_folder  # noqa: E402
+from resources.mlflow.tracking import Tracking, workspace_tracking  # noqa: E402
 from training.errors import TrackingError  # noqa: E402
-from training.event_log import EventLog  # noqa: E402
+from training.runs import run_folder  # noqa: E402
+from training.runs.event_log import EventLog  # noqa: E402
 
 NUM_METRICS = 30_000
 METRICS_PER_STEP = 9

@@ -50,7 +50,7 @@ def words(rng: np.random.Generator) -> list[str]:
 
 def write_set(path: Path, num_rows: int, names: list[str]) -> None:
     """A `training_set` in row groups, without ever holding its strings."""
-    from training.data.tables import TABLES
+    from training.tables.schemas import TABLES
 
     rng = np.random.default_rng(0)
     weights = 1 / np.arange(1, len(names) + 1) ** 0.9
@@ -119,9 +119,9 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
 
     The naive way gets its strings by large blocks, which is the cheapest way to make them; then for counts.
     """
-    from training.data.prompt_maker import PromptMaker
-    from training.data.samples import Samples
-    from training.data.tokens import tokenize
+    from training.prompts.maker import PromptMaker
+    from training.prompts.samples import Samples
+    from training.prompts.tokens import tokenize
 
     maker = PromptMaker(Samples(path, [0]), vocabulary(names), recipe(), 0, pair)
     chunks = maker.count_chunks(np.arange(NUM_PROMPTS), 0)
@@ -168,14 +168,14 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
 
 def vocabulary(names: list[str]) -> object:
     """A third of the tags have aliases."""
-    from training.data.vocabulary import Vocabulary
+    from training.curation.vocabulary import Vocabulary
 
     return Vocabulary(dict.fromkeys(names, "general"), {name: (f"{name}_too", f"other_{name}") for name in names[::3]})
 
 
 def recipe() -> object:
     """BigASP's."""
-    from training.run_config import PromptConfig
+    from training.config.run import PromptConfig
 
     return PromptConfig()
 
@@ -190,7 +190,7 @@ def seconds(work: object) -> float:
 OPEN = """
 import sys, time
 from pathlib import Path
-from training.data.samples import Samples
+from training.prompts.samples import Samples
 began = time.monotonic()
 samples = Samples(Path(sys.argv[1]))
 spent = time.monotonic() - began
@@ -209,10 +209,10 @@ def open_set(path: Path) -> None:
 
 def order(path: Path, folder: Path, names: list[str], pair: list[object]) -> None:
     """The order of an epoch, with the chunks of every prompt, and a seek in it."""
-    from training.data.chunk_counts import count_in_processes
-    from training.data.prompt_maker import PromptMaker
-    from training.data.samples import Samples
-    from training.order import make_order, read_order, write_order
+    from training.loop.order import make_order, read_order, write_order
+    from training.prompts.chunk_counts import count_in_processes
+    from training.prompts.maker import PromptMaker
+    from training.prompts.samples import Samples
 
     samples = Samples(path)
     maker = PromptMaker(samples, vocabulary(names), recipe(), 0, pair)
@@ -246,9 +246,9 @@ def processor_seconds() -> float:
 
 def loader(path: Path, names: list[str], pair: list[object]) -> None:
     """How long a loop of 26 images a second waits for prompts, ids and 128 x 128 latents made ahead of it."""
-    from training.data.prompt_maker import PromptMaker
-    from training.data.samples import Samples
-    from training.prefetch import Prefetch
+    from training.loop.prefetch import Prefetch
+    from training.prompts.maker import PromptMaker
+    from training.prompts.samples import Samples
 
     maker = PromptMaker(Samples(path, [0]), vocabulary(names), recipe(), 0, pair)
     chunks = maker.count_chunks(np.arange(2_000), 0)

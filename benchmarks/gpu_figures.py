@@ -119,7 +119,7 @@ def sampling(setting: Setting) -> Iterator[Row]:
 
 def annotators(setting: Setting) -> Iterator[Row]:
     """CLIP, the tagger and OWLv2: the networks alone, on prepared pixels; without a card the demo's small ones."""
-    from training.cost import Rates
+    from training.estimates.cost import Rates
 
     assumed = Rates()
     for name, rate, make in (
@@ -136,7 +136,7 @@ def annotators(setting: Setting) -> Iterator[Row]:
 def _make_clip(setting: Setting) -> tuple[Any, int]:
     from transformers import CLIPConfig, CLIPModel
 
-    from training.models.clip import Clip
+    from training.annotators.clip import Clip
     from training.models.text_encoders import load_tokenizer
 
     if setting.tiny:
@@ -153,7 +153,7 @@ def _make_clip(setting: Setting) -> tuple[Any, int]:
 
 
 def _make_tagger(setting: Setting) -> tuple[Any, int]:
-    from training.models.tagger import JOYTAG_STEM, JoyTagViT, Tagger
+    from training.annotators.tagger import JOYTAG_STEM, JoyTagViT, Tagger
 
     if setting.tiny:
         tagger = Tagger.load(MODELS / "tagger", setting.device)
@@ -170,7 +170,7 @@ def _make_tagger(setting: Setting) -> tuple[Any, int]:
 def _make_detector(setting: Setting) -> tuple[Any, int]:
     from transformers import Owlv2Config, Owlv2ForObjectDetection
 
-    from training.models.detector import Detector
+    from training.annotators.detector import Detector
     from training.models.text_encoders import load_tokenizer
 
     if setting.tiny:

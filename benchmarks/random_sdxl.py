@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from training import seeds
-from training.data.geometry import Size
+from training.buckets.geometry import Size
 from training.models.unet import PipelineParts
 from training.seeds import Purpose
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
 
 from sdxl_shapes import SDXL as UNET
 

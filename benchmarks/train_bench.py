@@ -13,18 +13,19 @@ from levers_seen import Evidence
 from random_sdxl import SCHEDULER, Shape, make_parts
 from step_counter import Phases, StepCounter
 
-from training import noise, seeds
-from training.conditioning import make_time_ids, predict, trained_parameters
-from training.data.tokens import CHUNK_LENGTH
-from training.flops import ModelConfigs
-from training.loss import mse_per_sample, prediction_target, timestep_weights
+from training import seeds
+from training.config.run import RunConfig
+from training.estimates.flops import ModelConfigs
+from training.loop import noise
+from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.loop.loss import mse_per_sample, prediction_target, timestep_weights
+from training.loop.prefetch import Prefetch, Sender
 from training.models.compute import Graphs, apply_compute
 from training.models.unet import named_modules
-from training.offload import Offload
-from training.optim import make_optimizer, optimizer_state
-from training.precision import Arithmetic
-from training.prefetch import Prefetch, Sender
-from training.run_config import RunConfig
+from training.optimization.offload import Offload
+from training.optimization.optim import make_optimizer, optimizer_state
+from training.optimization.precision import Arithmetic
+from training.prompts.tokens import CHUNK_LENGTH
 from training.seeds import Purpose
 
 PREFETCH_THREAD = "batches"
@@ -54,7 +55,7 @@ class Bench:
     """A model in one variant, ready to train."""
 
     def __init__(self, variant: Variant, device: torch.device, *, tiny: bool, backend: str = "inductor") -> None:
-        """Build it as `training/startup.py` does.
+        """Build it as `training/loop/startup.py` does.
 
         Args:
             variant: What to build.
@@ -247,7 +248,7 @@ class Bench:
             yield from (value for value in state.values() if value.dim() or self.variant.fused)
 
     def _copy(self, offload: Offload) -> object:
-        """What a checkpoint copies, as `training/checkpoint.py` does."""
+        """What a checkpoint copies, as `training/loop/checkpoint.py` does."""
         named = self.arithmetic.weights
         moments = optimizer_state(self.optimizer, named) if self.variant.fused else {}
         return offload.copy(named), offload.copy(moments)

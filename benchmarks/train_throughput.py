@@ -27,11 +27,11 @@ from random_sdxl import TINY_MICRO_SCALE, Shape, draw_shapes
 from step_counter import PHASES
 from train_bench import Bench, Variant
 
-from training.cost import RATES_FORMAT
-from training.device_defaults import Device, resolve
-from training.flops import peak_flops, training_flops
-from training.gpus import detect_gpu
-from training.run_config import BatchConfig, ComputeConfig, RunConfig
+from training.config.run import BatchConfig, ComputeConfig, RunConfig
+from training.estimates.cost import RATES_FORMAT
+from training.estimates.flops import peak_flops, training_flops
+from training.estimates.gpus import detect_gpu
+from training.loop.device_defaults import Device, resolve
 
 MICRO_BATCH = 8
 AMORTISED = ("checkpoint", "validation")

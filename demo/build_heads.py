@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from demo.corpus import SEED, picture
 from demo.progress import steps
 from demo.trouble import draw_junk
-from training.config import QualityConfig
-from training.models import aesthetic
-from training.models.clip import Clip
-from training.models.quality_head import QualityModel, fit_junk, fit_utility
+from training.annotators import aesthetic
+from training.annotators.clip import Clip
+from training.annotators.quality_head import QualityModel, fit_junk, fit_utility
+from training.config.workspace import QualityConfig
 from training.seeds import Purpose, generator, integer
 
 NUM_PICTURES = 3000

@@ -14,8 +14,8 @@ from demo.corpus import CLIP_MEAN, CLIP_STD, SEED, picture
 from demo.progress import steps
 from demo.saving import save_half, write_json
 from demo.scenes import SHAPES, Scene
-from training.data.geometry import Box
-from training.models.detector import QUERY_LENGTH, Detector
+from training.annotators.detector import QUERY_LENGTH, Detector
+from training.buckets.geometry import Box
 from training.seeds import Purpose, integer, numpy_generator
 
 NUM_PICTURES = 6000

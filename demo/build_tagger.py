@@ -10,7 +10,7 @@ from demo.build_clip import normalised
 from demo.corpus import SEED, centred_on_white, picture
 from demo.progress import steps
 from demo.scenes import SHAPES, all_tags, tags_of
-from training.models import tagger
+from training.annotators import tagger
 from training.seeds import Purpose, integer, numpy_generator
 
 NUM_PICTURES = 6000

@@ -18,7 +18,7 @@ from demo.progress import steps
 from demo.prompts import training_prompt
 from demo.saving import save_half, write_json
 from demo.scenes import Scene, mostly_good, sample_scene
-from training.data.geometry import Placement, Size
+from training.buckets.geometry import Placement, Size
 from training.seeds import Purpose, integer, torch_generator
 
 NUM_PICTURES = 8000

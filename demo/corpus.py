@@ -8,9 +8,9 @@ from PIL import Image
 
 from demo.drawing import draw
 from demo.scenes import Scene, sample_scene
-from training.config import BucketConfig
-from training.data.bucket_plans import plan
-from training.data.geometry import Box, Placement, Size
+from training.buckets.geometry import Box, Placement, Size
+from training.buckets.plans import plan
+from training.config.workspace import BucketConfig
 from training.seeds import Purpose, generator
 
 SEED = 20261120

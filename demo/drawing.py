@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from demo.scenes import COLOURS, Scene, Shape
-from training.data.geometry import Box, Size
+from training.buckets.geometry import Box, Size
 from training.seeds import Purpose, numpy_generator
 
 OVERSAMPLE = 4

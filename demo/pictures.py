@@ -24,7 +24,7 @@ from demo import trouble
 from demo.drawing import draw
 from demo.prompts import NUM_WORLD_PICTURES, WORLD_SEED, world_scene
 from demo.scenes import ALIASES, Scene, alias, all_tags, caption_of, clean, sample_scene, tags_of
-from training.data.geometry import Box, Size
+from training.buckets.geometry import Box, Size
 from training.seeds import Purpose, generator
 
 PAIRS_PER_PICTURE = 5

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from demo.scenes import COLOURS, Scene, alias, caption_of, clean, mostly_good, sample_scene, score_tags, tags_of
-from training.data.geometry import Size
+from training.buckets.geometry import Size
 from training.seeds import Purpose, generator
 
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")

@@ -7,7 +7,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from training.data.geometry import Size
+from training.buckets.geometry import Size
 from training.seeds import Purpose, generator
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "heart", "star")

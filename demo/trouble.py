@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.drawing import draw
 from demo.scenes import Scene, clean, sample_scene
-from training.data.geometry import Size
+from training.buckets.geometry import Size
 from training.seeds import Purpose, generator, numpy_generator
 
 JUNK_KINDS = ("blank", "noise", "grid", "strip")

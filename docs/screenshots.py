@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import Page, chromium  # noqa: E402 - the tests' browser, which the line above makes importable
 
-from resources.store import Store  # noqa: E402
-from training.evaluation import contact_sheet  # noqa: E402
-from training.evaluation.pictures import read_picture  # noqa: E402
+from resources.workspace.store import Store  # noqa: E402
+from training.reports import contact_sheet  # noqa: E402
+from training.sampling.image_files import read_picture  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, NARROW = 1440, 1200

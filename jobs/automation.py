@@ -8,10 +8,10 @@ import dagster as dg
 from dagster._core.definitions.events import AssetKeyPartitionKey
 
 from assets.registry import STAGES
-from resources.stages import Scope
-from resources.store import Store, find_home
+from resources.graph import Scope
+from resources.workspace.store import Store, find_home
 from training.errors import PipelineError
-from training.run_folder import is_away
+from training.runs.run_folder import is_away
 
 MAX_ATTEMPTS = 3
 """Times that one partition is tried without success, as long as nothing that it follows from changes."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 from pydantic import Field
 
-from resources.store import Store
+from resources.workspace.store import Store
 
 
 class BringUpToDate(dg.Config):

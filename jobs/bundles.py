@@ -5,12 +5,12 @@ from pathlib import Path
 from assets.checkpoints import prepare
 from jobs import pipeline
 from resources import torchrun
-from resources.store import Store
+from resources.workspace.store import Store
 from training.commit import write_json
-from training.data.latent_files import generations
 from training.errors import ConfigError
-from training.event_log import has_finished
-from training.run_folder import BUNDLED, EVENTS, read_config
+from training.latents.files import generations
+from training.runs.event_log import has_finished
+from training.runs.run_folder import BUNDLED, EVENTS, read_config
 
 
 def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> int:
@@ -26,7 +26,7 @@ def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> i
         ConfigError: the run has finished or is being trained, or the target is in the way.
         DataError: images of its set have no latents.
     """
-    from training.bundle import write_bundle
+    from training.runs.bundle import write_bundle
 
     store = Store(home)
     folder = store.run_folder(run)

@@ -16,18 +16,18 @@ from jobs import pipeline
 from jobs.evaluate import STAGES, keep
 from resources import devices
 from resources.instance import instance as open_instance
-from resources.staleness import StalePartition, grouped, reasons
-from resources.store import Made, Store
-from resources.tracking_catch_up import catch_up
+from resources.mlflow.catch_up import catch_up
 from resources.warehouse import rebuild
+from resources.workspace.staleness import StalePartition, grouped, reasons
+from resources.workspace.store import Made, Store
 from training import toml
 from training.commit import lock, write_bytes
-from training.config import DevicesConfig
+from training.config.workspace import DevicesConfig
 from training.errors import DataError, EvaluationError, PipelineError
-from training.evaluation import champion, contenders
+from training.evaluation import candidates, champion
 from training.progress import report
-from training.run_folder import READY, read_ready
-from training.run_folder import checkpoints as ready_checkpoints
+from training.runs.run_folder import READY, read_ready
+from training.runs.run_folder import checkpoints as ready_checkpoints
 
 FOLDER = "comparisons"
 
@@ -59,8 +59,8 @@ def resolve(store: Store, name: str) -> str:
         if now is None:
             raise DataError("there is no champion yet: run `foundry evaluate`")
         name = now.checkpoint
-    elif name.startswith(contenders.RIVAL) or name in contenders.read_rivals(store.home):
-        name = f"{contenders.RIVAL}{name.removeprefix(contenders.RIVAL).removesuffix('@0')}@0"
+    elif name.startswith(candidates.RIVAL) or name in candidates.read_rivals(store.home):
+        name = f"{candidates.RIVAL}{name.removeprefix(candidates.RIVAL).removesuffix('@0')}@0"
     elif "@" not in name:
         saved = ready_checkpoints(store.run_folder(name))
         if not saved:
@@ -151,29 +151,29 @@ def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Compari
 def render(store: Store, names: Sequence[str], rows: pl.DataFrame) -> str:
     """The page of a comparison."""
     from assets.release_report import protocol_facts, sides
-    from training.evaluation.report import render as render_page
+    from training.reports.report import render as render_page
 
     return render_page(f"{names[1]} against {names[0]}", sides(store, names), rows, protocol_facts(store, names[1]))
 
 
 def export(store: Store, path: Path) -> int:
     """Write the workspace's prompts and how they are drawn, for another machine; returns the number of prompts."""
-    from training.evaluation import elsewhere
+    from training.evaluation import remote_sampling
 
     prompts = sample_images.prompts_of(store)
-    elsewhere.write_prompts(path, prompts, store.config.evaluation.sampling)
+    remote_sampling.write_prompts(path, prompts, store.config.evaluation.sampling)
     return prompts.height
 
 
 def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
     """Draw a checkpoint's pictures without a workspace; returns their number."""
-    from training.evaluation import elsewhere
+    from training.evaluation import remote_sampling
 
     with devices.hold("evaluate", DevicesConfig(), out) as device:
-        elsewhere.draw(
+        remote_sampling.draw(
             checkpoint, prompts, out, device=device, progress=lambda done, total: report("sample images", done, total)
         )
-    return len(list((out / elsewhere.PICTURES).glob("*.png")))
+    return len(list((out / remote_sampling.PICTURES).glob("*.png")))
 
 
 def _further(inputs: Mapping[str, str]) -> dict[str, str]:
@@ -187,7 +187,7 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
     the base or a rival.
     """
     base = store.base_checkpoint()
-    rivals = [f"{contenders.RIVAL}{rival}@0" for rival in contenders.read_rivals(store.home)]
+    rivals = [f"{candidates.RIVAL}{rival}@0" for rival in candidates.read_rivals(store.home)]
     for key in [name, *([base] if base else []), *rivals]:
         with contextlib.suppress(DataError):  # no name of this workspace, or a rival whose model is gone
             folder = store.checkpoint_folder(key)
@@ -204,9 +204,9 @@ def adopt(store: Store, folder: Path) -> str:
         DamageError: the folder is unfinished or damaged.
         EvaluationError: they are of a checkpoint that is not here, or were drawn otherwise than this workspace does.
     """
-    from training.evaluation import elsewhere
+    from training.evaluation import remote_sampling
 
-    record = elsewhere.read_record(folder)
+    record = remote_sampling.read_record(folder)
     stage, key = sample_images.STAGE, _name_here(store, record.checkpoint, record.digest)
     if key is None:
         raise EvaluationError(
@@ -226,7 +226,7 @@ def adopt(store: Store, folder: Path) -> str:
     if unlike:
         raise EvaluationError(f"{folder} was drawn otherwise than this workspace would: {'; '.join(unlike)}")
     with store.writing(stage.name, key):
-        samples = elsewhere.bring_home(folder, record, store.sample_folder(key))
+        samples = remote_sampling.bring_home(folder, record, store.sample_folder(key))
         store.commit(stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0)
     store.let_go(key, sample_images.WANTED_BY)
     with open_instance(store.home) as instance:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from resources import generations
-from resources.generations import DEADLINE_TAG, REENCODE_TAG
-from resources.store import Store
+from resources.workspace import generations
+from resources.workspace.generations import DEADLINE_TAG, REENCODE_TAG
+from resources.workspace.store import Store
 
 JOB = dg.define_asset_job(
     "encode",

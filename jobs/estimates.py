@@ -9,12 +9,15 @@ import numpy as np
 import polars as pl
 
 from jobs.scale import memory_lines, network_lines
-from resources.run_prompts import base_of, frozen_inputs, prompt_maker
-from resources.store import Store
-from resources.workspace import require_named, require_run
+from resources.operations.run_prompts import base_of, frozen_inputs, prompt_maker
+from resources.workspace.setup import require_named, require_run
+from resources.workspace.store import Store
 from training import toml
+from training.buckets.plans import plan
 from training.commit import Manifest
-from training.cost import (
+from training.config.run import RunConfig
+from training.errors import DataError
+from training.estimates.cost import (
     Cost,
     Rates,
     Workload,
@@ -24,18 +27,15 @@ from training.cost import (
     training_rate,
     warmup_lines,
 )
-from training.data.bucket_plans import plan
-from training.data.tables import TABLES
-from training.device_defaults import Device, has_auto, read_record, resolve
-from training.errors import DataError
-from training.flops import ModelConfigs, read_model_configs, training_flops
-from training.gpus import Gpu, find_gpu, peak_flops
-from training.latent_source import LatentSource
-from training.memory import MemoryEstimate, estimate_memory
-from training.order import EpochOrder, assign_windows, make_order
-from training.rules import check_trainable
-from training.run_config import RunConfig
-from training.run_folder import read_config
+from training.estimates.flops import ModelConfigs, read_model_configs, training_flops
+from training.estimates.gpus import Gpu, find_gpu, peak_flops
+from training.estimates.memory import MemoryEstimate, estimate_memory
+from training.latents.source import LatentSource
+from training.loop.device_defaults import Device, has_auto, read_record, resolve
+from training.loop.order import EpochOrder, assign_windows, make_order
+from training.loop.requirements import check_trainable
+from training.runs.run_folder import read_config
+from training.tables.schemas import TABLES
 
 _TERA = 1e12
 
@@ -47,7 +47,7 @@ class Hardware:
     num_gpus: int
     """Of them."""
     gpu: str
-    """Name in training/gpus.py."""
+    """Name in training/estimates/gpus.py."""
     dollars_per_hour: float
     """Of one card."""
     rates: Path | None

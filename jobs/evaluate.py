@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets import eval_metrics, sample_images, verdicts
-from resources.store import Store
+from resources.workspace.store import Store
 
 STAGES = (sample_images.STAGE, eval_metrics.METRICS, verdicts.VERDICTS)
 """What evaluating a checkpoint means, in order."""

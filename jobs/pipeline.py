@@ -14,20 +14,20 @@ import dagster as dg
 from assets import currency, verdicts
 from assets.partitions import mirror
 from jobs.definitions import STAGES, defs
-from resources import missing
+from resources.graph import Scope, Stage
 from resources.instance import instance as open_instance
+from resources.mlflow.catch_up import catch_up
 from resources.run_coordinator import RANGE_END, RANGE_START
 from resources.run_launcher import holder_tags, report_dead_runs
-from resources.stages import Scope, Stage
-from resources.staleness import StageStatus, StalePartition, grouped, reasons
-from resources.staleness import status as status_of_stages
-from resources.store import Store
-from resources.tracking_catch_up import catch_up
 from resources.warehouse import rebuild
+from resources.workspace import missing
+from resources.workspace.staleness import StageStatus, StalePartition, grouped, reasons
+from resources.workspace.staleness import status as status_of_stages
+from resources.workspace.store import Store
 from training import toml
 from training.commit import explain_disk, lock
 from training.errors import ConfigError, DataError, PipelineError
-from training.run_folder import is_away
+from training.runs.run_folder import is_away
 
 Started = Callable[[str, int, Sequence[str]], None]
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import fields
 
-from training.gpus import Gpu
-from training.memory import MemoryEstimate
-from training.run_config import RunConfig
-from training.scale import NETWORKS, largest_micro_batch, step_traffic, without_checkpointing
+from training.config.run import RunConfig
+from training.estimates.gpus import Gpu
+from training.estimates.memory import MemoryEstimate
+from training.estimates.scale import NETWORKS, largest_micro_batch, step_traffic, without_checkpointing
 
 _GIGA = 1e9
 WANTED_MICRO_BATCH = 16

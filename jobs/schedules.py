@@ -3,8 +3,8 @@
 import dagster as dg
 
 from jobs.encode import REENCODE_JOB, reencode_requests
-from resources.store import Store
-from resources.tracking_catch_up import catch_up, owes
+from resources.mlflow.catch_up import catch_up, owes
+from resources.workspace.store import Store
 
 _UNFINISHED = (
     dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING,

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources import devices
-from resources.store import Store
+from resources.workspace.store import Store
 
 if TYPE_CHECKING:
-    from training.evaluation.foreign import Outcome
+    from training.evaluation.external_images import Outcome
 
 
 def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterator["Outcome"]:
-    """Score the pictures of each model in `folder`, see `training/evaluation/foreign.py`.
+    """Score the pictures of each model in `folder`, see `training/evaluation/external_images.py`.
 
     Args:
         store: Whose networks, devices and `[evaluation.scoring]` are used.
@@ -27,13 +27,13 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
         EvaluationError: the CSV or a picture's name cannot be used.
         ModelError: weights are missing, or of another model.
     """
-    from training.evaluation import foreign, scorers
+    from training.annotators.aesthetic import Aesthetic
+    from training.annotators.clip import Clip
+    from training.evaluation import external_images, scorers
     from training.evaluation.clip_score import Networks
-    from training.models.aesthetic import Aesthetic
-    from training.models.clip import Clip
 
-    config, read = store.config.evaluation.scoring, foreign.read_prompts(prompts)
-    models = foreign.find_models(folder, read)
+    config, read = store.config.evaluation.scoring, external_images.read_prompts(prompts)
+    models = external_images.find_models(folder, read)
     with devices.hold("evaluate", store.config.devices, store.home) as device:
 
         def load() -> Networks:
@@ -43,7 +43,7 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
                 scorers=scorers.load({name: store.model_path(name) for name in config.scorers}, device),
             )
 
-        yield from foreign.score_models(
+        yield from external_images.score_models(
             models,
             read,
             out,

@@ -11,7 +11,7 @@ from assets.partitions import checkpoints, mirror
 from assets.registry import STAGES
 from jobs import automation, evaluate
 from resources.run_coordinator import PARTITION
-from resources.store import Store
+from resources.workspace.store import Store
 from training.commit import json_digest
 from training.errors import PipelineError
 

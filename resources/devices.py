@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from training.config import DevicesConfig
+from training.config.workspace import DevicesConfig
 from training.errors import ConfigError
 
 Kind = Literal["train", "annotate", "encode", "evaluate"]

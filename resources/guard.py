@@ -146,7 +146,7 @@ def mlflow_application(home: Path, port: int, *, dagster_port: int) -> Applicati
 
     Only for a process of its own: MLflow reads its settings from the environment while it is imported.
     """
-    from resources.mlflow_calls import create_database
+    from resources.mlflow.calls import create_database
 
     (home / "mlartifacts").mkdir(parents=True, exist_ok=True)
     create_database(home / "mlflow.db")
@@ -164,6 +164,6 @@ def mlflow_application(home: Path, port: int, *, dagster_port: int) -> Applicati
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow 3.17 imports a module that Starlette has deprecated
         from mlflow.server.fastapi_app import app
-    from resources.mlflow_page import FirstPage
+    from resources.mlflow.page import FirstPage
 
     return Guard(FirstPage(app, home), port, {DAGSTER_PATH: f"http://127.0.0.1:{dagster_port}"})

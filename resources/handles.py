@@ -5,7 +5,7 @@ from typing import Any
 import dagster as dg
 
 from resources.instance import check_instance
-from resources.store import Store, find_home
+from resources.workspace.store import Store, find_home
 
 
 @dg.resource

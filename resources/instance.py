@@ -41,7 +41,7 @@ WORKSPACE_YAML = f"""\
 
 ROOT_YAML = f"""\
 # For a bare `dagster dev` in the repository: it serves ./workspace and shares its runs with `foundry --home workspace`.
-# Held equal to resources/instance.py by tests/test_instance.py.
+# Held equal to resources/instance.py by tests/resources/test_instance.py.
 storage: {{sqlite: {{base_dir: workspace/dagster}}}}
 local_artifact_storage:
   module: dagster._core.storage.root

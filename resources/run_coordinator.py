@@ -10,8 +10,8 @@ from dagster._core.definitions.partitions.context import partition_loading_conte
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 from dagster._serdes import ConfigurableClassData
 
-from resources.store import Store, find_home
-from resources.workspace import AS_CONFIGURED, resolve_run
+from resources.workspace.setup import AS_CONFIGURED, resolve_run
+from resources.workspace.store import Store, find_home
 from training.errors import ConfigError, DataError, PipelineError
 
 PARTITION = "dagster/partition"

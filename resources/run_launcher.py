@@ -1,7 +1,7 @@
 """Runs that are really alive: a launcher that can tell, for runs of the code server and for those of `foundry run`.
 
 Dagster's default launcher cannot answer, so a crash of the daemon or of `foundry run` would leave its runs started
-for ever. Some imports are private to Dagster 1.13; tests/test_run_launcher.py proves them by a real kill.
+for ever. Some imports are private to Dagster 1.13; tests/resources/test_run_launcher.py proves them by a real kill.
 """
 
 import os

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from resources import devices
-from training import run_folder
 from training.errors import TrainingError
-from training.event_log import ENDINGS, OPENINGS, Event, has_finished, parse_line
+from training.runs import run_folder
+from training.runs.event_log import ENDINGS, OPENINGS, Event, has_finished, parse_line
 
 POLL_S = 0.2
 # torchrun kills after this what it asked to end; a checkpoint of a large model is written meanwhile.
@@ -52,7 +52,7 @@ class _Standby:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "training.run", "--wait", str(theirs.fileno())],
+                [sys.executable, "-m", "training.loop.run", "--wait", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True, pass_fds=(theirs.fileno(),), env=_environment(1),
             )  # fmt: skip
@@ -194,7 +194,7 @@ def start_or_attach(
     if num_processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         command += ["--shutdown-timeout", str(_SHUTDOWN_TIMEOUT_S), "-m"]
-    command += ["training.run", str(folder.resolve())]
+    command += ["training.loop.run", str(folder.resolve())]
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {}
     events = folder / run_folder.EVENTS
     offset = events.stat().st_size if events.is_file() else 0

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from resources import generations
-from resources.store import Store
+from resources.workspace import generations
+from resources.workspace.store import Store
 from training.commit import DUCKDB_BESIDE, temporary
-from training.data.tables import PART_COLUMNS, TABLES, part_values
 from training.errors import ConfigError
+from training.tables.schemas import PART_COLUMNS, TABLES, part_values
 
 if TYPE_CHECKING:
     import duckdb

@@ -8,11 +8,12 @@ import tomlkit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import config as configs
-from training import recipes, toml
-from training.config import SelectionConfig, WorkspaceConfig
+from training import toml
+from training.config import recipes
+from training.config import workspace as configs
+from training.config.run import RunConfig
+from training.config.workspace import SelectionConfig, WorkspaceConfig
 from training.errors import ConfigError
-from training.run_config import RunConfig
 
 
 def write(tmp_path, text):

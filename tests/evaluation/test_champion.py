@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.tables import TABLES
 from training.errors import DamageError
 from training.evaluation import champion, verdict
 from training.evaluation.champion import Champion
 from training.evaluation.verdict import Protocol, Scores
+from training.tables.schemas import TABLES
 
 PROTOCOL = Protocol(prompts="p", sampling="s", clip="c", aesthetic="a", dtype="float32")
 MARGINS = {"clip_score": 0.003, "aesthetic": 0.05}

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
-from training.data.tables import TABLES
+from training.annotators.aesthetic import Aesthetic
+from training.annotators.clip import Clip
+from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
-from training.evaluation import clip_score, pictures, sampling, summary
-from training.evaluation_config import SamplingConfig
-from training.models.aesthetic import Aesthetic
-from training.models.clip import Clip
+from training.evaluation import clip_score, summary
+from training.sampling import image_files as pictures
+from training.sampling import sampling
+from training.tables.schemas import TABLES
 
 
 @pytest.fixture(scope="module")

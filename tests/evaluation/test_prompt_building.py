@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from prompt_table import make_prompts, repeated
 
 from assets import prompt_sets as prompt_sets_asset
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
-from training import recipes
-from training.data.geometry import Size
-from training.data.tables import TABLES
-from training.data.vocabulary import Vocabulary
+from resources.graph import Scope, Stage
+from resources.workspace.store import Made, Store
+from training.buckets.geometry import Size
+from training.config import recipes
+from training.config.evaluation import HeldOutPromptsConfig, PromptSetConfig
+from training.config.run import PromptConfig
+from training.curation.vocabulary import Vocabulary
 from training.errors import ConfigError, EvaluationError
 from training.evaluation import prompt_building, prompt_groups, prompt_sets
-from training.evaluation_config import HeldOutPromptsConfig, PromptSetConfig
-from training.run_config import PromptConfig
+from training.tables.schemas import TABLES
 
 SIZES = (Size(64, 64), Size(96, 64), Size(64, 96))
 CAPTIONS = HeldOutPromptsConfig(prefix="", caption_prob=1.0)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.evaluation import prompt_sets
+from training.tables.schemas import TABLES
 
 HEADER = "prompt_id,text,negative,group,height,width\n"
 

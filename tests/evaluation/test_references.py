@@ -13,14 +13,14 @@ from assets import references
 from assets.annotations import EMBEDDINGS
 from assets.eval_metrics import METRICS
 from assets.raw_images import RAW_IMAGES
-from resources.store import Made, Store
-from training import run_folder
+from resources.workspace.store import Made, Store
+from training.annotators.aesthetic import Aesthetic
+from training.annotators.clip import Clip
 from training.commit import sha256_file
-from training.data.tables import TABLES
 from training.errors import DataError
 from training.evaluation.clip_score import Networks
-from training.models.aesthetic import Aesthetic
-from training.models.clip import Clip
+from training.runs import run_folder
+from training.tables.schemas import TABLES
 
 RUN, KEY = "demo", "demo@48"
 BASIS = {"inputs": {}, "models": {}}

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPModel
 
+from training.annotators.aesthetic import AestheticHead
+from training.annotators.image_reward import MEAN, STD, ImageReward
+from training.annotators.open_clip import from_open_clip
+from training.config.evaluation import ScoringConfig
 from training.errors import ConfigError, ModelError
 from training.evaluation import scorers
 from training.evaluation.scorers import Hps, PickScore
-from training.evaluation_config import ScoringConfig
-from training.models.aesthetic import AestheticHead
-from training.models.image_reward import MEAN, STD, ImageReward
-from training.models.open_clip import from_open_clip
 from training.models.pixels import CLIP_MEAN, CLIP_STD
 
 TEXTS = ["red cat", "a dog", "red cat"]
@@ -208,7 +208,7 @@ def test_image_reward_is_computed_as_published(reward_folder, pictures):
 
 
 def test_the_published_towers_have_the_sizes_of_blip_large(reward_folder):
-    from training.models import image_reward
+    from training.annotators import image_reward
 
     state = {"patch_embed.proj.weight": torch.empty(1024, 3, 16, 16), "pos_embed": torch.empty(1, 197, 1024),
              "blocks.0.mlp.fc1.weight": torch.empty(4096, 1024), "blocks.23.norm1.bias": torch.empty(1024)}  # fmt: skip

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from training.data.tables import TABLES
+from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation import verdict
 from training.evaluation.prompt_groups import NAMES, SIZE, group_prompts
 from training.evaluation.verdict import PairedTest, Protocol, Scores
-from training.evaluation_config import SamplingConfig
+from training.tables.schemas import TABLES
 
 PROTOCOL = Protocol(prompts="d1", sampling="ddim", clip="c1", aesthetic="a1", dtype="float32")
 MARGINS = {"clip_score": 0.003, "aesthetic": 0.05}

@@ -6,10 +6,11 @@ import pytest
 from graph_tools import foundry
 from PIL import Image
 
-from resources import missing, upkeep
-from resources.store import Store
-from training.data.absence import Loss
+from resources.operations import maintenance
+from resources.workspace import missing
+from resources.workspace.store import Store
 from training.errors import ConfigError, DataError
+from training.sources.absence import Loss
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ NETWORKS = "embeddings,tags"
 
 def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_path, monkeypatch):
     from jobs import pipeline
-    from training.annotations import Annotator
+    from training.annotators.annotations import Annotator
 
     home, many, _ = listed
     annotated, pools = [], []
@@ -126,7 +127,7 @@ def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_pat
     annotate()
     assert annotated == ["new.png"]
     image_id = Store(home).read("raw_images").filter(source_id="04.png")["image_id"][0]
-    upkeep.forget(Store(home), [image_id])
+    maintenance.forget(Store(home), [image_id])
     for table in (*tables, *(f"kept_{table}" for table in tables)):
         assert image_id not in Store(home).read(table)["image_id"].to_list()
 

@@ -211,7 +211,7 @@ def test_a_workspace_that_cannot_be_written_to(empty, mounted):
 
 @pytest.mark.parametrize("name", ["what?", "100%25", "a\\b", "a\nb", os.fsdecode(b"\xff")])
 def test_a_path_that_no_workspace_can_have(tmp_path, name):
-    from resources.workspace import create
+    from resources.workspace.setup import create
     from training.errors import ConfigError, WorkspaceError
 
     with pytest.raises(WorkspaceError, match="the path of a workspace must") as refused:

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from graph_tools import foundry
 
-from resources.store import Store
+from resources.workspace.store import Store
 
 
 @pytest.fixture(scope="session")

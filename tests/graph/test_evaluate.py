@@ -10,12 +10,12 @@ from graph_tools import digests, foundry
 from assets import sample_images
 from jobs import comparison
 from jobs.sensors import new_checkpoint
-from resources.store import Store
-from training import retention
+from resources.workspace.store import Store
 from training.errors import DataError, EvaluationError
 from training.evaluation import champion
-from training.evaluation.elsewhere import RECORD
-from training.run_folder import checkpoints, read_ready
+from training.evaluation.remote_sampling import RECORD
+from training.runs import retention
+from training.runs.run_folder import checkpoints, read_ready
 
 
 def ends(home):

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from graph_tools import foundry
 
-from training.data.latent_files import from_bfloat16, read_generation
+from training.latents.files import from_bfloat16, read_generation
 
 
 def generation(home, number):

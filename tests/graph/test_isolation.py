@@ -9,8 +9,8 @@ import polars as pl
 from graph_tools import foundry
 
 from resources.instance import instance
-from resources.store import Store
-from training.run_folder import read_inputs
+from resources.workspace.store import Store
+from training.runs.run_folder import read_inputs
 
 
 def run_ids(home):

@@ -10,10 +10,10 @@ from graph_tools import digests, foundry, make_small, shorten
 from kill_walk import Walk
 
 from jobs.pipeline import selected
-from resources import upkeep
-from resources.store import Store
+from resources.operations import maintenance
 from resources.warehouse import query
-from training.data.tables import TABLES
+from resources.workspace.store import Store
+from training.tables.schemas import TABLES
 
 STAGES = [*(",".join(stage.name for stage in body) for body in selected(None, only=False)), "all"]
 """In the graph's order, those of one body together; and at last the whole, for what comes after the stages."""
@@ -75,14 +75,14 @@ def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
         killed.kill = time.monotonic() < end
         while not killed.attempt(stage):
             last = killed.points()[-1]
-            damaged = [problem.detail for problem in upkeep.verify(Store(killed.home)) if problem.kind == "damage"]
+            damaged = [problem.detail for problem in maintenance.verify(Store(killed.home)) if problem.kind == "damage"]
             assert damaged == [], last
             check_rows(count_rows(killed.home), expected, {"rejected_images", *stage.split(",")})
             killed.kill = time.monotonic() < end
         assert count_rows(killed.home) == expected
     assert digests(killed.home) == digests(whole.home)
-    upkeep.collect_garbage(Store(killed.home), min_age_s=0)
-    assert upkeep.verify(Store(killed.home)) == []
+    maintenance.collect_garbage(Store(killed.home), min_age_s=0)
+    assert maintenance.verify(Store(killed.home)) == []
     killed.kill = True
     points, met = set(killed.points()), set(whole.points())
     print(f"killed at {len(points)} points, {len(met - points)} of {len(met)} left out: {sorted(met - points)[:9]}")

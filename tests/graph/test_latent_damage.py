@@ -8,9 +8,9 @@ import pytest
 from graph_tools import digests, foundry
 
 from assets import latents
-from resources import upkeep
-from resources.store import Store
-from training.data.latent_files import read_generation
+from resources.operations import maintenance
+from resources.workspace.store import Store
+from training.latents.files import read_generation
 
 
 def shard(home):
@@ -54,10 +54,10 @@ def replace_by_a_foreign_file(home):
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, swap, replace_by_a_foreign_file])
 def test_damage_is_noticed_and_moved_out_of_the_way(small_copy, damage):
     store, path = Store(small_copy), damage(small_copy)
-    problems = upkeep.verify(store)
+    problems = maintenance.verify(store)
     assert [problem.kind for problem in problems] == ["damage"]
     assert path.name in problems[0].detail
-    (moved,) = upkeep.repair(store, problems)
+    (moved,) = maintenance.repair(store, problems)
     assert (moved.parent / path.name).is_file()
     assert not list(shard(small_copy).glob("g0001*"))
     assert store.stale(latents.STAGE) == ["sdxl|s000000"]

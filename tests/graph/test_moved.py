@@ -6,8 +6,8 @@ import shutil
 import pytest
 from graph_tools import digests, foundry
 
-from resources.store import Store
-from training.run_folder import INPUTS
+from resources.workspace.store import Store
+from training.runs.run_folder import INPUTS
 
 SETTINGS = (
     "num_samples=16", "batch.global_batch_size=16", "batch.micro_batch_size=16", "optimizer.warmup_samples=0",

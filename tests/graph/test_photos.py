@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from graph_tools import PHOTOS, foundry, make_small
 
-from resources.store import Store
+from resources.workspace.store import Store
 
 pytestmark = [
     pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"{PHOTOS} is not here"),

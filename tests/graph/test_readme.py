@@ -8,7 +8,7 @@ import pytest
 import typer
 from graph_tools import foundry, make_short
 
-from jobs.cli import app
+from jobs.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

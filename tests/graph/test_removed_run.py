@@ -6,9 +6,9 @@ import pytest
 from graph_tools import SMALL_RUN, foundry
 
 from assets.checkpoints import STAGE
-from resources.store import Store
-from training.event_log import has_finished
-from training.run_folder import CONFIG, EVENTS, checkpoints
+from resources.workspace.store import Store
+from training.runs.event_log import has_finished
+from training.runs.run_folder import CONFIG, EVENTS, checkpoints
 
 
 def test_a_run_whose_folder_was_removed_is_trained_anew(small_copy):

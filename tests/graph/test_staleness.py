@@ -37,7 +37,7 @@ def remade(home, before):
 
 RUN = """
 import sys
-from jobs.cli import main
+from jobs.cli.app import main
 try:
     main()
 finally:

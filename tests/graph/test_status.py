@@ -17,8 +17,8 @@ from assets.registry import STAGES
 from jobs import automation, pipeline
 from jobs.definitions import defs
 from resources.instance import instance as open_instance
-from resources.store import Store
-from training.evaluation import contenders
+from resources.workspace.store import Store
+from training.evaluation import candidates
 
 
 def stale(home):
@@ -231,7 +231,7 @@ def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
 
 @pytest.mark.filterwarnings("ignore::dagster.PreviewWarning", "ignore::dagster.BetaWarning")
 def test_an_external_model_that_fails_holds_up_no_release(kind):
-    key, stage = contenders.add_rival(kind, "outside", kind / "nowhere"), STAGES["sample_images"]
+    key, stage = candidates.add_rival(kind, "outside", kind / "nowhere"), STAGES["sample_images"]
     with open_instance(kind) as instance:
         mirror(instance, Store(kind))
         assert {name: set(keys.subset) for name, keys in requested(kind, instance).items()} == {"sample_images": {key}}

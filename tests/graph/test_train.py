@@ -10,8 +10,8 @@ from pathlib import Path
 
 from graph_tools import foundry
 
-from training.event_log import read_events
-from training.run_folder import EVENTS, INPUTS, LOCK
+from training.runs.event_log import read_events
+from training.runs.run_folder import EVENTS, INPUTS, LOCK
 
 SMALL = (
     "prompts.max_chunks=1", "batch.global_batch_size=8", "batch.micro_batch_size=8", "optimizer.warmup_samples=8",

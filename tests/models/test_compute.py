@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from training.conditioning import predict, trained_parameters
+from training.config.run import ComputeConfig
 from training.errors import ConfigError
+from training.loop.conditioning import predict, trained_parameters
 from training.models.compute import apply_compute
 from training.models.unet import load_pipeline_parts
-from training.run_config import ComputeConfig
 
 
 def gradients(folder, device="cpu", **compute):

@@ -126,7 +126,7 @@ def contiguous(tensors):
 
 
 def original_of(parts):
-    """diffusers' name of a UNet's module to the original one, from the table of tests/original_names.py."""
+    """diffusers' name of a UNet's module to the original one, from the table of tests/tools/original_names.py."""
     prefix = "model.diffusion_model."
     by_value = {value.data_ptr(): name for name, value in parts.unet.state_dict().items()}
     return {

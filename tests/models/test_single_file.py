@@ -8,8 +8,8 @@ import torch
 from original_names import original_tensors, write_single_file
 from safetensors.torch import save_file
 
-from training.base_model import inspect
 from training.errors import ModelError
+from training.models.base_model import inspect
 from training.models.text_encoders import encode_sdxl
 from training.models.unet import load_pipeline_parts
 from training.models.weights import model_digest

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from training.errors import ConfigError, ModelError
+from training.loop.noise import alphas_cumprod
 from training.models.unet import load_pipeline_parts, save_diffusers_folder, with_schedule
-from training.noise import alphas_cumprod
 
 FAMILIES = [("sdxl", StableDiffusionXLPipeline), ("sd1", StableDiffusionPipeline)]
 

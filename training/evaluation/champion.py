@@ -12,11 +12,11 @@ from typing import Any
 import polars as pl
 
 from training import commit
-from training.data.tables import TABLES
 from training.errors import DamageError
 from training.evaluation import verdict
 from training.evaluation.prompt_groups import counted
 from training.evaluation.verdict import ALL, HELD_OUT, Scores
+from training.tables.schemas import TABLES
 
 FILE = "champion.json"
 _FORMAT = 1

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from training.data.tables import TABLES
+from training.annotators.aesthetic import Aesthetic
+from training.annotators.clip import Clip
 from training.errors import EvaluationError
 from training.evaluation import overbaked, summary
 from training.evaluation.copies import Nearest
-from training.evaluation.pictures import FAILED, NOT_DRAWN, can_be_drawn_again, read_or_explain
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import References
 from training.evaluation.scorers import Scorer
-from training.models.aesthetic import Aesthetic
-from training.models.clip import Clip
+from training.sampling.image_files import FAILED, NOT_DRAWN, can_be_drawn_again, read_or_explain
+from training.tables.schemas import TABLES
 
 SIMILARITY = "train_similarity"
 """Metric of the rows that hold the cosine with the nearest training image, and its id."""

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import polars as pl
 
 from training import seeds
-from training.data.geometry import Size
-from training.data.names import PLACES, SHORT_TAG
-from training.data.vocabulary import place_of
+from training.buckets.geometry import Size
+from training.config.evaluation import HeldOutPromptsConfig
+from training.curation.vocabulary import place_of
 from training.errors import EvaluationError
 from training.evaluation.prompt_groups import group_prompts
-from training.evaluation.prompt_reading import is_plain
 from training.evaluation.prompt_sets import COLUMNS, make_frame, text_key, trained_keys
-from training.evaluation_config import HeldOutPromptsConfig
+from training.prompts.tag_names import PLACES, SHORT_TAG
+from training.sampling.prompt_reading import is_plain
 from training.seeds import Purpose
 
 PARTI_COLUMNS = ("Prompt", "Category")
@@ -190,7 +190,7 @@ def _write(row: dict[str, object], style: HeldOutPromptsConfig) -> _Written | No
 def _choose(row: dict[str, object], style: HeldOutPromptsConfig, draw: random.Random) -> list[str]:
     """An image's tags and words in a prompt: as many as the style has, in its order.
 
-    Source: as `training/data/chosen_tags.py`.
+    Source: as `training/prompts/chosen_tags.py`.
     """
     tags: list[dict[str, str]] = row["tags"]  # type: ignore[assignment]
     words: list[str] = row["words"] or []  # type: ignore[assignment]

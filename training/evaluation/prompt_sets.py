@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 
 from training import commit, seeds
-from training.data.tables import TABLES
 from training.errors import EvaluationError
 from training.seeds import Purpose
+from training.tables.schemas import TABLES
 
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
 _SCHEMA = {name: pl.Int32 if name in ("height", "width") else pl.String for name in COLUMNS}

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
-from training.evaluation_config import ScorerName
+from training.annotators.clip import Clip
+from training.annotators.image_reward import ImageReward
+from training.annotators.open_clip import from_open_clip
+from training.annotators.published import pickle_command
+from training.config.evaluation import ScorerName
 from training.models import pixels, weights
-from training.models.clip import Clip
-from training.models.image_reward import ImageReward
-from training.models.open_clip import from_open_clip
-from training.models.published import pickle_command
 from training.models.text_encoders import load_tokenizer
 
 _H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from training.data.tables import TABLES
 from training.errors import EvaluationError, FailedPicturesError
-from training.evaluation.pictures import refusal
 from training.evaluation.prompt_groups import counted
+from training.sampling.image_files import refusal
+from training.tables.schemas import TABLES
 
 ALL = "all"
 HELD_OUT = "held-out half"

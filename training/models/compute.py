@@ -9,9 +9,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
+from training.config.run import ComputeConfig
 from training.errors import ConfigError
 from training.models.unet import PipelineParts
-from training.run_config import ComputeConfig
 
 _TEXT_ENCODERS = "text_encoders"
 # Names of torch's own loggers: the one of all reasons why a graph was not reused.

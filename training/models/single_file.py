@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextModelWithProjection
 
-from training.base_model import NO_WEIGHTS, SD1_TEXT, SDXL_TEXT_1, SDXL_TEXT_2, UNET
+from training.models.base_model import NO_WEIGHTS, SD1_TEXT, SDXL_TEXT_1, SDXL_TEXT_2, UNET
 
 
 def unet_state(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.data.tokens import TokenizedPrompt
 from training.errors import ModelError
+from training.prompts.tokens import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

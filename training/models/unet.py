@@ -20,12 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training import base_model
-from training.data.tokens import CHUNK_LENGTH
 from training.errors import ModelError
-from training.models import single_file, weights
+from training.loop.requirements import change_schedule
+from training.models import base_model, single_file, weights
 from training.models.text_encoders import load_tokenizer
-from training.rules import change_schedule
+from training.prompts.tokens import CHUNK_LENGTH
 
 Family = Literal["sdxl", "sd1"]
 

@@ -1,0 +1,1 @@
+"""The event log's way into MLflow, and MLflow's page."""

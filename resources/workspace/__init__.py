@@ -1,0 +1,1 @@
+"""A workspace: its paths, tables, staleness and set-up."""

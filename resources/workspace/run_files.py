@@ -1,0 +1,33 @@
+"""Where the files that a run is made from lie in its workspace now, whatever its `inputs.json` says."""
+
+import contextlib
+from pathlib import Path
+from typing import TypedDict
+
+from resources.workspace.store import Store
+from training.errors import ConfigError
+from training.config.run import RunConfig
+
+
+class OwnFiles(TypedDict):
+    """What `repointed` and `adopt` look for in a workspace."""
+
+    training_sets: Path
+    latents: Path
+    base_model: Path | None
+    vae: Path | None
+
+
+def own_files(store: Store, config: RunConfig) -> OwnFiles:
+    """Where the inputs of a run with this config lie in its workspace."""
+    base = vae = None
+    with contextlib.suppress(ConfigError):  # foundry.toml no longer names the model: a started run has its own
+        base = store.resource_path(store.config.models.base_named(config.base).path)
+    if base is not None and config.encoding in store.config.encodings:
+        vae = store.vae_of_run(config.encoding, config.base)
+    return {
+        "training_sets": store.table_folder("training_set", config.encoding),
+        "latents": store.home / "latents" / config.encoding,
+        "base_model": base,
+        "vae": vae,
+    }

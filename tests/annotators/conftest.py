@@ -1,0 +1,3 @@
+"""The networks of this folder's tests."""
+
+from tiny_models import clip_folder, noise_image, owlv2_folder

@@ -1,0 +1,1 @@
+"""Borrowed networks that look at images."""

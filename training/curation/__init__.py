@@ -1,0 +1,1 @@
+"""Which images go on, with which tags, captions and scores."""

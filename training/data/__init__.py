@@ -1,1 +1,0 @@
-"""Facts about images and how they become samples. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Memory, operations, time and cost of a run, from configurations alone."""

@@ -1,0 +1,84 @@
+"""Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models made by others."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from training import commit
+from training.errors import ConfigError, DamageError
+from training.names import check_name
+
+FILE = "rivals.json"
+RIVAL = "rival."
+"""Begins the names of rivals as checkpoints, `rival.<name>@0`, and of no run."""
+_FORMAT = 1
+
+
+def due(saved: Sequence[int], *, interval: int, every: int, num_samples: int) -> list[int]:
+    """The checkpoints of a run that are to be evaluated, by their samples_seen.
+
+    Args:
+        saved: samples_seen of those that are there, oldest first; a stopped run has some between the intervals.
+        interval: Samples between checkpoints; each that is the first at or after a multiple has that number.
+        every: Every so many-th number is evaluated, number 1 and the end of the run always.
+        num_samples: At which the run ends.
+    """
+    found, before = [], 0
+    for samples_seen in saved:
+        number = samples_seen // interval
+        regular = number > before and (number == 1 or number % every == 0)
+        if regular or samples_seen >= num_samples:
+            found.append(samples_seen)
+        before = number
+    return found
+
+
+def read_rivals(home: Path) -> dict[str, str]:
+    """Name to path of the workspace's rivals, by name.
+
+    Raises:
+        DamageError: rivals.json cannot be read.
+    """
+    path = home / FILE
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format"] != _FORMAT:
+            raise DamageError(f"{path} has format {values['format']!r}, this version reads {_FORMAT}")
+        return {name: str(home / model) for name, model in sorted(values["rivals"].items())}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamageError(f"{path} is damaged: {error!r}") from None
+
+
+def add_rival(home: Path, name: str, model: Path) -> str:
+    """Enter a model that others made; returns its name as a checkpoint.
+
+    Raises:
+        ConfigError: the name breaks the rule or is taken by another model.
+    """
+    check_name("rival", name)
+    rivals = read_rivals(home)
+    if rivals.get(name, str(model)) != str(model):
+        raise ConfigError(f"rival {name!r} is {rivals[name]} already; choose another name")
+    _write(home, {**rivals, name: str(model)})
+    return f"{RIVAL}{name}@0"
+
+
+def remove_rival(home: Path, name: str) -> None:
+    """Strike a rival off the list; its pictures and scores stay.
+
+    Raises:
+        ConfigError: there is no such rival.
+    """
+    rivals = read_rivals(home)
+    if name not in rivals:
+        raise ConfigError(f"there is no rival {name!r}; there are: {', '.join(rivals) or 'none'}")
+    _write(home, {key: path for key, path in rivals.items() if key != name})
+
+
+def _write(home: Path, rivals: dict[str, str]) -> None:
+    """Write the list; models inside the workspace are named from there, so that they move with it."""
+    inside = {name for name, model in rivals.items() if Path(model).is_relative_to(home)}
+    named = {name: str(Path(path).relative_to(home)) if name in inside else path for name, path in rivals.items()}
+    commit.write_json(home / FILE, {"format": _FORMAT, "rivals": named})

@@ -1,0 +1,1 @@
+"""Latents: encoding, files, and the exchange with other trainers."""

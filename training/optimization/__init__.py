@@ -1,0 +1,1 @@
+"""Gradients, optimizer and averaged weights, on one rank or many."""

@@ -1,0 +1,1 @@
+"""What a sample's prompt says: draws, spelling, tokens, statistics."""

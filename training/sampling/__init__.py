@@ -1,0 +1,1 @@
+"""Drawing sample images: prompts as people write them, samplers, guidance."""

@@ -1,0 +1,1 @@
+"""Which candidates a source holds, and what the files beside them say."""
