@@ -25,7 +25,7 @@ import polars as pl
 from training import commit
 from training.buckets import bucket_assignments
 from training.buckets.geometry import Size
-from training.config.workspace import BucketConfig
+from training.buckets.plans import BucketConfig
 from training.latents import codec as latent_codec
 from training.latents.files import BucketWriter, Codec, LatentFile, from_bfloat16, to_bfloat16
 from training.latents.source import LatentSource

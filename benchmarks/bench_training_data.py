@@ -119,9 +119,9 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
 
     The naive way gets its strings by large blocks, which is the cheapest way to make them; then for counts.
     """
+    from training.models.tokens import tokenize
     from training.prompts.maker import PromptMaker
     from training.prompts.samples import Samples
-    from training.prompts.tokens import tokenize
 
     maker = PromptMaker(Samples(path, [0]), vocabulary(names), recipe(), 0, pair)
     chunks = maker.count_chunks(np.arange(NUM_PROMPTS), 0)

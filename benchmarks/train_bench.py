@@ -21,11 +21,11 @@ from training.loop.conditioning import make_time_ids, predict, trained_parameter
 from training.loop.loss import mse_per_sample, prediction_target, timestep_weights
 from training.loop.prefetch import Prefetch, Sender
 from training.models.compute import Graphs, apply_compute
+from training.models.tokens import CHUNK_LENGTH
 from training.models.unet import named_modules
 from training.optimization.offload import Offload
 from training.optimization.optim import make_optimizer, optimizer_state
 from training.optimization.precision import Arithmetic
-from training.prompts.tokens import CHUNK_LENGTH
 from training.seeds import Purpose
 
 PREFETCH_THREAD = "batches"

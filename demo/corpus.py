@@ -9,8 +9,7 @@ from PIL import Image
 from demo.drawing import draw
 from demo.scenes import Scene, sample_scene
 from training.buckets.geometry import Box, Placement, Size
-from training.buckets.plans import plan
-from training.config.workspace import BucketConfig
+from training.buckets.plans import BucketConfig, plan
 from training.seeds import Purpose, generator
 
 SEED = 20261120

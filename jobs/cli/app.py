@@ -375,7 +375,7 @@ def buckets(
     """Print the sizes of a bucket plan, height before width."""
     from training import toml
     from training.buckets import plans
-    from training.config.workspace import BucketConfig
+    from training.buckets.plans import BucketConfig
 
     config = toml.build(BucketConfig, toml.override({"plan": plan}, set_ or []))
     if plans.follows_picture(config):

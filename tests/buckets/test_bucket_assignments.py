@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from training.buckets import bucket_assignments, crops, plans
 from training.buckets.geometry import Size
-from training.buckets.plans import plan
-from training.config.workspace import BucketConfig, UpCropConfig
+from training.buckets.plans import BucketConfig, UpCropConfig, plan
 from training.tables.schemas import TABLES, Reason, rejections
 
 

@@ -8,8 +8,7 @@ from PIL import Image
 
 from training.buckets import crops
 from training.buckets.geometry import Box, Placement, Size
-from training.buckets.plans import plan
-from training.config.workspace import BucketConfig
+from training.buckets.plans import BucketConfig, plan
 from training.errors import DataError
 from training.images import saliency
 

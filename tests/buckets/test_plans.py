@@ -4,8 +4,7 @@ import pytest
 
 from training import toml
 from training.buckets.geometry import Size
-from training.buckets.plans import plan
-from training.config.workspace import BucketConfig
+from training.buckets.plans import BucketConfig, plan
 from training.errors import ConfigError
 
 # Images per bucket of bigASP's page, width x height.

@@ -8,10 +8,9 @@ import tomlkit
 from resources.workspace.setup import TINY
 from training import toml
 from training.config import recipes
-from training.config.evaluation import EvaluationConfig
+from training.config.evaluation import PROMPT_GROUPS, EvaluationConfig
 from training.config.workspace import WorkspaceConfig
 from training.errors import ConfigError
-from training.evaluation.prompt_groups import NAMES
 
 
 def build(**verdicts):
@@ -50,7 +49,7 @@ def test_a_plain_workspace_is_evaluated_on_its_own_prompts_and_on_every_shipped_
     text = recipes.plain_workspace_toml([str(tmp_path)], tiny=None)
     config = toml.build(WorkspaceConfig, tomlkit.parse(text).unwrap())
     prompts = config.prompt_sets[config.evaluation.prompt_set]
-    assert (prompts.held_out, set(prompts.groups)) == (256, set(NAMES))
+    assert (prompts.held_out, set(prompts.groups)) == (256, set(PROMPT_GROUPS))
 
 
 def test_new_workspaces_sample_in_bf16_unless_their_models_are_tiny(tmp_path):

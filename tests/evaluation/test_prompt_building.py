@@ -15,7 +15,7 @@ from resources.graph import Scope, Stage
 from resources.workspace.store import Made, Store
 from training.buckets.geometry import Size
 from training.config import recipes
-from training.config.evaluation import HeldOutPromptsConfig, PromptSetConfig
+from training.config.evaluation import PROMPT_GROUPS, HeldOutPromptsConfig, PromptSetConfig
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
 from training.errors import ConfigError, EvaluationError
@@ -229,7 +229,7 @@ def test_a_recipes_prompts_reach_the_workspace_that_it_begins(tmp_path):
     assert recipes.held_out_prompts(PromptConfig()) == HeldOutPromptsConfig()
 
 
-@pytest.mark.parametrize("group", prompt_groups.NAMES)
+@pytest.mark.parametrize("group", PROMPT_GROUPS)
 def test_a_group_is_large_enough_for_a_verdict_and_names_nothing_twice(group):
     frame = prompt_building.from_groups([group], SIZES, ["kayak", "beehive_oven"])
     assert frame.height == prompt_groups.SIZE >= 30

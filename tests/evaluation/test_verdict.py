@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from training.config.evaluation import SamplingConfig
+from training.config.evaluation import PROMPT_GROUPS, SamplingConfig
 from training.errors import EvaluationError, FailedPicturesError
 from training.evaluation import verdict
-from training.evaluation.prompt_groups import NAMES, SIZE, group_prompts
+from training.evaluation.prompt_groups import SIZE, group_prompts
 from training.evaluation.verdict import PairedTest, Protocol, Scores
 from training.tables.schemas import TABLES
 
@@ -267,7 +267,7 @@ def with_shipped(side, groups, value):
     return dataclasses.replace(side, metrics=pl.concat([side.metrics, shipped]))
 
 
-@given(st.integers(1, 80), st.sets(st.sampled_from(NAMES), max_size=3), st.integers(0, 9))
+@given(st.integers(1, 80), st.sets(st.sampled_from(PROMPT_GROUPS), max_size=3), st.integers(0, 9))
 def test_shipped_groups_are_judged_each_for_itself_and_leave_the_verdict_over_all_prompts_alone(count, groups, seed):
     rng = np.random.default_rng(seed)
     sides = [scores(name, values, values) for name, values in zip("ab", drawn(rng, count, 0.1), strict=True)]

@@ -140,7 +140,7 @@ def test_an_optimizer_that_cannot_be_had_is_told(workspace, monkeypatch):
         return installed
 
     eight_bit = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name="adamw_8bit"))
-    monkeypatch.setattr("training.loop.requirements.metadata.version", version)
+    monkeypatch.setattr("training.optimization.installed.metadata.version", version)
     installed = None
     with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
         estimates.dry_run(workspace, "new", eight_bit, HARDWARE)

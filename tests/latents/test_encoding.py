@@ -10,7 +10,8 @@ from PIL import Image
 from training import commit, toml
 from training.buckets import crops
 from training.buckets.geometry import Box, Placement, Size
-from training.config.workspace import BucketConfig, DecodeConfig, EncodingConfig
+from training.buckets.plans import BucketConfig
+from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DataError, ModelError
 from training.images import figures
 from training.latents.encoding import EncodeJob, Picture, encode_shard, placement_of, same_policy

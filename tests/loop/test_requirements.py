@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from training.config.run import LossConfig
 from training.errors import ModelError, TrainingError
-from training.loop.requirements import check_last_step
+from training.models.noise_schedules import check_last_step
 
 PLAIN = LossConfig(weighting="plain")
 

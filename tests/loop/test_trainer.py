@@ -17,6 +17,7 @@ from training.models.unet import load_pipeline_parts
 from training.optimization.ranks import Ranks
 from training.runs import run_folder
 from training.runs.event_log import read_events
+from training.runs.resumable import find_resumable
 
 MEASURED = ("images_per_s", "data_wait", "eta_s", "memory_bytes")
 
@@ -179,7 +180,7 @@ def test_what_is_whole_is_not_written_over(make_run, train):
     path.write_text(json.dumps(ready))
     assert train(run) == "finished"
     path.write_text(text[:-9])
-    assert checkpoint.find_resumable(run.folder)[0] is None
+    assert find_resumable(run.folder)[0] is None
 
     path.write_text(text)
     moved = (folder / run_folder.STATE).rename(run.folder / "moved")

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 
 from training.errors import ModelError
 from training.models.text_encoders import encode_sd1, encode_sdxl, ids_tensor, load_tokenizer
-from training.prompts.tokens import tokenize
+from training.models.tokens import tokenize
 
 PROMPTS = ["", "red cat", "a dog, watermark, score_9"]
 

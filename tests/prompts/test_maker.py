@@ -16,10 +16,10 @@ from training import commit
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
 from training.errors import DataError, PipelineError
+from training.models.tokens import CHUNK_TOKENS, tokenize
 from training.prompts import chunk_counts
 from training.prompts.maker import PromptMaker
 from training.prompts.samples import Samples
-from training.prompts.tokens import CHUNK_TOKENS, tokenize
 
 NAMES = [f"long_hair_{number}" for number in range(60)]
 

@@ -10,21 +10,12 @@ from prompt_table import table
 
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
+from training.models.tokens import CHUNK_LENGTH, CHUNK_TOKENS, chunk_spans, encode, tokenize, tokenize_sections
 from training.prompts import tokens as tokens_module
 from training.prompts.ragged import Ragged, offsets
 from training.prompts.samples import Samples
 from training.prompts.tag_names import COMMA, NUM_FORMS, SPACES, Names, opens_word
-from training.prompts.tokens import (
-    CHUNK_LENGTH,
-    CHUNK_TOKENS,
-    TokenCache,
-    chunk_spans,
-    encode,
-    fill_chunks,
-    fit,
-    tokenize,
-    tokenize_sections,
-)
+from training.prompts.tokens import TokenCache, fill_chunks, fit
 
 
 class Words:

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config.run import CheckpointConfig
-from training.loop.checkpoint import find_resumable
 from training.runs import retention, run_folder
+from training.runs.resumable import find_resumable
 from training.runs.retention import apply_retention, weights_to_keep
 from training.runs.run_folder import Ready
 

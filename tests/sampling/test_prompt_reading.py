@@ -16,11 +16,11 @@ from resources.workspace.setup import RECIPES
 from resources.workspace.store import Made, Store
 from training import toml
 from training.config import recipes
-from training.config.evaluation import SamplingConfig, SecondPassConfig
+from training.config.evaluation import PROMPT_GROUPS, SamplingConfig, SecondPassConfig
 from training.config.workspace import WorkspaceConfig
 from training.errors import EvaluationError
 from training.evaluation import remote_sampling
-from training.evaluation.prompt_groups import NAMES, group_prompts, negative_prompt
+from training.evaluation.prompt_groups import group_prompts, negative_prompt
 from training.evaluation.prompt_sets import read_prompts
 from training.sampling.prompt_reading import counted_calls, is_plain, read, read_set, remarks
 from training.tables.schemas import TABLES
@@ -157,7 +157,7 @@ def test_a_set_names_the_prompt_and_tells_of_each_text_once():
 
 def test_what_is_shipped_is_strict():
     strict = SamplingConfig(prompt_syntax="strict")
-    for name in NAMES:
+    for name in PROMPT_GROUPS:
         for _, text in group_prompts(name, ()):
             assert is_plain(text)
     for name in ("basic", "drawn", "realistic", "non_adult", "letter_box"):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_sampling import encoder_of, latents_of, prompt_frame
 
 from training.errors import EvaluationError
+from training.models.tokens import tokenize, tokenize_sections
 from training.models.unet import load_pipeline_parts
-from training.prompts.tokens import tokenize, tokenize_sections
 from training.sampling.prompt_weights import apply_weights, read_text, token_weights, unread_marks
 
 

@@ -8,8 +8,7 @@ import polars as pl
 
 from training import seeds
 from training.buckets.geometry import Size
-from training.buckets.plans import follows_picture, plan
-from training.config.workspace import BucketConfig, UpCropConfig
+from training.buckets.plans import BucketConfig, UpCropConfig, follows_picture, plan
 from training.tables.schemas import TABLES, Reason
 
 _TIE = 1e-12

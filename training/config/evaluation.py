@@ -5,7 +5,6 @@ from pathlib import PurePath
 from typing import Literal
 
 from training.errors import ConfigError
-from training.evaluation import prompt_groups
 from training.names import check_fractions, check_positive
 
 Sampler = Literal["dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler", "euler_a", "ddim"]
@@ -17,6 +16,11 @@ PromptEnds = Literal["a1111", "exact"]
 Enlarge = Literal["latent", "latent_bicubic", "pixels"]
 SamplingPrecision = Literal["fp32", "tf32", "bf16"]
 ScorerName = Literal["pickscore", "hps_v2", "image_reward"]
+
+PROMPT_GROUPS = (
+    "hands", "heads", "sides", "pose", "two_colours", "writing", "general", "unknown_words",
+)  # fmt: skip
+"""Shipped groups of prompts, written in `training/evaluation/prompt_groups.py`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,11 +228,9 @@ class PromptSetConfig:
             raise ConfigError(f"prompt_sets.*.held_out={self.held_out} must be >= 0")
         if not self.held_out and self.prompts != HeldOutPromptsConfig():
             raise ConfigError("prompt_sets.*.prompts says how held-out images become prompts, but held_out=0")
-        unknown = [name for name in self.groups if name not in prompt_groups.NAMES]
+        unknown = [name for name in self.groups if name not in PROMPT_GROUPS]
         if unknown:
-            raise ConfigError(
-                f"prompt_sets.*.groups: {unknown} are unknown; there are {', '.join(prompt_groups.NAMES)}"
-            )
+            raise ConfigError(f"prompt_sets.*.groups: {unknown} are unknown; there are {', '.join(PROMPT_GROUPS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

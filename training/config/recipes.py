@@ -10,11 +10,10 @@ import tomlkit
 
 from training import toml
 from training.config import older_runs
-from training.config.evaluation import HeldOutPromptsConfig
+from training.config.evaluation import PROMPT_GROUPS, HeldOutPromptsConfig
 from training.config.run import PromptConfig, RunConfig
 from training.config.workspace import WorkspaceConfig
 from training.errors import ConfigError
-from training.evaluation.prompt_groups import NAMES
 
 
 def recipe_path(folder: Path, name: str) -> Path:
@@ -87,7 +86,7 @@ def plain_workspace_toml(sources: list[str], *, tiny: Path | None, home: Path | 
     document["sources"] = _source_tables(sources, home)
     document["encodings"] = {"sdxl": {"buckets": {"plan": "bigasp_v1"}}}
     document["prompt_sets"] = {
-        "standard": {"held_out": 256, "groups": list(NAMES)},
+        "standard": {"held_out": 256, "groups": list(PROMPT_GROUPS)},
         "smoke": {"held_out": 30},
     }
     document["evaluation"] = {"sampling": {"precision": "bf16"}}

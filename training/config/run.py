@@ -8,6 +8,8 @@ from training.names import check_fractions, check_name, check_positive
 
 RULES_VERSION = 3
 """Raised when a rule that no option names changes what a run learns; a run that was begun keeps its own."""
+EIGHT_BIT = ("adamw_8bit", "lion_8bit")
+"""Optimizers that bitsandbytes has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,3 +372,18 @@ class RunConfig:
 
 FREE_KEYS = ("validation.", "checkpoints.", "compute.", "num_processes", "latents_url")
 """Keys of a run that may change when it is resumed: intervals, retention, layout, ranks, and where latents are read."""
+
+
+def shares_optimizer(config: RunConfig, num_ranks: int) -> bool:
+    """Whether a run of so many ranks shares its optimizer's state.
+
+    Raises:
+        ConfigError: it would, and the optimizer needs all parameters at once.
+    """
+    active = config.compute.shard_optimizer and num_ranks > 1
+    if active and config.optimizer.name == "prodigy":
+        raise ConfigError(
+            "compute.shard_optimizer=true: prodigy estimates one rate from all parameters, so no rank can hold a "
+            "part of them; take another optimizer or false"
+        )
+    return active

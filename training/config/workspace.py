@@ -4,9 +4,9 @@ A recipe's `[workspace]` half becomes `WorkspaceConfig`; its `[run]` half is in 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from training.buckets.plans import OPTIONS, VAE_FACTOR, plan
+from training.buckets.plans import BucketConfig, UpCropConfig
 from training.config.evaluation import EvaluationConfig, PromptSetConfig
 from training.errors import ConfigError
 from training.names import check_fractions, check_name, check_positive
@@ -202,94 +202,6 @@ class SelectionConfig:
         check_positive("selection", max_aspect=self.max_aspect, num_validation=self.num_validation)
         if not 0 <= self.min_score <= 9:
             raise ConfigError(f"selection.min_score={self.min_score} must lie between 0 and 9")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BucketConfig:
-    """The training resolutions of an encoding. Sizes are height before width, pixels."""
-
-    plan: str = "bigasp_v1"
-    """Name of a bucket plan; `foundry buckets PLAN` prints it."""
-    scale: int = 1
-    """Every side of the plan is divided by this: 8 for the demo's tiny models."""
-    allow_upscale: bool = False
-    """Enlarge pictures that are smaller than every bucket, instead of rejecting them."""
-    area: int | None = None
-    """kohya: largest area, pixels; 1,048,576 unless given."""
-    min_side: int | None = None
-    """kohya: shortest side; 256."""
-    max_side: int | None = None
-    """kohya: longest side; 4096."""
-    step: int | None = None
-    """kohya: what sides are multiples of; 64."""
-    no_upscale: bool | None = None
-    """kohya: each picture keeps its own size, cut to multiples of `step`, and only one beyond the area shrinks."""
-    base_res: tuple[int, int] | None = None
-    """arb: the square that joins the list; 768, 768."""
-    max_size: tuple[int, int] | None = None
-    """arb: no size has more pixels than this; 768, 1152."""
-    divisible: int | None = None
-    """arb: what sides grow by; 64."""
-    max_ar_error: float | None = None
-    """arb: largest difference of width / height between a picture and its bucket; 4."""
-    min_dim: int | None = None
-    """arb: shortest side; 512."""
-    dim_limit: int | None = None
-    """arb: longest side; 1792."""
-    sizes: tuple[tuple[int, int], ...] | None = None
-    """custom: the list."""
-
-    def __post_init__(self) -> None:
-        if self.plan not in OPTIONS:
-            raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(OPTIONS)}")
-        check_positive("encodings.*.buckets", scale=self.scale)
-        for option in (name for names in OPTIONS.values() for name in names):
-            value = getattr(self, option)
-            if value is None:
-                continue
-            if option not in OPTIONS[self.plan]:
-                own = ", ".join(OPTIONS[self.plan]) or "none"
-                raise ConfigError(f"encodings.*.buckets.{option}={value} is no option of plan {self.plan!r} ({own})")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                check_positive("encodings.*.buckets", **{option: value})
-        if self.plan == "custom" and not self.sizes:
-            raise ConfigError("encodings.*.buckets.sizes must list [height, width] pairs for plan 'custom'")
-        if self.no_upscale and self.allow_upscale:
-            raise ConfigError("encodings.*.buckets: no_upscale=true and allow_upscale=true exclude each other")
-        if self.no_upscale and self.value("step") % (self.scale * VAE_FACTOR):
-            raise ConfigError(
-                f"encodings.*.buckets.step={self.value('step')} must be a multiple of {VAE_FACTOR} px after division "
-                f"by scale={self.scale}"
-            )
-        plan(self)
-
-    def value(self, option: str) -> Any:
-        """An option, or its default where it is not given."""
-        given = getattr(self, option)
-        return _BUCKET_DEFAULTS[option] if given is None else given
-
-
-_BUCKET_DEFAULTS: dict[str, Any] = {
-    "area": 1024 * 1024, "min_side": 256, "max_side": 4096, "step": 64, "no_upscale": False,
-    "base_res": (768, 768), "max_size": (768, 1152), "divisible": 64, "max_ar_error": 4.0, "min_dim": 512,
-    "dim_limit": 1792,
-}  # fmt: skip
-"""Kohaku XL Delta's settings of kohya's plan, and BPModel's of arb at 768."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpCropConfig:
-    """Pictures that are padded to their bucket instead of cropped, so that nothing of them is lost."""
-
-    share: float = 0.0
-    """Share of the eligible pictures that are padded, chosen by image_id; the others are cropped as ever."""
-    min_cut: float = 0.05
-    """Eligible are pictures of whose area the crop would cut at least this share,"""
-    except_tags: tuple[str, ...] = ("drawing", "illustration", "lineart", "sketch", "comic", "anime", "monochrome")
-    """and which have none of these tags: padding thins the lines of drawn pictures."""
-
-    def __post_init__(self) -> None:
-        check_fractions("encodings.*.up_crop", share=self.share, min_cut=self.min_cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

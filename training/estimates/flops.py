@@ -20,7 +20,7 @@ from training.errors import ModelError
 from training.estimates import gpus
 from training.estimates.unet_layers import Layer, unet_layers
 from training.models.base_model import config_folder, read_json
-from training.prompts.tokens import CHUNK_LENGTH
+from training.models.tokens import CHUNK_LENGTH
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from training.config.run import RunConfig
+from training.config.run import RunConfig, shares_optimizer
 from training.estimates.memory import MemoryEstimate
-from training.loop.requirements import shares_optimizer
 
 NETWORKS = (10, 100, 400)
 """Gbit/s that a rank sends and receives at."""

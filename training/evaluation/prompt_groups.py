@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import polars as pl
 
+from training.config.evaluation import PROMPT_GROUPS
 from training.errors import EvaluationError
 
 SIZE = 32
@@ -83,8 +84,7 @@ GROUPS: Mapping[str, Callable[[], list[str]]] = {
 """Group to its prompts. `general` is far from most data sets and shows how far the model has drifted."""
 UNKNOWN_WORDS = "unknown_words"
 """Group of words that the data set has no tag for: bigASP's page warns that they degrade it."""
-NAMES = (*GROUPS, UNKNOWN_WORDS)
-_SHIPPED_ID = rf"^(?:{'|'.join(NAMES)})-[0-9a-f]{{12}}$"
+_SHIPPED_ID = rf"^(?:{'|'.join(PROMPT_GROUPS)})-[0-9a-f]{{12}}$"
 """Ids that `group_prompts` gives; a file may have groups of the same names."""
 
 NEGATIVES: Mapping[str, str] = {
@@ -106,7 +106,7 @@ def group_prompts(group: str, known_words: Collection[str] = ()) -> list[tuple[s
     """The prompts of a group as `(prompt_id, text)`; an id follows from group and text alone.
 
     Args:
-        group: One of `NAMES`.
+        group: One of `PROMPT_GROUPS`.
         known_words: Tags and aliases of the data set, in any spelling; `unknown_words` leaves them out.
 
     Raises:

@@ -29,6 +29,7 @@ from training.optimization.optim import optimizer_state, restore_optimizer
 from training.optimization.precision import Arithmetic
 from training.optimization.sharding import Sharding
 from training.runs import run_folder
+from training.runs.resumable import check_version
 from training.runs.retention import apply_retention
 from training.runs.run_folder import STATE, Ready, RunInputs
 
@@ -236,56 +237,8 @@ def record_validation(folder: Path, clock: Clock) -> Ready:
     return ready
 
 
-def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, state included, by the digests of all its files.
-
-    Returns:
-        Its folder, or None to begin from the base model; and a line for each newer one that is torn.
-
-    Raises:
-        TrainingError: a newer one is whole, but another version wrote it or its state was freed: to go on from an
-            older one would write over it.
-    """
-    torn = []
-    for path in reversed(run_folder.checkpoint_folders(folder)):
-        _check_version(path)
-        try:
-            run_folder.check_checkpoint(path)
-        except DamageError as error:
-            torn.append(f"ignored an incomplete checkpoint: {error}")
-            continue
-        if not (path / STATE).exists():
-            raise TrainingError(
-                f"{path} is the newest whole checkpoint, but has no {STATE}/ to resume from: move it elsewhere to go "
-                f'on from before it, or begin another run with [models] base = "{path}" in foundry.toml'
-            )
-        return path, torn
-    return None, torn
-
-
-def _check_version(path: Path) -> None:
-    """Refuse a checkpoint whose READY.json is whole, but not of this version; a torn one is left to others.
-
-    Raises:
-        TrainingError: names its format and keys.
-    """
-    file, fields = path / run_folder.READY, dataclasses.fields(Ready)
-    names = {field.name for field in fields}
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    try:
-        values = json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return
-    if isinstance(values, dict) and (values.get("format") != run_folder.FORMAT or not needed <= set(values) <= names):
-        raise TrainingError(
-            f"{file} was written by another version of this code: format {values.get('format')!r} with keys "
-            f"{sorted(values)}, this one reads format {run_folder.FORMAT} with {sorted(names)}; go on with the version "
-            f"that wrote it, or move {path} elsewhere"
-        )
-
-
 def _is_whole(path: Path) -> bool:
-    _check_version(path)
+    check_version(path)
     try:
         run_folder.check_checkpoint(path)
     except DamageError:

@@ -6,7 +6,7 @@ import torch
 
 from training.config.run import RULES_VERSION, LossConfig
 from training.errors import TrainingError
-from training.loop.requirements import NO_WEIGHT
+from training.models.noise_schedules import NO_WEIGHT
 
 PredictionType = Literal["epsilon", "v_prediction"]
 

@@ -10,7 +10,7 @@ import torch
 
 from training import seeds
 from training.errors import TrainingError
-from training.loop.requirements import NOTHING_TO_PREDICT
+from training.models.noise_schedules import NOTHING_TO_PREDICT
 from training.seeds import Purpose
 
 

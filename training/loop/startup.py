@@ -31,6 +31,7 @@ from training.optimization.precision import Arithmetic
 from training.optimization.ranks import Ranks
 from training.optimization.sharding import Sharding
 from training.runs import run_folder
+from training.runs.resumable import find_resumable
 from training.runs.run_folder import READY, RunInputs, checked_training_set
 from training.runs.training_set import require_whole
 
@@ -67,7 +68,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         DamageError: the training set's file is gone or changed.
         DataError: nothing to train on, or images of the set were forgotten.
     """
-    resumed, torn = ranks.from_first(lambda: checkpoint.find_resumable(folder))
+    resumed, torn = ranks.from_first(lambda: find_resumable(folder))
     _check_shared(folder, config, resumed, ranks)
     ready = None if resumed is None else run_folder.read_ready(resumed)
     by_default = config.compute.compile == "auto"

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.errors import ModelError
-from training.prompts.tokens import TokenizedPrompt
+from training.models.tokens import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.errors import ModelError
-from training.loop.requirements import change_schedule
 from training.models import base_model, single_file, weights
+from training.models.noise_schedules import change_schedule
 from training.models.text_encoders import load_tokenizer
-from training.prompts.tokens import CHUNK_LENGTH
+from training.models.tokens import CHUNK_LENGTH
 
 Family = Literal["sdxl", "sd1"]
 

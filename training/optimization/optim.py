@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from training.config.run import GROUP_NUMBERS, OptimizerConfig
+from training.config.run import EIGHT_BIT, GROUP_NUMBERS, OptimizerConfig
 from training.errors import ConfigError, TrainingError
-from training.loop.requirements import EIGHT_BIT, check_installed
+from training.optimization.installed import check_installed
 
 UNET, TEXT_ENCODERS = "unet", "text_encoders"
 # What steps change in a group itself: a counter, and Prodigy's estimate of its rate.

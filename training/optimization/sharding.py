@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from training.config.run import RunConfig
-from training.loop.requirements import shares_optimizer
+from training.config.run import RunConfig, shares_optimizer
 from training.optimization.offload import Offload
 from training.optimization.ranks import Ranks
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
+from training.models.tokens import CHUNK_TOKENS, Tokenizer
 from training.prompts.chosen_tags import MAX_PROMPTS
 from training.prompts.draws import draw_only_chunks
 from training.prompts.ragged import Ragged, offsets, spans, sums
 from training.prompts.samples import Samples
 from training.prompts.tag_names import Names
-from training.prompts.tokens import CHUNK_TOKENS, TokenCache, Tokenizer, fill_chunks, fit
+from training.prompts.tokens import TokenCache, fill_chunks, fit
 from training.prompts.writing import Block, Prompt, make_block
 from training.seeds import Purpose, Stream
 

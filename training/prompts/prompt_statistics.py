@@ -9,8 +9,8 @@ import polars as pl
 
 from training.config.run import PromptConfig
 from training.errors import DataError
+from training.models.tokens import CHUNK_TOKENS
 from training.prompts.maker import MadePrompt
-from training.prompts.tokens import CHUNK_TOKENS
 from training.tables.schemas import TABLES
 
 _MANY_TRUNCATED = 0.01

@@ -18,15 +18,14 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from training import commit
-from training.config.run import RunConfig
+from training.config.run import EIGHT_BIT, RunConfig
 from training.errors import ConfigError, DamageError, DataError
 from training.latents.files import Generation, read_generation
 from training.latents.source import LatentSource
-from training.loop.checkpoint import find_resumable
-from training.loop.requirements import EIGHT_BIT
 from training.models.base_model import config_folder
 from training.progress import track
 from training.runs import run_folder
+from training.runs.resumable import find_resumable
 from training.runs.run_folder import RunInputs, checked_training_set
 from training.runs.training_set import shards_of
 

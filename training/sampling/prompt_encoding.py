@@ -12,8 +12,8 @@ import torch
 from training.config.evaluation import PromptEnds, SamplingConfig
 from training.errors import EvaluationError
 from training.models.text_encoders import TextConditioning, encode_sd1, encode_sdxl, ids_tensor
+from training.models.tokens import Tokenizer, tokenize_sections
 from training.models.unet import PipelineParts
-from training.prompts.tokens import Tokenizer, tokenize_sections
 from training.sampling.prompt_reading import Readings, read_set
 from training.sampling.prompt_schedules import Schedule, text_at
 from training.sampling.prompt_weights import apply_weights, token_weights

@@ -15,7 +15,7 @@ import numpy as np
 
 from training.config.evaluation import PromptWeights
 from training.errors import EvaluationError
-from training.prompts.tokens import CHUNK_LENGTH, chunk_spans
+from training.models.tokens import CHUNK_LENGTH, chunk_spans
 
 if TYPE_CHECKING:
     import torch

@@ -21,9 +21,9 @@ from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
 from training.loop.conditioning import make_time_ids
 from training.models.lora import add_loras
+from training.models.tokens import CHUNK_TOKENS, MAX_CHUNKS
 from training.models.unet import PipelineParts, load_pipeline_parts
 from training.models.vae import Vae, arithmetic, scale_of
-from training.prompts.tokens import CHUNK_TOKENS, MAX_CHUNKS
 from training.sampling.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.sampling.image_prompts import own_file_stem
 from training.sampling.png_parameters import lora_hash, parameters, write_png
