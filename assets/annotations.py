@@ -1,4 +1,5 @@
-"""Annotators: one decode per picture feeds embeddings, tags and watermark boxes; captions come from sidecars."""
+"""Annotators: one decode per picture feeds embeddings, tags and watermark boxes; captions come from
+sidecars."""
 
 import time
 from collections.abc import Iterator
@@ -73,7 +74,9 @@ def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
     can_subset=True,
     backfill_policy=dg.BackfillPolicy.single_run(),
 )
-def annotations(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Iterator[dg.MaterializeResult]:
+def annotations(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> Iterator[dg.MaterializeResult]:
     """Decode each picture once and show it to every annotator whose rows are stale."""
     wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
     digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
@@ -93,11 +96,14 @@ def annotations(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
 def _bring_up_to_date(
     context: dg.AssetExecutionContext, store: Store, wanted: list[Stage], key: str
 ) -> list[tuple[Stage, Manifest]]:
-    """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its pictures."""
+    """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its
+    pictures."""
     with store.writing("annotations", key):
         bases = {stage.name: store.basis(stage, key) for stage in wanted}
         if None in bases.values():
-            raise DataError(f"annotations {key}: raw_images {key} is not committed yet; run that first")
+            raise DataError(
+                f"annotations {key}: raw_images {key} is not committed yet; run that first"
+            )
         stale = [stage for stage in wanted if not store.is_current(stage, key)]
         for stage in stale:
             store.begin(stage, key, bases[stage.name] or {})
@@ -110,16 +116,25 @@ def _bring_up_to_date(
         for stage in stale:
             basis = bases[stage.name]
             assert basis is not None
-            manifest = store.commit(stage, key, made[stage.name], basis, seconds=time.monotonic() - started)
-            context.log.info(f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}")
+            manifest = store.commit(
+                stage, key, made[stage.name], basis, seconds=time.monotonic() - started
+            )
+            context.log.info(
+                f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}"
+            )
         store.clear_partial("annotations", key)
         found = [(stage, store.manifest(stage.name, stage.part(key))) for stage in wanted]
         return [(stage, manifest) for stage, manifest in found if manifest is not None]
 
 
 def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
-    """Run the networks of `stages` over a shard, batch by batch; finished batches survive a kill."""
-    pictures = store.read_slice(EMBEDDINGS, "raw_images", key).unique("image_id", keep="first").sort("image_id")
+    """Run the networks of `stages` over a shard, batch by batch; finished batches survive a
+    kill."""
+    pictures = (
+        store.read_slice(EMBEDDINGS, "raw_images", key)
+        .unique("image_id", keep="first")
+        .sort("image_id")
+    )
     config = store.config
     models = {stage.model: store.model_path(stage.model) for stage in stages}
     known = {stage.name: kept_rows.known(store, stage, key) for stage in stages}
@@ -128,7 +143,9 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     work = [(row["image_id"], image_path(store, row)) for row in fresh.iter_rows(named=True)]
     size = config.annotate.batch_size
     batches = [work[start : start + size] for start in range(0, len(work), size)]
-    identity = json_digest([[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()])
+    identity = json_digest(
+        [[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()]
+    )
     worker = partial(Annotator, models, config.annotate, config.decode)
     with devices.hold("annotate", config.devices, store.home) as device:
         run = partial(engine.run, worker, (), devices=[device])
@@ -137,18 +154,30 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     rejected = rejections("annotations", failures(rows))
     good = rows.filter(pl.col("failure").is_null())
     for stage in stages:
-        kept_rows.keep(store, stage, key, known[stage.name].join(pictures, on="image_id", how="anti"))
+        kept_rows.keep(
+            store, stage, key, known[stage.name].join(pictures, on="image_id", how="anti")
+        )
     present = pictures.filter(pl.col("image_id").is_in(list(done_before))).select("image_id")
     return {
         stage.name: _made(
-            store, stage, good, known[stage.name].join(present, on="image_id", how="semi"), rejected, pictures
+            store,
+            stage,
+            good,
+            known[stage.name].join(present, on="image_id", how="semi"),
+            rejected,
+            pictures,
         )
         for stage in stages
     }
 
 
 def _made(
-    store: Store, stage: Stage, rows: pl.DataFrame, known: pl.DataFrame, rejected: pl.DataFrame, pictures: pl.DataFrame
+    store: Store,
+    stage: Stage,
+    rows: pl.DataFrame,
+    known: pl.DataFrame,
+    rejected: pl.DataFrame,
+    pictures: pl.DataFrame,
 ) -> Made:
     filled = _FILLED[stage.name]
     new = rows.select("image_id", pl.lit(stage.model).alias("model"), *filled)
@@ -159,22 +188,39 @@ def _made(
     )  # fmt: skip
 
 
-def _report(store: Store, stage: Stage, frame: pl.DataFrame, pictures: pl.DataFrame) -> dict[str, object]:
+def _report(
+    store: Store, stage: Stage, frame: pl.DataFrame, pictures: pl.DataFrame
+) -> dict[str, object]:
     """What each table shows of a shard."""
     if frame.is_empty():
         return {}
     if stage is TAGS:
-        names = frame["tags"].explode().drop_nulls().struct.unnest().filter(pl.col("probability") >= 0.4)["name"]
+        names = (
+            frame["tags"]
+            .explode()
+            .drop_nulls()
+            .struct.unnest()
+            .filter(pl.col("probability") >= 0.4)["name"]
+        )
         top = names.value_counts(sort=True, name="n").head(15)
-        return {"tables": {"tags at 0.4": [{"tag": tag, "images": count} for tag, count in top.iter_rows()]}}
+        return {
+            "tables": {
+                "tags at 0.4": [{"tag": tag, "images": count} for tag, count in top.iter_rows()]
+            }
+        }
     if stage is WATERMARKS:
-        sure = frame.filter(pl.col("boxes").list.eval(pl.element().struct.field("confidence") >= 0.3).list.any())
+        sure = frame.filter(
+            pl.col("boxes").list.eval(pl.element().struct.field("confidence") >= 0.3).list.any()
+        )
         examples = sure.head(12).join(pictures, on="image_id", how="left")
         shown_pictures = {"watermarked": thumbnails(store, examples)} if examples.height else {}
         return {"numbers": {"with a box at 0.3": sure.height}, "pictures": shown_pictures}
     norms = frame["vector"].list.eval(pl.element() ** 2).list.sum().sqrt().to_list()
     return {
-        "numbers": {"dimensions": len(frame["vector"][0]), "projected dimensions": len(frame["projection"][0])},
+        "numbers": {
+            "dimensions": len(frame["vector"][0]),
+            "projected dimensions": len(frame["projection"][0]),
+        },
         "pictures": {"norm of the vectors": figures.histogram(norms)},
     }
 

@@ -14,7 +14,9 @@ STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
 
 
 @dg.asset(partitions_def=models, **describe(STAGE, "train", "huggingface"))
-def base_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def base_model(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """The model folder that runs start from: family, size, digest, and its name as a checkpoint."""
 
     def make(key: str) -> Made:
@@ -26,8 +28,14 @@ def base_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
             "parents": [],
             **inspect(store.model_path(key)),
         }
-        numbers = {"parameters (millions)": round(row["num_parameters"] / 1e6, 2), "family": row["family"]}
-        return Made(frame=pl.DataFrame([row], schema=TABLES["base_model"].schema), report={"numbers": numbers})
+        numbers = {
+            "parameters (millions)": round(row["num_parameters"] / 1e6, 2),
+            "family": row["family"],
+        }
+        return Made(
+            frame=pl.DataFrame([row], schema=TABLES["base_model"].schema),
+            report={"numbers": numbers},
+        )
 
     result = materialize(context, store, STAGE, make)
     mirror(context.instance, store)

@@ -32,7 +32,9 @@ STAGE = Stage(
 
 
 @dg.asset(partitions_def=encodings, **describe(STAGE, "encode", "polars", deps=["selected_images"]))
-def bucket_assignments(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def bucket_assignments(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per kept image: its bucket, resized size, and crop slack or padding."""
 
     def make(key: str) -> Made:
@@ -43,7 +45,9 @@ def bucket_assignments(context: dg.AssetExecutionContext, store: dg.ResourcePara
         if kept.height and placed.is_empty():
             raise DataError(f"encoding {key!r}: {nothing_fits(kept, encoding.buckets)}")
         found = report(placed, BATCH_SIZES)
-        bars = [(f"{height}×{width}", images) for height, width, images, *_ in found.buckets.iter_rows()]
+        bars = [
+            (f"{height}×{width}", images) for height, width, images, *_ in found.buckets.iter_rows()
+        ]
         return Made(
             frame=placed,
             rejected=rejections(STAGE.name, rejected),

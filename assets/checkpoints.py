@@ -1,4 +1,5 @@
-"""`checkpoints`: a training run. Starts the trainer, or attaches to it where it already runs, and follows its log."""
+"""`checkpoints`: a training run. Starts the trainer, or attaches to it where it already runs, and
+follows its log."""
 
 import time
 from pathlib import Path
@@ -59,7 +60,8 @@ _READ: list[str | dg.AssetDep] = [
 def checkpoints(
     context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per checkpoint of a training run, in diffusers layout, with the fingerprint of what it was trained on."""
+    """One row per checkpoint of a training run, in diffusers layout, with the fingerprint of what
+    it was trained on."""
 
     def make(key: str) -> Made:
         configure(store, key, config)
@@ -78,7 +80,9 @@ def checkpoints(
         catch_up(store, context.log)
         if ending["event"] != "finished":
             reason = ending.get("reason", "it was asked to")
-            raise TrainingError(f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}")
+            raise TrainingError(
+                f"run {key} {ending['event']} at {ending['samples_seen']} samples: {reason}"
+            )
         return Made(frame=table(folder), report=_report(folder, tracking, key))
 
     result = materialize(context, store, STAGE, make, new=lambda key: is_new(config))
@@ -87,12 +91,13 @@ def checkpoints(
 
 
 def prepare(store: Store, key: str, run: RunConfig) -> None:
-    """Write the run's inputs at its first launch: from then on it keeps its training set, whatever becomes current.
+    """Write the run's inputs at its first launch: from then on it keeps its training set, whatever
+    becomes current.
 
     A run that was trained elsewhere and copied back is pointed to this workspace's files.
 
-    Raises:
-        DataError: the encoding has no training set yet, the run that came back has another one, or images of its set
+    Raises: DataError: the encoding has no training set yet, the run that came back has another one,
+        or images of its set
             were forgotten.
     """
     from training.curation import vocabulary
@@ -104,12 +109,19 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
         if not has_finished(folder / EVENTS):
             require_whole(read_inputs(folder))
         return
-    manifest, known = store.manifest("training_set", run.encoding), store.manifest("tag_vocabulary", "all")
+    manifest, known = (
+        store.manifest("training_set", run.encoding),
+        store.manifest("tag_vocabulary", "all"),
+    )
     if manifest is None:
-        raise DataError(f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first")
+        raise DataError(
+            f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first"
+        )
     with lock(store.home / "locks" / f"run.{key}.lock", f"run {key}"):
         samples = Samples(store.table_file("training_set", run.encoding))
-        words = vocabulary.from_tables(store.read("tag_vocabulary"), samples.tag_names, samples.word_names)
+        words = vocabulary.from_tables(
+            store.read("tag_vocabulary"), samples.tag_names, samples.word_names
+        )
         inputs = RunInputs(
             run=key,
             training_set=store.table_file("training_set", run.encoding),
@@ -128,18 +140,24 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
 
 
 def follow(
-    context: dg.AssetExecutionContext, store: Store, folder: Path, run: RunConfig, tracking: Tracking
+    context: dg.AssetExecutionContext,
+    store: Store,
+    folder: Path,
+    run: RunConfig,
+    tracking: Tracking,
 ) -> dict[str, Any]:
     """Start or attach, show progress until the trainer ends, and return its last line.
 
-    A cancellation in the UI asks the trainer to stop and waits for it; the end of this process alone leaves it be.
+    A cancellation in the UI asks the trainer to stop and waits for it; the end of this process
+    alone leaves it be.
     """
     if has_finished(folder / EVENTS):
         ending = dict(read_events(folder / EVENTS)[-1])
         require_last_checkpoint(folder, ending["samples_seen"])
         return ending
     handle = start(store, folder, run)
-    # MLflow is imported with the first lines that it gets: not at once, the trainer needs the cores for its first step.
+    # MLflow is imported with the first lines that it gets: not at once, the trainer needs the cores
+    # for its first step.
     forwarded, logged = time.monotonic(), 0.0
     try:
         for event in handle.events():
@@ -147,7 +165,11 @@ def follow(
             now = time.monotonic()
             if event["event"] not in ("step", "progress") or now - logged > LOG_EVERY_S:
                 logged = now
-                context.log.info(" ".join(f"{name}={value}" for name, value in event.items() if name != "config")[:500])
+                context.log.info(
+                    " ".join(
+                        f"{name}={value}" for name, value in event.items() if name != "config"
+                    )[:500]
+                )
             if now - forwarded > FORWARD_EVERY_S:
                 forwarded = now
                 forward(context, tracking, folder)
@@ -163,7 +185,10 @@ def start(store: Store, folder: Path, run: RunConfig) -> torchrun.TrainerHandle:
     """Attach to the run's trainer, or start one that holds its cards for as long as it lives."""
     if torchrun.is_running(folder):
         return torchrun.start_or_attach(folder, run.num_processes)
-    with devices.hold_for_trainer(store.config.devices, store.home, run.num_processes) as (cards, locks):
+    with devices.hold_for_trainer(store.config.devices, store.home, run.num_processes) as (
+        cards,
+        locks,
+    ):
         return torchrun.start_or_attach(folder, run.num_processes, cards, locks)
 
 

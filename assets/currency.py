@@ -1,7 +1,8 @@
-"""What `store.stale` says, shown in Dagster: a check `current` per stage, and settings and models as assets.
+"""What `store.stale` says, shown in Dagster: a check `current` per stage, and settings and models
+as assets.
 
-Dagster compares versions itself for whole tables only, and by more than a stage reads. So the store stays the judge:
-`report` tells Dagster what it lacks to show the same.
+Dagster compares versions itself for whole tables only, and by more than a stage reads. So the store
+stays the judge: `report` tells Dagster what it lacks to show the same.
 """
 
 import contextlib
@@ -39,8 +40,12 @@ MAX_LISTED = 50
 
 
 def outcome(found: StageStatus) -> tuple[bool, str, dict[str, dg.MetadataValue]]:
-    """What the check `current` says of a stage: whether it passed, its sentence, and the stale partitions."""
-    listed = [dg.TableRecord({"partition": one.key, "why": "; ".join(one.reasons)}) for one in found.stale[:MAX_LISTED]]
+    """What the check `current` says of a stage: whether it passed, its sentence, and the stale
+    partitions."""
+    listed = [
+        dg.TableRecord({"partition": one.key, "why": "; ".join(one.reasons)})
+        for one in found.stale[:MAX_LISTED]
+    ]
     numbers: dict[str, dg.MetadataValue] = {
         "stale": dg.MetadataValue.int(len(found.stale)),
         "partitions": dg.MetadataValue.int(found.num_partitions),
@@ -60,7 +65,10 @@ def _check_of(stage: Stage) -> dg.AssetChecksDefinition:
     def current(store: dg.ResourceParam[Store]) -> dg.AssetCheckResult:
         passed, sentence, numbers = outcome(status_of(store, stage))
         return dg.AssetCheckResult(
-            passed=passed, severity=dg.AssetCheckSeverity.WARN, description=sentence, metadata=numbers
+            passed=passed,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=sentence,
+            metadata=numbers,
         )
 
     return current
@@ -99,7 +107,8 @@ def external_specs() -> list[dg.AssetSpec]:
 
 
 def report(instance: dg.DagsterInstance, store: Store, graph: BaseAssetGraph) -> int:
-    """Tell Dagster what it lacks to show what the store says; returns the number of events, 0 where it shows it.
+    """Tell Dagster what it lacks to show what the store says; returns the number of events, 0 where
+    it shows it.
 
     With a foundry.toml that cannot be read there are no versions to tell; the checks then say why.
     """
@@ -108,7 +117,10 @@ def report(instance: dg.DagsterInstance, store: Store, graph: BaseAssetGraph) ->
         num_events = report_versions(instance, store)
     found = [status_of(store, stage) for stage in STAGES.values()]
     current = [one.stage for one in found if not one.stale and not one.error]
-    for events in (check_evaluations(instance, found), confirmations(instance, store, graph, current)):
+    for events in (
+        check_evaluations(instance, found),
+        confirmations(instance, store, graph, current),
+    ):
         for event in events:
             instance.report_runless_asset_event(event)
             num_events += 1
@@ -116,7 +128,8 @@ def report(instance: dg.DagsterInstance, store: Store, graph: BaseAssetGraph) ->
 
 
 def report_versions(instance: dg.DagsterInstance, store: Store) -> int:
-    """Tell Dagster of new settings and models: what is made afterwards is recorded to follow from them."""
+    """Tell Dagster of new settings and models: what is made afterwards is recorded to follow from
+    them."""
     found = list(versions(instance, store))
     for event in found:
         instance.report_runless_asset_event(event)
@@ -124,8 +137,8 @@ def report_versions(instance: dg.DagsterInstance, store: Store) -> int:
 
 
 def versions(instance: dg.DagsterInstance, store: Store) -> Iterator[dg.AssetMaterialization]:
-    """New versions of settings and models, with what they are. (Of assets that it cannot observe itself, Dagster takes
-    no observations into account, only materializations.)"""
+    """New versions of settings and models, with what they are. (Of assets that it cannot observe
+    itself, Dagster takes no observations into account, only materializations.)"""
     found = {followed.settings_key(table): _settings(store, table) for table in _tables()}
     found |= {followed.model_key(name): _model(store, name) for name in _models()}
     for key, (version, metadata) in found.items():
@@ -142,18 +155,25 @@ def _settings(store: Store, table: str) -> tuple[str, dict[str, dg.MetadataValue
 
 def _model(store: Store, name: str) -> tuple[str, dict[str, dg.MetadataValue]]:
     encodings = sorted(store.config.encodings) if name == "vae" else [""]
-    folders = dg.MetadataValue.text(", ".join(dict.fromkeys(store.model_name(name, one) for one in encodings)))
+    folders = dg.MetadataValue.text(
+        ", ".join(dict.fromkeys(store.model_name(name, one) for one in encodings))
+    )
     try:
-        digests = [store.vae_digest(one) if name == "vae" else store.model_digest(name) for one in encodings]
+        digests = [
+            store.vae_digest(one) if name == "vae" else store.model_digest(name)
+            for one in encodings
+        ]
     except PipelineError as error:
         return "missing", {"folder": folders, "missing": dg.MetadataValue.text(str(error))}
     version = digests[0] if len(digests) == 1 else json_digest(digests)
     return version[:VERSION_CHARS], {"folder": folders, "digest": dg.MetadataValue.text(version)}
 
 
-def check_evaluations(instance: dg.DagsterInstance, found: list[StageStatus]) -> Iterator[dg.AssetCheckEvaluation]:
-    """Outcomes of the checks `current` that differ from what Dagster shows; it shows none from before the last
-    materialization."""
+def check_evaluations(
+    instance: dg.DagsterInstance, found: list[StageStatus]
+) -> Iterator[dg.AssetCheckEvaluation]:
+    """Outcomes of the checks `current` that differ from what Dagster shows; it shows none from
+    before the last materialization."""
     keys = {one.stage: dg.AssetCheckKey(dg.AssetKey(one.stage), CHECK) for one in found}
     shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys.values()))
     made = {
@@ -164,7 +184,12 @@ def check_evaluations(instance: dg.DagsterInstance, found: list[StageStatus]) ->
         passed, sentence, numbers = outcome(one)
         record = shown.get(keys[one.stage])
         last = made.get(dg.AssetKey(one.stage))
-        if record is not None and record.event is not None and last and last.timestamp > record.event.timestamp:
+        if (
+            record is not None
+            and record.event is not None
+            and last
+            and last.timestamp > record.event.timestamp
+        ):
             record = None
         ended = record is not None and record.status is not AssetCheckExecutionRecordStatus.PLANNED
         evaluation = record.evaluation if record is not None and ended else None
@@ -200,8 +225,9 @@ class _Loading(LoadingContext):
 def confirmations(
     instance: dg.DagsterInstance, store: Store, graph: BaseAssetGraph, current: list[str]
 ) -> Iterator[dg.AssetMaterialization | dg.AssetCheckEvaluation]:
-    """Whole tables that Dagster takes for unsynced though they are current: the same version, made from what is there
-    now. For Dagster a table depends on all of its inputs; for the store on the slices that it reads."""
+    """Whole tables that Dagster takes for unsynced though they are current: the same version, made
+    from what is there now. For Dagster a table depends on all of its inputs; for the store on the
+    slices that it reads."""
     resolver = CachingStaleStatusResolver(instance, graph, _Loading(instance))
     for name in current:
         stage, key = STAGES[name], dg.AssetKey(name)
@@ -212,13 +238,18 @@ def confirmations(
         tags = {DATA_VERSION_TAG: manifest.digest, CODE_VERSION_TAG: str(stage.version)}
         for parent in graph.get(key).parent_keys:
             record = instance.get_latest_data_version_record(parent, is_source=False)
-            tags[get_input_data_version_tag(parent)] = resolver.get_current_data_version(parent).value
+            tags[get_input_data_version_tag(parent)] = resolver.get_current_data_version(
+                parent
+            ).value
             tags[get_input_event_pointer_tag(parent)] = str(record.storage_id) if record else "NULL"
         outcomes = list(_outcomes(instance, graph, key))
         yield dg.AssetMaterialization(
             key,
             description="Still current: what changed upstream is nothing that this table reads.",
-            metadata={"dagster/row_count": manifest.rows, "digest": manifest.digest[:VERSION_CHARS]},
+            metadata={
+                "dagster/row_count": manifest.rows,
+                "digest": manifest.digest[:VERSION_CHARS],
+            },
             tags=tags,
         )
         yield from outcomes  # what was checked holds for the same table; Dagster shows outcomes since the last event
@@ -230,7 +261,9 @@ def _outcomes(
     """The last outcomes of an asset's checks."""
     keys = [check for check in graph.asset_check_keys if check.asset_key == key]
     for record in instance.event_log_storage.get_latest_asset_check_execution_by_key(keys).values():
-        if record.status is not AssetCheckExecutionRecordStatus.PLANNED and (last := record.evaluation):
+        if record.status is not AssetCheckExecutionRecordStatus.PLANNED and (
+            last := record.evaluation
+        ):
             yield dg.AssetCheckEvaluation(
                 asset_key=key, check_name=last.check_name, passed=last.passed, severity=last.severity,
                 description=last.description, metadata=last.metadata,

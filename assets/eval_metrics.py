@@ -20,7 +20,10 @@ from training.images import figures
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the further scorers, and of what the pictures are compared with."""
-    scorers = {f"scorer:{name}": store.model_digest(name) for name in store.config.evaluation.scoring.scorers}
+    scorers = {
+        f"scorer:{name}": store.model_digest(name)
+        for name in store.config.evaluation.scoring.scorers
+    }
     return scorers | references.digests(store, key)
 
 
@@ -43,11 +46,17 @@ METRICS = Stage(
         "evaluate",
         "pytorch",
         "huggingface",
-        deps=["sample_images", dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping())],
+        deps=[
+            "sample_images",
+            dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping()),
+        ],
     ),
 )
-def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image, look; and their sum."""
+def eval_metrics(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image,
+    look; and their sum."""
 
     def make(key: str) -> Made:
         from training.annotators.aesthetic import Aesthetic
@@ -55,11 +64,16 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
         from training.evaluation import scorers
         from training.evaluation.clip_score import Networks, score
 
-        samples, config = store.read_slice(METRICS, "sample_images", key), store.config.evaluation.scoring
+        samples, config = (
+            store.read_slice(METRICS, "sample_images", key),
+            store.config.evaluation.scoring,
+        )
         with devices.hold("evaluate", store.config.devices, store.home) as device:
             clip = Clip.load(store.model_path("clip"), device)
             aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
-            further = scorers.load({name: store.model_path(name) for name in config.scorers}, device)
+            further = scorers.load(
+                {name: store.model_path(name) for name in config.scorers}, device
+            )
             networks = Networks(clip=clip, aesthetic=aesthetic)
             compared = references.gather(store, METRICS, key, networks, config.batch_size)
             frame = score(
@@ -74,7 +88,9 @@ def eval_metrics(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
 def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:
     """The guide's summary first, then what it is to be compared with."""
     summed = _summary(frame)
-    groups = frame.filter(pl.col("metric").is_in(["clip_score", "aesthetic"])).group_by("group", "metric")
+    groups = frame.filter(pl.col("metric").is_in(["clip_score", "aesthetic"])).group_by(
+        "group", "metric"
+    )
     failed = frame.filter(pl.col("metric") == "failed").join(samples, on="prompt_id").head(20)
     url = workspace_tracking(store.home, store.config.tracking.uri).run_url(key.partition("@")[0])
     clip_scores = frame.filter(pl.col("metric") == "clip_score")["value"].to_list()
@@ -84,13 +100,20 @@ def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) 
         "numbers": {name: summed[name] for name in (*headlines, *further) if name in summed}
         | _alarm(store, key, summed),
         "tables": {
-            "means by group": groups.agg(pl.col("value").mean().alias("mean")).sort("metric", "group").to_dicts(),
-            "nearest training images (CLIP neighbours)": _rows(summed, "train_similarity", ("p50", "p95", "max")),
+            "means by group": groups.agg(pl.col("value").mean().alias("mean"))
+            .sort("metric", "group")
+            .to_dicts(),
+            "nearest training images (CLIP neighbours)": _rows(
+                summed, "train_similarity", ("p50", "p95", "max")
+            ),
             "distance from validation images": _distances(summed),
             "look of the pictures": _looks(summed),
             "pictures without scores": failed.select("prompt_id", "text", "reason").to_dicts(),
         },
-        "pictures": {"CLIP scores": figures.histogram(clip_scores), **_closest(store, key, frame, samples)},
+        "pictures": {
+            "CLIP scores": figures.histogram(clip_scores),
+            **_closest(store, key, frame, samples),
+        },
         "links": {"MLflow run": url} if url else {},
     }
 
@@ -101,10 +124,17 @@ def _summary(frame: pl.DataFrame) -> dict[str, float]:
     return dict(rows.select("metric", "value").iter_rows())
 
 
-def _rows(summed: Mapping[str, float], stem: str, columns: tuple[str, ...]) -> list[dict[str, object]]:
-    """The same numbers of the checkpoint's pictures, of validation images and of the base's pictures."""
+def _rows(
+    summed: Mapping[str, float], stem: str, columns: tuple[str, ...]
+) -> list[dict[str, object]]:
+    """The same numbers of the checkpoint's pictures, of validation images and of the base's
+    pictures."""
     found = []
-    for label, prefix in (("checkpoint", stem), ("validation images", f"{stem}_validation"), ("base", f"{stem}_base")):
+    for label, prefix in (
+        ("checkpoint", stem),
+        ("validation images", f"{stem}_validation"),
+        ("base", f"{stem}_base"),
+    ):
         own = {name: summed[f"{prefix}_{name}"] for name in columns if f"{prefix}_{name}" in summed}
         if own:
             found.append({"pictures of": label, **own})
@@ -139,12 +169,15 @@ def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, obj
     summaries = {key: summed}
     for part in store.parts("eval_metrics"):
         if part.rpartition("@")[0] == run and part != key:
-            summaries[part] = _summary(store.read("eval_metrics", ["prompt_id", "metric", "value"], [part]))
+            summaries[part] = _summary(
+                store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])
+            )
     ordered = sorted(summaries.items(), key=lambda item: int(item[0].rpartition("@")[2]))
     if not any(overbaked.alarms(one) for one in summaries.values()):
         return {}
     return {
-        "alarm": "; ".join(overbaked.alarms(summed)) or "none here, but at another checkpoint of the run",
+        "alarm": "; ".join(overbaked.alarms(summed))
+        or "none here, but at another checkpoint of the run",
         "last checkpoint before the alarm": overbaked.last_before_alarm(ordered) or "none",
     }
 
@@ -152,6 +185,16 @@ def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, obj
 def _closest(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, str]:
     """The pictures nearest to a training image, each with that image on its right."""
     pairs = references.closest(store, key, frame, samples)
-    shown = [np.asarray(figures.fit(side, 96, 96)) for pair in pairs for side in (pair.picture, pair.image)]
-    captions = [text for pair in pairs for text in (f"cosine {pair.similarity:.3f}", pair.image_id[:12])]
-    return {"nearest training images": figures.contact_sheet(shown, captions, columns=4)} if pairs else {}
+    shown = [
+        np.asarray(figures.fit(side, 96, 96))
+        for pair in pairs
+        for side in (pair.picture, pair.image)
+    ]
+    captions = [
+        text for pair in pairs for text in (f"cosine {pair.similarity:.3f}", pair.image_id[:12])
+    ]
+    return (
+        {"nearest training images": figures.contact_sheet(shown, captions, columns=4)}
+        if pairs
+        else {}
+    )

@@ -1,4 +1,5 @@
-"""Settings and model folders as assets of Dagster's graph, which shows with them what each stage follows from."""
+"""Settings and model folders as assets of Dagster's graph, which shows with them what each stage
+follows from."""
 
 import re
 
@@ -18,7 +19,9 @@ def settings_tables(stage: Stage) -> list[str]:
     if stage.config is nothing:
         return []
     config = WorkspaceConfig()
-    return [name for name in stage.config(config, "all") if not isinstance(getattr(config, name), int)]
+    return [
+        name for name in stage.config(config, "all") if not isinstance(getattr(config, name), int)
+    ]
 
 
 def settings_key(table: str) -> dg.AssetKey:

@@ -1,4 +1,5 @@
-"""`latents`: every kept picture, placed in its bucket and encoded by the VAE, generation by generation."""
+"""`latents`: every kept picture, placed in its bucket and encoded by the VAE, generation by
+generation."""
 
 import time
 from collections.abc import Mapping
@@ -40,7 +41,8 @@ def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
 
 
 def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
-    """What only some encodings read: boxes, and sizes of pictures where these follow from no bucket."""
+    """What only some encodings read: boxes, and sizes of pictures where these follow from no
+    bucket."""
     found = dict(_watermarks_read(store, key))
     if follows_picture(store.config.encodings[STAGE.encoding(key)].buckets):
         found[_SIZES.label] = store.slice_digest(STAGE, _SIZES, key) or "none"
@@ -48,7 +50,9 @@ def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
 
 
 _BOXES = Reads("watermark_boxes", ("image_id", "boxes"), Per.SHARD)
-_SIZES = Reads("bucket_assignments", ("image_id", "resized_height", "resized_width"), Per.ENCODING_ROWS)
+_SIZES = Reads(
+    "bucket_assignments", ("image_id", "resized_height", "resized_width"), Per.ENCODING_ROWS
+)
 STAGE = Stage(
     name="latents",
     version=2,
@@ -59,7 +63,11 @@ STAGE = Stage(
             ("image_id", "height", "width", "bucket_height", "bucket_width", "padded"),
             Per.ENCODING_ROWS,
         ),
-        Reads("selected_images", ("image_id", "source", "locator", "flip", "crop_box", "split", "stable"), Per.ROWS),
+        Reads(
+            "selected_images",
+            ("image_id", "source", "locator", "flip", "crop_box", "split", "stable"),
+            Per.ROWS,
+        ),
     ),
     config=lambda config, key: config.encodings[key.partition("|")[0]],
     settings="encodings.{encoding}",
@@ -71,13 +79,20 @@ STAGE = Stage(
 @dg.asset(
     partitions_def=encoding_shards,
     **describe(
-        STAGE, "encode", "pytorch", "huggingface", deps=["bucket_assignments", "selected_images", "watermark_boxes"]
+        STAGE,
+        "encode",
+        "pytorch",
+        "huggingface",
+        deps=["bucket_assignments", "selected_images", "watermark_boxes"],
     ),
 )
-def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def latents(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per kept image: where its latents lie, and exactly how it was placed.
 
-    In a run with the tag `foundry/reencode` a shard that is current is encoded anew, as the next generation.
+    In a run with the tag `foundry/reencode` a shard that is current is encoded anew, as the next
+    generation.
     """
     tags = context.run.tags
     anew = generations.REENCODE_TAG in tags
@@ -85,7 +100,9 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
 
     def is_due(key: str) -> bool:
         if anew and time.time() > deadline:
-            context.log.info(f"latents {key}: the time for re-encoding is over, this generation stays")
+            context.log.info(
+                f"latents {key}: the time for re-encoding is over, this generation stays"
+            )
         return anew and time.time() <= deadline
 
     def make(key: str) -> Made:
@@ -107,7 +124,10 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
                     decode=store.config.decode,
                     vae_digest=store.vae_digest(STAGE.encoding(key)),
                     load_vae=lambda: _load_vae(
-                        store.vae_folder(STAGE.encoding(key)), device, encoding.precision, encoding.tile_above_px
+                        store.vae_folder(STAGE.encoding(key)),
+                        device,
+                        encoding.precision,
+                        encoding.tile_above_px,
                     ),
                     previous=reusable[0] if reusable else None,
                     older=tuple(reusable[1:]),
@@ -120,7 +140,10 @@ def latents(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -
             rejected=rejections("latents", shard.rejected),
             rows_in=len(chosen),
             files=shard.files,
-            report={"generation": f"g{number:04d}", **_report(shard, number, encoding.batch_size, seconds)},
+            report={
+                "generation": f"g{number:04d}",
+                **_report(shard, number, encoding.batch_size, seconds),
+            },
         )
 
     result = materialize(context, store, STAGE, make, again=is_due)
@@ -144,7 +167,8 @@ def _load_vae(folder: Path, device: str, precision: str, tile_above_px: int) -> 
 def _reusable(store: Store, key: str) -> list[Generation]:
     """The current generation, and older ones for images that were missing since, the newest first.
 
-    Empty where the current one's rows are not what would be made now: by equal code, VAE and crop policy.
+    Empty where the current one's rows are not what would be made now: by equal code, VAE and crop
+    policy.
     """
     basis = store.basis(STAGE, key)
     folder = store.table_folder("latents", key)
@@ -168,7 +192,10 @@ def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, An
         manifest.version == STAGE.version
         and dict(manifest.models) == basis["models"]
         and same_policy(manifest.config, toml.dump(store.config.encodings[STAGE.encoding(key)]))
-        and all(manifest.inputs.get(label) == digest for label, digest in _watermarks_read(store, key).items())
+        and all(
+            manifest.inputs.get(label) == digest
+            for label, digest in _watermarks_read(store, key).items()
+        )
     )
 
 
@@ -190,7 +217,9 @@ def pictures(store: Store, key: str) -> list[Picture]:
             measured=row["split"] == "validation" or row["stable"],
             watermarks=marked.get(row["image_id"], ()),
         )
-        for row in assigned.join(chosen, on="image_id", how="inner").sort("image_id").iter_rows(named=True)
+        for row in assigned.join(chosen, on="image_id", how="inner")
+        .sort("image_id")
+        .iter_rows(named=True)
     ]
 
 
@@ -204,18 +233,28 @@ def _sizes(store: Store, key: str) -> dict[str, Size]:
 
 
 def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
-    """Watermark boxes of the shard's images: to avoid, and to draw into the pictures that are shown."""
+    """Watermark boxes of the shard's images: to avoid, and to draw into the pictures that are
+    shown."""
     shard = STAGE.shard(key)
-    parts = [part for part in store.parts("watermark_boxes") if part == shard or part.startswith(f"{shard}.")]
-    rows = store.read("watermark_boxes", ["image_id", "boxes"], parts).unique("image_id", keep="first")
+    parts = [
+        part
+        for part in store.parts("watermark_boxes")
+        if part == shard or part.startswith(f"{shard}.")
+    ]
+    rows = store.read("watermark_boxes", ["image_id", "boxes"], parts).unique(
+        "image_id", keep="first"
+    )
     return {
-        image_id: tuple((Box(box["y0"], box["x0"], box["y1"], box["x1"]), box["confidence"]) for box in boxes)
+        image_id: tuple(
+            (Box(box["y0"], box["x0"], box["y1"], box["x1"]), box["confidence"]) for box in boxes
+        )
         for image_id, boxes in rows.iter_rows()
     }
 
 
 def _report(shard: EncodedShard, number: int, batch_size: int, seconds: float) -> dict[str, object]:
-    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop, decoded latents.
+    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop,
+    decoded latents.
 
     Args:
         shard: What was made.
@@ -231,17 +270,31 @@ def _report(shard: EncodedShard, number: int, batch_size: int, seconds: float) -
     }
     if shard.precision:
         fresh = shard.frame.height - shard.num_copied
-        numbers |= {"precision": shard.precision, "batch size": shard.batch_size, "encoded per second": fresh / seconds}
+        numbers |= {
+            "precision": shard.precision,
+            "batch size": shard.batch_size,
+            "encoded per second": fresh / seconds,
+        }
         if shard.batch_size < batch_size:
             numbers["started again, out of memory with batches of"] = batch_size
     buckets = (
-        shard.frame.group_by("bucket_height", "bucket_width").len("images").sort(pl.col("images"), descending=True)
+        shard.frame.group_by("bucket_height", "bucket_width")
+        .len("images")
+        .sort(pl.col("images"), descending=True)
     )
     report: dict[str, object] = {"numbers": numbers, "tables": {"buckets": buckets.to_dicts()}}
     if shard.shown:
-        shown = [picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)]
-        captions = [text for item in shard.shown for text in (f"{item.image_id[:6]} source", "crop", "decoded latents")]
-        numbers["reconstruction error (of 255)"] = round(sum(item.error for item in shard.shown) / len(shard.shown), 3)
+        shown = [
+            picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)
+        ]
+        captions = [
+            text
+            for item in shard.shown
+            for text in (f"{item.image_id[:6]} source", "crop", "decoded latents")
+        ]
+        numbers["reconstruction error (of 255)"] = round(
+            sum(item.error for item in shard.shown) / len(shard.shown), 3
+        )
         sheet = figures.contact_sheet(shown, captions, columns=6)
         report["pictures"] = {"source with crop and watermarks, crop, decoded latents": sheet}
     return report

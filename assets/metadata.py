@@ -1,4 +1,5 @@
-"""How every stage looks and behaves in Dagster: declared once, materialized one way, shown one way."""
+"""How every stage looks and behaves in Dagster: declared once, materialized one way, shown one
+way."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,8 @@ from training.tables.schemas import TABLES
 
 OWNER = "team:foundry"
 DIGEST_SHOWN = 16
-"""Characters of a digest that fit beside the other metadata; the whole is the asset's data version."""
+"""Characters of a digest that fit beside the other metadata; the whole is the asset's data
+version."""
 SIGNIFICANT_DIGITS = 5
 MAX_KEYS_LISTED = 8
 _SCOPE_WORDS = {
@@ -29,12 +31,21 @@ _SCOPE_WORDS = {
     Scope.RUN: "training run",
     Scope.CHECKPOINT: "checkpoint",
 }
-_TYPE_WORDS = {"String": "string", "Int8": "int", "Int32": "int", "Int64": "int", "UInt64": "int", "Boolean": "bool"}
+_TYPE_WORDS = {
+    "String": "string",
+    "Int8": "int",
+    "Int32": "int",
+    "Int64": "int",
+    "UInt64": "int",
+    "Boolean": "bool",
+}
 
 
-def describe(stage: Stage, group: str, *kinds: str, deps: Sequence[str | dg.AssetDep] = ()) -> dict[str, Any]:
-    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table, and what it follows
-    from: the tables `deps`, and its settings and models."""
+def describe(
+    stage: Stage, group: str, *kinds: str, deps: Sequence[str | dg.AssetDep] = ()
+) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table,
+    and what it follows from: the tables `deps`, and its settings and models."""
     table = TABLES[stage.name]
     columns = [
         dg.TableColumn(name, _type_word(str(column.dtype)), description=column.about)
@@ -58,7 +69,8 @@ def describe(stage: Stage, group: str, *kinds: str, deps: Sequence[str | dg.Asse
 def _type_word(dtype: str) -> str:
     word = dtype.partition("(")[0]
     return _TYPE_WORDS.get(
-        word, {"Float32": "float", "Float64": "float", "Datetime": "timestamp"}.get(word, word.lower())
+        word,
+        {"Float32": "float", "Float64": "float", "Datetime": "timestamp"}.get(word, word.lower()),
     )
 
 
@@ -71,11 +83,13 @@ def materialize(
     again: Callable[[str], bool] = lambda key: False,
     new: Callable[[str], bool] = lambda key: False,
 ) -> dg.MaterializeResult:
-    """Bring the run's partitions of a stage up to date: each is locked, checked, made if stale, committed, shown.
+    """Bring the run's partitions of a stage up to date: each is locked, checked, made if stale,
+    committed, shown.
 
-    A partition that is current already is not made again, unless the run asks for that with `again`: its recorded
-    report is shown. So a run is never needed to be right, and never wrong to repeat. A partition that the workspace
-    does not have is refused, unless `new` says that this run makes it.
+    A partition that is current already is not made again, unless the run asks for that with
+    `again`: its recorded report is shown. So a run is never needed to be right, and never wrong to
+    repeat. A partition that the workspace does not have is refused, unless `new` says that this run
+    makes it.
     """
     keys = partition_keys(context, store, stage, new=new)
     digests = {}
@@ -93,23 +107,39 @@ def materialize(
 
 
 def partition_keys(
-    context: dg.AssetExecutionContext, store: Store, stage: Stage, *, new: Callable[[str], bool] = lambda key: False
+    context: dg.AssetExecutionContext,
+    store: Store,
+    stage: Stage,
+    *,
+    new: Callable[[str], bool] = lambda key: False,
 ) -> list[str]:
     """The partitions that a run is about; `all` of a whole table.
 
-    Raises:
-        DataError: the run names none though the stage has partitions, or one that the workspace does not have.
+    Raises: DataError: the run names none though the stage has partitions, or one that the workspace
+        does not have.
     """
     if stage.scope is Scope.ALL:
         return ["all"]
-    keys = list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else []
+    keys = (
+        list(context.partition_keys)
+        if context.has_partition_key or context.has_partition_key_range
+        else []
+    )
     unknown = [key for key in keys if not store.has_key(stage.scope, key) and not new(key)]
     if keys and not unknown:
         return keys
     known = store.keys(stage.scope)
-    listed = ", ".join(known[:MAX_KEYS_LISTED]) + (f" and {n} more" if (n := len(known) - MAX_KEYS_LISTED) > 0 else "")
-    wrong = f"there is no partition {unknown[0]!r}" if unknown else "the run was launched without a partition"
-    raise DataError(f"{stage.name}: {wrong}; it is made per {_SCOPE_WORDS[stage.scope]}, there are: {listed or 'none'}")
+    listed = ", ".join(known[:MAX_KEYS_LISTED]) + (
+        f" and {n} more" if (n := len(known) - MAX_KEYS_LISTED) > 0 else ""
+    )
+    wrong = (
+        f"there is no partition {unknown[0]!r}"
+        if unknown
+        else "the run was launched without a partition"
+    )
+    raise DataError(
+        f"{stage.name}: {wrong}; it is made per {_SCOPE_WORDS[stage.scope]}, there are: {listed or 'none'}"
+    )
 
 
 def bring_up_to_date(
@@ -129,8 +159,14 @@ def bring_up_to_date(
             context.log.info(f"{stage.name} {key}: current, nothing to do")
             return manifest
         if basis is None:
-            missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
-            raise DataError(f"{stage.name} {key}: nothing is committed in {', '.join(missing)} yet; run that first")
+            missing = [
+                reads.table
+                for reads in stage.reads
+                if store.slice_digest(stage, reads, key) is None
+            ]
+            raise DataError(
+                f"{stage.name} {key}: nothing is committed in {', '.join(missing)} yet; run that first"
+            )
         store.begin(stage, key, basis)
         started = time.monotonic()
         made = make(key)

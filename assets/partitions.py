@@ -28,7 +28,8 @@ DYNAMIC = {
 
 
 def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -> None:
-    """Add to Dagster every partition that the workspace has, and unless told not to, remove those it does not have.
+    """Add to Dagster every partition that the workspace has, and unless told not to, remove those
+    it does not have.
 
     A run that was named in the launch dialog and is about to be configured by its launch stays.
     """
@@ -43,6 +44,8 @@ def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -
         unknown = sorted(known - wanted) if remove else []
         if unknown and scope is Scope.RUN:
             launched = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
-            unknown = [name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)]
+            unknown = [
+                name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)
+            ]
         for name in unknown:
             instance.delete_dynamic_partition(definition.name, name)

@@ -20,7 +20,8 @@ VOCABULARY = ("tag", "aliases")
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the prompt file, of what was held out and trained on, and of the data set's words."""
+    """Digests of the prompt file, of what was held out and trained on, and of the data set's
+    words."""
     config, found = store.config.prompt_sets[key], {}
     if config.file:
         found["file"] = file_digest(store.resource_path(config.file))
@@ -29,7 +30,9 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
         tables["tag_vocabulary"] = VOCABULARY
     for table, columns in tables.items():
         manifest = store.manifest(table, "all")
-        found[table] = json_digest([manifest.columns[name] for name in columns]) if manifest else "absent"
+        found[table] = (
+            json_digest([manifest.columns[name] for name in columns]) if manifest else "absent"
+        )
     return found
 
 
@@ -44,10 +47,14 @@ STAGE = Stage(
 
 
 @dg.asset(
-    partitions_def=prompt_set_partitions, **describe(STAGE, "evaluate", deps=["selected_images", "tag_vocabulary"])
+    partitions_def=prompt_set_partitions,
+    **describe(STAGE, "evaluate", deps=["selected_images", "tag_vocabulary"]),
 )
-def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per prompt: text, negative, size, group, and a seed that follows from its id alone."""
+def prompt_sets(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per prompt: text, negative, size, group, and a seed that follows from its id
+    alone."""
 
     def make(key: str) -> Made:
         frame = _make(store, key)
@@ -68,34 +75,46 @@ def prompt_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store
 def _make(store: Store, key: str) -> pl.DataFrame:
     """The set's prompts, none of which a training image has as a caption or as its tags.
 
-    Raises:
-        EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt cannot be drawn.
+    Raises: EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt
+        cannot be drawn.
     """
     config = store.config.prompt_sets[key]
     selected = store.read("selected_images", prompt_building.HELD_OUT)
     if config.file:
         path = store.resource_path(config.file)
         is_parti = path.is_file() and prompt_building.is_parti(path)
-        frame = prompt_building.read_parti(path, _sizes(store, key)) if is_parti else read_prompts(path)
+        frame = (
+            prompt_building.read_parti(path, _sizes(store, key)) if is_parti else read_prompts(path)
+        )
     else:
         frames = []
         if config.held_out:
             previous = store.read("prompt_sets", parts=[key]) if _is_in_style(store, key) else None
             frames.append(
-                prompt_building.from_validation(selected, _sizes(store, key), config.held_out, config.prompts, previous)
+                prompt_building.from_validation(
+                    selected, _sizes(store, key), config.held_out, config.prompts, previous
+                )
             )
         if config.groups:
-            words = store.read("tag_vocabulary", VOCABULARY) if UNKNOWN_WORDS in config.groups else None
-            known = [] if words is None else [*words["tag"], *words["aliases"].explode().drop_nulls()]
+            words = (
+                store.read("tag_vocabulary", VOCABULARY) if UNKNOWN_WORDS in config.groups else None
+            )
+            known = (
+                [] if words is None else [*words["tag"], *words["aliases"].explode().drop_nulls()]
+            )
             frames.append(prompt_building.from_groups(config.groups, _sizes(store, key), known))
         frame = make_frame([row for one in frames for row in one.drop("seed").to_dicts()])
     refuse_overlap(frame, prompt_building.trained_texts(selected))
     negative = pl.col("negative")
     frame = frame.with_columns(
-        negative=pl.when(negative == "").then(pl.lit(negative_prompt(config.negative))).otherwise(negative)
+        negative=pl.when(negative == "")
+        .then(pl.lit(negative_prompt(config.negative)))
+        .otherwise(negative)
     )
     if key == store.config.evaluation.prompt_set:
-        read_set(frame, store.config.evaluation.sampling)  # refused here, and not when a model is to draw it
+        read_set(
+            frame, store.config.evaluation.sampling
+        )  # refused here, and not when a model is to draw it
     return frame
 
 
@@ -110,14 +129,16 @@ def _is_in_style(store: Store, key: str) -> bool:
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:
     """Sizes of the bucket plan of the set's encoding.
 
-    Raises:
-        ConfigError: it names no encoding though there are several, or one that is not there, or whose plan follows
+    Raises: ConfigError: it names no encoding though there are several, or one that is not there, or
+        whose plan follows
             each picture.
     """
     name, known = store.config.prompt_sets[key].encoding, sorted(store.config.encodings)
     name = name or (known[0] if len(known) == 1 else "")
     if name not in known:
-        raise ConfigError(f"prompt_sets.{key}.encoding={name!r} must be one of {', '.join(known) or 'none'}")
+        raise ConfigError(
+            f"prompt_sets.{key}.encoding={name!r} must be one of {', '.join(known) or 'none'}"
+        )
     sizes = plans.plan(store.config.encodings[name].buckets)
     if not sizes:
         raise ConfigError(

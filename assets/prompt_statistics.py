@@ -20,8 +20,8 @@ NUM_TAGS = 30
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the run's configuration, and of the training set and vocabulary: those that it was frozen with, or
-    before its first launch those of the tables."""
+    """Digests of the run's configuration, and of the training set and vocabulary: those that it was
+    frozen with, or before its first launch those of the tables."""
     from resources.operations.run_prompts import frozen_inputs
 
     folder, frozen = store.run_folder(key), frozen_inputs(store, key)
@@ -32,14 +32,22 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
         words = frozen.tag_vocabulary or frozen.vocabulary_sha256
     else:
         parts = (("training_set", config.encoding), ("tag_vocabulary", "all"))
-        training_set, words = (manifest.digest if (manifest := store.manifest(*part)) else "absent" for part in parts)
-    found = {"config": file_digest(folder / CONFIG), "training_set": training_set, "tag_vocabulary": words}
+        training_set, words = (
+            manifest.digest if (manifest := store.manifest(*part)) else "absent" for part in parts
+        )
+    found = {
+        "config": file_digest(folder / CONFIG),
+        "training_set": training_set,
+        "tag_vocabulary": words,
+    }
     if config.base != "base":  # whose tokenizers it reads
         found["base"] = frozen.base_digest if frozen else store.base_digest(config.base)
     return found
 
 
-STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("base",), others=_inputs)
+STAGE = Stage(
+    name="prompt_statistics", version=4, scope=Scope.RUN, models=("base",), others=_inputs
+)
 
 
 @dg.asset(
@@ -48,13 +56,17 @@ STAGE = Stage(name="prompt_statistics", version=4, scope=Scope.RUN, models=("bas
         STAGE,
         "train",
         "polars",
-        deps=[dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()), "tag_vocabulary"],
+        deps=[
+            dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
+            "tag_vocabulary",
+        ],
     ),
 )
 def prompt_statistics(
     context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with examples.
+    """Tag counts, token counts, chunks and tag frequencies of the prompts of epoch 0, with
+    examples.
 
     Read are images that train; of a run that was started, those of the set that it was frozen with.
     """
@@ -84,7 +96,11 @@ def prompt_statistics(
 def _report(frame: pl.DataFrame, config: PromptConfig) -> dict[str, dict[str, object]]:
     """Numbers, warnings and plots of the statistics."""
     kinds = dict(frame.filter(pl.col("statistic") == "kind").select("key", "count").iter_rows())
-    tags = frame.filter(pl.col("statistic") == "tag").sort("count", "key", descending=[True, False]).head(NUM_TAGS)
+    tags = (
+        frame.filter(pl.col("statistic") == "tag")
+        .sort("count", "key", descending=[True, False])
+        .head(NUM_TAGS)
+    )
     truncated = frame.filter(pl.col("statistic") == "num_truncated")
     return {
         "numbers": {

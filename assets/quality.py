@@ -23,7 +23,10 @@ NUM_GALLERY = 10
 
 def _labels(store: Store, key: str) -> dict[str, str]:
     """Digests of the judgement files."""
-    return {f"labels/pairs/{path.name}": file_digest(path) for path in sorted(_pairs_folder(store).glob("*.jsonl"))}
+    return {
+        f"labels/pairs/{path.name}": file_digest(path)
+        for path in sorted(_pairs_folder(store).glob("*.jsonl"))
+    }
 
 
 def _pairs_folder(store: Store) -> Path:
@@ -35,8 +38,14 @@ MODEL = Stage(
     name="quality_model",
     version=1,
     scope=Scope.ALL,
-    reads=(Reads("quality_pairs", ("pair_id", "a", "b", "outcome")), Reads("embeddings", ("image_id", "vector"))),
-    config=lambda config, key: {"min_pairs": config.quality.min_pairs, "shares": list(config.quality.shares)},
+    reads=(
+        Reads("quality_pairs", ("pair_id", "a", "b", "outcome")),
+        Reads("embeddings", ("image_id", "vector")),
+    ),
+    config=lambda config, key: {
+        "min_pairs": config.quality.min_pairs,
+        "shares": list(config.quality.shares),
+    },
     settings="quality",
     models=("quality_head",),
 )
@@ -57,7 +66,9 @@ SCORES = Stage(
 
 
 @dg.asset(**describe(PAIRS, "curate"))
-def quality_pairs(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def quality_pairs(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per judgement of two pictures, from the append-only files under labels/pairs/."""
 
     def make(key: str) -> Made:
@@ -67,7 +78,9 @@ def quality_pairs(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             frame=frame,
             report={
                 "numbers": {"unreadable lines": len(problems)},
-                "tables": {"outcomes": [{"outcome": name, "count": n} for name, n in outcomes.iter_rows()]},
+                "tables": {
+                    "outcomes": [{"outcome": name, "count": n} for name, n in outcomes.iter_rows()]
+                },
             },
         )
 
@@ -75,13 +88,22 @@ def quality_pairs(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
 
 
 @dg.asset(**describe(MODEL, "curate", "pytorch", deps=["quality_pairs", "embeddings"]))
-def quality_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """The heads that turn an embedding into utility and junk probability, with frozen cut points and their report."""
+def quality_model(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """The heads that turn an embedding into utility and junk probability, with frozen cut points
+    and their report."""
 
     def make(key: str) -> Made:
         pairs = store.read_slice(MODEL, "quality_pairs", key)
-        embeddings = store.read_slice(MODEL, "embeddings", key).unique("image_id", keep="first").sort("image_id")
-        fitted = quality.fit(pairs, embeddings, store.config.quality, supplied=store.model_path("quality_head"))
+        embeddings = (
+            store.read_slice(MODEL, "embeddings", key)
+            .unique("image_id", keep="first")
+            .sort("image_id")
+        )
+        fitted = quality.fit(
+            pairs, embeddings, store.config.quality, supplied=store.model_path("quality_head")
+        )
         folder = store.table_folder("quality_model", "all")
         entry: Entry = write_named(folder, "all", ".safetensors", fitted.save)
         row = {
@@ -102,9 +124,12 @@ def quality_model(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
 
 
 @dg.asset(
-    partitions_def=shards, **describe(SCORES, "curate", "pytorch", deps=["embeddings", "raw_images", "quality_model"])
+    partitions_def=shards,
+    **describe(SCORES, "curate", "pytorch", deps=["embeddings", "raw_images", "quality_model"]),
 )
-def quality_scores(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def quality_scores(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per picture: utility, score 0-9 (0 is junk), aesthetic score, low-level measures."""
 
     def make(key: str) -> Made:
@@ -112,12 +137,24 @@ def quality_scores(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
 
         model = store.read_slice(SCORES, "quality_model", key).row(0, named=True)
         embeddings = store.read_slice(SCORES, "embeddings", key).sort("image_id")
-        raw = store.read_slice(SCORES, "raw_images", key).unique("image_id", keep="first").sort("image_id")
-        heads = quality.load(store.table_folder("quality_model", "all") / model["file"], model["cut_points"])
+        raw = (
+            store.read_slice(SCORES, "raw_images", key)
+            .unique("image_id", keep="first")
+            .sort("image_id")
+        )
+        heads = quality.load(
+            store.table_folder("quality_model", "all") / model["file"], model["cut_points"]
+        )
         utility, junk = quality.judge(heads, embeddings)
         projections = np.array(embeddings["projection"].to_list(), dtype=np.float32)
-        aesthetic = Aesthetic.load(store.model_path("aesthetic"), "cpu")(projections) if len(projections) else []
-        frame = quality.score_table(raw, utility, junk, aesthetic, model["cut_points"], store.config.quality)
+        aesthetic = (
+            Aesthetic.load(store.model_path("aesthetic"), "cpu")(projections)
+            if len(projections)
+            else []
+        )
+        frame = quality.score_table(
+            raw, utility, junk, aesthetic, model["cut_points"], store.config.quality
+        )
         return Made(frame=frame, rows_in=embeddings.height, report=_report(store, frame, raw))
 
     return materialize(context, store, SCORES, make)
@@ -127,13 +164,22 @@ def _report(store: Store, frame: pl.DataFrame, raw: pl.DataFrame) -> dict[str, o
     """Distribution of the scores, and the best and the worst pictures."""
     if frame.is_empty():
         return {}
-    located = frame.join(raw.select("image_id", "source", "locator"), on="image_id").sort("utility", descending=True)
+    located = frame.join(raw.select("image_id", "source", "locator"), on="image_id").sort(
+        "utility", descending=True
+    )
     ends = {"best": located.head(NUM_GALLERY), "worst": located.tail(NUM_GALLERY)}
     galleries = {
-        name: thumbnails(store, rows, [f"score {score}" for score in rows["score"]]) for name, rows in ends.items()
+        name: thumbnails(store, rows, [f"score {score}" for score in rows["score"]])
+        for name, rows in ends.items()
     }
     counts = frame["score"].value_counts(name="n").sort("score")
     return {
-        "numbers": {"junk": int((frame["score"] == 0).sum()), "mean aesthetic": float(frame["aesthetic"].mean() or 0)},  # type: ignore[arg-type]
-        "pictures": {"scores": figures.bars([(str(score), n) for score, n in counts.iter_rows()]), **galleries},
+        "numbers": {
+            "junk": int((frame["score"] == 0).sum()),
+            "mean aesthetic": float(frame["aesthetic"].mean() or 0),  # type: ignore[arg-type]
+        },
+        "pictures": {
+            "scores": figures.bars([(str(score), n) for score, n in counts.iter_rows()]),
+            **galleries,
+        },
     }

@@ -35,7 +35,10 @@ LISTING = Stage(
     name="source_listing",
     version=2,
     scope=Scope.ALL,
-    config=lambda config, key: {"sources": [source.name for source in config.sources], "shard_size": config.shard_size},
+    config=lambda config, key: {
+        "sources": [source.name for source in config.sources],
+        "shard_size": config.shard_size,
+    },
     others=_scan,
 )
 
@@ -51,10 +54,13 @@ RAW_IMAGES = Stage(
 
 
 @dg.asset(**describe(LISTING, "ingest"))
-def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def source_listing(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """Every candidate that the sources ever held, with its own metadata and its shard. Only grows.
 
-    A source that has lost most of its files ends the run, unless people accepted exactly that: absence is not deletion.
+    A source that has lost most of its files ends the run, unless people accepted exactly that:
+    absence is not deletion.
     """
 
     def make(key: str) -> Made:
@@ -64,13 +70,22 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
             found.append(frame)
             unused += [sources.rejection(source.name, problem) for problem in problems]
         previous = store.read("source_listing")
-        listed = pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
+        listed = (
+            pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
+        )
         losses = absence.losses(previous, listed, [source.name for source in store.config.sources])
         missing.require_accepted(store, losses)
-        merged = sources.merge_listing(previous, listed, shard_size=store.config.shard_size, now=datetime.now(UTC))
+        merged = sources.merge_listing(
+            previous, listed, shard_size=store.config.shard_size, now=datetime.now(UTC)
+        )
         if merged.is_empty():
-            folders = ", ".join(str(store.source_root(source.name)) for source in store.config.sources) or "none"
-            raise DataError(f"no image file in any source (looked in: {folders}); add pictures or another [[sources]]")
+            folders = (
+                ", ".join(str(store.source_root(source.name)) for source in store.config.sources)
+                or "none"
+            )
+            raise DataError(
+                f"no image file in any source (looked in: {folders}); add pictures or another [[sources]]"
+            )
         rejected = rejections("source_listing", unused)
         num_with_words = sources.num_with_words(listed, store.config.sources)
         num_unmatched = rejected.filter(pl.col("reason") == Reason.SIDECAR_UNMATCHED).height
@@ -88,7 +103,9 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
                 *(f"accepted as missing: {loss}" for loss in losses),
             ],
         }
-        return Made(frame=merged, rejected=rejected, rows_in=merged.height + rejected.height, report=report)
+        return Made(
+            frame=merged, rejected=rejected, rows_in=merged.height + rejected.height, report=report
+        )
 
     result = materialize(context, store, LISTING, make)
     missing.settle(store)
@@ -97,8 +114,11 @@ def source_listing(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
 
 
 @dg.asset(partitions_def=shards, **describe(RAW_IMAGES, "ingest", deps=["source_listing"]))
-def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per file that is a picture. All others are in rejected_images, each with its reason."""
+def raw_images(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per file that is a picture. All others are in rejected_images, each with its
+    reason."""
 
     def make(key: str) -> Made:
         candidates = store.read_slice(RAW_IMAGES, "source_listing", key)
@@ -118,14 +138,19 @@ def raw_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
     return materialize(context, store, RAW_IMAGES, make)
 
 
-def read_candidates(store: Store, candidates: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Rows of raw_images and rejections for the candidates of one shard: one of them each, in order."""
+def read_candidates(
+    store: Store, candidates: pl.DataFrame
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Rows of raw_images and rejections for the candidates of one shard: one of them each, in
+    order."""
     accepted: list[dict[str, object]] = []
     rejected: list[dict[str, object]] = []
     forgotten = store.forgotten()
     present = candidates.filter(pl.col("gone_at").is_null())
     for row in candidates.filter(pl.col("gone_at").is_not_null()).iter_rows(named=True):
-        rejected.append({**_identity(row), "reason": Reason.GONE, "value": row["gone_at"].isoformat()})
+        rejected.append(
+            {**_identity(row), "reason": Reason.GONE, "value": row["gone_at"].isoformat()}
+        )
     paths = [image_path(store, row) for row in present.iter_rows(named=True)]
     with DecodePool(store.config.decode) as pool:
         facts = track(pool.facts(paths), "pictures", len(paths))
@@ -133,7 +158,9 @@ def read_candidates(store: Store, candidates: pl.DataFrame) -> tuple[list[dict[s
             if not isinstance(result, Facts):
                 rejected.append({**_identity(row), **asdict(result)})
             elif result.image_id in forgotten:
-                rejected.append({**_identity(row), "image_id": result.image_id, "reason": Reason.FORGOTTEN})
+                rejected.append(
+                    {**_identity(row), "image_id": result.image_id, "reason": Reason.FORGOTTEN}
+                )
             else:
                 accepted.append({**_identity(row), "locator": row["locator"], **asdict(result)})
     return accepted, rejected
@@ -150,7 +177,10 @@ def _identity(row: dict[str, object]) -> dict[str, object]:
 
 def _counts(rejected: list[dict[str, object]]) -> list[dict[str, object]]:
     reasons = pl.Series([str(row["reason"]) for row in rejected], dtype=pl.String)
-    return [{"reason": name, "count": count} for name, count in reasons.value_counts(sort=True, name="n").iter_rows()]
+    return [
+        {"reason": name, "count": count}
+        for name, count in reasons.value_counts(sort=True, name="n").iter_rows()
+    ]
 
 
 def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
@@ -165,7 +195,8 @@ def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def thumbnails(store: Store, rows: pl.DataFrame, captions: list[str] | None = None) -> str:
-    """A contact sheet of the pictures of `rows` (source, locator) as Markdown; unreadable ones are left out."""
+    """A contact sheet of the pictures of `rows` (source, locator) as Markdown; unreadable ones are
+    left out."""
     paths = [image_path(store, row) for row in rows.iter_rows(named=True)]
     captions = captions or [""] * len(paths)
     shown, said = [], []

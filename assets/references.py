@@ -1,4 +1,5 @@
-"""What `eval_metrics` compares a checkpoint's pictures with: its base's pictures, and the set it was trained on."""
+"""What `eval_metrics` compares a checkpoint's pictures with: its base's pictures, and the set it
+was trained on."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -33,11 +34,11 @@ NUM_CLOSEST = 10
 
 
 def digests(store: Store, key: str) -> dict[str, str]:
-    """Digests of what the pictures of checkpoint `key` are compared with; none for the base, which is what they are
-    compared with and was trained on nothing here.
+    """Digests of what the pictures of checkpoint `key` are compared with; none for the base, which
+    is what they are compared with and was trained on nothing here.
 
-    The set is the run's own, by its fingerprint: images that come and go later do not make scores stale. Embeddings
-    need no digest, they follow from the images and from CLIP.
+    The set is the run's own, by its fingerprint: images that come and go later do not make scores
+    stale. Embeddings need no digest, they follow from the images and from CLIP.
     """
     base = store.base_checkpoint()
     if key == base:
@@ -50,15 +51,14 @@ def digests(store: Store, key: str) -> dict[str, str]:
     }
 
 
-def gather(store: Store, stage: Stage, key: str, networks: "Networks", batch_size: int) -> References:
+def gather(
+    store: Store, stage: Stage, key: str, networks: "Networks", batch_size: int
+) -> References:
     """All that is there of what checkpoint `key` is compared with; nothing for the base.
 
-    Args:
-        store: The workspace.
-        stage: `eval_metrics`. What it has committed of the base's pictures is taken from there while it is current.
-        key: The checkpoint.
-        networks: Look at the base's pictures where nothing current is committed.
-        batch_size: Pictures at a time.
+    Args: store: The workspace. stage: `eval_metrics`. What it has committed of the base's pictures
+        is taken from there while it is current. key: The checkpoint. networks: Look at the base's
+        pictures where nothing current is committed. batch_size: Pictures at a time.
 
     Raises:
         DataError: embeddings of its training images were made by another CLIP.
@@ -69,7 +69,11 @@ def gather(store: Store, stage: Stage, key: str, networks: "Networks", batch_siz
     pictures = None
     if base is not None and store.manifest("sample_images", base) is not None:
         current = store.is_current(stage, base)
-        pictures = _seen_before(store, base) if current else _base_pictures(store, base, networks, batch_size)
+        pictures = (
+            _seen_before(store, base)
+            if current
+            else _base_pictures(store, base, networks, batch_size)
+        )
     inputs = _inputs(store, key)
     return References(base=pictures, training=_training_images(store, key) if inputs else None)
 
@@ -78,7 +82,9 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
     """Image id and file of those `images` (image_id, shard) whose source is still there, by id."""
     shards = set(images["shard"].to_list()) & set(store.parts("raw_images"))
     raw = store.read("raw_images", ["image_id", "source", "locator"], sorted(shards))
-    rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique("image_id", keep="first")
+    rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique(
+        "image_id", keep="first"
+    )
     roots: dict[str, Path] = {}
     for name in rows["source"].unique().to_list():
         try:
@@ -93,7 +99,8 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
 
 
 def training_images(store: Store, key: str) -> pl.DataFrame | None:
-    """image_id, shard, split and bucket of the set that checkpoint `key` was trained on; None where there is none.
+    """image_id, shard, split and bucket of the set that checkpoint `key` was trained on; None where
+    there is none.
 
     What a user had forgotten is left out: it must not return as anybody's neighbour.
     """
@@ -118,8 +125,8 @@ class Pair(NamedTuple):
 
 
 def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame) -> list[Pair]:
-    """The pictures nearest to a training image, nearest first; none for models that were not trained here, and without
-    those whose training image is gone or that cannot be read themselves.
+    """The pictures nearest to a training image, nearest first; none for models that were not
+    trained here, and without those whose training image is gone or that cannot be read themselves.
 
     Args:
         store: The workspace.
@@ -130,11 +137,15 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
     from training.evaluation.clip_score import SIMILARITY
 
     images = training_images(store, key)
-    nearest = metrics.filter(pl.col("metric") == SIMILARITY).sort("value", "prompt_id", descending=[True, False])
+    nearest = metrics.filter(pl.col("metric") == SIMILARITY).sort(
+        "value", "prompt_id", descending=[True, False]
+    )
     if images is None:
         return []
     rows = nearest.head(NUM_CLOSEST).select("prompt_id", "value", "image_id")
-    files = dict(located(store, images.filter(pl.col("image_id").is_in(rows["image_id"].to_list()))))
+    files = dict(
+        located(store, images.filter(pl.col("image_id").is_in(rows["image_id"].to_list())))
+    )
     drawn = dict(samples.select("prompt_id", "file").iter_rows())
     chosen = [row for row in rows.iter_rows() if row[2] in files and row[0] in drawn]
     ids = [image_id for *_, image_id in chosen]
@@ -144,7 +155,8 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
     return [
         Pair(prompt_id, value, image_id, picture, image)
         for (prompt_id, value, image_id), image in zip(chosen, pixels, strict=True)
-        if isinstance(image, np.ndarray) and (picture := read_if_there(folder, drawn[prompt_id])) is not None
+        if isinstance(image, np.ndarray)
+        and (picture := read_if_there(folder, drawn[prompt_id])) is not None
     ]
 
 
@@ -158,9 +170,15 @@ def _inputs(store: Store, key: str) -> RunInputs | None:
 
 
 def _seen_before(store: Store, base: str) -> BasePictures:
-    """What the base's committed scores hold of its pictures: equal to the bit to another look at them."""
-    rows = counted(store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base]))
-    of = {name: rows.filter(pl.col("metric") == name).sort("prompt_id") for name in ("embedding", *overbaked.ALL)}
+    """What the base's committed scores hold of its pictures: equal to the bit to another look at
+    them."""
+    rows = counted(
+        store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base])
+    )
+    of = {
+        name: rows.filter(pl.col("metric") == name).sort("prompt_id")
+        for name in ("embedding", *overbaked.ALL)
+    }
     return BasePictures(
         embeddings=np.array(of["embedding"]["embedding"].to_list(), dtype=np.float32),
         levels={name: of[name]["value"].to_numpy() for name in overbaked.ALL},
@@ -174,7 +192,8 @@ def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: in
     pictures = (read_or_explain(store.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     return BasePictures(
-        embeddings=seen.embeddings, levels={name: seen.scores.get(name, np.empty(0)) for name in overbaked.ALL}
+        embeddings=seen.embeddings,
+        levels={name: seen.scores.get(name, np.empty(0)) for name in overbaked.ALL},
     )
 
 
@@ -196,9 +215,13 @@ def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block
         if manifest is None:
             continue
         if manifest.models["clip"] != clip:
-            raise DataError(f"embeddings {part} are of another CLIP: foundry run --select embeddings")
+            raise DataError(
+                f"embeddings {part} are of another CLIP: foundry run --select embeddings"
+            )
         wanted = images.filter(pl.col("shard") == shard).select("image_id")
-        rows = store.read("embeddings", ["image_id", "projection"], [part]).join(wanted, on="image_id", how="semi")
+        rows = store.read("embeddings", ["image_id", "projection"], [part]).join(
+            wanted, on="image_id", how="semi"
+        )
         if rows.height:
             flat = rows["projection"].explode(empty_as_null=False, keep_nulls=False).to_numpy()
             vectors = flat.reshape(rows.height, -1)
@@ -207,18 +230,30 @@ def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block
 
 
 def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:
-    """Measures of training pictures at the size that they were trained at; unreadable ones are left out."""
+    """Measures of training pictures at the size that they were trained at; unreadable ones are left
+    out."""
     chosen = sample(images, overbaked.MAX_TRAINING_PICTURES)
-    buckets = {row[0]: Size(*row[1:]) for row in chosen.select("image_id", "bucket_height", "bucket_width").iter_rows()}
+    buckets = {
+        row[0]: Size(*row[1:])
+        for row in chosen.select("image_id", "bucket_height", "bucket_width").iter_rows()
+    }
     files = located(store, chosen)
     measures = []
     with DecodePool(store.config.decode) as pool:
         ids = [image_id for image_id, _ in files]
-        for image_id, pixels in zip(ids, pool.pixels([path for _, path in files], ids), strict=True):
+        for image_id, pixels in zip(
+            ids, pool.pixels([path for _, path in files], ids), strict=True
+        ):
             if isinstance(pixels, np.ndarray):
                 size = Size(*pixels.shape[:2])
                 placement = crops.place(
-                    size, buckets[image_id], mode="centre", seed=0, generation=0, image_id=image_id, upscale=True
+                    size,
+                    buckets[image_id],
+                    mode="centre",
+                    seed=0,
+                    generation=0,
+                    image_id=image_id,
+                    upscale=True,
                 )
                 measures.append(overbaked.measure(crops.apply(pixels, placement)))
     return overbaked.collect(measures)

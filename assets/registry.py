@@ -50,4 +50,5 @@ STAGES = {
         release.STAGE,
     )
 }
-"""Every stage by the name of its asset, each after all that it reads: the order of `foundry run`."""
+"""Every stage by the name of its asset, each after all that it reads: the order of `foundry
+run`."""

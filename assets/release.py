@@ -1,4 +1,5 @@
-"""`release`: a run's last checkpoint as a folder that stands alone, with a card that says how it came about."""
+"""`release`: a run's last checkpoint as a folder that stands alone, with a card that says how it
+came about."""
 
 import re
 from collections.abc import Sequence
@@ -34,17 +35,23 @@ NUM_IN_CARD = 3
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the last checkpoint, of the scores of all that its report shows, its verdict, and the licence."""
+    """Digests of the last checkpoint, of the scores of all that its report shows, its verdict, and
+    the licence."""
     last = store.last_checkpoint(key)
     if last is None:
         return {"checkpoint": "absent"}
     base = store.base_checkpoint() or "base"
-    tables = [("verdicts", f"base~{last}"), *(("eval_metrics", name) for name in (base, *evaluated(store, key)))]
+    tables = [
+        ("verdicts", f"base~{last}"),
+        *(("eval_metrics", name) for name in (base, *evaluated(store, key))),
+    ]
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
     digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
     is_named = read_config(store.run_folder(key)).base != "base"
-    named = {"base": json_digest(_base(store, key))} if is_named else {}  # of the other one the settings tell
+    named = (
+        {"base": json_digest(_base(store, key))} if is_named else {}
+    )  # of the other one the settings tell
     count = count_forgotten(read_inputs(store.run_folder(key)).training_set)
     forgotten = {"forgotten images": str(count)} if count else {}
     own = {"checkpoint": store.checkpoint_digest(last), "licence": json_digest(texts)}
@@ -67,19 +74,29 @@ STAGE = Stage(
         STAGE,
         "evaluate",
         "huggingface",
-        deps=[dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping()) for name in ("checkpoints", "verdicts")],
+        deps=[
+            dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
+            for name in ("checkpoints", "verdicts")
+        ],
     ),
 )
-def release(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per file of the release: the last checkpoint's model, its card, its report, licence and pictures."""
+def release(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per file of the release: the last checkpoint's model, its card, its report, licence
+    and pictures."""
 
     def make(key: str) -> Made:
         last = store.last_checkpoint(key)
         if last is None:
-            raise DataError(f"release {key}: the run has no finished checkpoint; run `foundry train --run {key}`")
+            raise DataError(
+                f"release {key}: the run has no finished checkpoint; run `foundry train --run {key}`"
+            )
         folder, model = store.home / "release" / key, store.checkpoint_folder(last)
         licences, pictures = _licences(store, key), _card_pictures(store, last)
-        card, tags = render_card(store, key, last, list(licences), [picture for picture, _ in pictures])
+        card, tags = render_card(
+            store, key, last, list(licences), [picture for picture, _ in pictures]
+        )
         texts = {
             releasing.CARD: card,
             releasing.REPORT: render_report(store, key, last),
@@ -122,7 +139,11 @@ def _clock(store: Store, run: str) -> dict[str, object]:
     from training.reports import card_facts
 
     facts = card_facts.summarise_run(read_lines(store.run_folder(run) / EVENTS))
-    return {"hours": facts.hours, "attempts": facts.num_attempts, "images a second": facts.images_per_s or 0.0}
+    return {
+        "hours": facts.hours,
+        "attempts": facts.num_attempts,
+        "images a second": facts.images_per_s or 0.0,
+    }
 
 
 def render_card(
@@ -171,34 +192,49 @@ def _licences(store: Store, run: str) -> dict[str, Path]:
 
 
 def _base(store: Store, run: str) -> tuple[str, str]:
-    """Name and licence of the model that a run began from; foundry.toml may name another one as its base by now."""
+    """Name and licence of the model that a run began from; foundry.toml may name another one as its
+    base by now."""
     models = store.config.models
     inputs, config = read_inputs(store.run_folder(run)), read_config(store.run_folder(run))
     known = config.base == "base" or config.base in models.bases
-    return inputs.base_model.name, models.base_named(config.base).license if known else models.base_license
+    return inputs.base_model.name, models.base_named(
+        config.base
+    ).license if known else models.base_license
 
 
 def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
-    """A few sample images for the card, of each group in turn, with the files that they come from."""
+    """A few sample images for the card, of each group in turn, with the files that they come
+    from."""
     found: list[tuple[Picture, Path]] = []
     folder, samples = store.sample_folder(last), store.read("sample_images", parts=[last])
     for row in choose_pictures(samples, NUM_IN_CARD).iter_rows(named=True):
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", row["prompt_id"])[:60]
         file = f"{releasing.PICTURES}/{len(found) + 1}-{name}.png"
         if read_if_there(folder, row["file"]) is not None:
-            found.append((Picture(file=file, text=row["text"], negative=row["negative"]), folder / row["file"]))
+            found.append(
+                (
+                    Picture(file=file, text=row["text"], negative=row["negative"]),
+                    folder / row["file"],
+                )
+            )
     return found
 
 
 def _grid(store: Store, last: str) -> str:
-    """Base and checkpoint side by side for a few prompts, as Markdown; black where there is no picture."""
+    """Base and checkpoint side by side for a few prompts, as Markdown; black where there is no
+    picture."""
     before, after = sides(store, [store.base_checkpoint() or "", last])
     both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
     rows = choose_pictures(both, NUM_SHOWN)
     pictures, captions = [], []
     for row in rows.iter_rows(named=True):
-        pair = [read_if_there(before.folder, row["file"]), read_if_there(after.folder, row["after"])]
-        pictures += [np.zeros((8, 8, 3), np.uint8) if picture is None else picture for picture in pair]
+        pair = [
+            read_if_there(before.folder, row["file"]),
+            read_if_there(after.folder, row["after"]),
+        ]
+        pictures += [
+            np.zeros((8, 8, 3), np.uint8) if picture is None else picture for picture in pair
+        ]
         captions += [f"base: {row['text']}", "fine-tuned"]
     return figures.contact_sheet(pictures, captions)
 

@@ -1,4 +1,5 @@
-"""What a report shows of a workspace: which checkpoints beside each other, curves, nearest training images."""
+"""What a report shows of a workspace: which checkpoints beside each other, curves, nearest training
+images."""
 
 from collections.abc import Sequence
 
@@ -38,7 +39,8 @@ def evaluated(store: Store, run: str) -> list[str]:
 
 
 def shown(store: Store, run: str, last: str) -> list[str]:
-    """The base and checkpoints of the run up to the last, as far as they were drawn and scored as the last one was."""
+    """The base and checkpoints of the run up to the last, as far as they were drawn and scored as
+    the last one was."""
     protocol = scores_of(store, last).protocol
     names = [store.base_checkpoint() or ""]
     for name in evaluated(store, run):
@@ -66,7 +68,8 @@ def render_report(store: Store, run: str, last: str) -> str:
     inputs = read_inputs(folder)
     forgotten = count_forgotten(inputs.training_set)
     facts = {
-        "training set": inputs.fingerprint[:12] + (f", {forgotten} of its images forgotten since" if forgotten else ""),
+        "training set": inputs.fingerprint[:12]
+        + (f", {forgotten} of its images forgotten since" if forgotten else ""),
         "samples": f"{read_config(folder).num_samples:,}",
         **protocol_facts(store, last),
     }
@@ -98,12 +101,16 @@ def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
     if sampling.weights == "ema":
         facts["weights"] = "averaged, where there are some"
     failed = summary_of(store, checkpoint).get("num_failed")
-    return facts | ({"pictures without scores": f"{failed:.0f}, so there is no verdict"} if failed else {})
+    return facts | (
+        {"pictures without scores": f"{failed:.0f}, so there is no verdict"} if failed else {}
+    )
 
 
 def closest(store: Store, checkpoint: str) -> list[Exhibit]:
     """The pictures nearest to a training image, that image on the right, the nearest first."""
-    metrics, samples = (store.read(table, parts=[checkpoint]) for table in ("eval_metrics", "sample_images"))
+    metrics, samples = (
+        store.read(table, parts=[checkpoint]) for table in ("eval_metrics", "sample_images")
+    )
     return [
         Exhibit(
             pictures=[pair.picture, pair.image],

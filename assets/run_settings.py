@@ -1,4 +1,5 @@
-"""What the launch dialog asks for a training run: the recipe that it follows, and what differs from it."""
+"""What the launch dialog asks for a training run: the recipe that it follows, and what differs from
+it."""
 
 from enum import Enum
 
@@ -13,7 +14,8 @@ Recipe = Enum("Recipe", {name: name for name in (AS_CONFIGURED, *recipe_names(RE
 
 
 class RunSettings(dg.Config):
-    """The run's name is the partition: choose one, or add a new one in the dialog where the partition is chosen."""
+    """The run's name is the partition: choose one, or add a new one in the dialog where the
+    partition is chosen."""
 
     recipe: Recipe = Field(
         default=Recipe[AS_CONFIGURED],
@@ -25,11 +27,14 @@ class RunSettings(dg.Config):
         description="What differs from the recipe, one key=value a line, as after `foundry train --set`: "
         "optimizer.learning_rate=1e-5, num_samples=500000. `foundry train --dry-run` prints every key and its value.",
     )
-    tiny: bool = Field(default=False, description="Divide sizes by recipes/tiny.toml, to try a recipe out.")
+    tiny: bool = Field(
+        default=False, description="Divide sizes by recipes/tiny.toml, to try a recipe out."
+    )
 
 
 def configure(store: Store, run: str, settings: RunSettings) -> None:
-    """Fix the configuration of a new run, as `foundry train` does; nothing for one that has its own.
+    """Fix the configuration of a new run, as `foundry train` does; nothing for one that has its
+    own.
 
     Raises:
         ConfigError: a wrong key or value, or a started run with other values.

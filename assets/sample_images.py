@@ -1,4 +1,5 @@
-"""`sample_images`: what a checkpoint draws for the fixed prompts, each picture from its own seed."""
+"""`sample_images`: what a checkpoint draws for the fixed prompts, each picture from its own
+seed."""
 
 import contextlib
 from pathlib import Path
@@ -27,16 +28,22 @@ WANTED_BY = "evaluation"
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the checkpoint's weights, averaged ones and LoRAs where they are used, and of the prompts."""
+    """Digests of the checkpoint's weights, averaged ones and LoRAs where they are used, and of the
+    prompts."""
     manifest = store.manifest("prompt_sets", store.config.evaluation.prompt_set)
     prompts = manifest.digest if manifest else "absent"
     try:
-        further = input_digests(store.checkpoint_folder(key), store.config.evaluation.sampling, store.home)
+        further = input_digests(
+            store.checkpoint_folder(key), store.config.evaluation.sampling, store.home
+        )
         return {"checkpoint": store.checkpoint_digest(key), "prompts": prompts, **further}
     except PipelineError:
         if not store.is_external(key):
             raise
-        return {"checkpoint": "absent", "prompts": prompts}  # whoever draws it says why; all others can be judged
+        return {
+            "checkpoint": "absent",
+            "prompts": prompts,
+        }  # whoever draws it says why; all others can be judged
 
 
 STAGE = Stage(
@@ -55,8 +62,12 @@ _READ = [
 ]
 
 
-@dg.asset(partitions_def=checkpoints, **describe(STAGE, "evaluate", "pytorch", "huggingface", deps=_READ))
-def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+@dg.asset(
+    partitions_def=checkpoints, **describe(STAGE, "evaluate", "pytorch", "huggingface", deps=_READ)
+)
+def sample_images(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
 
     def make(key: str) -> Made:
@@ -82,7 +93,10 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             report={
                 "pictures": {"pictures": sheet(folder, frame)},
                 "numbers": {"pictures that are not finite": failed} if failed else {},
-                "tables": {"prompts longer than what is read": cut, "prompts read otherwise than they look": odd},
+                "tables": {
+                    "prompts longer than what is read": cut,
+                    "prompts read otherwise than they look": odd,
+                },
             },
         )
 
@@ -95,13 +109,15 @@ def sample_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
 def prompts_of(store: Store) -> pl.DataFrame:
     """The prompt set of the workspace's evaluation.
 
-    Raises:
-        DataError: there is none of that name, it is not committed yet, or no prompt could be made for it.
+    Raises: DataError: there is none of that name, it is not committed yet, or no prompt could be
+        made for it.
     """
     name = store.config.evaluation.prompt_set
     if store.manifest("prompt_sets", name) is None:
         known = ", ".join(sorted(store.config.prompt_sets)) or "none"
-        raise DataError(f"evaluation.prompt_set = {name!r} is not committed; [prompt_sets] has: {known}")
+        raise DataError(
+            f"evaluation.prompt_set = {name!r} is not committed; [prompt_sets] has: {known}"
+        )
     prompts = store.read("prompt_sets", parts=[name])
     if prompts.is_empty():
         raise DataError(
@@ -114,4 +130,6 @@ def prompts_of(store: Store) -> pl.DataFrame:
 def sheet(folder: Path, frame: pl.DataFrame) -> str:
     """A contact sheet of the first pictures, captioned with their prompts."""
     shown = frame.filter(pl.col("file").is_not_null()).head(NUM_SHOWN)
-    return figures.contact_sheet([read_picture(folder / file) for file in shown["file"]], shown["text"].to_list())
+    return figures.contact_sheet(
+        [read_picture(folder / file) for file in shown["file"]], shown["text"].to_list()
+    )

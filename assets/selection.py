@@ -1,4 +1,5 @@
-"""`selected_images`: which pictures go on, by which rule the others fell, and the split that never leaks."""
+"""`selected_images`: which pictures go on, by which rule the others fell, and the split that never
+leaks."""
 
 import dagster as dg
 import polars as pl
@@ -16,7 +17,10 @@ STAGE = Stage(
     version=3,
     scope=Scope.ALL,
     reads=(
-        Reads("source_listing", ("source", "source_id", "shard", "gone_at", "tags", "rating", "split", "crop_box")),
+        Reads(
+            "source_listing",
+            ("source", "source_id", "shard", "gone_at", "tags", "rating", "split", "crop_box"),
+        ),
         Reads("raw_images", ("source", "source_id", "image_id", "locator", "height", "width")),
         Reads("duplicate_groups", ("group", "source", "source_id", "image_id", "kind", "kept")),
         Reads("quality_scores", ("image_id", "score", "bytes_per_pixel")),
@@ -51,8 +55,11 @@ def _plain(section: object) -> dict[str, object]:
         ],
     ),
 )
-def selected_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per picture: kept or the rule that dropped it, its split, score, tags, caption and boxes."""
+def selected_images(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per picture: kept or the rule that dropped it, its split, score, tags, caption and
+    boxes."""
 
     def make(key: str) -> Made:
         tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
@@ -72,7 +79,9 @@ def selected_images(context: dg.AssetExecutionContext, store: dg.ResourceParam[S
 
 def _report(store: Store, frame: pl.DataFrame) -> dict[str, object]:
     kept = frame.filter(pl.col("kept"))
-    dropped = frame.filter(~pl.col("kept")).unique("rule", keep="first", maintain_order=True).head(12)
+    dropped = (
+        frame.filter(~pl.col("kept")).unique("rule", keep="first", maintain_order=True).head(12)
+    )
     splits = dict(kept["split"].value_counts(name="n").iter_rows())
     scores = kept["score"].value_counts(name="n").sort("score")
     return {
@@ -84,7 +93,9 @@ def _report(store: Store, frame: pl.DataFrame) -> dict[str, object]:
         },
         "tables": {"funnel": funnel(frame).to_dicts()},
         "pictures": {
-            "scores of the kept": figures.bars([(str(score), n) for score, n in scores.iter_rows()]),
+            "scores of the kept": figures.bars(
+                [(str(score), n) for score, n in scores.iter_rows()]
+            ),
             "kept": thumbnails(store, kept.head(16)),
             "one that each rule dropped": thumbnails(store, dropped, dropped["rule"].to_list()),
         },

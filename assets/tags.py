@@ -1,4 +1,5 @@
-"""`tag_vocabulary`: every canonical tag, how often it occurs, and what CLIP's tokenizer makes of it."""
+"""`tag_vocabulary`: every canonical tag, how often it occurs, and what CLIP's tokenizer makes of
+it."""
 
 import dagster as dg
 
@@ -37,7 +38,9 @@ def read_aliases(store: Store) -> Aliases:
 
 
 @dg.asset(**describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", "tags"]))
-def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+def tag_vocabulary(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
     """One row per canonical tag: category, aliases, counts by origin, CLIP pieces."""
 
     def make(key: str) -> Made:
@@ -45,7 +48,9 @@ def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
 
         tokenizer = load_tokenizer(store.model_path("clip"))
         config = store.config.tags
-        raw, listing = (store.read_slice(STAGE, table, key) for table in ("raw_images", "source_listing"))
+        raw, listing = (
+            store.read_slice(STAGE, table, key) for table in ("raw_images", "source_listing")
+        )
         frame = vocabulary(
             raw.join(listing, on=["source", "source_id"]).select("image_id", "tags"),
             store.read_slice(STAGE, "tags", key),
@@ -58,7 +63,9 @@ def tag_vocabulary(context: dg.AssetExecutionContext, store: dg.ResourceParam[St
         return Made(
             frame=frame,
             report={
-                "numbers": {"shattered into 4 or more pieces": int((frame["pieces"].list.len() >= 4).sum())},
+                "numbers": {
+                    "shattered into 4 or more pieces": int((frame["pieces"].list.len() >= 4).sum())
+                },
                 "tables": {"most frequent": top.select("tag", "category", "num_images").to_dicts()},
             },
         )

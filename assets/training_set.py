@@ -32,12 +32,17 @@ STAGE = Stage(
         deps=[
             "selected_images",
             "bucket_assignments",
-            dg.AssetDep("latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")),
+            dg.AssetDep(
+                "latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")
+            ),
         ],
     ),
 )
-def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per sample of an encoding. Its digest is the fingerprint that runs and checkpoints carry."""
+def training_set(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per sample of an encoding. Its digest is the fingerprint that runs and checkpoints
+    carry."""
 
     def make(key: str) -> Made:
         tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
@@ -53,7 +58,9 @@ def training_set(context: dg.AssetExecutionContext, store: dg.ResourceParam[Stor
                     "with a made caption": frame["made_caption"].count(),
                     "with a watermark": int((frame["boxes"].list.len() > 0).sum()),
                     "padded": int(tables["bucket_assignments"]["padded"].sum()),
-                    "without a tag": int(frame.select((pl.col("tags").list.len() == 0).sum()).item()),
+                    "without a tag": int(
+                        frame.select((pl.col("tags").list.len() == 0).sum()).item()
+                    ),
                 },
                 "pictures": {"tags per sample": figures.histogram(lengths)},
             },

@@ -1,4 +1,5 @@
-"""`verdicts`: whether a checkpoint's pictures are better than those of its base, of the champion, or of any other."""
+"""`verdicts`: whether a checkpoint's pictures are better than those of its base, of the champion,
+or of any other."""
 
 import json
 import logging
@@ -75,8 +76,11 @@ def _pairs(*, one_of_many: bool) -> Stage:
 
 
 @dg.asset(partitions_def=checkpoints, **describe(VERDICTS, "evaluate", deps=["eval_metrics"]))
-def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One row per metric and prompt group: is this checkpoint better than its base, by how much, how surely?"""
+def verdicts(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
+) -> dg.MaterializeResult:
+    """One row per metric and prompt group: is this checkpoint better than its base, by how much,
+    how surely?"""
 
     result = materialize(context, store, VERDICTS, lambda key: judge(store, key))
     crown(store, context.log)
@@ -86,7 +90,8 @@ def verdicts(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) 
 
 
 def judge(store: Store, key: str) -> Made:
-    """The verdict of a checkpoint against the base; for one with failed pictures, a note that there is none and why.
+    """The verdict of a checkpoint against the base; for one with failed pictures, a note that there
+    is none and why.
 
     Raises:
         DataError: the base or the checkpoint has no scores.
@@ -96,12 +101,22 @@ def judge(store: Store, key: str) -> Made:
 
     base = store.base_checkpoint()
     if base is None or store.manifest("eval_metrics", base) is None:
-        raise DataError(f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first")
+        raise DataError(
+            f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first"
+        )
     if key == base:
         return _without("the base is not compared")
     try:
-        return _made(compare(scores_of(store, base), scores_of(store, key), store.config.evaluation.verdicts.margins))
-    except FailedPicturesError as error:  # an outcome as any other: it can be looked at, and later checkpoints go on
+        return _made(
+            compare(
+                scores_of(store, base),
+                scores_of(store, key),
+                store.config.evaluation.verdicts.margins,
+            )
+        )
+    except (
+        FailedPicturesError
+    ) as error:  # an outcome as any other: it can be looked at, and later checkpoints go on
         return _without(str(error))
 
 
@@ -115,8 +130,13 @@ def _made(frame: pl.DataFrame) -> Made:
     return Made(
         frame=frame,
         report={
-            "numbers": {f"{row['metric']} ({row['group']})": row["verdict"] for row in frame.iter_rows(named=True)},
-            "tables": {"verdicts": [{"verdict": sentence(row)} for row in frame.iter_rows(named=True)]},
+            "numbers": {
+                f"{row['metric']} ({row['group']})": row["verdict"]
+                for row in frame.iter_rows(named=True)
+            },
+            "tables": {
+                "verdicts": [{"verdict": sentence(row)} for row in frame.iter_rows(named=True)]
+            },
         },
     )
 
@@ -130,12 +150,18 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
     from training.evaluation.verdict import Protocol, Scores
     from training.sampling.image_files import DTYPE
 
-    pictures, metrics = (store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics"))
+    pictures, metrics = (
+        store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics")
+    )
     if pictures is None or metrics is None:
-        raise DataError(f"checkpoint {checkpoint} has no scores yet: run `foundry evaluate {checkpoint}`")
+        raise DataError(
+            f"checkpoint {checkpoint} has no scores yet: run `foundry evaluate {checkpoint}`"
+        )
     drawn = next(reads.label for reads in METRICS.reads if reads.table == "sample_images")
     if metrics.inputs[drawn] != store.slice_digest(METRICS, METRICS.reads[0], checkpoint):
-        raise DataError(f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first")
+        raise DataError(
+            f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first"
+        )
     protocol = Protocol(
         prompts=pictures.inputs["prompts"],
         sampling=json.dumps([pictures.config, _named(pictures.inputs, "lora:")], sort_keys=True),
@@ -144,7 +170,11 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
         scorers=json.dumps(_named(metrics.inputs, "scorer:"), sort_keys=True),
         dtype=DTYPE,
     )
-    return Scores(checkpoint=checkpoint, protocol=protocol, metrics=store.read("eval_metrics", parts=[checkpoint]))
+    return Scores(
+        checkpoint=checkpoint,
+        protocol=protocol,
+        metrics=store.read("eval_metrics", parts=[checkpoint]),
+    )
 
 
 def _named(inputs: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -154,14 +184,12 @@ def _named(inputs: Mapping[str, str], prefix: str) -> dict[str, str]:
 def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> str:
     """Commit the verdict of b against a, where it is not current; returns its part.
 
-    Against the base that is `base~b`, else `a~b`; the held-out half against the base stands in `a~b` alone, so that no
-    row is there twice.
+    Against the base that is `base~b`, else `a~b`; the held-out half against the base stands in
+    `a~b` alone, so that no row is there twice.
 
-    Args:
-        store: The workspace.
-        a: Checkpoint compared against.
-        b: Checkpoint judged.
-        one_of_many: It was chosen among several, so the held-out half of the prompts is judged as well. Whoever does
+    Args: store: The workspace. a: Checkpoint compared against. b: Checkpoint judged. one_of_many:
+        It was chosen among several, so the held-out half of the prompts is judged as well. Whoever
+        does
             not ask for that half is content with a verdict that has it.
 
     Raises:
@@ -169,9 +197,17 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
         FailedPicturesError: a picture of either has no scores.
         EvaluationError: their scores were made by different protocols.
     """
-    ours, theirs, margins = scores_of(store, a), scores_of(store, b), store.config.evaluation.verdicts.margins
+    ours, theirs, margins = (
+        scores_of(store, a),
+        scores_of(store, b),
+        store.config.evaluation.verdicts.margins,
+    )
     against_base, pair = a == store.base_checkpoint(), f"{a}~{b}"
-    stage, key = (VERDICTS, b) if against_base and not one_of_many else (_pairs(one_of_many=one_of_many), pair)
+    stage, key = (
+        (VERDICTS, b)
+        if against_base and not one_of_many
+        else (_pairs(one_of_many=one_of_many), pair)
+    )
     part = stage.part(key)
     with store.writing(stage.name, part):
         manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
@@ -186,10 +222,11 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
 
 
 def crown(store: Store, log: logging.Logger) -> None:
-    """Let the checkpoints that have not yet stood against the champion challenge it, once all verdicts are current.
+    """Let the checkpoints that have not yet stood against the champion challenge it, once all
+    verdicts are current.
 
-    Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow follows. Whoever is
-    killed on the way leaves the old champion, and the next call begins again.
+    Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow
+    follows. Whoever is killed on the way leaves the old champion, and the next call begins again.
     """
     if not store.parts("verdicts"):
         return
@@ -217,11 +254,16 @@ def _reigning(store: Store) -> champion.Champion:
 
 
 def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champion.Champion | None:
-    """Judge whoever has not yet stood against the champion; returns the champion after that, None if nobody could."""
+    """Judge whoever has not yet stood against the champion; returns the champion after that, None
+    if nobody could."""
     from training.evaluation.verdict import sentence
 
     found = {name: store.manifest("eval_metrics", name) for name in store.parts("eval_metrics")}
-    ours = {name: manifest.digest for name, manifest in found.items() if manifest is not None and store.is_of_run(name)}
+    ours = {
+        name: manifest.digest
+        for name, manifest in found.items()
+        if manifest is not None and store.is_of_run(name)
+    }
     ours.pop(now.checkpoint, None)
     fresh = [name for name in sorted(ours) if ours[name] != now.challenged.get(name)]
     if gone := [name for name in fresh if not store.is_there(name)]:
@@ -236,13 +278,21 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
         return None
     sides = _challengers(store, titleholder, fresh, log)
     if not sides:
-        hint = "" if store.is_there(now.checkpoint) else "; its weights are gone: remove champion.json to begin anew"
-        log.warning(f"the champion {now.checkpoint} stays, for none of {', '.join(fresh)} can challenge it{hint}")
+        hint = (
+            ""
+            if store.is_there(now.checkpoint)
+            else "; its weights are gone: remove champion.json to begin anew"
+        )
+        log.warning(
+            f"the champion {now.checkpoint} stays, for none of {', '.join(fresh)} can challenge it{hint}"
+        )
         return None
     best = champion.choose(titleholder, sides, store.config.evaluation.verdicts.margins)
     many = len(sides) > 1 or bool(now.challenged)
     parts = {
-        side.checkpoint: judge_pair(store, now.checkpoint, side.checkpoint, one_of_many=many and side is best)
+        side.checkpoint: judge_pair(
+            store, now.checkpoint, side.checkpoint, one_of_many=many and side is best
+        )
         for side in sides
     }
     part = parts[best.checkpoint]
@@ -257,8 +307,11 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
     return replace(now, challenged={**now.challenged, **{name: ours[name] for name in parts}})
 
 
-def _challengers(store: Store, titleholder: "Scores", names: Sequence[str], log: logging.Logger) -> list["Scores"]:
-    """Those of the checkpoints that can be judged against the champion; of each other it is said why not."""
+def _challengers(
+    store: Store, titleholder: "Scores", names: Sequence[str], log: logging.Logger
+) -> list["Scores"]:
+    """Those of the checkpoints that can be judged against the champion; of each other it is said
+    why not."""
     from training.evaluation.verdict import compare
 
     sides = []

@@ -33,9 +33,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "workspace"
         began = time.monotonic()
-        subprocess.run([foundry, "init", home, "--preset", "demo"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [foundry, "init", home, "--preset", "demo"], check=True, stdout=subprocess.DEVNULL
+        )
         run = subprocess.Popen(
-            [foundry, "run", "--home", home], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [foundry, "run", "--home", home],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         peak = 0
 
@@ -56,7 +61,10 @@ def main() -> None:
         print(f"peak memory {peak / 1e9:.2f} GB (limit {LIMIT_BYTES / 1e9:.0f})")
         began = time.monotonic()
         subprocess.run(
-            [foundry, "run", "--home", home], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [foundry, "run", "--home", home],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         again = time.monotonic() - began
         print(f"again, with nothing to do: {again:.1f} s, {seconds / again:.0f} x quicker")

@@ -1,10 +1,11 @@
-"""What scoring costs: each picture seen once against the guide's way, summary and verdict of 100,000 rows, and the
-search for the nearest of 1.5 million training images.
+"""What scoring costs: each picture seen once against the guide's way, summary and verdict of
+100,000 rows, and the search for the nearest of 1.5 million training images.
 
 Usage: python benchmarks/bench_evaluation.py [NUM_IMAGES]
 
-Draws its own pictures and makes its own networks: a random CLIP of some 40 million parameters with the demo's
-tokenizer. The two ways of scoring are compared in processor seconds of one thread; all else is wall clock.
+Draws its own pictures and makes its own networks: a random CLIP of some 40 million parameters with
+the demo's tokenizer. The two ways of scoring are compared in processor seconds of one thread; all
+else is wall clock.
 """
 
 import resource
@@ -65,7 +66,9 @@ def draw(folder: Path) -> pl.DataFrame:
     rng, rows = np.random.default_rng(0), []
     for number in range(NUM_PROMPTS * NUM_PER_PROMPT):
         coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(
+            folder / f"{number}.png"
+        )
         text = f"a red circle above a blue square, number {number // NUM_PER_PROMPT}"
         rows.append(
             {"prompt_id": f"p{number:03d}", "text": text, "negative": "", "group": "g", "seed": number,
@@ -77,8 +80,8 @@ def draw(folder: Path) -> pl.DataFrame:
 def guide(samples: pl.DataFrame, folder: Path, clip: object, aesthetic: object) -> np.ndarray:
     """CLIP score and aesthetic `(N, 2)` as the guide and GhostReview have them.
 
-    Each picture is prepared and encoded for the one and again for the other, each prompt tokenized and encoded for each
-    picture. Loading CLIP anew for each, as they do, is left out.
+    Each picture is prepared and encoded for the one and again for the other, each prompt tokenized
+    and encoded for each picture. Loading CLIP anew for each, as they do, is left out.
     """
     found = []
     for row in samples.iter_rows(named=True):
@@ -109,7 +112,10 @@ def scoring() -> None:
         found = [frame.filter(pl.col("metric") == name).sort("prompt_id")["value"].to_numpy()
                  for name in ("clip_score", "aesthetic")]  # fmt: skip
         gap = float(np.abs(np.stack(found, axis=1) - expected).max())
-        times = [(seconds(ours), seconds(lambda: guide(samples, folder, clip, aesthetic))) for _ in range(REPEATS)]
+        times = [
+            (seconds(ours), seconds(lambda: guide(samples, folder, clip, aesthetic)))
+            for _ in range(REPEATS)
+        ]
     fast, slow = (float(np.median(side)) for side in zip(*times, strict=True))
     count = samples.height
     print(f"scores of {count} pictures of {NUM_PROMPTS} prompts: {count / fast:.2f}/s of processor time, "
@@ -137,7 +143,10 @@ def tables() -> None:
     summary.summarise(clip, taste)
     summary.std_within(taste, [f"p{number // 32}" for number in range(NUM_ROWS)])
     print(f"summary of {NUM_ROWS:,} rows: {time.monotonic() - began:.3f} s (limit {MAX_SUMMARY_S})")
-    protocol, sides = Protocol(prompts="p", sampling="s", clip="c", aesthetic="a", dtype="float32"), []
+    protocol, sides = (
+        Protocol(prompts="p", sampling="s", clip="c", aesthetic="a", dtype="float32"),
+        [],
+    )
     for side in range(2):
         frames = [
             pl.DataFrame({"prompt_id": ids, "group": [f"g{number % 8}" for number in range(NUM_ROWS)], "metric": metric,
@@ -149,11 +158,14 @@ def tables() -> None:
         sides.append(Scores(checkpoint=f"c@{side}", protocol=protocol, metrics=frame))
     began = time.monotonic()
     compare(*sides, {"clip_score": 0.003, "aesthetic": 0.05})
-    print(f"verdict over {NUM_ROWS:,} prompts: {time.monotonic() - began:.3f} s (limit {MAX_VERDICT_S})")
+    print(
+        f"verdict over {NUM_ROWS:,} prompts: {time.monotonic() - began:.3f} s (limit {MAX_VERDICT_S})"
+    )
 
 
 def search(num_images: int) -> None:
-    """The nearest training image of a checkpoint's, its base's and the validation pictures; and what distances cost."""
+    """The nearest training image of a checkpoint's, its base's and the validation pictures; and
+    what distances cost."""
     from training.evaluation import copies, distances
 
     rng = np.random.default_rng(0)
@@ -174,20 +186,30 @@ def search(num_images: int) -> None:
           f"{spent:.1f} s, {rate:.0f} GFLOP/s, {peak_mb() - before:.0f} MB (limit {MAX_SEARCH_MB})")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.parquet"
-        vectors = pl.Series("projection", pool.astype(np.float32).tolist(), dtype=pl.List(pl.Float32))
+        vectors = pl.Series(
+            "projection", pool.astype(np.float32).tolist(), dtype=pl.List(pl.Float32)
+        )
         pl.DataFrame({"image_id": ids, "projection": vectors}).write_parquet(path)
         began = time.monotonic()
-        flat = pl.read_parquet(path)["projection"].explode(empty_as_null=False, keep_nulls=False).to_numpy()
+        flat = (
+            pl.read_parquet(path)["projection"]
+            .explode(empty_as_null=False, keep_nulls=False)
+            .to_numpy()
+        )
         each = time.monotonic() - began
         assert flat.size == SHARD_ROWS * WIDTH
     whole = each * num_images / SHARD_ROWS
-    print(f"  a shard of {SHARD_ROWS:,} embeddings is read in {each:.2f} s: {whole:.0f} s for all of them")
+    print(
+        f"  a shard of {SHARD_ROWS:,} embeddings is read in {each:.2f} s: {whole:.0f} s for all of them"
+    )
     began = time.monotonic()
     real = queries[-NUM_VALIDATION:]
     for cloud in (queries[:NUM_QUERIES], queries[NUM_QUERIES : 2 * NUM_QUERIES]):
         distances.cmmd(cloud, real)
         distances.kid(cloud, real)
-    print(f"CMMD and KID of {NUM_QUERIES} against {NUM_VALIDATION} pictures, twice: {time.monotonic() - began:.1f} s")
+    print(
+        f"CMMD and KID of {NUM_QUERIES} against {NUM_VALIDATION} pictures, twice: {time.monotonic() - began:.1f} s"
+    )
 
 
 def units(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""How long the count of a full-size SDXL's operations and memory takes, beside torch's counter on meta tensors.
+"""How long the count of a full-size SDXL's operations and memory takes, beside torch's counter on
+meta tensors.
 
 Usage: python benchmarks/bench_flops.py
 """
@@ -18,14 +19,21 @@ LIMIT_S = 1.0
 
 
 def counted() -> float:
-    """Operations of one 1024 x 1024 sample with 77 tokens, forward and backward, as torch counts them."""
+    """Operations of one 1024 x 1024 sample with 77 tokens, forward and backward, as torch counts
+    them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNET)
-        inputs = (torch.empty(1, 4, 128, 128), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 2048))
+        inputs = (
+            torch.empty(1, 4, 128, 128),
+            torch.empty(1, dtype=torch.int64),
+            torch.empty(1, 77, 2048),
+        )
         added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
     inputs[2].requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
-        unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2], added_cond_kwargs=added).sample.sum().backward()
+        unet(
+            inputs[0], inputs[1], encoder_hidden_states=inputs[2], added_cond_kwargs=added
+        ).sample.sum().backward()
     return float(counter.get_total_flops())
 
 
@@ -45,9 +53,13 @@ def main() -> None:
     began = time.perf_counter()
     theirs = counted()
     slow = time.perf_counter() - began
-    print(f"first shape {first:.2f} s (limit {LIMIT_S}), each of {len(shapes)} more {each * 1e3:.2f} ms")
+    print(
+        f"first shape {first:.2f} s (limit {LIMIT_S}), each of {len(shapes)} more {each * 1e3:.2f} ms"
+    )
     print(f"activations {memory:.2f} s")
-    print(f"torch's counter {slow:.2f} s, {slow / first:.0f} x; difference {abs(ours / theirs - 1):.1e}")
+    print(
+        f"torch's counter {slow:.2f} s, {slow / first:.0f} x; difference {abs(ours / theirs - 1):.1e}"
+    )
 
 
 if __name__ == "__main__":

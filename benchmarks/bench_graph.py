@@ -1,4 +1,5 @@
-"""What the graph costs beside its work: importing it, and a stage over 100 shards that has nothing to do.
+"""What the graph costs beside its work: importing it, and a stage over 100 shards that has nothing
+to do.
 
 Usage: python benchmarks/bench_graph.py
 """
@@ -17,7 +18,8 @@ LIMIT_NO_OP_S = 10.0
 def seconds_of(code: str, repeats: int = 5) -> float:
     """Best of several: CPU seconds (user and system) of an interpreter that runs `code`."""
     program = (
-        f"import resource, time\n{code}\nu = resource.getrusage(resource.RUSAGE_SELF)\nprint(u.ru_utime + u.ru_stime)"
+        f"import resource, time\n{code}\nu = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(u.ru_utime + u.ru_stime)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -27,14 +29,17 @@ def seconds_of(code: str, repeats: int = 5) -> float:
 
 
 def import_cost() -> None:
-    """`import jobs.definitions` against an interpreter that imports Dagster alone, and proof that torch stays out."""
+    """`import jobs.definitions` against an interpreter that imports Dagster alone, and proof that
+    torch stays out."""
     bare, dagster = seconds_of("pass"), seconds_of("import dagster")
     ours = seconds_of("import jobs.definitions")
     heavy = subprocess.run(
         [sys.executable, "-c", "import sys, jobs.definitions; print('torch' in sys.modules)"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    print(f"import jobs.definitions: {ours:.2f} s CPU (limit {LIMIT_IMPORT_S}), {ours / dagster:.2f} x Dagster alone")
+    print(
+        f"import jobs.definitions: {ours:.2f} s CPU (limit {LIMIT_IMPORT_S}), {ours / dagster:.2f} x Dagster alone"
+    )
     print(f"  of which the interpreter   {bare:.2f} s; torch imported: {heavy}")
 
 
@@ -49,7 +54,9 @@ def no_op_stage() -> None:
         pictures = Path(folder) / "pictures"
         pictures.mkdir()
         for number in range(NUM_SHARDS):
-            Image.new("RGB", (64, 48), (number, 255 - number, 7)).save(pictures / f"{number:03d}.png")
+            Image.new("RGB", (64, 48), (number, 255 - number, 7)).save(
+                pictures / f"{number:03d}.png"
+            )
         home = Path(folder) / "workspace"
         create(home, sources=[str(pictures)], preset="demo", tiny=False)
         config = home / "foundry.toml"

@@ -1,9 +1,11 @@
-"""What latent files cost: reading and size against bigASP's gzip files, opening, memory, buckets, encoding.
+"""What latent files cost: reading and size against bigASP's gzip files, opening, memory, buckets,
+encoding.
 
 Usage: python benchmarks/bench_latents.py
 
-Reading and writing are given as ratios within this run. Latents are simulated: SDXL's published means and deviations
-per channel (config of Playground v2.5), noise of amplitude 1/f as of pictures, and a fifth of white noise.
+Reading and writing are given as ratios within this run. Latents are simulated: SDXL's published
+means and deviations per channel (config of Playground v2.5), noise of amplitude 1/f as of pictures,
+and a fifth of white noise.
 """
 
 import gzip
@@ -38,7 +40,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MEAN = np.array([-1.66, 1.89, -1.38, 2.52]) * 0.13025
 STD = np.array([8.49, 5.90, 6.55, 5.23]) * 0.13025
 # The seven fullest buckets of bigASP's page.
-BUCKETS = [Size(1216, 832), Size(832, 1216), Size(1152, 832), Size(896, 1152), Size(1152, 896), Size(1344, 768)]
+BUCKETS = [
+    Size(1216, 832),
+    Size(832, 1216),
+    Size(1152, 832),
+    Size(896, 1152),
+    Size(1152, 896),
+    Size(1344, 768),
+]
 BUCKETS.append(Size(1024, 1024))
 ROWS, BATCH = 64, 16
 NUM_FILES, FILES_PER_SHARD, ROWS_PER_FILE = 1_500, 10, 1_000
@@ -91,7 +100,9 @@ def read_gzip(paths: Sequence[Path]) -> np.ndarray:
         with gzip.open(path) as file:
             content = file.read()
         rows, columns = HEADER.unpack_from(content)[5:]
-        found.append(np.frombuffer(content, dtype="<f2", offset=HEADER.size).reshape(4, rows, columns))
+        found.append(
+            np.frombuffer(content, dtype="<f2", offset=HEADER.size).reshape(4, rows, columns)
+        )
     return np.stack(found)
 
 
@@ -99,7 +110,9 @@ def write_files(folder: Path, bits: Sequence[np.ndarray], codec: Codec) -> list[
     """One latent file per bucket."""
     files = []
     for size, rows in zip(BUCKETS, bits, strict=True):
-        writer = BucketWriter(folder=folder, generation=1, bucket=size, max_bytes=256_000_000, codec=codec)
+        writer = BucketWriter(
+            folder=folder, generation=1, bucket=size, max_bytes=256_000_000, codec=codec
+        )
         for number, row in enumerate(rows):
             writer.add_bits(str(number), row, None)
         writer.finish()
@@ -121,7 +134,9 @@ def reading_and_size(folder: Path) -> None:
         return len(read_gzip([of_bucket[row] for row in draw(rng)]))
 
     base = per_second(from_gzip)
-    print(f"batches of {BATCH} of one bucket, {ROWS * len(BUCKETS)} images, warm: bigASP's gzip files {base:,.0f}/s")
+    print(
+        f"batches of {BATCH} of one bucket, {ROWS * len(BUCKETS)} images, warm: bigASP's gzip files {base:,.0f}/s"
+    )
     goals: dict[Codec, int] = {"raw": 40, "split-zstd": 6}
     for codec, goal in goals.items():
         files = write_files(folder / codec, bits, codec)
@@ -135,7 +150,9 @@ def reading_and_size(folder: Path) -> None:
     halves = from_bfloat16(bits[0][0]).astype("<f2").tobytes()
     theirs = per_second(lambda: len(gzip.compress(halves)[:0]) + len(halves))
     ours = per_second(lambda: len(latent_codec.encode(bits[0][0])[1][:0]) + bits[0][0].nbytes)
-    print(f"  encodes {ours / theirs:.1f} x as fast as gzip bigASP's fp16 (goal 15 x), {ours / 1e6:,.0f} MB/s")
+    print(
+        f"  encodes {ours / theirs:.1f} x as fast as gzip bigASP's fp16 (goal 15 x), {ours / 1e6:,.0f} MB/s"
+    )
 
 
 def draw(rng: np.random.Generator) -> list[int]:
@@ -149,7 +166,8 @@ def gather_some(files: Sequence[LatentFile], rng: np.random.Generator) -> int:
 
 
 def opening(folder: Path) -> None:
-    """What an epoch's border costs for 1.5 million images: choose the generation of each shard, open its files.
+    """What an epoch's border costs for 1.5 million images: choose the generation of each shard,
+    open its files.
 
     The files are holes of the right size behind a real header: opening reads no further.
     """
@@ -157,7 +175,9 @@ def opening(folder: Path) -> None:
     for number in range(NUM_FILES // FILES_PER_SHARD):
         shard = f"s{number:06d}"
         write_hollow_shard(folder / shard, number)
-        ids[shard] = pl.read_parquet(folder / shard / "*.parquet", columns=["image_id"])["image_id"].to_list()
+        ids[shard] = pl.read_parquet(folder / shard / "*.parquet", columns=["image_id"])[
+            "image_id"
+        ].to_list()
     began = time.perf_counter()
     source = LatentSource(folder)
     opened = 0
@@ -166,7 +186,9 @@ def opening(folder: Path) -> None:
         assert generation is not None, missing
         opened += len(generation.open_files())
     seconds = time.perf_counter() - began
-    print(f"opening {opened:,} latent files with {opened * ROWS_PER_FILE:,} images: {seconds:.2f} s (limit 2 s)")
+    print(
+        f"opening {opened:,} latent files with {opened * ROWS_PER_FILE:,} images: {seconds:.2f} s (limit 2 s)"
+    )
 
 
 def write_hollow_shard(folder: Path, number: int) -> None:
@@ -176,23 +198,40 @@ def write_hollow_shard(folder: Path, number: int) -> None:
     for place in range(FILES_PER_SHARD):
         name = f"g0001-1024x1024-{number:04x}{place:04x}.safetensors"
         num_bytes = ROWS_PER_FILE * 4 * 128 * 128 * 2
-        tensor = {"dtype": "BF16", "shape": [ROWS_PER_FILE, 4, 128, 128], "data_offsets": [0, num_bytes]}
-        text = json.dumps({"__metadata__": {"codec": "raw", "scaling_factor": "0.13025"}, "latents": tensor}).encode()
+        tensor = {
+            "dtype": "BF16",
+            "shape": [ROWS_PER_FILE, 4, 128, 128],
+            "data_offsets": [0, num_bytes],
+        }
+        text = json.dumps(
+            {"__metadata__": {"codec": "raw", "scaling_factor": "0.13025"}, "latents": tensor}
+        ).encode()
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + num_bytes)
         entries.append(commit.Entry(name=name, bytes=8 + len(text) + num_bytes, sha256="0" * 64))
         rows = np.arange(ROWS_PER_FILE) + (number * FILES_PER_SHARD + place) * ROWS_PER_FILE
         digests = [hashlib.sha256(str(row).encode()).hexdigest() for row in rows.tolist()]
-        tables.append(pl.DataFrame({"image_id": digests, "file": name, "row": np.arange(ROWS_PER_FILE)}))
+        tables.append(
+            pl.DataFrame({"image_id": digests, "file": name, "row": np.arange(ROWS_PER_FILE)})
+        )
     frame = pl.concat(tables)
     schema = TABLES["latents"].schema
     others = [
-        pl.lit(dtype == pl.Boolean).cast(dtype).alias(name) for name, dtype in schema.items() if name not in frame
+        pl.lit(dtype == pl.Boolean).cast(dtype).alias(name)
+        for name, dtype in schema.items()
+        if name not in frame
     ]
-    table = commit.write_parquet(folder, "g0001", frame.with_columns(others).select(list(schema)).cast(schema))
+    table = commit.write_parquet(
+        folder, "g0001", frame.with_columns(others).select(list(schema)).cast(schema)
+    )
     manifest = commit.Manifest(
-        table="latents", part=f"sdxl|{folder.name}", version=1, files=(table, *entries), rows=frame.height, digest="0"
+        table="latents",
+        part=f"sdxl|{folder.name}",
+        version=1,
+        files=(table, *entries),
+        rows=frame.height,
+        digest="0",
     )
     commit.commit_manifest(folder / "g0001.json", manifest)
 
@@ -216,12 +255,15 @@ print(done, time.perf_counter() - began, *(int(status[name].split()[0]) * 1024 f
 
 
 def memory(folder: Path) -> None:
-    """A process that reads as much as it can in a minute, 100 GB at most, from fewer files again and again."""
+    """A process that reads as much as it can in a minute, 100 GB at most, from fewer files again
+    and again."""
     rng = np.random.default_rng(1)
     few = latents(Size(1024, 1024), 16, rng)
     num_bytes = 0
     for _ in range(READ_FILES):
-        writer = BucketWriter(folder=folder, generation=1, bucket=Size(1024, 1024), max_bytes=256_000_000)
+        writer = BucketWriter(
+            folder=folder, generation=1, bucket=Size(1024, 1024), max_bytes=256_000_000
+        )
         for row in range(256_000_000 // few[0].nbytes - 1):
             writer.add_bits(str(row), few[rng.integers(len(few))], None)
         writer.finish()
@@ -229,14 +271,20 @@ def memory(folder: Path) -> None:
     arguments = [sys.executable, "-c", READER, str(folder), str(READ_BYTES), str(READ_S)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
     read, seconds, anonymous, mapped = map(float, done.stdout.split())
-    print(f"read {read / 1e9:.1f} GB in {seconds:.0f} s out of {num_bytes / 1e9:.1f} GB of latent files, one process:")
-    print(f"  {anonymous / 1e6:.0f} MB of its own (limit 1000 MB), {mapped / 1e9:.1f} GB of the page cache mapped")
+    print(
+        f"read {read / 1e9:.1f} GB in {seconds:.0f} s out of {num_bytes / 1e9:.1f} GB of latent files, one process:"
+    )
+    print(
+        f"  {anonymous / 1e6:.0f} MB of its own (limit 1000 MB), {mapped / 1e9:.1f} GB of the page cache mapped"
+    )
 
 
 def assignment() -> None:
     """Buckets of 1.5 million pictures, and the report."""
     rng = np.random.default_rng(2)
-    sides = {name: rng.integers(900, 5000, NUM_IMAGES).astype(np.int32) for name in ("height", "width")}
+    sides = {
+        name: rng.integers(900, 5000, NUM_IMAGES).astype(np.int32) for name in ("height", "width")
+    }
     images = pl.DataFrame({"image_id": np.arange(NUM_IMAGES), "shard": "s000000", **sides}).cast(
         {"image_id": pl.String}
     )
@@ -245,12 +293,15 @@ def assignment() -> None:
     seconds = time.perf_counter() - began
     bucket_assignments.report(placed, (4, 8, 16))
     whole = time.perf_counter() - began
-    print(f"buckets of {NUM_IMAGES:,} pictures: {seconds:.2f} s (goal well under 1 s), {whole:.2f} s with the report")
+    print(
+        f"buckets of {NUM_IMAGES:,} pictures: {seconds:.2f} s (goal well under 1 s), {whole:.2f} s with the report"
+    )
     print(f"  {placed.height:,} placed, {len(rejected):,} too small")
 
 
 def encoding(*, tiny: bool = False) -> dict[str, float]:
-    """The VAE adapter on pictures of 1 MP on a CUDA device; without one, or if asked, on small ones with a tiny VAE.
+    """The VAE adapter on pictures of 1 MP on a CUDA device; without one, or if asked, on small ones
+    with a tiny VAE.
 
     Returns:
         Images per second by the precision that was used.
@@ -271,8 +322,12 @@ def encoding(*, tiny: bool = False) -> dict[str, float]:
     )  # fmt: skip
     device = torch.cuda.get_device_name() if cuda else "no CUDA device"
     which = "full-size" if full else "tiny"
-    print(f"encoding {side} x {side} px in batches of {batch}, {which} VAE, random weights; {device}")
-    pictures = list(np.random.default_rng(3).integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
+    print(
+        f"encoding {side} x {side} px in batches of {batch}, {which} VAE, random weights; {device}"
+    )
+    pictures = list(
+        np.random.default_rng(3).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    )
     precisions: tuple[Precision, ...] = ("tf32", "bf16")
     speeds = {}
     for precision in precisions:

@@ -1,10 +1,12 @@
-"""What a trainer's memory grows by while it meets new shapes, and that it ends growing: oneDNN's kernels on a CPU.
+"""What a trainer's memory grows by while it meets new shapes, and that it ends growing: oneDNN's
+kernels on a CPU.
 
 Usage: python benchmarks/bench_memory.py [--capacity N]
 
-A step's last micro-batch is cut to fit, so that on a CPU any batch size of any bucket may come, and oneDNN compiles and
-keeps kernels for each. Forward and backward passes of the demo's UNet over many such shapes, three times; memory after
-each, with what the allocator holds free given back. The second and third time, nothing may be added.
+A step's last micro-batch is cut to fit, so that on a CPU any batch size of any bucket may come, and
+oneDNN compiles and keeps kernels for each. Forward and backward passes of the demo's UNet over many
+such shapes, three times; memory after each, with what the allocator holds free given back. The
+second and third time, nothing may be added.
 """
 
 import argparse
@@ -44,12 +46,19 @@ def measure() -> list[tuple[int, int]]:
         Path(__file__).resolve().parents[1] / "demo" / "models" / "base", "cpu"
     ).unet.requires_grad_(True)
     width = unet.config.cross_attention_dim
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    pooled = (
+        unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    )
 
     def train(height: int, width_px: int, size: int) -> None:
         added = {"text_embeds": torch.zeros(size, pooled), "time_ids": torch.zeros(size, 6)}
-        noised, text = torch.randn(size, 4, height // 8, width_px // 8), torch.randn(size, 77, width)
-        unet(noised, torch.zeros(size, dtype=torch.int64), text, added_cond_kwargs=added).sample.sum().backward()
+        noised, text = (
+            torch.randn(size, 4, height // 8, width_px // 8),
+            torch.randn(size, 77, width),
+        )
+        unet(
+            noised, torch.zeros(size, dtype=torch.int64), text, added_cond_kwargs=added
+        ).sample.sum().backward()
         unet.zero_grad(set_to_none=False)
 
     shapes = [(*bucket, size) for bucket in BUCKETS for size in BATCH_SIZES]
@@ -67,7 +76,9 @@ def measure() -> list[tuple[int, int]]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capacity", type=int, default=DEFAULT_CAPACITY, help="primitives that oneDNN keeps")
+    parser.add_argument(
+        "--capacity", type=int, default=DEFAULT_CAPACITY, help="primitives that oneDNN keeps"
+    )
     capacity = parser.parse_args().capacity
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(capacity)  # read when torch is first used
     found = measure()
@@ -77,7 +88,9 @@ def main() -> int:
     for number, ((shapes, held), growth) in enumerate(zip(found, growths, strict=True)):
         print(f"| {number} | {shapes} | {held / 1e6:.0f} | {growth / 1e6:+.1f} |")
     new = found[1][0] - found[0][0]
-    print(f"{growths[1] / new / 1e6:.2f} MB for each new shape; limit of later passes {MAX_GROWTH / 1e6:.0f} MB")
+    print(
+        f"{growths[1] / new / 1e6:.2f} MB for each new shape; limit of later passes {MAX_GROWTH / 1e6:.0f} MB"
+    )
     return int(max(growths[2:]) > MAX_GROWTH)
 
 

@@ -1,7 +1,9 @@
-"""Pictures per second in each precision of sampling, drawn as the product draws them, beside the goal of 1 on an H200.
+"""Pictures per second in each precision of sampling, drawn as the product draws them, beside the
+goal of 1 on an H200.
 
-SDXL with random weights (speed does not depend on their values), DPM++ 2M with guidance, prompts of two chunks. On a
-GPU in full size: 1024 x 1024 pixels, 30 steps. Without one, a tiny model whose ratios in one run are all that it says.
+SDXL with random weights (speed does not depend on their values), DPM++ 2M with guidance, prompts of
+two chunks. On a GPU in full size: 1024 x 1024 pixels, 30 steps. Without one, a tiny model whose
+ratios in one run are all that it says.
 
 Usage: python benchmarks/bench_sampling.py [--tiny] [--batch N] [--batches N] [--steps N]
 
@@ -74,9 +76,15 @@ def make_prompts(count: int, side_px: int) -> pl.DataFrame:
 
 
 def measure(
-    parts: PipelineParts, config: SamplingConfig, device: torch.device, *, side_px: int, num_batches: int
+    parts: PipelineParts,
+    config: SamplingConfig,
+    device: torch.device,
+    *,
+    side_px: int,
+    num_batches: int,
 ) -> Result:
-    """Pictures per second over so many batches, after a short one for warming up; `bf16` rounds the model."""
+    """Pictures per second over so many batches, after a short one for warming up; `bf16` rounds the
+    model."""
     size = config.batch_size
     while size:
         _free(device)
@@ -92,7 +100,10 @@ def measure(
             continue
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return Result(
-            precision=config.precision, batch_size=size, images_per_s=prompts.height / seconds, peak_bytes=peak
+            precision=config.precision,
+            batch_size=size,
+            images_per_s=prompts.height / seconds,
+            peak_bytes=peak,
         )
     return Result(precision=config.precision, batch_size=0, images_per_s=None, peak_bytes=None)
 
@@ -105,7 +116,9 @@ def _free(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _draw(parts: PipelineParts, config: SamplingConfig, device: torch.device, prompts: pl.DataFrame) -> None:
+def _draw(
+    parts: PipelineParts, config: SamplingConfig, device: torch.device, prompts: pl.DataFrame
+) -> None:
     for _ in sample(parts, prompts, config, device=str(device)):
         pass
 
@@ -119,7 +132,8 @@ def measure_all(
     num_steps: int,
     precisions: Sequence[SamplingPrecision] = get_args(SamplingPrecision),
 ) -> list[Result]:
-    """Every precision on one model, from the widest to the narrowest, because the narrowest rounds it."""
+    """Every precision on one model, from the widest to the narrowest, because the narrowest rounds
+    it."""
     parts = make_model(device, tiny=tiny)
     side_px = SIDE_PX // TINY_SCALE if tiny else SIDE_PX
     results: list[Result] = []
@@ -137,30 +151,44 @@ def _print(result: Result, base: float | None) -> None:
     memory = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.1f} GB"
     ratio = "-" if base is None else f"{result.images_per_s / base:.2f} x"
     print(
-        f"{result.precision:<12}{result.batch_size:>6}{result.images_per_s:>12.3f}{memory:>12}{ratio:>10}", flush=True
+        f"{result.precision:<12}{result.batch_size:>6}{result.images_per_s:>12.3f}{memory:>12}{ratio:>10}",
+        flush=True,
     )
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny model of the same classes")
-    parser.add_argument("--batch", type=int, default=0, help="pictures at a time; default 8, tiny 2")
-    parser.add_argument("--batches", type=int, default=0, help="batches to measure; default 1, tiny 4")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="pictures at a time; default 8, tiny 2"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=0, help="batches to measure; default 1, tiny 4"
+    )
     parser.add_argument("--steps", type=int, default=0, help="sampler steps; default 30, tiny 10")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = options.tiny or device.type == "cpu"
-    batch_size, num_batches = options.batch or (2 if tiny else 8), options.batches or (4 if tiny else 1)
+    batch_size, num_batches = (
+        options.batch or (2 if tiny else 8),
+        options.batches or (4 if tiny else 1),
+    )
     num_steps = options.steps or (10 if tiny else 30)
     if device.type == "cpu":
         torch.set_num_threads(1)  # two would wait for each other in a model this small
     print(f"{device}, {'tiny' if tiny else 'full-size'} SDXL, {num_steps} steps with guidance")
     print(f"{'':<12}{'batch':>6}{'images/s':>12}{'memory':>12}{'to fp32':>10}")
-    results = measure_all(device, tiny=tiny, batch_size=batch_size, num_batches=num_batches, num_steps=num_steps)
+    results = measure_all(
+        device, tiny=tiny, batch_size=batch_size, num_batches=num_batches, num_steps=num_steps
+    )
     best = max((result.images_per_s or 0, result.precision) for result in results)
     if not tiny:
-        print(f"best: {best[0]:.2f} images/s in {best[1]}; goal on an H200: at least {GOAL_PER_S:g}")
+        print(
+            f"best: {best[0]:.2f} images/s in {best[1]}; goal on an H200: at least {GOAL_PER_S:g}"
+        )
 
 
 if __name__ == "__main__":

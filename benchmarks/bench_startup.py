@@ -1,12 +1,14 @@
-"""Seconds from `foundry train` to the first step of the demo, beside a bare process; and those of a dry run.
+"""Seconds from `foundry train` to the first step of the demo, beside a bare process; and those of a
+dry run.
 
 Usage: python benchmarks/bench_startup.py [--pairs N] [--home DIR]
 
-The bare process imports the same classes of diffusers and transformers, loads the same model and does one step of as
-many samples; `foundry train` also checks, writes the run, hashes what it reads, validates the base model, and runs in
-Dagster. Pairs alternate, so that whatever else the machine does meets both. Processor seconds of the trainer and of all
-processes stand beside: they hardly depend on that. DIR is a demo workspace whose training set is made; without it one
-is made first, a minute of work. Its runs `startup-*` are removed.
+The bare process imports the same classes of diffusers and transformers, loads the same model and
+does one step of as many samples; `foundry train` also checks, writes the run, hashes what it reads,
+validates the base model, and runs in Dagster. Pairs alternate, so that whatever else the machine
+does meets both. Processor seconds of the trainer and of all processes stand beside: they hardly
+depend on that. DIR is a demo workspace whose training set is made; without it one is made first, a
+minute of work. Its runs `startup-*` are removed.
 """
 
 import argparse
@@ -82,7 +84,10 @@ def bare(base: Path) -> Start:
     arguments = [sys.executable, "-c", BARE, base, *map(str, (BATCH, HEIGHT, WIDTH))]
     threads = str(len(os.sched_getaffinity(0)))
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": threads}
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"step\n", "the bare process failed"
@@ -95,8 +100,19 @@ def bare(base: Path) -> Start:
 def foundry_train(home: Path, run: str) -> Start:
     """`foundry train` to the first `step` line of events.jsonl."""
     began, events = time.monotonic(), home / "runs" / run / "events.jsonl"
-    command = [Path(sys.executable).with_name("foundry"), "train", "--home", home, "--run", run, "--recipe", "demo"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+    command = [
+        Path(sys.executable).with_name("foundry"),
+        "train",
+        "--home",
+        home,
+        "--run",
+        run,
+        "--recipe",
+        "demo",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as launcher:
         while not (events.is_file() and b'"event": "step"' in events.read_bytes()):
             assert launcher.poll() is None, "foundry train ended before its first step"
             time.sleep(0.01)
@@ -104,7 +120,9 @@ def foundry_train(home: Path, run: str) -> Start:
         opening = json.loads(events.read_text().splitlines()[0])
         trainer = psutil.Process(opening["pid"])
         parent = psutil.Process(launcher.pid)
-        members = {member.pid: member for member in [parent, *parent.children(recursive=True), trainer]}
+        members = {
+            member.pid: member for member in [parent, *parent.children(recursive=True), trainer]
+        }
         found = Start(wall_s=wall, own_s=_spent(trainer), all_s=sum(map(_spent, members.values())))
         trainer.kill()
         launcher.wait()
@@ -130,7 +148,10 @@ def _spent(process: psutil.Process) -> float:
 
 
 def compare(
-    first: tuple[str, Callable[[], Start]], second: tuple[str, Callable[[], Start]], pairs: int, limit: float
+    first: tuple[str, Callable[[], Start]],
+    second: tuple[str, Callable[[], Start]],
+    pairs: int,
+    limit: float,
 ) -> None:
     """Measure two things by turns, and print medians and the median of the pairs' ratios."""
     measured: list[tuple[Start, Start]] = []
@@ -138,18 +159,25 @@ def compare(
         one = first[1]()
         measured.append((one, second[1]()))
     for (name, _), runs in zip((first, second), zip(*measured, strict=True), strict=True):
-        values = (statistics.median(getattr(run, field) for run in runs) for field in ("wall_s", "own_s", "all_s"))
+        values = (
+            statistics.median(getattr(run, field) for run in runs)
+            for field in ("wall_s", "own_s", "all_s")
+        )
         print("{:<34}{:8.2f} s{:12.2f} s{:12.2f} s".format(name, *values))
     ratios = [
         statistics.median(getattr(b, field) / getattr(a, field) for a, b in measured)
         for field in ("wall_s", "own_s", "all_s")
     ]
-    print("{:<34}{:8.2f}  {:12.2f}  {:12.2f}".format(f"ratio (limit {limit}, of the wall)", *ratios))
+    print(
+        "{:<34}{:8.2f}  {:12.2f}  {:12.2f}".format(f"ratio (limit {limit}, of the wall)", *ratios)
+    )
 
 
 def main() -> None:
     """Print both comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--home", type=Path)
     arguments = parser.parse_args()
@@ -160,13 +188,17 @@ def main() -> None:
         if home is None:
             home = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "workspace"
             made = ("training_set", "base_model", "tag_vocabulary")
-            subprocess.run([foundry, "init", home, "--preset", "demo"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [foundry, "init", home, "--preset", "demo"], check=True, stdout=subprocess.DEVNULL
+            )
             subprocess.run(
                 [foundry, "run", "--home", home, "--select", ",".join(made)],
                 check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         numbers = iter(range(arguments.pairs))
-        print(f"{'medians of ' + str(arguments.pairs) + ' pairs':<34}{'wall':>8}  {'trainer CPU':>12}  {'all CPU':>12}")
+        print(
+            f"{'medians of ' + str(arguments.pairs) + ' pairs':<34}{'wall':>8}  {'trainer CPU':>12}  {'all CPU':>12}"
+        )
         compare(
             ("bare process to its step", lambda: bare(ROOT / "demo" / "models" / "base")),
             ("foundry train to its first step", lambda: foundry_train(home, f"startup-{next(numbers)}")),

@@ -1,12 +1,14 @@
-"""What our step costs beside the least that it could: a bare loop, and a script as diffusers' SDXL example has it.
+"""What our step costs beside the least that it could: a bare loop, and a script as diffusers' SDXL
+example has it.
 
 Usage: python benchmarks/bench_step_loop.py [--rounds N] [--samples N]
 
-Two measurements. First the floor: the demo's SDXL, one bucket of 128 x 128, 32 samples a step, text encoders frozen; by
-turns a step of the product's trainer, one of a bare loop (encode the same prompts with the same encoders, forward,
-backward, fused AdamW) and one of what diffusers' script does (prompts tokenized and encoded live, its scheduler,
-clipping, AdamW as it comes, a learning rate scheduler). Second the loop's own time: on the tests' tiny SDXL, the
-processor time that is neither forward and backward passes, nor optimizer, clipping and averages, nor waiting for data.
+Two measurements. First the floor: the demo's SDXL, one bucket of 128 x 128, 32 samples a step, text
+encoders frozen; by turns a step of the product's trainer, one of a bare loop (encode the same
+prompts with the same encoders, forward, backward, fused AdamW) and one of what diffusers' script
+does (prompts tokenized and encoded live, its scheduler, clipping, AdamW as it comes, a learning
+rate scheduler). Second the loop's own time: on the tests' tiny SDXL, the processor time that is
+neither forward and backward passes, nor optimizer, clipping and averages, nor waiting for data.
 """
 
 import argparse
@@ -30,7 +32,8 @@ _RATE, _DECAY = 1e-4, 0.01
 
 
 class Clock:
-    """Processor seconds of this thread inside of the wrapped calls; a call within another counts once."""
+    """Processor seconds of this thread inside of the wrapped calls; a call within another counts
+    once."""
 
     def __init__(self) -> None:
         """Nothing spent."""
@@ -52,7 +55,8 @@ class Clock:
 
 
 class BareLoop:
-    """UNet forward, backward and AdamW, with prompts that are encoded in the step: nothing can be left out of it."""
+    """UNet forward, backward and AdamW, with prompts that are encoded in the step: nothing can be
+    left out of it."""
 
     def __init__(self, trainer: Any) -> None:
         """Copy the trainer's UNet, so that both train, and share its frozen encoders."""
@@ -62,7 +66,9 @@ class BareLoop:
         self.unet = copy.deepcopy(self.parts.unet)
         for parameter in self.unet.parameters():
             parameter.grad = None
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True
+        )
 
     def step(self, draw: Any) -> float:
         """Train one batch."""
@@ -79,7 +85,10 @@ class BareLoop:
         time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size)
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
         prediction = self.unet(
-            noised, draw.timesteps, encoder_hidden_states=text.hidden_states, added_cond_kwargs=added
+            noised,
+            draw.timesteps,
+            encoder_hidden_states=text.hidden_states,
+            added_cond_kwargs=added,
         ).sample
         loss = torch.nn.functional.mse_loss(prediction, draw.noise)
         loss.backward()
@@ -89,7 +98,8 @@ class BareLoop:
 
 
 class Script:
-    """A step as diffusers' `train_text_to_image_sdxl.py` makes it, without accelerate's share, prompts encoded live."""
+    """A step as diffusers' `train_text_to_image_sdxl.py` makes it, without accelerate's share,
+    prompts encoded live."""
 
     def __init__(self, trainer: Any) -> None:
         """Copy the UNet and take what the script would make."""
@@ -110,9 +120,15 @@ class Script:
 
         batch, states = draw.batch, []
         with torch.no_grad():
-            for tokenizer, encoder in zip(self.parts.tokenizers, self.parts.text_encoders, strict=True):
+            for tokenizer, encoder in zip(
+                self.parts.tokenizers, self.parts.text_encoders, strict=True
+            ):
                 ids = tokenizer(
-                    batch.prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+                    batch.prompts,
+                    padding="max_length",
+                    max_length=77,
+                    truncation=True,
+                    return_tensors="pt",
                 ).input_ids
                 output = encoder(ids, output_hidden_states=True)
                 states.append(output.hidden_states[-2])
@@ -125,7 +141,10 @@ class Script:
         time_ids = torch.cat([torch.tensor([[*size, *crop, *target]]) for size, crop in sizes])
         added = {"text_embeds": pooled, "time_ids": time_ids}
         prediction = self.unet(
-            noised, timesteps, encoder_hidden_states=torch.cat(states, dim=-1), added_cond_kwargs=added
+            noised,
+            timesteps,
+            encoder_hidden_states=torch.cat(states, dim=-1),
+            added_cond_kwargs=added,
         ).sample
         loss = torch.nn.functional.mse_loss(prediction.float(), noise.float(), reduction="mean")
         loss.backward()
@@ -137,7 +156,8 @@ class Script:
 
 
 def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Wall seconds of each step of the product, the bare loop and the script, by turns, and of our steps' parts."""
+    """Wall seconds of each step of the product, the bare loop and the script, by turns, and of our
+    steps' parts."""
     import tiny_runs
     import torch
 
@@ -160,7 +180,9 @@ def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], di
     }  # fmt: skip
     scale = read_config(base / "vae" / "config.json")["scaling_factor"]
     rows = tiny_runs.training_rows(32 * 4, 8, (Size(128, 128),))
-    run = tiny_runs.build_run(folder, base, "floor", changes, rows, max_bytes=10**8, scaling_factor=scale)
+    run = tiny_runs.build_run(
+        folder, base, "floor", changes, rows, max_bytes=10**8, scaling_factor=scale
+    )
     seconds: dict[str, list[float]] = {"ours": [], "bare": [], "script": []}
     with EventLog(run.folder / "events.jsonl") as log:
         trainer = Trainer(
@@ -172,7 +194,9 @@ def measure_floor(folder: Path, rounds: int) -> tuple[dict[str, list[float]], di
         for _ in range(rounds):
             trainer.state.clock.step_in_epoch = 0
             upcoming = trainer._upcoming()[: trainer.order.num_steps]
-            with Prefetch(trainer._draw, upcoming, trainer.worker, run.config.compute.prefetch) as draws:
+            with Prefetch(
+                trainer._draw, upcoming, trainer.worker, run.config.compute.prefetch
+            ) as draws:
                 for rows_of_step in upcoming:
                     _time(seconds["ours"], trainer._step, draws)
                     draw, _ = trainer._draw(rows_of_step)
@@ -255,7 +279,9 @@ def measure_overhead(folder: Path, num_samples: int) -> tuple[list[float], list[
 
 def main() -> None:
     """Print both measurements beside their limits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12, help="four steps of each kind a round")
     parser.add_argument("--samples", type=int, default=1600)
     arguments = parser.parse_args()
@@ -269,8 +295,12 @@ def main() -> None:
     for name, limit in (("bare", MAX_RATIO_TO_BARE), ("script", MAX_RATIO_TO_SCRIPT)):
         other = statistics.median(floor[name])
         ratio = statistics.median(a / b for a, b in zip(floor["ours"], floor[name], strict=True))
-        print(f"a step of 32 at 128 x 128: ours {ours:.3f} s, {name} {other:.3f} s: {ratio:.2f} x (limit {limit:.2f})")
-    print("of ours: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts.items()))
+        print(
+            f"a step of 32 at 128 x 128: ours {ours:.3f} s, {name} {other:.3f} s: {ratio:.2f} x (limit {limit:.2f})"
+        )
+    print(
+        "of ours: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts.items())
+    )
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +308,9 @@ def main() -> None:
     own, whole = statistics.median(overheads) * 1e3, statistics.median(steps) * 1e3
     worst = sorted(overheads)[int(0.95 * len(overheads))] * 1e3
     print(f"step of 2 micro-batches: {whole:.1f} ms of processor time, {len(steps)} steps")
-    print(f"the loop's own time: {own:.2f} ms (limit {MAX_OVERHEAD_MS:.0f}), 95 % of the steps below {worst:.2f} ms")
+    print(
+        f"the loop's own time: {own:.2f} ms (limit {MAX_OVERHEAD_MS:.0f}), 95 % of the steps below {worst:.2f} ms"
+    )
 
 
 if __name__ == "__main__":

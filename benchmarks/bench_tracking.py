@@ -1,13 +1,15 @@
-"""How fast event logs reach MLflow, and whether a trainer's steps notice MLflow: running, stopped or hung.
+"""How fast event logs reach MLflow, and whether a trainer's steps notice MLflow: running, stopped
+or hung.
 
 Usage: python benchmarks/bench_tracking.py [NUM_METRICS]
 
-The trainer is a process of small but real steps on one thread that writes its event log as the trainer does; beside
-it, a process forwards that log every second, ten times as often as `checkpoints` does, to a server in each state.
-Rounds take turns, so that what else the machine does falls on all of them alike. Times are wall clock; of a busy
-machine the processor seconds beside them tell: a step that waited for MLflow would show it in the first alone, one that
-worked for MLflow in both. The limit is on MLflow stopped or hung against MLflow running, a forwarder beside all three:
-against none, a step also shares cores and caches with one more process.
+The trainer is a process of small but real steps on one thread that writes its event log as the
+trainer does; beside it, a process forwards that log every second, ten times as often as
+`checkpoints` does, to a server in each state. Rounds take turns, so that what else the machine does
+falls on all of them alike. Times are wall clock; of a busy machine the processor seconds beside
+them tell: a step that waited for MLflow would show it in the first alone, one that worked for
+MLflow in both. The limit is on MLflow stopped or hung against MLflow running, a forwarder beside
+all three: against none, a step also shares cores and caches with one more process.
 """
 
 import contextlib
@@ -57,7 +59,9 @@ def write_step(log: EventLog, step: int, loss: float) -> None:
     )  # fmt: skip
 
 
-def forwarding(home: Path, tracking: Tracking, num_metrics: int, processor_s: Callable[[], float]) -> str:
+def forwarding(
+    home: Path, tracking: Tracking, num_metrics: int, processor_s: Callable[[], float]
+) -> str:
     """Metrics per second of a run that is sent whole."""
     folder = prepare_run(home, tracking.experiment)
     with EventLog(folder / run_folder.EVENTS) as log:
@@ -86,7 +90,9 @@ def train(folder: Path, times: "multiprocessing.Queue[list[Taken]]") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     width = 512
-    model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     taken = []
     with EventLog(folder / run_folder.EVENTS) as log:
@@ -100,7 +106,11 @@ def train(folder: Path, times: "multiprocessing.Queue[list[Taken]]") -> None:
             value = float(loss.detach())
             done = time.monotonic()
             write_step(log, step, value)
-            taken.append(Taken(time.monotonic() - began, time.process_time() - worked, time.monotonic() - done))
+            taken.append(
+                Taken(
+                    time.monotonic() - began, time.process_time() - worked, time.monotonic() - done
+                )
+            )
     times.put(taken[STEPS // 10 :])
 
 
@@ -150,7 +160,9 @@ def step_times(home: Path, server: Server) -> None:
         )
     running = middle(taken["running"]).wall
     for state in ("stopped", "hung"):
-        print(f"  MLflow {state} against running: {middle(taken[state]).wall / running:.3f} x (limit {MAX_RATIO})")
+        print(
+            f"  MLflow {state} against running: {middle(taken[state]).wall / running:.3f} x (limit {MAX_RATIO})"
+        )
 
 
 def middle(taken: list[Taken]) -> Taken:
@@ -173,7 +185,9 @@ def main() -> None:
         try:
             remote = Tracking(uri=server.url, experiment="remote")
             remote.experiment_url()
-            rate = forwarding(home, remote, num_metrics, lambda: time.process_time() + server.processor_s())
+            rate = forwarding(
+                home, remote, num_metrics, lambda: time.process_time() + server.processor_s()
+            )
             print(f"  through a server: {rate}, the server's included")
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"  # ours
             step_times(home, server)

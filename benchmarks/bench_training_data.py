@@ -1,9 +1,10 @@
-"""What prompts, order and batches of a training set of a million and a half samples cost, on two cores.
+"""What prompts, order and batches of a training set of a million and a half samples cost, on two
+cores.
 
 Usage: python benchmarks/bench_training_data.py [NUM_ROWS]
 
-Makes its own set in a temporary folder (some 200 MB), with tags that repeat as a booru's do. Times are wall clock; of
-a busy machine the processor seconds beside them tell.
+Makes its own set in a temporary folder (some 200 MB), with tags that repeat as a booru's do. Times
+are wall clock; of a busy machine the processor seconds beside them tell.
 """
 
 import contextlib
@@ -34,7 +35,24 @@ IMAGES_PER_S = 26.0
 MAX_LOADER_SHARE = 0.01
 MICRO_BATCH, GLOBAL_BATCH = 8, 2048
 BUCKETS = np.array([(1216, 832), (832, 1216), (1152, 832), (896, 1152), (1024, 1024)])
-SYLLABLES = ["ba", "re", "lo", "ki", "sun", "ta", "mer", "vo", "li", "ne", "ro", "sha", "pon", "gri", "del", "wa"]
+SYLLABLES = [
+    "ba",
+    "re",
+    "lo",
+    "ki",
+    "sun",
+    "ta",
+    "mer",
+    "vo",
+    "li",
+    "ne",
+    "ro",
+    "sha",
+    "pon",
+    "gri",
+    "del",
+    "wa",
+]
 
 
 def words(rng: np.random.Generator) -> list[str]:
@@ -42,7 +60,8 @@ def words(rng: np.random.Generator) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < VOCABULARY:
         parts = [
-            "".join(rng.choice(SYLLABLES, rng.integers(1, 4))) for _ in range(rng.choice([1, 2, 3], p=[0.3, 0.6, 0.1]))
+            "".join(rng.choice(SYLLABLES, rng.integers(1, 4)))
+            for _ in range(rng.choice([1, 2, 3], p=[0.3, 0.6, 0.1]))
         ]
         found["_".join(parts)] = None
     return sorted(found)
@@ -55,20 +74,32 @@ def write_set(path: Path, num_rows: int, names: list[str]) -> None:
     rng = np.random.default_rng(0)
     weights = 1 / np.arange(1, len(names) + 1) ** 0.9
     edges, places = np.cumsum(weights / weights.sum()), rng.permutation(len(names))
-    ids = sorted(hashlib.sha256(number.to_bytes(8, "little")).hexdigest() for number in range(num_rows))
-    schema = pl.DataFrame(schema=TABLES["training_set"].schema).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
-    with pq.ParquetWriter(path, schema, compression="zstd", dictionary_pagesize_limit=8_000_000) as writer:
+    ids = sorted(
+        hashlib.sha256(number.to_bytes(8, "little")).hexdigest() for number in range(num_rows)
+    )
+    schema = (
+        pl.DataFrame(schema=TABLES["training_set"].schema)
+        .to_arrow(compat_level=pl.CompatLevel.oldest())
+        .schema
+    )
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", dictionary_pagesize_limit=8_000_000
+    ) as writer:
         for first in range(0, num_rows, 131_072):
             own = ids[first : first + 131_072]
             lengths = rng.poisson(NUM_TAGS, len(own)).clip(1)
             row = np.repeat(np.arange(len(own)), lengths)
-            codes = places[np.searchsorted(edges, rng.random(lengths.sum())).clip(0, len(names) - 1)]
-            pairs = np.unique(row.astype(np.int64) * len(names) + codes)  # sorted by row and name, each tag once
+            codes = places[
+                np.searchsorted(edges, rng.random(lengths.sum())).clip(0, len(names) - 1)
+            ]
+            pairs = np.unique(
+                row.astype(np.int64) * len(names) + codes
+            )  # sorted by row and name, each tag once
             row, codes = pairs // len(names), pairs % len(names)
             starts = np.searchsorted(row, np.arange(len(own) + 1))
-            tags = pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(names)).cast(
-                pa.large_string()
-            )
+            tags = pa.DictionaryArray.from_arrays(
+                pa.array(codes.astype(np.int32)), pa.array(names)
+            ).cast(pa.large_string())
             kinds = pa.array(["general"] * len(codes), pa.large_string())
             pairs_of = pa.StructArray.from_arrays([tags, kinds], ["name", "category"])
             bucket = BUCKETS[rng.integers(len(BUCKETS), size=len(own))]
@@ -87,37 +118,49 @@ def write_set(path: Path, num_rows: int, names: list[str]) -> None:
             }  # fmt: skip
             arrays = [
                 value.cast(kind) if isinstance(value, pa.Array) else pa.array(value, kind)
-                for value, kind in zip((columns[name] for name in schema.names), schema.types, strict=True)
+                for value, kind in zip(
+                    (columns[name] for name in schema.names), schema.types, strict=True
+                )
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 def tokenizers(names: list[str]) -> list[object]:
-    """SDXL's two: CLIP's rules, with a vocabulary learned from the tags until they have some three tokens each."""
+    """SDXL's two: CLIP's rules, with a vocabulary learned from the tags until they have some three
+    tokens each."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
     backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=4_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
     backend.train_from_iterator(names, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+    ]
     vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
     ids = {word: number for number, word in enumerate(vocabulary)}
     return [
-        CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")
+        CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77, pad_token=pad)
+        for pad in ("<|endoftext|>", "!")
     ]
 
 
 def prompts(path: Path, names: list[str], pair: list[object]) -> None:
-    """Prompts with ids for both encoders by micro-batches, against building the strings and tokenizing them twice.
+    """Prompts with ids for both encoders by micro-batches, against building the strings and
+    tokenizing them twice.
 
-    The naive way gets its strings by large blocks, which is the cheapest way to make them; then for counts.
+    The naive way gets its strings by large blocks, which is the cheapest way to make them; then for
+    counts.
     """
     from training.models.tokens import tokenize
     from training.prompts.maker import PromptMaker
@@ -143,11 +186,18 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
             first = tokenize(texts, pair[0])
             most = first[0].num_chunks
             second = tokenize(texts, pair[1], max_chunks=most, min_chunks=most)
-            found.append(tuple(np.array([one.ids for one in side], dtype=np.int64) for side in (first, second)))
+            found.append(
+                tuple(
+                    np.array([one.ids for one in side], dtype=np.int64) for side in (first, second)
+                )
+            )
         return found
 
     # Cut prompts aside, where ours end at a tag, ids are the same.
-    whole = [all(prompt.num_truncated == 0 for prompt in maker.make(batch.tolist(), 0)) for batch in batches]
+    whole = [
+        all(prompt.num_truncated == 0 for prompt in maker.make(batch.tolist(), 0))
+        for batch in batches
+    ]
     same = all(
         np.array_equal(a, b)
         for found, expected, complete in zip(ours(), naive(), whole, strict=True) if complete
@@ -162,15 +212,22 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
     fast, slow = (float(np.median(side)) for side in zip(*times, strict=True))
     print(f"prompt + ids of both encoders: {NUM_PROMPTS / fast:,.0f}/s of processor time, naive "
           f"{NUM_PROMPTS / slow:,.0f}/s: {slow / fast:.1f} x (limit {MIN_SPEEDUP}), ids identical: {same}")  # fmt: skip
-    print(f"  micro-batches of {MICRO_BATCH} that nobody announced: {NUM_PROMPTS / float(np.median(alone)):,.0f}/s")
-    print(f"  tokens per prompt {np.mean([one.num_tokens for one in maker.make(range(1000), 0)]):.0f}")
+    print(
+        f"  micro-batches of {MICRO_BATCH} that nobody announced: {NUM_PROMPTS / float(np.median(alone)):,.0f}/s"
+    )
+    print(
+        f"  tokens per prompt {np.mean([one.num_tokens for one in maker.make(range(1000), 0)]):.0f}"
+    )
 
 
 def vocabulary(names: list[str]) -> object:
     """A third of the tags have aliases."""
     from training.curation.vocabulary import Vocabulary
 
-    return Vocabulary(dict.fromkeys(names, "general"), {name: (f"{name}_too", f"other_{name}") for name in names[::3]})
+    return Vocabulary(
+        dict.fromkeys(names, "general"),
+        {name: (f"{name}_too", f"other_{name}") for name in names[::3]},
+    )
 
 
 def recipe() -> object:
@@ -201,7 +258,9 @@ print(spent, *(int(status[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM")
 
 def open_set(path: Path) -> None:
     """Open the set in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True
+    )
     spent, resident, highest, rows = map(float, done.stdout.split())
     print(f"open {rows:,.0f} rows: {spent:.2f} s (limit {MAX_OPEN_S}), {resident:.0f} MB resident, "
           f"{highest:.0f} MB at most (limit {MAX_OPEN_MB})")  # fmt: skip
@@ -235,7 +294,9 @@ def order(path: Path, folder: Path, names: list[str], pair: list[object]) -> Non
         batch = found.micro_batches(step)[0]
         slowest = max(slowest, time.monotonic() - began)
         assert len(batch)
-    print(f"  open it and seek to a micro-batch: {slowest * 1e3:.1f} ms at most (limit {MAX_SEEK_MS:.0f})")
+    print(
+        f"  open it and seek to a micro-batch: {slowest * 1e3:.1f} ms at most (limit {MAX_SEEK_MS:.0f})"
+    )
 
 
 def processor_seconds() -> float:
@@ -245,7 +306,8 @@ def processor_seconds() -> float:
 
 
 def loader(path: Path, names: list[str], pair: list[object]) -> None:
-    """How long a loop of 26 images a second waits for prompts, ids and 128 x 128 latents made ahead of it."""
+    """How long a loop of 26 images a second waits for prompts, ids and 128 x 128 latents made ahead
+    of it."""
     from training.loop.prefetch import Prefetch
     from training.prompts.maker import PromptMaker
     from training.prompts.samples import Samples
@@ -267,7 +329,9 @@ def loader(path: Path, names: list[str], pair: list[object]) -> None:
                 time.sleep(MICRO_BATCH / IMAGES_PER_S)
                 next(ahead)
         share = ahead.waited_s / (time.monotonic() - began)
-    print(f"loader's share of a step at {IMAGES_PER_S:.0f} images/s: {share:.3%} (limit {MAX_LOADER_SHARE:.0%})")
+    print(
+        f"loader's share of a step at {IMAGES_PER_S:.0f} images/s: {share:.3%} (limit {MAX_LOADER_SHARE:.0%})"
+    )
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""How often verdicts are wrong, and how small a difference they see: simulated with the spreads of real models.
+"""How often verdicts are wrong, and how small a difference they see: simulated with the spreads of
+real models.
 
 Usage: python benchmarks/bench_verdicts.py
 
-Scores are drawn as measured on seven published models (sd between prompts 0.33, of prompt x model 0.25 for the
-aesthetic score; 0.038 and 0.026 for CLIP score), one picture per prompt, the product's own test and verdict.
+Scores are drawn as measured on seven published models (sd between prompts 0.33, of prompt x model
+0.25 for the aesthetic score; 0.038 and 0.026 for CLIP score), one picture per prompt, the product's
+own test and verdict.
 """
 
 import numpy as np
@@ -17,7 +19,9 @@ NUM_TRIALS = 2_000
 MAX_FALSE_POSITIVES = 0.07
 
 
-def words(rng: np.random.Generator, count: int, shifts: dict[str, float], *, with_margin: bool) -> list[str]:
+def words(
+    rng: np.random.Generator, count: int, shifts: dict[str, float], *, with_margin: bool
+) -> list[str]:
     """Verdicts on both metrics of one comparison; `shifts` in units of the margin."""
     tests, margins = [], []
     for metric, (between, within, margin) in SPREADS.items():
@@ -25,7 +29,9 @@ def words(rng: np.random.Generator, count: int, shifts: dict[str, float], *, wit
         tests.append(PairedTest.of(a, a + shifts[metric] * margin + rng.normal(0, within, count)))
         margins.append(margin if with_margin else 1e-9)
     adjusted = holm([test.p_value for test in tests])
-    return [judge(test, p, margin)[0] for test, p, margin in zip(tests, adjusted, margins, strict=True)]
+    return [
+        judge(test, p, margin)[0] for test, p, margin in zip(tests, adjusted, margins, strict=True)
+    ]
 
 
 def main() -> None:
@@ -38,12 +44,19 @@ def main() -> None:
     for count in COUNTS:
         rates = [
             np.mean(
-                [bool({"better", "worse"} & set(words(rng, count, equal, with_margin=on))) for _ in range(NUM_TRIALS)]
+                [
+                    bool({"better", "worse"} & set(words(rng, count, equal, with_margin=on)))
+                    for _ in range(NUM_TRIALS)
+                ]
             )
             for on in (False, True)
         ]
-        print(f"  {count:4d} prompts: {rates[0]:.1%} without a margin, {rates[1]:.1%} with the default margins")
-    print("a better model called better on its aesthetic score, by its true gain in margins of 0.05")
+        print(
+            f"  {count:4d} prompts: {rates[0]:.1%} without a margin, {rates[1]:.1%} with the default margins"
+        )
+    print(
+        "a better model called better on its aesthetic score, by its true gain in margins of 0.05"
+    )
     gains = (1.0, 1.5, 2.0, 3.0, 4.0)
     print("  prompts  " + "".join(f"{gain:8.1f}" for gain in gains))
     for count in COUNTS:

@@ -1,11 +1,13 @@
-"""All figures of a GPU in one call, part by part in the order of their worth, each within its time; see gpu_figures.sh.
+"""All figures of a GPU in one call, part by part in the order of their worth, each within its time;
+see gpu_figures.sh.
 
-Full-size SDXL with random weights: bigASP's configuration recreated and the product's beside it, every lever between
-them, the VAE, sampling, the annotators. FILE is replaced after every row, so that a cut-off keeps what is done; a part
-that did not run says why and has no numbers.
+Full-size SDXL with random weights: bigASP's configuration recreated and the product's beside it,
+every lever between them, the VAE, sampling, the annotators. FILE is replaced after every row, so
+that a cut-off keeps what is done; a part that did not run says why and has no numbers.
 
-Usage: python benchmarks/gpu_figures.py [--tiny] [--resume] [--out FILE] [--table FILE] [--until EPOCH_SECONDS]
-Exit status 1 where a lever was not seen to act or a part failed, 3 where the GPU itself failed: `--resume` goes on.
+Usage: python benchmarks/gpu_figures.py [--tiny] [--resume] [--out FILE] [--table FILE] [--until
+EPOCH_SECONDS] Exit status 1 where a lever was not seen to act or a part failed, 3 where the GPU
+itself failed: `--resume` goes on.
 """
 
 import argparse
@@ -57,7 +59,8 @@ class Part:
 
 
 class TimeUpError(BaseException):
-    """A part's time is over; no library's `except Exception` may take it for a failure of its own."""
+    """A part's time is over; no library's `except Exception` may take it for a failure of its
+    own."""
 
 
 def training(setting: Setting) -> Iterator[Row]:
@@ -93,7 +96,12 @@ def _of_training(setting: Setting) -> dict[str, Any]:
 
     steps, accumulate = (1, 1) if setting.tiny else (2, 4)
     backend = bench.default_backend(tiny=setting.tiny)
-    return {**dataclasses.asdict(setting), "steps": steps, "accumulate": accumulate, "backend": backend}
+    return {
+        **dataclasses.asdict(setting),
+        "steps": steps,
+        "accumulate": accumulate,
+        "backend": backend,
+    }
 
 
 def encoding(setting: Setting) -> Iterator[Row]:
@@ -110,7 +118,12 @@ def sampling(setting: Setting) -> Iterator[Row]:
 
     size, steps = (2, 2) if setting.tiny else (8, 30)
     results = bench.measure_all(
-        setting.device, tiny=setting.tiny, batch_size=size, num_batches=1, num_steps=steps, precisions=("bf16",)
+        setting.device,
+        tiny=setting.tiny,
+        batch_size=size,
+        num_batches=1,
+        num_steps=steps,
+        precisions=("bf16",),
     )
     for result in results:
         name = f"sampling, {result.precision}, batch {result.batch_size}"
@@ -118,7 +131,8 @@ def sampling(setting: Setting) -> Iterator[Row]:
 
 
 def annotators(setting: Setting) -> Iterator[Row]:
-    """CLIP, the tagger and OWLv2: the networks alone, on prepared pixels; without a card the demo's small ones."""
+    """CLIP, the tagger and OWLv2: the networks alone, on prepared pixels; without a card the demo's
+    small ones."""
     from training.estimates.cost import Rates
 
     assumed = Rates()
@@ -145,7 +159,12 @@ def _make_clip(setting: Setting) -> tuple[Any, int]:
     # openai/clip-vit-large-patch14.
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
               "patch_size": 14}  # fmt: skip
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     with setting.device:
         model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=768))
     sizes = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
@@ -180,7 +199,9 @@ def _make_detector(setting: Setting) -> tuple[Any, int]:
     with setting.device:
         model = Owlv2ForObjectDetection(Owlv2Config(vision_config={"image_size": 960}))
     sizes = {"size": {"height": 960, "width": 960}}
-    return Detector(model, load_tokenizer(MODELS / "owlv2"), sizes, "a watermark", setting.device), 960
+    return Detector(
+        model, load_tokenizer(MODELS / "owlv2"), sizes, "a watermark", setting.device
+    ), 960
 
 
 def _forward_rate(adapter: Any, side: int, setting: Setting, *, batch_size: int) -> float:
@@ -227,7 +248,10 @@ class Figures:
             "torch": torch.__version__,
             "tiny": setting.tiny,
             "goals": GOALS,
-            "parts": {part.name: {"status": "not_run", "reason": "not reached", "rows": []} for part in PARTS},
+            "parts": {
+                part.name: {"status": "not_run", "reason": "not reached", "rows": []}
+                for part in PARTS
+            },
         }
         if resume and path.is_file():
             self.content = json.loads(path.read_bytes())
@@ -244,7 +268,8 @@ class Figures:
         os.replace(temporary, self.path)
 
     def faults(self) -> list[str]:
-        """A line for each lever that was not seen to act and each part that failed, or did not end at tiny size."""
+        """A line for each lever that was not seen to act and each part that failed, or did not end
+        at tiny size."""
         found = []
         for name, part in self.content["parts"].items():
             found += [row["contradiction"] for row in part["rows"] if row.get("contradiction")]
@@ -274,7 +299,10 @@ def run_part(part: Part, setting: Setting, figures: Figures, seconds: float) -> 
     except TimeUpError:
         entry |= {"status": "cut_off", "reason": f"its time of {seconds:.0f} s was over"}
     except Exception as error:  # the other parts are worth running
-        entry |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"}
+        entry |= {
+            "status": "failed",
+            "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}",
+        }
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -296,7 +324,9 @@ def run(setting: Setting, figures: Figures, until: float) -> int:
         left = until - time.time()
         seconds = left if setting.tiny else min(part.cap_s, left)
         if seconds < MIN_PART_S:
-            entry["reason"] = f"{max(seconds, 0):.0f} s of the call were left, it needs {MIN_PART_S:.0f}"
+            entry["reason"] = (
+                f"{max(seconds, 0):.0f} s of the call were left, it needs {MIN_PART_S:.0f}"
+            )
             figures.write()
             continue
         run_part(part, setting, figures, seconds)
@@ -308,7 +338,8 @@ def run(setting: Setting, figures: Figures, until: float) -> int:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The figures as Markdown: speeds, but of tiny models, which say nothing, and what a step asks of the device."""
+    """The figures as Markdown: speeds, but of tiny models, which say nothing, and what a step asks
+    of the device."""
     lines = [
         f"`benchmarks/gpu_figures.sh`, {content['device']}, torch {content['torch']}{', tiny' * content['tiny']}:",
         "",
@@ -317,7 +348,11 @@ def table(content: dict[str, Any]) -> str:
     if not content["tiny"]:
         lines += _header("what", "images/s", "goal", "times bigASP's", "MFU", "memory")
         lines += [_speeds(row, content["goals"]) for _, part in parts for row in part["rows"]]
-    not_done = [f"{name}: {part['status']} ({part['reason']})" for name, part in parts if part["status"] != "done"]
+    not_done = [
+        f"{name}: {part['status']} ({part['reason']})"
+        for name, part in parts
+        if part["status"] != "done"
+    ]
     lines += ["", *(f"- {line}" for line in not_done), ""] if not_done else [""]
     rows = [row for _, part in parts for row in part["rows"] if row.get("counts")]
     if rows:
@@ -325,7 +360,10 @@ def table(content: dict[str, Any]) -> str:
         lines += _header("a step", *names)
         for row in rows:
             lines.append(
-                _cells(row["name"], *("" if (n := row["counts"][name]) is None else f"{n:,}" for name in names))
+                _cells(
+                    row["name"],
+                    *("" if (n := row["counts"][name]) is None else f"{n:,}" for name in names),
+                )
             )
     return "\n".join(lines) + "\n"
 
@@ -352,16 +390,26 @@ def _cells(*values: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Measure what there is time for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small models; without CUDA it must be given")
-    parser.add_argument("--resume", action="store_true", help="run only the parts of FILE that did not run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="small models; without CUDA it must be given"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="run only the parts of FILE that did not run"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_figures.json"))
     parser.add_argument("--table", type=Path, help="Markdown for docs/experiments.md")
-    parser.add_argument("--until", type=float, default=0.0, help="end by this time; default in 570 s")
+    parser.add_argument(
+        "--until", type=float, default=0.0, help="end by this time; default in 570 s"
+    )
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.tiny:
-        parser.error("there is no CUDA device: full-size figures of a CPU are of no use; give --tiny")
+        parser.error(
+            "there is no CUDA device: full-size figures of a CPU are of no use; give --tiny"
+        )
     setting = Setting(device=device, tiny=options.tiny)
     figures = Figures(options.out, setting, resume=options.resume)
     status = run(setting, figures, options.until or time.time() + SECONDS)

@@ -1,6 +1,7 @@
 """Whether a lever acts: what one step of a variant shows, and what each lever must change in it.
 
-A lever that is set and does nothing costs nothing and proves nothing, so every benchmark of them checks.
+A lever that is set and does nothing costs nothing and proves nothing, so every benchmark of them
+checks.
 """
 
 from collections import Counter
@@ -41,7 +42,8 @@ class Evidence:
     batch_size: int
     """and its length."""
     forwards_per_pass: float
-    """How often a transformer block runs forward in a micro-step: twice where it is computed again."""
+    """How often a transformer block runs forward in a micro-step: twice where it is computed
+    again."""
     weights: torch.dtype
     """Of the UNet's weights,"""
     stepped: torch.dtype
@@ -72,15 +74,18 @@ def _recreated(seen: Evidence) -> str:
         return f"{len(seen.host_syncs)} waits of the host instead of {wanted}, one for each loss and the log's"
     if seen.forwards_per_pass != 2:
         return f"blocks ran {seen.forwards_per_pass:g} times a pass instead of twice, as checkpointing makes them"
-    return "" if seen.activation == torch.float16 else f"activations are {seen.activation} instead of torch.float16"
+    return (
+        ""
+        if seen.activation == torch.float16
+        else f"activations are {seen.activation} instead of torch.float16"
+    )
 
 
 def _no_sync(seen: Evidence) -> str:
     if len(seen.host_syncs) == 1:
         return ""
-    return (
-        f"{len(seen.host_syncs)} waits of the host instead of 1, the log's: {', '.join(sorted(set(seen.host_syncs)))}"
-    )
+    where = ", ".join(sorted(set(seen.host_syncs)))
+    return f"{len(seen.host_syncs)} waits of the host instead of 1, the log's: {where}"
 
 
 def _fused(seen: Evidence) -> str:
@@ -90,7 +95,11 @@ def _fused(seen: Evidence) -> str:
 def _autocast(seen: Evidence) -> str:
     if seen.activation != torch.bfloat16:
         return f"activations are {seen.activation} instead of torch.bfloat16"
-    return "" if seen.weights == torch.float32 else f"weights are {seen.weights} instead of torch.float32"
+    return (
+        ""
+        if seen.weights == torch.float32
+        else f"weights are {seen.weights} instead of torch.float32"
+    )
 
 
 _MOST_GROUPS = 100
@@ -106,13 +115,22 @@ def _bf16(seen: Evidence) -> str:
             return f"{what} are {found} instead of {wanted}"
     if seen.keeps_own_gradients:
         return "a parameter keeps a 16-bit gradient beside the fp32 buffer"
-    # Each group of the optimizer is rounded as a whole; the tiny model has one of the UNet and one of the text encoder.
+    # Each group of the optimizer is rounded as a whole; the tiny model has one of the UNet and one
+    # of the text encoder.
     num_roundings = seen.operations["aten::bitwise_right_shift_"]
-    return "" if 0 < num_roundings < _MOST_GROUPS else f"weights were rounded into the model by {num_roundings} calls"
+    return (
+        ""
+        if 0 < num_roundings < _MOST_GROUPS
+        else f"weights were rounded into the model by {num_roundings} calls"
+    )
 
 
 def _no_checkpointing(seen: Evidence) -> str:
-    return "" if seen.forwards_per_pass == 1 else f"blocks ran {seen.forwards_per_pass:g} times a pass instead of once"
+    return (
+        ""
+        if seen.forwards_per_pass == 1
+        else f"blocks ran {seen.forwards_per_pass:g} times a pass instead of once"
+    )
 
 
 def _channels_last(seen: Evidence) -> str:
@@ -132,7 +150,9 @@ def _compiled(seen: Evidence) -> str:
         return "nothing was compiled"
     if seen.num_graph_breaks:
         return f"{seen.num_graph_breaks} graph breaks"
-    return f"{seen.num_late_graphs} graphs were compiled after warm-up" if seen.num_late_graphs else ""
+    return (
+        f"{seen.num_late_graphs} graphs were compiled after warm-up" if seen.num_late_graphs else ""
+    )
 
 
 CHECKS: dict[str, Check] = {
@@ -153,15 +173,20 @@ CHECKS: dict[str, Check] = {
 def contradiction(name: str, seen: Evidence) -> str:
     """What shows that a lever does not act; empty where it is seen to act.
 
-    Args:
-        name: The lever's; `micro-batch N` as well. Other names are of variants without a lever of their own.
-        seen: In a step of the variant that has it.
+    Args: name: The lever's; `micro-batch N` as well. Other names are of variants without a lever of
+        their own. seen: In a step of the variant that has it.
     """
     flash = sum(seen.operations[kernel] for kernel in FLASH) / seen.num_micro_steps
     if flash < seen.num_attentions:
-        return f"attention: {flash:g} calls of a flash kernel a pass instead of {seen.num_attentions}"
-    found = next((CHECKS[key](seen) for key in CHECKS if name == key or name.startswith(f"{key}; ")), "")
-    if name.startswith("micro-batch ") and seen.batch_size != int(name.removeprefix("micro-batch ")):
+        return (
+            f"attention: {flash:g} calls of a flash kernel a pass instead of {seen.num_attentions}"
+        )
+    found = next(
+        (CHECKS[key](seen) for key in CHECKS if name == key or name.startswith(f"{key}; ")), ""
+    )
+    if name.startswith("micro-batch ") and seen.batch_size != int(
+        name.removeprefix("micro-batch ")
+    ):
         found = f"micro-batches have {seen.batch_size} samples"
     return f"{name}: {found}" if found else ""
 

@@ -1,4 +1,5 @@
-"""SDXL with random weights, full-size or tiny, and the sizes of bigASP's batches: speed depends on nothing else."""
+"""SDXL with random weights, full-size or tiny, and the sizes of bigASP's batches: speed depends on
+nothing else."""
 
 import sys
 from pathlib import Path
@@ -74,5 +75,6 @@ def draw_shapes(count: int, *, tiny: bool) -> list[Shape]:
     chunks = rng.choices(list(CHUNK_SHARES), weights=list(CHUNK_SHARES.values()), k=count)
     scale = TINY_SCALE if tiny else 1
     return [
-        (Size(height // scale, width // scale), number) for (height, width), number in zip(buckets, chunks, strict=True)
+        (Size(height // scale, width // scale), number)
+        for (height, width), number in zip(buckets, chunks, strict=True)
     ]

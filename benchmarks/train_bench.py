@@ -1,6 +1,7 @@
 """A random SDXL in one configuration of training, ready to be driven, timed and looked at.
 
-Passes, gradients, transfers, layout and optimizer are the product's own functions; the order is that of its trainer.
+Passes, gradients, transfers, layout and optimizer are the product's own functions; the order is
+that of its trainer.
 """
 
 import threading
@@ -42,7 +43,8 @@ class Variant:
     sync: bool = True
     """Ask after every micro-step whether the loss is a number, as bigASP's code does."""
     sent_ahead: bool = False
-    """Batches are pinned and sent by the thread that makes them; else the loop moves one tensor after the other."""
+    """Batches are pinned and sent by the thread that makes them; else the loop moves one tensor
+    after the other."""
     one_shape: bool = False
     """All micro-batches have the first one's bucket and length of text."""
 
@@ -54,7 +56,9 @@ Sent = tuple[Batch, torch.cuda.Event | None]
 class Bench:
     """A model in one variant, ready to train."""
 
-    def __init__(self, variant: Variant, device: torch.device, *, tiny: bool, backend: str = "inductor") -> None:
+    def __init__(
+        self, variant: Variant, device: torch.device, *, tiny: bool, backend: str = "inductor"
+    ) -> None:
         """Build it as `training/loop/startup.py` does.
 
         Args:
@@ -64,7 +68,8 @@ class Bench:
             backend: What compiles graphs, by torch's name.
         """
         self.variant, self.device, self.phases = variant, device, Phases(device)
-        # A pass without gradients has graphs of its own; those of a tiny model take longer than all the rest of it.
+        # A pass without gradients has graphs of its own; those of a tiny model take longer than all
+        # the rest of it.
         self.validates_eagerly = backend == "eager"
         self.parts = make_parts(device, tiny=tiny)
         run = variant.run
@@ -86,11 +91,16 @@ class Bench:
             make_optimizer(run.optimizer, self.arithmetic.weights)
             if variant.fused
             # As it comes on a GPU; on a CPU it would step one weight after the other.
-            else torch.optim.AdamW(self.arithmetic.weights.values(), lr=1e-4, weight_decay=0.1, foreach=True)
+            else torch.optim.AdamW(
+                self.arithmetic.weights.values(), lr=1e-4, weight_decay=0.1, foreach=True
+            )
         )
         self.signal = noise.alphas_cumprod(SCHEDULER).to(device)
         self.weights = timestep_weights(run.loss, self.signal, "epsilon")
-        self.sender, self.worker = Sender(device), ThreadPoolExecutor(1, thread_name_prefix=PREFETCH_THREAD)
+        self.sender, self.worker = (
+            Sender(device),
+            ThreadPoolExecutor(1, thread_name_prefix=PREFETCH_THREAD),
+        )
         self.offloader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.counter: StepCounter | None = None
         """Is told what arrives, while it counts."""
@@ -113,7 +123,9 @@ class Bench:
 
     def draws(self, shapes: Sequence[Shape]) -> "Prefetch[Sent]":
         """Micro-batches of these shapes, made ahead; a context manager."""
-        return Prefetch(self._make, enumerate(shapes), self.worker, self.variant.run.compute.prefetch)
+        return Prefetch(
+            self._make, enumerate(shapes), self.worker, self.variant.run.compute.prefetch
+        )
 
     def steps(self, shapes: Sequence[Shape], accumulate: int) -> None:
         """Optimizer steps of `accumulate` micro-batches each."""
@@ -121,7 +133,9 @@ class Bench:
             for _ in range(0, len(shapes), accumulate):
                 self.step(draws, accumulate)
 
-    def step(self, draws: "Prefetch[Sent]", accumulate: int, copied: "Future[object] | None" = None) -> None:
+    def step(
+        self, draws: "Prefetch[Sent]", accumulate: int, copied: "Future[object] | None" = None
+    ) -> None:
         """One optimizer step, which changes nothing before a checkpoint has been copied."""
         phase, gradients = self.phases.phase, self.arithmetic.gradients
         losses = torch.zeros(accumulate, device=self.device)
@@ -153,7 +167,8 @@ class Bench:
             self.arithmetic.step(self.optimizer)
 
     def checkpoint_stall_s(self, shapes: Sequence[Shape]) -> float:
-        """Seconds by which a step is longer beside which a checkpoint is copied, after one without."""
+        """Seconds by which a step is longer beside which a checkpoint is copied, after one
+        without."""
         times = []
         for copies in (False, True):
             with self.draws(shapes) as draws:
@@ -176,11 +191,18 @@ class Bench:
         return self.phases.take()["forward"]
 
     def inspect(self, shapes: Sequence[Shape]) -> Evidence:
-        """One step of these micro-batches, looked at from all sides; compiled graphs are not used in it."""
+        """One step of these micro-batches, looked at from all sides; compiled graphs are not used
+        in it."""
         late = 0 if self.graphs is None else self.graphs.new()[0]
         present = [*self._held(), self.signal, self.weights, self.arithmetic.gradients.flat]
         counter = self.counter = StepCounter(self.device, present, self.phases)
-        unet, counted, outputs, kept, pinned = self.parts.unet, [0], list[torch.Tensor](), list[bool](), list[bool]()
+        unet, counted, outputs, kept, pinned = (
+            self.parts.unet,
+            [0],
+            list[torch.Tensor](),
+            list[bool](),
+            list[bool](),
+        )
         pin = self.sender.pin
 
         def pinned_by(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,11 +218,16 @@ class Bench:
         block = unet.mid_block.attentions[0].transformer_blocks[0]
         with self.draws(shapes) as draws:
             hooks = [
-                convolution.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.detach())),
-                # Before the call: what is computed again may end early, once it has made all that is asked for.
+                convolution.register_forward_hook(
+                    lambda _module, _inputs, output: outputs.append(output.detach())
+                ),
+                # Before the call: what is computed again may end early, once it has made all that
+                # is asked for.
                 block.register_forward_pre_hook(passed),
                 # Before the sum of all of them is used up; a tensor's own hook comes after ours.
-                unet.conv_out.register_forward_pre_hook(lambda *_: kept.append(self._keeps_own_gradients())),
+                unet.conv_out.register_forward_pre_hook(
+                    lambda *_: kept.append(self._keeps_own_gradients())
+                ),
             ]
             try:
                 with counter:
@@ -226,7 +253,8 @@ class Bench:
             stepped=next(iter(self.arithmetic.weights.values())).dtype,
             gradients=self.arithmetic.gradients.flat.dtype,
             keeps_own_gradients=any(kept) or self._keeps_own_gradients(),
-            made_ahead=bool(self.made_by) and all(name.startswith(PREFETCH_THREAD) for name in self.made_by),
+            made_ahead=bool(self.made_by)
+            and all(name.startswith(PREFETCH_THREAD) for name in self.made_by),
             pinned=all(pinned) if pinned and self.device.type == "cuda" else None,
             num_graphs=self.num_graphs,
             num_late_graphs=late,
@@ -235,7 +263,8 @@ class Bench:
 
     def _keeps_own_gradients(self) -> bool:
         return any(
-            parameter.grad is not None and parameter.dtype != torch.float32 for parameter in self.parameters.values()
+            parameter.grad is not None and parameter.dtype != torch.float32
+            for parameter in self.parameters.values()
         )
 
     def _held(self) -> Iterator[torch.Tensor]:
@@ -254,17 +283,26 @@ class Bench:
         return offload.copy(named), offload.copy(moments)
 
     def _make(self, item: tuple[int, Shape]) -> Sent:
-        """A micro-batch drawn on the CPU, and on its way to the device where the variant says so."""
+        """A micro-batch drawn on the CPU, and on its way to the device where the variant says
+        so."""
         number, (bucket, num_chunks) = item
         size = self.variant.run.batch.micro_batch_size
-        random = torch.Generator().manual_seed(seeds.integer(0, Purpose.NOISE, "throughput", number))
+        random = torch.Generator().manual_seed(
+            seeds.integer(0, Purpose.NOISE, "throughput", number)
+        )
         shape = (size, 4, bucket.height // 8, bucket.width // 8)
         sides = torch.tensor([bucket], dtype=torch.float32).expand(size, 2).contiguous()
         batch = {name: torch.randn(shape, generator=random) for name in ("latents", "noise")}
         batch["timesteps"] = torch.randint(0, len(self.signal), (size,), generator=random)
         for name in ("ids_1", "ids_2"):
-            batch[name] = torch.randint(0, 49_000, (size, num_chunks, CHUNK_LENGTH), generator=random)
-        batch |= {"original_size": sides, "crop_top_left": torch.zeros_like(sides), "target_size": sides.clone()}
+            batch[name] = torch.randint(
+                0, 49_000, (size, num_chunks, CHUNK_LENGTH), generator=random
+            )
+        batch |= {
+            "original_size": sides,
+            "crop_top_left": torch.zeros_like(sides),
+            "target_size": sides.clone(),
+        }
         if self.variant.sent_ahead:
             batch = {name: self.sender.send(tensor) for name, tensor in batch.items()}
         self.made_by.add(threading.current_thread().name)
@@ -283,9 +321,13 @@ class Bench:
     def _loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of a micro-batch, 0-d."""
         latents, draw, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-        time_ids = make_time_ids(batch["original_size"], batch["crop_top_left"], batch["target_size"])
+        time_ids = make_time_ids(
+            batch["original_size"], batch["crop_top_left"], batch["target_size"]
+        )
         with self.arithmetic.autocast():
             noised = noise.add_noise(latents, draw, timesteps, self.signal)
-            prediction = predict(self.parts, noised, timesteps, (batch["ids_1"], batch["ids_2"]), time_ids)
+            prediction = predict(
+                self.parts, noised, timesteps, (batch["ids_1"], batch["ids_2"]), time_ids
+            )
         target = prediction_target("epsilon", latents, draw, timesteps, self.signal)
         return (mse_per_sample(prediction, target, None) * self.weights[timesteps]).mean()

@@ -1,12 +1,14 @@
-"""Training throughput on one device: bigASP's configuration recreated, then one lever at a time, each kept if it fits.
+"""Training throughput on one device: bigASP's configuration recreated, then one lever at a time,
+each kept if it fits.
 
-Full-size SDXL with random weights (speed does not depend on their values): UNet and text encoder 1 trained, text
-encoder 2 frozen, buckets and prompt lengths mixed as in bigASP's run. The passes and steps are the product's own. Of
-each lever it prints where the time of a step goes, what the step asks of the device, and whether the lever is seen to
-act; it fails where one is not.
+Full-size SDXL with random weights (speed does not depend on their values): UNet and text encoder 1
+trained, text encoder 2 frozen, buckets and prompt lengths mixed as in bigASP's run. The passes and
+steps are the product's own. Of each lever it prints where the time of a step goes, what the step
+asks of the device, and whether the lever is seen to act; it fails where one is not.
 
 Usage: python benchmarks/train_throughput.py [--tiny] [--steps N] [--accumulate N] [--out FILE]
-Without CUDA it runs at tiny size, where its times say nothing. FILE is what `foundry cost --rates FILE` reads.
+Without CUDA it runs at tiny size, where its times say nothing. FILE is what `foundry cost --rates
+FILE` reads.
 """
 
 import argparse
@@ -64,10 +66,13 @@ class Result:
 
 
 def recreated(micro_batch_size: int) -> Variant:
-    """bigASP v1's training as published (performance.md section 1.1), but for the micro-batch, which is not."""
+    """bigASP v1's training as published (performance.md section 1.1), but for the micro-batch,
+    which is not."""
     compute = ComputeConfig(gradient_checkpointing=("all",), channels_last=False, compile=False)
     batch = BatchConfig(micro_batch_size=micro_batch_size)
-    return Variant(run=RunConfig(encoding="sdxl", precision="fp16_amp", compute=compute, batch=batch))
+    return Variant(
+        run=RunConfig(encoding="sdxl", precision="fp16_amp", compute=compute, batch=batch)
+    )
 
 
 def defaults(micro_batch_size: int) -> Variant:
@@ -95,7 +100,10 @@ def levers(variant: Variant) -> Generator[tuple[str, Variant], Variant, None]:
     variant = yield "pinned, sent ahead", dataclasses.replace(variant, sent_ahead=True)
     variant = yield "compile blocks", laid_out(compile="blocks")
     for size in (variant.run.batch.micro_batch_size * quarters // 4 for quarters in (6, 8, 2)):
-        yield f"micro-batch {size}", changed(batch=dataclasses.replace(variant.run.batch, micro_batch_size=size))
+        yield (
+            f"micro-batch {size}",
+            changed(batch=dataclasses.replace(variant.run.batch, micro_batch_size=size)),
+        )
     # A graph for each size takes minutes: both on one size.
     yield "compile blocks; one size", dataclasses.replace(variant, one_shape=True)
     yield "compile whole; one size", dataclasses.replace(laid_out(compile="whole"), one_shape=True)
@@ -154,12 +162,21 @@ def measure(
 
 
 def _amortised(bench: Bench, shapes: list[Shape], stall_s: float | None) -> dict[str, float]:
-    """A step's share of validations, and of checkpoints where one was copied, at the product's intervals."""
+    """A step's share of validations, and of checkpoints where one was copied, at the product's
+    intervals."""
     run = bench.variant.run
     images = run.batch.micro_batch_size * len(shapes)
-    passes = 2 * run.validation.num_images / run.batch.micro_batch_size  # the held-out list and the stable one
-    found = {"validation": images / run.validation.every_samples * passes * bench.validation_s(shapes[0])}
-    return found if stall_s is None else found | {"checkpoint": stall_s * images / run.checkpoints.every_samples}
+    passes = (
+        2 * run.validation.num_images / run.batch.micro_batch_size
+    )  # the held-out list and the stable one
+    found = {
+        "validation": images / run.validation.every_samples * passes * bench.validation_s(shapes[0])
+    }
+    return (
+        found
+        if stall_s is None
+        else found | {"checkpoint": stall_s * images / run.checkpoints.every_samples}
+    )
 
 
 def _counts(bench: Bench, seen: Evidence, shapes: list[Shape]) -> dict[str, int | None]:
@@ -184,7 +201,9 @@ def _kernels(bench: Bench, shapes: list[Shape]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         bench.steps(shapes, len(shapes))
         _wait(bench.device)
-    on_device = (event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = (
+        event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    )
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
@@ -219,11 +238,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_all(device: torch.device, *, tiny: bool, steps: int, accumulate: int, backend: str) -> Iterator[Result]:
-    """The recreated configuration, every lever, and the first again, which shows how far the machine drifts."""
+def measure_all(
+    device: torch.device, *, tiny: bool, steps: int, accumulate: int, backend: str
+) -> Iterator[Result]:
+    """The recreated configuration, every lever, and the first again, which shows how far the
+    machine drifts."""
     size = MICRO_BATCH // TINY_MICRO_SCALE if tiny else MICRO_BATCH
     best, base = recreated(size), None
-    setting = {"device": device, "tiny": tiny, "steps": steps, "accumulate": accumulate, "backend": backend}
+    setting = {
+        "device": device,
+        "tiny": tiny,
+        "steps": steps,
+        "accumulate": accumulate,
+        "backend": backend,
+    }
     steps_up, pending = levers(best), ("bigASP recreated", best)
     with contextlib.suppress(StopIteration):
         while True:
@@ -238,7 +266,9 @@ def measure_all(device: torch.device, *, tiny: bool, steps: int, accumulate: int
 
 def print_head() -> None:
     """Names of the columns of `print_result`."""
-    print(f"{'':<28}{'images/s':>10}{'MFU':>8}{'memory':>10}{'ratio':>10}  seconds a step, counts a step")
+    print(
+        f"{'':<28}{'images/s':>10}{'MFU':>8}{'memory':>10}{'ratio':>10}  seconds a step, counts a step"
+    )
 
 
 def print_result(result: Result) -> None:
@@ -248,8 +278,14 @@ def print_result(result: Result) -> None:
         return
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"
     memory = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.1f} GB"
-    print(f"{result.name:<28}{result.images_per_s:>10.2f}{mfu:>8}{memory:>10}{result.ratio:>8.2f} x")
-    parts = (f"{name} {result.budget[name]:.4f}" for name in (*PHASES, *AMORTISED) if name in result.budget)
+    print(
+        f"{result.name:<28}{result.images_per_s:>10.2f}{mfu:>8}{memory:>10}{result.ratio:>8.2f} x"
+    )
+    parts = (
+        f"{name} {result.budget[name]:.4f}"
+        for name in (*PHASES, *AMORTISED)
+        if name in result.budget
+    )
     print(f"{'':<6}{', '.join(parts)}")
     if result.stall_s is not None:
         print(f"{'':<6}{result.stall_s:.3f} s longer beside a checkpoint")
@@ -265,7 +301,8 @@ def print_result(result: Result) -> None:
 
 
 def write(path: Path, device: torch.device, results: list[Result], *, tiny: bool) -> None:
-    """Write all results, and for `foundry cost` the best rate where the card is known and the model is SDXL itself."""
+    """Write all results, and for `foundry cost` the best rate where the card is known and the model
+    is SDXL itself."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     best = max(results, key=lambda result: result.images_per_s or 0)
     gpu = None if tiny else detect_gpu(name)
@@ -280,26 +317,40 @@ def write(path: Path, device: torch.device, results: list[Result], *, tiny: bool
 
 
 def default_backend(*, tiny: bool) -> str:
-    """What compiles graphs: a tiny model's are only counted, which takes seconds instead of minutes."""
+    """What compiles graphs: a tiny model's are only counted, which takes seconds instead of
+    minutes."""
     return "eager" if tiny else "inductor"
 
 
 def main() -> int:
     """Measure, print and write; 1 where a lever was not seen to act."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny model of the same classes")
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps to measure; default 4, tiny 1")
-    parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step; default 12, tiny 2")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="optimizer steps to measure; default 4, tiny 1"
+    )
+    parser.add_argument(
+        "--accumulate", type=int, default=0, help="micro-batches a step; default 12, tiny 2"
+    )
     parser.add_argument("--out", type=Path, default=Path("train_throughput.json"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = options.tiny or device.type == "cpu"
-    steps, accumulate = options.steps or (1 if tiny else 4), options.accumulate or (2 if tiny else 12)
-    print(f"{device}, {'tiny' if tiny else 'full-size'} SDXL, {steps} steps of {accumulate} micro-batches")
+    steps, accumulate = (
+        options.steps or (1 if tiny else 4),
+        options.accumulate or (2 if tiny else 12),
+    )
+    print(
+        f"{device}, {'tiny' if tiny else 'full-size'} SDXL, {steps} steps of {accumulate} micro-batches"
+    )
     print_head()
     results = []
     backend = default_backend(tiny=tiny)
-    for result in measure_all(device, tiny=tiny, steps=steps, accumulate=accumulate, backend=backend):
+    for result in measure_all(
+        device, tiny=tiny, steps=steps, accumulate=accumulate, backend=backend
+    ):
         print_result(result)
         results.append(result)
     write(options.out, device, results, tiny=tiny)

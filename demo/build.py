@@ -1,4 +1,5 @@
-"""Rebuilds the demo's models from nothing: `python -m demo.build [--only NAME]`; see demo/README.md for times.
+"""Rebuilds the demo's models from nothing: `python -m demo.build [--only NAME]`; see demo/README.md
+for times.
 
 Seeds are fixed; on one machine and thread count the same weights come out.
 """

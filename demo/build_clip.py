@@ -1,7 +1,8 @@
-"""The picture tower of the demo's CLIP, taught to meet the finished text tower; it judges the demo's pictures.
+"""The picture tower of the demo's CLIP, taught to meet the finished text tower; it judges the
+demo's pictures.
 
-So it sees every concept, every flaw, blurred and noisy copies as a weak generator makes them, pictures that went
-through the VAE, and captions that are wrong in one word.
+So it sees every concept, every flaw, blurred and noisy copies as a weak generator makes them,
+pictures that went through the VAE, and captions that are wrong in one word.
 """
 
 from dataclasses import replace
@@ -31,7 +32,8 @@ NUM_PICTURES = 6000
 VAE_SHARE = 0.2
 NUM_STEPS = 3000
 FACT_SHARE = 0.6
-"""Of the steps, how many ask only direct questions; then the words join. The first half of them sees easy pictures."""
+"""Of the steps, how many ask only direct questions; then the words join. The first half of them
+sees easy pictures."""
 BATCH = 64
 LEARNING_RATE = 1e-3
 
@@ -48,7 +50,9 @@ class Helpers(nn.Module):
 
 def normalised(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) to CLIP's input (N, 3, H, W)."""
-    scaled = (torch.from_numpy(np.array(pixels)).float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    scaled = (
+        torch.from_numpy(np.array(pixels)).float() / 255 - torch.tensor(CLIP_MEAN)
+    ) / torch.tensor(CLIP_STD)
     return scaled.movedim(-1, -3)
 
 
@@ -61,7 +65,8 @@ def through_vae(vae: AutoencoderKL, image: Image.Image, split: str, index: int) 
 
 
 def _warped(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Turn, scale and, for three of four, bend (N, 3, S, S) smoothly: a generator's outlines are never straight."""
+    """Turn, scale and, for three of four, bend (N, 3, S, S) smoothly: a generator's outlines are
+    never straight."""
     count, side = len(images), images.shape[-1]
     reach = rng.uniform(0, MAX_BEND_PX, count) * (rng.random(count) >= 0.25) * 2 / side
     field = torch.from_numpy(rng.normal(size=(count, 2, 6, 6))).float()
@@ -73,7 +78,9 @@ def _warped(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     across = (xs * torch.cos(angle) - ys * torch.sin(angle)) * scale + field[:, 0]
     down = (xs * torch.sin(angle) + ys * torch.cos(angle)) * scale + field[:, 1]
     grid = torch.stack([across, down], dim=-1)  # (N, S, S, 2)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+    return F.grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=True
+    )
 
 
 def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
@@ -102,7 +109,8 @@ def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train the picture tower of `models/clip`, whose text tower `demo.build_text` made and which stays as it is."""
+    """Train the picture tower of `models/clip`, whose text tower `demo.build_text` made and which
+    stays as it is."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "clip"))
     vae = AutoencoderKL.from_pretrained(models / "base" / "vae")
     scenes, pixels = _corpus(vae)
@@ -112,12 +120,24 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         part.requires_grad_(False)
     facts = torch.tensor([describe(scene) for scene in scenes])
     quality = torch.tensor([float(scene.quality) for scene in scenes])
-    helpers = Helpers(clip.config.vision_config.hidden_size, clip.config.projection_dim, facts.shape[1])
-    parameters = [*clip.vision_model.parameters(), *clip.visual_projection.parameters(), *helpers.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.03)
-    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, num_steps, pct_start=0.08)
+    helpers = Helpers(
+        clip.config.vision_config.hidden_size, clip.config.projection_dim, facts.shape[1]
+    )
+    parameters = [
+        *clip.vision_model.parameters(),
+        *clip.visual_projection.parameters(),
+        *helpers.parameters(),
+    ]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.03
+    )
+    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, num_steps, pct_start=0.08
+    )
     rng = numpy_generator(SEED, Purpose.DEMO, "clip batches")
-    easy = np.array([i for i, scene in enumerate(scenes) if scene.quality >= 5 and len(scene.shapes) == 1])
+    easy = np.array(
+        [i for i, scene in enumerate(scenes) if scene.quality >= 5 and len(scene.shapes) == 1]
+    )
     words_from = round(FACT_SHARE * num_steps)
     for step in (bar := steps(num_steps, "clip")):
         pool = easy if step < words_from // 2 else np.arange(NUM_PICTURES)
@@ -137,7 +157,9 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         lr_scheduler.step()
-        bar.note(loss=float(loss.detach()), asked=float(asked.detach()), quality=float(wrong.detach()))
+        bar.note(
+            loss=float(loss.detach()), asked=float(asked.detach()), quality=float(wrong.detach())
+        )
         if step % 500 == 499 or step + 1 == num_steps:
             clip.logit_scale.data = helpers.scale.data.clone()
             save_half(clip, models / "clip")
@@ -145,14 +167,17 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def question_loss(known: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
-    """Which shape comes first (weighted most: nothing is harder to learn), and all else as yes or no."""
+    """Which shape comes first (weighted most: nothing is harder to learn), and all else as yes or
+    no."""
     kinds = len(SHAPES)
     rest = F.binary_cross_entropy_with_logits(known[:, kinds:], facts[:, kinds:])
     return 2 * F.cross_entropy(known[:, :kinds], facts[:, :kinds].argmax(dim=1)) + 4 * rest
 
 
 @torch.no_grad()
-def _texts(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: list[Scene], step: int) -> torch.Tensor:
+def _texts(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: list[Scene], step: int
+) -> torch.Tensor:
     """Projected prompts of the scenes, then of the same scenes wrong in one word."""
     true, wrong = [], []
     for place_in_batch, scene in enumerate(scenes):
@@ -167,7 +192,8 @@ def _texts(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: list[Scene], step:
 
 @torch.no_grad()
 def check(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 400) -> dict[str, float]:
-    """Shares of fresh pictures whose own words beat all words with another shape, another colour, or anything wrong."""
+    """Shares of fresh pictures whose own words beat all words with another shape, another colour,
+    or anything wrong."""
     clip.eval()
     wins: dict[str, list[float]] = {"shape": [], "colour": [], "any": []}
     for index in range(count):
@@ -176,7 +202,9 @@ def check(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 400) -> dict[s
             continue
         shape = scene.shapes[0]
         kinds = [replace(shape, kind=kind) for kind in SHAPES if kind != shape.kind]
-        colours = [replace(shape, colour=c) for c in COLOURS if c not in (shape.colour, scene.background)]
+        colours = [
+            replace(shape, colour=c) for c in COLOURS if c not in (shape.colour, scene.background)
+        ]
         rng = wording("clip check", index, "words")
         rivals = [replace(scene, shapes=(other,)) for other in (*kinds, *colours)]
         rivals += [mutate(scene, rng) for _ in range(4)]
@@ -187,7 +215,9 @@ def check(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 400) -> dict[s
             texts.append(training_prompt(one, rng, drop=0.0, alias_prob=0.0))
         inputs = normalised(centre_square(image, SIDE)[None])
         vision = F.normalize(clip.get_image_features(pixel_values=inputs).pooler_output, dim=-1)
-        text = F.normalize(clip.get_text_features(input_ids=tokens_of(tokenizer, texts)).pooler_output, dim=-1)
+        text = F.normalize(
+            clip.get_text_features(input_ids=tokens_of(tokenizer, texts)).pooler_output, dim=-1
+        )
         scores = (text @ vision[0]).tolist()
         wins["shape"].append(float(scores[0] > max(scores[1 : 1 + len(kinds)])))
         wins["colour"].append(float(scores[0] > max(scores[1 + len(kinds) : -4])))

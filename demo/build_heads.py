@@ -1,4 +1,5 @@
-"""The demo's two judges of quality on top of its CLIP: the aesthetic head, and the heads used without judgements."""
+"""The demo's two judges of quality on top of its CLIP: the aesthetic head, and the heads used
+without judgements."""
 
 from pathlib import Path
 
@@ -27,7 +28,9 @@ WIDTHS = (64, 32, 16, 8, 1)
 def embed(clip: Clip, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     """Class tokens (N, 128) before the final norm, and unit embeddings (N, 64)."""
     rows = [
-        row for start in range(0, len(images), 64) for row in clip([np.asarray(i) for i in images[start : start + 64]])
+        row
+        for start in range(0, len(images), 64)
+        for row in clip([np.asarray(i) for i in images[start : start + 64]])
     ]
     return np.stack([row.cls for row in rows]), np.stack([row.embedding for row in rows])
 
@@ -61,7 +64,8 @@ def fit_aesthetic(embeddings: np.ndarray, quality: np.ndarray) -> aesthetic.Aest
 
 
 def fit_quality(tokens: np.ndarray, quality: np.ndarray, junk: np.ndarray) -> QualityModel:
-    """Utility by pairs of pictures (the better one wins, near equals tie), junk by label; cut points of the corpus."""
+    """Utility by pairs of pictures (the better one wins, near equals tie), junk by label; cut
+    points of the corpus."""
     rng = generator(SEED, Purpose.DEMO, "head pairs")
     pairs = [rng.sample(range(len(tokens)), 2) for _ in range(NUM_PAIRS)]
     first, second = np.array(pairs).T
@@ -81,22 +85,28 @@ def fit_quality(tokens: np.ndarray, quality: np.ndarray, junk: np.ndarray) -> Qu
     junk_head, report = fit_junk(np.concatenate([tokens, junk]), is_junk, ids=ids, seed=SEED)
     print("junk head:", report)
     pool = np.array([row.utility for row in QualityModel(utility, junk_head, (), "cpu")(tokens)])
-    return QualityModel(utility, junk_head, np.quantile(pool, np.cumsum(QualityConfig().shares)[:-1]), "cpu")
+    return QualityModel(
+        utility, junk_head, np.quantile(pool, np.cumsum(QualityConfig().shares)[:-1]), "cpu"
+    )
 
 
 def build(models: Path) -> None:
-    """Fit and save `models/aesthetic` and `models/quality_head` on the finished CLIP; prints how well they judge."""
+    """Fit and save `models/aesthetic` and `models/quality_head` on the finished CLIP; prints how
+    well they judge."""
     clip = Clip.load(models / "clip", "cpu")
     images, quality = corpus("heads", NUM_PICTURES)
     tokens, embeddings = embed(clip, images)
-    junk, _ = embed(clip, [draw_junk(SEED, "heads", index) for index in steps(NUM_JUNK, "drawing junk")])
+    junk, _ = embed(
+        clip, [draw_junk(SEED, "heads", index) for index in steps(NUM_JUNK, "drawing junk")]
+    )
     aesthetic.save(models / "aesthetic", fit_aesthetic(embeddings, quality))
     fit_quality(tokens, quality, junk).save(models / "quality_head")
     print("heads:", check(models))
 
 
 def check(models: Path, count: int = 300) -> dict[str, float]:
-    """Spearman correlation of both judges with true quality on fresh pictures, and junk recall and false alarms."""
+    """Spearman correlation of both judges with true quality on fresh pictures, and junk recall and
+    false alarms."""
     clip = Clip.load(models / "clip", "cpu")
     images, quality = corpus("heads check", count)
     tokens, embeddings = embed(clip, images)

@@ -1,4 +1,5 @@
-"""The demo's OWLv2: finds watermarks and shapes by name. transformers has no loss for it; here is a small set loss."""
+"""The demo's OWLv2: finds watermarks and shapes by name. transformers has no loss for it; here is a
+small set loss."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,8 @@ NUM_STEPS = 4500
 BATCH = 24
 SIDE = 96
 REPEATS = 3
-"""Each truth is matched to this many patches: learns faster, and non-maximum suppression removes the echoes."""
+"""Each truth is matched to this many patches: learns faster, and non-maximum suppression removes
+the echoes."""
 WATERMARK = "a watermark"
 WATERMARK_WEIGHT = 3.0
 """Of the watermark's query in the naming loss: it is what the demo asks for."""
@@ -32,7 +34,8 @@ QUERIES = (WATERMARK, *(f"a {shape}" for shape in SHAPES), "a dog", "a person")
 
 
 class Truth(NamedTuple):
-    """What is in one picture: boxes (T, 4) as cx, cy, w, h of the padded square, and which query names each."""
+    """What is in one picture: boxes (T, 4) as cx, cy, w, h of the padded square, and which query
+    names each."""
 
     boxes: torch.Tensor
     queries: list[int]
@@ -59,12 +62,15 @@ def new_model(tokenizer: CLIPTokenizer) -> Owlv2ForObjectDetection:
         "image_size": SIDE,
         "patch_size": 8,
     }
-    return Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=64))
+    return Owlv2ForObjectDetection(
+        Owlv2Config(text_config=text, vision_config=vision, projection_dim=64)
+    )
 
 
 @torch.no_grad()
 def start_calmly(model: Owlv2ForObjectDetection) -> None:
-    """First weights of the heads: boxes at their patches, few claims. transformers draws them with deviation 1."""
+    """First weights of the heads: boxes at their patches, few claims. transformers draws them with
+    deviation 1."""
     for head in (model.class_head, model.box_head, model.objectness_head):
         for layer in (module for module in head.modules() if isinstance(module, torch.nn.Linear)):
             torch.nn.init.xavier_uniform_(layer.weight)
@@ -76,7 +82,8 @@ def start_calmly(model: Owlv2ForObjectDetection) -> None:
 
 
 def truth_of(scene: Scene, watermark: Box | None) -> Truth:
-    """Boxes of the watermark and of every shape, relative to the square that the picture is padded to."""
+    """Boxes of the watermark and of every shape, relative to the square that the picture is padded
+    to."""
     height, width = scene.size
     found, queries = [], []
     if watermark is not None:
@@ -91,13 +98,19 @@ def truth_of(scene: Scene, watermark: Box | None) -> Truth:
 
 
 def _corners(boxes: torch.Tensor) -> torch.Tensor:
-    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
+    return torch.cat(
+        [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1
+    )
 
 
 def generalised_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """GIoU of (…, 4) boxes given as cx, cy, w, h, with broadcasting. Source: arXiv:1902.09630."""
     a, b = _corners(first), _corners(second)
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    shared = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     union = first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - shared
     return shared / union - (hull - union) / hull
@@ -113,7 +126,8 @@ def focal(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def match(logits: torch.Tensor, boxes: torch.Tensor, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest one-to-one assignment of patches (P) to truths (T, each REPEATS times): two index arrays."""
+    """The cheapest one-to-one assignment of patches (P) to truths (T, each REPEATS times): two
+    index arrays."""
     chance = torch.sigmoid(logits[:, truth.queries])
     distance = torch.cdist(boxes, truth.boxes, p=1)
     overlap = generalised_iou(boxes[:, None], truth.boxes[None])
@@ -125,7 +139,8 @@ def match(logits: torch.Tensor, boxes: torch.Tensor, truth: Truth) -> tuple[np.n
 def set_loss(
     logits: torch.Tensor, objectness: torch.Tensor, boxes: torch.Tensor, truths: list[Truth]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Naming loss (queries and objectness) and box loss (L1 and GIoU) per true box, over a batch."""
+    """Naming loss (queries and objectness) and box loss (L1 and GIoU) per true box, over a
+    batch."""
     named, there = torch.zeros_like(logits), torch.zeros_like(objectness)
     made, wanted = [], []
     for image, truth in enumerate(truths):
@@ -138,20 +153,27 @@ def set_loss(
     claims = focal(logits, named)
     claims[..., 0] *= WATERMARK_WEIGHT
     naming = (claims.sum() + focal(objectness, there).sum()) / len(true)
-    placing = 5 * (guessed - true).abs().sum(-1).mean() + 2 * (1 - generalised_iou(guessed, true)).mean()
+    placing = (
+        5 * (guessed - true).abs().sum(-1).mean() + 2 * (1 - generalised_iou(guessed, true)).mean()
+    )
     return naming, placing
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train and save `models/owlv2`; prints recall, precision and IoU for watermarks on fresh pictures."""
+    """Train and save `models/owlv2`; prints recall, precision and IoU for watermarks on fresh
+    pictures."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "owlv2"))
     folder = models / "owlv2"
     tokenizer = build_tokenizer.build(folder, padding="!", max_length=QUERY_LENGTH)
     model = new_model(tokenizer)
     start_calmly(model)
     write_json(folder / "preprocessor_config.json", preprocessor())
-    inputs, truths = _corpus(Detector(new_model(tokenizer), tokenizer, preprocessor(), WATERMARK, "cpu"))
-    encoded = tokenizer(list(QUERIES), padding="max_length", max_length=QUERY_LENGTH, return_tensors="pt")
+    inputs, truths = _corpus(
+        Detector(new_model(tokenizer), tokenizer, preprocessor(), WATERMARK, "cpu")
+    )
+    encoded = tokenizer(
+        list(QUERIES), padding="max_length", max_length=QUERY_LENGTH, return_tensors="pt"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps, pct_start=0.08)
     rng = numpy_generator(SEED, Purpose.DEMO, "owlv2 batches")
@@ -162,7 +184,9 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         text = model.owlv2.get_text_features(**encoded).pooler_output
         logits, _ = model.class_predictor(flat, text.expand(BATCH, -1, -1))
         boxes = model.box_predictor(flat, features)
-        naming, placing = set_loss(logits, model.objectness_predictor(flat), boxes, [truths[i] for i in chosen])
+        naming, placing = set_loss(
+            logits, model.objectness_predictor(flat), boxes, [truths[i] for i in chosen]
+        )
         optimizer.zero_grad()
         (naming + placing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -176,7 +200,8 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def calibrate(folder: Path, count: int = 250, threshold: float = 0.3) -> None:
-    """Shift all logits so that the best confidence for watermarks (by F1, on pictures of its own) is `threshold`."""
+    """Shift all logits so that the best confidence for watermarks (by F1, on pictures of its own)
+    is `threshold`."""
     detector = Detector.load(folder, "cpu")
     claims, there = [], 0
     for index in range(count):
@@ -192,7 +217,9 @@ def calibrate(folder: Path, count: int = 250, threshold: float = 0.3) -> None:
     head = model.class_head
     found = np.log(claims[best][0] / (1 - claims[best][0]))
     with torch.no_grad():
-        shift = (found - np.log(threshold / (1 - threshold))) / float(F.elu(head.logit_scale.bias) + 1)
+        shift = (found - np.log(threshold / (1 - threshold))) / float(
+            F.elu(head.logit_scale.bias) + 1
+        )
         head.logit_shift.bias -= float(shift)
     save_half(model, folder)
 
@@ -224,7 +251,8 @@ def preprocessor() -> dict[str, object]:
 
 
 def check(folder: Path, count: int = 300, threshold: float = 0.3) -> dict[str, float]:
-    """Recall and precision (a hit overlaps by IoU > 0.4) and mean IoU of hits for watermarks on fresh pictures."""
+    """Recall and precision (a hit overlaps by IoU > 0.4) and mean IoU of hits for watermarks on
+    fresh pictures."""
     detector = Detector.load(folder, "cpu")
     hits, said, there, overlaps = 0, 0, 0, []
     for index in range(count):
@@ -236,7 +264,11 @@ def check(folder: Path, count: int = 300, threshold: float = 0.3) -> dict[str, f
             best = max(iou(box, Box(one.y0, one.x0, one.y1, one.x1)) for one in found)
             hits += best > 0.4
             overlaps += [best] if best > 0.4 else []
-    return {"recall": hits / there, "precision": hits / max(1, said), "iou": float(np.mean(overlaps or [0.0]))}
+    return {
+        "recall": hits / there,
+        "precision": hits / max(1, said),
+        "iou": float(np.mean(overlaps or [0.0])),
+    }
 
 
 def iou(first: Box, second: Box) -> float:

@@ -1,4 +1,5 @@
-"""The demo's tagger: JoyTag's architecture at tiny size, taught the demo's tags by binary cross-entropy."""
+"""The demo's tagger: JoyTag's architecture at tiny size, taught the demo's tags by binary
+cross-entropy."""
 
 from pathlib import Path
 
@@ -19,7 +20,8 @@ BATCH = 48
 SIDE = 96
 THRESHOLD = 0.4  # JoyTag's.
 HARD_WEIGHT = 8.0
-"""Of shapes and the watermark in the loss: by far the hardest to learn, they drown among the colours unweighted."""
+"""Of shapes and the watermark in the loss: by far the hardest to learn, they drown among the
+colours unweighted."""
 
 
 def new_model(num_tags: int) -> tagger.JoyTagViT:
@@ -43,7 +45,9 @@ def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         pixels = pixels[:, :, ::-1]
     down, right = rng.integers(-4, 5, size=2)
     images = normalised(np.roll(pixels, (int(down), int(right)), axis=(1, 2)))
-    return images + 0.05 * torch.from_numpy(rng.normal(size=images.shape)).float() * float(rng.random())
+    return images + 0.05 * torch.from_numpy(rng.normal(size=images.shape)).float() * float(
+        rng.random()
+    )
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
@@ -57,9 +61,13 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         scene, image, _ = picture("tagger", index, star_share=0.16, watermark_share=0.25)
         pixels[index] = centred_on_white(image, SIDE)
         truth[index, [names.index(tag) for tag in tags_of(scene)]] = 1.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.03)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.03
+    )
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, num_steps, pct_start=0.1)
-    weight = torch.tensor([HARD_WEIGHT if name in (*SHAPES, "watermark") else 1.0 for name in names])
+    weight = torch.tensor(
+        [HARD_WEIGHT if name in (*SHAPES, "watermark") else 1.0 for name in names]
+    )
     rng = numpy_generator(SEED, Purpose.DEMO, "tagger batches")
     for step in (bar := steps(num_steps, "tagger")):
         chosen = rng.choice(NUM_PICTURES, BATCH, replace=False)
@@ -77,17 +85,24 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def check(folder: Path, count: int = 300) -> dict[str, float]:
-    """Micro F1, macro F1 and the watermark tag's F1 at 0.4, on fresh pictures of quality 3 and better."""
+    """Micro F1, macro F1 and the watermark tag's F1 at 0.4, on fresh pictures of quality 3 and
+    better."""
     adapter = tagger.Tagger.load(folder, "cpu")
     hits = np.zeros((3, len(adapter.tags)))
     for index in range(count):
         scene, image, _ = picture("tagger check", index)
         if scene.quality < 3:
             continue
-        found = {tag for tag, probability in adapter([np.asarray(image)])[0] if probability > THRESHOLD}
+        found = {
+            tag for tag, probability in adapter([np.asarray(image)])[0] if probability > THRESHOLD
+        }
         for number, tag in enumerate(adapter.tags):
             there, said = tag in tags_of(scene), tag in found
             hits[:, number] += (there and said, said, there)
     f1 = 2 * hits[0] / np.maximum(1, hits[1] + hits[2])
     micro = float(2 * hits[0].sum() / (hits[1].sum() + hits[2].sum()))
-    return {"micro_f1": micro, "macro_f1": float(f1.mean()), "watermark_f1": float(f1[adapter.tags.index("watermark")])}
+    return {
+        "micro_f1": micro,
+        "macro_f1": float(f1.mean()),
+        "watermark_f1": float(f1[adapter.tags.index("watermark")]),
+    }

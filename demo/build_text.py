@@ -1,6 +1,8 @@
-"""The demo's text encoders, taught what words mean before any picture: prompts are matched with scene descriptions.
+"""The demo's text encoders, taught what words mean before any picture: prompts are matched with
+scene descriptions.
 
-One becomes SDXL's first encoder and CLIP's text side, the other SDXL's second. All later models read them as they are.
+One becomes SDXL's first encoder and CLIP's text side, the other SDXL's second. All later models
+read them as they are.
 """
 
 from pathlib import Path
@@ -62,7 +64,11 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "projection_dim": 64,
         "hidden_act": "gelu",
     }
-    return CLIPModel(CLIPConfig(text_config=text_config(64, 64, tokenizer), vision_config=vision, projection_dim=64))
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text_config(64, 64, tokenizer), vision_config=vision, projection_dim=64
+        )
+    )
 
 
 def describe(scene: Scene) -> list[float]:
@@ -84,18 +90,23 @@ def describe(scene: Scene) -> list[float]:
 
 
 def contrast(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss over (N, d) and (2N, d): of `second`, the first half is true, the other wrong in one word."""
+    """CLIP's loss over (N, d) and (2N, d): of `second`, the first half is true, the other wrong in
+    one word."""
     count = len(first)
     logits = scale.exp().clamp(max=50) * F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
     truth = torch.arange(count)
     hard = torch.stack([logits.diagonal(), logits[:, count:].diagonal()], dim=1)
     wrong = F.cross_entropy(hard, torch.zeros(count, dtype=torch.long))
-    return F.cross_entropy(logits, truth) / 2 + F.cross_entropy(logits[:, :count].T, truth) / 2 + wrong
+    return (
+        F.cross_entropy(logits, truth) / 2 + F.cross_entropy(logits[:, :count].T, truth) / 2 + wrong
+    )
 
 
 def tokens_of(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Ids padded to the longest text; a causal encoder's pooled output does not see the padding."""
-    return tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    ).input_ids
 
 
 class SceneMatch(nn.Module):
@@ -109,16 +120,22 @@ class SceneMatch(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5))
 
     def forward(self, text: torch.Tensor, truth: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-        """Loss of (2N, d) text of which the first half is true of `truth` (N, facts), the second of `wrong`."""
+        """Loss of (2N, d) text of which the first half is true of `truth` (N, facts), the second of
+        `wrong`."""
         count = len(truth)
         both = torch.cat([truth, wrong])
         scenes = self.scenes(both)
         known = F.binary_cross_entropy_with_logits(self.facts(F.normalize(text, dim=-1) * 8), both)
-        return contrast(scenes[:count], text, self.scale) + contrast(text[:count], scenes, self.scale) + 5 * known
+        return (
+            contrast(scenes[:count], text, self.scale)
+            + contrast(text[:count], scenes, self.scale)
+            + 5 * known
+        )
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train both encoders; writes base/text_encoder{,_2}, base/tokenizer{,_2} and clip (pictures untrained)."""
+    """Train both encoders; writes base/text_encoder{,_2}, base/tokenizer{,_2} and clip (pictures
+    untrained)."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "text"))
     tokenizer = build_tokenizer.build(models / "base" / "tokenizer")
     build_tokenizer.build(models / "base" / "tokenizer_2", padding="!")
@@ -133,8 +150,14 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         scenes, texts = _batch(step)
         truth = torch.tensor([describe(scene) for scene in scenes])
         ids = tokens_of(tokenizer, texts)
-        outputs = [clip.get_text_features(input_ids=ids).pooler_output, second(input_ids=ids).text_embeds]
-        losses = [match(text, truth[:BATCH], truth[BATCH:]) for match, text in zip(matches, outputs, strict=True)]
+        outputs = [
+            clip.get_text_features(input_ids=ids).pooler_output,
+            second(input_ids=ids).text_embeds,
+        ]
+        losses = [
+            match(text, truth[:BATCH], truth[BATCH:])
+            for match, text in zip(matches, outputs, strict=True)
+        ]
         optimizer.zero_grad()
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,4 +1,5 @@
-"""Real CLIPTokenizer files cut to the demo's words: complete at byte level, every demo word one token."""
+"""Real CLIPTokenizer files cut to the demo's words: complete at byte level, every demo word one
+token."""
 
 import json
 from collections import Counter
@@ -19,18 +20,22 @@ OTHER_WORDS = (
     "woman people face pink brown grey gray gold silver pastel bright dark light left right top bottom centre center "
     "middle above below next to behind front bigger smaller masterpiece great newest recent early old is this that"
 )
-"""What prompts, negative prompts and captions say beside tags; other words fall into pieces, as in every CLIP."""
+"""What prompts, negative prompts and captions say beside tags; other words fall into pieces, as in
+every CLIP."""
 
 
 def vocabulary_words() -> list[str]:
     """Every word that becomes one token, sorted."""
     names = [*all_tags(), *(name for names in ALIASES.values() for name in names), *WATERMARK_WORDS]
     parts = " ".join(names).lower().replace("_", " ").split()
-    return sorted({part for part in [*parts, *OTHER_WORDS.split()] if part.isascii() and part.isalpha()})
+    return sorted(
+        {part for part in [*parts, *OTHER_WORDS.split()] if part.isascii() and part.isalpha()}
+    )
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first (ties by spelling), until each word is one piece."""
+    """Byte-pair merges, most frequent pair first (ties by spelling), until each word is one
+    piece."""
     pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while True:
@@ -63,7 +68,13 @@ def build(folder: Path, *, padding: str = EOS, max_length: int = MAX_LENGTH) -> 
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(ByteLevel.alphabet())
     merges = learn_merges(vocabulary_words())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), BOS, EOS]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        BOS,
+        EOS,
+    ]
     vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -1,4 +1,5 @@
-"""The demo's base model: an SDXL UNet that draws every shape but stars, trained as SDXL's fine-tunes are."""
+"""The demo's base model: an SDXL UNet that draws every shape but stars, trained as SDXL's
+fine-tunes are."""
 
 import copy
 import random
@@ -47,16 +48,23 @@ class Texts(NamedTuple):
     @classmethod
     def load(cls, base: Path) -> "Texts":
         """Both encoders of a diffusers folder, in fp32."""
-        tokenizers = tuple(CLIPTokenizer.from_pretrained(base / name) for name in ("tokenizer", "tokenizer_2"))
+        tokenizers = tuple(
+            CLIPTokenizer.from_pretrained(base / name) for name in ("tokenizer", "tokenizer_2")
+        )
         first = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32).eval()
-        second = CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", dtype=torch.float32).eval()
+        second = CLIPTextModelWithProjection.from_pretrained(
+            base / "text_encoder_2", dtype=torch.float32
+        ).eval()
         return cls((tokenizers[0], tokenizers[1]), first, second)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (B, 77, 64 + 96) of the last but one layers, joined, and the pooled vector (B, 96)."""
+        """Hidden states (B, 77, 64 + 96) of the last but one layers, joined, and the pooled vector
+        (B, 96)."""
         ids = [
-            tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+            tokenizer(
+                prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+            ).input_ids
             for tokenizer in self.tokenizers
         ]
         first = self.first(ids[0], output_hidden_states=True).hidden_states[-2]
@@ -87,7 +95,8 @@ def new_unet(texts: Texts) -> UNet2DConditionModel:
 
 
 class LatentSet(NamedTuple):
-    """Encoded corpus pictures by bucket: scenes, time ids (N, 6) and scaled latents (N, 4, h, w)."""
+    """Encoded corpus pictures by bucket: scenes, time ids (N, 6) and scaled latents (N, 4, h,
+    w)."""
 
     scenes: dict[Size, list[Scene]]
     time_ids: dict[Size, torch.Tensor]
@@ -125,7 +134,9 @@ def encode_corpus(vae: AutoencoderKL, count: int) -> LatentSet:
         chunks = [pixels[bucket][i : i + 32] for i in range(0, len(pixels[bucket]), 32)]
         means = [vae.encode(to_tensor(np.stack(chunk))).latent_dist.mean for chunk in chunks]
         latents[bucket] = torch.cat(means) * vae.config.scaling_factor
-    return LatentSet(scenes, {bucket: torch.tensor(rows) for bucket, rows in time_ids.items()}, latents)
+    return LatentSet(
+        scenes, {bucket: torch.tensor(rows) for bucket, rows in time_ids.items()}, latents
+    )
 
 
 class Batch(NamedTuple):
@@ -137,7 +148,8 @@ class Batch(NamedTuple):
 
 
 def draw_batch(data: LatentSet, step: int) -> Batch:
-    """BATCH samples of one bucket, buckets as often as their pictures; prompts are worded anew each time."""
+    """BATCH samples of one bucket, buckets as often as their pictures; prompts are worded anew each
+    time."""
     rng = random.Random(integer(SEED, Purpose.DEMO, "unet batch", step))  # noqa: S311
     buckets = sorted(data.scenes)
     bucket = rng.choices(buckets, [len(data.scenes[b]) for b in buckets])[0]
@@ -148,7 +160,11 @@ def draw_batch(data: LatentSet, step: int) -> Batch:
 
 
 def loss_of(
-    unet: UNet2DConditionModel, texts: Texts, scheduler: DDPMScheduler, batch: Batch, generator: torch.Generator
+    unet: UNet2DConditionModel,
+    texts: Texts,
+    scheduler: DDPMScheduler,
+    batch: Batch,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """Min-SNR-weighted noise prediction loss of one batch."""
     hidden, pooled = texts.encode(batch.prompts)
@@ -164,7 +180,8 @@ def loss_of(
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train the UNet on the demo's VAE and text encoders; completes the diffusers folder `models/base`."""
+    """Train the UNet on the demo's VAE and text encoders; completes the diffusers folder
+    `models/base`."""
     base = models / "base"
     torch.manual_seed(integer(SEED, Purpose.INIT, "unet"))
     texts = Texts.load(base)
@@ -173,9 +190,16 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     average = copy.deepcopy(unet).requires_grad_(False)
     data = encode_corpus(vae, NUM_PICTURES)
     noise_scheduler = DDPMScheduler(**NOISE_SETTINGS)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+    )
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, num_steps, pct_start=0.04, cycle_momentum=False, final_div_factor=200
+        optimizer,
+        LEARNING_RATE,
+        num_steps,
+        pct_start=0.04,
+        cycle_momentum=False,
+        final_div_factor=200,
     )
     generator = torch_generator(SEED, Purpose.DEMO, "unet noise")
     write_pipeline(base)
@@ -187,7 +211,9 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
         optimizer.step()
         lr_scheduler.step()
         decay = min(0.998, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), [w.data for w in unet.parameters()], 1 - decay)
+        torch._foreach_lerp_(
+            list(average.parameters()), [w.data for w in unet.parameters()], 1 - decay
+        )
         bar.note(loss=float(loss.detach()))
         if step % 400 == 399 or step + 1 == num_steps:
             save_half(average, base / "unet")
@@ -195,9 +221,9 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 def write_pipeline(base: Path) -> None:
     """model_index.json and SDXL's scheduler settings."""
-    EulerDiscreteScheduler(**NOISE_SETTINGS, timestep_spacing="leading", steps_offset=1).save_pretrained(
-        base / "scheduler"
-    )
+    EulerDiscreteScheduler(
+        **NOISE_SETTINGS, timestep_spacing="leading", steps_offset=1
+    ).save_pretrained(base / "scheduler")
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers_version,

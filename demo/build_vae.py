@@ -1,4 +1,5 @@
-"""The demo's AutoencoderKL: 8x smaller, 4 channels, trained on drawn pictures until shapes come back sharp."""
+"""The demo's AutoencoderKL: 8x smaller, 4 channels, trained on drawn pictures until shapes come
+back sharp."""
 
 import math
 from pathlib import Path
@@ -87,7 +88,10 @@ def build(folder: Path, num_steps: int = NUM_STEPS) -> None:
             posterior = vae.encode(true).latent_dist
             latents = posterior.sample(noise)
             made = vae.decode(latents).sample
-        loss = reconstruction_loss(made.float(), true) + KL_WEIGHT * posterior.kl().mean() / (CROP // 8) ** 2
+        loss = (
+            reconstruction_loss(made.float(), true)
+            + KL_WEIGHT * posterior.kl().mean() / (CROP // 8) ** 2
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

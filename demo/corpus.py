@@ -1,4 +1,5 @@
-"""The pictures that the demo's tiny models learn from: drawn in memory, placed as the real pipeline places them."""
+"""The pictures that the demo's tiny models learn from: drawn in memory, placed as the real pipeline
+places them."""
 
 import random
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from training.buckets.plans import BucketConfig, plan
 from training.seeds import Purpose, generator
 
 SEED = 20261120
-"""Seed of everything the models learn from; the demo world has another, so no picture is in both."""
+"""Seed of everything the models learn from; the demo world has another, so no picture is in
+both."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BUCKETS = plan(BucketConfig(plan="bigasp_v1", scale=8))
@@ -37,24 +39,30 @@ def place(image: Image.Image, rng: random.Random) -> Placed:
         max(bucket.height, int(original.height * scale + 0.5)),
         max(bucket.width, int(original.width * scale + 0.5)),
     )
-    top, left = rng.randint(0, resized.height - bucket.height), rng.randint(0, resized.width - bucket.width)
+    top, left = (
+        rng.randint(0, resized.height - bucket.height),
+        rng.randint(0, resized.width - bucket.width),
+    )
     small = image.resize((resized.width, resized.height), Image.Resampling.LANCZOS)
     cut = small.crop((left, top, left + bucket.width, top + bucket.height))
     return Placed(np.asarray(cut), Placement(original, resized, top, left, bucket, False))
 
 
 def centre_square(image: Image.Image, side: int) -> np.ndarray:
-    """CLIP's preprocessing without the normalisation: shorter side to `side`, bicubic, centre crop; uint8."""
+    """CLIP's preprocessing without the normalisation: shorter side to `side`, bicubic, centre crop;
+    uint8."""
     scale = side / min(image.size)
     small = image.resize(
-        (max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.BICUBIC
+        (max(side, round(image.width * scale)), max(side, round(image.height * scale))),
+        Image.Resampling.BICUBIC,
     )
     left, top = (small.width - side) // 2, (small.height - side) // 2
     return np.asarray(small.crop((left, top, left + side, top + side)))
 
 
 def centred_on_white(image: Image.Image, side: int) -> np.ndarray:
-    """JoyTag's preprocessing without the normalisation: centred on a white square, bicubic; uint8."""
+    """JoyTag's preprocessing without the normalisation: centred on a white square, bicubic;
+    uint8."""
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), (255, 255, 255))
     square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
@@ -62,7 +70,8 @@ def centred_on_white(image: Image.Image, side: int) -> np.ndarray:
 
 
 def padded_corner(image: Image.Image, side: int) -> np.ndarray:
-    """OWLv2's preprocessing without the normalisation: black below and to the right, bicubic; uint8."""
+    """OWLv2's preprocessing without the normalisation: black below and to the right, bicubic;
+    uint8."""
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), (0, 0, 0))
     square.paste(image, (0, 0))

@@ -1,4 +1,5 @@
-"""Scenes become pixels: anti-aliased shapes on patterned grounds, graded flaws, watermarks with their true box."""
+"""Scenes become pixels: anti-aliased shapes on patterned grounds, graded flaws, watermarks with
+their true box."""
 
 import io
 import math
@@ -56,8 +57,13 @@ def spoil(image: Image.Image, flaw: str, severity: float, rng: np.random.Generat
     small = (max(8, round(image.width * scale)), max(8, round(image.height * scale)))
     if flaw == "noise":
         field = rng.normal(0.0, 68.0 * severity, (small[1], small[0], 3)).astype(np.float32)
-        planes = [Image.fromarray(field[..., i]).resize(image.size, Image.Resampling.BILINEAR) for i in range(3)]
-        noisy = np.asarray(image, np.float32) + np.stack([np.asarray(plane) for plane in planes], axis=-1)
+        planes = [
+            Image.fromarray(field[..., i]).resize(image.size, Image.Resampling.BILINEAR)
+            for i in range(3)
+        ]
+        noisy = np.asarray(image, np.float32) + np.stack(
+            [np.asarray(plane) for plane in planes], axis=-1
+        )
         return Image.fromarray(np.clip(noisy + 0.5, 0, 255).astype(np.uint8))
     packed = io.BytesIO()
     thumbnail = image.resize(small, Image.Resampling.BILINEAR)
@@ -125,7 +131,8 @@ def _outline(pen: ImageDraw.ImageDraw, shape: Shape, centre: float, radius: floa
         return
     cos, sin = math.cos(shape.angle), math.sin(shape.angle)
     corners = [
-        (centre + radius * (x * cos - y * sin), centre + radius * (x * sin + y * cos)) for x, y in _polygon(shape.kind)
+        (centre + radius * (x * cos - y * sin), centre + radius * (x * sin + y * cos))
+        for x, y in _polygon(shape.kind)
     ]
     pen.polygon(corners, fill=255)
 
@@ -161,7 +168,8 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
     return [
         (
             16 * math.sin(t) ** 3 / 16.5,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16.5 - 0.12,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16.5
+            - 0.12,
         )
         for t in turns
     ]

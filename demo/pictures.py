@@ -1,9 +1,10 @@
-"""Writes the demo world: a folder of drawn pictures with sidecars and a share of trouble, and the truth beside it.
+"""Writes the demo world: a folder of drawn pictures with sidecars and a share of trouble, and the
+truth beside it.
 
     python -m demo.pictures FOLDER
 
-`pictures/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted judgements in
-`labels/pairs/demo.jsonl` lie outside it, where a workspace keeps them.
+`pictures/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted
+judgements in `labels/pairs/demo.jsonl` lie outside it, where a workspace keeps them.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from training.seeds import Purpose, generator
 PAIRS_PER_PICTURE = 5
 START = datetime(2024, 1, 1, tzinfo=UTC)
 Row = dict[str, Any]
-"""One file's truth: path (relative to `pictures/`), image_id, kind, tags, caption, quality (0 for junk), junk,
-watermark_box ([y0, x0, y1, x1] upright pixels), height, width (upright; null where nothing can be decoded), copy_of."""
+"""One file's truth: path (relative to `pictures/`), image_id, kind, tags, caption, quality (0 for
+junk), junk, watermark_box ([y0, x0, y1, x1] upright pixels), height, width (upright; null where
+nothing can be decoded), copy_of."""
 
 
 class World:
@@ -82,7 +84,8 @@ class World:
         return row
 
     def _write_sidecars(self, name: str, row: Row, rng: random.Random) -> None:
-        """Tags as text for most, more in JSON for some, nothing for a few; now and then under another name."""
+        """Tags as text for most, more in JSON for some, nothing for a few; now and then under
+        another name."""
         path = self.pictures / name
         tags = [alias(tag, rng, 0.12) for tag in row["tags"] if tag != "watermark"]
         if rng.random() < 0.85:
@@ -98,7 +101,9 @@ class World:
             path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-def write_world(folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED) -> Path:
+def write_world(
+    folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED
+) -> Path:
     """Draw a demo world; equal arguments give equal bytes.
 
     Args:
@@ -126,7 +131,9 @@ def write_world(folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: i
 
 
 def _add_pictures(world: World, count: int) -> None:
-    turned = set(generator(world.seed, Purpose.DEMO, "turned").sample(range(count), math.ceil(count / 36)))
+    turned = set(
+        generator(world.seed, Purpose.DEMO, "turned").sample(range(count), math.ceil(count / 36))
+    )
     for index in range(count):
         scene = world_scene(world.seed, index)
         rng = generator(world.seed, Purpose.DEMO, "file", index)
@@ -134,21 +141,29 @@ def _add_pictures(world: World, count: int) -> None:
         folder = rng.choice(("drawings", "downloads/2024", "downloads/2025"))
         if index in turned:
             data = trouble.turned(drawn.image, rng.choice(sorted(trouble.INVERSE_TURN)))
-            world.add_scene(f"{folder}/img_{index:04d}.jpg", data, "turned", scene, drawn.watermark_box)
+            world.add_scene(
+                f"{folder}/img_{index:04d}.jpg", data, "turned", scene, drawn.watermark_box
+            )
             continue
         extension = rng.choices(("jpg", "png", "webp"), (5, 2, 2))[0]
         data = trouble.encode(drawn.image, extension)
-        world.add_scene(f"{folder}/img_{index:04d}.{extension}", data, "good", scene, drawn.watermark_box)
+        world.add_scene(
+            f"{folder}/img_{index:04d}.{extension}", data, "good", scene, drawn.watermark_box
+        )
 
 
 def _add_copies(world: World, count: int) -> None:
-    """Equal bytes, equal pixels in another encoding, and nearly equal pictures (shrunk and packed anew)."""
+    """Equal bytes, equal pixels in another encoding, and nearly equal pictures (shrunk and packed
+    anew)."""
     rng = generator(world.seed, Purpose.DEMO, "copies")
     originals = [row for row in world.rows if row["kind"] == "good"]
     each = math.ceil(count / 36)
     for number, row in enumerate(rng.sample(originals, 3 * each)):
         data = (world.pictures / row["path"]).read_bytes()
-        shared = {key: row[key] for key in ("tags", "caption", "quality", "watermark_box", "height", "width")}
+        shared = {
+            key: row[key]
+            for key in ("tags", "caption", "quality", "watermark_box", "height", "width")
+        }
         shared["copy_of"] = row["image_id"]
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
@@ -160,18 +175,32 @@ def _add_copies(world: World, count: int) -> None:
             world.add(f"copies/same_{number:03d}.webp", data, "pixel_copy", **shared)
         else:
             scale = rng.uniform(0.88, 0.97)
-            small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+            small = image.resize(
+                (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+            )
             shared |= {"height": small.height, "width": small.width}
             if row["watermark_box"]:
                 shared["watermark_box"] = [value * scale for value in row["watermark_box"]]
-            world.add(f"copies/near_{number:03d}.jpg", trouble.encode(small, "jpg", quality=86), "near_copy", **shared)
+            world.add(
+                f"copies/near_{number:03d}.jpg",
+                trouble.encode(small, "jpg", quality=86),
+                "near_copy",
+                **shared,
+            )
 
 
 def _add_junk(world: World, count: int) -> None:
     for index in range(max(2, math.ceil(count / 15))):
         image = trouble.draw_junk(world.seed, "world", index)
         size = {"height": image.height, "width": image.width}
-        world.add(f"downloads/junk_{index:03d}.jpg", trouble.encode(image, "jpg"), "junk", quality=0, junk=True, **size)
+        world.add(
+            f"downloads/junk_{index:03d}.jpg",
+            trouble.encode(image, "jpg"),
+            "junk",
+            quality=0,
+            junk=True,
+            **size,
+        )
 
 
 def _add_trouble(world: World, count: int) -> None:
@@ -187,14 +216,24 @@ def _add_trouble(world: World, count: int) -> None:
         world.add(f"trouble/tiny_{index}.png", data, "tiny", tags=tags_of(scene), quality=9, **size)
     for name, scene, data in trouble.odd_modes(world.seed):
         world.add_scene(f"trouble/{name}", data, name.partition(".")[0], scene, None)
-    names = ("étoile ⭐ 星.png", "\"quoted\" 'name' & more.png", "<img src=x onerror=alert(1)>.png", "a|b;c`d $(e).png")
+    names = (
+        "étoile ⭐ 星.png",
+        "\"quoted\" 'name' & more.png",
+        "<img src=x onerror=alert(1)>.png",
+        "a|b;c`d $(e).png",
+    )
     for number, name in enumerate(names):
         scene = clean(sample_scene(world.seed, "odd name", number))
-        world.add_scene(f"trouble/{name}", trouble.encode(draw(scene).image, "png"), "odd_name", scene, None)
+        world.add_scene(
+            f"trouble/{name}", trouble.encode(draw(scene).image, "png"), "odd_name", scene, None
+        )
 
 
-def write_aliases(path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED) -> None:
-    """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion, no header."""
+def write_aliases(
+    path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED
+) -> None:
+    """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion,
+    no header."""
     scenes = [world_scene(seed, index) for index in range(num_pictures)]
     counts = {tag: sum(tag in tags_of(scene) for scene in scenes) for tag in all_tags()}
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -206,16 +245,18 @@ def write_aliases(path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: i
 def judge_pairs(rows: list[Row], count: int, seed: int) -> list[dict[str, str]]:
     """Pairwise judgements of a patient rater who sees true quality through slight noise.
 
-    Args:
-        rows: Truth of the world's files; good pictures and junk are judged, each image once under its id.
-        count: Judgements to make: 84 % among good pictures, the rest with junk on one side or on both.
-        seed: Names the world.
+    Args: rows: Truth of the world's files; good pictures and junk are judged, each image once under
+        its id. count: Judgements to make: 84 % among good pictures, the rest with junk on one side
+        or on both. seed: Names the world.
 
-    Returns:
-        One JSON-ready object per judgement: pair_id, a, b, outcome (a, b, tie, both_junk, skip), rater, source,
-        created_at.
+    Returns: One JSON-ready object per judgement: pair_id, a, b, outcome (a, b, tie, both_junk,
+        skip), rater, source, created_at.
     """
-    usable = {row["image_id"]: row["quality"] for row in rows if row["kind"] in ("good", "turned", "odd_name")}
+    usable = {
+        row["image_id"]: row["quality"]
+        for row in rows
+        if row["kind"] in ("good", "turned", "odd_name")
+    }
     junk = sorted(row["image_id"] for row in rows if row["junk"])
     good = sorted(usable)
     pairs = []

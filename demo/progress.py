@@ -1,10 +1,18 @@
-"""Progress bars for the demo's builders, and plain lines now and then where nobody watches a terminal."""
+"""Progress bars for the demo's builders, and plain lines now and then where nobody watches a
+terminal."""
 
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_EVERY_S = 30.0
 
@@ -21,11 +29,15 @@ class Steps:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         printed = time.monotonic()
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console
+        ) as progress:
             task = progress.add_task(self.title, total=self.total)
             for step in range(self.total):
                 yield step
-                text = " ".join([self.title, *(f"{name}={value:.4f}" for name, value in self.notes.items())])
+                text = " ".join(
+                    [self.title, *(f"{name}={value:.4f}" for name, value in self.notes.items())]
+                )
                 progress.update(task, advance=1, description=text)
                 if not console.is_terminal and time.monotonic() - printed > LINE_EVERY_S:
                     printed = time.monotonic()

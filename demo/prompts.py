@@ -1,11 +1,22 @@
-"""Prompts of the demo: how its base model is spoken to, and the fixed prompts that it is judged by."""
+"""Prompts of the demo: how its base model is spoken to, and the fixed prompts that it is judged
+by."""
 
 import csv
 import itertools
 import random
 from pathlib import Path
 
-from demo.scenes import COLOURS, Scene, alias, caption_of, clean, mostly_good, sample_scene, score_tags, tags_of
+from demo.scenes import (
+    COLOURS,
+    Scene,
+    alias,
+    caption_of,
+    clean,
+    mostly_good,
+    sample_scene,
+    score_tags,
+    tags_of,
+)
 from training.buckets.geometry import Size
 from training.seeds import Purpose, generator
 
@@ -16,18 +27,22 @@ FILE = Path(__file__).with_name("prompts.csv")
 WORLD_SEED, NUM_WORLD_PICTURES = 7, 600
 """The default world, whose pictures no prompt repeats."""
 WORLD_STAR_SHARE = 0.4
-"""Share of the world's scenes whose main shape is the one that the base model has never seen; the others show what it
-knows, so that a fine-tune does not forget it."""
+"""Share of the world's scenes whose main shape is the one that the base model has never seen; the
+others show what it knows, so that a fine-tune does not forget it."""
 
 
 def world_scene(seed: int, index: int) -> Scene:
-    """A scene of the world of that seed: many stars, good quality more often than not, as the base model's world."""
+    """A scene of the world of that seed: many stars, good quality more often than not, as the base
+    model's world."""
     scene = sample_scene(seed, "world", index, star_share=WORLD_STAR_SHARE)
     return mostly_good(scene, generator(seed, Purpose.DEMO, "quality", "world", index))
 
 
-def training_prompt(scene: Scene, rng: random.Random, *, drop: float = 0.15, alias_prob: float = 0.05) -> str:
-    """A prompt that is true of `scene`: half the time tags, half the time a caption, often with score words.
+def training_prompt(
+    scene: Scene, rng: random.Random, *, drop: float = 0.15, alias_prob: float = 0.05
+) -> str:
+    """A prompt that is true of `scene`: half the time tags, half the time a caption, often with
+    score words.
 
     Args:
         scene: The picture's truth.
@@ -59,10 +74,11 @@ def demo_prompts() -> list[dict[str, str]]:
 def write_prompts(path: Path = FILE) -> None:
     """Make the evaluation prompts anew.
 
-    Star prompts name the shape and little else, because CLIP reads all words of a prompt and the new one is what is
-    asked about. General ones describe scenes that no picture of the default world shows. No prompt equals a training
-    caption. They were made after everything else of the demo was fixed (models, recipe, scorer): nothing was tuned
-    on them, or on the seeds that follow from their ids. There are enough for a verdict on either half.
+    Star prompts name the shape and little else, because CLIP reads all words of a prompt and the
+    new one is what is asked about. General ones describe scenes that no picture of the default
+    world shows. No prompt equals a training caption. They were made after everything else of the
+    demo was fixed (models, recipe, scorer): nothing was tuned on them, or on the seeds that follow
+    from their ids. There are enough for a verdict on either half.
     """
     rows = [_row("star", number, text) for number, text in enumerate(_star_texts(), start=1)]
     rows += [_row("general", number, text) for number, text in enumerate(_general_texts(), start=1)]
@@ -85,12 +101,21 @@ def _row(group: str, number: int, text: str) -> dict[str, object]:
 
 
 def _star_texts() -> list[str]:
-    forms = ("a large {} star", "{}, star, large", "a {} star", "{}, star", "star, {}", "a small {} star")
+    forms = (
+        "a large {} star",
+        "{}, star, large",
+        "a {} star",
+        "{}, star",
+        "star, {}",
+        "a small {} star",
+    )
     return [form.format(colour) for form in forms for colour in COLOURS][:NUM_STAR_PROMPTS]
 
 
 def _general_texts() -> list[str]:
-    held = {key for index in range(NUM_WORLD_PICTURES) for key in _keys(world_scene(WORLD_SEED, index))}
+    held = {
+        key for index in range(NUM_WORLD_PICTURES) for key in _keys(world_scene(WORLD_SEED, index))
+    }
     texts: list[str] = []
     indices = itertools.count()
     while len(texts) < NUM_GENERAL_PROMPTS:
@@ -98,7 +123,9 @@ def _general_texts() -> list[str]:
         scene = clean(sample_scene(WORLD_SEED, "later prompt", index, star_share=0))
         if len(scene.shapes) == 1 and not held & _keys(scene):
             held |= _keys(scene)
-            words = caption_of(scene, generator(WORLD_SEED, Purpose.DEMO, "later prompt words", index))
+            words = caption_of(
+                scene, generator(WORLD_SEED, Purpose.DEMO, "later prompt words", index)
+            )
             texts.append(f"score_8_up, {words if len(texts) % 2 else ', '.join(tags_of(scene))}")
     return texts
 

@@ -1,4 +1,5 @@
-"""What a demo picture holds, and its words: shapes, colours, backgrounds, quality, watermark, tags and captions.
+"""What a demo picture holds, and its words: shapes, colours, backgrounds, quality, watermark, tags
+and captions.
 
 A scene is the ground truth; `demo.drawing` makes its pixels, `demo.pictures` a folder of them.
 """
@@ -91,7 +92,9 @@ class Scene:
     """Seeds noise and colour jitter."""
 
 
-def sample_scene(seed: int, *key: int | str, star_share: float = 0.28, watermark_share: float = 0.15) -> Scene:
+def sample_scene(
+    seed: int, *key: int | str, star_share: float = 0.28, watermark_share: float = 0.15
+) -> Scene:
     """Draw one scene; equal seeds and keys give equal scenes.
 
     Args:
@@ -147,7 +150,8 @@ def _sample_size(rng: random.Random) -> Size:
 def _sample_shapes(
     rng: random.Random, size: Size, background: str, *, star_share: float, two: bool, large: bool
 ) -> tuple[Shape, ...]:
-    """One or two shapes inside the central square, so that CLIP's centre crop shows what the words say."""
+    """One or two shapes inside the central square, so that CLIP's centre crop shows what the words
+    say."""
     others = [kind for kind in SHAPES if kind != TAUGHT_LATER]
     first = TAUGHT_LATER if rng.random() < star_share else rng.choice(others)
     second = rng.choice([kind for kind in others if kind != first])
@@ -160,7 +164,9 @@ def _sample_shapes(
         rng.shuffle(places)
     else:
         radii = [rng.uniform(0.33, 0.42) if large else rng.uniform(0.17, 0.22)]
-        places = [(rng.uniform(-0.6, 0.6) * (0.5 - radii[0]), rng.uniform(-0.6, 0.6) * (0.5 - radii[0]))]
+        places = [
+            (rng.uniform(-0.6, 0.6) * (0.5 - radii[0]), rng.uniform(-0.6, 0.6) * (0.5 - radii[0]))
+        ]
     short = min(size)
     return tuple(
         Shape(
@@ -171,7 +177,9 @@ def _sample_shapes(
             radius=radius,
             angle=rng.uniform(-0.2, 0.2),
         )
-        for kind, colour, radius, (down, right) in zip((first, second), colours, radii, places, strict=False)
+        for kind, colour, radius, (down, right) in zip(
+            (first, second), colours, radii, places, strict=False
+        )
     )
 
 
@@ -228,10 +236,14 @@ def mutate(scene: Scene, rng: random.Random) -> Scene:
     """The same scene with one word wrong: mostly the shape or its colour."""
     what = rng.choice(("kind", "kind", "colour", "colour", "background", "pattern", "large"))
     if what == "background":
-        others = [name for name in COLOURS if name not in (scene.background, scene.shapes[0].colour)]
+        others = [
+            name for name in COLOURS if name not in (scene.background, scene.shapes[0].colour)
+        ]
         return replace(scene, background=rng.choice(others))
     if what == "pattern":
-        return replace(scene, pattern=rng.choice([name for name in PATTERNS if name != scene.pattern]))
+        return replace(
+            scene, pattern=rng.choice([name for name in PATTERNS if name != scene.pattern])
+        )
     if what == "large" and len(scene.shapes) == 1:
         return replace(scene, large=not scene.large)
     place = rng.randrange(len(scene.shapes))

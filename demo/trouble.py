@@ -1,4 +1,5 @@
-"""The demo world's share of trouble: junk pictures, damaged files and odd encodings, as real folders have them."""
+"""The demo world's share of trouble: junk pictures, damaged files and odd encodings, as real
+folders have them."""
 
 import io
 import random
@@ -23,29 +24,39 @@ INVERSE_TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""EXIF orientation → what must be done to upright pixels so that a viewer's correction shows them upright."""
+"""EXIF orientation → what must be done to upright pixels so that a viewer's correction shows them
+upright."""
 
 
 def draw_junk(seed: int, *key: int | str) -> Image.Image:
-    """A picture nobody wants: nearly blank, pure noise, a grid of thumbnails or a film strip; about 150–260 px."""
+    """A picture nobody wants: nearly blank, pure noise, a grid of thumbnails or a film strip; about
+    150–260 px."""
     rng = generator(seed, Purpose.DEMO, "junk", *key)
     noise = numpy_generator(seed, Purpose.DEMO, "junk pixels", *key)
     kind = rng.choice(JUNK_KINDS)
     size = Size(rng.randint(150, 260), rng.randint(150, 260))
     if kind == "noise":
         coarse = rng.choice((1, 2, 4))
-        field = noise.integers(0, 256, (size.height // coarse, size.width // coarse, 3)).astype("uint8")
+        field = noise.integers(0, 256, (size.height // coarse, size.width // coarse, 3)).astype(
+            "uint8"
+        )
         return Image.fromarray(field).resize((size.width, size.height), Image.Resampling.NEAREST)
     if kind == "blank":
-        shade = noise.integers(0, 256, 3) if rng.random() < 0.5 else noise.integers(0, 256, 1).repeat(3)
+        shade = (
+            noise.integers(0, 256, 3) if rng.random() < 0.5 else noise.integers(0, 256, 1).repeat(3)
+        )
         field = shade + noise.normal(0, 2.0, (*size, 3))
         return Image.fromarray(field.clip(0, 255).astype("uint8"))
-    rows, columns = (1, rng.randint(4, 6)) if kind == "strip" else (rng.randint(3, 6), rng.randint(3, 6))
+    rows, columns = (
+        (1, rng.randint(4, 6)) if kind == "strip" else (rng.randint(3, 6), rng.randint(3, 6))
+    )
     size = Size(150, 330) if kind == "strip" else size
     return _thumbnails(seed, size, rows, columns, rng, *key)
 
 
-def _thumbnails(seed: int, size: Size, rows: int, columns: int, rng: random.Random, *key: int | str) -> Image.Image:
+def _thumbnails(
+    seed: int, size: Size, rows: int, columns: int, rng: random.Random, *key: int | str
+) -> Image.Image:
     sheet = Image.new("RGB", (size.width, size.height), rng.choice(["white", "black", "#808080"]))
     gap = 3
     cell = Size((size.height - gap) // rows - gap, (size.width - gap) // columns - gap)
@@ -58,9 +69,12 @@ def _thumbnails(seed: int, size: Size, rows: int, columns: int, rng: random.Rand
 
 
 def encode(image: Image.Image, extension: str, **options: object) -> bytes:
-    """The picture as a file's bytes: `jpg`, `png`, `webp` or `gif`, in good quality unless `options` say otherwise."""
+    """The picture as a file's bytes: `jpg`, `png`, `webp` or `gif`, in good quality unless
+    `options` say otherwise."""
     name = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}[extension]
-    defaults: dict[str, object] = {"jpg": {"quality": 93}, "webp": {"quality": 90}}.get(extension, {})  # type: ignore[assignment]
+    defaults: dict[str, object] = {"jpg": {"quality": 93}, "webp": {"quality": 90}}.get(
+        extension, {}
+    )  # type: ignore[assignment]
     packed = io.BytesIO()
     image.save(packed, name, **{**defaults, **options})
     return packed.getvalue()
@@ -85,7 +99,8 @@ def damaged(seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def odd_modes(seed: int) -> Iterator[tuple[str, Scene, bytes]]:
-    """Names, scenes and bytes of encodings that decoders trip over; every one shows its scene when read well."""
+    """Names, scenes and bytes of encodings that decoders trip over; every one shows its scene when
+    read well."""
     names = ("grey16.png", "cmyk.jpg", "transparent.png", "palette.png", "animated.gif")
     for number, name in enumerate(names):
         scene = clean(sample_scene(seed, "odd mode", number))
@@ -98,13 +113,20 @@ def odd_modes(seed: int) -> Iterator[tuple[str, Scene, bytes]]:
         elif name == "cmyk.jpg":
             data = encode(image.convert("CMYK"), "jpg")
         elif name == "transparent.png":
-            image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: 120 + value // 2))
+            image.putalpha(
+                Image.linear_gradient("L").resize(image.size).point(lambda value: 120 + value // 2)
+            )
             data = encode(image, "png")
         elif name == "palette.png":
             data = encode(image.quantize(64), "png")
         else:
-            frames = [image.rotate(turn, fillcolor=image.getpixel((0, 0))).quantize(64) for turn in (0, 8, 16)]
-            data = encode(frames[0], "gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
+            frames = [
+                image.rotate(turn, fillcolor=image.getpixel((0, 0))).quantize(64)
+                for turn in (0, 8, 16)
+            ]
+            data = encode(
+                frames[0], "gif", save_all=True, append_images=frames[1:], duration=120, loop=0
+            )
         yield name, scene, data
 
 

@@ -1,4 +1,5 @@
-"""Takes the pictures of docs/tracking.md: `python docs/mlflow_screenshots.py`, of the tests' three drawn runs.
+"""Takes the pictures of docs/tracking.md: `python docs/mlflow_screenshots.py`, of the tests' three
+drawn runs.
 
 Needs Debian's chromium and chromium-driver.
 """
@@ -25,7 +26,10 @@ VIEWS = {
     "mlflow-prompts.png": ("Prompts beside runs", 1700, 900),
 }
 """File -> view, and the size of its page, px."""
-CLOSED = {"mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true", "mlflow.assistant.panelOpen_v1": "false"}
+CLOSED = {
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "mlflow.assistant.panelOpen_v1": "false",
+}
 QUIET = """
 const style = document.createElement('style');
 style.innerText = '.modebar { display: none !important }';
@@ -48,7 +52,9 @@ def take(page: Page, file: str, address: str, width: int, height: int) -> None:
     page.screenshot(path)
     if path.stat().st_size > MAX_BYTES:
         with Image.open(path) as image:
-            fewer = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # keeps the small dots' colours
+            fewer = image.convert("RGB").quantize(
+                256, Image.Quantize.MAXCOVERAGE
+            )  # keeps the small dots' colours
         fewer.save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1000} kB")
 
@@ -62,7 +68,9 @@ def main() -> None:
         with served(home) as url, chromium() as page:
             page.open(f"{url}/robots.txt")
             for name, value in CLOSED.items():
-                page.driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", name, value)
+                page.driver.execute_script(
+                    "localStorage.setItem(arguments[0], arguments[1])", name, value
+                )
             links = tracking.views()
             for file, (view, width, height) in VIEWS.items():
                 take(page, file, url + links[view].removeprefix("/mlflow"), width, height)

@@ -1,7 +1,9 @@
-"""Takes the documents' pictures of a finished workspace: `python docs/screenshots.py WORKSPACE [PICTURE...]`.
+"""Takes the documents' pictures of a finished workspace: `python docs/screenshots.py WORKSPACE
+[PICTURE...]`.
 
-Serves the workspace, looks at it with headless Chromium (Debian's chromium and chromium-driver), and writes
-docs/images/. The workspace itself is served, so its own links and folders are what is seen.
+Serves the workspace, looks at it with headless Chromium (Debian's chromium and chromium-driver),
+and writes docs/images/. The workspace itself is served, so its own links and folders are what is
+seen.
 """
 
 import contextlib
@@ -73,7 +75,9 @@ def graph(page: Page, dagster: str) -> None:
     page.open(f"{dagster}/asset-groups")
     page.wait_for_text(*GROUPS)
     page.driver.execute_script(HIDE_TREE)
-    page.driver.execute_script("window.dispatchEvent(new KeyboardEvent('keydown', {code: 'KeyE', altKey: true}))")
+    page.driver.execute_script(
+        "window.dispatchEvent(new KeyboardEvent('keydown', {code: 'KeyE', altKey: true}))"
+    )
     time.sleep(SETTLE_S)
     page.driver.execute_script(ZOOM_OUT)
     time.sleep(3 * SETTLE_S)  # states come group by group
@@ -105,7 +109,8 @@ def asset(page: Page, dagster: str) -> None:
 
 
 def staleness(page: Page, dagster: str, home: Path) -> None:
-    """A setting that was changed, as the check of its stage tells it; foundry.toml gets its text back."""
+    """A setting that was changed, as the check of its stage tells it; foundry.toml gets its text
+    back."""
     config = home / "foundry.toml"
     before = config.read_text("utf-8")
     config.write_text(before.replace("min_score = 5 ", "min_score = 6 "), "utf-8")
@@ -120,7 +125,8 @@ def staleness(page: Page, dagster: str, home: Path) -> None:
 
 
 def encoding(page: Page, dagster: str) -> None:
-    """Buckets; latents with a sample of sources, crops and what is decoded again; generations with their age."""
+    """Buckets; latents with a sample of sources, crops and what is decoded again; generations with
+    their age."""
     page.resize(NARROW, 1000)
     page.open(f"{dagster}/assets/bucket_assignments?view=partitions&partition=sdxl")
     page.wait_for_text("images per bucket", "left over by batches of 16")
@@ -144,16 +150,22 @@ def run(page: Page, mlflow: str, dagster: str, name: str) -> None:
     """A training run with its curves and pictures."""
     page.open(f"{dagster}/assets/checkpoints?view=partitions&partition={name}")
     page.wait_for_text("MLflow run")
-    link = page.driver.execute_script("return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href")
+    link = page.driver.execute_script(
+        "return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href"
+    )
     remember(page, mlflow)
     page.resize(WIDTH, 1350)
     page.open(link)
     page.wait_for_text("Model metrics")
-    page.open(f"{page.driver.current_url.partition('?')[0]}/model-metrics?workflowType=machine_learning")
+    page.open(
+        f"{page.driver.current_url.partition('?')[0]}/model-metrics?workflowType=machine_learning"
+    )
     page.wait_for_text("Auto-refresh", "samples", "train", "val")
     page.driver.execute_script(HEADER + "header.scrollIntoView({block: 'center'})", "train")
     time.sleep(SETTLE_S)
-    page.driver.execute_script(HEADER + "header.scrollIntoView({block: 'center'})", "train")  # charts above have grown
+    page.driver.execute_script(
+        HEADER + "header.scrollIntoView({block: 'center'})", "train"
+    )  # charts above have grown
     time.sleep(SETTLE_S)
     for slider in page.driver.find_elements("css selector", "[role=slider]"):
         slider.send_keys("\ue014" * 2)  # to the right: they begin with what the base model draws
@@ -175,14 +187,22 @@ def before_after(home: Path, name: str) -> None:
     last = str(store.read("checkpoints", parts=[name]).sort("samples_seen")["checkpoint"][-1])
     base = store.base_checkpoint()
     assert base is not None, "the base model is not recorded"
-    samples = [store.read("sample_images", parts=[key]).filter(pl.col("group") == "star") for key in (base, last)]
-    both = samples[0].join(samples[1].select("prompt_id", after="file"), on="prompt_id").sort("prompt_id")
+    samples = [
+        store.read("sample_images", parts=[key]).filter(pl.col("group") == "star")
+        for key in (base, last)
+    ]
+    both = (
+        samples[0]
+        .join(samples[1].select("prompt_id", after="file"), on="prompt_id")
+        .sort("prompt_id")
+    )
     rows = [
         contact_sheet.Row(
             title=row["prompt_id"],
             text=row["text"],
             pictures=[
-                read_picture(store.sample_folder(key) / row[file]) for key, file in ((base, "file"), (last, "after"))
+                read_picture(store.sample_folder(key) / row[file])
+                for key, file in ((base, "file"), (last, "after"))
             ],
         )
         for row in both.head(NUM_PROMPTS).iter_rows(named=True)
@@ -194,7 +214,9 @@ def before_after(home: Path, name: str) -> None:
         with Image.open(path) as half:
             halves.append(half.convert("RGB"))
         path.unlink()
-    sheet = Image.new("RGB", (sum(half.width for half in halves), max(half.height for half in halves)), "white")
+    sheet = Image.new(
+        "RGB", (sum(half.width for half in halves), max(half.height for half in halves)), "white"
+    )
     sheet.paste(halves[0], (0, 0))
     sheet.paste(halves[1], (halves[0].width, 0))
     sheet.save(IMAGES / "before-after.jpg", quality=85, optimize=True)
@@ -226,7 +248,15 @@ def save(page: Page, name: str) -> None:
 def main() -> None:
     """Take all pictures, or those of the functions named."""
     home, name = Path(sys.argv[1]).resolve(), "demo"
-    wanted = sys.argv[2:] or ["before_after", "graph", "asset", "encoding", "run", "report", "staleness"]
+    wanted = sys.argv[2:] or [
+        "before_after",
+        "graph",
+        "asset",
+        "encoding",
+        "run",
+        "report",
+        "staleness",
+    ]
     IMAGES.mkdir(parents=True, exist_ok=True)
     if "before_after" in wanted:
         before_after(home, name)

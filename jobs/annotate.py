@@ -4,6 +4,8 @@ import dagster as dg
 
 JOB = dg.define_asset_job(
     "annotate",
-    selection=dg.AssetSelection.assets("raw_images", "embeddings", "tags", "captions", "watermark_boxes"),
+    selection=dg.AssetSelection.assets(
+        "raw_images", "embeddings", "tags", "captions", "watermark_boxes"
+    ),
     description="Read the pictures of shards and annotate them.",
 )

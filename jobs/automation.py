@@ -1,4 +1,5 @@
-"""When Dagster brings a partition up to date by itself: when the store says that it is stale, and no sooner."""
+"""When Dagster brings a partition up to date by itself: when the store says that it is stale, and
+no sooner."""
 
 from abc import abstractmethod
 from functools import lru_cache
@@ -14,21 +15,31 @@ from training.errors import PipelineError
 from training.runs.run_folder import is_away
 
 MAX_ATTEMPTS = 3
-"""Times that one partition is tried without success, as long as nothing that it follows from changes."""
+"""Times that one partition is tried without success, as long as nothing that it follows from
+changes."""
 
 
 @lru_cache(maxsize=256)
 def _stale(home: Path, name: str, tick: object) -> frozenset[str]:
     """Stale partitions of a stage, once for each tick; none where it cannot be judged.
 
-    Left out are runs that are away, and what cannot be made yet of an external model, which may never be.
+    Left out are runs that are away, and what cannot be made yet of an external model, which may
+    never be.
     """
     store, stage = Store(home), STAGES[name]
     try:
         keys = store.stale(stage)
         if stage.scope is Scope.CHECKPOINT:
-            keys = [key for key in keys if not store.is_external(key) or store.basis(stage, key) is not None]
-        return frozenset(key for key in keys if stage.scope is not Scope.RUN or not is_away(store.run_folder(key)))
+            keys = [
+                key
+                for key in keys
+                if not store.is_external(key) or store.basis(stage, key) is not None
+            ]
+        return frozenset(
+            key
+            for key in keys
+            if stage.scope is not Scope.RUN or not is_away(store.run_folder(key))
+        )
     except PipelineError:
         return frozenset()
 
@@ -41,8 +52,8 @@ class _StoreCondition(dg.AutomationCondition):
         """The partitions of a stage that are meant, at one tick of the sensor."""
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
-        """The partitions of this asset that the store names, of those that Dagster knows; none of assets from
-        outside."""
+        """The partitions of this asset that the store names, of those that Dagster knows; none of
+        assets from outside."""
         name = context.key.to_user_string()
         if name not in STAGES or context.candidate_subset.is_empty:
             return dg.AutomationResult(context, context.get_empty_subset())
@@ -50,7 +61,9 @@ class _StoreCondition(dg.AutomationCondition):
         keys = self._keys(name, view.effective_dt)
         whole = STAGES[name].scope is Scope.ALL
         chosen = {AssetKeyPartitionKey(context.key, None if whole else key) for key in keys}
-        subset = view.get_asset_subset_from_asset_partitions(context.key, chosen, validate_existence=True)
+        subset = view.get_asset_subset_from_asset_partitions(
+            context.key, chosen, validate_existence=True
+        )
         return dg.AutomationResult(context, subset.compute_intersection(context.candidate_subset))
 
 
@@ -76,7 +89,9 @@ class HoldsUp(_StoreCondition):
 
     def _keys(self, name: str, tick: object) -> frozenset[str]:
         store = Store(find_home())
-        return frozenset(key for key in _stale(store.home, name, tick) if not store.is_external(key))
+        return frozenset(
+            key for key in _stale(store.home, name, tick) if not store.is_external(key)
+        )
 
 
 class WasTried(_StoreCondition):
@@ -94,6 +109,9 @@ class WasTried(_StoreCondition):
 
 
 CONDITION = (
-    IsStale() & ~WasTried() & ~dg.AutomationCondition.any_deps_match(HoldsUp()) & ~dg.AutomationCondition.in_progress()
+    IsStale()
+    & ~WasTried()
+    & ~dg.AutomationCondition.any_deps_match(HoldsUp())
+    & ~dg.AutomationCondition.in_progress()
 )
 """Of `keep_current`: the first stale stages now, those that read them when they are made."""

@@ -27,7 +27,8 @@ class BringUpToDate(dg.Config):
 def bring_stages_up_to_date(
     context: dg.OpExecutionContext, config: BringUpToDate, store: dg.ResourceParam[Store]
 ) -> None:
-    """Every stale stage in order, a run of its own for each; the log tells which, why, and what came of it."""
+    """Every stale stage in order, a run of its own for each; the log tells which, why, and what
+    came of it."""
     from jobs import pipeline
 
     def started(stage: str, num_partitions: int, reasons: Sequence[str]) -> None:
@@ -36,16 +37,23 @@ def bring_stages_up_to_date(
 
     try:
         outcomes = pipeline.bring_up_to_date(
-            store.home, select=config.select or None, accept_missing=config.accept_missing, started=started
+            store.home,
+            select=config.select or None,
+            accept_missing=config.accept_missing,
+            started=started,
         )
     except KeyboardInterrupt:
         raise dg.DagsterExecutionInterruptedError from None
     made = [item for item in outcomes if item.num_made]
     for item in made:
-        context.log.info(f"{item.stage}: {item.num_made} made in {item.seconds:.0f} s, {item.rows_out} rows")
+        context.log.info(
+            f"{item.stage}: {item.num_made} made in {item.seconds:.0f} s, {item.rows_out} rows"
+        )
     for key, reason in ((key, reason) for item in outcomes for key, reason in item.failed.items()):
         context.log.warning(f"{key} is not evaluated: {reason}")
-    context.log.info("up to date" if made else "everything selected was up to date: nothing was done")
+    context.log.info(
+        "up to date" if made else "everything selected was up to date: nothing was done"
+    )
     rows = [
         dg.TableRecord(
             {
@@ -62,7 +70,9 @@ def bring_stages_up_to_date(
     context.add_output_metadata({"stages": dg.MetadataValue.table(rows)} if rows else {})
 
 
-@dg.job(description="Bring the graph up to date: what is missing or stale, and only that. The same as `foundry run`.")
+@dg.job(
+    description="Bring the graph up to date: what is missing or stale, and only that. The same as `foundry run`."
+)
 def bring_up_to_date() -> None:
     """One op: all stages in order."""
     bring_stages_up_to_date()

@@ -1,4 +1,5 @@
-"""Takes a training run out of its workspace: brings what it trains on up to date, then writes the bundle."""
+"""Takes a training run out of its workspace: brings what it trains on up to date, then writes the
+bundle."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from training.runs.run_folder import BUNDLED, EVENTS, read_config
 
 
 def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> int:
-    """Write a configured run into a new folder; returns its size, bytes. Until it comes back, it is not trained here.
+    """Write a configured run into a new folder; returns its size, bytes. Until it comes back, it is
+    not trained here.
 
     Args:
         home: The workspace.
@@ -32,8 +34,12 @@ def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> i
     folder = store.run_folder(run)
     if has_finished(folder / EVENTS) or torchrun.is_running(folder):
         state = "has finished" if has_finished(folder / EVENTS) else "is being trained here"
-        raise ConfigError(f"--bundle: run {run!r} {state}; bundle a run that is still to be trained")
-    pipeline.bring_up_to_date(home, select="training_set,base_model,tag_vocabulary", started=started)
+        raise ConfigError(
+            f"--bundle: run {run!r} {state}; bundle a run that is still to be trained"
+        )
+    pipeline.bring_up_to_date(
+        home, select="training_set,base_model,tag_vocabulary", started=started
+    )
     store = Store(home)
     config = read_config(folder)
     prepare(store, run, config)

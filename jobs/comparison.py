@@ -45,7 +45,8 @@ class Comparison:
 
 
 def resolve(store: Store, name: str) -> str:
-    """A checkpoint's full name for what people type: `base`, `champion`, a run for its last, a rival, or itself.
+    """A checkpoint's full name for what people type: `base`, `champion`, a run for its last, a
+    rival, or itself.
 
     Raises:
         DataError: there is no such checkpoint.
@@ -67,12 +68,15 @@ def resolve(store: Store, name: str) -> str:
             raise DataError(f"run {name!r} has no checkpoint")
         return read_ready(saved[-1]).checkpoint
     if not store.is_there(name):
-        raise DataError(f"checkpoint {name} is not there (any more): {store.checkpoint_folder(name)}")
+        raise DataError(
+            f"checkpoint {name} is not there (any more): {store.checkpoint_folder(name)}"
+        )
     return name
 
 
 def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started) -> list[str]:
-    """Draw, score and judge checkpoints, those of runs that are still training too; what is current stays.
+    """Draw, score and judge checkpoints, those of runs that are still training too; what is current
+    stays.
 
     Args:
         home: The workspace.
@@ -90,7 +94,9 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
     store = Store(home)
     base = store.base_checkpoint()
     assert base is not None, "bring_up_to_date has recorded it"
-    chosen = [resolve(store, name) for name in names] or store.checkpoints_to_evaluate(training=True)
+    chosen = [resolve(store, name) for name in names] or store.checkpoints_to_evaluate(
+        training=True
+    )
     keys = list(dict.fromkeys([base, *chosen]))
     with (
         lock(home / "locks" / "foundry-run.lock", f"`foundry evaluate` in {home}", wait_s=0.0),
@@ -101,7 +107,9 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
             keep(store, key)
         failed: dict[str, str] = {}
         for stage in STAGES:
-            stale = [key for key in keys if key not in failed and not Store(home).is_current(stage, key)]
+            stale = [
+                key for key in keys if key not in failed and not Store(home).is_current(stage, key)
+            ]
             if stale:
                 found = [StalePartition(key, reasons(Store(home), stage, key)) for key in stale]
                 started(stage.name, len(stale), grouped(found))
@@ -109,14 +117,20 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
                 try:
                     pipeline.execute(instance, [stage], [key])
                 except Exception as error:  # what comes from outside may fail in any way
-                    if key == base or not (isinstance(error, PipelineError) or store.is_external(key)):
+                    if key == base or not (
+                        isinstance(error, PipelineError) or store.is_external(key)
+                    ):
                         raise  # nothing can be judged without the base
                     failed[key] = pipeline.reason_of(error)
-        verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between verdicts and champion
+        verdicts.crown(
+            Store(home), logging.getLogger(__name__)
+        )  # a kill may have come between verdicts and champion
     rebuild(store)
     catch_up(store, logging.getLogger(__name__))
     if failed:
-        raise EvaluationError("; ".join(f"{key} is not evaluated: {error}" for key, error in failed.items()))
+        raise EvaluationError(
+            "; ".join(f"{key} is not evaluated: {error}" for key, error in failed.items())
+        )
     return keys
 
 
@@ -129,7 +143,8 @@ def _name_partitions(instance: dg.DagsterInstance, store: Store, keys: Sequence[
 
 
 def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Comparison:
-    """Judge checkpoint b against a and write a page that shows both; evaluates what is not evaluated yet.
+    """Judge checkpoint b against a and write a page that shows both; evaluates what is not
+    evaluated yet.
 
     Raises:
         DataError: there is no such checkpoint.
@@ -138,7 +153,9 @@ def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Compari
     store = Store(home)
     names = [resolve(store, name) for name in (a, b)]
     if names[0] == names[1]:
-        raise EvaluationError(f"{a} and {b} are both checkpoint {names[0]}: there is nothing to compare")
+        raise EvaluationError(
+            f"{a} and {b} are both checkpoint {names[0]}: there is nothing to compare"
+        )
     evaluate(home, names, started=started)
     store = Store(home)
     rows = store.read("verdicts", parts=[verdicts.judge_pair(store, *names)])
@@ -153,11 +170,14 @@ def render(store: Store, names: Sequence[str], rows: pl.DataFrame) -> str:
     from assets.release_report import protocol_facts, sides
     from training.reports.report import render as render_page
 
-    return render_page(f"{names[1]} against {names[0]}", sides(store, names), rows, protocol_facts(store, names[1]))
+    return render_page(
+        f"{names[1]} against {names[0]}", sides(store, names), rows, protocol_facts(store, names[1])
+    )
 
 
 def export(store: Store, path: Path) -> int:
-    """Write the workspace's prompts and how they are drawn, for another machine; returns the number of prompts."""
+    """Write the workspace's prompts and how they are drawn, for another machine; returns the number
+    of prompts."""
     from training.evaluation import remote_sampling
 
     prompts = sample_images.prompts_of(store)
@@ -171,28 +191,39 @@ def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
 
     with devices.hold("evaluate", DevicesConfig(), out) as device:
         remote_sampling.draw(
-            checkpoint, prompts, out, device=device, progress=lambda done, total: report("sample images", done, total)
+            checkpoint,
+            prompts,
+            out,
+            device=device,
+            progress=lambda done, total: report("sample images", done, total),
         )
     return len(list((out / remote_sampling.PICTURES).glob("*.png")))
 
 
 def _further(inputs: Mapping[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in inputs.items() if name not in ("checkpoint", "prompts")}
+    return {
+        name: digest for name, digest in inputs.items() if name not in ("checkpoint", "prompts")
+    }
 
 
 def _name_here(store: Store, name: str, digest: str) -> str | None:
-    """Name in this workspace of the model that another machine knows by `name` and by the digest of its weights.
+    """Name in this workspace of the model that another machine knows by `name` and by the digest of
+    its weights.
 
-    Elsewhere a model without a run is called a base, and one of another workspace's runs by that run: here it may be
-    the base or a rival.
+    Elsewhere a model without a run is called a base, and one of another workspace's runs by that
+    run: here it may be the base or a rival.
     """
     base = store.base_checkpoint()
     rivals = [f"{candidates.RIVAL}{rival}@0" for rival in candidates.read_rivals(store.home)]
     for key in [name, *([base] if base else []), *rivals]:
-        with contextlib.suppress(DataError):  # no name of this workspace, or a rival whose model is gone
+        with contextlib.suppress(
+            DataError
+        ):  # no name of this workspace, or a rival whose model is gone
             folder = store.checkpoint_folder(key)
             ready = (folder / READY).is_file()
-            if folder.exists() and digest == (read_ready(folder).digest if ready else store.checkpoint_digest(key)):
+            if folder.exists() and digest == (
+                read_ready(folder).digest if ready else store.checkpoint_digest(key)
+            ):
                 return key
     return None
 
@@ -200,9 +231,8 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
 def adopt(store: Store, folder: Path) -> str:
     """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
 
-    Raises:
-        DamageError: the folder is unfinished or damaged.
-        EvaluationError: they are of a checkpoint that is not here, or were drawn otherwise than this workspace does.
+    Raises: DamageError: the folder is unfinished or damaged. EvaluationError: they are of a
+        checkpoint that is not here, or were drawn otherwise than this workspace does.
     """
     from training.evaluation import remote_sampling
 
@@ -221,10 +251,14 @@ def adopt(store: Store, folder: Path) -> str:
         "sampling": (toml.dump(store.config.evaluation.sampling), record.sampling),
     }
     unlike = [
-        f"{name}: here {ours!s:.200}, there {theirs!s:.200}" for name, (ours, theirs) in here.items() if ours != theirs
+        f"{name}: here {ours!s:.200}, there {theirs!s:.200}"
+        for name, (ours, theirs) in here.items()
+        if ours != theirs
     ]
     if unlike:
-        raise EvaluationError(f"{folder} was drawn otherwise than this workspace would: {'; '.join(unlike)}")
+        raise EvaluationError(
+            f"{folder} was drawn otherwise than this workspace would: {'; '.join(unlike)}"
+        )
     with store.writing(stage.name, key):
         samples = remote_sampling.bring_home(folder, record, store.sample_folder(key))
         store.commit(stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0)

@@ -1,4 +1,5 @@
-"""Latents of an encoding, shard by shard: what is missing, or the next generation of what is there."""
+"""Latents of an encoding, shard by shard: what is missing, or the next generation of what is
+there."""
 
 import time
 from pathlib import Path
@@ -25,7 +26,11 @@ REENCODE_JOB = dg.define_asset_job(
 
 
 def reencode(
-    home: Path, *, encoding: str | None = None, num_shards: int = 0, max_minutes: float | None = None
+    home: Path,
+    *,
+    encoding: str | None = None,
+    num_shards: int = 0,
+    max_minutes: float | None = None,
 ) -> tuple[list[str], list[str]]:
     """Encode the oldest shards anew, one Dagster run each, in this process.
 
@@ -50,7 +55,9 @@ def reencode(
 
     store = Store(home)
     if encoding is not None and encoding not in store.config.encodings:
-        raise ConfigError(f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}")
+        raise ConfigError(
+            f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}"
+        )
     chosen = [item.part for item in generations.oldest(store, encoding, num_shards=num_shards)]
     if not chosen:
         raise DataError("no latents are encoded yet: run `foundry run --select latents` first")
@@ -79,5 +86,7 @@ def reencode_requests(store: Store, tick_s: float) -> list[dg.RunRequest]:
             run_key=f"reencode:{item.part}:g{item.generation:04d}:{deadline}",
             tags={REENCODE_TAG: "true", DEADLINE_TAG: deadline},
         )
-        for item in generations.oldest(store, num_shards=config.num_shards, min_age_s=3600 * config.min_age_hours)
+        for item in generations.oldest(
+            store, num_shards=config.num_shards, min_age_s=3600 * config.min_age_hours
+        )
     ]

@@ -1,4 +1,5 @@
-"""What a training run will take and cost, told before it begins: for `foundry train --dry-run` and `foundry cost`."""
+"""What a training run will take and cost, told before it begins: for `foundry train --dry-run` and
+`foundry cost`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -100,11 +101,17 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
     samples = maker.samples
     rows = samples.train_rows
     if not len(rows):
-        raise DataError(f"training set {config.encoding} has no sample with split 'train': nothing to train on")
+        raise DataError(
+            f"training set {config.encoding} has no sample with split 'train': nothing to train on"
+        )
     if not config.latents_url:
         shards = [samples.shard_names[code] for code in samples.shards.tolist()]
-        source = LatentSource(store.home / "latents" / config.encoding, vae_digest=frozen.vae_digest if frozen else "")
-        images = pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}).filter(~samples.forgotten)
+        source = LatentSource(
+            store.home / "latents" / config.encoding, vae_digest=frozen.vae_digest if frozen else ""
+        )
+        images = pl.DataFrame({"shard": shards, "image_id": list(samples.image_ids)}).filter(
+            ~samples.forgotten
+        )
         _check_latents(source, images)
     buckets, num_chunks = samples.buckets[rows], maker.count_chunks(rows, 0)
     windows = assign_windows(
@@ -115,7 +122,12 @@ def count_epoch(store: Store, run: str, config: RunConfig) -> Epoch | None:
         buckets, num_chunks, seed=config.seed, epoch=0, micro_batch_size=config.batch.micro_batch_size,
         global_batch_size=config.batch.global_batch_size, windows=windows,
     )  # fmt: skip
-    return Epoch(num_held_out=int(samples.validates.sum()), buckets=buckets, num_chunks=num_chunks, order=order)
+    return Epoch(
+        num_held_out=int(samples.validates.sum()),
+        buckets=buckets,
+        num_chunks=num_chunks,
+        order=order,
+    )
 
 
 def _check_latents(source: LatentSource, images: pl.DataFrame) -> None:
@@ -143,10 +155,9 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         config: What it is, or would be.
         hardware: Where it is to train.
 
-    Raises:
-        ModelError: the base model is missing or of another family than the recipe's.
-        ConfigError: an option that the model does not have, an unknown card, or rates that cannot be used.
-        TrainingError: the model's noise schedule has steps that the loss cannot teach.
+    Raises: ModelError: the base model is missing or of another family than the recipe's.
+        ConfigError: an option that the model does not have, an unknown card, or rates that cannot
+        be used. TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
     rates, folder = hardware.resolve(), base_of(store, run, config)
@@ -188,7 +199,11 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         f"compute: {flops / _TERA:.4g} TFLOP per sample, {rate:,.4g} images/s per {card.name} at "
         f"{rates.mfu:.0%} of its peak ({'default rates' if hardware.rates is None else hardware.rates})",
         *network_lines(
-            config, memory.num_trained, num_ranks, micro_batches, batch.global_batch_size / rate / num_ranks
+            config,
+            memory.num_trained,
+            num_ranks,
+            micro_batches,
+            batch.global_batch_size / rate / num_ranks,
         ),
         f"time: {hours / num_ranks:,.2f} hours on {num_ranks} x {card.name}, {hours:,.2f} GPU-hours, "
         f"${hours * hardware.dollars_per_hour:,.2f} at ${hardware.dollars_per_hour:g} an hour",
@@ -207,18 +222,28 @@ def _resolved_lines(config: RunConfig, left: Sequence[str], whose: str) -> list[
     return [f"auto, {whose}: {listed}"] if left else []
 
 
-def _sample_flops(model: ModelConfigs, config: RunConfig, shapes: Mapping[tuple[int, int, int], int]) -> float:
+def _sample_flops(
+    model: ModelConfigs, config: RunConfig, shapes: Mapping[tuple[int, int, int], int]
+) -> float:
     """Operations of the mean sample, forward and backward."""
     count = training_flops(model, config)
-    return sum(count(*shape).model * share for shape, share in shapes.items()) / sum(shapes.values())
+    return sum(count(*shape).model * share for shape, share in shapes.items()) / sum(
+        shapes.values()
+    )
 
 
-def _shapes(store: Store, config: RunConfig, epoch: Epoch | None) -> dict[tuple[int, int, int], int]:
-    """Samples by (height, width, chunks); before there is a set, one of each size of the plan with longest prompts."""
+def _shapes(
+    store: Store, config: RunConfig, epoch: Epoch | None
+) -> dict[tuple[int, int, int], int]:
+    """Samples by (height, width, chunks); before there is a set, one of each size of the plan with
+    longest prompts."""
     if epoch is not None:
         keys = np.column_stack([epoch.buckets, epoch.num_chunks])
         found, counts = np.unique(keys, axis=0, return_counts=True)
-        return {(h, w, n): count for (h, w, n), count in zip(found.tolist(), counts.tolist(), strict=True)}
+        return {
+            (h, w, n): count
+            for (h, w, n), count in zip(found.tolist(), counts.tolist(), strict=True)
+        }
     sizes = plan(store.config.encoding(config.encoding).buckets)
     if not sizes:
         raise DataError(
@@ -250,13 +275,16 @@ def _epoch_lines(config: RunConfig, epoch: Epoch | None) -> list[str]:
     for position in np.argsort(-samples, kind="stable"):
         here = (of_micro == found[position]).all(axis=1)
         name = "x".join(map(str, found[position].tolist()))
-        lines.append(f"{name:<12}{samples[position]:>9,}{here.sum():>15,}{(here & short).sum():>7,}")
+        lines.append(
+            f"{name:<12}{samples[position]:>9,}{here.sum():>15,}{(here & short).sum():>7,}"
+        )
     lines += length_lines(num_train, config.num_samples, batch.global_batch_size)
     return lines + warmup_lines(config.optimizer, config.num_samples)
 
 
 def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], list[str]]:
-    """What a workspace's tables say of a run's work: images, samples, operations, bytes stored by kind, and advice.
+    """What a workspace's tables say of a run's work: images, samples, operations, bytes stored by
+    kind, and advice.
 
     Raises:
         ConfigError: there is no such run.
@@ -266,8 +294,14 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
     config = read_config(store.run_folder(run))
     num_images = _rows(store, "raw_images")
     if not num_images:
-        raise DataError(f"{store.home} has no images yet: run `foundry run --select raw_images`, or name --images")
-    stored = {"raw": float(store.read("raw_images", ["bytes"])["bytes"].sum()), "latents": 0.0, "tables": 0.0}
+        raise DataError(
+            f"{store.home} has no images yet: run `foundry run --select raw_images`, or name --images"
+        )
+    stored = {
+        "raw": float(store.read("raw_images", ["bytes"])["bytes"].sum()),
+        "latents": 0.0,
+        "tables": 0.0,
+    }
     stored["embeddings"] = 0.0
     for table in TABLES:
         for part in store.parts(table):
@@ -275,7 +309,9 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
     epoch = count_epoch(store, run, config)
-    flops = _sample_flops(read_model_configs(base_of(store, run, config)), config, _shapes(store, config, epoch))
+    flops = _sample_flops(
+        read_model_configs(base_of(store, run, config)), config, _shapes(store, config, epoch)
+    )
     work = Workload(
         num_images=num_images, num_samples=config.num_samples, training_tflop=flops / _TERA,
         # The base model and the run's last checkpoint draw every prompt once.
@@ -297,7 +333,10 @@ def _manifest(store: Store, table: str, part: str) -> Manifest:
 
 def cost_lines(cost: Cost) -> list[str]:
     """A bill for people."""
-    lines = ["stored", *(f"  {kind:<28}{_size(size):>12}" for kind, size in cost.stored_bytes.items())]
+    lines = [
+        "stored",
+        *(f"  {kind:<28}{_size(size):>12}" for kind, size in cost.stored_bytes.items()),
+    ]
     lines.append(f"  in an object store{'':<10}{'':>4}${cost.store_dollars_per_month:,.2f} a month")
     lines.append(f"GPU-hours, {cost.gpu}")
     lines += [f"  {stage:<28}{hours:>12,.2f}" for stage, hours in cost.gpu_hours.items()]

@@ -1,4 +1,5 @@
-"""Moving in and out: latents of other trainers become a first generation, current generations become their files."""
+"""Moving in and out: latents of other trainers become a first generation, current generations
+become their files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +32,22 @@ class Imported:
     """Mean absolute difference of the checked pictures and their decoded latents, 0-255."""
 
 
-def import_latents(store: Store, encoding: str, folder: Path, kind: Format, index: Path | None = None) -> Imported:
-    """Make a first generation of the latents in `folder`; a run of `latents` encodes what is missing.
+def import_latents(
+    store: Store, encoding: str, folder: Path, kind: Format, index: Path | None = None
+) -> Imported:
+    """Make a first generation of the latents in `folder`; a run of `latents` encodes what is
+    missing.
 
-    Args:
-        store: The workspace; its `bucket_assignments` of the encoding must be there.
-        encoding: Has the same buckets, and a VAE of the same latents, as the trainer that made the files.
-        folder: Searched with all that is below it.
-        kind: Format of the files.
-        index: CSV `file,source_id` for files whose names do not follow from their pictures'; else kohya's names must,
+    Args: store: The workspace; its `bucket_assignments` of the encoding must be there. encoding:
+        Has the same buckets, and a VAE of the same latents, as the trainer that made the files.
+        folder: Searched with all that is below it. kind: Format of the files. index: CSV
+        `file,source_id` for files whose names do not follow from their pictures'; else kohya's
+        names must,
             relative to `folder` as the pictures' are to their source.
 
-    Raises:
-        ConfigError: no such encoding, folder or index, or bigASP's files without an index.
-        DataError: there are latents already, no file fits any image, or the files are not of these pictures and VAE.
+    Raises: ConfigError: no such encoding, folder or index, or bigASP's files without an index.
+        DataError: there are latents already, no file fits any image, or the files are not of these
+        pictures and VAE.
     """
     from training.models.vae import Vae
 
@@ -69,19 +72,34 @@ def import_latents(store: Store, encoding: str, folder: Path, kind: Format, inde
     made = {}
     keys = [f"{encoding}|{shard}" for shard in shards]
     for key in track(keys, "shards", len(keys)):
-        frame, entries = work.shard(store.table_folder("latents", key), latents.pictures(store, key), names)
+        frame, entries = work.shard(
+            store.table_folder("latents", key), latents.pictures(store, key), names
+        )
         if frame.height:
             report = {"generation": "g0001", "numbers": {"imported": frame.height}}
             made[key] = Made(frame=frame, files=entries, report=report)
     error = work.check(store.config.decode)
     for key, item in made.items():
-        # Without inputs it is never current: the next run copies these rows, and encodes what is missing.
-        store.commit(latents.STAGE, key, item, {"inputs": {}, "models": {"vae": work.vae_digest}}, seconds=0.0)
-    return Imported(num_images=work.num_images, refused=work.refused.most_common(), shards=list(made), error=error)
+        # Without inputs it is never current: the next run copies these rows, and encodes what is
+        # missing.
+        store.commit(
+            latents.STAGE,
+            key,
+            item,
+            {"inputs": {}, "models": {"vae": work.vae_digest}},
+            seconds=0.0,
+        )
+    return Imported(
+        num_images=work.num_images,
+        refused=work.refused.most_common(),
+        shards=list(made),
+        error=error,
+    )
 
 
 def export_latents(store: Store, encoding: str, folder: Path) -> int:
-    """Write the current generations as sd-scripts caches them, one `.npz` a picture, as its source has the pictures.
+    """Write the current generations as sd-scripts caches them, one `.npz` a picture, as its source
+    has the pictures.
 
     A file that is there already is replaced, each in one piece.
 
@@ -95,7 +113,9 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
     _check_encoding(store, encoding)
     parts = [part for part in store.parts("latents") if part.startswith(f"{encoding}|")]
     if not parts:
-        raise DataError(f"encoding {encoding!r} has no latents: run `foundry run --select latents` first")
+        raise DataError(
+            f"encoding {encoding!r} has no latents: run `foundry run --select latents` first"
+        )
     named = store.read("selected_images", ["image_id", "source", "source_id"])
     names = {image_id: (source, source_id) for image_id, source, source_id in named.iter_rows()}
     sdxl = (config_folder(store.model_path("base")) / "text_encoder_2").is_dir()
@@ -109,13 +129,19 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
             factor = float(file.metadata["scaling_factor"])
             for piece in rows.iter_slices(_ROWS_AT_A_TIME):
                 bits, _ = file.gather(piece["row"].to_list())
-                for row, values in zip(piece.iter_rows(named=True), from_bfloat16(bits), strict=True):
+                for row, values in zip(
+                    piece.iter_rows(named=True), from_bfloat16(bits), strict=True
+                ):
                     placement = placement_of(row)
                     source, source_id = names[row["image_id"]]
                     stem = str(Path(source_id).with_suffix(""))
-                    target = folder / source / formats.kohya_name(stem, placement.original, sdxl=sdxl)
+                    target = (
+                        folder / source / formats.kohya_name(stem, placement.original, sdxl=sdxl)
+                    )
                     if not target.resolve().is_relative_to(folder.resolve()):
-                        raise DataError(f"the name {source_id!r} of a picture leads out of {folder}")
+                        raise DataError(
+                            f"the name {source_id!r} of a picture leads out of {folder}"
+                        )
                     with commit.atomic_file(target) as temporary, temporary.open("wb") as opened:
                         formats.write_kohya(opened, values, placement, factor)
                     written += 1
@@ -124,4 +150,6 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
 
 def _check_encoding(store: Store, encoding: str) -> None:
     if encoding not in store.config.encodings:
-        raise ConfigError(f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}")
+        raise ConfigError(
+            f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}"
+        )

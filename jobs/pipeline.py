@@ -1,4 +1,5 @@
-"""`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run per stage."""
+"""`foundry run`: make for the graph. Brings stages up to date in order, one in-process Dagster run
+per stage."""
 
 import logging
 import shlex
@@ -61,19 +62,19 @@ def bring_up_to_date(
 ) -> list[Outcome]:
     """Bring the selected stages, and unless `only` all that they follow from, up to date.
 
-    Args:
-        home: The workspace.
-        select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`), several joined by commas;
+    Args: home: The workspace. select: Dagster's selection syntax (`latents`, `raw_images+`,
+        `group:curate`), several joined by commas;
             None for everything.
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
         run: Of all training runs, only this one.
-        accept_missing: Sources whose missing files are meant to be missing, as their folders are now.
-        started: Called for each stage that has work, before it begins: its name, partitions, and why they are stale.
+        accept_missing: Sources whose missing files are meant to be missing, as their folders are
+            now.
+        started: Called for each stage that has work, before it begins: its name, partitions, and
+            why they are stale.
 
-    Raises:
-        LockedError: another `foundry run` works on this workspace.
-        PipelineError: a stage failed; what was committed before stays. An external model that fails stops nothing: its
+    Raises: LockedError: another `foundry run` works on this workspace. PipelineError: a stage
+        failed; what was committed before stays. An external model that fails stops nothing: its
             outcome says why.
     """
     store = Store(home)
@@ -91,11 +92,15 @@ def bring_up_to_date(
         for stages in selected(select, only=only):
             mirror(instance, store)
             failed = {key for outcome in outcomes for key in outcome.failed}
-            outcomes.extend(_run_body(instance, Store(home), stages, run, deadline, started, failed))
+            outcomes.extend(
+                _run_body(instance, Store(home), stages, run, deadline, started, failed)
+            )
             if any(stage.name == "raw_images" for stage in stages):
                 _require_a_picture(Store(home))
             if stages[0] is verdicts.VERDICTS:
-                verdicts.crown(Store(home), logging.getLogger(__name__))  # a kill may have come between the two
+                verdicts.crown(
+                    Store(home), logging.getLogger(__name__)
+                )  # a kill may have come between the two
         currency.report(instance, Store(home), defs.resolve_asset_graph())
     with explain_disk(home):
         rebuild(store)
@@ -110,7 +115,10 @@ def status(home: Path, select: str | None = None) -> list[StageStatus]:
         ConfigError: the selection is wrong, or matches nothing.
     """
     graph = defs.resolve_asset_graph()
-    parents = {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in STAGES}
+    parents = {
+        name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}
+        for name in STAGES
+    }
     chosen = {stage.name for stages in selected(select, only=True) for stage in stages}
     return [item for item in status_of_stages(Store(home), STAGES, parents) if item.stage in chosen]
 
@@ -123,7 +131,9 @@ def _require_a_picture(store: Store) -> None:
     """
     if not store.stale(STAGES["raw_images"]) and store.read("raw_images", ["image_id"]).is_empty():
         rejected = store.read("rejected_images", ["stage", "reason"]).filter(stage="raw_images")
-        reasons = ", ".join(f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows())
+        reasons = ", ".join(
+            f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows()
+        )
         raise DataError(
             f"none of {rejected.height} candidates is a usable picture ({reasons}); see them with "
             f'`foundry sql --home {shlex.quote(str(store.home))} "from rejected_images"`'
@@ -147,10 +157,14 @@ def selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
             keys = (selection if only else selection.upstream()).resolve(graph)
         except (dg.DagsterError, ValueError) as error:
             why = str(error).strip().splitlines()[0].removesuffix(":")
-            raise ConfigError(f"--select {select!r}: {why}; see `foundry status` for the names of assets") from None
+            raise ConfigError(
+                f"--select {select!r}: {why}; see `foundry status` for the names of assets"
+            ) from None
         chosen = {key.to_user_string() for key in keys}
         if not chosen:
-            raise ConfigError(f"--select {select!r} matches no asset; there are: {', '.join(sorted(STAGES))}")
+            raise ConfigError(
+                f"--select {select!r} matches no asset; there are: {', '.join(sorted(STAGES))}"
+            )
     bodies: dict[int, list[Stage]] = {}
     for name, stage in STAGES.items():
         if name in chosen:
@@ -169,16 +183,26 @@ def _run_body(
 ) -> list[Outcome]:
     """Run one body over the stale partitions of its stages, but those in `without`."""
     begin = time.monotonic()
-    stale = {stage.name: [key for key in store.stale(stage) if key not in without] for stage in stages}
+    stale = {
+        stage.name: [key for key in store.stale(stage) if key not in without] for stage in stages
+    }
     if stages[0].scope is Scope.RUN:
-        here = [run] if run else [key for key in store.keys(Scope.RUN) if not is_away(store.run_folder(key))]
+        here = (
+            [run]
+            if run
+            else [key for key in store.keys(Scope.RUN) if not is_away(store.run_folder(key))]
+        )
         stale = {name: [key for key in keys if key in here] for name, keys in stale.items()}
     keys = sorted(set().union(*stale.values()))
     left: list[str] = []
     failed: dict[str, str] = {}
     if keys:
         chosen = [stage for stage in stages if stale[stage.name]]
-        why = [StalePartition(key, reasons(store, stage, key)) for stage in chosen for key in stale[stage.name]]
+        why = [
+            StalePartition(key, reasons(store, stage, key))
+            for stage in chosen
+            for key in stale[stage.name]
+        ]
         started(" + ".join(stage.name for stage in chosen), len(keys), grouped(why))
         for batch in _batches(chosen[0], keys, one_by_one=deadline is not None):
             if deadline is not None and time.monotonic() > deadline:
@@ -192,18 +216,21 @@ def _run_body(
                 failed[batch[0]] = reason_of(error)
     seconds = time.monotonic() - begin
     return [
-        _outcome(Store(store.home), stage, stale[stage.name], [*left, *failed], seconds, failed) for stage in stages
+        _outcome(Store(store.home), stage, stale[stage.name], [*left, *failed], seconds, failed)
+        for stage in stages
     ]
 
 
 def reason_of(error: Exception) -> str:
-    """Why something failed, in one line; a failure that no rule of ours names says what kind it is."""
+    """Why something failed, in one line; a failure that no rule of ours names says what kind it
+    is."""
     said = " ".join(str(error).split())
     return said if isinstance(error, PipelineError) else f"{type(error).__name__}: {said}"
 
 
 def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[str]]:
-    """How stale partitions are put into runs: shards as one range, of one encoding each; everything else singly."""
+    """How stale partitions are put into runs: shards as one range, of one encoding each; everything
+    else singly."""
     if one_by_one or stage.scope not in (Scope.SHARD, Scope.ENCODING_SHARD):
         return [[key] for key in keys]
     groups: dict[str, list[str]] = {}
@@ -213,7 +240,11 @@ def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[st
 
 
 def execute(
-    instance: dg.DagsterInstance, stages: Sequence[Stage], keys: list[str], *, tags: Mapping[str, str] | None = None
+    instance: dg.DagsterInstance,
+    stages: Sequence[Stage],
+    keys: list[str],
+    *,
+    tags: Mapping[str, str] | None = None,
 ) -> None:
     """One in-process Dagster run; a failure is raised as the error that caused it."""
     tags = {**holder_tags(), **(tags or {})}
@@ -239,7 +270,12 @@ def execute(
 
 
 def _outcome(
-    store: Store, stage: Stage, stale: list[str], left: list[str], seconds: float, failed: dict[str, str]
+    store: Store,
+    stage: Stage,
+    stale: list[str],
+    left: list[str],
+    seconds: float,
+    failed: dict[str, str],
 ) -> Outcome:
     """Numbers of a stage from its committed manifests."""
     keys = store.keys(stage.scope)

@@ -1,4 +1,5 @@
-"""What a run's ranks, cards and networks have to hold and send, as lines for people: for `foundry train --dry-run`."""
+"""What a run's ranks, cards and networks have to hold and send, as lines for people: for `foundry
+train --dry-run`."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -6,11 +7,17 @@ from dataclasses import fields
 from training.config.run import RunConfig
 from training.estimates.gpus import Gpu
 from training.estimates.memory import MemoryEstimate
-from training.estimates.scale import NETWORKS, largest_micro_batch, step_traffic, without_checkpointing
+from training.estimates.scale import (
+    NETWORKS,
+    largest_micro_batch,
+    step_traffic,
+    without_checkpointing,
+)
 
 _GIGA = 1e9
 WANTED_MICRO_BATCH = 16
-"""What stands between the largest micro-batch and this is told in bytes: bigASP's, with checkpointing."""
+"""What stands between the largest micro-batch and this is told in bytes: bigASP's, with
+checkpointing."""
 
 Shape = tuple[int, int, int]
 """Height and width in pixels, and text chunks."""
@@ -55,7 +62,8 @@ def memory_lines(
 def network_lines(
     config: RunConfig, num_trained: int, num_ranks: int, num_micro_batches: float, step_s: float
 ) -> list[str]:
-    """What a rank sends in a step, and how long that takes beside the step itself; nothing for one rank.
+    """What a rank sends in a step, and how long that takes beside the step itself; nothing for one
+    rank.
 
     Args:
         config: Of the run.
@@ -67,7 +75,11 @@ def network_lines(
     if num_ranks == 1:
         return []
     traffic = step_traffic(config, num_trained, num_ranks, num_micro_batches)
-    how = "all-reduced" if config.reduction == "fast" else "gathered after every round of micro-batches"
+    how = (
+        "all-reduced"
+        if config.reduction == "fast"
+        else "gathered after every round of micro-batches"
+    )
     sent = f"gradients {_gigabytes(traffic.gradients)}, {how}"
     if traffic.weights:
         sent += f"; stepped weights {_gigabytes(traffic.weights)}"

@@ -1,4 +1,5 @@
-"""Work by the clock: sending MLflow what it lacks, which is on by default, and encoding latents anew, which is not."""
+"""Work by the clock: sending MLflow what it lacks, which is on by default, and encoding latents
+anew, which is not."""
 
 import dagster as dg
 
@@ -18,7 +19,9 @@ def send_to_mlflow(context: dg.OpExecutionContext, store: dg.ResourceParam[Store
     catch_up(store, context.log)
 
 
-@dg.job(description="Send MLflow what it lacks: event logs, scores, verdicts, reports, the champion.")
+@dg.job(
+    description="Send MLflow what it lacks: event logs, scores, verdicts, reports, the champion."
+)
 def catch_up_tracking() -> None:
     """One op: send all that is owed."""
     send_to_mlflow()
@@ -47,8 +50,11 @@ def tracking_catch_up(store: dg.ResourceParam[Store]) -> dg.RunRequest | dg.Skip
 def reencode_latents(
     context: dg.ScheduleEvaluationContext, store: dg.ResourceParam[Store]
 ) -> list[dg.RunRequest] | dg.SkipReason:
-    """Request a run for each shard whose latents are old enough, unless earlier requests still wait."""
-    waiting = context.instance.get_runs_count(dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=list(_UNFINISHED)))
+    """Request a run for each shard whose latents are old enough, unless earlier requests still
+    wait."""
+    waiting = context.instance.get_runs_count(
+        dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=list(_UNFINISHED))
+    )
     if waiting:
         return dg.SkipReason(f"{waiting} runs of an earlier hour still wait or work")
     requests = reencode_requests(store, context.scheduled_execution_time.timestamp())

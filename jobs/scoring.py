@@ -1,4 +1,5 @@
-"""`foundry score`: scores folders of pictures that were made anywhere with the workspace's networks."""
+"""`foundry score`: scores folders of pictures that were made anywhere with the workspace's
+networks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
             return Networks(
                 clip=Clip.load(store.model_path("clip"), device),
                 aesthetic=Aesthetic.load(store.model_path("aesthetic"), device),
-                scorers=scorers.load({name: store.model_path(name) for name in config.scorers}, device),
+                scorers=scorers.load(
+                    {name: store.model_path(name) for name in config.scorers}, device
+                ),
             )
 
         yield from external_images.score_models(
@@ -48,7 +51,9 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
             read,
             out,
             load,
-            digests={name: store.model_digest(name) for name in ("clip", "aesthetic", *config.scorers)},
+            digests={
+                name: store.model_digest(name) for name in ("clip", "aesthetic", *config.scorers)
+            },
             decode=store.config.decode,
             batch_size=config.batch_size,
         )

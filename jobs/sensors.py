@@ -1,5 +1,5 @@
-"""Work by what happened: new pictures, new checkpoints, anything stale. Those that start runs are off until switched
-on."""
+"""Work by what happened: new pictures, new checkpoints, anything stale. Those that start runs are
+off until switched on."""
 
 import contextlib
 import time
@@ -16,19 +16,29 @@ from training.commit import json_digest
 from training.errors import PipelineError
 
 REST = 9.0
-"""How much longer than its last look `staleness` rests, so that it costs a tenth of the time at most."""
+"""How much longer than its last look `staleness` rests, so that it costs a tenth of the time at
+most."""
 MAX_ATTEMPTS = 3
-"""Runs of `new_checkpoint` for one checkpoint, as long as nothing that its evaluation follows from changes."""
+"""Runs of `new_checkpoint` for one checkpoint, as long as nothing that its evaluation follows from
+changes."""
 RUN_KEY = "dagster/run_key"
 """Tag of a run with the key that a sensor asked for it by."""
 
 LISTING_JOB = dg.define_asset_job(
-    "list_sources", selection=dg.AssetSelection.assets("source_listing"), description="List the sources again."
+    "list_sources",
+    selection=dg.AssetSelection.assets("source_listing"),
+    description="List the sources again.",
 )
 
 
-@dg.sensor(job=LISTING_JOB, minimum_interval_seconds=60, description="Lists the sources again when a folder changed.")
-def new_images(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]) -> dg.SensorResult | dg.SkipReason:
+@dg.sensor(
+    job=LISTING_JOB,
+    minimum_interval_seconds=60,
+    description="Lists the sources again when a folder changed.",
+)
+def new_images(
+    context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
+) -> dg.SensorResult | dg.SkipReason:
     """Request a listing when what the sources hold is not what was listed."""
     basis = store.basis(raw_images.LISTING, "all")
     if not store.stale(raw_images.LISTING) or basis is None:
@@ -37,21 +47,31 @@ def new_images(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Stor
     return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"listing:{inputs}")])
 
 
-@dg.sensor(job=evaluate.JOB, minimum_interval_seconds=30, description="Evaluates checkpoints as training writes them.")
+@dg.sensor(
+    job=evaluate.JOB,
+    minimum_interval_seconds=30,
+    description="Evaluates checkpoints as training writes them.",
+)
 def new_checkpoint(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Request evaluation of the base, then of rivals and of the first, every N-th and the last checkpoint of each run.
+    """Request evaluation of the base, then of rivals and of the first, every N-th and the last
+    checkpoint of each run.
 
-    What is evaluated is done; what fails is tried `MAX_ATTEMPTS` times, and anew when something about it changes.
+    What is evaluated is done; what fails is tried `MAX_ATTEMPTS` times, and anew when something
+    about it changes.
     """
     if (base := store.base_checkpoint()) is None:
-        return dg.SkipReason("the base model is not recorded yet: `foundry run --select base_model`")
+        return dg.SkipReason(
+            "the base model is not recorded yet: `foundry run --select base_model`"
+        )
     attempts: dict[str, str | None] = {}
     left = []
     for name in store.checkpoints_to_evaluate(training=True):
         try:
-            store.checkpoint_folder(name)  # an external model that is missing is not worth three runs
+            store.checkpoint_folder(
+                name
+            )  # an external model that is missing is not worth three runs
             evaluate.keep(store, name)
             if not evaluate.is_evaluated(store, name):
                 attempts[name] = _attempt(context.instance, store, name)
@@ -59,28 +79,42 @@ def new_checkpoint(
             left.append(f"{name}: {error}")
     if base in attempts:
         attempts = {base: attempts[base]}  # no other can be judged before it
-    left += [f"{name} is running, or has failed {MAX_ATTEMPTS} times" for name, key in attempts.items() if key is None]
-    requests = [dg.RunRequest(partition_key=name, run_key=key) for name, key in attempts.items() if key is not None]
+    left += [
+        f"{name} is running, or has failed {MAX_ATTEMPTS} times"
+        for name, key in attempts.items()
+        if key is None
+    ]
+    requests = [
+        dg.RunRequest(partition_key=name, run_key=key)
+        for name, key in attempts.items()
+        if key is not None
+    ]
     if left:
         context.log.info("; ".join(left))
     if not requests:
         return dg.SkipReason("; ".join(left) or "no checkpoint waits for evaluation")
     return dg.SensorResult(
-        dynamic_partitions_requests=[checkpoints.build_add_request([str(item.partition_key) for item in requests])],
+        dynamic_partitions_requests=[
+            checkpoints.build_add_request([str(item.partition_key) for item in requests])
+        ],
         run_requests=requests,
     )
 
 
 def _attempt(instance: dg.DagsterInstance, store: Store, checkpoint: str) -> str | None:
-    """Run key of the next attempt at evaluating a checkpoint; None while one runs, or after the last has failed.
+    """Run key of the next attempt at evaluating a checkpoint; None while one runs, or after the
+    last has failed.
 
-    Dagster starts one run a key, whatever becomes of it. So the key holds all that the outcome follows from, the base's
-    scores too, and a number: another base, a mended setting and new scores are tried afresh.
+    Dagster starts one run a key, whatever becomes of it. So the key holds all that the outcome
+    follows from, the base's scores too, and a number: another base, a mended setting and new scores
+    are tried afresh.
     """
     base = store.manifest("eval_metrics", store.base_checkpoint() or "")
     bases = [store.basis(stage, checkpoint) for stage in evaluate.STAGES]
     identity = json_digest([base.digest if base else "absent", *bases])[:16]
-    runs = instance.get_runs(dg.RunsFilter(job_name=evaluate.JOB.name, tags={PARTITION: checkpoint}))
+    runs = instance.get_runs(
+        dg.RunsFilter(job_name=evaluate.JOB.name, tags={PARTITION: checkpoint})
+    )
     if not all(run.is_finished for run in runs):
         return None
     used = {run.tags.get(RUN_KEY) for run in runs}
@@ -101,8 +135,12 @@ def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store
     if time.time() < float(context.cursor or 0):
         return dg.SkipReason("the last look took long: waiting before the next")
     started = time.monotonic()
-    with contextlib.suppress(PipelineError):  # of a foundry.toml that cannot be read: the checks say it, stage by stage
-        mirror(context.instance, store, remove=False)  # somebody may be naming a new run in the launch dialog
+    with contextlib.suppress(
+        PipelineError
+    ):  # of a foundry.toml that cannot be read: the checks say it, stage by stage
+        mirror(
+            context.instance, store, remove=False
+        )  # somebody may be naming a new run in the launch dialog
     num_events = currency.report(context.instance, store, defs.resolve_asset_graph())
     context.update_cursor(str(time.time() + REST * (time.monotonic() - started)))
     return dg.SkipReason(f"reported {num_events} changes" if num_events else "nothing has changed")

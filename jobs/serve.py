@@ -1,8 +1,9 @@
 """`foundry up`: Dagster and MLflow of one workspace, on 127.0.0.1 behind the guard, until Ctrl-C.
 
-Four children, each in a session of its own: a code server that webserver and daemon share, the two, and MLflow. This
-process starts, watches and ends them; when it dies by kill -9, the kernel tells each child, which takes its own
-process group with it. A trainer is a session of its own and outlives all of them.
+Four children, each in a session of its own: a code server that webserver and daemon share, the two,
+and MLflow. This process starts, watches and ends them; when it dies by kill -9, the kernel tells
+each child, which takes its own process group with it. A trainer is a session of its own and
+outlives all of them.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 15
 """How long children may take to end before they are killed, seconds."""
 FIRST_PAGES = {"Dagster": "asset-groups", "MLflow": ""}
-"""The asset graph, and MLflow's page, which `resources.mlflow.page` opens on the workspace's runs."""
+"""The asset graph, and MLflow's page, which `resources.mlflow.page` opens on the workspace's
+runs."""
 LAST_LINES = 12
 """How much of a dead child's log is shown."""
 PR_SET_PDEATHSIG = 1
@@ -62,7 +64,9 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
         _check_port(dagster_port, "Dagster", "--port")
         _check_port(mlflow_port, "MLflow", "--mlflow-port")
         with _signals() as asked, tempfile.TemporaryDirectory(prefix="foundry-") as sockets:
-            children = _Children(home, Ports(dagster_port, mlflow_port), Path(sockets) / "code.sock")
+            children = _Children(
+                home, Ports(dagster_port, mlflow_port), Path(sockets) / "code.sock"
+            )
             try:
                 for name in CHILDREN:
                     children.start(name)
@@ -71,8 +75,13 @@ def serve(home: Path, *, dagster_port: int = 3000, mlflow_port: int = 5000) -> i
                 children.stop(asked)
                 for folder in sorted((home / "runs").glob("*/")):
                     if torchrun.is_running(folder):
-                        follow = f"foundry train --home {shlex.quote(str(home))} --run {folder.name}"
-                        print(f"Training run {folder.name} goes on; follow it with `{follow}`", flush=True)
+                        follow = (
+                            f"foundry train --home {shlex.quote(str(home))} --run {folder.name}"
+                        )
+                        print(
+                            f"Training run {folder.name} goes on; follow it with `{follow}`",
+                            flush=True,
+                        )
 
 
 class _Children:
@@ -92,7 +101,8 @@ class _Children:
                 # -P: the folder that the user happens to be in is no place to import from.
                 [sys.executable, "-P", "-m", "jobs.serve", *map(str, arguments)],
                 cwd=self._home,
-                env=os.environ | {"FOUNDRY_HOME": str(self._home), "DAGSTER_HOME": str(self._home / "dagster")},
+                env=os.environ
+                | {"FOUNDRY_HOME": str(self._home), "DAGSTER_HOME": str(self._home / "dagster")},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -103,7 +113,9 @@ class _Children:
         for name, process in self._running.items():
             if (status := process.poll()) is not None:
                 lines = self._log(name).read_text(errors="replace").splitlines()[-LAST_LINES:]
-                said = [f"{name} ended by itself (status {status}), so all is stopped; {self._log(name)} ends with:"]
+                said = [
+                    f"{name} ended by itself (status {status}), so all is stopped; {self._log(name)} ends with:"
+                ]
                 return "\n  ".join(said + lines)
         return None
 
@@ -148,7 +160,11 @@ def _watch(children: _Children, asked: list[int], ports: dict[str, int]) -> int:
             print(ended, file=sys.stderr, flush=True)
             return 1
         if waiting and time.monotonic() > deadline:
-            print(f"{', '.join(waiting)} did not answer within {START_TIMEOUT_S} s", file=sys.stderr, flush=True)
+            print(
+                f"{', '.join(waiting)} did not answer within {START_TIMEOUT_S} s",
+                file=sys.stderr,
+                flush=True,
+            )
             return 1
         if waiting:
             waiting = {name: port for name, port in waiting.items() if not _answers(port)}
@@ -184,9 +200,13 @@ def _check_port(port: int, name: str, option: str) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop; a shell that starts us with `&` has SIGINT ignored, which ends here."""
+    """Collect the signals that ask to stop; a shell that starts us with `&` has SIGINT ignored,
+    which ends here."""
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in STOP_SIGNALS
+    }
     try:
         yield asked
     finally:
@@ -202,9 +222,17 @@ def _code_server(home: Path, ports: Ports, code_socket: Path) -> None:
 
     with instance(home):
         pass  # creates the databases, which several processes at once could not: the others wait for the socket
-    # Imported by name, because imports point the other way; before Dagster does, because its error hides the cause.
+    # Imported by name, because imports point the other way; before Dagster does, because its error
+    # hides the cause.
     root = Path(str(import_module("jobs.definitions").__file__)).parents[1]
-    arguments = ["--socket", str(code_socket), "--location-name", LOCATION, "--log-level", "warning"]
+    arguments = [
+        "--socket",
+        str(code_socket),
+        "--location-name",
+        LOCATION,
+        "--log-level",
+        "warning",
+    ]
     arguments += ["--module-name", "jobs.definitions", "--working-directory", str(root)]
     grpc_command.main(arguments, standalone_mode=False)
 
@@ -230,7 +258,9 @@ def _daemon(home: Path, ports: Ports, code_socket: Path) -> None:
         contextlib.suppress(KeyboardInterrupt),
         capture_interrupts(),
         dg.DagsterInstance.get() as instance,
-        daemon_controller_from_instance(instance, code_location(code_socket), log_level="error") as controller,
+        daemon_controller_from_instance(
+            instance, code_location(code_socket), log_level="error"
+        ) as controller,
     ):
         controller.check_daemon_loop()
 
@@ -286,7 +316,9 @@ def _die_with(parent: int, sockets: Path) -> None:
         end()
 
 
-def main(name: str, home: str, dagster_port: str, mlflow_port: str, code_socket: str, parent: str) -> None:
+def main(
+    name: str, home: str, dagster_port: str, mlflow_port: str, code_socket: str, parent: str
+) -> None:
     """What a child process does."""
     _die_with(int(parent), Path(code_socket).parent)
     try:

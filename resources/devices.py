@@ -1,5 +1,6 @@
-"""Who works on which card. A card is held by flock on one file per machine and user, which the kernel frees when its
-holder ends however it ends; whoever finds all of its cards held waits and says for whom."""
+"""Who works on which card. A card is held by flock on one file per machine and user, which the
+kernel frees when its holder ends however it ends; whoever finds all of its cards held waits and
+says for whom."""
 
 import contextlib
 import fcntl
@@ -26,7 +27,12 @@ def state_folder() -> Path:
 
 @contextlib.contextmanager
 def hold(
-    kind: Kind, config: DevicesConfig, home: Path, *, gives_way: bool = False, say: Callable[[str], None] = print
+    kind: Kind,
+    config: DevicesConfig,
+    home: Path,
+    *,
+    gives_way: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Iterator[str]:
     """Hold one card for as long as the context lasts.
 
@@ -37,8 +43,8 @@ def hold(
         gives_way: Take no card that anybody else waits for: for work that can be done at any time.
         say: Told for whom we wait, once for each holder.
 
-    Yields:
-        torch's name of the card, `cuda:0`; `cpu` at once, without importing torch, where there is no card.
+    Yields: torch's name of the card, `cuda:0`; `cpu` at once, without importing torch, where there
+        is no card.
 
     Raises:
         ConfigError: there are cards, and `[devices]` names none of them.
@@ -58,7 +64,8 @@ def hold(
 def hold_for_trainer(
     config: DevicesConfig, home: Path, num_cards: int, *, say: Callable[[str], None] = print
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """Hold cards on behalf of a process that outlives this one: whoever inherits the descriptors holds them on.
+    """Hold cards on behalf of a process that outlives this one: whoever inherits the descriptors
+    holds them on.
 
     Args:
         config: The workspace's `[devices]`.
@@ -66,8 +73,8 @@ def hold_for_trainer(
         num_cards: One per rank.
         say: Told for whom we wait.
 
-    Yields:
-        The cards for CUDA_VISIBLE_DEVICES, and the descriptors to pass on; both empty where there is no card.
+    Yields: The cards for CUDA_VISIBLE_DEVICES, and the descriptors to pass on; both empty where
+        there is no card.
 
     Raises:
         ConfigError: `[devices] train` allows fewer cards than the run has ranks.
@@ -90,12 +97,19 @@ def hold_for_trainer(
 
 
 def _allowed_cards(kind: Kind, config: DevicesConfig) -> dict[str, str]:
-    """torch's name -> card, of those that `[devices]` allows for a kind of work; empty on a machine without cards."""
+    """torch's name -> card, of those that `[devices]` allows for a kind of work; empty on a machine
+    without cards."""
     visible = visible_cards()
     allowed = getattr(config, kind)
-    cards = {f"cuda:{i}": card for i, card in enumerate(visible) if not allowed or card in map(str, allowed)}
+    cards = {
+        f"cuda:{i}": card
+        for i, card in enumerate(visible)
+        if not allowed or card in map(str, allowed)
+    }
     if visible and not cards:
-        raise ConfigError(f"[devices] {kind} = {list(allowed)} names none of this machine's cards {visible}")
+        raise ConfigError(
+            f"[devices] {kind} = {list(allowed)} names none of this machine's cards {visible}"
+        )
     return cards
 
 
@@ -122,7 +136,8 @@ def visible_cards() -> list[str]:
 def _first_free(
     kind: Kind, cards: dict[str, str], say: Callable[[str], None], *, gives_way: bool = False
 ) -> tuple[str, IO[str]]:
-    """Wait for one of the cards; the open file holds it. Whoever waits and does not give way is seen to wait."""
+    """Wait for one of the cards; the open file holds it. Whoever waits and does not give way is
+    seen to wait."""
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     said = ""
@@ -135,7 +150,9 @@ def _first_free(
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     file.seek(0)
-                    obstacles.append(f"{name} is held by {file.read() or 'a process that is just starting'}")
+                    obstacles.append(
+                        f"{name} is held by {file.read() or 'a process that is just starting'}"
+                    )
                 else:
                     if not (gives_way and _is_wanted(folder, card)):
                         return name, file

@@ -1,4 +1,5 @@
-"""Runs a worker over batches on the devices held: in this process for one, else one worker process per device."""
+"""Runs a worker over batches on the devices held: in this process for one, else one worker process
+per device."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,10 @@ def run(
 ) -> Iterator[Result]:
     """Yield `worker(*arguments, device)(batch)` for every batch, in the order of the batches.
 
-    Args:
-        worker: Class (or function) that loads its models once and is then called with batches; importable by name.
-        arguments: What it is made from, before the device.
-        batches: Work; each goes to one worker whole.
-        devices: One worker per entry; a single entry works in this process.
+    Args: worker: Class (or function) that loads its models once and is then called with batches;
+        importable by name. arguments: What it is made from, before the device. batches: Work; each
+        goes to one worker whole. devices: One worker per entry; a single entry works in this
+        process.
     """
     if len(devices) == 1:
         ready = worker(*arguments, devices[0])
@@ -34,7 +34,9 @@ def run(
     queue = context.SimpleQueue()
     for device in devices:
         queue.put(device)
-    with ProcessPoolExecutor(len(devices), context, _start, (worker, tuple(arguments), queue)) as pool:
+    with ProcessPoolExecutor(
+        len(devices), context, _start, (worker, tuple(arguments), queue)
+    ) as pool:
         waiting: list[Future[Result]] = []
         for batch in batches:
             waiting.append(pool.submit(_work, batch))
@@ -44,7 +46,9 @@ def run(
             yield future.result()
 
 
-def _start(worker: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], queue: Any) -> None:
+def _start(
+    worker: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], queue: Any
+) -> None:
     global _worker  # noqa: PLW0603 - one worker per process, made once
     _worker = worker(*arguments, queue.get())
 

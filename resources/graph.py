@@ -82,7 +82,8 @@ class Stage:
     config: Callable[[WorkspaceConfig, str], Any] = nothing
     """The section of foundry.toml that it reads."""
     settings: str = ""
-    """Where in foundry.toml that section's keys stand, dotted; `{key}` and `{encoding}` are the partition's."""
+    """Where in foundry.toml that section's keys stand, dotted; `{key}` and `{encoding}` are the
+    partition's."""
     models: tuple[str, ...] = ()
     """Keys under [models] whose weights it runs; `vae` is that of the partition's encoding."""
     others: Callable[["Store", str], Mapping[str, str]] = no_others

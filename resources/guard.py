@@ -1,7 +1,9 @@
-"""What may talk to our web pages: an ASGI middleware, and the two applications that are served behind it.
+"""What may talk to our web pages: an ASGI middleware, and the two applications that are served
+behind it.
 
-Dagster runs mutations by GET and by text/plain from any page that the user happens to have open (measured). A bind
-to 127.0.0.1 does not help against that, because the request comes from the user's own browser.
+Dagster runs mutations by GET and by text/plain from any page that the user happens to have open
+(measured). A bind to 127.0.0.1 does not help against that, because the request comes from the
+user's own browser.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MLFLOW_PATH = "/mlflow"
-"""Where Dagster's pages find MLflow, whichever ports are served: links that are stored must stay true."""
+"""Where Dagster's pages find MLflow, whichever ports are served: links that are stored must stay
+true."""
 DAGSTER_PATH = "/dagster"
 """Where MLflow's pages find Dagster."""
 ASSISTANT_PATH = "/ajax-api/3.0/mlflow/assistant"
@@ -39,8 +42,14 @@ class Answer(NamedTuple):
 class Guard:
     """Lets through what our own pages and local programs ask for; answers the rest itself."""
 
-    def __init__(self, application: Application, port: int, elsewhere: Mapping[str, str] = MappingProxyType({})):
-        """Serve `application` on `port`; `elsewhere` has paths that other pages of ours answer, and their addresses."""
+    def __init__(
+        self,
+        application: Application,
+        port: int,
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """Serve `application` on `port`; `elsewhere` has paths that other pages of ours answer, and
+        their addresses."""
         self._application = application
         self._port = port
         self._elsewhere = elsewhere
@@ -56,7 +65,10 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": answer.text[:120]})
         else:
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+            headers = [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"cache-control", b"no-store"),
+            ]
             if answer.location:
                 headers.append((b"location", answer.location.encode("latin-1")))
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -83,16 +95,23 @@ def judge(scope: Scope, port: int) -> Answer | None:
     """
     headers: dict[str, list[str]] = {}
     for name, value in scope["headers"]:
-        headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip().lower())
+        headers.setdefault(name.decode("latin-1").lower(), []).append(
+            value.decode("latin-1").strip().lower()
+        )
     page = f"http://127.0.0.1:{port}"
     hosts = (f"127.0.0.1:{port}", f"localhost:{port}")
     host = headers.get("host", [])
     if len(host) != 1 or host[0] not in hosts:
-        return Answer(403, f"refused: Host {host} is not ours; open {page}/ (a tunnel must end at port {port} too)")
+        return Answer(
+            403,
+            f"refused: Host {host} is not ours; open {page}/ (a tunnel must end at port {port} too)",
+        )
     if not set(headers.get("origin", [])) <= {f"http://{name}" for name in hosts}:
         return Answer(403, f"refused: Origin {headers['origin']} is not ours")
     if "cross-site" in headers.get("sec-fetch-site", []):
-        return Answer(403, f"refused: a page of another site asks; open {page}/ from the address bar")
+        return Answer(
+            403, f"refused: a page of another site asks; open {page}/ from the address bar"
+        )
     if scope["path"].startswith(ASSISTANT_PATH):
         return Answer(403, "refused: MLflow's assistant may run commands on this machine")
     if scope["type"] == "websocket":
@@ -100,8 +119,14 @@ def judge(scope: Scope, port: int) -> Answer | None:
     if scope["path"].rstrip("/").endswith("/graphql"):
         media_types = [value.partition(";")[0].strip() for value in headers.get("content-type", [])]
         if scope["method"] != "POST" or media_types != ["application/json"]:
-            return Answer(405, "refused: GraphQL is answered to POST with Content-Type application/json only")
-    if host[0] == hosts[1] and headers.get("sec-fetch-dest") == ["document"] and scope["method"] == "GET":
+            return Answer(
+                405, "refused: GraphQL is answered to POST with Content-Type application/json only"
+            )
+    if (
+        host[0] == hosts[1]
+        and headers.get("sec-fetch-dest") == ["document"]
+        and scope["method"] == "GET"
+    ):
         # One name for each page, so that links between Dagster and MLflow stay within one site.
         query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
         return Answer(307, "moved", f"{page}{scope['raw_path'].decode('latin-1')}{query}")
@@ -123,8 +148,12 @@ def dagster_application(socket: Path, port: int, *, mlflow_port: int) -> Iterato
     from dagster_webserver.version import __version__
 
     with dg.DagsterInstance.get() as instance:
-        instance.optimize_for_webserver(statement_timeout=15_000, pool_recycle=3600, max_overflow=20)
-        with WorkspaceProcessContext(instance, code_location(socket), version=__version__) as context:
+        instance.optimize_for_webserver(
+            statement_timeout=15_000, pool_recycle=3600, max_overflow=20
+        )
+        with WorkspaceProcessContext(
+            instance, code_location(socket), version=__version__
+        ) as context:
             application = create_app_from_workspace_process_context(context)
             yield Guard(application, port, {MLFLOW_PATH: f"http://127.0.0.1:{mlflow_port}"})
 
@@ -144,7 +173,8 @@ def mlflow_application(home: Path, port: int, *, dagster_port: int) -> Applicati
         port: The port that will be served.
         dagster_port: Where Dagster is served.
 
-    Only for a process of its own: MLflow reads its settings from the environment while it is imported.
+    Only for a process of its own: MLflow reads its settings from the environment while it is
+    imported.
     """
     from resources.mlflow.calls import create_database
 
@@ -162,7 +192,9 @@ def mlflow_application(home: Path, port: int, *, dagster_port: int) -> Applicati
         "DO_NOT_TRACK": "true",
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow 3.17 imports a module that Starlette has deprecated
+        warnings.simplefilter(
+            "ignore"
+        )  # MLflow 3.17 imports a module that Starlette has deprecated
         from mlflow.server.fastapi_app import app
     from resources.mlflow.page import FirstPage
 

@@ -1,4 +1,5 @@
-"""What assets are handed: the store of the workspace that this process serves, and an IO manager that refuses."""
+"""What assets are handed: the store of the workspace that this process serves, and an IO manager
+that refuses."""
 
 from typing import Any
 
@@ -25,7 +26,9 @@ class _Refusing(dg.IOManager):
             )
 
     def load_input(self, context: dg.InputContext) -> Any:
-        raise dg.DagsterInvariantViolationError(f"{context.asset_key}: stages read through the store, not by value")
+        raise dg.DagsterInvariantViolationError(
+            f"{context.asset_key}: stages read through the store, not by value"
+        )
 
 
 @dg.io_manager

@@ -83,7 +83,9 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
     """
     folder = dagster_home(home)
     if not (folder / "dagster.yaml").is_file():
-        raise WorkspaceError(f"{folder / 'dagster.yaml'} is missing; write it with `foundry init {home}`")
+        raise WorkspaceError(
+            f"{folder / 'dagster.yaml'} is missing; write it with `foundry init {home}`"
+        )
     _upgrade(folder / "dagster.yaml")
     check_storage(InstanceRef.from_dir(str(folder)), home)
     names = {"DAGSTER_HOME": str(folder), "FOUNDRY_HOME": str(home.resolve())}

@@ -1,5 +1,5 @@
-"""Refuses a launch that can only fail: a training run with a wrong recipe, key or value is told so at once, in the
-page that launched it."""
+"""Refuses a launch that can only fail: a training run with a wrong recipe, key or value is told so
+at once, in the page that launched it."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -28,7 +28,9 @@ class FoundryRunCoordinator(QueuedRunCoordinator):
     """Dagster's queue, with a look at what is put into it."""
 
     @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]) -> Self:
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
+    ) -> Self:
         """Made from dagster.yaml."""
         return cls(inst_data=inst_data, **config_value)
 
@@ -43,14 +45,16 @@ class FoundryRunCoordinator(QueuedRunCoordinator):
                 check_partitions(context.dagster_run, context.workspace.asset_graph, self._instance)
             check_launch(context.dagster_run)
         except PipelineError as error:
-            self._instance.report_run_failed(context.dagster_run, f"refused before it started: {error}")
+            self._instance.report_run_failed(
+                context.dagster_run, f"refused before it started: {error}"
+            )
             raise
         return super().submit_run(context)
 
 
 def check_partitions(run: DagsterRun, graph: BaseAssetGraph, instance: DagsterInstance) -> None:
-    """Check that a run of a partitioned stage names partitions that Dagster knows; whether the workspace knows them,
-    too, is for the stage to say.
+    """Check that a run of a partitioned stage names partitions that Dagster knows; whether the
+    workspace knows them, too, is for the stage to say.
 
     Raises:
         DataError: it names none, or one that does not exist.
@@ -62,7 +66,9 @@ def check_partitions(run: DagsterRun, graph: BaseAssetGraph, instance: DagsterIn
             continue
         name = asset.to_user_string()
         if not keys:
-            raise DataError(f"{name}: the run was launched without a partition; choose one where it is launched")
+            raise DataError(
+                f"{name}: the run was launched without a partition; choose one where it is launched"
+            )
         with partition_loading_context(dynamic_partitions_store=instance):
             unknown = [key for key in keys if not definition.has_partition_key(key)]
         if unknown:
@@ -81,7 +87,11 @@ def check_launch(run: DagsterRun) -> None:
         recipe, assignments = found.get("recipe", AS_CONFIGURED), found.get("set", [])
         if recipe == AS_CONFIGURED:
             if assignments or found.get("tiny"):
-                raise ConfigError("set and tiny change a recipe: choose the recipe, or edit the run's config.toml")
+                raise ConfigError(
+                    "set and tiny change a recipe: choose the recipe, or edit the run's config.toml"
+                )
             continue
         if name := run.tags.get(PARTITION):
-            resolve_run(Store(find_home()), name, recipe, list(assignments), tiny=bool(found.get("tiny")))
+            resolve_run(
+                Store(find_home()), name, recipe, list(assignments), tiny=bool(found.get("tiny"))
+            )

@@ -1,7 +1,9 @@
-"""Runs that are really alive: a launcher that can tell, for runs of the code server and for those of `foundry run`.
+"""Runs that are really alive: a launcher that can tell, for runs of the code server and for those
+of `foundry run`.
 
-Dagster's default launcher cannot answer, so a crash of the daemon or of `foundry run` would leave its runs started
-for ever. Some imports are private to Dagster 1.13; tests/resources/test_run_launcher.py proves them by a real kill.
+Dagster's default launcher cannot answer, so a crash of the daemon or of `foundry run` would leave
+its runs started for ever. Some imports are private to Dagster 1.13;
+tests/resources/test_run_launcher.py proves them by a real kill.
 """
 
 import os
@@ -24,17 +26,21 @@ HEALTH_TIMEOUT_S = 20
 
 
 def start_time(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None if there is none, or only its remains."""
+    """When process `pid` started, in clock ticks since boot; None if there is none, or only its
+    remains."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the command before it may hold spaces and brackets
+    state, *fields = stat.rpartition(")")[
+        2
+    ].split()  # the command before it may hold spaces and brackets
     return None if state in "ZX" else int(fields[18])  # proc(5): field 22
 
 
 def holder_tags() -> dict[str, str]:
-    """Tags for a run that this process carries out: who holds it, and that no daemon starts it again."""
+    """Tags for a run that this process carries out: who holds it, and that no daemon starts it
+    again."""
     return {HOLDER_TAG: f"{os.getpid()}:{start_time(os.getpid())}", "dagster/max_retries": "0"}
 
 
@@ -54,7 +60,9 @@ def report_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     for run in instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES)):
         if HOLDER_TAG not in run.tags or holder_pid(run) is not None:
             continue
-        message = f"the process that carried out this run ({HOLDER_TAG}={run.tags[HOLDER_TAG]}) is gone"
+        message = (
+            f"the process that carried out this run ({HOLDER_TAG}={run.tags[HOLDER_TAG]}) is gone"
+        )
         if run.status is dg.DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, message)
         else:
@@ -64,7 +72,8 @@ def report_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
 
 class FoundryRunLauncher(DefaultRunLauncher):
-    """Starts runs on the code server, as the default does, and answers whether a run is still being worked on."""
+    """Starts runs on the code server, as the default does, and answers whether a run is still being
+    worked on."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -74,21 +83,30 @@ class FoundryRunLauncher(DefaultRunLauncher):
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Ask the run's holder, or the code server that was told to start it.
 
-        A server that is only slow counts as healthy: calling a living run failed would start it twice.
+        A server that is only slow counts as healthy: calling a living run failed would start it
+        twice.
         """
         if HOLDER_TAG in run.tags:
             if pid := holder_pid(run):
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(pid))
-            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"its process {run.tags[HOLDER_TAG]} is gone")
+            return CheckRunHealthResult(
+                WorkerStatus.NOT_FOUND, f"its process {run.tags[HOLDER_TAG]} is gone"
+            )
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:
-            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no code server was told to start it")
+            return CheckRunHealthResult(
+                WorkerStatus.NOT_FOUND, "no code server was told to start it"
+            )
         try:
-            answer = client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=HEALTH_TIMEOUT_S)
+            answer = client.can_cancel_execution(
+                CanCancelExecutionRequest(run_id=run.run_id), timeout=HEALTH_TIMEOUT_S
+            )
         except DagsterUserCodeUnreachableError as error:
             cause = error.__cause__
             if isinstance(cause, grpc.Call) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return CheckRunHealthResult(WorkerStatus.RUNNING, "its code server is slow to answer")
+                return CheckRunHealthResult(
+                    WorkerStatus.RUNNING, "its code server is slow to answer"
+                )
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server is gone")
         if deserialize_value(answer, CanCancelExecutionResult).can_cancel:
             return CheckRunHealthResult(WorkerStatus.RUNNING)

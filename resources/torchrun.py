@@ -1,7 +1,7 @@
 """Starts the trainer as a process session of its own, follows its event log, and asks it to stop.
 
-The trainer outlives whoever started it; another process attaches to it by its lock and its log. Several ranks run under
-torchrun, one runs by itself. Free of torch.
+The trainer outlives whoever started it; another process attaches to it by its lock and its log.
+Several ranks run under torchrun, one runs by itself. Free of torch.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from training.runs import run_folder
 from training.runs.event_log import ENDINGS, OPENINGS, Event, has_finished, parse_line
 
 POLL_S = 0.2
-# torchrun kills after this what it asked to end; a checkpoint of a large model is written meanwhile.
+# torchrun kills after this what it asked to end; a checkpoint of a large model is written
+# meanwhile.
 _SHUTDOWN_TIMEOUT_S = 3600
 _HOLDER = re.compile(r"pid (\d+) on (\S+) since")
 
@@ -80,16 +81,22 @@ _standby: list[_Standby] = []
 
 @contextlib.contextmanager
 def standing_by(folder: Path, num_processes: int) -> Iterator[None]:
-    """Let a trainer import its libraries while this process still checks and writes what it will train on.
+    """Let a trainer import its libraries while this process still checks and writes what it will
+    train on.
 
-    Nothing is started where it would not be of use: for a run that is finished or being trained, for several ranks, and
-    on a machine with cards, whose trainer may see the chosen ones only, from its start.
+    Nothing is started where it would not be of use: for a run that is finished or being trained,
+    for several ranks, and on a machine with cards, whose trainer may see the chosen ones only, from
+    its start.
 
     Args:
         folder: Of the run that is to be started.
         num_processes: Its ranks on this machine.
     """
-    useful = num_processes == 1 and not has_finished(folder / run_folder.EVENTS) and not is_running(folder)
+    useful = (
+        num_processes == 1
+        and not has_finished(folder / run_folder.EVENTS)
+        and not is_running(folder)
+    )
     if not useful or devices.has_cards():
         yield
         return
@@ -104,7 +111,8 @@ class TrainerHandle:
     """A trainer that was started here, or one found running."""
 
     def __init__(self, folder: Path, process: subprocess.Popen[bytes] | None, offset: int) -> None:
-        """Made by `start_or_attach`: the run's folder, what was started here, and where its log lines begin."""
+        """Made by `start_or_attach`: the run's folder, what was started here, and where its log
+        lines begin."""
         self.folder = folder
         self.process = process
         self._offset = offset
@@ -116,7 +124,8 @@ class TrainerHandle:
         return started_here or is_running(self.folder)
 
     def events(self) -> Iterator[Event]:
-        """Yield the lines of this attempt, those already written first, until the trainer has ended."""
+        """Yield the lines of this attempt, those already written first, until the trainer has
+        ended."""
         while True:
             # Asked before reading: what was written before the end is read in the same round.
             alive = self.is_alive()
@@ -144,7 +153,11 @@ class TrainerHandle:
         Raises:
             TrainingError: it runs on another machine.
         """
-        holder = _HOLDER.match(_read_text(self.folder / run_folder.LOCK)) if is_running(self.folder) else None
+        holder = (
+            _HOLDER.match(_read_text(self.folder / run_folder.LOCK))
+            if is_running(self.folder)
+            else None
+        )
         if holder is not None:
             if holder[2] != socket.gethostname():
                 raise TrainingError(
@@ -182,11 +195,9 @@ def start_or_attach(
 ) -> TrainerHandle:
     """Start the trainer of a run, or attach to the one that runs.
 
-    Args:
-        folder: Has `config.toml` and `inputs.json`.
-        num_processes: Ranks on this machine, when it is started.
-        cards: What CUDA_VISIBLE_DEVICES becomes; empty leaves it as it is.
-        locks: Descriptors that the process inherits, and with them the cards, for as long as it lives.
+    Args: folder: Has `config.toml` and `inputs.json`. num_processes: Ranks on this machine, when it
+        is started. cards: What CUDA_VISIBLE_DEVICES becomes; empty leaves it as it is. locks:
+        Descriptors that the process inherits, and with them the cards, for as long as it lives.
     """
     if is_running(folder):
         return TrainerHandle(folder, None, _attempt_offset(folder / run_folder.EVENTS))

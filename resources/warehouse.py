@@ -1,7 +1,9 @@
-"""`warehouse.duckdb`: one view per table over the committed files, rebuilt in a moment, never the only copy.
+"""`warehouse.duckdb`: one view per table over the committed files, rebuilt in a moment, never the
+only copy.
 
-DuckDB is imported inside functions: where torch and Dagster's definitions are loaded too, a module that holds it
-outlives the interpreter, and DuckDB's binding then prints fifty lines about leaks after every command's last one.
+DuckDB is imported inside functions: where torch and Dagster's definitions are loaded too, a module
+that holds it outlives the interpreter, and DuckDB's binding then prints fifty lines about leaks
+after every command's last one.
 """
 
 import os
@@ -55,20 +57,29 @@ def _create(connection: "duckdb.DuckDBPyConnection", store: Store) -> None:
 
 
 def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -> str:
-    """The rows of all parts; where keys recur from part to part, with the columns that tell a row's part."""
+    """The rows of all parts; where keys recur from part to part, with the columns that tell a row's
+    part."""
     parts = store.parts(table)
     told = PART_COLUMNS.get(table, ())
     if not parts:
         types = dict.fromkeys(told, pl.String()) | dict(TABLES[table].schema)
-        columns = ", ".join(f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types.items())
+        columns = ", ".join(
+            f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types.items()
+        )
         return f"select {columns} where false"
     files = [store.table_file(table, part) for part in parts]
     listed = ", ".join(map(_exactly, files))
     if not told:
         return f"select * from read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
     keys = f"{table}_parts"
-    values = [{"filename": str(file), **part_values(table, part)} for file, part in zip(files, parts, strict=True)]
-    connection.register("keys", pl.DataFrame(values, schema=dict.fromkeys(("filename", *told), pl.String())).to_arrow())
+    values = [
+        {"filename": str(file), **part_values(table, part)}
+        for file, part in zip(files, parts, strict=True)
+    ]
+    connection.register(
+        "keys",
+        pl.DataFrame(values, schema=dict.fromkeys(("filename", *told), pl.String())).to_arrow(),
+    )
     connection.execute(f'create table "{keys}" as from keys')
     connection.unregister("keys")
     columns = ", ".join(f'"{name}"' for name in told)
@@ -79,7 +90,8 @@ def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -
 
 
 def _exactly(file: Path) -> str:
-    """The SQL literal of the pattern that matches this file and no other: DuckDB takes every path for a pattern."""
+    """The SQL literal of the pattern that matches this file and no other: DuckDB takes every path
+    for a pattern."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", str(file))
     return "'" + pattern.replace("'", "''") + "'"
 
@@ -116,18 +128,22 @@ def _check_reads(statements: "list[duckdb.Statement]") -> None:
     changing = (kinds.CREATE, kinds.INSERT, kinds.UPDATE, kinds.DELETE, kinds.DROP, kinds.ALTER)
     for statement in statements:
         if statement.type in changing:
-            raise ConfigError(f"sql: {statement.type.name} would change tables, which only stages write")
+            raise ConfigError(
+                f"sql: {statement.type.name} would change tables, which only stages write"
+            )
 
 
 def query(store: Store, sql: str) -> pl.DataFrame:
-    """Run one statement that reads over the committed tables; nothing is written for it, not in the workspace either.
+    """Run one statement that reads over the committed tables; nothing is written for it, not in the
+    workspace either.
 
-    Raises:
-        ConfigError: DuckDB refuses the statement, with its own first line, or it would change a table.
+    Raises: ConfigError: DuckDB refuses the statement, with its own first line, or it would change a
+        table.
     """
     import duckdb
 
-    # What does not fit into memory goes to the system's folder for that, not to `.tmp` where the command is given.
+    # What does not fit into memory goes to the system's folder for that, not to `.tmp` where the
+    # command is given.
     spilled = Path(tempfile.gettempdir(), f"foundry-sql-{os.getpid()}")
     with duckdb.connect(config={"temp_directory": str(spilled)}) as connection:
         _create(connection, store)

@@ -1,4 +1,5 @@
-"""Commits: nothing committed is ever lost, nothing half-written is ever seen, equal content has equal digests."""
+"""Commits: nothing committed is ever lost, nothing half-written is ever seen, equal content has
+equal digests."""
 
 import errno
 import json
@@ -49,8 +50,12 @@ def test_a_writer_killed_at_every_change_loses_nothing(tmp_path):
         assert ended == signal.SIGKILL
         point = journal.read_text().splitlines()[-1]
         assert committed_version(folder) in (1, 2), point
-        assert {path.name for path in folder.glob("*.json")} == {"t.json"}, f"a reader's glob after {point}"
-        assert write_toy(folder, 1) == 0  # back to the old content, over whatever the kill left behind
+        assert {path.name for path in folder.glob("*.json")} == {"t.json"}, (
+            f"a reader's glob after {point}"
+        )
+        assert (
+            write_toy(folder, 1) == 0
+        )  # back to the old content, over whatever the kill left behind
     assert len(journal.read_text().splitlines()) >= 3, "the hook does not see the changes"
     assert committed_version(folder) == 2
 
@@ -84,10 +89,16 @@ def test_no_reader_takes_a_temporary_file_for_its_own(tmp_path, name):
 
 def test_an_old_manifest_without_a_digest_of_its_own_is_read(tmp_path):
     entry = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
-    manifest = commit.Manifest(table="t", part="t", version=1, files=(entry,), rows=1, digest="d", report={10: 1, 9: 2})
+    manifest = commit.Manifest(
+        table="t", part="t", version=1, files=(entry,), rows=1, digest="d", report={10: 1, 9: 2}
+    )
     commit.commit_manifest(tmp_path / "t.json", manifest)
     new = commit.read_manifest(tmp_path / "t.json")
-    old = {key: value for key, value in json.loads((tmp_path / "t.json").read_bytes()).items() if "sha256" not in key}
+    old = {
+        key: value
+        for key, value in json.loads((tmp_path / "t.json").read_bytes()).items()
+        if "sha256" not in key
+    }
     commit.write_json(tmp_path / "old.json", old | {"format": 1})
     assert commit.read_manifest(tmp_path / "old.json") == new
     commit.write_json(tmp_path / "none.json", old)
@@ -99,9 +110,15 @@ TROUBLE = {
     "full": (OSError(errno.ENOSPC, "full"), "no space left on device while writing"),
     "read-only": (OSError(errno.EROFS, "ro", "/x"), "read-only file system while writing"),
     "denied": (PermissionError(errno.EACCES, "no", "/elsewhere"), "permission denied: /elsewhere"),
-    "polars": (pl.exceptions.ComputeError("No space left on device (os error 28)"), "no space left on device"),
+    "polars": (
+        pl.exceptions.ComputeError("No space left on device (os error 28)"),
+        "no space left on device",
+    ),
     "SQLite": (sqlite3.OperationalError("database or disk is full"), "no space left on device"),
-    "read-only SQLite": (sqlite3.OperationalError("attempt to write a readonly database"), "read-only file system"),
+    "read-only SQLite": (
+        sqlite3.OperationalError("attempt to write a readonly database"),
+        "read-only file system",
+    ),
 }
 
 
@@ -139,7 +156,9 @@ def test_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(WorkspaceError, match=r"no space left on device while writing .*/a; free some space"):
+    with pytest.raises(
+        WorkspaceError, match=r"no space left on device while writing .*/a; free some space"
+    ):
         commit.write_bytes(tmp_path / "a", b"new")
     with pytest.raises(WorkspaceError, match="no space left"):
         commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
@@ -177,7 +196,9 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
         "import sys, time; from pathlib import Path; from training.commit import lock\n"
         "with lock(Path(sys.argv[1]), 'it'): print('held', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(LockedError, match=rf"toy is held by pid {holder.pid} on \S+ since 20"),
@@ -207,9 +228,15 @@ ROWS = st.fixed_dictionaries(
         "i": st.none() | st.integers(-5, 5),
         "f": st.none() | st.floats(-2, 2, width=32),
         "b": st.none() | st.booleans(),
-        "t": st.none() | st.datetimes(datetime(2000, 1, 1), datetime(2030, 1, 1)).map(lambda t: t.replace(tzinfo=UTC)),
+        "t": st.none()
+        | st.datetimes(datetime(2000, 1, 1), datetime(2030, 1, 1)).map(
+            lambda t: t.replace(tzinfo=UTC)
+        ),
         "l": st.none()
-        | st.lists(st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]), "p": st.floats(0, 1)}), max_size=2),
+        | st.lists(
+            st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]), "p": st.floats(0, 1)}),
+            max_size=2,
+        ),
         "r": st.none() | st.fixed_dictionaries({"y": st.none() | st.floats(0, 1)}),
     }
 )
@@ -217,7 +244,10 @@ ROWS = st.fixed_dictionaries(
 
 def digest(rows, splits=1):
     size = -(-len(rows) // splits) or 1
-    frames = [pl.DataFrame(rows[start : start + size], schema=NESTED) for start in range(0, len(rows), size)]
+    frames = [
+        pl.DataFrame(rows[start : start + size], schema=NESTED)
+        for start in range(0, len(rows), size)
+    ]
     frame = pl.concat(frames, rechunk=False) if frames else pl.DataFrame(schema=NESTED)
     return commit.logical_digest(commit.column_digests(frame), frame.height)
 
@@ -237,12 +267,18 @@ def test_digest_of_a_known_table_stays(tmp_path):
         commit.column_digests(frame.with_columns(value=pl.col("value").abs())), 2
     )
     frame.write_parquet(tmp_path / "t.parquet", compression="gzip")
-    assert commit.column_digests(pl.read_parquet(tmp_path / "t.parquet")) == commit.column_digests(frame)
+    assert commit.column_digests(pl.read_parquet(tmp_path / "t.parquet")) == commit.column_digests(
+        frame
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "damaged"), ('{"format": 99}', "format 99, this version reads format 1 to 2"), ("[]", "format")],
+    [
+        ("{", "damaged"),
+        ('{"format": 99}', "format 99, this version reads format 1 to 2"),
+        ("[]", "format"),
+    ],
 )
 def test_a_manifest_that_is_none_is_named(tmp_path, text, words):
     (tmp_path / "t.json").write_text(text)

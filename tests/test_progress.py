@@ -7,7 +7,9 @@ def test_lines_tell_rate_time_left_and_note(monkeypatch):
     now, said = [100.0], []
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.told(said.append, every_s=30):
-        for done in range(8, 81, 8):  # one batch of 8 every 10 seconds, the first of which nobody has timed
+        for done in range(
+            8, 81, 8
+        ):  # one batch of 8 every 10 seconds, the first of which nobody has timed
             progress.report("pictures", done, 80, f"{done / 10:.1f} MB")
             now[0] += 10
         progress.report("crops", 3, 9)

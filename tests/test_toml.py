@@ -1,4 +1,5 @@
-"""Configuration: strict about keys, types and combinations, and exact about where a mistake stands."""
+"""Configuration: strict about keys, types and combinations, and exact about where a mistake
+stands."""
 
 import dataclasses
 import typing
@@ -30,9 +31,15 @@ def build(path):
     ("text", "words"),
     [
         ("formt = 1", ["foundry.toml:1", "'formt'", "did you mean 'format'"]),
-        ("format = 1\n[selection]\nmin_scores = 3", ["foundry.toml:3", "selection.min_scores", "'min_score'"]),
+        (
+            "format = 1\n[selection]\nmin_scores = 3",
+            ["foundry.toml:3", "selection.min_scores", "'min_score'"],
+        ),
         ("[selection]\nmin_score = 12", ["selection.min_score=12", "between 0 and 9"]),
-        ("[selection]\nmin_score = '3'", ["foundry.toml:2", "selection.min_score='3'", "whole number"]),
+        (
+            "[selection]\nmin_score = '3'",
+            ["foundry.toml:2", "selection.min_score='3'", "whole number"],
+        ),
         ("[tags]\nthreshold = nan", ["tags.threshold=nan", "a number"]),
         ("[tags]\nthreshold = 1.5", ["tags.threshold=1.5", "between 0 and 1"]),
         ("[encodings.SDXL]", ["encoding name 'SDXL'", "[a-z0-9]"]),
@@ -63,7 +70,9 @@ def test_a_byte_order_mark_changes_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"foundry\.toml:1: unknown key 'formt'"):
         build(path)
     recipe = tmp_path / "mine.toml"
-    recipe.write_bytes(BOM + b'[workspace]\nformat = 1\n[run]\nencoding = "sdxl"\nnum_samples = 77\n')
+    recipe.write_bytes(
+        BOM + b'[workspace]\nformat = 1\n[run]\nencoding = "sdxl"\nnum_samples = 77\n'
+    )
     assert recipes.workspace_toml(recipe, [], tiny=None) == "format = 1\n"
     assert recipes.run_config(recipe, [], tiny=None).num_samples == 77
 
@@ -106,5 +115,8 @@ def test_every_option_is_documented_and_constructible_from_its_dump():
                 is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert is_text, f"{node.name}.{ast.unparse(statement.target)} has no docstring"
     for name, cls in vars(configs).items():
-        if dataclasses.is_dataclass(cls) and typing.cast("type", cls).__module__ == configs.__name__:
+        if (
+            dataclasses.is_dataclass(cls)
+            and typing.cast("type", cls).__module__ == configs.__name__
+        ):
             assert cls.__dataclass_params__.frozen, name

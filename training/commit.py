@@ -1,7 +1,9 @@
-"""The one writer: everything that is kept is written here, so that a kill at any point loses nothing committed.
+"""The one writer: everything that is kept is written here, so that a kill at any point loses
+nothing committed.
 
-A file is written under a temporary name, flushed, synced, renamed, and its folder synced. A *commit* is the
-atomic replacement of a manifest that names content files by digest; content without a manifest does not exist.
+A file is written under a temporary name, flushed, synced, renamed, and its folder synced. A
+*commit* is the atomic replacement of a manifest that names content files by digest; content without
+a manifest does not exist.
 """
 
 import contextlib
@@ -25,7 +27,8 @@ import polars as pl
 from training.errors import DamageError, LockedError, PipelineError, WorkspaceError
 
 MANIFEST_FORMAT = 2
-"""Since 2 a manifest carries the digest of its own text; those of format 1 have none and stay readable."""
+"""Since 2 a manifest carries the digest of its own text; those of format 1 have none and stay
+readable."""
 TEMPORARY_PREFIX = ".tmp-"
 """Begins the names of all that is being written, and of what a kill leaves of it."""
 _TEMPORARY_SUFFIX = ".tmp"
@@ -52,7 +55,8 @@ _WORDS = {
     "read-only file system": errno.EROFS,
     "attempt to write a readonly database": errno.EROFS,
 }
-"""How libraries say it, among them SQLite, that keep nothing of the system's error but its words."""
+"""How libraries say it, among them SQLite, that keep nothing of the system's error but its
+words."""
 _ROW_GROUP = 131_072
 """Rows of a Parquet row group: what is read at once."""
 _DICTIONARY_BYTES = 8_000_000
@@ -69,16 +73,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def temporary(path: Path, *, folder: Path | None = None, beside: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield the name under which what becomes `path` is written; whatever is left there in the end is removed.
+def temporary(
+    path: Path, *, folder: Path | None = None, beside: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield the name under which what becomes `path` is written; whatever is left there in the end
+    is removed.
 
     Args:
         path: Where it will lie.
         folder: Where it lies until then, on the same file system; beside `path` by default.
         beside: Endings of what a database writes beside its file.
 
-    Raises:
-        WorkspaceError: the place is full or cannot be written to; the message names `path` and what to do.
+    Raises: WorkspaceError: the place is full or cannot be written to; the message names `path` and
+        what to do.
     """
     folder = path.parent if folder is None else folder
     short = os.fsdecode(os.fsencode(path.name)[:200])
@@ -150,7 +157,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def disk_trouble(error: BaseException, path: object) -> str | None:
-    """One line on where nothing could be written, why, and what to do; None for errors that have other reasons.
+    """One line on where nothing could be written, why, and what to do; None for errors that have
+    other reasons.
 
     The reason may be wrapped in other errors.
 
@@ -166,7 +174,10 @@ def disk_trouble(error: BaseException, path: object) -> str | None:
         if number is None:
             text = str(link).lower()
             number = next((number for words, number in _WORDS.items() if words in text), None)
-        if number in (errno.EACCES, errno.EPERM):  # perhaps of what is read, and not of what is written
+        if number in (
+            errno.EACCES,
+            errno.EPERM,
+        ):  # perhaps of what is read, and not of what is written
             where = f": {getattr(link, 'filename', None) or path}"
         else:
             where = f" while writing {path}"
@@ -229,7 +240,8 @@ def column_digests(frame: pl.DataFrame) -> dict[str, str]:
 
 
 def logical_digest(digests: Mapping[str, str], rows: int) -> str:
-    """The digest of a table, or of some of its columns: their names and digests, and the number of rows."""
+    """The digest of a table, or of some of its columns: their names and digests, and the number of
+    rows."""
     return json_digest([rows, [[name, digests[name]] for name in sorted(digests)]])
 
 
@@ -276,7 +288,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a commit holds and what it was made from. Everything but `provenance` and `report` decides currency."""
+    """What a commit holds and what it was made from. Everything but `provenance` and `report`
+    decides currency."""
 
     table: str
     part: str
@@ -347,7 +360,9 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         raise DamageError(damaged.format(error)) from None
     found = values.get("format") if isinstance(values, dict) else type(values).__name__
     if found not in (1, MANIFEST_FORMAT):
-        raise DamageError(f"manifest {path} has format {found!r}, this version reads format 1 to {MANIFEST_FORMAT}")
+        raise DamageError(
+            f"manifest {path} has format {found!r}, this version reads format 1 to {MANIFEST_FORMAT}"
+        )
     if found != 1:
         values.pop(_SEAL, None)
         if _sealed(values) != content:
@@ -363,8 +378,11 @@ _SEAL = "manifest_sha256"
 
 
 def _sealed(values: Mapping[str, Any]) -> bytes:
-    """The text of a manifest with the digest of its values in it; every byte of it follows from them."""
-    plain = json.loads(_json_text(values))  # with the keys that a reader finds: text, and so in its order
+    """The text of a manifest with the digest of its values in it; every byte of it follows from
+    them."""
+    plain = json.loads(
+        _json_text(values)
+    )  # with the keys that a reader finds: text, and so in its order
     return _json_text({**plain, _SEAL: json_digest(plain)})
 
 
@@ -374,12 +392,14 @@ def commit_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def manifests(folder: Path) -> list[Path]:
-    """The manifests of the parts in a table's folder, sorted; temporary and other files are none."""
+    """The manifests of the parts in a table's folder, sorted; temporary and other files are
+    none."""
     return sorted(path for path in folder.glob("*.json") if _PART.fullmatch(path.name))
 
 
 def write_named(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> Entry:
-    """Let `write` fill a temporary file, then keep it as `<stem>-<digest8><suffix>`: other bytes, other name."""
+    """Let `write` fill a temporary file, then keep it as `<stem>-<digest8><suffix>`: other bytes,
+    other name."""
     with temporary(folder / f"{stem}{suffix}") as name:
         write(name)
         with name.open("rb+") as file:
@@ -394,8 +414,8 @@ def write_named(folder: Path, stem: str, suffix: str, write: Callable[[Path], No
 def write_parquet(folder: Path, part: str, frame: pl.DataFrame) -> Entry:
     """Write a table as `<part>-<digest8>.parquet`.
 
-    Arrow writes it, with dictionaries for strings also inside lists, which Polars writes out in full: a training set
-    is less than half as large, and opens without making its strings.
+    Arrow writes it, with dictionaries for strings also inside lists, which Polars writes out in
+    full: a training set is less than half as large, and opens without making its strings.
     """
     import pyarrow.parquet as pq
 
@@ -416,8 +436,11 @@ def write_parquet(folder: Path, part: str, frame: pl.DataFrame) -> Entry:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """Read exactly the file `path`: Polars takes `[`, `*` and `?` in a path for a pattern, and would read others."""
-    return pl.read_parquet(path, columns=None if columns is None else list(columns), memory_map=False, glob=False)
+    """Read exactly the file `path`: Polars takes `[`, `*` and `?` in a path for a pattern, and
+    would read others."""
+    return pl.read_parquet(
+        path, columns=None if columns is None else list(columns), memory_map=False, glob=False
+    )
 
 
 def parquet_columns(path: Path) -> set[str]:
@@ -431,7 +454,11 @@ def _string_paths(name: str, dtype: pl.DataType) -> list[str]:
     if isinstance(dtype, pl.List):
         return _string_paths(f"{name}.list.element", dtype.inner)  # type: ignore[arg-type]
     if isinstance(dtype, pl.Struct):
-        return [path for item in dtype.fields for path in _string_paths(f"{name}.{item.name}", item.dtype)]  # type: ignore[arg-type]
+        return [
+            path
+            for item in dtype.fields
+            for path in _string_paths(f"{name}.{item.name}", item.dtype)  # type: ignore[arg-type]
+        ]
     return [name] if dtype == pl.String else []
 
 
@@ -447,7 +474,9 @@ def check_entry(folder: Path, entry: Entry, *, whole: bool = True) -> None:
     except FileNotFoundError:
         raise DamageError(f"{path} is gone; run `foundry verify --repair`") from None
     if found != entry.bytes:
-        raise DamageError(f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`")
+        raise DamageError(
+            f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`"
+        )
     if whole and (digest := sha256_file(path)) != entry.sha256:
         raise DamageError(
             f"{path} has SHA-256 {digest[:16]}, its manifest says {entry.sha256[:16]}; run `foundry verify --repair`"
@@ -477,7 +506,9 @@ def lock(path: Path, what: str, *, wait_s: float = 10.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise LockedError(f"{what} is held by {_holder(path)}; wait for it or stop it") from None
+                    raise LockedError(
+                        f"{what} is held by {_holder(path)}; wait for it or stop it"
+                    ) from None
                 time.sleep(0.1)
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file.truncate(0)

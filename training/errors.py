@@ -6,7 +6,8 @@ class PipelineError(Exception):
 
 
 class ConfigError(PipelineError):
-    """A key, a value or a combination in `foundry.toml`, a recipe or a command that cannot be used."""
+    """A key, a value or a combination in `foundry.toml`, a recipe or a command that cannot be
+    used."""
 
 
 class WorkspaceError(PipelineError):
@@ -38,7 +39,8 @@ class EvaluationError(PipelineError):
 
 
 class FailedPicturesError(EvaluationError):
-    """No verdict on a checkpoint, because pictures have no scores; the message names them and what to do."""
+    """No verdict on a checkpoint, because pictures have no scores; the message names them and what
+    to do."""
 
 
 class TrackingError(PipelineError):

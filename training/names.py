@@ -1,4 +1,5 @@
-"""Rules that options of every configuration share; each error names the option, its value and the rule."""
+"""Rules that options of every configuration share; each error names the option, its value and the
+rule."""
 
 import re
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Listener = Callable[[str, int, int, str], None]
-"""Called with what is counted, how many are done, how many there are, and a note such as the bytes written."""
+"""Called with what is counted, how many are done, how many there are, and a note such as the bytes
+written."""
 
 _listeners: list[Listener] = []
 
@@ -34,7 +35,8 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 @contextlib.contextmanager
 def told(say: Callable[[str], None], *, every_s: float = 30.0) -> Iterator[None]:
-    """Say in a line, at most every `every_s` seconds, how far the work within has come: for logs, which have no bars.
+    """Say in a line, at most every `every_s` seconds, how far the work within has come: for logs,
+    which have no bars.
 
     Rate and time left are counted from the first report on.
     """

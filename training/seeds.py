@@ -1,4 +1,5 @@
-"""The only maker of random generators: every draw is keyed by what is drawn, never by when or where.
+"""The only maker of random generators: every draw is keyed by what is drawn, never by when or
+where.
 
 Two processes, two ranks or a resumed run that ask for the same draw get the same numbers.
 """
@@ -18,7 +19,8 @@ Key = int | str
 
 
 class Purpose(StrEnum):
-    """What a draw is for. Closed: a new kind of draw is a new member, so that streams never overlap."""
+    """What a draw is for. Closed: a new kind of draw is a new member, so that streams never
+    overlap."""
 
     CROP = "crop"
     POSTERIOR = "posterior"
@@ -72,8 +74,8 @@ class Stream:
     def words(self, keys: Sequence[str], counts: Sequence[int]) -> np.ndarray:
         """Uniform numbers of 32 bits: `counts[i]` of them for `keys[i]`, one key after the other.
 
-        SHAKE-128 over the parts that `digest` hashes. What is drawn for a key follows from it alone, and what more is
-        drawn for it comes behind.
+        SHAKE-128 over the parts that `digest` hashes. What is drawn for a key follows from it
+        alone, and what more is drawn for it comes behind.
 
         Returns:
             `(sum(counts),)` uint32.
@@ -88,11 +90,14 @@ class Stream:
 
 def numpy_generator(seed: int, purpose: Purpose, *keys: Key) -> np.random.Generator:
     """A NumPy generator (PCG64) for one draw."""
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest(seed, purpose, *keys)[:16], "little")))
+    return np.random.Generator(
+        np.random.PCG64(int.from_bytes(digest(seed, purpose, *keys)[:16], "little"))
+    )
 
 
 def torch_generator(seed: int, purpose: Purpose, *keys: Key) -> "torch.Generator":
-    """A CPU torch generator for one draw: the numbers do not depend on the device that uses them."""
+    """A CPU torch generator for one draw: the numbers do not depend on the device that uses
+    them."""
     import torch
 
     return torch.Generator("cpu").manual_seed(integer(seed, purpose, *keys))

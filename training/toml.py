@@ -1,4 +1,5 @@
-"""TOML to dataclasses and back: strict about keys and types, and exact about where a mistake stands."""
+"""TOML to dataclasses and back: strict about keys and types, and exact about where a mistake
+stands."""
 
 import dataclasses
 import difflib
@@ -29,7 +30,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None, prefix: str = "") -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None, prefix: str = ""
+) -> T:
     """Make the dataclass `cls` from parsed TOML.
 
     Args:
@@ -38,8 +41,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None
         origin: File that the values came from, for error messages.
         prefix: Dotted path of `values` inside the file.
 
-    Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing key, a value of another type, or a
+    Raises: ConfigError: an unknown key (with the nearest known one), a missing key, a value of
+        another type, or a
             rule of the dataclass; the message names the key and, when known, file and line.
     """
     hints = typing.get_type_hints(cls)
@@ -49,11 +52,15 @@ def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None
         path = f"{prefix}{key}"
         if key not in fields:
             deeper = [name for name in _leaves(cls) if name.rpartition(".")[2] == key]
-            hint = f"did you mean {prefix + deeper[0]!r}?" if deeper else nearest(key, sorted(fields))
+            hint = (
+                f"did you mean {prefix + deeper[0]!r}?" if deeper else nearest(key, sorted(fields))
+            )
             raise ConfigError(f"{_where(origin, key)}unknown key {path!r}; {hint}")
         arguments[key] = _convert(hints[key], value, origin, path)
     for name, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        required = (
+            item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        )
         if required and name not in arguments:
             raise ConfigError(f"{_where(origin, None)}key {prefix}{name!r} is required")
     try:
@@ -63,9 +70,15 @@ def build(cls: type[T], values: Mapping[str, Any], *, origin: Path | None = None
 
 
 def build_with(
-    cls: type[T], values: Mapping[str, Any], assignments: list[str], *, origin: Path | None = None, prefix: str = ""
+    cls: type[T],
+    values: Mapping[str, Any],
+    assignments: list[str],
+    *,
+    origin: Path | None = None,
+    prefix: str = "",
 ) -> T:
-    """`build` with `a.b=VALUE` assignments over the values, whose mistakes are told from those of the file.
+    """`build` with `a.b=VALUE` assignments over the values, whose mistakes are told from those of
+    the file.
 
     Raises:
         ConfigError: as `build` does; a wrong assignment is named as what follows `--set`.
@@ -109,7 +122,8 @@ def _leaves(cls: type[Any]) -> list[str]:
 
 
 def dump(value: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON-able values, tuples as lists: the resolved section that manifests record."""
+    """A dataclass as plain JSON-able values, tuples as lists: the resolved section that manifests
+    record."""
     return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
 
 
@@ -125,7 +139,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """A copy of nested `values` with `a.b=VALUE` assignments applied; VALUE is TOML, or a bare string.
+    """A copy of nested `values` with `a.b=VALUE` assignments applied; VALUE is TOML, or a bare
+    string.
 
     Raises:
         ConfigError: an assignment without `=`, or a path through something that is not a table.
@@ -150,7 +165,9 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {
+        key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -183,7 +200,10 @@ def _convert(hint: Any, value: Any, origin: Path | None, path: str) -> Any:
     if kind is dict:
         if not isinstance(value, Mapping):
             raise _wrong(origin, path, value, "a table")
-        return {key: _convert(arguments[1], item, origin, f"{path}.{key}") for key, item in value.items()}
+        return {
+            key: _convert(arguments[1], item, origin, f"{path}.{key}")
+            for key, item in value.items()
+        }
     if kind is tuple:
         if not isinstance(value, (list, tuple)):
             raise _wrong(origin, path, value, "a list")
@@ -207,10 +227,14 @@ def _convert(hint: Any, value: Any, origin: Path | None, path: str) -> Any:
             origin,
             path,
             value,
-            {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[hint],
+            {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[
+                hint
+            ],
         )
     return value
 
 
 def _wrong(origin: Path | None, path: str, value: Any, rule: str) -> ConfigError:
-    return ConfigError(f"{_where(origin, path.rsplit('.', maxsplit=1)[-1])}{path}={value!r} must be {rule}")
+    return ConfigError(
+        f"{_where(origin, path.rsplit('.', maxsplit=1)[-1])}{path}={value!r} must be {rule}"
+    )

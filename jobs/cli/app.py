@@ -1,4 +1,5 @@
-"""`foundry`: the command line. Thin: each command checks its arguments, calls one function and prints."""
+"""`foundry`: the command line. Thin: each command checks its arguments, calls one function and
+prints."""
 
 import json
 import os
@@ -30,15 +31,19 @@ Gpu = Annotated[str, typer.Option("--gpu", help="Kind of card, for estimates.")]
 Price = Annotated[float, typer.Option("--price", help="Dollars per card and hour.")]
 INTERRUPTED = 130
 """Typer's status after Ctrl-C."""
-RatesFile = Annotated[Path | None, typer.Option("--rates", help="JSON that benchmarks/train_throughput.py wrote.")]
+RatesFile = Annotated[
+    Path | None, typer.Option("--rates", help="JSON that benchmarks/train_throughput.py wrote.")
+]
 
 
 def main() -> None:
     """Run a command; what the user can mend is one line on stderr and status 2."""
-    # OpenMP's threads spin long while they wait, which on a shared machine is fifty times slower than sleeping at once;
-    # sleeping at once makes the small layers of the tiny models twice as slow. This spins for some microseconds.
+    # OpenMP's threads spin long while they wait, which on a shared machine is fifty times slower
+    # than sleeping at once; sleeping at once makes the small layers of the tiny models twice as
+    # slow. This spins for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # oneDNN compiles a kernel for each shape and keeps 1,024 of them: buckets times batch sizes are many more.
+    # oneDNN compiles a kernel for each shape and keeps 1,024 of them: buckets times batch sizes are
+    # many more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     try:
         app(prog_name="foundry")
@@ -60,9 +65,15 @@ def main() -> None:
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Folder of the new workspace.")],
-    source: Annotated[list[str] | None, typer.Option("--source", help="Folder of pictures; may repeat.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="Recipe whose [workspace] half to copy.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Use the demo's tiny models and sizes.")] = False,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="Folder of pictures; may repeat.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Recipe whose [workspace] half to copy.")
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Use the demo's tiny models and sizes.")
+    ] = False,
 ) -> None:
     """Make a workspace."""
     from resources.workspace.setup import create
@@ -74,12 +85,22 @@ def init(
 @app.command()
 def run(
     home: Home = None,
-    select: Annotated[str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")] = None,
-    only: Annotated[bool, typer.Option("--only", help="Leave stale stages upstream of the selection alone.")] = False,
-    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Start no partition after this.")] = None,
+    select: Annotated[
+        str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Leave stale stages upstream of the selection alone.")
+    ] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", help="Start no partition after this.")
+    ] = None,
     accept_missing: Annotated[
         list[str] | None,
-        typer.Option("--accept-missing", help="Source that has lost files as it should; may repeat.", metavar="SOURCE"),
+        typer.Option(
+            "--accept-missing",
+            help="Source that has lost files as it should; may repeat.",
+            metavar="SOURCE",
+        ),
     ] = None,
 ) -> None:
     """Bring the graph up to date: does what is missing or stale, and only that."""
@@ -120,9 +141,15 @@ def _run_interrupted(store: Store) -> str:
 @app.command()
 def status(
     home: Home = None,
-    select: Annotated[str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")] = None,
-    why: Annotated[bool, typer.Option("--why", help="List every stale partition with its reasons.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a stage, in a list.")] = False,
+    select: Annotated[
+        str | None, typer.Option("--select", help="Assets, in Dagster's selection syntax.")
+    ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="List every stale partition with its reasons.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a stage, in a list.")
+    ] = False,
 ) -> None:
     """Say what is stale, why, and how long `foundry run` will take; does nothing."""
     from dataclasses import asdict
@@ -132,7 +159,11 @@ def status(
 
     found = pipeline.status(open_store(home).home, select)
     if as_json:
-        print(json.dumps([asdict(item) | {"sentence": item.sentence} for item in found], ensure_ascii=False))
+        print(
+            json.dumps(
+                [asdict(item) | {"sentence": item.sentence} for item in found], ensure_ascii=False
+            )
+        )
     else:
         console.status(found, why=why)
 
@@ -141,7 +172,9 @@ def status(
 def sql(
     query: Annotated[str, typer.Argument(help="One DuckDB statement over the tables.")],
     home: Home = None,
-    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option("--format", help="How to print.")] = "table",
+    format: Annotated[
+        Literal["table", "jsonl", "csv"], typer.Option("--format", help="How to print.")
+    ] = "table",
 ) -> None:
     """Query every table."""
     from jobs.cli import console
@@ -153,7 +186,9 @@ def sql(
 @app.command()
 def verify(
     home: Home = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Move damage to quarantine/ for the next run.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move damage to quarantine/ for the next run.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare every committed file with its manifest."""
@@ -169,7 +204,12 @@ def verify(
         problems = maintenance.verify(store)
     if as_json:
         num_parts = len(maintenance.digests(store))
-        print(json.dumps({"parts": num_parts, "problems": [asdict(problem) for problem in problems]}, default=str))
+        print(
+            json.dumps(
+                {"parts": num_parts, "problems": [asdict(problem) for problem in problems]},
+                default=str,
+            )
+        )
         raise typer.Exit(1 if any(problem.kind == "damage" for problem in problems) else 0)
     for problem in problems:
         print(f"{problem.kind}: {problem.detail}")
@@ -190,8 +230,12 @@ def verify(
 def digest(
     home: Home = None,
     table: Annotated[str | None, typer.Option("--table", help="Only this table.")] = None,
-    run: Annotated[str | None, typer.Option("--run", help="Digests of a training run's checkpoints.")] = None,
-    against: Annotated[Path | None, typer.Option("--against", help="Another workspace to compare with.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Digests of a training run's checkpoints.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Another workspace to compare with.")
+    ] = None,
 ) -> None:
     """Print logical digests, or compare two workspaces within the tolerance of each column."""
     from resources.operations import maintenance
@@ -211,7 +255,8 @@ def digest(
 
 @app.command()
 def gc(home: Home = None) -> None:
-    """Delete what no manifest names and is older than a day, and generations of latents that nobody reads any more."""
+    """Delete what no manifest names and is older than a day, and generations of latents that nobody
+    reads any more."""
     from resources.operations import maintenance
     from resources.workspace import generations
 
@@ -223,13 +268,17 @@ def gc(home: Home = None) -> None:
 
 
 @app.command()
-def forget(image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None) -> None:
+def forget(
+    image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None
+) -> None:
     """Remove every row and latent derived from images, for ever."""
     from resources.operations import maintenance
 
     store = open_store(home)
     done = maintenance.forget(store, image_id)
-    print(f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents")
+    print(
+        f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents"
+    )
     for name in done["sources"]:
         print(f"the file itself lies in your folder, delete it there: {name}")
     print(f"runs that saw one of them: {', '.join(done['runs']) or 'none'}")
@@ -241,23 +290,39 @@ def forget(image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the fi
 def train(
     run: Annotated[str, typer.Option("--run", help="Name of the training run.")],
     home: Home = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe whose [run] half to train.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe whose [run] half to train.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; may repeat.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; write nothing.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Divide sizes by recipes/tiny.toml.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print recipe and estimates; write nothing.")
+    ] = False,
     world_size: Annotated[
         int | None,
-        typer.Option("--world-size", "--gpus", help="With --dry-run: ranks; the run's num_processes by default."),
+        typer.Option(
+            "--world-size",
+            "--gpus",
+            help="With --dry-run: ranks; the run's num_processes by default.",
+        ),
     ] = None,
     gpu: Gpu = "H200",
     price: Price = 3.0,
     rates: RatesFile = None,
-    stop: Annotated[bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Ask the running trainer to save and stop.")
+    ] = False,
     without_forgotten: Annotated[
-        bool, typer.Option("--without-forgotten", help="Go on without images of the set that were forgotten.")
+        bool,
+        typer.Option(
+            "--without-forgotten", help="Go on without images of the set that were forgotten."
+        ),
     ] = False,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Write all that the run needs into this new folder instead.")
+        Path | None,
+        typer.Option("--bundle", help="Write all that the run needs into this new folder instead."),
     ] = None,
 ) -> None:
     """Start, resume or follow a training run, or adopt one that was trained elsewhere."""
@@ -268,7 +333,9 @@ def train(
     if dry_run + stop + (bundle is not None) > 1:
         raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
     if recipe is None and (set_ or tiny):
-        raise ConfigError("--set and --tiny change a recipe: name it with --recipe, or edit the run's config.toml")
+        raise ConfigError(
+            "--set and --tiny change a recipe: name it with --recipe, or edit the run's config.toml"
+        )
     if world_size is not None and not dry_run:
         raise ConfigError(
             f"--world-size {world_size} is for --dry-run; a run trains on its num_processes: "
@@ -291,7 +358,9 @@ def train(
 
         config = setup.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
         num_ranks = world_size or config.num_processes
-        hardware = estimates.Hardware(num_gpus=num_ranks, gpu=gpu, dollars_per_hour=price, rates=rates)
+        hardware = estimates.Hardware(
+            num_gpus=num_ranks, gpu=gpu, dollars_per_hour=price, rates=rates
+        )
         print(recipes.run_toml(config))
         print("\n".join(estimates.dry_run(store, run, config, hardware)))
         return
@@ -305,8 +374,12 @@ def train(
         from jobs.cli import console
 
         with console.progress() as announce:
-            num_bytes = bundles.write(store.home, run, bundle.expanduser().resolve(), started=announce)
-        print(f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back")
+            num_bytes = bundles.write(
+                store.home, run, bundle.expanduser().resolve(), started=announce
+            )
+        print(
+            f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back"
+        )
         return
     started, folder = time.monotonic(), store.run_folder(run)
     if_interrupted(lambda: _train_interrupted(store, run))
@@ -315,7 +388,9 @@ def train(
         from jobs.cli import console  # Dagster, while the trainer imports its own
 
         with console.progress() as announce:
-            outcomes = pipeline.bring_up_to_date(store.home, select="checkpoints", run=run, started=announce)
+            outcomes = pipeline.bring_up_to_date(
+                store.home, select="checkpoints", run=run, started=announce
+            )
     console.summary(Store(store.home), outcomes, time.monotonic() - started)
 
 
@@ -324,7 +399,10 @@ def _train_interrupted(store: Store, run: str) -> str:
     from resources import torchrun
     from training.runs.run_folder import checkpoints
 
-    folder, command = store.run_folder(run), f"`foundry train --home {shlex.quote(str(store.home))} --run {run}"
+    folder, command = (
+        store.run_folder(run),
+        f"`foundry train --home {shlex.quote(str(store.home))} --run {run}",
+    )
     if torchrun.is_running(folder):
         return f"the trainer goes on by itself; follow it again with {command}`, stop it with {command} --stop`"
     saved = [path.name for path in checkpoints(folder)]
@@ -335,10 +413,18 @@ def _train_interrupted(store: Store, run: str) -> str:
 @app.command()
 def cost(
     home: Home = None,
-    run: Annotated[str | None, typer.Option("--run", help="Configured run of the workspace.")] = None,
-    images: Annotated[int, typer.Option("--images", help="Without --run: images of the data set.")] = 0,
-    samples: Annotated[int, typer.Option("--samples", help="Without --run: samples to train on.")] = 0,
-    generated: Annotated[int | None, typer.Option("--generated", help="Pictures drawn by evaluations.", min=0)] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Configured run of the workspace.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option("--images", help="Without --run: images of the data set.")
+    ] = 0,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Without --run: samples to train on.")
+    ] = 0,
+    generated: Annotated[
+        int | None, typer.Option("--generated", help="Pictures drawn by evaluations.", min=0)
+    ] = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Cards.", min=1)] = 1,
     gpu: Gpu = "H200",
     price: Price = 3.0,
@@ -362,14 +448,22 @@ def cost(
     if generated is not None:
         work = replace(work, num_generated=generated)
     hardware = estimates.Hardware(num_gpus=gpus, gpu=gpu, dollars_per_hour=price, rates=rates)
-    bill = model.estimate_cost(work, hardware.resolve(), num_gpus=gpus, dollars_per_hour=price, stored_bytes=stored)
-    print(json.dumps(model.as_json(bill)) if as_json else "\n".join([*estimates.cost_lines(bill), *advice]))
+    bill = model.estimate_cost(
+        work, hardware.resolve(), num_gpus=gpus, dollars_per_hour=price, stored_bytes=stored
+    )
+    print(
+        json.dumps(model.as_json(bill))
+        if as_json
+        else "\n".join([*estimates.cost_lines(bill), *advice])
+    )
 
 
 @app.command()
 def buckets(
     plan: Annotated[str, typer.Argument(help="Name of a bucket plan.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in [encodings.*.buckets].")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, as in [encodings.*.buckets].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Print the sizes of a bucket plan, height before width."""
@@ -379,20 +473,28 @@ def buckets(
 
     config = toml.build(BucketConfig, toml.override({"plan": plan}, set_ or []))
     if plans.follows_picture(config):
-        print("no list: each picture keeps its own size, cut to multiples of the step", file=sys.stderr)
+        print(
+            "no list: each picture keeps its own size, cut to multiples of the step",
+            file=sys.stderr,
+        )
     listed = [[size.height, size.width] for size in plans.plan(config)]
     print(json.dumps(listed) if as_json else "\n".join(map(json.dumps, listed)))
 
 
 @app.command()
 def prompts(
-    run: Annotated[str | None, typer.Option("--run", help="Training run whose prompts to make.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Training run whose prompts to make.")
+    ] = None,
     home: Home = None,
     n: Annotated[int, typer.Option("--n", help="How many.")] = 20,
     trace: Annotated[bool, typer.Option("--trace", help="Say how each came about.")] = False,
-    fit: Annotated[Path | None, typer.Option("--fit", help="People's prompts, one a line: measure them.")] = None,
+    fit: Annotated[
+        Path | None, typer.Option("--fit", help="People's prompts, one a line: measure them.")
+    ] = None,
 ) -> None:
-    """Print prompts as a run will see them, or what people's prompts say of mean_tags and std_tags."""
+    """Print prompts as a run will see them, or what people's prompts say of mean_tags and
+    std_tags."""
     from training.prompts import prompt_statistics
 
     if (run is None) == (fit is None):
@@ -412,7 +514,9 @@ def prompts(
                 print(f"    {told[number]}")
 
 
-latents_app = typer.Typer(no_args_is_help=True, help="Encode latents anew, and move them in and out.")
+latents_app = typer.Typer(
+    no_args_is_help=True, help="Encode latents anew, and move them in and out."
+)
 app.add_typer(latents_app, name="latents")
 
 
@@ -420,17 +524,24 @@ app.add_typer(latents_app, name="latents")
 def latents_reencode(
     home: Home = None,
     encoding: Annotated[str | None, typer.Option("--encoding", help="Only this one.")] = None,
-    shards: Annotated[int, typer.Option("--shards", help="At most so many, the oldest first; 0 for all.", min=0)] = 0,
-    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Begin no shard after this.")] = None,
+    shards: Annotated[
+        int, typer.Option("--shards", help="At most so many, the oldest first; 0 for all.", min=0)
+    ] = 0,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", help="Begin no shard after this.")
+    ] = None,
 ) -> None:
-    """Write the next generation of the oldest latents now; a running trainer takes it up at its next epoch."""
+    """Write the next generation of the oldest latents now; a running trainer takes it up at its
+    next epoch."""
     from jobs import encode
     from jobs.cli import console
 
     store = open_store(home)
     with console.progress() as announce:
         announce("latents", shards or len(store.parts("latents")), ["encoded anew"])
-        done, left = encode.reencode(store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes)
+        done, left = encode.reencode(
+            store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes
+        )
     print(f"encoded anew: {', '.join(done) or 'nothing'}")
     if left:
         print(f"no time for {len(left)} shards, the first is {left[0]}")
@@ -441,11 +552,16 @@ def latents_reencode(
 def latents_import(
     folder: Annotated[Path, typer.Argument(help="Folder of the files.")],
     encoding: Annotated[str, typer.Option("--encoding", help="Encoding that they become.")],
-    kind: Annotated[Literal["kohya", "bigasp"], typer.Option("--format", help="Whose files they are.")] = "kohya",
-    index: Annotated[Path | None, typer.Option("--index", help="CSV file,source_id: whose each file is.")] = None,
+    kind: Annotated[
+        Literal["kohya", "bigasp"], typer.Option("--format", help="Whose files they are.")
+    ] = "kohya",
+    index: Annotated[
+        Path | None, typer.Option("--index", help="CSV file,source_id: whose each file is.")
+    ] = None,
     home: Home = None,
 ) -> None:
-    """Take over latents that another trainer has cached; what is missing is encoded by the next run."""
+    """Take over latents that another trainer has cached; what is missing is encoded by the next
+    run."""
     from jobs import exchange
     from jobs.cli import console
 
@@ -456,7 +572,9 @@ def latents_import(
     print(f"reconstruction error of a sample: {done.error:.1f} of 255")
     for reason, count in done.refused:
         print(f"not imported: {count} {reason}")
-    print(f"encode the others with: foundry run --home {shlex.quote(str(store.home))} --select latents")
+    print(
+        f"encode the others with: foundry run --home {shlex.quote(str(store.home))} --select latents"
+    )
 
 
 @latents_app.command("export")

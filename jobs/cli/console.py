@@ -44,7 +44,8 @@ class _RateColumn(ProgressColumn):
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
-    """For the stage at work: its partitions, why they are stale, and how far it is; bars on a terminal, else lines."""
+    """For the stage at work: its partitions, why they are stale, and how far it is; bars on a
+    terminal, else lines."""
     columns = (
         TextColumn("{task.description:20}"), BarColumn(12), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -53,7 +54,9 @@ def progress() -> Iterator[Callable[[str, int, Sequence[str]], None]]:
 
     def say(stage: str, num_partitions: int, reasons: Sequence[str] = ()) -> None:
         plural = "" if num_partitions == 1 else f", {num_partitions} partitions"
-        console.print(Text.assemble((stage, "bold"), plural, f": {'; '.join(reasons)}" if reasons else ""))
+        console.print(
+            Text.assemble((stage, "bold"), plural, f": {'; '.join(reasons)}" if reasons else "")
+        )
 
     if not console.is_terminal:  # a log has no bars: a line at most every 30 s
         with told(lambda line: console.print(f"  {line}", markup=False, soft_wrap=True)):
@@ -90,15 +93,21 @@ def _table(first: str, *others: str, gap: int = 2) -> Table:
 
 
 def status(found: Sequence[StageStatus], *, why: bool) -> None:
-    """One line a stage: how many partitions are stale, why, and the expected time; then what to run."""
+    """One line a stage: how many partitions are stale, why, and the expected time; then what to
+    run."""
     console = Console()
     table = _table("stage", "stale")
     table.add_column("reason")
     table.add_column("time", justify="right", no_wrap=True)
     for item in found:
-        counted = f"{len(item.stale)} of {item.num_partitions}" if item.num_partitions != 1 else str(len(item.stale))
+        counted = (
+            f"{len(item.stale)} of {item.num_partitions}"
+            if item.num_partitions != 1
+            else str(len(item.stale))
+        )
         reason = Text(
-            item.error or "; ".join(grouped(item.stale)) or "current", style="" if item.stale or item.error else "dim"
+            item.error or "; ".join(grouped(item.stale)) or "current",
+            style="" if item.stale or item.error else "dim",
         )
         if not item.stale and not item.error and item.follows:
             reason = Text(f"may follow {item.follows[-1]}", style="dim")
@@ -135,7 +144,8 @@ def _duration(seconds: float) -> str:
 
 
 def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
-    """Rows in, out and rejected, and seconds, per stage; then base against fine-tuned, and what to do next."""
+    """Rows in, out and rejected, and seconds, per stage; then base against fine-tuned, and what to
+    do next."""
     console = Console()
     table = _table("stage", "made now", "rows in", "rows out", "rejected", "seconds")
     for item in outcomes:
@@ -149,16 +159,23 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
     if not made_now and not any(outcome.failed for outcome in outcomes):
         console.print("everything selected is up to date: nothing was done")
     for item in outcomes:
-        if item.stage == "source_listing" and (listing := store.manifest("source_listing", "all")) is not None:
+        if (
+            item.stage == "source_listing"
+            and (listing := store.manifest("source_listing", "all")) is not None
+        ):
             for note in listing.report.get("notes", []):
                 console.print(note, soft_wrap=True, markup=False, highlight=False)
         if item.unfinished:
-            console.print(f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run")
+            console.print(
+                f"{item.stage}: time is up, {len(item.unfinished)} partitions are left for the next run"
+            )
         for key, reason in item.failed.items():
             console.print(f"{key} is not evaluated: {reason}", markup=False)
     for run in store.keys(Scope.RUN):
         if is_away(store.run_folder(run)):
-            console.print(f"run {run} is away: it was bundled to be trained elsewhere, and is not trained here")
+            console.print(
+                f"run {run} is away: it was bundled to be trained elsewhere, and is not trained here"
+            )
     _verdicts(store, console)
     if seconds:
         console.print(f"took {seconds:.0f} s")
@@ -174,10 +191,16 @@ def _verdicts(store: Store, console: Console) -> None:
     _champion(store, console)
     console.print(f"sample images: {store.home / 'sample_images'}", soft_wrap=True, markup=False)
     console.print(f"model and card: {store.home / 'release'}", soft_wrap=True, markup=False)
-    console.print(f"open the pages: foundry up --home {shlex.quote(str(store.home))}", soft_wrap=True, markup=False)
+    console.print(
+        f"open the pages: foundry up --home {shlex.quote(str(store.home))}",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
-def _against_base(store: Store, parts: Sequence[str], names: tuple[str, str], console: Console) -> None:
+def _against_base(
+    store: Store, parts: Sequence[str], names: tuple[str, str], console: Console
+) -> None:
     """Verdicts against the base, and why there is none where pictures failed."""
     _verdict_tables(store.read("verdicts", parts=parts), names, console)
     for part in parts:
@@ -228,14 +251,17 @@ def compared(found: "Comparison") -> None:
 
 
 def rows(frame: pl.DataFrame, format: Literal["table", "jsonl", "csv"]) -> None:
-    """Print a frame: a table for people, JSON lines or CSV for programs (what a spreadsheet would run is quoted)."""
+    """Print a frame: a table for people, JSON lines or CSV for programs (what a spreadsheet would
+    run is quoted)."""
     if format == "jsonl":
         for row in frame.iter_rows(named=True):
             print(json.dumps(row, ensure_ascii=False, default=str))
         return
     plain = frame.select(_as_text(column) for column in frame.get_columns())
     if format == "csv":
-        sys.stdout.write(plain.with_columns(pl.col(pl.String).str.replace(r"^([=+\-@\t\r])", "'$1")).write_csv())
+        sys.stdout.write(
+            plain.with_columns(pl.col(pl.String).str.replace(r"^([=+\-@\t\r])", "'$1")).write_csv()
+        )
         return
     table = Table()
     for name in plain.columns:
@@ -250,6 +276,7 @@ def _as_text(column: pl.Series) -> pl.Series:
     if not isinstance(column.dtype, (pl.List, pl.Struct, pl.Array)):
         return column
     texts = [
-        None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in column.to_list()
+        None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+        for value in column.to_list()
     ]
     return pl.Series(column.name, texts, dtype=pl.String)

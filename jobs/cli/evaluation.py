@@ -17,14 +17,25 @@ app = typer.Typer()
 @app.command()
 def evaluate(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Checkpoints: RUN@SAMPLES, RUN for its last, base, champion, a rival.")
+        list[str] | None,
+        typer.Argument(help="Checkpoints: RUN@SAMPLES, RUN for its last, base, champion, a rival."),
     ] = None,
     home: Home = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Without a workspace: model folder.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Without a workspace: prompt file.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Without a workspace: new folder for pictures.")] = None,
-    adopt: Annotated[Path | None, typer.Option("--adopt", help="Take over a folder that --out has filled.")] = None,
-    export: Annotated[Path | None, typer.Option("--export", help="Write the prompt file for another machine.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Without a workspace: model folder.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Without a workspace: prompt file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Without a workspace: new folder for pictures.")
+    ] = None,
+    adopt: Annotated[
+        Path | None, typer.Option("--adopt", help="Take over a folder that --out has filled.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Write the prompt file for another machine.")
+    ] = None,
 ) -> None:
     """Draw, score and judge checkpoints; or only draw them, on another machine."""
     from jobs import comparison
@@ -57,12 +68,15 @@ def evaluate(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="Compared against: RUN@SAMPLES, RUN, base, champion, a rival.")],
+    a: Annotated[
+        str, typer.Argument(help="Compared against: RUN@SAMPLES, RUN, base, champion, a rival.")
+    ],
     b: Annotated[str, typer.Argument(help="Judged.")],
     home: Home = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether checkpoint B is better than A: the verdict, the table, and a page that shows both."""
+    """Say whether checkpoint B is better than A: the verdict, the table, and a page that shows
+    both."""
     from jobs import comparison
     from jobs.cli import console
 
@@ -71,12 +85,19 @@ def compare(
         found = comparison.compare(store.home, a, b, started=announce)
     if as_json:
         verdicts = found.verdicts.to_dicts()
-        print(json.dumps({"a": found.a, "b": found.b, "report": str(found.report), "verdicts": verdicts}, default=str))
+        print(
+            json.dumps(
+                {"a": found.a, "b": found.b, "report": str(found.report), "verdicts": verdicts},
+                default=str,
+            )
+        )
     else:
         console.compared(found)
 
 
-rival_app = typer.Typer(no_args_is_help=True, help="Models made by others, sampled and judged beside ours.")
+rival_app = typer.Typer(
+    no_args_is_help=True, help="Models made by others, sampled and judged beside ours."
+)
 app.add_typer(rival_app, name="rival")
 
 
@@ -119,8 +140,12 @@ def rival_list(home: Home = None) -> None:
 @app.command()
 def score(
     folder: Annotated[Path, typer.Argument(help="Pictures made anywhere, a folder per model.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="CSV with a column Prompts, or a prompt file.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where tables go; default: <FOLDER>_scores.")] = None,
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="CSV with a column Prompts, or a prompt file.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where tables go; default: <FOLDER>_scores.")
+    ] = None,
     home: Home = None,
 ) -> None:
     """Score pictures with the workspace's networks; models that are done already are skipped."""
@@ -134,5 +159,8 @@ def score(
         outcomes = list(scoring.score_folder(store, pictures, prompts, target))
     for model in outcomes:
         state = "scored before" if model.skipped else f"{model.num_pictures} pictures"
-        print(f"{model.name}: {state}" + (f", {model.num_failed} could not be scored" if model.num_failed else ""))
+        print(
+            f"{model.name}: {state}"
+            + (f", {model.num_failed} could not be scored" if model.num_failed else "")
+        )
     print(f"summary: {target / SUMMARY}")

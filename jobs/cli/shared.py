@@ -11,7 +11,9 @@ from resources.workspace.store import Store, find_home
 
 Home = Annotated[
     Path | None,
-    typer.Option("--home", help="The workspace; default: FOUNDRY_HOME, the nearest one above, ./workspace."),
+    typer.Option(
+        "--home", help="The workspace; default: FOUNDRY_HOME, the nearest one above, ./workspace."
+    ),
 ]
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PROXIED = "mlflow-artifacts:/"
-"""How artifacts are addressed that lie where a server keeps them: without a path of this machine."""
+"""How artifacts are addressed that lie where a server keeps them: without a path of this
+machine."""
 _DEFAULT = "MLFLOW_TRACKING_URI"
 SQLITE = "sqlite:///"
 _SETTINGS = {
@@ -34,7 +35,9 @@ def connect(uri: str) -> "MlflowClient":
     """A client of the MLflow at `uri`; a SQLite database is created where there is none."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries are in the error that we raise
+    logging.getLogger("urllib3.connectionpool").setLevel(
+        logging.ERROR
+    )  # its retries are in the error that we raise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow 3.17 imports modules that others have deprecated
         from mlflow import MlflowClient
@@ -45,7 +48,8 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def version(uri: str) -> tuple[int, int]:
-    """Major and minor version of the MLflow at `uri`, whose pages people see; (0, 0) when it does not say."""
+    """Major and minor version of the MLflow at `uri`, whose pages people see; (0, 0) when it does
+    not say."""
     import mlflow
 
     found = str(mlflow.__version__)
@@ -60,7 +64,8 @@ def version(uri: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def as_default(uri: str) -> Iterator[None]:
-    """Make `uri` MLflow's default for a while: its registry (3.17) looks for LoggedModels there, whatever its store."""
+    """Make `uri` MLflow's default for a while: its registry (3.17) looks for LoggedModels there,
+    whatever its store."""
     before = os.environ.get(_DEFAULT)
     os.environ[_DEFAULT] = uri
     try:
@@ -73,26 +78,32 @@ def as_default(uri: str) -> Iterator[None]:
 
 
 def create_database(path: Path) -> None:
-    """Create MLflow's SQLite database, one process at a time: two at once would break it. Takes 3 to 6 s, once."""
+    """Create MLflow's SQLite database, one process at a time: two at once would break it. Takes 3
+    to 6 s, once."""
     if path.is_file():
         return
-    with commit.lock(path.parent / "locks" / "mlflow.lock", f"the MLflow database {path}", wait_s=120):
+    with commit.lock(
+        path.parent / "locks" / "mlflow.lock", f"the MLflow database {path}", wait_s=120
+    ):
         if not path.is_file():
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-            # Under another name first: a kill in the middle leaves no half database that looks whole.
+            # Under another name first: a kill in the middle leaves no half database that looks
+            # whole.
             with commit.temporary(path, beside=commit.SQLITE_BESIDE) as fresh:
                 SqlAlchemyStore(f"sqlite:///{fresh}", PROXIED).engine.dispose()
                 os.replace(fresh, path)
 
 
 def identity(experiment_id: str | int, created_ms: int) -> str:
-    """What no other experiment has, not even one of the same name in a database that was deleted and made again."""
+    """What no other experiment has, not even one of the same name in a database that was deleted
+    and made again."""
     return f"{experiment_id} made at {created_ms}"
 
 
 def slug(text: str) -> str:
-    """`text` in characters that keys, file names and filters take; what had to change keeps a digest."""
+    """`text` in characters that keys, file names and filters take; what had to change keeps a
+    digest."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 

@@ -1,7 +1,9 @@
-"""What MLflow does not have yet of a workspace, and the one way to send it: whoever has worked calls `catch_up`.
+"""What MLflow does not have yet of a workspace, and the one way to send it: whoever has worked
+calls `catch_up`.
 
-A note in the workspace says by digest what was sent to which experiment. It decides nothing else: without it, or with
-another database behind the same address, all is sent again, which leaves alone what is there.
+A note in the workspace says by digest what was sent to which experiment. It decides nothing else:
+without it, or with another database behind the same address, all is sent again, which leaves alone
+what is there.
 """
 
 import contextlib
@@ -25,8 +27,8 @@ from training.runs.run_folder import EVENTS, read_inputs
 
 NOTE = "tracking.json"
 PATIENCE_S = 5.0
-"""How long failures may take in all before the rest waits for the next call: what MLflow refuses at once holds up
-nothing else, a hung server is waited for once."""
+"""How long failures may take in all before the rest waits for the next call: what MLflow refuses at
+once holds up nothing else, a hung server is waited for once."""
 _BASE = "base~"
 """Begins the parts of table `verdicts` that compare with the base."""
 _NUM_NAMED = 4
@@ -68,10 +70,12 @@ def owes(store: Store) -> list[str]:
 
 
 def catch_up(store: Store, log: logging.Logger) -> bool:
-    """Send MLflow what it does not have yet: event logs, scores, verdicts, reports and the champion.
+    """Send MLflow what it does not have yet: event logs, scores, verdicts, reports and the
+    champion.
 
-    It never fails its caller, and never keeps it for long: MLflow is not even imported where nothing is owed, and given
-    up after `PATIENCE_S` of failures. What is still owed then is a warning, and sent by the next call.
+    It never fails its caller, and never keeps it for long: MLflow is not even imported where
+    nothing is owed, and given up after `PATIENCE_S` of failures. What is still owed then is a
+    warning, and sent by the next call.
 
     Returns:
         Whether MLflow has everything.
@@ -82,7 +86,9 @@ def catch_up(store: Store, log: logging.Logger) -> bool:
             return True
         with (
             calls.explained("MLflow does not catch up"),
-            commit.lock(store.home / "locks" / "tracking.lock", f"catching up MLflow with {store.home}"),
+            commit.lock(
+                store.home / "locks" / "tracking.lock", f"catching up MLflow with {store.home}"
+            ),
         ):
             failed = _send(store, _tracking(store))
     except TrackingError as error:
@@ -92,7 +98,9 @@ def catch_up(store: Store, log: logging.Logger) -> bool:
         failed = dict.fromkeys(names, str(error))
     if failed:
         further = len(failed) - _NUM_NAMED
-        listed = ", ".join(list(failed)[:_NUM_NAMED]) + (f" and {further} more" if further > 0 else "")
+        listed = ", ".join(list(failed)[:_NUM_NAMED]) + (
+            f" and {further} more" if further > 0 else ""
+        )
         log.warning(f"MLflow is owed {listed}: {next(iter(failed.values()))}")
     return not failed
 
@@ -125,8 +133,8 @@ def _owed(store: Store, tracking: Tracking, note: _Note) -> Iterator[_Item]:
 
 
 def _items(store: Store, tracking: Tracking) -> Iterator[_Item]:
-    """All that MLflow should have: the experiment under its name, then logs; of each run the newest checkpoint last,
-    whose verdict stays on top."""
+    """All that MLflow should have: the experiment under its name, then logs; of each run the newest
+    checkpoint last, whose verdict stays on top."""
     if work := list(_work(store, tracking)):
         # A copy, or a workspace that moved, has another name; another version of ours other views.
         plain = [view.state for view in views.views().values()]
@@ -143,27 +151,43 @@ def _send_experiment(tracking: Tracking) -> None:
 def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
     for path in sorted((store.home / "runs").glob(f"*/{EVENTS}")):
         yield _Item(
-            f"the log of run {path.parent.name}", str(path.stat().st_size), partial(tracking.forward, path.parent)
+            f"the log of run {path.parent.name}",
+            str(path.stat().st_size),
+            partial(tracking.forward, path.parent),
         )
     for run in store.parts("checkpoints"):
         manifest = store.manifest("checkpoints", run)
-        if manifest is not None and (dagster_run := str(manifest.provenance.get("dagster_run", ""))):
+        if manifest is not None and (
+            dagster_run := str(manifest.provenance.get("dagster_run", ""))
+        ):
             send = partial(tracking.log_dagster_run, run, dagster_run)
             yield _Item(f"the link from {run} to Dagster", dagster_run, send)
     for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
-        yield _Item(f"scores of {checkpoint}", "+".join(digests), partial(_send_scores, store, tracking, checkpoint))
+        yield _Item(
+            f"scores of {checkpoint}",
+            "+".join(digests),
+            partial(_send_scores, store, tracking, checkpoint),
+        )
     for run, base in _bases(store).items():
         send = partial(_send_base_pictures, store, tracking, run, base)
-        yield _Item(f"the base's pictures beside {run}", _digest(store, "sample_images", base), send)
+        yield _Item(
+            f"the base's pictures beside {run}", _digest(store, "sample_images", base), send
+        )
     verdicts: dict[str, list[str]] = {}
-    for part in sorted((part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age):
+    for part in sorted(
+        (part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age
+    ):
         verdicts.setdefault(_age(part)[0].removeprefix(_BASE), []).append(part)
     for run, parts in verdicts.items():
         digest = commit.json_digest([_digest(store, "verdicts", part) for part in parts])
         yield _Item(f"verdicts on {run}", digest, partial(_send_verdicts, store, tracking, parts))
     for run in store.parts("release"):
-        yield _Item(f"the report of {run}", _digest(store, "release", run), partial(_send_report, store, tracking, run))
+        yield _Item(
+            f"the report of {run}",
+            _digest(store, "release", run),
+            partial(_send_report, store, tracking, run),
+        )
     now = champion.read(store.home)
     if now is not None and now.verdict:
         send = partial(tracking.set_champion, now.checkpoint, now.sentence)
@@ -171,13 +195,16 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
 
 
 def _bases(store: Store) -> dict[str, str]:
-    """Run -> its base model as a checkpoint, where the base drew the same prompts as a checkpoint of the run."""
+    """Run -> its base model as a checkpoint, where the base drew the same prompts as a checkpoint
+    of the run."""
     drawn, found = store.parts("sample_images"), {}
     for checkpoint in drawn:
         run = _age(checkpoint)[0]
         if not store.is_of_run(checkpoint):
             continue
-        with contextlib.suppress(ConfigError):  # the run's own log cannot be sent then, and says why
+        with contextlib.suppress(
+            ConfigError
+        ):  # the run's own log cannot be sent then, and says why
             base = checkpoint_name(read_inputs(store.run_folder(run)).base_digest)
             if base in drawn and _prompts(store, base) == _prompts(store, checkpoint):
                 found[run] = base
@@ -212,7 +239,9 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
 
 
 def _send_base_pictures(store: Store, tracking: Tracking, run: str, base: str) -> None:
-    tracking.log_base_pictures(run, store.read("sample_images", parts=[base]), store.sample_folder(base))
+    tracking.log_base_pictures(
+        run, store.read("sample_images", parts=[base]), store.sample_folder(base)
+    )
 
 
 def _send_verdicts(store: Store, tracking: Tracking, parts: list[str]) -> None:
@@ -225,7 +254,10 @@ def _send_verdicts(store: Store, tracking: Tracking, parts: list[str]) -> None:
 def _send_report(store: Store, tracking: Tracking, run: str) -> None:
     manifest = store.manifest("release", run)
     assert manifest is not None, "it is a committed part"
-    checkpoint, report = manifest.report["numbers"]["checkpoint"], store.home / "release" / run / releasing.REPORT
+    checkpoint, report = (
+        manifest.report["numbers"]["checkpoint"],
+        store.home / "release" / run / releasing.REPORT,
+    )
     tracking.log_file(checkpoint, report.name, report.read_bytes())
     if (sheet := store.sheet_file(run)).is_file():
         tracking.log_file(checkpoint, "contact_sheet.jpg", sheet.read_bytes())
@@ -236,7 +268,8 @@ def _tracking(store: Store) -> Tracking:
 
 
 def _read(store: Store, tracking: Tracking) -> _Note:
-    """What was sent to the experiment that is there now; nothing where the note is of another, or damaged."""
+    """What was sent to the experiment that is there now; nothing where the note is of another, or
+    damaged."""
     address = "" if tracking.artifacts is not None else commit.json_digest(tracking.uri)
     try:
         there = tracking.on_disk()
@@ -245,7 +278,9 @@ def _read(store: Store, tracking: Tracking) -> _Note:
         found = None
     try:
         values = json.loads((store.home / NOTE).read_bytes())
-        note = _Note(address=values["address"], experiment=values["experiment"], sent=dict(values["sent"]))
+        note = _Note(
+            address=values["address"], experiment=values["experiment"], sent=dict(values["sent"])
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return _Note(address=address, experiment=found or "")
     same = note.address == address and found in (None, note.experiment)
@@ -253,4 +288,7 @@ def _read(store: Store, tracking: Tracking) -> _Note:
 
 
 def _write(store: Store, note: _Note) -> None:
-    commit.write_json(store.home / NOTE, {"address": note.address, "experiment": note.experiment, "sent": note.sent})
+    commit.write_json(
+        store.home / NOTE,
+        {"address": note.address, "experiment": note.experiment, "sent": note.sent},
+    )

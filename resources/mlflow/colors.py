@@ -1,5 +1,5 @@
-"""Colours of runs: MLflow draws all curves of a run in the colour that its tag names, and else in one by its id, which
-two runs may share.
+"""Colours of runs: MLflow draws all curves of a run in the colour that its tag names, and else in
+one by its id, which two runs may share.
 """
 
 from collections import Counter
@@ -12,7 +12,8 @@ TAG = "mlflow.runColor"
 COLORS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
 )  # fmt: skip
-"""Ten that a person tells apart, as many as runs that MLflow shows at first. Source: Tableau's palette of ten."""
+"""Ten that a person tells apart, as many as runs that MLflow shows at first. Source: Tableau's
+palette of ten."""
 
 
 def free(client: "MlflowClient", experiment_id: str) -> str:

@@ -1,7 +1,8 @@
-"""Which experiment of an MLflow is a workspace's: one that names its id, whatever it is called and wherever it lies.
+"""Which experiment of an MLflow is a workspace's: one that names its id, whatever it is called and
+wherever it lies.
 
-A database that belongs to one workspace goes where that goes: its experiment is taken along by a copy, under the copy's
-name and id. On a shared server a copy gets an experiment of its own.
+A database that belongs to one workspace goes where that goes: its experiment is taken along by a
+copy, under the copy's name and id. On a shared server a copy gets an experiment of its own.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ def choose(found: Sequence[Found], name: str, *, workspace: str, own: bool) -> F
 
 
 def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> str:
-    """Id of the workspace's experiment, which afterwards is there, active, and has the workspace's name and id.
+    """Id of the workspace's experiment, which afterwards is there, active, and has the workspace's
+    name and id.
 
     Args:
         client: A connected client.
@@ -60,15 +62,23 @@ def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> st
     """
     from mlflow.exceptions import MlflowException
 
-    found = choose(_candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own)
+    found = choose(
+        _candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own
+    )
     if found is None:
-        # MLflow's pages show curves and pictures for this kind of experiment, and chats for the default one.
+        # MLflow's pages show curves and pictures for this kind of experiment, and chats for the
+        # default one.
         tags = {"mlflow.experimentKind": "custom_model_development", WORKSPACE_TAG: workspace}
         location = f"{PROXIED}{calls.slug(name)}" if own else None
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException:
-            found = choose(_candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own)
+            found = choose(
+                _candidates(client, name, workspace=workspace, own=own),
+                name,
+                workspace=workspace,
+                own=own,
+            )
             if found is None:
                 raise  # else another process was faster
     if found.deleted:
@@ -81,7 +91,8 @@ def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> st
 
 
 def on_disk(uri: str, name: str, *, workspace: str, own: bool) -> Found | None:
-    """The workspace's experiment, read past MLflow, whose import takes 2 s; None where there is none.
+    """The workspace's experiment, read past MLflow, whose import takes 2 s; None where there is
+    none.
 
     Raises:
         LookupError: only MLflow can tell: it is a server, or the database is locked.
@@ -119,7 +130,8 @@ def tag_on_disk(uri: str, experiment_id: str, key: str) -> str:
 
 
 def _candidates(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> list[Found]:
-    """All that `choose` may choose from: on a server that has thousands, only those with the right id or name."""
+    """All that `choose` may choose from: on a server that has thousands, only those with the right
+    id or name."""
     from mlflow.entities import LifecycleStage, ViewType
 
     wanted = None if own else f"tags.`{WORKSPACE_TAG}` = '{workspace}'"
@@ -136,9 +148,12 @@ def _candidates(client: "MlflowClient", name: str, *, workspace: str, own: bool)
 
 
 def _rename(client: "MlflowClient", found: Found, name: str) -> None:
-    """Call an experiment and its registered model otherwise; the model first, so that a kill between is made good."""
+    """Call an experiment and its registered model otherwise; the model first, so that a kill
+    between is made good."""
     before, after = calls.slug(found.name), calls.slug(name)
-    there, taken = (client.search_registered_models(f"name = '{one}'", max_results=1) for one in (before, after))
+    there, taken = (
+        client.search_registered_models(f"name = '{one}'", max_results=1) for one in (before, after)
+    )
     if there and not taken:
         client.rename_registered_model(before, after)
     for version in client.search_model_versions(f"name = '{after}'"):

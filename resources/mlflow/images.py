@@ -1,5 +1,6 @@
-"""A checkpoint's pictures in MLflow: in the image grid with its slider of steps, and in a table of prompts that MLflow
-shows beside those of other runs. All names follow from what is shown, so that sending again repeats nothing.
+"""A checkpoint's pictures in MLflow: in the image grid with its slider of steps, and in a table of
+prompts that MLflow shows beside those of other runs. All names follow from what is shown, so that
+sending again repeats nothing.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ _SHOWN_TAG, _TABLES_TAG = "mlflow.loggedImages", "mlflow.loggedArtifacts"
 """By these MLflow knows that a run has pictures and tables."""
 _THUMBNAIL_PX = 256
 _CELL_PX = 512
-"""Side of the square that MLflow fits into a column of its evaluation view, whose rows show the upper half of it."""
+"""Side of the square that MLflow fits into a column of its evaluation view, whose rows show the
+upper half of it."""
 _MAX_STEPS = 200
 """Checkpoints that a run's tag names; MLflow's tags hold 8,000 characters."""
 _PROMPT_CHARACTERS = 200
@@ -48,17 +50,18 @@ def put(
 ) -> dict[str, str]:
     """Write pictures and, for the newest checkpoint of its run, the table of prompts.
 
-    Args:
-        run: The checkpoint's run.
-        step: The checkpoint's samples_seen.
-        chosen: Rows of table `sample_images`; a picture that was not drawn or cannot be read is left out.
-        folder: Where their files are.
-        write: Writes one artifact; the same name again replaces it.
+    Args: run: The checkpoint's run. step: The checkpoint's samples_seen. chosen: Rows of table
+        `sample_images`; a picture that was not drawn or cannot be read is left out. folder: Where
+        their files are. write: Writes one artifact; the same name again replaces it.
 
     Returns:
         Tags that the run needs.
     """
-    shown = [item for row in chosen.iter_rows(named=True) if (item := _put(run, step, row, folder, write)) is not None]
+    shown = [
+        item
+        for row in chosen.iter_rows(named=True)
+        if (item := _put(run, step, row, folder, write)) is not None
+    ]
     if not shown:
         return {}
     prompt_set = _digest(chosen)
@@ -76,7 +79,9 @@ def put(
     return {_SHOWN_TAG: "True", _TABLES_TAG: json.dumps(listed), PICTURES_TAG: now.tag()}
 
 
-def _put(run: "Run", step: int, row: dict[str, Any], folder: Path, write: Callable[[str, bytes], None]) -> Shown | None:
+def _put(
+    run: "Run", step: int, row: dict[str, Any], folder: Path, write: Callable[[str, bytes], None]
+) -> Shown | None:
     """One picture of the grid and its thumbnail."""
     if row["file"] is None:
         return None
@@ -87,17 +92,21 @@ def _put(run: "Run", step: int, row: dict[str, Any], folder: Path, write: Callab
         return None  # counted by its checkpoint's scores
     name = calls.slug(row["prompt_id"])
     unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.info.run_id}/{step}/{row['prompt_id']}")
-    # The form of `MlflowClient.log_image`, whose own names differ each time: drawing again would add, not replace.
+    # The form of `MlflowClient.log_image`, whose own names differ each time: drawing again would
+    # add, not replace.
     stem = f"images/{_GROUP}~{name}+step+{step}+timestamp+{run.info.start_time}+{unique}"
     small = picture.copy()
     small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     write(f"{stem}.png", (folder / row["file"]).read_bytes())
     write(f"{stem}+compressed.webp", _webp(small))
-    return Shown(name, f"{row['prompt_id']}: {row['text']}"[:_PROMPT_CHARACTERS], f"{stem}.png", picture)
+    return Shown(
+        name, f"{row['prompt_id']}: {row['text']}"[:_PROMPT_CHARACTERS], f"{stem}.png", picture
+    )
 
 
 def _put_cell(item: Shown, folder: str, write: Callable[[str, bytes], None]) -> dict[str, str]:
-    """A picture in a table, in the form of `MlflowClient.log_table`: made so that MLflow's cell shows all of it."""
+    """A picture in a table, in the form of `MlflowClient.log_table`: made so that MLflow's cell
+    shows all of it."""
     cell = Image.new("RGBA", (_CELL_PX, _CELL_PX))
     small = ImageOps.contain(item.picture, (_CELL_PX, _CELL_PX // 2))
     cell.paste(small, ((_CELL_PX - small.width) // 2, 0))
@@ -113,6 +122,7 @@ def _webp(image: Image.Image) -> bytes:
 
 
 def _digest(chosen: pl.DataFrame) -> str:
-    """What makes pictures comparable beside the model: the prompts, and the size and noise of each picture."""
+    """What makes pictures comparable beside the model: the prompts, and the size and noise of each
+    picture."""
     prompts = chosen.select("prompt_id", "text", "negative", "seed", "height", "width").rows()
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:6]

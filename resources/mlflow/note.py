@@ -1,4 +1,5 @@
-"""The description at the head of a run's page: links to its report and to Dagster, then the verdict in words."""
+"""The description at the head of a run's page: links to its report and to Dagster, then the verdict
+in words."""
 
 from collections.abc import Mapping
 
@@ -14,7 +15,8 @@ _LINKS, _VERDICT = "Links: ", "Verdict: "
 def note(
     tags: Mapping[str, str], said: str | None, experiment_id: str, run_id: str, *, dagster: bool
 ) -> dict[str, str]:
-    """The description as a tag; none where a person has written one, or where there is nothing to say.
+    """The description as a tag; none where a person has written one, or where there is nothing to
+    say.
 
     Args:
         tags: The run's tags as they will be.
@@ -31,7 +33,13 @@ def note(
         links.append(f"[report](#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path})")
     if dagster and (run := tags.get(DAGSTER_TAG)):
         links.append(f"[Dagster run {run[:8]}]({guard.DAGSTER_PATH}/runs/{run})")
-    verdict = f"{_VERDICT}{said}" if said is not None else before[before.find(_VERDICT) :] if _VERDICT in before else ""
+    verdict = (
+        f"{_VERDICT}{said}"
+        if said is not None
+        else before[before.find(_VERDICT) :]
+        if _VERDICT in before
+        else ""
+    )
     paragraphs = [f"{_LINKS}{', '.join(links)}" if links else "", verdict]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
     return {NOTE_TAG: text} if text and text != before else {}

@@ -1,8 +1,9 @@
-"""MLflow's one page, as `foundry up` serves it: open on *Model training* and the workspace's runs, without its tour,
-its assistant and its telemetry. What a person has chosen in the browser stays as chosen.
+"""MLflow's one page, as `foundry up` serves it: open on *Model training* and the workspace's runs,
+without its tour, its assistant and its telemetry. What a person has chosen in the browser stays as
+chosen.
 
-MLflow (3.17) keeps such choices in the browser's local storage, under names that it does not document: another version
-that has other names shows its own first page, and nothing else is lost.
+MLflow (3.17) keeps such choices in the browser's local storage, under names that it does not
+document: another version that has other names shows its own first page, and nothing else is lost.
 """
 
 import json
@@ -13,8 +14,12 @@ from resources.guard import Application, Receive, Scope, Send
 from resources.mlflow import experiment, views
 from resources.mlflow.tracking import Tracking, workspace_tracking
 
-ALWAYS = {"mlflow.settings.telemetry.enabled_v1": False, "mlflow.telemetry.info.alert.dismissed_v1": True}
-"""What the page is always told: `foundry up` sends no usage data, whatever MLflow's settings say."""
+ALWAYS = {
+    "mlflow.settings.telemetry.enabled_v1": False,
+    "mlflow.telemetry.info.alert.dismissed_v1": True,
+}
+"""What the page is always told: `foundry up` sends no usage data, whatever MLflow's settings
+say."""
 AT_FIRST = {
     "mlflow.workflowType_v1": "machine_learning",
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
@@ -60,7 +65,8 @@ class FirstPage:
 
 
 def told(page: str, tracking: Tracking) -> str | None:
-    """MLflow's page with a script at its head that says what `ALWAYS`, `AT_FIRST` and the experiment say.
+    """MLflow's page with a script at its head that says what `ALWAYS`, `AT_FIRST` and the
+    experiment say.
 
     Args:
         page: The page as MLflow has it.
@@ -83,7 +89,11 @@ def told(page: str, tracking: Tracking) -> str | None:
     except LookupError:
         pass  # the database is locked; the list of experiments will do
     script = _SCRIPT
-    for name, value in {"ALWAYS": _stored(ALWAYS), "AT_FIRST": _stored(at_first), "FIRST_PAGE": first_page}.items():
+    for name, value in {
+        "ALWAYS": _stored(ALWAYS),
+        "AT_FIRST": _stored(at_first),
+        "FIRST_PAGE": first_page,
+    }.items():
         # What is in a script must not end it.
         script = script.replace(name, json.dumps(value).replace("<", "\\u003c"), 1)
     return page.replace("<head>", f"<head>{script}", 1)
@@ -99,6 +109,8 @@ def _page() -> str:
     import mlflow.server
 
     try:
-        return Path(mlflow.server.__file__).with_name("js").joinpath("build", "index.html").read_text()
+        return (
+            Path(mlflow.server.__file__).with_name("js").joinpath("build", "index.html").read_text()
+        )
     except OSError:
         return ""

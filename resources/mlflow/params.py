@@ -1,4 +1,5 @@
-"""What two runs are compared by: the options in which the workspace's runs differ, as parameters of all of them."""
+"""What two runs are compared by: the options in which the workspace's runs differ, as parameters of
+all of them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,18 @@ def differing(folder: Path) -> dict[str, dict[str, str]]:
         except ConfigError:
             continue  # it cannot be sent either, and says why there
     names = {name for config in configs.values() for name in config} - _HEADLINES
-    different = sorted(name for name in names if len({str(config.get(name)) for config in configs.values()}) > 1)
-    return {run: {name: str(config.get(name))[:_MAX_TEXT] for name in different} for run, config in configs.items()}
+    different = sorted(
+        name for name in names if len({str(config.get(name)) for config in configs.values()}) > 1
+    )
+    return {
+        run: {name: str(config.get(name))[:_MAX_TEXT] for name in different}
+        for run, config in configs.items()
+    }
 
 
 def log_differing(client: "MlflowClient", experiment_id: str, run_tag: str, folder: Path) -> None:
-    """Give all runs that MLflow has the parameters of `differing` that they lack; what was sent never changes.
+    """Give all runs that MLflow has the parameters of `differing` that they lack; what was sent
+    never changes.
 
     Args:
         client: A connected client.

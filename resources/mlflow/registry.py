@@ -1,7 +1,8 @@
-"""The champion in MLflow's registry: a model version made from the checkpoint's LoggedModel, and the alias on it.
+"""The champion in MLflow's registry: a model version made from the checkpoint's LoggedModel, and
+the alias on it.
 
-`champion.json` is the truth, and MLflow follows it. Each step leaves alone what is there already, so that a call which
-was cut off at any point is finished by the next one.
+`champion.json` is the truth, and MLflow follows it. Each step leaves alone what is there already,
+so that a call which was cut off at any point is finished by the next one.
 """
 
 import json
@@ -24,8 +25,11 @@ _MAX_TEXT = 5_000
 """Characters that a tag of a model version holds."""
 
 
-def crown(client: "MlflowClient", name: str, run: "Run", model: "LoggedModel", sentence: str) -> None:
-    """Give the alias `champion` of the registered model `name` to a checkpoint; versions before it stay.
+def crown(
+    client: "MlflowClient", name: str, run: "Run", model: "LoggedModel", sentence: str
+) -> None:
+    """Give the alias `champion` of the registered model `name` to a checkpoint; versions before it
+    stay.
 
     Args:
         client: A connected client.
@@ -59,17 +63,26 @@ def _version(client: "MlflowClient", name: str, run: "Run", model: "LoggedModel"
 
     if not client.search_registered_models(f"name = '{name}'", max_results=1):
         about = (
-            "The best checkpoint so far, by paired verdicts on the pictures of one prompt set; weights stay on disk."
+            "The best checkpoint so far, by paired verdicts on the pictures of one prompt set; "
+            "weights stay on disk."
         )
         try:
             client.create_registered_model(name, description=about)
         except MlflowException:
-            client.get_registered_model(name)  # another process was faster; else this says what is wrong
+            client.get_registered_model(
+                name
+            )  # another process was faster; else this says what is wrong
     source = f"models:/{model.model_id}"
-    found = [version for version in client.search_model_versions(f"name = '{name}'") if version.source == source]
+    found = [
+        version
+        for version in client.search_model_versions(f"name = '{name}'")
+        if version.source == source
+    ]
     if found:
         return min(found, key=lambda version: int(version.version))
-    return client.create_model_version(name, source=source, run_id=run.info.run_id, model_id=model.model_id)
+    return client.create_model_version(
+        name, source=source, run_id=run.info.run_id, model_id=model.model_id
+    )
 
 
 def registered_name(experiment: str) -> str:

@@ -4,29 +4,41 @@ import polars as pl
 
 from resources.mlflow import calls
 
-_HEADLINES = frozenset({"clip_score_mean", "aesthetic_mean", "num_failed", "cmmd", "train_similarity_p95"})
-"""Of the summary what is looked at first: are pictures better, are some missing, do they repeat the training set?"""
+_HEADLINES = frozenset(
+    {"clip_score_mean", "aesthetic_mean", "num_failed", "cmmd", "train_similarity_p95"}
+)
+"""Of the summary what is looked at first: are pictures better, are some missing, do they repeat the
+training set?"""
 
 
 def points(metrics: pl.DataFrame) -> dict[str, float]:
     """Summary and means by group under names that MLflow takes; what is not finite is left out.
 
-    What stands before the slash is a section of MLflow's page: `eval` has the headlines, `eval_spread` the rest of the
-    summary, `eval_groups` means by group of prompts.
+    What stands before the slash is a section of MLflow's page: `eval` has the headlines,
+    `eval_spread` the rest of the summary, `eval_groups` means by group of prompts.
 
     Args:
         metrics: Rows of table `eval_metrics`.
     """
     summary = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_finite())
-    named = {_metric_name(name): value for name, value in summary.select("metric", "value").iter_rows()}
-    found = {f"{'eval' if name in _HEADLINES else 'eval_spread'}/{name}": value for name, value in named.items()}
+    named = {
+        _metric_name(name): value for name, value in summary.select("metric", "value").iter_rows()
+    }
+    found = {
+        f"{'eval' if name in _HEADLINES else 'eval_spread'}/{name}": value
+        for name, value in named.items()
+    }
     own = metrics.filter(pl.col("prompt_id").is_not_null() & pl.col("value").is_finite())
     means = own.group_by("metric", "group").agg(pl.col("value").mean()).sort("metric", "group")
-    return found | {f"eval_groups/{metric} {calls.slug(group)}": value for metric, group, value in means.iter_rows()}
+    return found | {
+        f"eval_groups/{metric} {calls.slug(group)}": value
+        for metric, group, value in means.iter_rows()
+    }
 
 
 def _metric_name(column: str) -> str:
-    """`25%_LAIONScore` -> `aesthetic_q25`, `Clipscore_mean` -> `clip_score_mean`; ours have their names already."""
+    """`25%_LAIONScore` -> `aesthetic_q25`, `Clipscore_mean` -> `clip_score_mean`; ours have their
+    names already."""
     if column.startswith("Clipscore_"):
         return f"clip_score_{column.removeprefix('Clipscore_')}"
     if column.endswith("_LAIONScore"):

@@ -1,7 +1,9 @@
-"""What a run's event log still owes MLflow: cut into batches, each ending at an offset that can be committed.
+"""What a run's event log still owes MLflow: cut into batches, each ending at an offset that can be
+committed.
 
-A resumed run does part of itself again. Lines that a later attempt took back are left out when they were not sent yet;
-when they were, it is their repetition that is left out, which a resume makes equal. So each point is sent once.
+A resumed run does part of itself again. Lines that a later attempt took back are left out when they
+were not sent yet; when they were, it is their repetition that is left out, which a resume makes
+equal. So each point is sent once.
 """
 
 import json
@@ -71,10 +73,13 @@ class Chunk:
 
 
 def read_state(folder: Path, run_id: str) -> State:
-    """How far the log in `folder` has been sent to MLflow's run `run_id`; a damaged file means not at all."""
+    """How far the log in `folder` has been sent to MLflow's run `run_id`; a damaged file means not
+    at all."""
     try:
         values = json.loads((folder / STATE).read_bytes())
-        state = State(run_id=values["run_id"], offset=int(values["offset"]), marks=dict(values["marks"]))
+        state = State(
+            run_id=values["run_id"], offset=int(values["offset"]), marks=dict(values["marks"])
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return State(run_id=run_id)
     return state if state.run_id == run_id else State(run_id=run_id)
@@ -82,7 +87,9 @@ def read_state(folder: Path, run_id: str) -> State:
 
 def write_state(folder: Path, state: State) -> None:
     """Commit how far the log has been sent."""
-    commit.write_json(folder / STATE, {"run_id": state.run_id, "offset": state.offset, "marks": state.marks})
+    commit.write_json(
+        folder / STATE, {"run_id": state.run_id, "offset": state.offset, "marks": state.marks}
+    )
 
 
 def began_ms(folder: Path) -> int | None:
@@ -111,7 +118,8 @@ def pending(folder: Path, state: State) -> Iterator[Chunk]:
         elif kind in _POINTS and samples_seen > marks.get(kind, -1):
             points = _points(event)
             if len(chunk.points) + len(points) > MAX_METRICS:
-                # A validation may have hundreds: by timesteps and by bucket, of raw and of averaged weights.
+                # A validation may have hundreds: by timesteps and by bucket, of raw and of averaged
+                # weights.
                 yield _ended(chunk, before, marks)
                 chunk = Chunk(state=chunk.state)
             marks[kind] = samples_seen
@@ -148,7 +156,8 @@ def _new_lines(path: Path, offset: int) -> list[tuple[Event | None, int]]:
 
 
 def _not_taken_back(lines: list[tuple[Event | None, int]]) -> Iterator[tuple[Event, int]]:
-    """Events that no later line of the same reading takes back, by the rules of `training.runs.event_log`."""
+    """Events that no later line of the same reading takes back, by the rules of
+    `training.runs.event_log`."""
     limit = math.inf
     kept = []
     for event, end in reversed(lines):
@@ -162,7 +171,8 @@ def _not_taken_back(lines: list[tuple[Event | None, int]]) -> Iterator[tuple[Eve
 
 
 def _points(event: Event) -> list[Point]:
-    """The numbers of one event as metrics; nested ones get a section of their own (`val_t/0` of `t`)."""
+    """The numbers of one event as metrics; nested ones get a section of their own (`val_t/0` of
+    `t`)."""
     kind = str(event["event"])
     section = _SECTIONS.get(kind)
     found: dict[str, Any] = {}
@@ -176,7 +186,12 @@ def _points(event: Event) -> list[Point]:
         elif section is not None:
             found[f"{section}/{name}"] = value
     return [
-        Point(name=name, value=float(value), time_ms=int(event["time_ms"]), samples_seen=int(event["samples_seen"]))
+        Point(
+            name=name,
+            value=float(value),
+            time_ms=int(event["time_ms"]),
+            samples_seen=int(event["samples_seen"]),
+        )
         for name, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]

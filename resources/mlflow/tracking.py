@@ -1,7 +1,8 @@
-"""From event logs and score tables to MLflow, outside of the training process: safe to repeat, never in its way.
-`resources.mlflow.catch_up` decides what is sent.
+"""From event logs and score tables to MLflow, outside of the training process: safe to repeat,
+never in its way. `resources.mlflow.catch_up` decides what is sent.
 
-MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint, weights stay on disk.
+MLflow's step is `samples_seen`. One MLflow run per training run, one LoggedModel per checkpoint,
+weights stay on disk.
 """
 
 import contextlib
@@ -43,16 +44,22 @@ RUN_TAG = "foundry.run"
 _VERDICT, _VERDICTS = "verdict.", "verdict"
 """Tags: the word on one metric, and all of them for the runs' table."""
 _DUE_TAG = "mlflow.foundry.checkpoints_due"
-"""Tag of a run: the interval of its checkpoints and its length, samples. MLflow's pages leave out tags of its own."""
-_STATUS = {"started": "RUNNING", "resumed": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""Tag of a run: the interval of its checkpoints and its length, samples. MLflow's pages leave out
+tags of its own."""
+_STATUS = {
+    "started": "RUNNING",
+    "resumed": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
 
 
 def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
     """The tracker of a workspace: its own `mlflow.db`, or the one that `[tracking] uri` names.
 
-    Args:
-        home: The workspace; experiments are named after its folder, on a shared server with the workspace's id.
-        uri: MLflow tracking URI; empty for the workspace's own.
+    Args: home: The workspace; experiments are named after its folder, on a shared server with the
+        workspace's id. uri: MLflow tracking URI; empty for the workspace's own.
     """
     home = home.resolve()
     own, known = not uri, workspace_id(home)
@@ -67,7 +74,8 @@ def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracking:
-    """One experiment of one MLflow. Every method raises nothing but TrackingError, within seconds."""
+    """One experiment of one MLflow. Every method raises nothing but TrackingError, within
+    seconds."""
 
     uri: str
     """MLflow tracking URI."""
@@ -76,8 +84,8 @@ class Tracking:
     workspace: str = ""
     """Id of the workspace that the experiment is of: `resources.workspace.workspace_id`."""
     artifacts: Path | None = None
-    """Folder of the artifacts where this process writes them itself; None where the server does. The database then
-    holds no absolute path, and a workspace can be moved or copied."""
+    """Folder of the artifacts where this process writes them itself; None where the server does.
+    The database then holds no absolute path, and a workspace can be moved or copied."""
     ui: str = guard.MLFLOW_PATH
     """Address of MLflow's web pages, as Dagster's pages link to it."""
 
@@ -103,16 +111,17 @@ class Tracking:
         )
 
     def forward(self, folder: Path) -> int:
-        """Send what a run's event log holds and MLflow does not have yet, with the times at which it happened.
+        """Send what a run's event log holds and MLflow does not have yet, with the times at which
+        it happened.
 
         Args:
             folder: The run's folder; its name is the run's.
 
-        Returns:
-            The number of metrics sent. Killed at any point, the next call goes on without a loss or a repetition.
+        Returns: The number of metrics sent. Killed at any point, the next call goes on without a
+            loss or a repetition.
 
-        Raises:
-            TrackingError: MLflow is away, hung or refuses, or another process forwards this run; nothing is lost.
+        Raises: TrackingError: MLflow is away, hung or refuses, or another process forwards this
+            run; nothing is lost.
         """
         sent = 0
         what = f"forwarding of run {folder.name}"
@@ -131,8 +140,11 @@ class Tracking:
                 sent += len(chunk.points)
         return sent
 
-    def log_evaluation(self, checkpoint: str, *, metrics: pl.DataFrame, samples: pl.DataFrame, folder: Path) -> None:
-        """Send a checkpoint's summary, means by group and a handful of pictures; what is there already stays.
+    def log_evaluation(
+        self, checkpoint: str, *, metrics: pl.DataFrame, samples: pl.DataFrame, folder: Path
+    ) -> None:
+        """Send a checkpoint's summary, means by group and a handful of pictures; what is there
+        already stays.
 
         Args:
             checkpoint: `<run>@<samples_seen>`.
@@ -155,7 +167,8 @@ class Tracking:
         self.views()
 
     def log_base_pictures(self, run: str, samples: pl.DataFrame, folder: Path) -> None:
-        """Send the pictures that a run's base model draws, as those of the run's beginning: where its sliders begin.
+        """Send the pictures that a run's base model draws, as those of the run's beginning: where
+        its sliders begin.
 
         Args:
             run: Name of the run.
@@ -171,13 +184,11 @@ class Tracking:
         self.views()
 
     def log_verdict(self, checkpoint: str, rows: pl.DataFrame, note: str) -> None:
-        """Write a verdict over all prompts as tags of the judged checkpoint's run and LoggedModel, and all of it as the
-        run's description, unless a person has written one.
+        """Write a verdict over all prompts as tags of the judged checkpoint's run and LoggedModel,
+        and all of it as the run's description, unless a person has written one.
 
-        Args:
-            checkpoint: The judged one.
-            rows: Of table `verdicts`; none where there is no verdict, and then MLflow has none any more.
-            note: Why there is none.
+        Args: checkpoint: The judged one. rows: Of table `verdicts`; none where there is no verdict,
+            and then MLflow has none any more. note: Why there is none.
 
         Raises:
             TrackingError: MLflow is away, hung or refuses.
@@ -188,16 +199,24 @@ class Tracking:
             model = self._model(client, run, checkpoint, {})
             overall = rows.filter(pl.col("group") == verdict.ALL).select("metric", "verdict")
             tags = {f"{_VERDICT}{metric}": word for metric, word in overall.iter_rows()}
-            for name in [name for name in model.tags if name.startswith(_VERDICT) and name not in tags]:
+            for name in [
+                name for name in model.tags if name.startswith(_VERDICT) and name not in tags
+            ]:
                 client.delete_logged_model_tag(model.model_id, name)
             if tags:
                 client.set_logged_model_tags(model.model_id, tags)
-                tags[_VERDICTS] = ", ".join(f"{metric} {word}" for metric, word in sorted(overall.iter_rows()))
+                tags[_VERDICTS] = ", ".join(
+                    f"{metric} {word}" for metric, word in sorted(overall.iter_rows())
+                )
             for name in run.data.tags:
                 if name.startswith(_VERDICTS) and name not in tags:
                     client.delete_tag(run.info.run_id, name)
             said = "".join(f"\n- {verdict.sentence(row)}" for row in rows.iter_rows(named=True))
-            about = f"{checkpoint} against {rows['a'][0]}\n{said}" if said else f"none on {checkpoint}: {note}"
+            about = (
+                f"{checkpoint} against {rows['a'][0]}\n{said}"
+                if said
+                else f"none on {checkpoint}: {note}"
+            )
             self._note(client, run.info.run_id, tags, about)
 
     def log_dagster_run(self, run: str, dagster_run: str) -> None:
@@ -212,10 +231,13 @@ class Tracking:
         """
         with calls.explained(f"Dagster's run of {run} is not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
-            self._note(client, self._run(client, run).info.run_id, {tracking_note.DAGSTER_TAG: dagster_run})
+            self._note(
+                client, self._run(client, run).info.run_id, {tracking_note.DAGSTER_TAG: dagster_run}
+            )
 
     def log_file(self, checkpoint: str, name: str, content: bytes) -> None:
-        """Keep a file, such as a report or a contact sheet, as artifact `evaluation/<samples_seen>/<name>`.
+        """Keep a file, such as a report or a contact sheet, as artifact
+        `evaluation/<samples_seen>/<name>`.
 
         Raises:
             TrackingError: MLflow is away, hung or refuses.
@@ -229,7 +251,8 @@ class Tracking:
                 self._note(client, run.info.run_id, {tracking_note.REPORT_TAG: path})
 
     def set_champion(self, checkpoint: str, sentence: str) -> None:
-        """Let the alias `champion` of the registered model, which has the experiment's name, follow `champion.json`.
+        """Let the alias `champion` of the registered model, which has the experiment's name, follow
+        `champion.json`.
 
         Args:
             checkpoint: `<run>@<samples_seen>`.
@@ -243,13 +266,16 @@ class Tracking:
             run = self._run(client, _parts(checkpoint)[0])
             name = registry.registered_name(self.experiment)
             with calls.as_default(self.uri):
-                registry.crown(client, name, run, self._model(client, run, checkpoint, {}), sentence)
+                registry.crown(
+                    client, name, run, self._model(client, run, checkpoint, {}), sentence
+                )
 
     def views(self) -> dict[str, str]:
-        """Name -> address of the views of this experiment, which are written where they are missing or out of date.
+        """Name -> address of the views of this experiment, which are written where they are missing
+        or out of date.
 
-        Returns:
-            None at all when MLflow is away; addresses of MLflow's own pages where views cannot be written.
+        Returns: None at all when MLflow is away; addresses of MLflow's own pages where views cannot
+            be written.
         """
         try:
             with calls.explained(f"views of {self.experiment}"):
@@ -269,7 +295,8 @@ class Tracking:
         return found | (champion if crowned else {})
 
     def run_url(self, run: str) -> str:
-        """MLflow's page of a run, which is made where there is none yet; empty when MLflow is away."""
+        """MLflow's page of a run, which is made where there is none yet; empty when MLflow is
+        away."""
         try:
             with calls.explained(run):
                 info = self._run(calls.connect(self.uri), run).info
@@ -292,7 +319,8 @@ class Tracking:
         )
 
     def _run(self, client: "MlflowClient", name: str, start_ms: int | None = None) -> "Run":
-        """The run of that name; of two that were made at once, always the older one. One that was deleted is restored.
+        """The run of that name; of two that were made at once, always the older one. One that was
+        deleted is restored.
 
         Args:
             client: A connected client.
@@ -305,16 +333,23 @@ class Tracking:
         name_filter = f"tags.`{RUN_TAG}` = '{name}'"
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
         for view in (ViewType.ACTIVE_ONLY, ViewType.DELETED_ONLY):
-            if found := client.search_runs([experiment_id], name_filter, view, max_results=1, order_by=order):
+            if found := client.search_runs(
+                [experiment_id], name_filter, view, max_results=1, order_by=order
+            ):
                 if found[0].info.lifecycle_stage == LifecycleStage.DELETED:
                     client.restore_run(found[0].info.run_id)
                     return client.get_run(found[0].info.run_id)
                 return found[0]
         tags = {RUN_TAG: name, colors.TAG: colors.free(client, experiment_id)}
-        return client.create_run(experiment_id, start_time=start_ms, tags=tags, run_name=_known_name(name))
+        return client.create_run(
+            experiment_id, start_time=start_ms, tags=tags, run_name=_known_name(name)
+        )
 
-    def _note(self, client: "MlflowClient", run_id: str, tags: Mapping[str, str], said: str | None = None) -> None:
-        """Set tags of a run, and the description that follows from them, unless a person has written one.
+    def _note(
+        self, client: "MlflowClient", run_id: str, tags: Mapping[str, str], said: str | None = None
+    ) -> None:
+        """Set tags of a run, and the description that follows from them, unless a person has
+        written one.
 
         Args:
             client: A connected client.
@@ -324,12 +359,19 @@ class Tracking:
         """
         run = client.get_run(run_id)
         note = tracking_note.note(
-            run.data.tags | tags, said, run.info.experiment_id, run_id, dagster=self.ui == guard.MLFLOW_PATH
+            run.data.tags | tags,
+            said,
+            run.info.experiment_id,
+            run_id,
+            dagster=self.ui == guard.MLFLOW_PATH,
         )
         calls.log_batch(client, run_id, tags=dict(tags) | note)
 
-    def _model(self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]) -> "LoggedModel":
-        """The LoggedModel of a checkpoint, made where there is none; of two that were made at once, the older one."""
+    def _model(
+        self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]
+    ) -> "LoggedModel":
+        """The LoggedModel of a checkpoint, made where there is none; of two that were made at once,
+        the older one."""
         from mlflow.entities import LoggedModelOutput
 
         name = re.sub(r"[/:.%\"']", "-", checkpoint)
@@ -344,7 +386,8 @@ class Tracking:
             run.info.experiment_id, name=name, source_run_id=run.info.run_id, params=params, model_type="checkpoint"
         )  # fmt: skip
         if str(model.status) != "READY":
-            # A process that was killed between the two calls has left the output, which MLflow takes only once.
+            # A process that was killed between the two calls has left the output, which MLflow
+            # takes only once.
             outputs = client.get_run(run.info.run_id).outputs.model_outputs
             if all(output.model_id != model.model_id for output in outputs):
                 client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -359,8 +402,12 @@ class Tracking:
 
         config, inputs = run_folder.read_config(folder), run_folder.read_inputs(folder)
         text = (folder / run_folder.CONFIG).read_bytes()
-        # MLflow prints all params above every picture, and then cuts the picture: two fit into one line.
-        params = {"num_samples": config.num_samples, "learning_rate": config.optimizer.learning_rate}
+        # MLflow prints all params above every picture, and then cuts the picture: two fit into one
+        # line.
+        params = {
+            "num_samples": config.num_samples,
+            "learning_rate": config.optimizer.learning_rate,
+        }
         tags = {
             mlflow_views.TRAINED_TAG: inputs.fingerprint,
             "foundry.base": inputs.base_digest[:8],
@@ -371,16 +418,25 @@ class Tracking:
         calls.log_batch(client, run.info.run_id, params=params, tags=tags)
         tracking_params.log_differing(client, run.info.experiment_id, RUN_TAG, folder.parent)
         self._put(client, run, run_folder.CONFIG, text)
-        source = json.dumps({"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint})
+        source = json.dumps(
+            {"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint}
+        )
         # 36 characters are all that MLflow's column holds.
-        data = Dataset(name=config.encoding, digest=inputs.fingerprint[:36], source_type="local", source=source)
-        client.log_inputs(run.info.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        data = Dataset(
+            name=config.encoding, digest=inputs.fingerprint[:36], source_type="local", source=source
+        )
+        client.log_inputs(
+            run.info.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        )
 
     def _send(self, client: "MlflowClient", run: "Run", folder: Path, chunk: Chunk) -> None:
         from mlflow.entities import Metric
 
         run_id = run.info.run_id
-        metrics = [Metric(point.name, point.value, point.time_ms, point.samples_seen) for point in chunk.points]
+        metrics = [
+            Metric(point.name, point.value, point.time_ms, point.samples_seen)
+            for point in chunk.points
+        ]
         tags = {"foundry.last_warning": chunk.last_warning[:1_000]} if chunk.last_warning else {}
         if chunk.phase is not None and chunk.phase["event"] == "failed":
             tags["foundry.reason"] = str(chunk.phase.get("reason", ""))[:1_000]
@@ -395,21 +451,31 @@ class Tracking:
             else:
                 client.set_terminated(run_id, status, end_time=chunk.phase["time_ms"])
 
-    def _log_pictures(self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path) -> None:
+    def _log_pictures(
+        self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path
+    ) -> None:
         chosen, step = choose_pictures(samples, NUM_PICTURES), _due(run.data.tags, step)
         put = functools.partial(self._put, client, run)
         calls.log_batch(client, run.info.run_id, tags=images.put(run, step, chosen, folder, put))
 
     def _log_scores(
-        self, client: "MlflowClient", run: "Run", model_id: str, step: int, scores: Mapping[str, float]
+        self,
+        client: "MlflowClient",
+        run: "Run",
+        model_id: str,
+        step: int,
+        scores: Mapping[str, float],
     ) -> None:
-        """Log scores that are not there with the same value: scoring again replaces, sending again does nothing."""
+        """Log scores that are not there with the same value: scoring again replaces, sending again
+        does nothing."""
         from mlflow.entities import Metric
 
         run_id, now = run.info.run_id, time.time_ns() // 1_000_000
         new = []
         for name, value in scores.items():
-            history = [item for item in client.get_metric_history(run_id, name) if item.step == step]
+            history = [
+                item for item in client.get_metric_history(run_id, name) if item.step == step
+            ]
             latest = max(history, key=lambda item: item.timestamp, default=None)
             if latest is None or latest.value != value:
                 new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
@@ -419,7 +485,9 @@ class Tracking:
         """Write one artifact; the same name again replaces it."""
         if self.artifacts is not None and run.info.artifact_uri.startswith(PROXIED):
             path = self.artifacts / run.info.artifact_uri.removeprefix(PROXIED) / name
-            commit.write_bytes(path, content, folder=self.artifacts)  # MLflow lists whatever lies beside it
+            commit.write_bytes(
+                path, content, folder=self.artifacts
+            )  # MLflow lists whatever lies beside it
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, Path(name).name)
@@ -434,16 +502,20 @@ def _known_name(run: str) -> str:
 
 
 def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
-    """The first pictures of each group in turn, `count` in all: the same prompts for every checkpoint."""
+    """The first pictures of each group in turn, `count` in all: the same prompts for every
+    checkpoint."""
     turn = pl.int_range(pl.len()).over("group").alias("turn")
-    return samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
+    return (
+        samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
+    )
 
 
 def _due(tags: Mapping[str, str], step: int) -> int:
-    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end, at which it was due.
+    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end,
+    at which it was due.
 
-    Training saves with the first step at or behind that, which depends on the batch size: runs with the same interval
-    would have no step in common, and the slider shows one step.
+    Training saves with the first step at or behind that, which depends on the batch size: runs with
+    the same interval would have no step in common, and the slider shows one step.
 
     Args:
         tags: The run's.

@@ -1,6 +1,7 @@
-"""Views of an experiment that open by a link: the runs' table, curves in sections, pictures with a slider of steps, and
-prompts beside runs. MLflow keeps such views in tags of the experiment, in a form that it does not document (3.17), so
-everything here is best effort: another MLflow gets links to its own pages instead.
+"""Views of an experiment that open by a link: the runs' table, curves in sections, pictures with a
+slider of steps, and prompts beside runs. MLflow keeps such views in tags of the experiment, in a
+form that it does not document (3.17), so everything here is best effort: another MLflow gets links
+to its own pages instead.
 """
 
 import base64
@@ -39,8 +40,8 @@ _COLUMNS = {
     "metrics.`eval/aesthetic_mean`": 150, "metrics.`eval/clip_score_mean`": 155, "metrics.`val/stable_loss`": 125,
     "tags.`foundry.champion`": 140, "tags.`verdict`": 235,
 }  # fmt: skip
-"""Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order. All others can be chosen
-on the page."""
+"""Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order. All
+others can be chosen on the page."""
 _PARAM_PX, _MAX_PARAMS = 110, 6
 """Columns of the parameters in which runs differ, which stand before those."""
 _PICTURES = "samples"
@@ -76,7 +77,11 @@ class Pictures(NamedTuple):
         """What a run's tags say; None when they say nothing that can be read."""
         try:
             found = json.loads(tags[PICTURES_TAG])
-            return cls(str(found["prompt_set"]), tuple(found["keys"]), tuple(int(step) for step in found["steps"]))
+            return cls(
+                str(found["prompt_set"]),
+                tuple(found["keys"]),
+                tuple(int(step) for step in found["steps"]),
+            )
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -108,19 +113,32 @@ def links(ui: str, experiment_id: str, *, seeded: bool) -> dict[str, str]:
 
 
 def seed(client: "MlflowClient", experiment: "Experiment") -> None:
-    """Write the views that are missing or no longer fit the runs; one that a person has overwritten stays theirs."""
+    """Write the views that are missing or no longer fit the runs; one that a person has overwritten
+    stays theirs."""
     runs = client.search_runs([experiment.experiment_id], max_results=_MAX_RUNS)
     pictures = [found for run in runs if (found := Pictures.read(run.data.tags)) is not None]
     trained = [run.data.params for run in runs if TRAINED_TAG in run.data.tags]
     for key, view in views(pictures, differing(trained)).items():
         there = _read(experiment.tags.get(VIEW_TAG + key, ""))
-        state = base64.b64encode(zlib.compress(json.dumps(view.state, separators=(",", ":")).encode())).decode()
+        state = base64.b64encode(
+            zlib.compress(json.dumps(view.state, separators=(",", ":")).encode())
+        ).decode()
         now = time.time_ns() // 1_000_000
-        envelope = {"name": view.name, "createdAt": now, "updatedAt": now, "state": f"{_PACKED}{state}", _OURS: True}
+        envelope = {
+            "name": view.name,
+            "createdAt": now,
+            "updatedAt": now,
+            "state": f"{_PACKED}{state}",
+            _OURS: True,
+        }
         theirs = bool(there) and _OURS not in there
-        if not theirs and any(there.get(name) != envelope[name] for name in ("name", "state", _OURS)):
+        if not theirs and any(
+            there.get(name) != envelope[name] for name in ("name", "state", _OURS)
+        ):
             envelope["createdAt"] = there.get("createdAt", now)
-            client.set_experiment_tag(experiment.experiment_id, VIEW_TAG + key, json.dumps(envelope))
+            client.set_experiment_tag(
+                experiment.experiment_id, VIEW_TAG + key, json.dumps(envelope)
+            )
 
 
 def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
@@ -136,9 +154,8 @@ def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
 def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict[str, View]:
     """All views by their key.
 
-    Args:
-        pictures: Those of the experiment's runs; without any, only the views of pictures are poorer.
-        params: Names of the parameters in which runs differ: the first columns.
+    Args: pictures: Those of the experiment's runs; without any, only the views of pictures are
+        poorer. params: Names of the parameters in which runs differ: the first columns.
     """
     prompt_set, keys, step = _most_common(pictures)
     # MLflow adds a card for each picture that has none of its own, so those are there, but deleted.
@@ -147,7 +164,9 @@ def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict
     cards = curves + single
     grid = _image_card(keys, step) | {"uuid": _uuid("grid")}
     # Runs without pictures, and those with pictures of other prompts, would be columns of holes.
-    shown = f"tags.`{TRAINED_TAG}` != ''" + (f" AND tags.`{PICTURES_TAG}` LIKE '%{prompt_set}%'" if prompt_set else "")
+    shown = f"tags.`{TRAINED_TAG}` != ''" + (
+        f" AND tags.`{PICTURES_TAG}` LIKE '%{prompt_set}%'" if prompt_set else ""
+    )
     return {
         _RUNS: View("Runs, best pictures first", "TABLE", _state(cards, params)),
         "foundry-curves": View("Curves", "CHART", _state(cards, params)),
@@ -160,18 +179,32 @@ def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict
 
 
 def _most_common(pictures: Sequence[Pictures]) -> tuple[str, list[str], int]:
-    """The set of prompts that most runs have pictures of, its keys in the grid, and the step at which most of those
-    have some, the later of equals."""
+    """The set of prompts that most runs have pictures of, its keys in the grid, and the step at
+    which most of those have some, the later of equals."""
     sets = Counter(item.prompt_set for item in pictures)
     if not sets:
         return "", [], 0
-    chosen = [item for item in pictures if item.prompt_set == max(sets, key=lambda name: (sets[name], name))]
-    steps = Counter(step for item in chosen for step in item.steps if step)  # at 0 are the base and rivals
-    return chosen[0].prompt_set, list(chosen[0].keys), max(steps, key=lambda step: (steps[step], step), default=0)
+    chosen = [
+        item
+        for item in pictures
+        if item.prompt_set == max(sets, key=lambda name: (sets[name], name))
+    ]
+    steps = Counter(
+        step for item in chosen for step in item.steps if step
+    )  # at 0 are the base and rivals
+    return (
+        chosen[0].prompt_set,
+        list(chosen[0].keys),
+        max(steps, key=lambda step: (steps[step], step), default=0),
+    )
 
 
 def _state(
-    cards: list[dict[str, Any]], params: Sequence[str], *, first: str = "", facets: Mapping[str, Any] | None = None
+    cards: list[dict[str, Any]],
+    params: Sequence[str],
+    *,
+    first: str = "",
+    facets: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A view's state: which runs in which order, columns, charts and sections."""
     columns = _CREATED | {f"params.`{name}`": _PARAM_PX for name in params[:_MAX_PARAMS]} | _COLUMNS

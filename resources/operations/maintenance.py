@@ -64,7 +64,8 @@ class Problem:
     """Something that `verify` found."""
 
     kind: str
-    """`damage` (rebuilt by --repair and the next run) or `orphan` (no manifest names it; gc removes it)."""
+    """`damage` (rebuilt by --repair and the next run) or `orphan` (no manifest names it; gc removes
+    it)."""
     path: Path
     detail: str
     files: tuple[Path, ...] = ()
@@ -79,9 +80,9 @@ def manifest_paths(store: Store) -> Iterator[Path]:
 
 
 def verify(store: Store) -> list[Problem]:
-    """Compare every committed file with its manifest in full, each manifest with its own digest and with what it names
-    elsewhere, and images and releases with the rows that name them; find files that no manifest names, and what killed
-    writers left behind."""
+    """Compare every committed file with its manifest in full, each manifest with its own digest and
+    with what it names elsewhere, and images and releases with the rows that name them; find files
+    that no manifest names, and what killed writers left behind."""
     problems: list[Problem] = []
     paths = list(manifest_paths(store))
     for path in track(paths, "parts", len(paths)):
@@ -100,14 +101,19 @@ def verify(store: Store) -> list[Problem]:
             problems.append(Problem(kind="damage", path=path, detail=str(error)))
             continue
         if damage := find_damage(store, manifest):
-            problems.append(Problem(kind="damage", path=path, detail=damage.detail, files=damage.files))
+            problems.append(
+                Problem(kind="damage", path=path, detail=damage.detail, files=damage.files)
+            )
     saved = sorted((store.home / "runs").glob("*/checkpoints/samples_*"))
     for folder in track(saved, "checkpoints", len(saved)):
         try:
             check_checkpoint(folder)
         except DamageError as error:
             problems.append(Problem(kind="damage", path=folder, detail=str(error)))
-    problems.extend(Problem(kind="orphan", path=path, detail=f"{path} {_why_orphan(path)}") for path in orphans(store))
+    problems.extend(
+        Problem(kind="orphan", path=path, detail=f"{path} {_why_orphan(path)}")
+        for path in orphans(store)
+    )
     return problems
 
 
@@ -130,7 +136,8 @@ def _check_place(path: Path, manifest: Manifest) -> None:
 def _check_rejected(store: Store, path: Path, manifest: Manifest) -> None:
     """Compare what a stage rejected with what its manifest says of it.
 
-    A kill between the two commits leaves the rejections of a newer attempt, which say so by what they follow from.
+    A kill between the two commits leaves the rejections of a newer attempt, which say so by what
+    they follow from.
 
     Raises:
         DamageError: the rejections are missing or not those that the manifest names.
@@ -140,7 +147,9 @@ def _check_rejected(store: Store, path: Path, manifest: Manifest) -> None:
     part, digest = manifest.rejected["part"], manifest.rejected["digest"]
     rejected = store.manifest("rejected_images", part)
     if rejected is None:
-        raise DamageError(f"{path} names rejected_images {part}, whose manifest is missing; {_MEND}")
+        raise DamageError(
+            f"{path} names rejected_images {part}, whose manifest is missing; {_MEND}"
+        )
     for entry in rejected.files:
         check_entry(store.table_folder("rejected_images", part), entry)
     if rejected.digest != digest and rejected.basis == manifest.basis:
@@ -155,14 +164,16 @@ def _why_orphan(path: Path) -> str:
 
 
 def repair(store: Store, problems: list[Problem]) -> list[Path]:
-    """Move what is damaged to quarantine/, so that the next run rebuilds just that; return where it went."""
+    """Move what is damaged to quarantine/, so that the next run rebuilds just that; return where it
+    went."""
     moved = []
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for problem in problems:
         if problem.kind != "damage":
             continue
         folder = store.home / QUARANTINE / stamp
-        # The manifest goes last: until then the part is damaged, afterwards it is missing; never half of it.
+        # The manifest goes last: until then the part is damaged, afterwards it is missing; never
+        # half of it.
         for path in (*problem.files, *_content(problem.path), problem.path):
             if path.exists():
                 target = folder / path.relative_to(store.home)
@@ -181,11 +192,14 @@ def _content(manifest_path: Path) -> list[Path]:
         manifest = read_manifest(manifest_path)
     except DamageError:
         return []
-    return [] if manifest is None else [manifest_path.parent / entry.name for entry in manifest.files]
+    return (
+        [] if manifest is None else [manifest_path.parent / entry.name for entry in manifest.files]
+    )
 
 
 def orphans(store: Store) -> list[Path]:
-    """Files under tables/ and latents/ that no manifest and no run names, and everywhere what killed writers left."""
+    """Files under tables/ and latents/ that no manifest and no run names, and everywhere what
+    killed writers left."""
     named: set[Path] = set()
     for path in manifest_paths(store):
         named.add(path)
@@ -195,16 +209,21 @@ def orphans(store: Store) -> list[Path]:
     for top in ("tables", "latents"):
         for folder, folders, names in os.walk(store.home / top):
             folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
-            found.extend(Path(folder) / name for name in sorted(names) if Path(folder) / name not in named)
+            found.extend(
+                Path(folder) / name for name in sorted(names) if Path(folder) / name not in named
+            )
     return list(dict.fromkeys([*found, *leftovers(store)]))
 
 
 def leftovers(store: Store) -> Iterator[Path]:
-    """Files and folders of the workspace that were being written when their writer was killed, or are at this moment.
+    """Files and folders of the workspace that were being written when their writer was killed, or
+    are at this moment.
 
     What lies in the folders of the sources is the user's, whatever its name.
     """
-    sources = {(store.home / Path(source.path).expanduser()).resolve() for source in store.config.sources}
+    sources = {
+        (store.home / Path(source.path).expanduser()).resolve() for source in store.config.sources
+    }
     for top, folders, names in os.walk(store.home):
         folder = Path(top)
         left = sorted(name for name in (*folders, *names) if name.startswith(TEMPORARY_PREFIX))
@@ -279,7 +298,9 @@ def differences(store: Store, other: Store, table: str | None = None) -> list[st
     for name in sorted(mine.keys() & theirs.keys()):
         if mine[name] != theirs[name]:
             owner, _, part = name.partition(" ")
-            lines.extend(f"{name}: {line}" for line in _frame_differences(store, other, owner, part))
+            lines.extend(
+                f"{name}: {line}" for line in _frame_differences(store, other, owner, part)
+            )
     return lines
 
 
@@ -301,13 +322,17 @@ def _frame_differences(store: Store, other: Store, table: str, part: str) -> lis
 
 
 def _largest_gap(a: pl.Series, b: pl.Series) -> float:
-    """Largest absolute difference of two columns; infinite where their shapes or non-numbers differ."""
+    """Largest absolute difference of two columns; infinite where their shapes or non-numbers
+    differ."""
     if isinstance(a.dtype, pl.List):
         if not a.list.len().equals(b.list.len()):
             return float("inf")
         return _largest_gap(a.explode().drop_nulls(), b.explode().drop_nulls())
     if isinstance(a.dtype, pl.Struct):
-        return max(_largest_gap(a.struct.field(item.name), b.struct.field(item.name)) for item in a.dtype.fields)
+        return max(
+            _largest_gap(a.struct.field(item.name), b.struct.field(item.name))
+            for item in a.dtype.fields
+        )
     if not a.dtype.is_numeric():
         return 0.0 if a.equals(b) else float("inf")
     if not a.is_null().equals(b.is_null()):
@@ -317,22 +342,25 @@ def _largest_gap(a: pl.Series, b: pl.Series) -> float:
 
 
 def forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
-    """Remove every row and latent derived from the images, keep their ids so that they never return, list runs that saw
-    them. Whatever ends it, the same call again completes it.
+    """Remove every row and latent derived from the images, keep their ids so that they never
+    return, list runs that saw them. Whatever ends it, the same call again completes it.
 
-    Returns:
-        `parts` rewritten, `generations` of latents rewritten, `sources` files of folder sources (read where they lie,
-        so the user deletes them), `runs` whose training set held one, and those of them that are `unfinished`.
+    Returns: `parts` rewritten, `generations` of latents rewritten, `sources` files of folder
+        sources (read where they lie, so the user deletes them), `runs` whose training set held one,
+        and those of them that are `unfinished`.
 
-    Raises:
-        ConfigError: an id is no SHA-256, or a run that trains on one of the images is being trained.
-        LockedError: `foundry run` works on this workspace.
-        DamageError: a table, a set or a manifest is damaged; after `foundry verify --repair` the same call completes.
+    Raises: ConfigError: an id is no SHA-256, or a run that trains on one of the images is being
+        trained. LockedError: `foundry run` works on this workspace. DamageError: a table, a set or
+        a manifest is damaged; after `foundry verify --repair` the same call completes.
     """
     for image_id in image_ids:
         if len(image_id) != 64 or set(image_id) - set("0123456789abcdef"):
-            raise ConfigError(f"{image_id!r} is no image id (64 hexadecimal digits); find it with `foundry sql`")
-    with lock(store.home / "locks" / "foundry-run.lock", f"`foundry run` in {store.home}", wait_s=0.0):
+            raise ConfigError(
+                f"{image_id!r} is no image id (64 hexadecimal digits); find it with `foundry sql`"
+            )
+    with lock(
+        store.home / "locks" / "foundry-run.lock", f"`foundry run` in {store.home}", wait_s=0.0
+    ):
         return _forget(store, image_ids)
 
 
@@ -340,18 +368,25 @@ def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {"parts": [], "generations": [], "sources": []}
     result["runs"] = runs = _runs_that_saw(store, image_ids)
     result["unfinished"] = [run for run in runs if not has_finished(store.run_folder(run) / EVENTS)]
-    if training := [run for run in result["unfinished"] if torchrun.is_running(store.run_folder(run))]:
+    if training := [
+        run for run in result["unfinished"] if torchrun.is_running(store.run_folder(run))
+    ]:
         raise ConfigError(
             f"run {training[0]} is being trained on one of these images: stop it with `foundry train --run "
             f"{training[0]} --stop`, then forget them"
         )
-    located = store.read("raw_images", ["source", "source_id", "image_id"]).filter(pl.col("image_id").is_in(image_ids))
+    located = store.read("raw_images", ["source", "source_id", "image_id"]).filter(
+        pl.col("image_id").is_in(image_ids)
+    )
     result["sources"] = [f"{source}: {source_id}" for source, source_id, _ in located.iter_rows()]
     known = store.forgotten()
     lines = sorted(known | set(image_ids))
     write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
     _forget_in_frozen_sets(store, runs, image_ids)
-    for path in (*manifest_paths(store), *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json"))):
+    for path in (
+        *manifest_paths(store),
+        *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json")),
+    ):
         manifest = read_manifest(path)
         assert manifest is not None
         if manifest.table == "latents":
@@ -371,7 +406,8 @@ def _runs_that_saw(store: Store, image_ids: list[str]) -> list[str]:
 
 
 def _holds(file: Path, image_ids: list[str]) -> bool:
-    """Whether a table names one of the images; not where its file is missing or has no such columns."""
+    """Whether a table names one of the images; not where its file is missing or has no such
+    columns."""
     names = _id_columns(parquet_columns(file)) if file.is_file() else []
     frame = read_parquet(file, names) if names else pl.DataFrame()
     return any(bool(frame[name].is_in(image_ids).any()) for name in names)
@@ -382,8 +418,9 @@ def _id_columns(columns: Iterable[str]) -> list[str]:
 
 
 def _forget_in_frozen_sets(store: Store, runs: list[str], image_ids: list[str]) -> None:
-    """Leave no more than the ids of the images in the sets that runs were frozen with: new content is a new name, to
-    which the runs are pointed; what nobody names any more goes with the leftovers."""
+    """Leave no more than the ids of the images in the sets that runs were frozen with: new content
+    is a new name, to which the runs are pointed; what nobody names any more goes with the
+    leftovers."""
     for run in runs:
         folder = store.run_folder(run)
         inputs = read_inputs(folder)
@@ -393,11 +430,15 @@ def _forget_in_frozen_sets(store: Store, runs: list[str], image_ids: list[str]) 
         if blanked.equals(frame):
             continue
         entry = write_parquet(old.parent, forgotten_stem(old), blanked)
-        new = replace(inputs, training_set=old.parent / entry.name, training_set_sha256=entry.sha256)
+        new = replace(
+            inputs, training_set=old.parent / entry.name, training_set_sha256=entry.sha256
+        )
         write_inputs(folder, new)
 
 
-def _forget_latents(store: Store, path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
+def _forget_latents(
+    store: Store, path: Path, manifest: Manifest, image_ids: list[str]
+) -> list[str]:
     """Write a generation again without the images; runs that have pinned it read the new one.
 
     One that cannot be read is deleted as a whole: the next run encodes the shard again.
@@ -421,7 +462,11 @@ def _forget_latents(store: Store, path: Path, manifest: Manifest, image_ids: lis
                 pin["digest"] = new.digest
                 write_json(epoch, values)
         commit_manifest(path, new)
-    kept = {entry.name for other in generations(folder) for entry in read_generation(folder, other).manifest.files}
+    kept = {
+        entry.name
+        for other in generations(folder)
+        for entry in read_generation(folder, other).manifest.files
+    }
     for entry in manifest.files:
         if entry.name not in kept:
             (folder / entry.name).unlink(missing_ok=True)
@@ -429,7 +474,8 @@ def _forget_latents(store: Store, path: Path, manifest: Manifest, image_ids: lis
 
 
 def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
-    """Delete what no manifest names and still holds one of the images: unfinished batches, old content, quarantine."""
+    """Delete what no manifest names and still holds one of the images: unfinished batches, old
+    content, quarantine."""
     named = {path.parent / name for path in manifest_paths(store) for name in _names(path)}
     named |= training_sets_in_use(store)
     for top in ("tables", "latents", QUARANTINE):
@@ -442,7 +488,9 @@ def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
             except (pl.exceptions.PolarsError, OSError):
                 pass  # nobody can tell, and nobody reads it
             latents = path.name.partition("-")[0] if re.match(r"g\d{4,}-", path.name) else ""
-            for other in path.parent.glob(f"{latents}*") if latents and top == QUARANTINE else [path]:
+            for other in (
+                path.parent.glob(f"{latents}*") if latents and top == QUARANTINE else [path]
+            ):
                 other.unlink()
 
 
@@ -452,18 +500,23 @@ def _names(manifest: Path) -> list[str]:
 
 
 def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[str]) -> list[str]:
-    """Write a part again without the rows that name one of the images, and delete the old content."""
+    """Write a part again without the rows that name one of the images, and delete the old
+    content."""
     names = _id_columns(TABLES[manifest.table].columns)
     if manifest.table in ("verdicts", "rejected_images") or not names:
         return []
     check_entry(path.parent, manifest.files[0])
     old = path.parent / manifest.files[0].name
     frame = read_parquet(old)
-    kept = frame.filter(~pl.any_horizontal([pl.col(name).is_in(image_ids).fill_null(False) for name in names]))
+    kept = frame.filter(
+        ~pl.any_horizontal([pl.col(name).is_in(image_ids).fill_null(False) for name in names])
+    )
     if kept.height == frame.height:
         return []
     if manifest.table == "raw_images":
-        rejected = _reject_forgotten(store, manifest, frame.filter(pl.col("image_id").is_in(image_ids)))
+        rejected = _reject_forgotten(
+            store, manifest, frame.filter(pl.col("image_id").is_in(image_ids))
+        )
         manifest = replace(manifest, rejected=rejected)
     digests_ = column_digests(kept)
     stem = old.name.rpartition("-")[0]
@@ -482,15 +535,22 @@ def _forget_rows(store: Store, path: Path, manifest: Manifest, image_ids: list[s
 
 
 def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> dict[str, Any]:
-    """Move accepted candidates to `rejected_images`: every candidate stays accounted for. Returns what the stage's
-    manifest says of it."""
+    """Move accepted candidates to `rejected_images`: every candidate stays accounted for. Returns
+    what the stage's manifest says of it."""
     part = f"raw_images.{manifest.part}"
-    known = store.read("rejected_images", parts=[part] if part in store.parts("rejected_images") else [])
+    known = store.read(
+        "rejected_images", parts=[part] if part in store.parts("rejected_images") else []
+    )
     rows: list[dict[str, object]] = [
         {**row, "reason": Reason.FORGOTTEN}
         for row in gone.select("source", "source_id", "image_id").iter_rows(named=True)
     ]
     rejected = pl.concat([known, rejections("raw_images", rows)])
     return store.commit_rejected(
-        "raw_images", manifest.version, manifest.part, rejected, config=manifest.config, basis=manifest.basis
+        "raw_images",
+        manifest.version,
+        manifest.part,
+        rejected,
+        config=manifest.config,
+        basis=manifest.basis,
     )

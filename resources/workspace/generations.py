@@ -1,4 +1,5 @@
-"""Generations of latents in a workspace: which there are, which are the oldest, and which nobody needs any more."""
+"""Generations of latents in a workspace: which there are, which are the oldest, and which nobody
+needs any more."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ REENCODE_TAG = "foundry/reencode"
 DEADLINE_TAG = "foundry/reencode_until"
 """Second of the Unix clock after which such a run begins no shard."""
 GRACE_S = 600.0
-"""A generation stays for this long after the one that replaced it: a trainer may just be choosing."""
+"""A generation stays for this long after the one that replaced it: a trainer may just be
+choosing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,8 @@ class Encoded:
 
 
 def listed(store: Store) -> list[Encoded]:
-    """All committed generations, by encoding, shard and number; damaged manifests are left to `verify`."""
+    """All committed generations, by encoding, shard and number; damaged manifests are left to
+    `verify`."""
     found = []
     for part in store.parts("latents"):
         encoding, _, shard = part.partition("|")
@@ -112,9 +115,10 @@ def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, mi
 def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S) -> tuple[list[Path], int]:
     """Remove generations that nobody needs any more: manifest first, then content.
 
-    Kept are the current one of each shard; what the current epoch or a kept checkpoint of an unfinished run reads; what
-    such a run took along in a bundle, whose epochs are not known here; and what it would choose at its next epoch,
-    because a newer generation may lack images of its set.
+    Kept are the current one of each shard; what the current epoch or a kept checkpoint of an
+    unfinished run reads; what such a run took along in a bundle, whose epochs are not known here;
+    and what it would choose at its next epoch, because a newer generation may lack images of its
+    set.
 
     Args:
         store: The workspace.

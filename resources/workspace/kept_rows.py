@@ -1,4 +1,5 @@
-"""Rows of networks that need not be made again: of images that stayed in a shard, and of those that were missing."""
+"""Rows of networks that need not be made again: of images that stayed in a shard, and of those that
+were missing."""
 
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from training.errors import DamageError
 
 
 def known(store: Store, stage: Stage, key: str) -> pl.DataFrame:
-    """Rows that the stage would make again: committed or kept ones of equal code, model and settings."""
+    """Rows that the stage would make again: committed or kept ones of equal code, model and
+    settings."""
     frames = [store.read(stage.name, parts=[]), *(_rows(store, item, key) for item in (stage, _kept(stage)))]
     return pl.concat(frames).unique("image_id", keep="first", maintain_order=True)
 

@@ -1,4 +1,5 @@
-"""Which losses of a source people have accepted: each for exactly the listing that it was seen in."""
+"""Which losses of a source people have accepted: each for exactly the listing that it was seen
+in."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,16 @@ from training.sources.absence import Loss
 from training.errors import ConfigError, DataError
 
 FILE = "missing.json"
-"""Of a workspace: per source the digest of the listing that was refused or accepted; not there while nothing is."""
+"""Of a workspace: per source the digest of the listing that was refused or accepted; not there
+while nothing is."""
 
 
 def accept(store: Store, names: Sequence[str]) -> None:
-    """Accept what is missing from sources, as their folders are now, for `foundry run --accept-missing`.
+    """Accept what is missing from sources, as their folders are now, for `foundry run
+    --accept-missing`.
 
-    A loss that was refused before is accepted only while the folder is still as it was then: whoever accepts has read
-    its counts. What differs is refused again, with new counts.
+    A loss that was refused before is accepted only while the folder is still as it was then:
+    whoever accepts has read its counts. What differs is refused again, with new counts.
 
     Raises:
         ConfigError: no source has that name.

@@ -1,5 +1,5 @@
-"""Files that a table's rows name, beside those of its manifest: pictures of checkpoints and files of releases; and
-scores that want a picture's file. What `verify` looks at besides manifests.
+"""Files that a table's rows name, beside those of its manifest: pictures of checkpoints and files
+of releases; and scores that want a picture's file. What `verify` looks at besides manifests.
 """
 
 import hashlib
@@ -54,7 +54,8 @@ def _in_pictures(store: Store, part: str) -> Damage | None:
 
 
 def _in_scores(store: Store, part: str) -> Damage | None:
-    """Scores that are missing for want of a picture: drawn again it is equal, so that nothing else would tell."""
+    """Scores that are missing for want of a picture: drawn again it is equal, so that nothing else
+    would tell."""
     rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(pl.col("metric") == FAILED)
     reasons = [reason for reason in rows["reason"] if can_be_drawn_again(reason)]
     if not reasons:

@@ -1,4 +1,5 @@
-"""Where the files that a run is made from lie in its workspace now, whatever its `inputs.json` says."""
+"""Where the files that a run is made from lie in its workspace now, whatever its `inputs.json`
+says."""
 
 import contextlib
 from pathlib import Path

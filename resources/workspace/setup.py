@@ -26,7 +26,8 @@ AS_CONFIGURED = "as_configured"
 
 
 def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) -> None:
-    """Make a workspace: foundry.toml, its Dagster instance, and for the demo its pictures, judgements and run.
+    """Make a workspace: foundry.toml, its Dagster instance, and for the demo its pictures,
+    judgements and run.
 
     Raises:
         WorkspaceError: there is one already, or its path cannot be used.
@@ -82,7 +83,8 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
         recorded = _begun_with(folder)
         config = _kept(folder, recorded, config)
-        # An option that the run's version did not know stays unsaid: so the next launch sees that, too.
+        # An option that the run's version did not know stays unsaid: so the next launch sees that,
+        # too.
         unsaid = () if recorded is None else older_runs.lacking(recorded)
         write_bytes(folder / CONFIG, recipes.run_toml(config, unsaid).encode())
 
@@ -93,7 +95,8 @@ def _begun_with(folder: Path) -> dict[str, Any] | None:
 
 
 def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -> RunConfig:
-    """What a recipe's config means for a run: one that was started or bundled keeps what is fixed by its first launch.
+    """What a recipe's config means for a run: one that was started or bundled keeps what is fixed
+    by its first launch.
 
     Raises:
         ConfigError: it was started with other values; the message lists them.
@@ -116,8 +119,8 @@ def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -
 def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
     """Fix a run's configuration from a recipe.
 
-    Raises:
-        ConfigError: no such recipe, a wrong key or value, an encoding or a base that the workspace does not have, or
+    Raises: ConfigError: no such recipe, a wrong key or value, an encoding or a base that the
+        workspace does not have, or
             a started run with other values.
     """
     config, store = _recipe_config(recipe, assignments, tiny=tiny), Store(home)
@@ -127,7 +130,8 @@ def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, 
 
 
 def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[str], *, tiny: bool) -> RunConfig:
-    """The configuration that a launch would fix, or without a recipe the one that the run has; writes nothing.
+    """The configuration that a launch would fix, or without a recipe the one that the run has;
+    writes nothing.
 
     Raises:
         ConfigError: what `configure_run` and `require_run` refuse.
@@ -159,7 +163,8 @@ def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunCon
 
 
 def leave_out_forgotten(store: Store, run: str) -> int:
-    """Let a run that has begun go on without the images of its set that were forgotten; returns how many.
+    """Let a run that has begun go on without the images of its set that were forgotten; returns how
+    many.
 
     Raises:
         ConfigError: the run has not been started.

@@ -1,4 +1,5 @@
-"""Why partitions are stale, in words: what `foundry status`, `foundry run` and the check `current` say."""
+"""Why partitions are stale, in words: what `foundry status`, `foundry run` and the check `current`
+say."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ class StalePartition:
 
     key: str
     reasons: tuple[str, ...]
-    """Each names a setting with its old and new value, a model folder, an input, a version, or what is missing."""
+    """Each names a setting with its old and new value, a model folder, an input, a version, or what
+    is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ class StageStatus:
 
 
 def grouped(stale: Sequence[StalePartition]) -> list[str]:
-    """The reasons of several partitions, each once, the most frequent first; with a count where not all have it."""
+    """The reasons of several partitions, each once, the most frequent first; with a count where not
+    all have it."""
     counts: dict[str, int] = {}
     for partition in stale:
         for reason in partition.reasons:

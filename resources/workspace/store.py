@@ -1,4 +1,5 @@
-"""The workspace: the only code that builds its paths, and the one place that decides what is current."""
+"""The workspace: the only code that builds its paths, and the one place that decides what is
+current."""
 
 import contextlib
 import json
@@ -61,13 +62,14 @@ PUBLISHED = {
     "detector": "google/owlv2-base-patch16-ensemble",
     "base": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-"""Where the weights under a key of [models] are published; a folder that lacks files says which, and how to get it."""
+"""Where the weights under a key of [models] are published; a folder that lacks files says which,
+and how to get it."""
 _NO_PATH = re.compile(r"[?%\\\x00-\x1f\x7f]")
 
 
 def find_home(home: Path | None = None, start: Path | None = None) -> Path:
-    """The workspace a command works on: `home`, else FOUNDRY_HOME, else the nearest parent with foundry.toml, else
-    `./workspace`."""
+    """The workspace a command works on: `home`, else FOUNDRY_HOME, else the nearest parent with
+    foundry.toml, else `./workspace`."""
     if home is not None:
         return home.expanduser().resolve()
     if named := os.environ.get("FOUNDRY_HOME"):
@@ -80,8 +82,8 @@ def find_home(home: Path | None = None, start: Path | None = None) -> Path:
 
 
 def check_home(home: Path) -> None:
-    """Refuse a path that a part of the workspace could not use: DuckDB and the URLs of SQLite give some characters a
-    meaning of their own.
+    """Refuse a path that a part of the workspace could not use: DuckDB and the URLs of SQLite give
+    some characters a meaning of their own.
 
     Raises:
         WorkspaceError: names the path and what it must not hold.
@@ -126,9 +128,8 @@ class Store:
     def config(self) -> WorkspaceConfig:
         """The workspace's foundry.toml.
 
-        Raises:
-            WorkspaceError: there is no workspace here, its path cannot be used, or a newer version made it.
-            ConfigError: a key or value is wrong.
+        Raises: WorkspaceError: there is no workspace here, its path cannot be used, or a newer
+            version made it. ConfigError: a key or value is wrong.
         """
         check_home(self.home)
         path = self.home / CONFIG_FILE
@@ -145,7 +146,8 @@ class Store:
             )
         return toml.build(WorkspaceConfig, values, origin=path)
 
-    # --- paths -------------------------------------------------------------------------------------------------
+    # --- paths
+    # -------------------------------------------------------------------------------------------------
 
     def table_folder(self, table: str, part: str) -> Path:
         """Folder with the content files and the manifest of a part."""
@@ -208,7 +210,8 @@ class Store:
         )
 
     def base_path(self, name: str) -> Path:
-        """The model that a run starts from by this name, a diffusers folder or a single .safetensors file.
+        """The model that a run starts from by this name, a diffusers folder or a single
+        .safetensors file.
 
         Raises:
             ConfigError: foundry.toml names no such model.
@@ -223,7 +226,8 @@ class Store:
             raise self._missing_model(key, found, path, PUBLISHED["base"])
         return path
 
-    # --- manifests ---------------------------------------------------------------------------------------------
+    # --- manifests
+    # ---------------------------------------------------------------------------------------------
 
     def manifest_path(self, table: str, part: str) -> Path:
         """The manifest of a part; for latents, of its current generation."""
@@ -244,7 +248,8 @@ class Store:
         return [path.stem for path in manifests(self.home / "tables" / table)]
 
     def table_file(self, table: str, part: str) -> Path:
-        """The Parquet file of a committed part, checked against its manifest on the first open of this process.
+        """The Parquet file of a committed part, checked against its manifest on the first open of
+        this process.
 
         Raises:
             DataError: the part is not committed.
@@ -272,10 +277,12 @@ class Store:
     def _model_digests(self) -> dict[str, str]:
         return {}
 
-    # --- reading -----------------------------------------------------------------------------------------------
+    # --- reading
+    # -----------------------------------------------------------------------------------------------
 
     def read(self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None) -> pl.DataFrame:
-        """Rows of the given parts (default: all), sorted by the table's key; null in columns younger than a part."""
+        """Rows of the given parts (default: all), sorted by the table's key; null in columns
+        younger than a part."""
         schema = TABLES[table].schema
         names = list(columns) or list(schema)
         wanted = self.parts(table) if parts is None else list(parts)
@@ -312,7 +319,8 @@ class Store:
             case Per.ENCODING_ALL:
                 return [part for part in parts if part.startswith(f"{stage.encoding(key)}|")]
 
-    # --- currency ----------------------------------------------------------------------------------------------
+    # --- currency
+    # ----------------------------------------------------------------------------------------------
 
     def keys(self, scope: Scope) -> list[str]:
         """The partitions that exist now."""
@@ -356,8 +364,9 @@ class Store:
         return str(self.read("base_model", ["checkpoint"], ["base"])["checkpoint"][0])
 
     def checkpoints_to_evaluate(self, *, training: bool = False) -> list[str]:
-        """The base model, rivals, of each run that has ended the first, every N-th and the last checkpoint, and the
-        champion, so that its scores are always of the protocol of those that challenge it.
+        """The base model, rivals, of each run that has ended the first, every N-th and the last
+        checkpoint, and the champion, so that its scores are always of the protocol of those that
+        challenge it.
 
         Args:
             training: Those of runs that are still training as well.
@@ -377,8 +386,8 @@ class Store:
         return list(dict.fromkeys(names))
 
     def finished_runs(self) -> list[str]:
-        """Runs whose checkpoints are committed; a run whose folder was removed since, or that is trained anew, is none
-        of them."""
+        """Runs whose checkpoints are committed; a run whose folder was removed since, or that is
+        trained anew, is none of them."""
         folders = {run: self.run_folder(run) for run in self.parts("checkpoints")}
         return [run for run, path in folders.items() if (path / CONFIG).is_file() and has_finished(path / EVENTS)]
 
@@ -387,7 +396,8 @@ class Store:
         return not checkpoint.startswith(("base.", RIVAL))
 
     def is_external(self, checkpoint: str) -> bool:
-        """Whether a checkpoint is a model from outside: what becomes of it must not hold up anything else."""
+        """Whether a checkpoint is a model from outside: what becomes of it must not hold up
+        anything else."""
         return checkpoint.startswith(RIVAL)
 
     def is_there(self, checkpoint: str) -> bool:
@@ -400,7 +410,8 @@ class Store:
         return (folder / READY).is_file() if self.is_of_run(checkpoint) else folder.exists()
 
     def keep(self, checkpoint: str, purpose: str) -> None:
-        """Keep a checkpoint of a run from retention until it is let go for the same purpose; other models stay anyway.
+        """Keep a checkpoint of a run from retention until it is let go for the same purpose; other
+        models stay anyway.
 
         Raises:
             DataError: retention was faster.
@@ -467,7 +478,8 @@ class Store:
         return read_ready(self.checkpoint_folder(checkpoint)).digest
 
     def slice_digest(self, stage: Stage, reads: Reads, key: str) -> str | None:
-        """Logical digest of the slice that partition `key` reads; None while a needed part is missing."""
+        """Logical digest of the slice that partition `key` reads; None while a needed part is
+        missing."""
         parts = self._parts_of(stage, reads, key)
         if not parts:
             return None
@@ -485,7 +497,8 @@ class Store:
         return json_digest(digests)
 
     def _rows_digest(self, manifest: Manifest, reads: Reads, shard: str) -> str:
-        """Digest of one shard's rows of a whole table; all shards are digested in one pass and remembered."""
+        """Digest of one shard's rows of a whole table; all shards are digested in one pass and
+        remembered."""
         memo_key = (manifest.table, f"{manifest.part}:{manifest.digest}", reads.columns)
         if memo_key not in self._rows_digests:
             columns = list(reads.columns) or list(TABLES[reads.table].schema)
@@ -523,7 +536,8 @@ class Store:
         return manifest is not None and self.agrees(manifest, self.basis(stage, key))
 
     def attempts(self, stage: Stage, key: str) -> int:
-        """How often this partition was begun and not committed, from what it would be made from now."""
+        """How often this partition was begun and not committed, from what it would be made from
+        now."""
         path = self._attempts_file(stage, key)
         try:
             found = json.loads(path.read_bytes())
@@ -544,8 +558,8 @@ class Store:
         return manifest.basis == basis and not self.missing_files(manifest)
 
     def missing_files(self, manifest: Manifest) -> list[str]:
-        """Files of a committed part that someone deleted, of a run also its log and its last checkpoint; damage is
-        found where they are read, and by `verify`."""
+        """Files of a committed part that someone deleted, of a run also its log and its last
+        checkpoint; damage is found where they are read, and by `verify`."""
         folder = self.table_folder(manifest.table, manifest.part)
         missing = [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
         if manifest.table != "checkpoints" or missing:
@@ -558,7 +572,8 @@ class Store:
         return [] if ready.is_file() else [str(ready.relative_to(run))]
 
     def stale(self, stage: Stage) -> list[str]:
-        """Partitions whose committed part is missing or made from something else than what is there now."""
+        """Partitions whose committed part is missing or made from something else than what is there
+        now."""
         return [key for key in self.keys(stage.scope) if not self.is_current(stage, key)]
 
     def model_digest(self, key: str) -> str:
@@ -588,7 +603,8 @@ class Store:
         return f"that of {self.config.models.base}" if vae == "base" else vae
 
     def vae_of_run(self, encoding: str, base: str) -> Path | None:
-        """Folder of an encoding's VAE; None where it is that of the model that the run starts from itself."""
+        """Folder of an encoding's VAE; None where it is that of the model that the run starts from
+        itself."""
         folder = self.vae_folder(encoding)
         return None if folder == self.resource_path(self.config.models.base_named(base).path) / "vae" else folder
 
@@ -606,7 +622,8 @@ class Store:
         return self.vae_digest(stage.encoding(key)) if name == "vae" else self.model_digest(name)
 
     def _folder_digest(self, folder: Path) -> str:
-        """Digest of the files of a model, a folder or a single file; remembered by path, sizes and times."""
+        """Digest of the files of a model, a folder or a single file; remembered by path, sizes and
+        times."""
         if str(folder) not in self._model_digests:
             files = [folder, *config_folder(folder).rglob("*")]
             stamp = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file())
@@ -622,7 +639,8 @@ class Store:
             self._model_digests[str(folder)] = digest
         return self._model_digests[str(folder)]
 
-    # --- writing -----------------------------------------------------------------------------------------------
+    # --- writing
+    # -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def writing(self, table: str, part: str) -> Iterator[None]:
@@ -689,7 +707,8 @@ class Store:
         config: Any,
         basis: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Commit what a stage could not use of a partition; returns what the stage's manifest says of it.
+        """Commit what a stage could not use of a partition; returns what the stage's manifest says
+        of it.
 
         Both manifests carry what they follow from: equal where they were made together.
         """
@@ -731,14 +750,12 @@ class Store:
         batches: Sequence[Any],
         run: Callable[[Iterable[Any]], Iterator[pl.DataFrame]],
     ) -> Iterator[pl.DataFrame]:
-        """Yield the frame of every batch in order; those that an earlier, killed attempt finished are read back.
+        """Yield the frame of every batch in order; those that an earlier, killed attempt finished
+        are read back.
 
-        Args:
-            table: What is being made.
-            key: Its partition.
-            identity: Digest of everything the frames follow from; finished batches of another identity are dropped.
-            batches: All batches, in order.
-            run: Works off the batches it is given, in order.
+        Args: table: What is being made. key: Its partition. identity: Digest of everything the
+            frames follow from; finished batches of another identity are dropped. batches: All
+            batches, in order. run: Works off the batches it is given, in order.
         """
         folder = self._partial_folder(table, key)
         mine = folder / identity[:16]
@@ -765,7 +782,8 @@ class Store:
     def _partial_folder(self, table: str, key: str) -> Path:
         return self.home / "tables" / table / f"{key}.partial"
 
-    # --- what people forbid ------------------------------------------------------------------------------------
+    # --- what people forbid
+    # ------------------------------------------------------------------------------------
 
     def forgotten(self) -> frozenset[str]:
         """Image ids that must never return."""

@@ -1,7 +1,9 @@
-"""What tells a workspace from all others, wherever it lies: an id that moves with it and that a copy does not keep.
+"""What tells a workspace from all others, wherever it lies: an id that moves with it and that a
+copy does not keep.
 
-`workspace.json` holds the id and the folder that it was written for. A workspace that is found elsewhere was moved if
-nothing is left at that folder, and copied if the original is still there: then the copy gets an id of its own.
+`workspace.json` holds the id and the folder that it was written for. A workspace that is found
+elsewhere was moved if nothing is left at that folder, and copied if the original is still there:
+then the copy gets an id of its own.
 """
 
 import json
@@ -39,7 +41,8 @@ def _is_copy(home: Path, known: str, recorded: str) -> bool:
 
 
 def _read(home: Path) -> tuple[str, str] | None:
-    """Id and folder that a workspace's file names; None where there is no such file, or a damaged one."""
+    """Id and folder that a workspace's file names; None where there is no such file, or a damaged
+    one."""
     try:
         values = json.loads((home / FILE).read_bytes())
         return str(values["id"]), str(values["home"])

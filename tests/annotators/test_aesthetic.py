@@ -47,7 +47,10 @@ def test_the_relu_variant_and_other_widths_are_refused(tmp_path, head):
         Aesthetic.load(tmp_path, "cpu")(np.zeros((2, 25), np.float32))
     state = load_file(tmp_path / "model.safetensors")
     numbers = dict(zip((0, 2, 4, 6, 7), (0, 3, 6, 9, 11), strict=True))
-    relu = {f"layers.{numbers[int(k.split('.')[1])]}.{k.split('.')[2]}": v.clone() for k, v in state.items()}
+    relu = {
+        f"layers.{numbers[int(k.split('.')[1])]}.{k.split('.')[2]}": v.clone()
+        for k, v in state.items()
+    }
     save_file(relu, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="ReLU variant"):
         Aesthetic.load(tmp_path, "cpu")

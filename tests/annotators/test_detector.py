@@ -20,13 +20,27 @@ def detector(owlv2_folder):
 
 
 @pytest.mark.parametrize(
-    "size", [(96, 96), (480, 640), (640, 480), (97, 95), (50, 70), (300, 7), (7, 300), (2, 1), (1, 1), (1000, 333)]
+    "size",
+    [
+        (96, 96),
+        (480, 640),
+        (640, 480),
+        (97, 95),
+        (50, 70),
+        (300, 7),
+        (7, 300),
+        (2, 1),
+        (1, 1),
+        (1000, 333),
+    ],
 )
 def test_pixels_equal_transformers(detector, noise_image, size):
     image = noise_image(*size)
     processor = Owlv2ImageProcessorPil(size={"height": 96, "width": 96})
     inputs = processor(image, return_tensors="pt", input_data_format="channels_last")
-    torch.testing.assert_close(detector.preprocess(image), inputs.pixel_values[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        detector.preprocess(image), inputs.pixel_values[0], atol=1e-5, rtol=0
+    )
 
 
 def test_boxes_are_mapped_from_the_padded_square_by_hand(detector):
@@ -70,7 +84,9 @@ def detector_for_boxes(owlv2_folder):
 
 
 def test_suppression_by_hand():
-    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 6], [0, 5, 10, 15], [20, 20, 30, 30], [0, 0, 10, 10]], float)
+    boxes = np.array(
+        [[0, 0, 10, 10], [0, 0, 10, 6], [0, 5, 10, 15], [20, 20, 30, 30], [0, 0, 10, 10]], float
+    )
     confidences = np.array([0.9, 0.8, 0.7, 0.95, 0.9])
     # IoU with box 0: 0.6 (gone), 1/3 (stays), 0, 1 (gone: equal confidence, later).
     assert suppress(boxes, confidences) == [3, 0, 2]
@@ -86,7 +102,10 @@ def test_suppression_agrees_with_the_definition():
     for i in np.argsort(-confidences):
         overlaps = []
         for j in kept:
-            low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
+            low, high = (
+                np.maximum(boxes[i, :2], boxes[j, :2]),
+                np.minimum(boxes[i, 2:], boxes[j, 2:]),
+            )
             shared = np.prod(np.maximum(high - low, 0))
             overlaps.append(shared / (np.prod(size[i]) + np.prod(size[j]) - shared))
         if all(overlap <= 0.5 for overlap in overlaps):
@@ -101,23 +120,33 @@ def test_the_forward_pass_equals_transformers(detector, noise_image):
     confidences, boxes = detector.forward(batch)
     tokens = detector.query_ids
     with torch.inference_mode():
-        alone = detector.model(pixel_values=batch[1:], input_ids=tokens, attention_mask=detector.query_mask)
+        alone = detector.model(
+            pixel_values=batch[1:], input_ids=tokens, attention_mask=detector.query_mask
+        )
     assert confidences.shape == (2, 36)
-    torch.testing.assert_close(confidences[1], torch.sigmoid(alone.logits[0, :, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        confidences[1], torch.sigmoid(alone.logits[0, :, 0]), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(boxes[1], alone.pred_boxes[0], atol=1e-6, rtol=0)
-    results = Owlv2ImageProcessorPil().post_process_object_detection(alone, CONFIDENCE_FLOOR, [(50, 80)])[0]
+    results = Owlv2ImageProcessorPil().post_process_object_detection(
+        alone, CONFIDENCE_FLOOR, [(50, 80)]
+    )[0]
     found = detector(images)[1]
     best = results["scores"].argmax()
     x0, y0, x1, y1 = results["boxes"][best].tolist()
     clamped = (max(y0, 0), max(x0, 0), min(y1, 50), min(x1, 80))
     if clamped[2] > clamped[0] and clamped[3] > clamped[1]:
-        assert (found[0].y0, found[0].x0, found[0].y1, found[0].x1) == pytest.approx(clamped, abs=1e-3)
+        assert (found[0].y0, found[0].x0, found[0].y1, found[0].x1) == pytest.approx(
+            clamped, abs=1e-3
+        )
     assert found
 
 
 def test_a_preprocessor_of_another_size_is_refused(owlv2_folder, tmp_path):
     folder = shutil.copytree(owlv2_folder, tmp_path / "owlv2")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 960, "width": 960}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 960, "width": 960}})
+    )
     with pytest.raises(ModelError, match="reads 96x96"):
         Detector.load(folder, "cpu")
 

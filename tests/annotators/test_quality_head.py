@@ -1,4 +1,5 @@
-"""The quality model learns a planted taste, measures itself on images it never saw, and forgets nothing on disk."""
+"""The quality model learns a planted taste, measures itself on images it never saw, and forgets
+nothing on disk."""
 
 import json
 
@@ -16,7 +17,8 @@ WIDTH = 32
 
 @pytest.fixture(scope="module")
 def world():
-    """300 images with a planted utility, and 800 judgements of noisy raters, a tenth of them ties."""
+    """300 images with a planted utility, and 800 judgements of noisy raters, a tenth of them
+    ties."""
     generator = np.random.default_rng(0)
     embeddings = generator.normal(size=(300, WIDTH)).astype(np.float32)
     utility = 2 * embeddings[:, 0] - embeddings[:, 1]
@@ -29,7 +31,12 @@ def world():
 
 def fit(embeddings, a, b, target, seed=0):
     return fit_utility(
-        embeddings[a], embeddings[b], target, ids_a=[f"i{n}" for n in a], ids_b=[f"i{n}" for n in b], seed=seed
+        embeddings[a],
+        embeddings[b],
+        target,
+        ids_a=[f"i{n}" for n in a],
+        ids_b=[f"i{n}" for n in b],
+        seed=seed,
     )
 
 
@@ -54,11 +61,16 @@ def test_the_report_by_hand(world, fitted):
     """Tau and accuracy belong together through the share of ties."""
     *_, a, b, target = world
     _, report = fitted
-    held = [quality_head._held_out(f"i{x}", 0) or quality_head._held_out(f"i{y}", 0) for x, y in zip(a, b, strict=True)]
+    held = [
+        quality_head._held_out(f"i{x}", 0) or quality_head._held_out(f"i{y}", 0)
+        for x, y in zip(a, b, strict=True)
+    ]
     decisive = np.mean(target[held] != 0.5)
     assert report["num_held_out_pairs"] == sum(held)
     assert report["num_ties"] == (target == 0.5).sum()
-    assert report["held_out_tau"] == pytest.approx((2 * report["held_out_accuracy"] - 1) * decisive, abs=1e-6)
+    assert report["held_out_tau"] == pytest.approx(
+        (2 * report["held_out_accuracy"] - 1) * decisive, abs=1e-6
+    )
 
 
 def test_equal_inputs_give_equal_bits_and_the_global_generator_decides_nothing(world, fitted):
@@ -66,7 +78,9 @@ def test_equal_inputs_give_equal_bits_and_the_global_generator_decides_nothing(w
     torch.manual_seed(123)
     again, report = fit(embeddings, a, b, target)
     assert report == fitted[1]
-    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), fitted[0].parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(again.parameters(), fitted[0].parameters(), strict=True)
+    )
     other, _ = fit(embeddings, a, b, target, seed=1)
     assert not torch.equal(other.linear1.weight, again.linear1.weight)
 
@@ -124,14 +138,18 @@ def test_rare_junk_is_found(world):
 def test_a_saved_model_says_the_same(tmp_path, world, fitted, with_junk):
     embeddings, *_ = world
     torch.manual_seed(0)
-    model = QualityModel(fitted[0], ScalarHead(WIDTH) if with_junk else None, [-1.0, 0.5, 2.0], "cpu")
+    model = QualityModel(
+        fitted[0], ScalarHead(WIDTH) if with_junk else None, [-1.0, 0.5, 2.0], "cpu"
+    )
     model.save(tmp_path)
     again = QualityModel.load(tmp_path, "cpu")
     rows = again(embeddings[:50])
     assert rows == model(embeddings[:50])
     assert again.cuts == (-1.0, 0.5, 2.0)
     assert all((row.junk_probability is not None) == with_junk for row in rows)
-    assert rows[0].utility == pytest.approx(float(fitted[0](torch.from_numpy(embeddings[:1]))), abs=1e-6)
+    assert rows[0].utility == pytest.approx(
+        float(fitted[0](torch.from_numpy(embeddings[:1]))), abs=1e-6
+    )
 
 
 def test_unusable_models_and_embeddings_name_the_rule(tmp_path, fitted):

@@ -1,4 +1,5 @@
-"""Pictures that could not be drawn, were lost or were swapped are told of, and never a dead end for the others."""
+"""Pictures that could not be drawn, were lost or were swapped are told of, and never a dead end for
+the others."""
 
 import hashlib
 import shutil
@@ -45,20 +46,27 @@ class Evaluation:
                 rng = np.random.default_rng([number, *name.encode()])
                 picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 write_png(folder / f"{number}.png", picture, "x")
-                rows[-1] |= {"file": f"{number}.png", "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
+                rows[-1] |= {
+                    "file": f"{number}.png",
+                    "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+                }
         return pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
 
     def save(self, run, *clocks):
         """Write checkpoints of a run, which have a tokenizer and no weights."""
         self.world.save(run, *clocks)
         for clock in clocks:
-            (self.world.folder(f"{run}@{clock}") / "tokenizer").symlink_to(self.store.model_path("base") / "tokenizer")
+            (self.world.folder(f"{run}@{clock}") / "tokenizer").symlink_to(
+                self.store.model_path("base") / "tokenizer"
+            )
 
     def materialize(self, asset, *keys):
         """Run one asset for checkpoints that are stale."""
         self.instance.add_dynamic_partitions(checkpoints.name, list(keys))
         for key in keys:
-            dg.materialize([asset], partition_key=key, instance=self.instance, resources={"store": self.store})
+            dg.materialize(
+                [asset], partition_key=key, instance=self.instance, resources={"store": self.store}
+            )
 
     def evaluate(self, *keys):
         """Draw, score and judge what is stale of checkpoints."""
@@ -89,7 +97,9 @@ def evaluation(tmp_path, monkeypatch):
     made = Evaluation(tmp_path / "workspace")
     monkeypatch.setattr(sampling, "sample_folder", made.sample_folder)
     monkeypatch.setattr(prompt_encoding, "cut_prompts", lambda prompts, tokenizer, config: [])
-    monkeypatch.setattr(Tracking, "run_url", lambda self, run: "")  # an MLflow database takes longer than all the rest
+    monkeypatch.setattr(
+        Tracking, "run_url", lambda self, run: ""
+    )  # an MLflow database takes longer than all the rest
     return made
 
 
@@ -100,7 +110,9 @@ def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluati
     store = evaluation.store
     drawn = store.read("sample_images", ["file", "sha256"], ["run@1000"])
     assert drawn["file"].to_list() == [None, "1.png", None, "3.png"]
-    assert store.manifest("sample_images", "run@1000").report["numbers"] == {"pictures that are not finite": 2}
+    assert store.manifest("sample_images", "run@1000").report["numbers"] == {
+        "pictures that are not finite": 2
+    }
     scores = store.read("eval_metrics", parts=["run@2000"])
     assert scores.filter(metric="failed")["reason"].to_list() == [NOT_DRAWN] * NUM_PROMPTS
     assert evaluation.verdict("run@1000") == (
@@ -122,7 +134,9 @@ def test_a_lost_picture_is_found_drawn_again_and_scored_again(evaluation):
     evaluation.picture("run@1000", 2).unlink()
     evaluation.evaluate(*keys)
     assert "foundry verify --repair" in evaluation.verdict("run@1000")[1]
-    pictures, scores = sorted(evaluation.damage(), key=lambda problem: problem.path.parent.name, reverse=True)
+    pictures, scores = sorted(
+        evaluation.damage(), key=lambda problem: problem.path.parent.name, reverse=True
+    )
     assert "1 of 4 pictures in" in pictures.detail
     assert "2.png is missing" in pictures.detail
     assert scores.detail.startswith("scores of run@1000 lack 1 pictures, such as: 2.png is missing")
@@ -133,7 +147,9 @@ def test_a_lost_picture_is_found_drawn_again_and_scored_again(evaluation):
     assert evaluation.damage() == []
 
 
-def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_whole_stay(evaluation):
+def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_whole_stay(
+    evaluation,
+):
     base = evaluation.world.base
     evaluation.materialize(sample_images.sample_images, base)
     cut, swapped = evaluation.picture(base, 0), evaluation.picture(base, 3)
@@ -144,7 +160,10 @@ def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_wh
     assert "2 of 4 pictures in" in problem.detail
     (moved,) = maintenance.repair(evaluation.store, [problem])
     quarantine = moved.parents[2]
-    assert sorted(path.name for path in (quarantine / "sample_images" / base).iterdir()) == ["0.png", "3.png"]
+    assert sorted(path.name for path in (quarantine / "sample_images" / base).iterdir()) == [
+        "0.png",
+        "3.png",
+    ]
     assert sorted(path.name for path in cut.parent.iterdir()) == ["1.png", "2.png"]
     assert evaluation.store.stale(sample_images.STAGE) == [base]
 

@@ -1,4 +1,5 @@
-"""The champion of a workspace: who may challenge it, what is committed before it moves, and what a death leaves."""
+"""The champion of a workspace: who may challenge it, what is committed before it moves, and what a
+death leaves."""
 
 import logging
 import shutil
@@ -18,7 +19,9 @@ MARK = "WANTED.champion"
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A run of three checkpoints beside the base, which alone is scored."""
-    monkeypatch.setattr("resources.workspace.store.git_revision", lambda: "")  # a process for each commit
+    monkeypatch.setattr(
+        "resources.workspace.store.git_revision", lambda: ""
+    )  # a process for each commit
     world = World(tmp_path / "workspace")
     world.save("run", 1000, 2000, 3000)
     world.evaluate(world.base)
@@ -54,7 +57,10 @@ def test_the_best_of_many_is_judged_on_the_held_out_half_before_the_champion_mov
     assert held_out["group"].unique().to_list() == [champion.HELD_OUT]
     assert held_out["num_prompts"].unique().to_list() == [32]
     assert "aesthetic (held-out half): better, +0.3" in now.sentence
-    manifests = {name: world.store.manifest("eval_metrics", name) for name in ("run@1000", "run@2000", "run@3000")}
+    manifests = {
+        name: world.store.manifest("eval_metrics", name)
+        for name in ("run@1000", "run@2000", "run@3000")
+    }
     assert now.challenged == {name: manifest.digest for name, manifest in manifests.items()}
     assert marked(world) == ["samples_000002000"]
 
@@ -68,7 +74,9 @@ def test_a_single_first_challenger_is_judged_on_all_prompts_and_no_row_is_there_
     assert (now.checkpoint, now.verdict) == ("alone@3000", "base~alone@3000")
     assert "aesthetic (all): better" in now.sentence
     evaluate(world, 0.1)
-    assert world.store.read("verdicts").select("metric", "group", "a", "b").is_duplicated().sum() == 0
+    assert (
+        world.store.read("verdicts").select("metric", "group", "a", "b").is_duplicated().sum() == 0
+    )
 
 
 def test_the_base_stays_until_something_is_better_and_nobody_stands_twice(world, caplog):
@@ -108,7 +116,8 @@ STEPS = ("judge_pair", "keep", "write", "_keep_only")
 def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next_call_finishes(
     world, monkeypatch, step
 ):
-    """Killed at any call of a step: the file never names a verdict that is not there, or a folder that may go."""
+    """Killed at any call of a step: the file never names a verdict that is not there, or a folder
+    that may go."""
     evaluate(world, 0.4, -0.1, -0.1)
     assert crown(world).checkpoint == "run@1000"
     world.score("run@3000", world.values(1.0, 3))
@@ -189,7 +198,9 @@ def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobod
     assert crown(world).checkpoint == "run@2000"
 
 
-def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_the_others(world, caplog):
+def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_the_others(
+    world, caplog
+):
     caplog.set_level("INFO")
     evaluate(world, 0.2, 0.9, 0.3)
     shutil.rmtree(world.folder("run@2000"))  # retention may, once its pictures are drawn
@@ -197,7 +208,9 @@ def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_th
     for number, clock in enumerate((1000, 1500, 3000)):
         world.evaluate(f"named@{clock}", 0.0, seed=10 + number)
     world.draw("named@1500", "again")
-    assert world.store.stale(verdicts.VERDICTS) == []  # 1500 lies between the intervals and was evaluated by name
+    assert (
+        world.store.stale(verdicts.VERDICTS) == []
+    )  # 1500 lies between the intervals and was evaluated by name
     now = crown(world)
     assert (now.checkpoint, sorted(now.challenged)) == (
         "run@3000",
@@ -210,7 +223,8 @@ def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_th
 
 @pytest.fixture
 def unevaluated(world):
-    """The champion is a checkpoint that was evaluated by name; then all others are drawn in another way."""
+    """The champion is a checkpoint that was evaluated by name; then all others are drawn in another
+    way."""
     evaluate(world, 0.1, 0.1, 0.1)
     world.save("named", 1000, 1500, 3000)
     for clock, gain in ((1000, 0.0), (1500, 1.0), (3000, 0.0)):
@@ -237,7 +251,10 @@ def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplo
     assert unevaluated.store.stale(verdicts.VERDICTS) == []
     assert crown(unevaluated).checkpoint == "named@1500"
     told = " ".join(caplog.messages)
-    assert "run@1000 does not challenge the champion named@1500: named@1500 and run@1000 cannot be compared" in told
+    assert (
+        "run@1000 does not challenge the champion named@1500: named@1500 and run@1000 cannot be compared"
+        in told
+    )
     assert "can challenge it; its weights are gone: remove champion.json to begin anew" in told
     (unevaluated.home / champion.FILE).unlink()
     assert crown(unevaluated).checkpoint == "run@1000"

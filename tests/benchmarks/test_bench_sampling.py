@@ -1,4 +1,5 @@
-"""The benchmark of sampling runs at tiny size wherever there is no GPU, and halves a batch that does not fit."""
+"""The benchmark of sampling runs at tiny size wherever there is no GPU, and halves a batch that
+does not fit."""
 
 from pathlib import Path
 
@@ -15,7 +16,9 @@ def bench(monkeypatch):
 
 
 def test_every_precision_is_measured(bench, capsys):
-    results = bench.measure_all(torch.device("cpu"), tiny=True, batch_size=2, num_batches=1, num_steps=1)
+    results = bench.measure_all(
+        torch.device("cpu"), tiny=True, batch_size=2, num_batches=1, num_steps=1
+    )
     assert [result.precision for result in results] == ["fp32", "tf32", "bf16"]
     assert all(result.images_per_s > 0 and result.batch_size == 2 for result in results)
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [

@@ -1,4 +1,5 @@
-"""The figures of a GPU: taken on a CPU at tiny size, where every lever is seen to act, and their book-keeping."""
+"""The figures of a GPU: taken on a CPU at tiny size, where every lever is seen to act, and their
+book-keeping."""
 
 import json
 import os
@@ -29,7 +30,14 @@ def setting(bench):
 @pytest.mark.timeout(1800)
 def test_everything_runs_at_tiny_size_and_every_lever_is_seen_to_act(tmp_path):
     out, table = tmp_path / "figures.json", tmp_path / "table.md"
-    command = [ROOT / "benchmarks" / "gpu_figures.sh", "--tiny", "--out", str(out), "--table", str(table)]
+    command = [
+        ROOT / "benchmarks" / "gpu_figures.sh",
+        "--tiny",
+        "--out",
+        str(out),
+        "--table",
+        str(table),
+    ]
     environment = {**os.environ, "PYTHON": sys.executable, "SECONDS_AT_MOST": "1700"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -43,12 +51,25 @@ def test_everything_runs_at_tiny_size_and_every_lever_is_seen_to_act(tmp_path):
         "micro-batch 1", "compile blocks; one size", "compile whole; one size", "bigASP recreated; again",
     ]  # fmt: skip
     syncs = {name: row["counts"]["host syncs"] for name, row in rows.items()}
-    assert {name for name, count in syncs.items() if count != 1} == {"bigASP recreated", "bigASP recreated; again"}
+    assert {name for name, count in syncs.items() if count != 1} == {
+        "bigASP recreated",
+        "bigASP recreated; again",
+    }
     assert rows["pinned, sent ahead"]["not_run"] == "pinned memory: no CUDA"
     assert rows["compile whole; one size"]["counts"]["graphs"] == 1
-    phases = ["data", "host-to-device", "forward", "backward", "reduction", "optimizer", "validation", "checkpoint"]
+    phases = [
+        "data",
+        "host-to-device",
+        "forward",
+        "backward",
+        "reduction",
+        "optimizer",
+        "validation",
+        "checkpoint",
+    ]
     assert list(rows["bigASP recreated"]["budget"]) == phases
-    # AdamW in one call reads weights, gradients and moments once; operation by operation it is over twice as much.
+    # AdamW in one call reads weights, gradients and moments once; operation by operation it is over
+    # twice as much.
     moved = {name: row["counts"]["optimizer bytes"] for name, row in rows.items()}
     assert moved["no sync in micro-steps"] > 2 * moved["fused AdamW"]
     assert "| bigASP recreated |" in table.read_text()
@@ -88,7 +109,9 @@ def breaks_the_gpu(setting):
     yield
 
 
-def test_parts_end_each_in_their_own_way_and_a_rest_that_has_no_time_is_not_run(bench, setting, tmp_path, monkeypatch):
+def test_parts_end_each_in_their_own_way_and_a_rest_that_has_no_time_is_not_run(
+    bench, setting, tmp_path, monkeypatch
+):
     now = [0.0]
 
     def late(setting):
@@ -97,7 +120,11 @@ def test_parts_end_each_in_their_own_way_and_a_rest_that_has_no_time_is_not_run(
 
     monkeypatch.setattr(bench, "MIN_PART_S", 0.1)
     monkeypatch.setattr(bench.time, "time", lambda: now[0])
-    parts = [part(bench, "whole", two_rows), part(bench, "bad", fails), part(bench, "endless", late, cap_s=0.3)]
+    parts = [
+        part(bench, "whole", two_rows),
+        part(bench, "bad", fails),
+        part(bench, "endless", late, cap_s=0.3),
+    ]
     parts += [part(bench, "stubborn", hides_what_it_meets)]
     monkeypatch.setattr(bench, "PARTS", parts)
     figures = bench.Figures(tmp_path / "f.json", setting, resume=False)
@@ -106,7 +133,12 @@ def test_parts_end_each_in_their_own_way_and_a_rest_that_has_no_time_is_not_run(
     assert {name: entry["status"] for name, entry in found.items()} == {
         "whole": "done", "bad": "failed", "endless": "cut_off", "stubborn": "not_run",
     }  # fmt: skip
-    assert [len(found[name]["rows"]) for name in ("whole", "bad", "endless", "stubborn")] == [2, 1, 1, 0]
+    assert [len(found[name]["rows"]) for name in ("whole", "bad", "endless", "stubborn")] == [
+        2,
+        1,
+        1,
+        0,
+    ]
     assert "out of luck" in found["bad"]["reason"]
     assert "0 s of the call were left" in found["stubborn"]["reason"]
     lines = bench.table(figures.content).splitlines()
@@ -115,7 +147,9 @@ def test_parts_end_each_in_their_own_way_and_a_rest_that_has_no_time_is_not_run(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_part_ends_when_its_time_is_over_whatever_it_catches(bench, setting, tmp_path, monkeypatch):
+def test_a_part_ends_when_its_time_is_over_whatever_it_catches(
+    bench, setting, tmp_path, monkeypatch
+):
     monkeypatch.setattr(bench, "PARTS", [part(bench, "stubborn", hides_what_it_meets)])
     figures = bench.Figures(tmp_path / "f.json", setting, resume=False)
     bench.run_part(bench.PARTS[0], setting, figures, 0.2)
@@ -136,10 +170,20 @@ def test_a_broken_gpu_costs_its_part_and_the_rest_is_resumed(bench, setting, tmp
 
 def test_a_lever_that_is_not_seen_fails_the_call(bench, setting, tmp_path, monkeypatch, capsys):
     def idle(setting):
-        yield {"name": "lever", "images_per_s": 1.0, "goal": 1.0, "contradiction": "lever: nothing was compiled"}
+        yield {
+            "name": "lever",
+            "images_per_s": 1.0,
+            "goal": 1.0,
+            "contradiction": "lever: nothing was compiled",
+        }
 
     monkeypatch.setattr(bench, "PARTS", [part(bench, "levers", idle)])
-    assert bench.run(setting, bench.Figures(tmp_path / "f.json", setting, resume=False), time.time() + 60) == 1
+    assert (
+        bench.run(
+            setting, bench.Figures(tmp_path / "f.json", setting, resume=False), time.time() + 60
+        )
+        == 1
+    )
     assert "fault: lever: nothing was compiled" in capsys.readouterr().err
 
 

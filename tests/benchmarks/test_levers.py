@@ -1,4 +1,5 @@
-"""A lever of training that is set but does not act is named, for each of them: the benchmark is seen to fail."""
+"""A lever of training that is set but does not act is named, for each of them: the benchmark is
+seen to fail."""
 
 import contextlib
 import dataclasses
@@ -66,7 +67,9 @@ def laid_out_as(bench, monkeypatch, **values):
 
 def wait_in_passes(bench, monkeypatch):
     backward = Arithmetic.backward
-    monkeypatch.setattr(Arithmetic, "backward", lambda self, loss: (loss.item(), backward(self, loss)))
+    monkeypatch.setattr(
+        Arithmetic, "backward", lambda self, loss: (loss.item(), backward(self, loss))
+    )
 
 
 def step_unfused(bench, monkeypatch):
@@ -89,7 +92,11 @@ def cast_nothing(bench, monkeypatch):
 
 def keep_fp32(bench, monkeypatch):
     prepare = Arithmetic.__init__
-    monkeypatch.setattr(Arithmetic, "__init__", lambda self, _, *args, **named: prepare(self, "fp32", *args, **named))
+    monkeypatch.setattr(
+        Arithmetic,
+        "__init__",
+        lambda self, _, *args, **named: prepare(self, "fp32", *args, **named),
+    )
 
 
 def hang_gradients_on_parameters(bench, monkeypatch):
@@ -118,7 +125,9 @@ def make_in_the_loop(bench, monkeypatch):
 
 
 def send_unpinned(bench, monkeypatch):
-    monkeypatch.setattr(Sender, "receive", lambda self, mark, tensors: [tensor.to(CPU) for tensor in tensors])
+    monkeypatch.setattr(
+        Sender, "receive", lambda self, mark, tensors: [tensor.to(CPU) for tensor in tensors]
+    )
 
 
 def break_graphs(bench, monkeypatch):
@@ -173,7 +182,9 @@ IDLE = [
 # Of torch itself, about what comes after a graph break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
-    ("name", "disable", "message"), IDLE, ids=[f"{row[0]}-{number}" for number, row in enumerate(IDLE)]
+    ("name", "disable", "message"),
+    IDLE,
+    ids=[f"{row[0]}-{number}" for number, row in enumerate(IDLE)],
 )
 def test_a_lever_that_does_not_act_is_named(bench, monkeypatch, name, disable, message):
     disable(bench, monkeypatch)

@@ -23,8 +23,15 @@ def held(trainer):
     """All that a GPU would hold between two steps."""
     state = trainer.state
     modules = (state.parts.unet, *state.parts.text_encoders)
-    yield from (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    yield from (trainer.signal, trainer.weights, state.arithmetic.gradients.flat, *state.arithmetic.weights.values())
+    yield from (
+        tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
+    )
+    yield from (
+        trainer.signal,
+        trainer.weights,
+        state.arithmetic.gradients.flat,
+        *state.arithmetic.weights.values(),
+    )
     yield from (value for moments in state.optimizer.state.values() for value in moments.values())
     yield from state.ema.shadows.values()
 
@@ -57,11 +64,13 @@ def count_steps(step_counter, monkeypatch, run, train):
 def test_the_host_waits_once_a_step(step_counter, monkeypatch, make_run, train, precision):
     run = make_run(num_samples=30, precision=precision)
     for counter in count_steps(step_counter, monkeypatch, run, train):
-        assert [line.partition(":")[0] for line in counter.host_syncs] == ["training/loop/trainer.py"], (
-            counter.host_syncs
-        )
+        assert [line.partition(":")[0] for line in counter.host_syncs] == [
+            "training/loop/trainer.py"
+        ], counter.host_syncs
         assert counter.blocking_copies == []
-        assert counter.operations["aten::_fused_adamw_"] == 2, "one call for the UNet, one for the text encoder"
+        assert counter.operations["aten::_fused_adamw_"] == 2, (
+            "one call for the UNet, one for the text encoder"
+        )
 
 
 def test_a_wait_that_hides_in_the_averages_is_found(step_counter, monkeypatch, make_run, train):
@@ -101,7 +110,9 @@ def test_every_kind_of_reading_waits(step_counter, read):
         with counter:
             read(there)
         assert len(counter.host_syncs) == is_there
-        assert all(line.startswith("tests/benchmarks/test_step_syncs.py:") for line in counter.host_syncs)
+        assert all(
+            line.startswith("tests/benchmarks/test_step_syncs.py:") for line in counter.host_syncs
+        )
 
 
 def test_work_on_the_device_waits_for_nothing(step_counter):
@@ -137,7 +148,8 @@ def test_bytes_are_counted_by_hand(step_counter):
     held += [moment for state in optimizer.state.values() for moment in state.values()]
     with step_counter.StepCounter(CPU, held, phases) as counter, phases.phase("optimizer"):
         optimizer.step()
-    # Reads weight, gradient and two moments, writes all but the gradient; two steps' counters, read and written.
+    # Reads weight, gradient and two moments, writes all but the gradient; two steps' counters, read
+    # and written.
     assert counter.operations["aten::_fused_adamw_"] == 1
     assert counter.bytes_moved["optimizer"] == pytest.approx(128 * 4 * 7, abs=100)
     assert set(phases.take()) == set(step_counter.PHASES)

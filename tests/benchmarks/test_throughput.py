@@ -1,4 +1,5 @@
-"""The benchmark of training runs writes what `foundry cost` reads, and fails where a lever is not seen to act."""
+"""The benchmark of training runs writes what `foundry cost` reads, and fails where a lever is not
+seen to act."""
 
 import json
 import sys
@@ -28,15 +29,23 @@ def results(bench, contradiction=""):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("contradiction", "status"), [("", 0), ("all levers: nothing was compiled", 1)])
+@pytest.mark.parametrize(
+    ("contradiction", "status"), [("", 0), ("all levers: nothing was compiled", 1)]
+)
 def test_the_results_are_written_and_a_lever_that_does_nothing_fails(
     bench, monkeypatch, tmp_path, capsys, contradiction, status
 ):
     monkeypatch.setattr(bench, "measure_all", lambda *_, **__: iter(results(bench, contradiction)))
-    monkeypatch.setattr(sys, "argv", ["train_throughput.py", "--tiny", "--out", str(tmp_path / "rates.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["train_throughput.py", "--tiny", "--out", str(tmp_path / "rates.json")]
+    )
     assert bench.main() == status
     found = json.loads((tmp_path / "rates.json").read_text())
-    assert [result["name"] for result in found["configurations"]] == ["bigASP recreated", "all levers", "too large"]
+    assert [result["name"] for result in found["configurations"]] == [
+        "bigASP recreated",
+        "all levers",
+        "too large",
+    ]
     printed = capsys.readouterr().out
     assert "out of memory" in printed
     assert ("NOT SEEN" in printed) == bool(contradiction)

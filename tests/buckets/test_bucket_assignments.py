@@ -1,4 +1,5 @@
-"""Bucket plans against their published list, and assignment against a plain loop over all buckets."""
+"""Bucket plans against their published list, and assignment against a plain loop over all
+buckets."""
 
 import math
 import time
@@ -48,7 +49,9 @@ CONFIGS = [
 
 @settings(max_examples=80)
 @given(
-    sizes=st.lists(st.tuples(st.integers(16, 6000), st.integers(16, 6000)), min_size=1, max_size=40),
+    sizes=st.lists(
+        st.tuples(st.integers(16, 6000), st.integers(16, 6000)), min_size=1, max_size=40
+    ),
     config=st.sampled_from(CONFIGS),
     grow=st.booleans(),
 )
@@ -59,7 +62,10 @@ def test_every_picture_is_placed_in_the_nearest_bucket_it_covers_or_rejected(siz
     assert TABLES["bucket_assignments"].conform(placed).height == placed.height
     plan = plans.plan(config)
     for row in placed.iter_rows(named=True):
-        size, bucket = Size(row["height"], row["width"]), Size(row["bucket_height"], row["bucket_width"])
+        size, bucket = (
+            Size(row["height"], row["width"]),
+            Size(row["bucket_height"], row["bucket_width"]),
+        )
         resized = Size(row["resized_height"], row["resized_width"])
         mine = [item for item in plan if covers(size, item)]
         assert bucket == nearest_by_hand(size, mine or plan)
@@ -97,7 +103,10 @@ def test_without_upscaling_kohya_cuts_each_picture_to_its_own_steps(sizes):
     placed, rejected = bucket_assignments.assign(frame(sizes), config)
     assert placed.height + len(rejected) == len(sizes)
     for row in placed.iter_rows(named=True):
-        size, bucket = Size(row["height"], row["width"]), Size(row["bucket_height"], row["bucket_width"])
+        size, bucket = (
+            Size(row["height"], row["width"]),
+            Size(row["bucket_height"], row["bucket_width"]),
+        )
         resized = Size(row["resized_height"], row["resized_width"])
         assert bucket.height % 64 == bucket.width % 64 == 0
         assert covers(size, resized)
@@ -120,15 +129,18 @@ def test_without_upscaling_every_picture_gets_the_size_that_kohya_gives_it():
     assert table.height == 300
     for (area, step), rows in table.group_by("area", "step", maintain_order=True):
         config = BucketConfig(plan="kohya", no_upscale=True, area=area, step=step)
-        placed, rejected = bucket_assignments.assign(frame(rows.select("height", "width").rows()), config)
+        placed, rejected = bucket_assignments.assign(
+            frame(rows.select("height", "width").rows()), config
+        )
         assert rejected == []
         wanted = rows.select(pl.exclude("area", "step").cast(pl.Int32))
         assert placed.select(wanted.columns).rows() == wanted.rows()
 
 
 def test_kohyas_own_sizes_of_hand_worked_pictures():
-    # 3000 x 2000: sqrt(area x 2/3) = 836.09 wide, in steps 832; 832 x 1.5 = 1248 high, in steps 1216: 0.684.
-    # By height 1254.14, in steps 1216; 811 wide, in steps 768: 0.632, farther from 2/3.
+    # 3000 x 2000: sqrt(area x 2/3) = 836.09 wide, in steps 832; 832 x 1.5 = 1248 high, in steps
+    # 1216: 0.684. By height 1254.14, in steps 1216; 811 wide, in steps 768: 0.632, farther from
+    # 2/3.
     placed, _ = bucket_assignments.assign(
         frame([(3000, 2000), (700, 900)]), BucketConfig(plan="kohya", no_upscale=True)
     )
@@ -137,7 +149,9 @@ def test_kohyas_own_sizes_of_hand_worked_pictures():
 
 
 def with_tags(sizes, tags=()):
-    return frame(sizes).with_columns(tags=pl.Series([list(tags)] * len(sizes), dtype=pl.List(pl.String)))
+    return frame(sizes).with_columns(
+        tags=pl.Series([list(tags)] * len(sizes), dtype=pl.List(pl.String))
+    )
 
 
 def test_padding_takes_its_share_of_those_that_lose_much_and_spares_drawings():
@@ -160,10 +174,17 @@ def test_padding_takes_its_share_of_those_that_lose_much_and_spares_drawings():
     # The draw belongs to the image: neither its neighbours nor their order matter.
     some, _ = bucket_assignments.assign(images.reverse().head(120), BucketConfig(), up_crop)
     wanted = dict(placed.select("image_id", "padded").iter_rows())
-    assert all(wanted[image_id] == chosen for image_id, chosen in some.select("image_id", "padded").iter_rows())
-    drawn, _ = bucket_assignments.assign(with_tags(sizes, ["star", "lineart"]), BucketConfig(), up_crop)
+    assert all(
+        wanted[image_id] == chosen
+        for image_id, chosen in some.select("image_id", "padded").iter_rows()
+    )
+    drawn, _ = bucket_assignments.assign(
+        with_tags(sizes, ["star", "lineart"]), BucketConfig(), up_crop
+    )
     assert not drawn["padded"].any()
-    everything, _ = bucket_assignments.assign(images, BucketConfig(), UpCropConfig(share=1.0, min_cut=0.0))
+    everything, _ = bucket_assignments.assign(
+        images, BucketConfig(), UpCropConfig(share=1.0, min_cut=0.0)
+    )
     assert everything["padded"].all()
 
 
@@ -186,7 +207,9 @@ def test_the_report_of_a_hand_counted_assignment():
 
 def test_a_plan_that_no_picture_fits_is_told_in_one_line():
     line = bucket_assignments.nothing_fits(frame([(100, 200), (300, 300)]), BucketConfig())
-    assert line.startswith("bucket plan 'bigasp_v1': none of 2 pictures fits, the largest has 300x300 px")
+    assert line.startswith(
+        "bucket plan 'bigasp_v1': none of 2 pictures fits, the largest has 300x300 px"
+    )
     smallest = min((size.area, size) for size in plan(BucketConfig()))[1]
     assert f"its smallest bucket is {smallest}" in line
     own = BucketConfig(plan="kohya", no_upscale=True)

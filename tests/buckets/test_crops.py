@@ -1,4 +1,5 @@
-"""Placements cover, stay inside and invert; pixels, conditioning and boxes agree on where things are."""
+"""Placements cover, stay inside and invert; pixels, conditioning and boxes agree on where things
+are."""
 
 import numpy as np
 import pytest
@@ -45,10 +46,21 @@ def box_of(size, fractions):
     return Box(y[0] * size.height, x[0] * size.width, y[1] * size.height, x[1] * size.width)
 
 
-@given(bucket=bucket_sizes, size=st.tuples(st.integers(40, 900), st.integers(40, 900)), upscale=st.booleans())
+@given(
+    bucket=bucket_sizes,
+    size=st.tuples(st.integers(40, 900), st.integers(40, 900)),
+    upscale=st.booleans(),
+)
 def test_a_padded_picture_lies_whole_in_the_middle_of_its_bucket(bucket, size, upscale):
     p = crops.place(
-        Size(*size), bucket, mode="random", seed=0, generation=0, image_id="a", padded=True, upscale=upscale
+        Size(*size),
+        bucket,
+        mode="random",
+        seed=0,
+        generation=0,
+        image_id="a",
+        padded=True,
+        upscale=upscale,
     )
     assert p.resized.height <= bucket.height
     assert p.resized.width <= bucket.width
@@ -59,13 +71,20 @@ def test_a_padded_picture_lies_whole_in_the_middle_of_its_bucket(bucket, size, u
     for pad, side in ((p.pad_top, 0), (p.pad_left, 1)):
         assert 0 <= bucket[side] - p.resized[side] - 2 * pad <= 1
     shape = np.array(p.resized) / np.array(size)
-    assert abs(shape[0] / shape[1] - 1) <= 1 / min(p.resized) + 1 / min(size), "one scale for both sides"
+    assert abs(shape[0] / shape[1] - 1) <= 1 / min(p.resized) + 1 / min(size), (
+        "one scale for both sides"
+    )
 
 
 def test_the_random_crop_is_keyed_by_generation_and_image():
     def offsets(generation, image_id, seed=0):
         p = crops.place(
-            Size(600, 900), Size(128, 128), mode="random", seed=seed, generation=generation, image_id=image_id
+            Size(600, 900),
+            Size(128, 128),
+            mode="random",
+            seed=seed,
+            generation=generation,
+            image_id=image_id,
         )
         return p.crop_top, p.crop_left
 
@@ -78,20 +97,25 @@ def test_the_random_crop_is_keyed_by_generation_and_image():
 def test_random_crops_reach_both_ends_of_the_slack():
     original, bucket = Size(128, 132), Size(128, 128)
     lefts = {
-        crops.place(original, bucket, mode="random", seed=0, generation=g, image_id="a").crop_left for g in range(80)
+        crops.place(original, bucket, mode="random", seed=0, generation=g, image_id="a").crop_left
+        for g in range(80)
     }
     assert lefts == {0, 1, 2, 3, 4}
 
 
 def test_centre_halves_the_overhang():
-    p = crops.place(Size(256, 301), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a")
+    p = crops.place(
+        Size(256, 301), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+    )
     assert p == Placement(Size(256, 301), Size(128, 151), 0, 11, Size(128, 128), False)
 
 
 def test_a_crop_box_wins_and_is_kept_inside_when_it_fits():
     original, bucket = Size(256, 800), Size(128, 128)
     box = Box(100, 600, 120, 660)
-    p = crops.place(original, bucket, mode="random", seed=0, generation=3, image_id="a", crop_box=box)
+    p = crops.place(
+        original, bucket, mode="random", seed=0, generation=3, image_id="a", crop_box=box
+    )
     mapped = crops.map_box(box, p)
     assert mapped is not None
     assert mapped.x1 - mapped.x0 == pytest.approx(30)
@@ -100,29 +124,56 @@ def test_a_crop_box_wins_and_is_kept_inside_when_it_fits():
 
 def test_growing_is_refused():
     with pytest.raises(DataError, match="127x500 px is smaller than its bucket of 128x128"):
-        crops.place(Size(127, 500), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a")
+        crops.place(
+            Size(127, 500), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+        )
 
 
 @settings(max_examples=40, deadline=None)
-@given(bucket=bucket_sizes, margin=margins, generation=st.integers(0, 5), flip=st.booleans(), padded=st.booleans())
+@given(
+    bucket=bucket_sizes,
+    margin=margins,
+    generation=st.integers(0, 5),
+    flip=st.booleans(),
+    padded=st.booleans(),
+)
 def test_conditioning_inverts_to_the_source_pixel(bucket, margin, generation, flip, padded):
     original = Size(bucket.height + margin[0], bucket.width + margin[1])
     # Red holds the row, green the column: each pixel says where in the source it was.
     y, x = np.mgrid[0 : original.height, 0 : original.width]
     pixels = np.zeros((*original, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = y * 255 // (original.height - 1), x * 255 // (original.width - 1)
+    pixels[..., 0], pixels[..., 1] = (
+        y * 255 // (original.height - 1),
+        x * 255 // (original.width - 1),
+    )
     p = crops.place(
-        original, bucket, mode="random", seed=1, generation=generation, image_id="a", flip=flip, padded=padded
+        original,
+        bucket,
+        mode="random",
+        seed=1,
+        generation=generation,
+        image_id="a",
+        flip=flip,
+        padded=padded,
     )
     cut = crops.apply(pixels, p)
     assert cut.shape == (*bucket, 3)
     assert cut.flags.c_contiguous
-    for row, column in ((4, 5), (bucket.height // 2, bucket.width // 3), (bucket.height - 5, bucket.width - 5)):
+    for row, column in (
+        (4, 5),
+        (bucket.height // 2, bucket.width // 3),
+        (bucket.height - 5, bucket.width - 5),
+    ):
         unflipped = bucket.width - 1 - column if flip else column
-        if not (4 <= row - p.pad_top < p.resized.height - 4 and 4 <= unflipped - p.pad_left < p.resized.width - 4):
+        if not (
+            4 <= row - p.pad_top < p.resized.height - 4
+            and 4 <= unflipped - p.pad_left < p.resized.width - 4
+        ):
             continue
         source_y = (p.crop_top + row - p.pad_top + 0.5) * original.height / p.resized.height - 0.5
-        source_x = (p.crop_left + unflipped - p.pad_left + 0.5) * original.width / p.resized.width - 0.5
+        source_x = (
+            p.crop_left + unflipped - p.pad_left + 0.5
+        ) * original.width / p.resized.width - 0.5
         assert cut[row, column, 0] == pytest.approx(source_y * 255 / (original.height - 1), abs=2.5)
         assert cut[row, column, 1] == pytest.approx(source_x * 255 / (original.width - 1), abs=2.5)
 
@@ -137,7 +188,9 @@ def test_pixels_are_those_of_pillows_lanczos():
 
 
 def test_a_picture_of_another_size_is_refused():
-    p = crops.place(Size(200, 300), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a")
+    p = crops.place(
+        Size(200, 300), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+    )
     with pytest.raises(DataError, match="300x200"):
         crops.apply(np.zeros((300, 200, 3), np.uint8), p)
 
@@ -161,7 +214,9 @@ def test_a_picture_that_keeps_its_size_is_cut_along_both_sides(bucket, over, mod
     if mode == "centre" and box is None:
         assert (p.crop_top, p.crop_left) == (over[0] // 2, over[1] // 2)
     pixels = np.random.default_rng(generation).integers(0, 256, (*own, 3), dtype=np.uint8)
-    shown = pixels[p.crop_top : p.crop_top + bucket.height, p.crop_left : p.crop_left + bucket.width]
+    shown = pixels[
+        p.crop_top : p.crop_top + bucket.height, p.crop_left : p.crop_left + bucket.width
+    ]
     assert np.array_equal(crops.apply(pixels, p), shown), "not resized at all"
 
 
@@ -170,7 +225,8 @@ def test_random_crops_along_both_sides_reach_all_corners():
     corners = {
         (p.crop_top, p.crop_left)
         for p in (
-            crops.place(own, bucket, mode="random", seed=0, generation=g, image_id="a", resized=own) for g in range(200)
+            crops.place(own, bucket, mode="random", seed=0, generation=g, image_id="a", resized=own)
+            for g in range(200)
         )
     }
     assert corners == {(top, left) for top in range(3) for left in range(4)}
@@ -184,12 +240,21 @@ def test_a_mapped_box_is_where_the_pixels_are(bucket, generation, flip, padded):
     pixels = np.zeros((*original, 3), np.uint8)
     pixels[int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)] = 255
     p = crops.place(
-        original, bucket, mode="random", seed=2, generation=generation, image_id="b", flip=flip, padded=padded
+        original,
+        bucket,
+        mode="random",
+        seed=2,
+        generation=generation,
+        image_id="b",
+        flip=flip,
+        padded=padded,
     )
     mapped = crops.map_box(box, p)
     assert mapped is not None
     rows, columns = np.nonzero(crops.apply(pixels, p)[..., 0] > 190)  # the padding is 128
-    assert mapped == pytest.approx((rows.min(), columns.min(), rows.max() + 1, columns.max() + 1), abs=1.0)
+    assert mapped == pytest.approx(
+        (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1), abs=1.0
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -205,23 +270,33 @@ def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen
         original, bucket, mode="random", seed=3, generation=generation, image_id="c", flip=flip, padded=padded,
         resized=original if cut else None,
     )  # fmt: skip
-    # One pixel of the resized picture, so that nothing is blurred: the marker lies in the middle of what is kept.
-    row, column = p.crop_top + bucket.height // 2 - p.pad_top, p.crop_left + bucket.width // 3 - p.pad_left
+    # One pixel of the resized picture, so that nothing is blurred: the marker lies in the middle of
+    # what is kept.
+    row, column = (
+        p.crop_top + bucket.height // 2 - p.pad_top,
+        p.crop_left + bucket.width // 3 - p.pad_left,
+    )
     whole = np.zeros((*p.resized, 3), np.uint8)
     whole[row, column] = 255
     seen = whole[:, ::-1] if flip else whole
     encoded = crops.apply(whole, p._replace(original=p.resized))
-    (y, x), (whole_y, whole_x) = (np.argwhere(picture[..., 0] == 255)[0] for picture in (encoded, seen))
+    (y, x), (whole_y, whole_x) = (
+        np.argwhere(picture[..., 0] == 255)[0] for picture in (encoded, seen)
+    )
     pad_left = bucket.width - p.resized.width - p.pad_left if flip else p.pad_left
     pads = (p.pad_top, pad_left) if padded else (0, 0)
     assert crops.told_crop(p, 2) == (whole_y - y + pads[0], whole_x - x + pads[1])
 
 
 def test_what_was_cut_off_a_mirrored_picture_on_the_left():
-    # 1,280 wide for a bucket of 832: 21 columns are cut off on the left, 427 on the right, which is the left mirrored.
+    # 1,280 wide for a bucket of 832: 21 columns are cut off on the left, 427 on the right, which is
+    # the left mirrored.
     p = Placement(Size(2000, 2105), Size(1216, 1280), 0, 21, Size(1216, 832), False)
     assert [crops.told_crop(p, version) for version in (1, 2)] == [(0, 21), (0, 21)]
-    assert [crops.told_crop(p._replace(flip=True), version) for version in (1, 2)] == [(0, 21), (0, 427)]
+    assert [crops.told_crop(p._replace(flip=True), version) for version in (1, 2)] == [
+        (0, 21),
+        (0, 427),
+    ]
 
 
 def test_a_box_outside_of_the_crop_is_gone():
@@ -231,8 +306,18 @@ def test_a_box_outside_of_the_crop_is_gone():
 
 
 def test_padding_is_grey_on_both_sides_and_nowhere_else():
-    p = crops.place(Size(200, 100), Size(128, 96), mode="random", seed=0, generation=0, image_id="a", padded=True)
-    assert p == Placement(Size(200, 100), Size(128, 64), 0, 0, Size(128, 96), False, pad_top=0, pad_left=16)
+    p = crops.place(
+        Size(200, 100),
+        Size(128, 96),
+        mode="random",
+        seed=0,
+        generation=0,
+        image_id="a",
+        padded=True,
+    )
+    assert p == Placement(
+        Size(200, 100), Size(128, 64), 0, 0, Size(128, 96), False, pad_top=0, pad_left=16
+    )
     cut = crops.apply(np.full((200, 100, 3), 7, np.uint8), p)
     assert (cut[:, :16] == 128).all()
     assert (cut[:, 80:] == 128).all()
@@ -245,7 +330,15 @@ def test_a_watermark_is_kept_out_where_the_slack_allows_it():
     seen = set()
     for generation in range(40):
         for mode in ("random", "centre"):
-            p = crops.place(original, bucket, mode=mode, seed=0, generation=generation, image_id="a", avoid=[mark])
+            p = crops.place(
+                original,
+                bucket,
+                mode=mode,
+                seed=0,
+                generation=generation,
+                image_id="a",
+                avoid=[mark],
+            )
             assert crops.map_box(mark, p) is None
             seen.add(p.crop_left)
     assert min(seen) < 12
@@ -253,18 +346,23 @@ def test_a_watermark_is_kept_out_where_the_slack_allows_it():
     assert len(seen) > 10, "what is left of the slack is still drawn from"
     wide = Box(0, 0, 20, 320)  # unavoidable: everything is as good as anything
     free = {
-        crops.place(original, bucket, mode="random", seed=0, generation=g, image_id="a", avoid=[wide]).crop_left
+        crops.place(
+            original, bucket, mode="random", seed=0, generation=g, image_id="a", avoid=[wide]
+        ).crop_left
         for g in range(40)
     }
     assert max(free) - min(free) > 150
     big_and_small = [Box(0, 0, 128, 100), Box(0, 280, 16, 320)]
-    p = crops.place(original, bucket, mode="centre", seed=0, generation=0, image_id="a", avoid=big_and_small)
+    p = crops.place(
+        original, bucket, mode="centre", seed=0, generation=0, image_id="a", avoid=big_and_small
+    )
     assert [crops.map_box(box, p) for box in big_and_small] == [None, None]
     assert p.crop_left == 100
 
 
 def test_what_stands_out_stays_in_the_crop():
-    """The head of a tall portrait, which a centre crop would cut, and a thing at the right end of a wide picture."""
+    """The head of a tall portrait, which a centre crop would cut, and a thing at the right end of a
+    wide picture."""
     rng = np.random.default_rng(0)
     tall = np.full((600, 200, 3), 90, np.uint8)
     tall[40:130, 60:140] = rng.integers(0, 256, (90, 80, 3))
@@ -276,7 +374,13 @@ def test_what_stands_out_stays_in_the_crop():
         offsets = set()
         for generation in range(20):
             p = crops.place(
-                original, bucket, mode="subject", seed=0, generation=generation, image_id="a", importance=importance
+                original,
+                bucket,
+                mode="subject",
+                seed=0,
+                generation=generation,
+                image_id="a",
+                importance=importance,
             )
             offsets.add((p.crop_top, p.crop_left))
             mapped = crops.map_box(box, p)
@@ -287,9 +391,19 @@ def test_what_stands_out_stays_in_the_crop():
         centre = crops.place(original, bucket, mode="centre", seed=0, generation=0, image_id="a")
         assert crops.map_box(box, centre) is None
     with pytest.raises(DataError, match="needs the picture's importance map"):
-        crops.place(Size(600, 200), Size(128, 128), mode="subject", seed=0, generation=0, image_id="a")
+        crops.place(
+            Size(600, 200), Size(128, 128), mode="subject", seed=0, generation=0, image_id="a"
+        )
 
 
 def test_upscaling_covers_the_bucket_when_it_is_allowed():
-    p = crops.place(Size(60, 90), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a", upscale=True)
+    p = crops.place(
+        Size(60, 90),
+        Size(128, 128),
+        mode="centre",
+        seed=0,
+        generation=0,
+        image_id="a",
+        upscale=True,
+    )
     assert (p.resized, p.crop_left) == (Size(128, 192), 32)

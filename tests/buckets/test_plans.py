@@ -1,4 +1,5 @@
-"""Bucket plans against the lists that their authors publish, or that their tools were seen to make."""
+"""Bucket plans against the lists that their authors publish, or that their tools were seen to
+make."""
 
 import pytest
 
@@ -18,7 +19,8 @@ PAPER = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x16
 1152x832 1216x832 1280x768 1344x768 1408x704 1472x704 1536x640 1600x640 1664x576 1728x576 1792x576 1856x512 1920x512
 1984x512 2048x512"""
 
-# BPModel at 768: from each side of 512 to 1728 the longest other side with at most 768 x 1152 pixels, and the square.
+# BPModel at 768: from each side of 512 to 1728 the longest other side with at most 768 x 1152
+# pixels, and the square.
 ARB_768 = """512x1728 576x1536 640x1344 704x1216 768x1152 832x1024 896x960 960x896 1024x832 1088x768 1152x768 1216x704
 1280x640 1344x640 1408x576 1472x576 1536x576 1600x512 1664x512 1728x512 768x768
 576x1472 576x1408 640x1280 768x1088 512x1600 512x1664"""
@@ -52,10 +54,8 @@ def test_kohyas_list_has_the_sizes_that_its_tool_makes():
     assert {Size(w, h) for h, w in narrow} == set(narrow), "as tall as wide"
     # A square of 512 with sides 256 to 1024, worked out by hand.
     small = plan(BucketConfig(plan="kohya", area=512 * 512, min_side=256, max_side=1024))
-    expected = (
-        "256x1024 320x768 384x640 448x576 512x512 576x448 640x384 704x320 768x320 832x256 896x256 960x256 1024x256 "
-    )
-    expected += "320x704 256x832 256x896 256x960"
+    expected = "256x1024 320x768 384x640 448x576 512x512 "
+    expected += "576x448 640x384 704x320 768x320 832x256 896x256 960x256 1024x256 320x704 256x832 256x896 256x960"
     assert list(small) == pairs(expected)
 
 
@@ -83,8 +83,14 @@ def naifu(base_res, max_size, divisible, min_dim, dim_limit):
 
 
 BPMODEL = {
-    768: ({"base_res": (768, 768), "max_size": (768, 1152), "min_dim": 512, "dim_limit": 1792}, ARB_768),
-    1024: ({"base_res": (1024, 1024), "max_size": (1024, 1536), "min_dim": 960, "dim_limit": 2389}, ARB_1024),
+    768: (
+        {"base_res": (768, 768), "max_size": (768, 1152), "min_dim": 512, "dim_limit": 1792},
+        ARB_768,
+    ),
+    1024: (
+        {"base_res": (1024, 1024), "max_size": (1024, 1536), "min_dim": 960, "dim_limit": 2389},
+        ARB_1024,
+    ),
 }
 
 
@@ -92,7 +98,9 @@ BPMODEL = {
 def test_both_of_bpmodels_settings(resolution):
     options, listed = BPMODEL[resolution]
     sizes = plan(BucketConfig(plan="arb", divisible=64, max_ar_error=4.0, **options))
-    width_first = {name: value[::-1] if isinstance(value, tuple) else value for name, value in options.items()}
+    width_first = {
+        name: value[::-1] if isinstance(value, tuple) else value for name, value in options.items()
+    }
     assert list(sizes) == naifu(divisible=64, **width_first)
     assert list(sizes) == pairs(listed)
     base = options["base_res"][0]
@@ -106,7 +114,9 @@ def test_kohaku_and_768_are_the_defaults():
 @pytest.mark.parametrize("scale", [2, 8])
 def test_a_scaled_plan_is_the_plan_divided(scale):
     full = plan(BucketConfig())
-    assert [(s.height * scale, s.width * scale) for s in plan(BucketConfig(scale=scale))] == list(full)
+    assert [(s.height * scale, s.width * scale) for s in plan(BucketConfig(scale=scale))] == list(
+        full
+    )
 
 
 def test_custom_sizes_come_sorted_and_from_toml():
@@ -122,7 +132,10 @@ def test_custom_sizes_come_sorted_and_from_toml():
         ({"scale": 3}, "size 512x.* or|multiples of 8 px after division by scale=3"),
         ({"scale": 64}, "multiples of 8 px after division by scale=64"),
         ({"area": 65536}, r"area=65536 is no option of plan 'bigasp_v1' \(none\)"),
-        ({"plan": "kohya", "sizes": [[64, 64]]}, r"sizes=.* is no option of plan 'kohya' \(area, min_side"),
+        (
+            {"plan": "kohya", "sizes": [[64, 64]]},
+            r"sizes=.* is no option of plan 'kohya' \(area, min_side",
+        ),
         ({"plan": "kohya", "area": 100}, "plan 'kohya' with these options has no size"),
         ({"plan": "kohya", "step": 0}, "step=0 must be greater than 0"),
         ({"plan": "kohya", "no_upscale": True, "step": 12}, "step=12 must be a multiple of 8"),

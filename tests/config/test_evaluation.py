@@ -14,7 +14,9 @@ from training.errors import ConfigError
 
 
 def build(**verdicts):
-    return toml.build(EvaluationConfig, {"scoring": {"scorers": ["pickscore"]}, "verdicts": verdicts})
+    return toml.build(
+        EvaluationConfig, {"scoring": {"scorers": ["pickscore"]}, "verdicts": verdicts}
+    )
 
 
 def test_a_further_scorer_with_a_margin_is_judged_and_may_decide():
@@ -30,7 +32,10 @@ def test_a_further_scorer_with_a_margin_is_judged_and_may_decide():
             {"further_margins": {"hps_v2": 0.1}},
             r"\['hps_v2'\] are not among evaluation.scoring.scorers=\['pickscore'\]",
         ),
-        ({"further_margins": {"pickscore": 0}}, r"further_margins\.pickscore=0.* must be greater than 0"),
+        (
+            {"further_margins": {"pickscore": 0}},
+            r"further_margins\.pickscore=0.* must be greater than 0",
+        ),
         ({"deciding": ["taste"]}, "must name metrics with a margin: clip_score, aesthetic"),
         ({"deciding": []}, "must name metrics with a margin"),
     ],

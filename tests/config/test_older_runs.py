@@ -1,4 +1,5 @@
-"""Runs that older versions began go on as they began; what those versions did is kept here as numbers."""
+"""Runs that older versions began go on as they began; what those versions did is kept here as
+numbers."""
 
 import dataclasses
 import json
@@ -16,18 +17,22 @@ from training.runs import run_folder
 from training.runs.event_log import read_events
 
 AVERAGED = [1.179133367538452, 1.157539427280426, 1.1338825345039367]
-"""Validation losses of the tiny run's averaged weights, as the version before `optimizer.ema_warmup` had them."""
+"""Validation losses of the tiny run's averaged weights, as the version before
+`optimizer.ema_warmup` had them."""
 ORDER_KEY = "eaf6c957542b12d47a229a0659f62453b13462ba633619c1ff3d1198ff156383"
 """What that version named the order of epoch 0, of the tiny run on a set with fingerprint `f`."""
 
 
 def forget(run, *keys):
-    """Leave options out of what a run has recorded, as a version does that does not know them; then read it."""
+    """Leave options out of what a run has recorded, as a version does that does not know them; then
+    read it."""
     path = run.folder / run_folder.CONFIG
     path.write_text(tomlkit.dumps(older_runs.without(toml.load(path), keys)))
     for checkpoint in run_folder.checkpoint_folders(run.folder):
         ready = run_folder.read_ready(checkpoint)
-        run_folder.write_ready(checkpoint, dataclasses.replace(ready, config=older_runs.without(ready.config, keys)))
+        run_folder.write_ready(
+            checkpoint, dataclasses.replace(ready, config=older_runs.without(ready.config, keys))
+        )
     run.config = run_folder.read_config(run.folder)
     return run
 
@@ -35,7 +40,11 @@ def forget(run, *keys):
 def test_options_that_a_record_lacks_are_as_they_were():
     values = {"encoding": "e", "optimizer": {"learning_rate": 1e-3}}
     config = older_runs.build(values)
-    assert (config.rules_version, config.optimizer.ema_warmup, config.optimizer.learning_rate) == (1, False, 1e-3)
+    assert (config.rules_version, config.optimizer.ema_warmup, config.optimizer.learning_rate) == (
+        1,
+        False,
+        1e-3,
+    )
     config = older_runs.build({**values, "rules_version": 2, "optimizer": {"ema_warmup": True}})
     assert (config.rules_version, config.optimizer.ema_warmup) == (2, True)
     assert older_runs.build(toml.dump(RunConfig(encoding="e"))) == RunConfig(encoding="e")
@@ -53,7 +62,11 @@ def test_an_older_run_goes_on_as_it_began(make_run, train):
     run = forget(make_run("older"), *older_runs.BEFORE)
     assert train(run, stop_at=14) == "stopped"
     assert train(forget(run, *older_runs.BEFORE)) == "finished"
-    losses = [event["ema_loss"] for event in read_events(run.folder / run_folder.EVENTS) if "ema_loss" in event]
+    losses = [
+        event["ema_loss"]
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if "ema_loss" in event
+    ]
     assert losses == pytest.approx(AVERAGED, rel=1e-4)
 
 
@@ -76,7 +89,9 @@ def test_an_epoch_that_an_older_version_began_is_finished(make_run):
     assert epochs.prepare_epoch(run.folder, 0, None, run.config, "f") == ({"a shard": "pinned"}, [])
     other = dataclasses.replace(run.config.prompts, missing_space_prob=0.2)
     with pytest.raises(DamageError, match="another set or config"):
-        epochs.prepare_epoch(run.folder, 0, None, dataclasses.replace(run.config, prompts=other), "f")
+        epochs.prepare_epoch(
+            run.folder, 0, None, dataclasses.replace(run.config, prompts=other), "f"
+        )
 
 
 def test_a_recipe_does_not_change_an_older_run(tmp_path):
@@ -91,9 +106,15 @@ def test_a_recipe_does_not_change_an_older_run(tmp_path):
     assert older != recipe
     for num_processes in (2, 4):
         write_run(tmp_path, "one", dataclasses.replace(recipe, num_processes=num_processes))
-        assert run_folder.read_config(folder) == dataclasses.replace(older, num_processes=num_processes)
-    spaces = dataclasses.replace(recipe, prompts=dataclasses.replace(recipe.prompts, missing_space_prob=0.2))
-    with pytest.raises(ConfigError, match=r"other values \(prompts.missing_space_prob: 0.0 -> 0.2\)"):
+        assert run_folder.read_config(folder) == dataclasses.replace(
+            older, num_processes=num_processes
+        )
+    spaces = dataclasses.replace(
+        recipe, prompts=dataclasses.replace(recipe.prompts, missing_space_prob=0.2)
+    )
+    with pytest.raises(
+        ConfigError, match=r"other values \(prompts.missing_space_prob: 0.0 -> 0.2\)"
+    ):
         write_run(tmp_path, "one", spaces)
 
 
@@ -114,7 +135,8 @@ def test_a_recipe_that_leaves_the_precision_to_the_device_launches_an_older_run_
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_recorded_rate_of_0_of_the_text_encoders_stays_the_unets(tmp_path, version):
-    """Versions 1 and 2 recorded 0 for "the UNet's rate"; since then it freezes the text encoders."""
+    """Versions 1 and 2 recorded 0 for "the UNet's rate"; since then it freezes the text
+    encoders."""
     folder = tmp_path / "runs" / "one"
     recipe = RunConfig(encoding="e", optimizer=OptimizerConfig(learning_rate=2e-5))
     write_run(tmp_path, "one", recipe)
@@ -134,7 +156,9 @@ def test_a_recorded_rate_of_0_of_the_text_encoders_stays_the_unets(tmp_path, ver
 
 def test_a_run_of_this_version_keeps_what_it_began_with(tmp_path):
     cold = RunConfig(encoding="e")
-    cold = dataclasses.replace(cold, optimizer=dataclasses.replace(cold.optimizer, ema_warmup=False))
+    cold = dataclasses.replace(
+        cold, optimizer=dataclasses.replace(cold.optimizer, ema_warmup=False)
+    )
     write_run(tmp_path, "one", cold)
     (tmp_path / "runs" / "one" / run_folder.EVENTS).write_text("")
     with pytest.raises(ConfigError, match="ema_warmup: False -> True"):

@@ -23,7 +23,9 @@ def rows(pictures):
     """`raw_images` of PNG or JPEG bytes by name."""
     found = []
     for name, data in pictures.items():
-        facts = decoding.measure(data, hashlib.sha256(data).hexdigest(), decoding.decode(data, DecodeConfig()))
+        facts = decoding.measure(
+            data, hashlib.sha256(data).hexdigest(), decoding.decode(data, DecodeConfig())
+        )
         columns = {field: getattr(facts, field) for field in facts.__slots__}
         found.append({"source": "s", "source_id": name, "locator": name, **columns})
     return pl.DataFrame(found, schema=SCHEMA, orient="row")
@@ -36,7 +38,9 @@ def encode(pixels, fmt="PNG", **options):
 
 
 def textured(seed, height=96, width=128):
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (height // 8, width // 8, 3), dtype=np.uint8
+    )
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -75,15 +79,24 @@ def test_drawn_copies_are_one_group_and_the_best_is_kept():
 def test_equal_bytes_keep_the_first_candidate():
     data = encode(textured(0))
     groups = by_id(duplicates.find_groups(rows({"b.png": data, "a.png": data, "c.png": data})))
-    assert [groups[name]["kind"] for name in ("a.png", "b.png", "c.png")] == ["kept", "exact", "exact"]
+    assert [groups[name]["kind"] for name in ("a.png", "b.png", "c.png")] == [
+        "kept",
+        "exact",
+        "exact",
+    ]
     assert groups["b.png"]["why"] == "same bytes"
 
 
 def test_flat_and_nearly_flat_pictures_are_no_duplicates():
     rng = np.random.default_rng(0)
     flat = {f"flat{v}.png": encode(np.full((64, 64, 3), v, np.uint8)) for v in (10, 11, 12)}
-    noisy = {f"noise{i}.png": encode(rng.integers(100, 104, (64, 64, 3), dtype=np.uint8)) for i in range(4)}
-    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
+    noisy = {
+        f"noise{i}.png": encode(rng.integers(100, 104, (64, 64, 3), dtype=np.uint8))
+        for i in range(4)
+    }
+    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, axis=0).repeat(
+        3, axis=2
+    )
     brighter = np.clip(ramp.astype(int) + 2, 0, 255).astype(np.uint8)
     ramps = {"ramp.png": encode(ramp), "ramp2.png": encode(brighter)}
     assert duplicates.find_groups(rows({**flat, **noisy, **ramps})).is_empty()
@@ -98,7 +111,9 @@ def test_one_layout_in_other_colours_is_no_duplicate():
 
     red, blue = circle((230, 30, 30)), circle((20, 20, 120))
     small_red = np.asarray(Image.fromarray(red).resize((64, 64), Image.Resampling.LANCZOS))
-    groups = by_id(duplicates.find_groups(rows({"r": encode(red), "b": encode(blue), "s": encode(small_red)})))
+    groups = by_id(
+        duplicates.find_groups(rows({"r": encode(red), "b": encode(blue), "s": encode(small_red)}))
+    )
     assert set(groups) == {"r", "s"}
 
 
@@ -121,14 +136,22 @@ def synthetic(hashes, **overrides):
         "contrast": [0.3] * count,
     } | overrides
     frame = pl.DataFrame(columns, schema_overrides={n: SCHEMA[n] for n in columns})
-    return frame.with_columns(pl.lit(None, dtype=t).alias(n) for n, t in SCHEMA.items() if n not in columns)
+    return frame.with_columns(
+        pl.lit(None, dtype=t).alias(n) for n, t in SCHEMA.items() if n not in columns
+    )
 
 
 BASE = 0x5A3C_96F0_1E87_4BD2
 
 
 @settings(max_examples=60, deadline=None)
-@given(flips=st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 63), max_size=5)), min_size=1, max_size=25))
+@given(
+    flips=st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 63), max_size=5)),
+        min_size=1,
+        max_size=25,
+    )
+)
 def test_groups_are_the_components_of_all_close_pairs(flips):
     bases = [BASE, ~BASE & (2**64 - 1), BASE ^ 0xFFFF_0000_FFFF_0000]
     hashes = []
@@ -151,20 +174,35 @@ def test_groups_are_the_components_of_all_close_pairs(flips):
     groups = duplicates.find_groups(raw)
     found = {frozenset(part["image_id"]) for part in groups.partition_by("group")}
     assert found == expected
-    kept = groups.filter("kept")  # All pictures are equally large here: the smallest id is kept, and names the group.
-    assert sorted(kept["image_id"]) == sorted(min(group) for group in expected) == sorted(kept["group"])
+    kept = groups.filter(
+        "kept"
+    )  # All pictures are equally large here: the smallest id is kept, and names the group.
+    assert (
+        sorted(kept["image_id"])
+        == sorted(min(group) for group in expected)
+        == sorted(kept["group"])
+    )
 
 
 def test_the_order_of_the_rows_does_not_matter():
-    raw = synthetic([BASE ^ (1 << (i % 3)) if i % 2 else (BASE << 7) & (2**64 - 1) for i in range(20)])
+    raw = synthetic(
+        [BASE ^ (1 << (i % 3)) if i % 2 else (BASE << 7) & (2**64 - 1) for i in range(20)]
+    )
     expected = duplicates.find_groups(raw)
     for seed in range(3):
-        assert duplicates.find_groups(raw.sample(fraction=1.0, shuffle=True, seed=seed)).equals(expected)
+        assert duplicates.find_groups(raw.sample(fraction=1.0, shuffle=True, seed=seed)).equals(
+            expected
+        )
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"contrast": [0.01, 0.01]}, {"brightness": [0.5, 0.6]}, {"contrast": [0.3, 0.4]}, {"width": [100, 110]}],
+    [
+        {"contrast": [0.01, 0.01]},
+        {"brightness": [0.5, 0.6]},
+        {"contrast": [0.3, 0.4]},
+        {"width": [100, 110]},
+    ],
 )
 def test_guards_part_what_only_the_hash_joins(overrides):
     assert duplicates.find_groups(synthetic([BASE, BASE])).height == 2

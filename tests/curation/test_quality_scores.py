@@ -115,10 +115,12 @@ def test_percentiles_are_those_of_the_pool():
     assert (np.diff(found) >= 0).all()
     assert (found >= 0).all()
     assert (found <= 1).all()
-    assert quality_scores.percentiles(np.array(cuts), cuts, SHARES) == pytest.approx(np.cumsum(SHARES)[:-1])
+    assert quality_scores.percentiles(np.array(cuts), cuts, SHARES) == pytest.approx(
+        np.cumsum(SHARES)[:-1]
+    )
 
 
 def test_percentiles_of_a_pool_of_equals_do_not_divide_by_zero():
-    assert quality_scores.percentiles(np.array([-1.0, 0.0, 1.0]), [0.0] * 8, SHARES) == pytest.approx(
-        [0, 0.9, 1], abs=0.06
-    )
+    assert quality_scores.percentiles(
+        np.array([-1.0, 0.0, 1.0]), [0.0] * 8, SHARES
+    ) == pytest.approx([0, 0.9, 1], abs=0.06)

@@ -15,7 +15,9 @@ BOX = {"y0": 1.0, "x0": 2.0, "y1": 3.0, "x1": 4.0}
 
 def table(name, rows):
     schema = TABLES[name].schema
-    return TABLES[name].conform(pl.DataFrame([{**dict.fromkeys(schema), **row} for row in rows], schema=schema))
+    return TABLES[name].conform(
+        pl.DataFrame([{**dict.fromkeys(schema), **row} for row in rows], schema=schema)
+    )
 
 
 class World:
@@ -24,7 +26,9 @@ class World:
     def __init__(self):
         self.names = [f"{n:02d}" for n in range(40)]
         self.listing = {n: {"tags": [{"name": "red", "category": "general"}]} for n in self.names}
-        self.raw = {n: {"image_id": n * 32, "height": 100, "width": 100, "bytes": 5000} for n in self.names}
+        self.raw = {
+            n: {"image_id": n * 32, "height": 100, "width": 100, "bytes": 5000} for n in self.names
+        }
         self.scores = {n: {"score": 5, "bytes_per_pixel": 0.5} for n in self.names}
         self.tagger = {n: [{"name": "circle", "probability": 0.9}] for n in self.names}
         self.captions = {}
@@ -72,14 +76,34 @@ def test_what_passes_is_kept_with_all_that_training_reads():
     selected = world.select()
     assert selected["kept"].all()
     found = row(selected, "07")
-    assert (found["source"], found["source_id"], found["locator"], found["shard"]) == ("s", "07", "07", "s000000")
-    assert found["tags"] == [{"name": "round", "category": "general"}, {"name": "someone", "category": "artist"}]
-    assert (found["caption"], found["words"], found["score"]) == ("A sentence.", ["nsfw", "explicit"], 5)
+    assert (found["source"], found["source_id"], found["locator"], found["shard"]) == (
+        "s",
+        "07",
+        "07",
+        "s000000",
+    )
+    assert found["tags"] == [
+        {"name": "round", "category": "general"},
+        {"name": "someone", "category": "artist"},
+    ]
+    assert (found["caption"], found["words"], found["score"]) == (
+        "A sentence.",
+        ["nsfw", "explicit"],
+        5,
+    )
     assert (found["watermark"], found["boxes"]) == (True, [{**BOX, "confidence": 0.5}])
     assert (found["crop_box"], found["flip"], found["cluster"]) == (BOX, False, "07" * 32)
     plain = row(selected, "08")
-    assert (plain["caption"], plain["words"], plain["watermark"], plain["boxes"]) == (None, [], False, [])
-    assert selected["split"].value_counts().sort("split").rows() == [("train", 38), ("validation", 2)]
+    assert (plain["caption"], plain["words"], plain["watermark"], plain["boxes"]) == (
+        None,
+        [],
+        False,
+        [],
+    )
+    assert selected["split"].value_counts().sort("split").rows() == [
+        ("train", 38),
+        ("validation", 2),
+    ]
     assert selected.filter("stable").height == 38
 
 
@@ -128,7 +152,10 @@ def spoil_density(world):
 
 
 def spoil_tag(world):
-    world.tagger["07"] = [{"name": "bad", "probability": 0.5}, {"name": "awful", "probability": 0.5}]
+    world.tagger["07"] = [
+        {"name": "bad", "probability": 0.5},
+        {"name": "awful", "probability": 0.5},
+    ]
 
 
 def spoil_score(world):
@@ -147,7 +174,11 @@ def spoil_score(world):
         (spoil_side, {"min_side_px": 64}, ("min_side", "63", "64")),
         (spoil_aspect, {"max_aspect": 3.0}, ("max_aspect", "3.01", "3.0")),
         (spoil_density, {"min_bytes_per_pixel": 0.3}, ("min_bytes_per_pixel", "0.25", "0.3")),
-        (spoil_tag, {"unwanted_tags": ("bad", "awful", "other")}, ("unwanted_tag", "awful bad", None)),
+        (
+            spoil_tag,
+            {"unwanted_tags": ("bad", "awful", "other")},
+            ("unwanted_tag", "awful bad", None),
+        ),
         (spoil_score, {}, ("min_score", "0", "1")),
     ],
 )
@@ -194,7 +225,10 @@ def test_equal_bytes_are_one_image_with_the_tags_of_all():
     assert row(selected, "07")["kept"]
     assert [t["name"] for t in row(selected, "07")["tags"]] == ["extra", "red", "round"]
     world.listing["07"]["gone_at"] = NOW
-    assert (row(world.select(), "07")["source_id"], row(world.select(), "07")["kept"]) == ("99", True)
+    assert (row(world.select(), "07")["source_id"], row(world.select(), "07")["kept"]) == (
+        "99",
+        True,
+    )
 
 
 def test_the_funnel_adds_up():

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from training.curation import splits
 
-SCHEMA = {"image_id": pl.String, "cluster": pl.String, "kept": pl.Boolean, "source_split": pl.String}
+SCHEMA = {
+    "image_id": pl.String,
+    "cluster": pl.String,
+    "kept": pl.Boolean,
+    "source_split": pl.String,
+}
 
 
 def frame(rows):
@@ -19,14 +24,18 @@ def singles(count, start=0):
 
 
 def assign(images, previous=None, num_validation=2048, num_stable=5, seed=0):
-    return splits.assign(images, num_validation=num_validation, num_stable=num_stable, seed=seed, previous=previous)
+    return splits.assign(
+        images, num_validation=num_validation, num_stable=num_stable, seed=seed, previous=previous
+    )
 
 
 def held(result):
     return set(result.filter(pl.col("split") == "validation")["image_id"])
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 0), (2, 1), (39, 1), (40, 2), (100, 5), (1000, 10)])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, 0), (1, 0), (2, 1), (39, 1), (40, 2), (100, 5), (1000, 10)]
+)
 def test_at_most_the_number_and_five_percent_at_least_one(count, expected):
     assert len(held(assign(singles(count), num_validation=10))) == expected
 
@@ -39,7 +48,10 @@ def test_the_choice_is_keyed_by_cluster_and_seed_and_not_by_the_order_of_rows():
 
 images_strategy = st.lists(
     st.tuples(
-        st.integers(0, 30), st.integers(0, 8), st.booleans(), st.sampled_from([None, None, "train", "validation"])
+        st.integers(0, 30),
+        st.integers(0, 8),
+        st.booleans(),
+        st.sampled_from([None, None, "train", "validation"]),
     ),
     max_size=30,
     unique_by=lambda row: row[0],
@@ -57,8 +69,16 @@ def test_nobody_ever_changes_sides(commits, num_validation):
         if previous is not None:
             both = result.join(previous, on="image_id").filter(pl.col("split_right").is_not_null())
             assert (both["split"] == both["split_right"]).all()
-        torn = result.filter(pl.col("split").is_null()).join(images, on="image_id")["cluster"].to_list()
-        sides = result.join(images, on="image_id").group_by("cluster").agg(pl.col("split").drop_nulls().n_unique())
+        torn = (
+            result.filter(pl.col("split").is_null())
+            .join(images, on="image_id")["cluster"]
+            .to_list()
+        )
+        sides = (
+            result.join(images, on="image_id")
+            .group_by("cluster")
+            .agg(pl.col("split").drop_nulls().n_unique())
+        )
         assert set(sides.filter(pl.col("split") > 0)["cluster"]) >= set(torn)
         if previous is None:
             assert (sides["split"] <= 1).all()
@@ -101,7 +121,11 @@ def test_clusters_are_never_parted():
 def test_a_source_is_believed_and_takes_its_cluster_along():
     images = frame(
         [(f"i{n}", f"i{n}", True, "train") for n in range(20)]
-        + [("v", "c", True, "validation"), ("near", "c", True, "train"), ("free", "free", True, None)]
+        + [
+            ("v", "c", True, "validation"),
+            ("near", "c", True, "train"),
+            ("free", "free", True, None),
+        ]
     )
     assert held(assign(images)) == {"v", "near"}
 
@@ -114,18 +138,29 @@ def test_all_is_held_out_only_when_the_source_says_so():
 def test_what_replaces_a_held_out_copy_is_held_out():
     first = assign(singles(40))
     (one, *_) = sorted(held(first))
-    rows = [(name, "new" if name == one else name, name != one, None) for name in singles(40)["image_id"]]
+    rows = [
+        (name, "new" if name == one else name, name != one, None)
+        for name in singles(40)["image_id"]
+    ]
     images = frame([*rows, ("better_copy", "new", True, None)])
     assert "better_copy" in held(assign(images, first))
 
 
 def test_a_copy_of_both_sides_trains_when_they_are_gone():
-    previous = pl.DataFrame({"image_id": ["t", "v"], "split": ["train", "validation"], "stable": [True, False]})
+    previous = pl.DataFrame(
+        {"image_id": ["t", "v"], "split": ["train", "validation"], "stable": [True, False]}
+    )
     images = frame([("t", "c", False, None), ("v", "c", False, None), ("new", "c", True, None)])
     assert assign(images, previous).rows() == [("new", "train", True)]
 
 
 def test_a_copy_of_both_sides_belongs_to_neither():
-    previous = pl.DataFrame({"image_id": ["t", "v"], "split": ["train", "validation"], "stable": [True, False]})
+    previous = pl.DataFrame(
+        {"image_id": ["t", "v"], "split": ["train", "validation"], "stable": [True, False]}
+    )
     images = frame([("t", "c", True, None), ("v", "c", True, None), ("new", "c", True, None)])
-    assert assign(images, previous).rows() == [("new", None, False), ("t", "train", True), ("v", "validation", False)]
+    assert assign(images, previous).rows() == [
+        ("new", None, False),
+        ("t", "train", True),
+        ("v", "validation", False),
+    ]

@@ -103,7 +103,12 @@ def scored(name, probability):
 def test_source_and_tagger_are_joined():
     found = tags.resolve(
         [tag("Moon"), tag("someone", "artist"), tag("bad"), tag("alice")],
-        [scored("full_moon", 0.9), scored("see-through", 0.4), scored("weak", 0.39), scored("someone", 0.8)],
+        [
+            scored("full_moon", 0.9),
+            scored("see-through", 0.4),
+            scored("weak", 0.39),
+            scored("someone", 0.8),
+        ],
         threshold=0.4,
         aliases=ALIASES,
         blacklist=["bad"],
@@ -117,17 +122,25 @@ def test_source_and_tagger_are_joined():
 def test_probabilities_at_the_threshold_count_in_single_precision():
     # Tables hold float32: 0.4 as float32 is 0.4000000059, and 0.7 is 0.699999988.
     for threshold in (0.4, 0.7, 0.1):
-        found = tags.resolve([], [scored("a", threshold)], threshold=threshold, aliases=tags.Aliases())
+        found = tags.resolve(
+            [], [scored("a", threshold)], threshold=threshold, aliases=tags.Aliases()
+        )
         assert found == [tag("a")], threshold
 
 
 def frames():
     source = pl.DataFrame(
-        {"image_id": ["1", "1", "2", "3"], "tags": [[tag("moon")], [tag("Moon"), tag("x", "artist")], [tag("x")], []]},
+        {
+            "image_id": ["1", "1", "2", "3"],
+            "tags": [[tag("moon")], [tag("Moon"), tag("x", "artist")], [tag("x")], []],
+        },
         {"image_id": pl.String, "tags": pl.List(TAG)},
     )
     tagger = pl.DataFrame(
-        {"image_id": ["1", "2", "4"], "tags": [[scored("moon", 0.5)], [scored("moon", 0.1)], [scored("x", 1.0)]]},
+        {
+            "image_id": ["1", "2", "4"],
+            "tags": [[scored("moon", 0.5)], [scored("moon", 0.1)], [scored("x", 1.0)]],
+        },
         {"image_id": pl.String, "tags": pl.List(SCORED_TAG)},
     )
     return source, tagger
@@ -135,7 +148,10 @@ def frames():
 
 def test_the_vocabulary_counts_images_once():
     found = tags.vocabulary(
-        *frames(), threshold=0.4, aliases=ALIASES, pieces=lambda words: [[w[:1], w[1:]] for w in words]
+        *frames(),
+        threshold=0.4,
+        aliases=ALIASES,
+        pieces=lambda words: [[w[:1], w[1:]] for w in words],
     )
     assert found.to_dicts() == [
         {"tag": "full_moon", "tag_id": 0, "category": "general", "aliases": ["moon"], "num_images": 1,
@@ -148,7 +164,10 @@ def test_the_vocabulary_counts_images_once():
 def test_a_vocabulary_of_nothing_and_without_a_tokenizer():
     empty = tags.vocabulary(*(f.clear() for f in frames()), threshold=0.4, aliases=ALIASES)
     assert empty.schema == TABLES["tag_vocabulary"].schema
-    assert tags.vocabulary(*frames(), threshold=0.4, aliases=ALIASES)["pieces"].to_list() == [None, None]
+    assert tags.vocabulary(*frames(), threshold=0.4, aliases=ALIASES)["pieces"].to_list() == [
+        None,
+        None,
+    ]
 
 
 def test_all_at_once_is_one_by_one():

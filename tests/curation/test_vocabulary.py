@@ -27,7 +27,16 @@ def test_categories_and_aliases_of_the_sets_tags_and_words():
         [("1girl", "general", ["sole_female"]), ("looking_left", "general", ["gaze_left"]), ("miku", "character", []),
          ("left_wing_club", "copyright", []), ("unused", "artist", ["x"])]
     )  # fmt: skip
-    tags = ["1girl", "looking_right", "looking_left", "miku", "right_wing_club", "letterboxed", "unheard_of", "6+boys"]
+    tags = [
+        "1girl",
+        "looking_right",
+        "looking_left",
+        "miku",
+        "right_wing_club",
+        "letterboxed",
+        "unheard_of",
+        "6+boys",
+    ]
     found = vocabulary.from_tables(table, tags, ["newest"])
     assert found.category == {
         "1girl": "people", "looking_right": "general", "looking_left": "general", "miku": "character",
@@ -38,11 +47,15 @@ def test_categories_and_aliases_of_the_sets_tags_and_words():
 
 
 @settings(max_examples=25)
-@given(aliases=st.dictionaries(names, st.lists(names, min_size=1, max_size=3).map(tuple), max_size=5))
+@given(
+    aliases=st.dictionaries(names, st.lists(names, min_size=1, max_size=3).map(tuple), max_size=5)
+)
 def test_what_is_written_is_read_back_and_equal_ones_have_equal_files(tmp_path_factory, aliases):
     folder = tmp_path_factory.mktemp("vocabulary")
     one = Vocabulary(dict.fromkeys([*aliases, "a"], "general"), aliases)
-    backwards = Vocabulary(dict(reversed(list(one.category.items()))), dict(reversed(list(aliases.items()))))
+    backwards = Vocabulary(
+        dict(reversed(list(one.category.items()))), dict(reversed(list(aliases.items())))
+    )
     sha256 = vocabulary.write(folder / "one.parquet", one)
     assert vocabulary.write(folder / "two.parquet", backwards) == sha256
     assert vocabulary.read(folder / "one.parquet", sha256) == one

@@ -18,7 +18,13 @@ def table(*rows):
 
 def test_boxes_of_all_models_count_from_the_threshold_on():
     found = watermarks.above(
-        table(("1", "m", [box(0.3), box(0.29)]), ("1", "n", [box(0.9)]), ("2", "m", []), ("3", "m", [box(0.1)])), 0.3
+        table(
+            ("1", "m", [box(0.3), box(0.29)]),
+            ("1", "n", [box(0.9)]),
+            ("2", "m", []),
+            ("3", "m", [box(0.1)]),
+        ),
+        0.3,
     )
     assert found.rows() == [("1", [box(0.9), box(0.3)], True), ("2", [], False), ("3", [], False)]
     assert found.schema["boxes"] == pl.List(SCORED_BOX)
@@ -32,7 +38,9 @@ def test_nothing_looked_at_is_no_row():
 
 @given(st.lists(st.lists(st.floats(0, 1), max_size=4), max_size=6), st.floats(0, 1))
 def test_it_is_a_filter(images, threshold):
-    rows = [(str(i), "m", [box(c, y) for y, c in enumerate(found)]) for i, found in enumerate(images)]
+    rows = [
+        (str(i), "m", [box(c, y) for y, c in enumerate(found)]) for i, found in enumerate(images)
+    ]
     for image_id, boxes, marked in watermarks.above(table(*rows), threshold).iter_rows():
         expected = [box(c, y) for y, c in enumerate(images[int(image_id)]) if c >= threshold]
         assert boxes == sorted(expected, key=lambda b: (-b["confidence"], b["y0"]))

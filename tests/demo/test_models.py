@@ -21,7 +21,8 @@ AESTHETIC_FLOOR, UTILITY_FLOOR = 0.75, 0.75
 TAG_F1_FLOOR = 0.8
 RECALL_FLOOR, PRECISION_FLOOR = 0.6, 0.5
 GENERAL_FLOOR, STAR_CEILING = 0.5, 0.5
-"""What the models must reach on pictures that nothing was trained on; demo/README.md has what they do reach."""
+"""What the models must reach on pictures that nothing was trained on; demo/README.md has what they
+do reach."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def clip():
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = MODELS / "clip"
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+    return CLIPModel.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
 def test_all_models_together_are_small():
@@ -46,7 +49,9 @@ def test_all_models_together_are_small():
 
 
 def test_weights_are_safetensors_only():
-    assert not [p for p in MODELS.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    assert not [
+        p for p in MODELS.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    ]
     assert len(list(MODELS.rglob("*.safetensors"))) == 9
 
 
@@ -72,7 +77,9 @@ def test_tokenizers_know_the_demo_words_and_take_any_string(folder, padding, len
         assert ids[0] == tokenizer.bos_token_id
         assert ids[-1] == tokenizer.eos_token_id
         assert len(ids) > 2
-        assert tokenizer.unk_token_id not in ids[1:-1], "<|endoftext|> stands for what cannot be spelled"
+        assert tokenizer.unk_token_id not in ids[1:-1], (
+            "<|endoftext|> stands for what cannot be spelled"
+        )
     assert tokenizer("naïve 猫").input_ids != tokenizer("naive").input_ids
 
 
@@ -92,7 +99,10 @@ def test_vae_gives_drawn_pictures_back(pipeline):
 def test_vae_latents_have_unit_spread(pipeline):
     pictures = build_vae.bucket_pictures("vae spread", 24, 0.2)
     with torch.no_grad():
-        means = [pipeline.vae.encode(build_vae.to_tensor(p)[None]).latent_dist.mean.flatten() for p in pictures]
+        means = [
+            pipeline.vae.encode(build_vae.to_tensor(p)[None]).latent_dist.mean.flatten()
+            for p in pictures
+        ]
     assert 0.85 < float(torch.cat(means).std()) * pipeline.vae.config.scaling_factor < 1.15
 
 
@@ -106,7 +116,9 @@ def test_clip_prefers_the_true_words(clip):
 def test_clip_pools_at_the_end_of_text(clip):
     model, tokenizer = clip
     short = tokens_of(tokenizer, ["a red star"])
-    padded = tokenizer(["a red star"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    padded = tokenizer(
+        ["a red star"], padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         vectors = [model.get_text_features(input_ids=ids).pooler_output for ids in (short, padded)]
     assert torch.allclose(*vectors, atol=1e-5)
@@ -137,7 +149,9 @@ def test_detector_finds_watermarks():
 
 
 # diffusers' Euler scheduler hands a tensor to np.array.
-numpy_copy = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+numpy_copy = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
+)
 
 
 def generate(pipeline, prompts, seed=0):
@@ -155,17 +169,25 @@ def generate(pipeline, prompts, seed=0):
 
 @numpy_copy
 def test_base_draws_what_it_was_taught_and_no_stars(pipeline, clip):
-    """Measured by CLIP: the true shape among all shapes for general prompts, and stars hardly ever."""
+    """Measured by CLIP: the true shape among all shapes for general prompts, and stars hardly
+    ever."""
     model, tokenizer = clip
     shapes = ("circle", "square", "triangle", "diamond", "cross", "ring", "heart", "star")
     rows = [row for row in demo_prompts() if row["group"] == "general"][:16]
     stars = [row for row in demo_prompts() if row["group"] == "star"][: len(rows)]
     hits = {"general": [], "star": []}
     for group, chosen in (("general", rows), ("star", stars)):
-        images = (generate(pipeline, [row["text"] for row in chosen]) * 255).round().astype(np.uint8)
-        small = [build_clip.centre_square(build_clip.Image.fromarray(image), build_clip.SIDE) for image in images]
+        images = (
+            (generate(pipeline, [row["text"] for row in chosen]) * 255).round().astype(np.uint8)
+        )
+        small = [
+            build_clip.centre_square(build_clip.Image.fromarray(image), build_clip.SIDE)
+            for image in images
+        ]
         with torch.no_grad():
-            vision = model.get_image_features(pixel_values=build_clip.normalised(np.stack(small))).pooler_output
+            vision = model.get_image_features(
+                pixel_values=build_clip.normalised(np.stack(small))
+            ).pooler_output
         for row, vector in zip(chosen, vision, strict=True):
             said = next(shape for shape in shapes if shape in row["text"].replace(",", "").split())
             rivals = [row["text"].replace(said, shape) for shape in shapes]
@@ -182,7 +204,10 @@ def test_text_encoders_pool_and_join_as_sdxl(pipeline):
     assert hidden.shape == (1, 77, 64 + 96)
     assert pooled.shape == (1, 96)
     assert pipeline.unet.config.cross_attention_dim == 160
-    assert pipeline.unet.add_embedding.linear_1.in_features == 96 + 6 * pipeline.unet.config.addition_time_embed_dim
+    assert (
+        pipeline.unet.add_embedding.linear_1.in_features
+        == 96 + 6 * pipeline.unet.config.addition_time_embed_dim
+    )
 
 
 @numpy_copy

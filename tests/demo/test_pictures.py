@@ -55,7 +55,10 @@ def test_two_processes_draw_the_same_bytes(tmp_path):
         subprocess.run([sys.executable, "-c", program, str(folder)], check=True, env=environment)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         digests.append(
-            [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+            [
+                (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
+                for path in files
+            ]
         )
     assert len(digests[0]) > 20
     assert digests[0] == digests[1]
@@ -75,10 +78,17 @@ def test_drawing_needs_no_torch():
 
 
 def test_every_picture_file_has_one_line_of_truth_under_its_digest(world, truth):
-    files = {p for p in (world / "pictures").rglob("*") if p.is_file() and p.suffix not in (".txt", ".json")}
+    files = {
+        p
+        for p in (world / "pictures").rglob("*")
+        if p.is_file() and p.suffix not in (".txt", ".json")
+    }
     assert {world / "pictures" / row["path"] for row in truth} == files
     for row in truth:
-        assert row["image_id"] == hashlib.sha256((world / "pictures" / row["path"]).read_bytes()).hexdigest()
+        assert (
+            row["image_id"]
+            == hashlib.sha256((world / "pictures" / row["path"]).read_bytes()).hexdigest()
+        )
 
 
 def test_counts_of_trouble(truth):
@@ -134,7 +144,9 @@ def test_copies_are_what_they_say(world, truth):
             original = upright(world, by_id[row["copy_of"]])
             small = upright(world, row)
             assert small.size != original.size
-            difference = np.abs(np.asarray(original.resize(small.size), float) - np.asarray(small, float)).mean()
+            difference = np.abs(
+                np.asarray(original.resize(small.size), float) - np.asarray(small, float)
+            ).mean()
             assert difference < 12
 
 
@@ -160,7 +172,9 @@ def test_odd_encodings_have_the_modes_they_are_named_after(world, truth):
 def test_sidecars_name_the_truth_through_the_alias_table(world, truth):
     with (world / "aliases.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.reader(file))
-    canonical = {other: name for name, _, _, others in table for other in others.split(",") if other}
+    canonical = {
+        other: name for name, _, _, others in table for other in others.split(",") if other
+    }
     used = 0
     for row in truth:
         path = (world / "pictures" / row["path"]).with_suffix(".txt")
@@ -178,7 +192,9 @@ def test_two_fifths_of_the_world_are_stars_and_most_of_it_is_good():
     assert 0.34 <= np.mean([scene.shapes[0].kind == "star" for scene in scenes]) <= 0.46
     assert 0.66 <= np.mean([scene.quality >= 6 for scene in scenes]) <= 0.9
     assert {scene.quality for scene in scenes} == set(range(1, 10))
-    assert not any("star" in tags_of(sample_scene(7, "base", i, star_share=0.0)) for i in range(200))
+    assert not any(
+        "star" in tags_of(sample_scene(7, "base", i, star_share=0.0)) for i in range(200)
+    )
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
@@ -255,7 +271,11 @@ def test_evaluation_prompts_are_fixed_and_unlike_every_training_caption(tmp_path
     groups = Counter(row["group"] for row in rows)
     assert min(groups["star"], groups["general"]) >= 30, "fewer get no verdict"
     scenes = [world_scene(7, index) for index in range(NUM_WORLD_PICTURES)]
-    captions = {caption_of(scene, generator(7, Purpose.DEMO, s, i)) for i, scene in enumerate(scenes) for s in range(3)}
+    captions = {
+        caption_of(scene, generator(7, Purpose.DEMO, s, i))
+        for i, scene in enumerate(scenes)
+        for s in range(3)
+    }
     lists = {frozenset(tags_of(scene)) for scene in scenes}
     for row in rows:
         words = row["text"].removeprefix("score_8_up, ")

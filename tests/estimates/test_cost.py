@@ -1,4 +1,5 @@
-"""The bill against the table of performance.md section 8, and the advice on length against its sources."""
+"""The bill against the table of performance.md section 8, and the advice on length against its
+sources."""
 
 import json
 
@@ -29,8 +30,9 @@ from training.estimates.cost import (
 from training.estimates.gpus import find_gpu
 from training.latents.files import BucketWriter
 
-# Images, samples, cards; TB of pictures, latents, tables, embeddings; hours of three annotators, encoding, training,
-# evaluation; core-hours of decoding twice; all GPU-hours, days, dollars; dollars a month. As printed there.
+# Images, samples, cards; TB of pictures, latents, tables, embeddings; hours of three annotators,
+# encoding, training, evaluation; core-hours of decoding twice; all GPU-hours, days, dollars;
+# dollars a month. As printed there.
 TABLE = [
     (1.44e6, 30e6, 8, (1.44, 0.12, 0.0002, 0.002), (0.1, 0.1, 1.0, 5.7, 417, 83), (4, 7), (507, 2.6, 1500), 36),
     (10e6, 40e6, 8, (10, 0.83, 0.001, 0.015), (1, 1, 7, 40, 556, 83), (31, 51), (688, 3.6, 2100), 250),
@@ -41,15 +43,21 @@ TABLE = [
 
 def bill(num_images, num_samples, num_gpus=8, rates=None, stored_bytes=None, **changes):
     work = Workload(num_images=int(num_images), num_samples=int(num_samples), **changes)
-    return estimate_cost(work, rates or Rates(), num_gpus=num_gpus, dollars_per_hour=3.0, stored_bytes=stored_bytes)
+    return estimate_cost(
+        work, rates or Rates(), num_gpus=num_gpus, dollars_per_hour=3.0, stored_bytes=stored_bytes
+    )
 
 
 @pytest.mark.parametrize("row", TABLE)
 def test_the_published_table(row):
     images, samples, gpus, stored, hours, cores, totals, month = row
-    compressed = latent_bytes(EncodingConfig(codec="split-zstd", log_variance=False))  # as in that table
+    compressed = latent_bytes(
+        EncodingConfig(codec="split-zstd", log_variance=False)
+    )  # as in that table
     cost = bill(images, samples, gpus, stored_bytes=Sizes(latents=compressed).of(int(images)))
-    terabytes = [cost.stored_bytes[kind] / 1e12 for kind in ("raw", "latents", "tables", "embeddings")]
+    terabytes = [
+        cost.stored_bytes[kind] / 1e12 for kind in ("raw", "latents", "tables", "embeddings")
+    ]
     assert terabytes == pytest.approx(stored, rel=0.31)  # one digit of each is printed
     assert terabytes[:2] == pytest.approx(stored[:2], rel=0.01)
     assert list(cost.gpu_hours.values()) == pytest.approx(hours, rel=0.01, abs=0.5)
@@ -61,17 +69,26 @@ def test_the_published_table(row):
     assert cost.dollars == pytest.approx(cost.gpu_dollars * 1.3)
 
 
-ENCODINGS = [EncodingConfig(), EncodingConfig(log_variance=False), EncodingConfig(codec="split-zstd")]
+ENCODINGS = [
+    EncodingConfig(),
+    EncodingConfig(log_variance=False),
+    EncodingConfig(codec="split-zstd"),
+]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_latents_take_on_disk_what_the_bill_says(encoding, tmp_path):
-    # 37 latents with the spectrum and deviations of SDXL's, and log-variances that vary as slowly, in real files.
+    # 37 latents with the spectrum and deviations of SDXL's, and log-variances that vary as slowly,
+    # in real files.
     size, rng, num_images = Size(1152, 896), np.random.default_rng(0), 37
     radius = np.hypot(np.fft.fftfreq(144)[:, None], np.fft.rfftfreq(112)[None])
     radius[0, 0] = np.inf
     writer = BucketWriter(
-        folder=tmp_path, generation=1, bucket=size, codec=encoding.codec, max_bytes=encoding.max_file_bytes
+        folder=tmp_path,
+        generation=1,
+        bucket=size,
+        codec=encoding.codec,
+        max_bytes=encoding.max_file_bytes,
     )
     for number in range(num_images):
         white = rng.standard_normal((4, 144, 112))
@@ -86,7 +103,9 @@ def test_latents_take_on_disk_what_the_bill_says(encoding, tmp_path):
 
 def test_the_bill_of_a_million_images_is_of_what_an_encoding_without_options_stores():
     # Two planes (mean, log-variance) of 4 x 128 x 128 bfloat16 at one megapixel.
-    assert bill(1e6, 1e6).stored_bytes["latents"] == pytest.approx(1e6 * 2 * 4 * 128 * 128 * 2, rel=0.05)
+    assert bill(1e6, 1e6).stored_bytes["latents"] == pytest.approx(
+        1e6 * 2 * 4 * 128 * 128 * 2, rel=0.05
+    )
 
 
 def test_bigasps_own_rate_gives_bigasps_own_time():
@@ -103,7 +122,9 @@ def test_a_bill_is_linear(images, factor, gpus):
         bill(images * factor, images * factor, gpus, num_generated=0),
     )
     assert more.total_gpu_hours == pytest.approx(one.total_gpu_hours * factor)
-    assert bill(images, images, gpus * factor, num_generated=0).days == pytest.approx(one.days / factor)
+    assert bill(images, images, gpus * factor, num_generated=0).days == pytest.approx(
+        one.days / factor
+    )
 
 
 def test_operations_of_a_model_give_its_rate():
@@ -121,9 +142,16 @@ def test_another_card_is_scaled_by_what_it_can_do():
 
 def test_rates_of_a_benchmark_replace_defaults(tmp_path):
     path = tmp_path / "rates.json"
-    path.write_text(json.dumps({"format": 1, "rates": {"gpu": "H100", "training": 17.5, "mfu": 0.35}}))
+    path.write_text(
+        json.dumps({"format": 1, "rates": {"gpu": "H100", "training": 17.5, "mfu": 0.35}})
+    )
     rates = read_rates(path)
-    assert (rates.training, rates.mfu, rates.gpu, rates.encoding) == (17.5, 0.35, "H100", Rates().encoding)
+    assert (rates.training, rates.mfu, rates.gpu, rates.encoding) == (
+        17.5,
+        0.35,
+        "H100",
+        Rates().encoding,
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +172,9 @@ def test_files_that_hold_no_rates_are_refused(tmp_path, content):
         read_rates(tmp_path / "absent.json")
 
 
-@pytest.mark.parametrize(("images", "low", "high"), [(75, 200, 300), (10, 200, 300), (2000, 50, 50), (15_000, 50, 50)])
+@pytest.mark.parametrize(
+    ("images", "low", "high"), [(75, 200, 300), (10, 200, 300), (2000, 50, 50), (15_000, 50, 50)]
+)
 def test_samples_per_image_are_those_of_the_guide(images, low, high):
     advice = advise_length(images)
     assert (advice.low, advice.high) == (low * images, high * images)
@@ -159,7 +189,8 @@ def test_larger_sets_see_each_image_less_and_take_longer(images):
 
 @given(st.integers(1, 50), st.integers(1, 400), st.integers(1, 40))
 def test_steps_are_counted_as_the_loop_makes_them(images, samples, batch):
-    """The loop: an epoch in steps of the batch, the last with what is left, until the samples of the run are seen."""
+    """The loop: an epoch in steps of the batch, the last with what is left, until the samples of
+    the run are seen."""
     steps = seen = 0
     while seen < samples:
         left = images
@@ -192,7 +223,9 @@ def test_the_command_prints_a_bill_and_json():
     text = CliRunner().invoke(app, arguments)
     assert text.exit_code == 0
     assert "2.64 days on 8 x H200" in text.stdout
-    found = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--generated", "0", "--gpu", "h100"]).stdout)
+    found = json.loads(
+        CliRunner().invoke(app, [*arguments, "--json", "--generated", "0", "--gpu", "h100"]).stdout
+    )
     assert found["gpu_hours"]["evaluation"] == 0
     assert found["total_gpu_hours"] == pytest.approx(423.7, abs=0.1)
     assert found["gpu"] == "H100"

@@ -68,12 +68,16 @@ def tiny_unet(name):
     return UNet2DConditionModel.from_config({"sdxl": TINY_SDXL, "sd1": TINY_SD1}[name])
 
 
-def counted_unet(unet, height, width, tokens, *, text_gradient=True, pooled_gradient=False, checkpointed=()):
+def counted_unet(
+    unet, height, width, tokens, *, text_gradient=True, pooled_gradient=False, checkpointed=()
+):
     """What torch counts, forward and backward; its counter knows no fused attention of the CPU."""
     device, config = unet.device, unet.config
     checkpoint_groups(unet, checkpointed)
     latents = torch.zeros(1, 4, height // 8, width // 8, device=device)
-    text = torch.zeros(1, tokens, config.cross_attention_dim, device=device, requires_grad=text_gradient)
+    text = torch.zeros(
+        1, tokens, config.cross_attention_dim, device=device, requires_grad=text_gradient
+    )
     added = None
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -105,7 +109,14 @@ def test_unet_equals_torchs_counter_on_any_shape(family, height, width, num_chun
 
 
 @pytest.mark.parametrize(
-    "groups", [("all",), ("down_blocks.1",), ("mid_block", "up_blocks.0"), ("down_blocks",), ("text_encoders",)]
+    "groups",
+    [
+        ("all",),
+        ("down_blocks.1",),
+        ("mid_block", "up_blocks.0"),
+        ("down_blocks",),
+        ("text_encoders",),
+    ],
 )
 @pytest.mark.parametrize("family", ["sdxl", "sd1"])
 def test_recomputation_of_each_group_is_what_torch_counts(family, groups):
@@ -144,7 +155,9 @@ def text_config(width, num_layers):
 def tiny_parts(family):
     configs = [text_config(8, 3), text_config(16, 4)] if family == "sdxl" else [text_config(12, 3)]
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
-    encoders = tuple(model_class(config) for model_class, config in zip(classes, configs, strict=False))
+    encoders = tuple(
+        model_class(config) for model_class, config in zip(classes, configs, strict=False)
+    )
     unet = UNet2DConditionModel.from_config(TINY_SDXL if family == "sdxl" else TINY_SD1)
     return PipelineParts(
         family=family, unet=unet, vae=None, text_encoders=encoders, tokenizers=(), noise_scheduler_config={},
@@ -159,7 +172,9 @@ def test_a_whole_training_sample_equals_torchs_counter(family, trained):
         pytest.skip("SD 1.x has one text encoder")
     parts = tiny_parts(family)
     trained_parameters(parts, text_encoder=trained[0], text_encoder_2=trained[1])
-    config = RunConfig(encoding="sdxl", train_text_encoder=trained[0], train_text_encoder_2=trained[1])
+    config = RunConfig(
+        encoding="sdxl", train_text_encoder=trained[0], train_text_encoder_2=trained[1]
+    )
     ids = [torch.zeros(1, 2, 77, dtype=torch.int64) for _ in parts.text_encoders]
     arguments = (
         torch.zeros(1, 4, 16, 12), torch.zeros(1, dtype=torch.int64), ids,
@@ -172,17 +187,21 @@ def test_a_whole_training_sample_equals_torchs_counter(family, trained):
         unet=dict(parts.unet.config),
         text_encoders=tuple(e.config.to_dict() for e in parts.text_encoders),
     )
-    assert training_flops(models, config)(128, 96, 2).model == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert training_flops(models, config)(128, 96, 2).model == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )
     frozen, off = OptimizerConfig(text_encoder_learning_rate=0.0), {"train_text_encoder": False}
-    assert training_flops(models, RunConfig(encoding="sdxl", optimizer=frozen))(128, 96, 2) == training_flops(
-        models, RunConfig(encoding="sdxl", **off)
-    )(128, 96, 2)
+    assert training_flops(models, RunConfig(encoding="sdxl", optimizer=frozen))(
+        128, 96, 2
+    ) == training_flops(models, RunConfig(encoding="sdxl", **off))(128, 96, 2)
 
 
 def test_configs_are_read_without_weights(tiny_sdxl, tmp_path):
     for name in ("unet", "text_encoder", "text_encoder_2"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_bytes((tiny_sdxl / name / "config.json").read_bytes())
+        (tmp_path / name / "config.json").write_bytes(
+            (tiny_sdxl / name / "config.json").read_bytes()
+        )
     models = read_model_configs(tmp_path)
     assert (models.family, len(models.text_encoders)) == ("sdxl", 2)
     plain = RunConfig(encoding="sdxl")
@@ -193,7 +212,9 @@ def test_configs_are_read_without_weights(tiny_sdxl, tmp_path):
 
 
 def test_a_layer_of_another_architecture_is_refused():
-    with pytest.raises(ModelError, match=r"transformer_blocks\.0\.attn\.to_q.*none of SD 1\.x or SDXL"):
+    with pytest.raises(
+        ModelError, match=r"transformer_blocks\.0\.attn\.to_q.*none of SD 1\.x or SDXL"
+    ):
         locate("transformer_blocks.0.attn.to_q", 3)
 
 
@@ -212,19 +233,28 @@ def test_a_cpu_has_no_peak():
         ((576, 1728, 231), 6.551, 19.651, 24.731),
     ],
 )
-def test_full_size_sdxl_equals_the_published_table_and_torchs_counter(shape, forward, trained, checkpointed):
+def test_full_size_sdxl_equals_the_published_table_and_torchs_counter(
+    shape, forward, trained, checkpointed
+):
     # The numbers: performance.md section 1.1.
     ours = unet_flops(SDXL, *shape, checkpointed=["all"])
     assert ours.forward / 1e12 == pytest.approx(forward, abs=5e-4)
     assert ours.model / 1e12 == pytest.approx(trained, abs=5e-4)
     assert (ours.model + ours.recompute) / 1e12 == pytest.approx(checkpointed, abs=5e-4)
-    assert math.isclose(ours.model, sum(counted_unet(on_meta(UNet2DConditionModel, SDXL), *shape)), rel_tol=1e-3)
+    assert math.isclose(
+        ours.model, sum(counted_unet(on_meta(UNet2DConditionModel, SDXL), *shape)), rel_tol=1e-3
+    )
 
 
 def test_the_mean_sample_of_bigasp_takes_20_tflop():
     # performance.md section 1.1: 19.94 over bigASP's buckets and 9/66/25 % of 1, 2 and 3 chunks.
     encoders = tuple(
-        {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "projection_dim": width}
+        {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "projection_dim": width,
+        }
         for width, layers in ((768, 12), (1280, 32))
     )
     models = ModelConfigs(family="sdxl", unet=SDXL, text_encoders=encoders)

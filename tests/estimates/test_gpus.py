@@ -21,7 +21,13 @@ def test_cards_are_found_by_the_drivers_names(reported, name):
 
 @pytest.mark.parametrize(
     "reported",
-    ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA RTX A1000", "NVIDIA L40", "NVIDIA GeForce RTX 4090 D", "AMD MI300X"],
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA RTX A1000",
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 D",
+        "AMD MI300X",
+    ],
 )
 def test_what_only_resembles_a_card_has_no_data_sheet(reported):
     assert detect_gpu(reported) is None

@@ -1,4 +1,5 @@
-"""The walk over a UNet's config, against the modules of diffusers' own class on torch's meta device."""
+"""The walk over a UNet's config, against the modules of diffusers' own class on torch's meta
+device."""
 
 import json
 from pathlib import Path
@@ -53,9 +54,18 @@ def described(module):
 
 def assert_equal(config):
     unet = on_meta(config)
-    theirs = {name: described(module) for name, module in unet.named_modules() if type(module) in KINDS}
+    theirs = {
+        name: described(module) for name, module in unet.named_modules() if type(module) in KINDS
+    }
     ours = {
-        layer.name: (layer.kind, layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.has_bias)
+        layer.name: (
+            layer.kind,
+            layer.inputs,
+            layer.outputs,
+            layer.kernel,
+            layer.stride,
+            layer.has_bias,
+        )
         for layer in unet_layers(config)
     }
     assert ours == theirs
@@ -63,13 +73,17 @@ def assert_equal(config):
     assert sum(layer.num_parameters for layer in unet_layers(config)) == num_parameters
 
 
-@pytest.mark.parametrize("config", [SDXL, SD1, {}, REFINER, DISTILLED], ids=["sdxl", "sd1", "none", "refiner", "small"])
+@pytest.mark.parametrize(
+    "config", [SDXL, SD1, {}, REFINER, DISTILLED], ids=["sdxl", "sd1", "none", "refiner", "small"]
+)
 def test_full_size_models_have_the_librarys_layers(config):
     assert_equal(config)
 
 
 def test_the_demos_model_has_the_librarys_layers():
-    assert_equal(json.loads((ROOT / "demo" / "models" / "base" / "unet" / "config.json").read_text()))
+    assert_equal(
+        json.loads((ROOT / "demo" / "models" / "base" / "unet" / "config.json").read_text())
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -97,9 +111,15 @@ def test_any_model_of_these_blocks_has_the_librarys_layers(data):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"down_block_types": ["DownBlock2D", "KDownBlock2D", "DownBlock2D"]}, r"down_block_types='KDownBlock2D'"),
+        (
+            {"down_block_types": ["DownBlock2D", "KDownBlock2D", "DownBlock2D"]},
+            r"down_block_types='KDownBlock2D'",
+        ),
         ({"class_embed_type": "timestep"}, r"class_embed_type='timestep'.*known: None"),
-        ({"addition_embed_type": "image"}, r"addition_embed_type='image'.*known: None, 'text_time'"),
+        (
+            {"addition_embed_type": "image"},
+            r"addition_embed_type='image'.*known: None, 'text_time'",
+        ),
     ],
 )
 def test_other_architectures_are_refused_by_key_and_value(change, said):

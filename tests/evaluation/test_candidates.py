@@ -12,9 +12,20 @@ from training.evaluation import candidates
 
 def test_a_hand_worked_run():
     saved = [1000, 2008, 2500, 3000, 4000, 5000, 5600]
-    assert candidates.due(saved, interval=1000, every=2, num_samples=5600) == [1000, 2008, 4000, 5600]
+    assert candidates.due(saved, interval=1000, every=2, num_samples=5600) == [
+        1000,
+        2008,
+        4000,
+        5600,
+    ]
     assert candidates.due(saved, interval=1000, every=3, num_samples=9000) == [1000, 3000]
-    assert candidates.due(saved, interval=1000, every=1, num_samples=9000) == [1000, 2008, 3000, 4000, 5000]
+    assert candidates.due(saved, interval=1000, every=1, num_samples=9000) == [
+        1000,
+        2008,
+        3000,
+        4000,
+        5000,
+    ]
     assert candidates.due([300, 1000], interval=1000, every=9, num_samples=1000) == [1000]
     assert candidates.due([300], interval=1000, every=1, num_samples=300) == [300]
 
@@ -50,10 +61,15 @@ def test_a_rival_inside_the_workspace_moves_with_it(tmp_path):
     candidates.add_rival(before, "inside", before / "models" / "a")
     candidates.add_rival(before, "outside", outside)
     before.rename(after)
-    assert candidates.read_rivals(after) == {"inside": str(after / "models" / "a"), "outside": str(outside)}
+    assert candidates.read_rivals(after) == {
+        "inside": str(after / "models" / "a"),
+        "outside": str(outside),
+    }
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', json.dumps({"format": 2, "rivals": {}})])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"format": 1}', json.dumps({"format": 2, "rivals": {}})]
+)
 def test_a_damaged_list_is_no_empty_one(tmp_path, content):
     (tmp_path / "rivals.json").write_text(content)
     with pytest.raises(DamageError, match="rivals"):

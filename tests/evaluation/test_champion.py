@@ -1,4 +1,5 @@
-"""A champion gives way only to what is better, and the best of many equals does not become one by luck."""
+"""A champion gives way only to what is better, and the best of many equals does not become one by
+luck."""
 
 from dataclasses import replace
 
@@ -43,12 +44,14 @@ def test_halves_are_even_apart_and_do_not_depend_on_the_order():
 
 
 def test_the_best_of_many_equals_seldom_wins_though_it_looks_better():
-    """Twenty checkpoints as good as the champion: the best of them on all prompts stands out, on the other half not."""
+    """Twenty checkpoints as good as the champion: the best of them on all prompts stands out, on
+    the other half not."""
     rng, num_rounds, naive, honest = np.random.default_rng(5), 30, 0, 0
     tiny = {"clip_score": 1e-6, "aesthetic": 1e-6}
     for _ in range(num_rounds):
         held, *sides = (
-            scores(f"run@{number}", drawn(rng, count=60), 0.25 + rng.normal(0, 0.02, 60)) for number in range(21)
+            scores(f"run@{number}", drawn(rng, count=60), 0.25 + rng.normal(0, 0.02, 60))
+            for number in range(21)
         )
         best = max(sides, key=lambda side: side.metrics["value"].sum())
         naive += champion.wins(champion.challenge(held, best, tiny, one_of_many=False), tiny)
@@ -60,7 +63,9 @@ def test_the_best_of_many_equals_seldom_wins_though_it_looks_better():
 
 def test_a_better_one_wins_and_its_verdict_names_the_half():
     rng = np.random.default_rng(1)
-    held, good, equal = (scores(name, drawn(rng, shift)) for name, shift in (("c@1", 0), ("r@1", 0.5), ("r@2", 0)))
+    held, good, equal = (
+        scores(name, drawn(rng, shift)) for name, shift in (("c@1", 0), ("r@1", 0.5), ("r@2", 0))
+    )
     assert champion.choose(held, [equal, good], MARGINS) is good
     rows = champion.challenge(held, good, MARGINS, one_of_many=True)
     judged = rows.filter(pl.col("group") == champion.HELD_OUT)
@@ -71,8 +76,12 @@ def test_a_better_one_wins_and_its_verdict_names_the_half():
 
 @given(count=st.integers(2, 80))
 def test_the_held_out_half_asks_for_prompts_of_the_whole_set(count):
-    """Sixty are the fewest of which the judged half gives a verdict; an unclear half asks for more than there are."""
-    a, b = (scores(name, drawn(np.random.default_rng(7), shift, count)) for name, shift in (("c@1", 0), ("r@1", 0.05)))
+    """Sixty are the fewest of which the judged half gives a verdict; an unclear half asks for more
+    than there are."""
+    a, b = (
+        scores(name, drawn(np.random.default_rng(7), shift, count))
+        for name, shift in (("c@1", 0), ("r@1", 0.05))
+    )
     rows = champion.challenge(a, b, MARGINS, one_of_many=True)
     for row in rows.filter(pl.col("group") == champion.HELD_OUT).iter_rows(named=True):
         assert (row["verdict"] == "too_few_prompts") == (count < 60)
@@ -92,7 +101,9 @@ def test_worse_in_one_deciding_metric_is_not_better():
 
 def test_the_file_comes_back_whole_or_says_that_it_is_damaged(tmp_path):
     assert champion.read(tmp_path) is None
-    first = Champion(checkpoint="r@1", digest="d", verdict="b@0~r@1", sentence="s", challenged={"r@1": "e"})
+    first = Champion(
+        checkpoint="r@1", digest="d", verdict="b@0~r@1", sentence="s", challenged={"r@1": "e"}
+    )
     champion.write(tmp_path, first)
     assert champion.read(tmp_path) == first
     for content in ("{", '{"checkpoint": "x"}', '{"checkpoint": "x", "digest": "d", "format": 9}'):
@@ -105,7 +116,10 @@ def test_shipped_prompts_decide_neither_who_is_chosen_nor_who_wins():
     from training.evaluation.prompt_groups import group_prompts
 
     rng = np.random.default_rng(4)
-    held, good, odd = (scores(name, drawn(rng, shift)) for name, shift in (("c@1", 0.0), ("r@2", 0.5), ("r@3", 0.0)))
+    held, good, odd = (
+        scores(name, drawn(rng, shift))
+        for name, shift in (("c@1", 0.0), ("r@2", 0.5), ("r@3", 0.0))
+    )
 
     def with_shipped(side, value):
         rows = [

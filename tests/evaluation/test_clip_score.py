@@ -37,7 +37,13 @@ def scored(tmp_path_factory, clip_folder, aesthetic_folder):
         )  # fmt: skip
     samples = pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
     clip, aesthetic = Clip.load(clip_folder, "cpu"), Aesthetic.load(aesthetic_folder, "cpu")
-    return samples, folder, clip, aesthetic, clip_score.score(samples, folder, clip, aesthetic, batch_size=3)
+    return (
+        samples,
+        folder,
+        clip,
+        aesthetic,
+        clip_score.score(samples, folder, clip, aesthetic, batch_size=3),
+    )
 
 
 def values(metrics, name):
@@ -51,11 +57,16 @@ def test_scores_equal_an_independent_computation(scored, clip_folder, aesthetic_
 
     state = load_file(aesthetic_folder / "model.safetensors")
     for row, cosine, taste in zip(
-        samples.iter_rows(named=True), values(metrics, "clip_score"), values(metrics, "aesthetic"), strict=True
+        samples.iter_rows(named=True),
+        values(metrics, "clip_score"),
+        values(metrics, "aesthetic"),
+        strict=True,
     ):
         # One picture at a time: pixels by the adapter (proved elsewhere), all the rest by hand.
         pixels = clip.preprocess(np.asarray(Image.open(folder / row["file"])))[None]
-        tokens = clip.tokenizer([row["text"]], padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+        tokens = clip.tokenizer(
+            [row["text"]], padding="max_length", max_length=77, return_tensors="pt"
+        )["input_ids"]
         with torch.no_grad():
             picture = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
             text = model.text_projection(model.text_model(tokens).pooler_output)[0]
@@ -71,12 +82,22 @@ def test_the_table_holds_scores_embeddings_and_the_summary(scored):
     samples, _, _, _, metrics = scored
     assert metrics.schema == TABLES["eval_metrics"].schema
     own = metrics.filter(pl.col("prompt_id").is_not_null())
-    expected = ["aesthetic", "clip_score", "contrast", "detail", "embedding", "saturation", "uniform_border"]
+    expected = [
+        "aesthetic",
+        "clip_score",
+        "contrast",
+        "detail",
+        "embedding",
+        "saturation",
+        "uniform_border",
+    ]
     assert own["metric"].value_counts().sort("metric").rows() == [(name, 7) for name in expected]
     assert own.join(samples, on=["prompt_id", "group"]).height == own.height
     vectors = np.array(own.filter(pl.col("metric") == "embedding")["embedding"].to_list())
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(7), abs=1e-6)
-    summed = dict(metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+    summed = dict(
+        metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows()
+    )
     expected = summary.summarise(values(own, "clip_score"), values(own, "aesthetic"))
     assert {name: summed[name] for name in summary.COLUMNS} == pytest.approx(expected)
     taste = own.filter(pl.col("metric") == "aesthetic").join(samples, on="prompt_id")
@@ -94,7 +115,8 @@ def test_the_order_and_the_batches_do_not_matter(scored):
 
 @pytest.fixture
 def damaged(scored, tmp_path):
-    """The pictures with four that cannot be scored: gone, cut, never drawn, and one that makes CLIP give NaN."""
+    """The pictures with four that cannot be scored: gone, cut, never drawn, and one that makes CLIP
+    give NaN."""
     samples, folder, clip, aesthetic, metrics = scored
     shutil.copytree(folder, tmp_path / "samples")
     (tmp_path / "samples" / "1.png").unlink()
@@ -119,12 +141,19 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
     failed = metrics.filter(pl.col("metric") == "failed")
     assert failed["prompt_id"].to_list() == ["p1", "p3", "p4", "p6"]
     assert failed["value"].null_count() == failed.height
-    reasons = ["1.png is missing", "3.png is damaged (OSError)", pictures.NOT_DRAWN, "clip_score is nan"]
+    reasons = [
+        "1.png is missing",
+        "3.png is damaged (OSError)",
+        pictures.NOT_DRAWN,
+        "clip_score is nan",
+    ]
     assert failed["reason"].to_list() == reasons
     own = metrics.filter(pl.col("prompt_id").is_not_null() & (pl.col("metric") != "failed"))
     assert own["prompt_id"].unique().sort().to_list() == ["p0", "p2", "p5"]
     good = whole.filter(pl.col("prompt_id").is_in(["p0", "p2", "p5"]))
-    summed = dict(metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+    summed = dict(
+        metrics.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows()
+    )
     assert summed["num_failed"] == 4
     expected = summary.summarise(values(good, "clip_score"), values(good, "aesthetic"))
     assert {name: summed[name] for name in summary.COLUMNS} == pytest.approx(expected, abs=1e-5)
@@ -138,10 +167,14 @@ def test_a_checkpoint_without_any_picture_has_failures_only(scored):
     assert metrics.schema == TABLES["eval_metrics"].schema
     own = metrics.filter(pl.col("prompt_id").is_not_null())
     assert own.select("prompt_id", "group", "metric", "reason").rows() == [
-        (f"p{n}", "ab"[n % 2], "failed", "gone.png is missing" if n > 2 else pictures.NOT_DRAWN) for n in range(7)
+        (f"p{n}", "ab"[n % 2], "failed", "gone.png is missing" if n > 2 else pictures.NOT_DRAWN)
+        for n in range(7)
     ]
     summed = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_not_nan())
-    assert dict(summed.select("metric", "value").iter_rows()) == {"count_LAIONScore": 0, "num_failed": 7}
+    assert dict(summed.select("metric", "value").iter_rows()) == {
+        "count_LAIONScore": 0,
+        "num_failed": 7,
+    }
 
 
 def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
@@ -150,7 +183,10 @@ def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
         clip_score.score(samples.clear(), folder, clip, aesthetic, batch_size=3)
     broken = Aesthetic(aesthetic.weight * float("nan"), aesthetic.bias, "cpu")
     one_gone = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p0").then("file"))
-    with pytest.raises(EvaluationError, match=r"none of 7 pictures in .*, and 6 of them can be read: aesthetic is nan"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"none of 7 pictures in .*, and 6 of them can be read: aesthetic is nan",
+    ):
         clip_score.score(one_gone, folder, clip, broken, batch_size=3)
 
 
@@ -160,13 +196,19 @@ def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
 
     class Length:
         def score(self, pictures, texts):
-            asked.extend((picture.shape[0], text) for picture, text in zip(pictures, texts, strict=True))
+            asked.extend(
+                (picture.shape[0], text) for picture, text in zip(pictures, texts, strict=True)
+            )
             return np.array([len(text) for text in texts], dtype=np.float32)
 
-    found = clip_score.score(samples, folder, clip, aesthetic, batch_size=3, scorers={"length": Length()})
+    found = clip_score.score(
+        samples, folder, clip, aesthetic, batch_size=3, scorers={"length": Length()}
+    )
     assert asked == list(samples.select("height", "text").iter_rows())
     assert values(found, "length").tolist() == [len(text) for text in samples["text"]]
-    assert values(found, "length_mean").tolist() == [pytest.approx(samples["text"].str.len_chars().mean())]
+    assert values(found, "length_mean").tolist() == [
+        pytest.approx(samples["text"].str.len_chars().mean())
+    ]
     same = found.filter(~pl.col("metric").str.starts_with("length"))
     assert same.equals(metrics)
 
@@ -187,7 +229,11 @@ def test_no_tf32_whatever_others_have_set(scored, monkeypatch):
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for tower in (clip.model.vision_model, clip.model.text_model):
         forward = tower.forward
-        note = lambda *a, _f=forward, **k: set_to.append([one.allow_tf32 for one in backends]) or _f(*a, **k)  # noqa: E731
+
+        def note(*args, _forward=forward, **options):
+            set_to.append([one.allow_tf32 for one in backends])
+            return _forward(*args, **options)
+
         monkeypatch.setattr(tower, "forward", note)
     before = [one.allow_tf32 for one in backends]
     try:
@@ -202,9 +248,19 @@ def test_no_tf32_whatever_others_have_set(scored, monkeypatch):
             one.allow_tf32 = value
 
 
-def test_sampled_pictures_are_scored_as_they_were_drawn(tiny_sdxl, clip_folder, aesthetic_folder, tmp_path):
+def test_sampled_pictures_are_scored_as_they_were_drawn(
+    tiny_sdxl, clip_folder, aesthetic_folder, tmp_path
+):
     rows = [
-        {"prompt_id": key, "text": key, "negative": "", "group": "g", "height": 32, "width": 32, "seed": 1}
+        {
+            "prompt_id": key,
+            "text": key,
+            "negative": "",
+            "group": "g",
+            "height": 32,
+            "width": 32,
+            "seed": 1,
+        }
         for key in ("a cat", "a dog")
     ]
     prompts = pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema)

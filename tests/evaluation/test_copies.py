@@ -1,4 +1,5 @@
-"""The nearest training image, against a search over all pairs; and what the comparison says of copies."""
+"""The nearest training image, against a search over all pairs; and what the comparison says of
+copies."""
 
 import itertools
 
@@ -23,7 +24,11 @@ def blocks_of(vectors, borders, dtype=np.float32):
     return [(ids[a:b], vectors[a:b].astype(dtype)) for a, b in itertools.pairwise(edges)]
 
 
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 40), borders=st.lists(st.integers(0, 40), max_size=4))
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 40),
+    borders=st.lists(st.integers(0, 40), max_size=4),
+)
 def test_the_nearest_is_that_of_a_search_over_all_pairs(seed, count, borders):
     rng = np.random.default_rng(seed)
     queries, images = units(rng, 7), units(rng, count)
@@ -101,7 +106,9 @@ def test_a_memorised_image_is_found_and_named_and_stands_out():
     train, validation = units(rng, 60, 16), units(rng, 20, 16)
     pictures = np.concatenate([units(rng, 9, 16), train[41:42]])
     base = BasePictures(embeddings=units(rng, 10, 16), levels=level(10))
-    found = References(base=base, training=set_of(train, validation)).compare(pictures, level(10), EVERY[:10])
+    found = References(base=base, training=set_of(train, validation)).compare(
+        pictures, level(10), EVERY[:10]
+    )
     assert found.nearest.image_ids[9] == f"{41:064x}"
     assert found.summary["train_similarity_max"] == pytest.approx(1, abs=1e-6)
     assert found.summary["train_similarity_above_max"] >= 0.1
@@ -116,7 +123,11 @@ def test_distances_are_to_the_validation_images_with_a_floor_of_as_many_real_one
 
     rng = np.random.default_rng(2)
     train, validation, pictures = units(rng, 60, 16), units(rng, 20, 16), units(rng, 12, 16)
-    found = References(training=set_of(train, validation)).compare(pictures, level(12), EVERY[:12]).summary
+    found = (
+        References(training=set_of(train, validation))
+        .compare(pictures, level(12), EVERY[:12])
+        .summary
+    )
     assert found["cmmd"] == pytest.approx(distances.cmmd(pictures, validation))
     assert found["kid"] == pytest.approx(distances.kid(pictures, validation))
     # The 12 smallest ids of the training images, whatever shard they are in.
@@ -144,11 +155,15 @@ def test_what_is_not_there_is_left_out():
     rng = np.random.default_rng(3)
     pictures, none = units(rng, 4, 16), np.empty((0, 16), dtype=np.float32)
     assert "cmmd" not in References().compare(pictures, level(4), EVERY[:4]).summary
-    alone = References(training=set_of(units(rng, 5, 16), none)).compare(pictures, level(4), EVERY[:4])
+    alone = References(training=set_of(units(rng, 5, 16), none)).compare(
+        pictures, level(4), EVERY[:4]
+    )
     assert "train_similarity_p50" in alone.summary
     assert "cmmd" not in alone.summary
     assert "train_similarity_above_p95" not in alone.summary
-    empty = References(training=set_of(none, units(rng, 5, 16))).compare(pictures, level(4), EVERY[:4])
+    empty = References(training=set_of(none, units(rng, 5, 16))).compare(
+        pictures, level(4), EVERY[:4]
+    )
     assert empty.nearest is None
     assert "cmmd" in empty.summary
     assert "cmmd_floor" not in empty.summary
@@ -159,5 +174,7 @@ def test_the_sample_of_images_is_keyed_by_their_ids():
     images = pl.DataFrame({"image_id": ids})
     few = sample(images, 10)["image_id"].to_list()
     assert few == sorted(ids)[:10]
-    more = sample(pl.concat([images, pl.DataFrame({"image_id": ["f" * 64]})]), 10)["image_id"].to_list()
+    more = sample(pl.concat([images, pl.DataFrame({"image_id": ["f" * 64]})]), 10)[
+        "image_id"
+    ].to_list()
     assert more == few

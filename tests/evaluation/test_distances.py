@@ -19,7 +19,9 @@ clouds = st.tuples(st.integers(0, 2**32), st.integers(2, 9), st.integers(2, 9), 
 
 
 def pairs(a, b, kernel, same=False):
-    values = [kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)]
+    values = [
+        kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)
+    ]
     return math.fsum(values) / len(values)
 
 
@@ -45,7 +47,9 @@ def test_kid_is_unbiased_and_cubic(drawn):
         # The polynomial kernel as published, (x y / d + 1)^3, of vectors of length sqrt(d).
         return (math.fsum(x * math.sqrt(width) * y * math.sqrt(width)) / width + 1) ** 3
 
-    expected = pairs(a, a, kernel, same=True) + pairs(b, b, kernel, same=True) - 2 * pairs(a, b, kernel)
+    expected = (
+        pairs(a, a, kernel, same=True) + pairs(b, b, kernel, same=True) - 2 * pairs(a, b, kernel)
+    )
     assert distances.kid(a, b) == pytest.approx(expected, abs=1e-9)
 
 

@@ -1,4 +1,5 @@
-"""Pictures made anywhere: both layouts, tables and summary, what is skipped, and input that is broken."""
+"""Pictures made anywhere: both layouts, tables and summary, what is skipped, and input that is
+broken."""
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,9 @@ DECODE = DecodeConfig(num_workers=1)
 
 @pytest.fixture(scope="module")
 def networks(clip_folder, aesthetic_folder):
-    return Networks(clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu"))
+    return Networks(
+        clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu")
+    )
 
 
 @pytest.fixture
@@ -93,13 +96,21 @@ def test_the_summary_is_the_guides_of_the_pictures_table(folder, prompts, networ
 
 def test_ghostreviews_folders_are_known_by_its_csv(tmp_path):
     path = tmp_path / "prompts.csv"
-    rows = [(index, text, model) for model in ("Mix-V2.0", "real_v6") for index, text in enumerate(TEXTS)]
-    pd.DataFrame(rows, columns=["index", "Prompts", "sd_model_checkpoint"]).to_csv(path, index=False)
+    rows = [
+        (index, text, model)
+        for model in ("Mix-V2.0", "real_v6")
+        for index, text in enumerate(TEXTS)
+    ]
+    pd.DataFrame(rows, columns=["index", "Prompts", "sd_model_checkpoint"]).to_csv(
+        path, index=False
+    )
     prompts = external_images.read_prompts(path)
     root = tmp_path / "pictures"
     for name in ("Mix-V2.0-0", "Mix-V2.0-2", "real_v6-1"):
         draw(root / name / "00007-99999.png")
-    draw(root / "new-mix-1" / "2.png")  # its script reads the number after the last hyphen, whatever the model
+    draw(
+        root / "new-mix-1" / "2.png"
+    )  # its script reads the number after the last hyphen, whatever the model
     draw(root / "own" / "own-2.png")  # and a folder without one is a model's
     models = external_images.find_models(root, prompts)
     assert [(model.name, [prompts.texts[row] for row in model.rows]) for model in models] == [
@@ -107,7 +118,9 @@ def test_ghostreviews_folders_are_known_by_its_csv(tmp_path):
     ]  # fmt: skip
 
 
-def test_models_that_are_done_are_skipped_without_loading_anything(folder, prompts, networks, tmp_path):
+def test_models_that_are_done_are_skipped_without_loading_anything(
+    folder, prompts, networks, tmp_path
+):
     out = tmp_path / "out"
     score(folder, prompts, out, networks)
     before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
@@ -137,7 +150,9 @@ def test_a_stopped_run_goes_on_with_the_next_model(folder, prompts, networks, tm
     assert [one.skipped for one in score(folder, prompts, out, networks)] == [True, False]
 
 
-def test_a_picture_that_cannot_be_read_is_counted_and_never_averaged(folder, prompts, networks, tmp_path):
+def test_a_picture_that_cannot_be_read_is_counted_and_never_averaged(
+    folder, prompts, networks, tmp_path
+):
     whole = score(folder, prompts, tmp_path / "whole", networks)
     (folder / "mine" / "00000-0.png").write_bytes(b"no picture at all")
     done = score(folder, prompts, tmp_path / "out", networks)
@@ -159,7 +174,9 @@ def test_a_model_of_which_nothing_can_be_read_has_an_empty_row(tmp_path, prompts
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGBA", "I;16"])
-def test_pictures_of_any_mode_become_rgb_before_anything_is_resized(mode, tmp_path, prompts, networks):
+def test_pictures_of_any_mode_become_rgb_before_anything_is_resized(
+    mode, tmp_path, prompts, networks
+):
     path = tmp_path / "pictures" / "m" / "0.png"
     if mode == "I;16":
         path.parent.mkdir(parents=True)
@@ -181,7 +198,10 @@ def test_pictures_of_any_mode_become_rgb_before_anything_is_resized(mode, tmp_pa
     [
         (b"", r"prompts\.csv:1: no column 'Prompts', only nothing"),
         (b"index,Prompt\n0,cat\n", r"prompts\.csv:1: no column 'Prompts', only index, Prompt"),
-        (b"index,Prompts\n0,cat\n1,a dog, sitting\n", r"prompts\.csv:3: 3 fields, but the header has 2"),
+        (
+            b"index,Prompts\n0,cat\n1,a dog, sitting\n",
+            r"prompts\.csv:3: 3 fields, but the header has 2",
+        ),
         (b"index,Prompts\n0,cat\n\n1\n", r"prompts\.csv:4: 1 fields"),
         (b'index,Prompts\n0,"cat\n1,dog\n', r"prompts\.csv:3: no valid CSV"),
         (b"index,Prompts\n0,cat\n1,  \n", r"prompts\.csv:3: column 'Prompts' is empty"),
@@ -207,7 +227,9 @@ def test_prompts_may_begin_with_a_byte_order_mark_and_hold_line_breaks(tmp_path)
     [("cat.png", r"cat\.png: its name is no prompt's id, .* number of its name must be that of a row, 0 to 2$"),
      ("3.png", "0 to 2, not 3"), ("00012-1.png", "0 to 2, not 12")],
 )  # fmt: skip
-def test_a_picture_without_its_prompt_is_named_before_anything_is_scored(name, message, folder, prompts):
+def test_a_picture_without_its_prompt_is_named_before_anything_is_scored(
+    name, message, folder, prompts
+):
     draw(folder / "mine" / name)
     with pytest.raises(EvaluationError, match=message):
         external_images.find_models(folder, prompts)
@@ -221,7 +243,9 @@ def test_folders_without_pictures_are_an_error(tmp_path, prompts):
         external_images.find_models(tmp_path / "empty", prompts)
 
 
-def test_the_command_scores_with_the_workspaces_networks(folder, tmp_path, clip_folder, aesthetic_folder):
+def test_the_command_scores_with_the_workspaces_networks(
+    folder, tmp_path, clip_folder, aesthetic_folder
+):
     from jobs.scoring import score_folder
     from resources.workspace.store import Store
 

@@ -49,7 +49,9 @@ def scene(seed, side=192):
     rng = np.random.default_rng(seed)
     radius = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     radius[0, 0] = np.inf
-    grey, *own = (np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) / radius) for _ in range(4))
+    grey, *own = (
+        np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) / radius) for _ in range(4)
+    )
     planes = [grey / grey.std() + 0.6 * one / one.std() for one in own]
     return Image.fromarray((128 + 38 * np.stack(planes, axis=2)).clip(0, 255).astype(np.uint8))
 
@@ -74,7 +76,8 @@ def blurred(picture):
 
 PICTURES = [scene(seed) for seed in range(12)]
 VARIED = [bake(scene(20 + place), place / 9, 0.8, 3) for place in range(20)]
-"""Training pictures as the demo has them: of all colours, soft in contrast, finer than what is drawn."""
+"""Training pictures as the demo has them: of all colours, soft in contrast, finer than what is
+drawn."""
 
 
 @pytest.mark.parametrize("decode", [lambda picture: picture, blurred])
@@ -113,14 +116,19 @@ def test_coloured_grain_on_a_monochrome_set_is_no_alarm():
 
 def test_what_over_baking_does_raises_its_measure():
     y, x = np.mgrid[:64, :64]
-    soft = np.stack([96 + 40 * np.sin(x / 9), 110 + 30 * np.cos(y / 11), 128 + 20 * np.sin((x + y) / 13)], axis=2)
+    soft = np.stack(
+        [96 + 40 * np.sin(x / 9), 110 + 30 * np.cos(y / 11), 128 + 20 * np.sin((x + y) / 13)],
+        axis=2,
+    )
     soft += np.random.default_rng(0).normal(scale=6, size=(64, 64, 1))
     before = overbaked.measure(soft.astype(np.uint8))
     grey = soft.mean(axis=2, keepdims=True)
     vivid = overbaked.measure((grey + 1.5 * (soft - grey)).clip(0, 255).astype(np.uint8))
     hard = overbaked.measure((128 + 1.5 * (soft - 128)).clip(0, 255).astype(np.uint8))
     sharp = overbaked.measure(
-        np.asarray(Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.UnsharpMask(1, 300, 0)))
+        np.asarray(
+            Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.UnsharpMask(1, 300, 0))
+        )
     )
     assert vivid["saturation"] > 1.3 * before["saturation"]
     assert hard["contrast"] > 1.3 * before["contrast"]
@@ -177,7 +185,9 @@ def test_the_index_is_the_geometric_mean_of_both_excesses():
 
 
 @given(base=st.floats(0, 1), training=st.floats(0, 1), share=st.floats(0, 1))
-def test_the_look_of_the_training_set_of_the_base_and_between_is_not_over_baked(base, training, share):
+def test_the_look_of_the_training_set_of_the_base_and_between_is_not_over_baked(
+    base, training, share
+):
     between = min(max(base, training), base + share * (training - base))
     assert overbaked.index(levels(between, 0), levels(base, 0), levels(training, 0)) == 0
 
@@ -193,7 +203,11 @@ def test_the_summary_holds_what_there_is():
     boxed[overbaked.BORDER][:10] = 1
     whole = overbaked.summarise(own, levels(0.4), boxed)
     assert whole["overbaked_index"] > 0
-    assert (whole["border_share"], whole["border_share_base"], whole["border_share_train"]) == (0, 0, 0.2)
+    assert (whole["border_share"], whole["border_share_base"], whole["border_share_train"]) == (
+        0,
+        0,
+        0.2,
+    )
     assert whole["saturation_mean"] == pytest.approx(own["saturation"].mean())
     assert "overbaked_index" not in overbaked.summarise(own, levels(0.4), None)
     assert set(overbaked.summarise(own, None, None)) == {
@@ -203,7 +217,10 @@ def test_the_summary_holds_what_there_is():
 
 
 def test_the_last_checkpoint_before_the_alarm_is_named():
-    calm, hot = {"overbaked_index": 0.1, "border_share": 0.0}, {"overbaked_index": 0.6, "border_share": 0.0}
+    calm, hot = (
+        {"overbaked_index": 0.1, "border_share": 0.0},
+        {"overbaked_index": 0.6, "border_share": 0.0},
+    )
     run = [("a@1", calm), ("a@2", calm), ("a@3", hot), ("a@4", calm)]
     assert overbaked.last_before_alarm(run) == "a@2"
     assert overbaked.last_before_alarm(run[:2]) == "a@2"
@@ -213,6 +230,8 @@ def test_the_last_checkpoint_before_the_alarm_is_named():
 
 def test_borders_raise_the_alarm_where_neither_base_nor_training_pictures_have_them():
     boxed = {"border_share": 0.3, "border_share_base": 0.0, "border_share_train": 0.05}
-    assert overbaked.alarms(boxed) == ["30% of the pictures have uniform borders, 5% of the references"]
+    assert overbaked.alarms(boxed) == [
+        "30% of the pictures have uniform borders, 5% of the references"
+    ]
     assert overbaked.alarms(boxed | {"border_share_train": 0.25}) == []
     assert overbaked.alarms({"border_share": 0.9}) == [], "nothing to compare with"

@@ -1,4 +1,5 @@
-"""Sets that are made hold nothing that was trained on, stay as the data set grows, and fill each group."""
+"""Sets that are made hold nothing that was trained on, stay as the data set grows, and fill each
+group."""
 
 import hashlib
 import tomllib
@@ -58,7 +59,10 @@ def test_held_out_images_become_prompts_that_were_never_trained():
         ("a green star", "caption"),
         (next(text for text in frame["text"] if "tree" in text), "tags"),
     }
-    assert set(next(text for text in frame["text"] if "tree" in text).split(", ")) == {"star", "tree"}
+    assert set(next(text for text in frame["text"] if "tree" in text).split(", ")) == {
+        "star",
+        "tree",
+    }
     by_id = {row["prompt_id"]: row for row in frame.iter_rows(named=True)}
     assert (by_id["v2"]["height"], by_id["v2"]["width"]) == (128, 64)
     assert prompt_sets.overlap(frame, ["a red circle", "blue, square"]) == []
@@ -67,12 +71,29 @@ def test_held_out_images_become_prompts_that_were_never_trained():
 
 def test_texts_that_a_ui_reads_otherwise_are_left_out():
     """Nobody wrote them as prompts, and one of them would have a strict protocol refuse the set."""
-    captions = ("a star at 12:30", "SALT AND PEPPER", "[signed:1999:3] print", "a | b", "(a star:1.2)", "a star: red")
+    captions = (
+        "a star at 12:30",
+        "SALT AND PEPPER",
+        "[signed:1999:3] print",
+        "a | b",
+        "(a star:1.2)",
+        "a star: red",
+    )
     rows = [(f"c{n}", 90, 90, "validation", caption, []) for n, caption in enumerate(captions)]
-    rows += [("t1", 90, 90, "validation", None, ["star", ":)"]), ("t2", 90, 90, "validation", None, ["fox_(animal)"])]
+    rows += [
+        ("t1", 90, 90, "validation", None, ["star", ":)"]),
+        ("t2", 90, 90, "validation", None, ["fox_(animal)"]),
+    ]
     frame = prompt_building.from_validation(selected(rows), SIZES, 99, CAPTIONS)
     assert sorted(frame["text"]) == ["a star: red", "fox_(animal)"]
-    kept = pl.concat([frame, prompt_sets.make_frame([{**frame.drop("seed").row(0, named=True), "text": "SALT AND X"}])])
+    kept = pl.concat(
+        [
+            frame,
+            prompt_sets.make_frame(
+                [{**frame.drop("seed").row(0, named=True), "text": "SALT AND X"}]
+            ),
+        ]
+    )
     again = prompt_building.from_validation(selected(rows), SIZES, 99, CAPTIONS, previous=kept[1:])
     assert sorted(again["text"]) == ["a star: red", "fox_(animal)"]
 
@@ -81,14 +102,19 @@ def test_more_images_keep_the_prompts_that_are_first_by_hash():
     few = [(f"v{n}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
     more = few + [(f"w{n}", 90, 90, "validation", f"another picture {n}", []) for n in range(5)]
     sizes = (Size(64, 64),)
-    sets = [prompt_building.from_validation(selected(rows), sizes, 10, CAPTIONS) for rows in (few, more)]
+    sets = [
+        prompt_building.from_validation(selected(rows), sizes, 10, CAPTIONS) for rows in (few, more)
+    ]
     first, second = (set(frame["prompt_id"]) for frame in sets)
     assert len(first & second) >= 5
 
 
 def test_prompts_stay_when_more_images_come_and_go_when_their_image_does():
     few = [(f"v{n:02}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
-    more = [*few, *((f"w{n:02}", 90, 90, "validation", f"another picture {n}", []) for n in range(30))]
+    more = [
+        *few,
+        *((f"w{n:02}", 90, 90, "validation", f"another picture {n}", []) for n in range(30)),
+    ]
     first = prompt_building.from_validation(selected(few), SIZES, 15, CAPTIONS)
     grown = prompt_building.from_validation(selected(more), SIZES, 15, CAPTIONS, first)
     assert grown.equals(first)
@@ -104,13 +130,22 @@ def test_prompts_stay_when_more_images_come_and_go_when_their_image_does():
     trained = [*more, ("t1", 90, 90, "train", first["text"][5], [])]
     assert (
         first["prompt_id"][5]
-        not in prompt_building.from_validation(selected(trained), SIZES, 15, CAPTIONS, first)["prompt_id"]
+        not in prompt_building.from_validation(selected(trained), SIZES, 15, CAPTIONS, first)[
+            "prompt_id"
+        ]
     )
 
 
 def test_every_line_of_a_caption_counts_as_trained():
-    rows = [("t", 9, 9, "train", "a red kite\na kite that is red", ["kite"]), ("v", 9, 9, "validation", "kite", [])]
-    assert list(prompt_building.trained_texts(selected(rows))) == ["a red kite", "a kite that is red", "kite"]
+    rows = [
+        ("t", 9, 9, "train", "a red kite\na kite that is red", ["kite"]),
+        ("v", 9, 9, "validation", "kite", []),
+    ]
+    assert list(prompt_building.trained_texts(selected(rows))) == [
+        "a red kite",
+        "a kite that is red",
+        "kite",
+    ]
     assert prompt_building.from_validation(selected(rows), SIZES, 5, CAPTIONS).is_empty()
 
 
@@ -121,15 +156,26 @@ tag_names = st.from_regex(r"[a-z]{1,6}(_[a-z]{1,4})?(_\([a-z]{1,3}\))?", fullmat
 def test_a_prompt_of_trained_tags_is_found_however_it_is_spelled(tags, data):
     typed = [
         data.draw(
-            st.sampled_from([tag, tag.replace("_", " "), tag.upper(), tag.replace("(", r"\(").replace(")", r"\)")])
+            st.sampled_from(
+                [
+                    tag,
+                    tag.replace("_", " "),
+                    tag.upper(),
+                    tag.replace("(", r"\(").replace(")", r"\)"),
+                ]
+            )
         )
         for tag in data.draw(st.permutations(tags))
     ]
     text = data.draw(st.sampled_from([", ", ",", " ,  "])).join(typed)
-    trained = list(prompt_building.trained_texts(selected([("t", 9, 9, "train", None, sorted(tags))])))
+    trained = list(
+        prompt_building.trained_texts(selected([("t", 9, 9, "train", None, sorted(tags))]))
+    )
     prompts = prompt_sets.make_frame([prompt_building._row("p", text, "g", SIZES[0])])
     assert prompt_sets.overlap(prompts, trained) == ["p"]
-    more = prompt_sets.make_frame([prompt_building._row("p", f"{text}, another tag", "g", SIZES[0])])
+    more = prompt_sets.make_frame(
+        [prompt_building._row("p", f"{text}, another tag", "g", SIZES[0])]
+    )
     assert prompt_sets.overlap(more, trained) == []
 
 
@@ -139,7 +185,9 @@ def tagged(key, tags, split="validation", caption=None):
 
 def build(rows, **style):
     """Texts by id, of a style whose captions play no part unless named."""
-    frame = prompt_building.from_validation(selected(rows), SIZES, 99, HeldOutPromptsConfig(**style))
+    frame = prompt_building.from_validation(
+        selected(rows), SIZES, 99, HeldOutPromptsConfig(**style)
+    )
     return {row["prompt_id"]: (row["group"], row["text"]) for row in frame.iter_rows(named=True)}
 
 
@@ -147,24 +195,36 @@ MANY = [f"tag_{n:02}" for n in range(40)]
 
 
 def test_tags_are_not_the_alphabets_first_and_follow_from_the_image_alone():
-    one, other = build([tagged("v", MANY)]), build([tagged("v", MANY[::-1]), tagged("w", MANY[:39])])
+    one, other = (
+        build([tagged("v", MANY)]),
+        build([tagged("v", MANY[::-1]), tagged("w", MANY[:39])]),
+    )
     assert one["v"] == other["v"]
     group, text = one["v"]
     prefix, *names = text.split(", ")
-    assert (group, prefix, len(set(names)), set(names) <= set(MANY)) == ("tags", "score_7_up", 32, True)
+    assert (group, prefix, len(set(names)), set(names) <= set(MANY)) == (
+        "tags",
+        "score_7_up",
+        32,
+        True,
+    )
     assert names != sorted(names)
     assert max(names) > "tag_32"
     assert [name for name in names if name in MANY[:39]] != other["w"][1].split(", ")[1:], (
         "each image has its own order"
     )
     assert set(build([tagged("v", MANY)], num_tags=0)["v"][1].split(", ")) == {"score_7_up", *MANY}
-    assert build([tagged("v", ["a_b_c", "o_o"])], spaces=True, prefix="")["v"][1] in ("a b c, o_o", "o_o, a b c")
+    assert build([tagged("v", ["a_b_c", "o_o"])], spaces=True, prefix="")["v"][1] in (
+        "a b c, o_o",
+        "o_o, a b c",
+    )
 
 
 @pytest.mark.parametrize("mean_tags", [0.0, 6.0])
 @pytest.mark.parametrize("order", ["shuffled", "kohaku"])
 def test_prompts_are_ordered_as_the_training_prompts_of_the_recipe(order, mean_tags):
-    # The oracle is the maker of training prompts: of each pair of tags whose order the recipe fixes, both have one.
+    # The oracle is the maker of training prompts: of each pair of tags whose order the recipe
+    # fixes, both have one.
     config = PromptConfig(order=order, mean_tags=mean_tags, std_tags=0, first_tags=("photo_(medium)",), always_tags=(),
                           alias_prob=0, spaces_prob=0, mixed_prob=0, loose_separators_prob=0, empty_prob=0)  # fmt: skip
     names = {"photo_(medium)": "meta", "2girls": "general", "bow": "general", "ann": "character", "zoe": "character",
@@ -172,7 +232,9 @@ def test_prompts_are_ordered_as_the_training_prompts_of_the_recipe(order, mean_t
     kinds = {name: "people" if name == "2girls" else kind for name, kind in names.items()}
     rows = [tagged(f"{n:064d}", sorted(names)) for n in range(24)]
     frame = selected(rows).with_columns(
-        tags=pl.Series([[{"name": name, "category": names[name]} for name in sorted(names)]] * len(rows))
+        tags=pl.Series(
+            [[{"name": name, "category": names[name]} for name in sorted(names)]] * len(rows)
+        )
     )
     style = recipes.held_out_prompts(config)
     made = prompt_building.from_validation(frame[:1], SIZES, 1, style)["text"].to_list()
@@ -182,7 +244,9 @@ def test_prompts_are_ordered_as_the_training_prompts_of_the_recipe(order, mean_t
         tags = [tag for tag in text.split(", ") if not tag.startswith("score_")]
         assert text.startswith("score_")
         assert tags[0] == "photo_(medium)"
-        placed = [tag for tag in tags if kinds[tag] in ("people", "character", "copyright", "artist")]
+        placed = [
+            tag for tag in tags if kinds[tag] in ("people", "character", "copyright", "artist")
+        ]
         ranks = [("people", "character", "copyright", "artist").index(kinds[tag]) for tag in placed]
         if order == "kohaku":
             assert tags[1 : 1 + len(placed)] == placed
@@ -192,7 +256,10 @@ def test_prompts_are_ordered_as_the_training_prompts_of_the_recipe(order, mean_t
 
 
 def test_captions_are_used_by_the_recipes_shares():
-    rows = [tagged(f"v{n:03}", ["kite", "sky", f"extra_{n}"], caption=f"kite number {n}.") for n in range(200)]
+    rows = [
+        tagged(f"v{n:03}", ["kite", "sky", f"extra_{n}"], caption=f"kite number {n}.")
+        for n in range(200)
+    ]
     assert {group for group, _ in build(rows).values()} == {"tags"}
     assert {group for group, _ in build(rows, caption_prob=1.0).values()} == {"caption"}
     mixed = build(rows, caption_prob=0.3, caption_and_tags_prob=0.4)
@@ -224,7 +291,12 @@ def test_a_recipes_prompts_reach_the_workspace_that_it_begins(tmp_path):
         "mixed_prob = 0.0\n"
     )
     values = tomllib.loads(recipes.workspace_toml(path, [], tiny=None))["prompt_sets"]
-    assert values["standard"]["prompts"] == {"prefix": "", "num_tags": 0, "order": "kohaku", "spaces": True}
+    assert values["standard"]["prompts"] == {
+        "prefix": "",
+        "num_tags": 0,
+        "order": "kohaku",
+        "spaces": True,
+    }
     assert values["own"]["prompts"] == {"prefix": "best"}
     assert recipes.held_out_prompts(PromptConfig()) == HeldOutPromptsConfig()
 
@@ -247,11 +319,18 @@ def test_words_that_the_data_set_knows_are_no_unknown_words():
 
 def test_parti_prompts_are_imported_by_text(tmp_path):
     path = tmp_path / "PartiPrompts.tsv"
-    lines = ["Prompt\tCategory\tChallenge\tNote", 'a "quoted" cat\tAnimals\tBasic\t', "bond\tWorld Knowledge\tx\t"]
+    lines = [
+        "Prompt\tCategory\tChallenge\tNote",
+        'a "quoted" cat\tAnimals\tBasic\t',
+        "bond\tWorld Knowledge\tx\t",
+    ]
     path.write_text("\n".join(lines) + "\n")
     assert prompt_building.is_parti(path)
     frame = prompt_building.read_parti(path, SIZES)
-    assert dict(frame.select("text", "group").iter_rows()) == {'a "quoted" cat': "animals", "bond": "world_knowledge"}
+    assert dict(frame.select("text", "group").iter_rows()) == {
+        'a "quoted" cat': "animals",
+        "bond": "world_knowledge",
+    }
     assert hashlib.sha256(b"bond").hexdigest()[:16] in frame["prompt_id"].to_list()
     path.write_text("\n".join([lines[0], "a new one\tArts\t\t", *lines[1:], "bond\tArts\t\t"]))
     longer = prompt_building.read_parti(path, SIZES)
@@ -298,13 +377,19 @@ def test_a_set_is_written_anew_when_its_style_changes_and_stays_when_images_come
     def images(count):
         frame = selected([tagged(f"{n:064d}", [f"tag_{n}", "kite"]) for n in range(count)])
         whole = TABLES["selected_images"]
-        missing = [pl.lit(None, dtype).alias(name) for name, dtype in whole.schema.items() if name not in frame.columns]
+        missing = [
+            pl.lit(None, dtype).alias(name)
+            for name, dtype in whole.schema.items()
+            if name not in frame.columns
+        ]
         return frame.with_columns(missing)
 
     selection = Stage(name="selected_images", version=1, scope=Scope.ALL)
     opened = store("")
     commit(selection, "all", images(20), opened)
-    first = commit(prompt_sets_asset.STAGE, "standard", prompt_sets_asset._make(opened, "standard"), opened)
+    first = commit(
+        prompt_sets_asset.STAGE, "standard", prompt_sets_asset._make(opened, "standard"), opened
+    )
     assert first["text"].str.starts_with("score_7_up, ").all()
     commit(selection, "all", images(60), opened)
     assert prompt_sets_asset._make(store(""), "standard").equals(first)

@@ -19,7 +19,9 @@ def write(tmp_path, content):
 
 
 def test_a_file_becomes_rows_of_the_table(tmp_path):
-    path = write(tmp_path, "\ufeff" + HEADER + 'b,"red, cat",blurry,colours,128,96\na,a dog,,,64,64\n')
+    path = write(
+        tmp_path, "\ufeff" + HEADER + 'b,"red, cat",blurry,colours,128,96\na,a dog,,,64,64\n'
+    )
     frame = prompt_sets.read_prompts(path)
     assert frame.schema == TABLES["prompt_sets"].schema
     assert frame.drop("seed").rows() == [
@@ -29,7 +31,9 @@ def test_a_file_becomes_rows_of_the_table(tmp_path):
 
 
 def test_negative_and_group_may_be_missing(tmp_path):
-    frame = prompt_sets.read_prompts(write(tmp_path, "height,width,prompt_id,text\n64,72,a,a dog\n"))
+    frame = prompt_sets.read_prompts(
+        write(tmp_path, "height,width,prompt_id,text\n64,72,a,a dog\n")
+    )
     assert frame.drop("seed").rows() == [("a", "a dog", "", "general", 64, 72)]
 
 
@@ -41,7 +45,10 @@ def test_negative_and_group_may_be_missing(tmp_path):
         ("prompt_id,text,height,width,text\n", "each once"),
         (HEADER, "holds no prompt"),
         ("", "columns none"),
-        (HEADER + "a,one,,,64,64\nb,two,,,64,64\na,three,,,64,64\n", r"csv:4: prompt_id 'a' stands in line 2 already"),
+        (
+            HEADER + "a,one,,,64,64\nb,two,,,64,64\na,three,,,64,64\n",
+            r"csv:4: prompt_id 'a' stands in line 2 already",
+        ),
         (HEADER + "a,one,,,100,64\n", r"csv:2: height='100' of prompt 'a' must be a multiple of 8"),
         (HEADER + "a,one,,,64,-64\n", "width='-64'"),
         (HEADER + "a,one,,,0,64\n", "height='0'"),
@@ -73,7 +80,12 @@ words = (
 
 
 @given(
-    st.dictionaries(words, st.tuples(words, words, st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=8)
+    st.dictionaries(
+        words,
+        st.tuples(words, words, st.integers(1, 200), st.integers(1, 200)),
+        min_size=1,
+        max_size=8,
+    )
 )
 def test_writing_and_reading_gives_the_same_set(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("set") / "prompts.csv"
@@ -94,7 +106,9 @@ def test_writing_and_reading_gives_the_same_set(tmp_path_factory, rows):
 
 def test_inserting_a_prompt_moves_no_seed(tmp_path):
     one = prompt_sets.read_prompts(write(tmp_path, HEADER + "b,x,,,64,64\nc,y,,,64,64\n"))
-    two = prompt_sets.read_prompts(write(tmp_path, HEADER + "a,z,,,64,64\nb,x,,,64,64\nc,y,,,64,64\n"))
+    two = prompt_sets.read_prompts(
+        write(tmp_path, HEADER + "a,z,,,64,64\nb,x,,,64,64\nc,y,,,64,64\n")
+    )
     assert two.filter(pl.col("prompt_id") != "a").equals(one)
     assert two["seed"].n_unique() == 3
     # Pinned: another seed means that no picture compares with an older one.
@@ -103,7 +117,11 @@ def test_inserting_a_prompt_moves_no_seed(tmp_path):
 
 def test_overlap_sees_through_spelling_and_order(tmp_path):
     frame = prompt_sets.read_prompts(
-        write(tmp_path, HEADER + 'a,"red_cat,  Green dog",,,8,8\nb,A red circle.,,,8,8\nc,a blue circle,,,8,8\n')
+        write(
+            tmp_path,
+            HEADER
+            + 'a,"red_cat,  Green dog",,,8,8\nb,A red circle.,,,8,8\nc,a blue circle,,,8,8\n',
+        )
     )
     trained = ["green_dog, red cat", "a red  circle", "blue circle"]
     assert prompt_sets.overlap(frame, trained) == ["a", "b"]

@@ -1,4 +1,5 @@
-"""What a checkpoint is compared with comes from its own run's set, and makes its scores stale only through that."""
+"""What a checkpoint is compared with comes from its own run's set, and makes its scores stale only
+through that."""
 
 import dataclasses
 import json
@@ -28,12 +29,19 @@ BASIS = {"inputs": {}, "models": {}}
 
 def commit(store, stage, key, frame, **models):
     schema = TABLES[stage.name].schema
-    store.commit(stage, key, Made(frame=pl.DataFrame(frame, schema=schema)), BASIS | {"models": models}, seconds=0)
+    store.commit(
+        stage,
+        key,
+        Made(frame=pl.DataFrame(frame, schema=schema)),
+        BASIS | {"models": models},
+        seconds=0,
+    )
 
 
 @pytest.fixture
 def store(make_run, tmp_path, clip_folder, aesthetic_folder):
-    """A workspace with a run on 27 images in two shards, of which 26 have embeddings and pictures."""
+    """A workspace with a run on 27 images in two shards, of which 26 have embeddings and
+    pictures."""
     run = make_run(RUN)
     (tmp_path / "foundry.toml").write_text(
         f'format = 1\n[models]\nclip = "{clip_folder}"\naesthetic = "{aesthetic_folder}"\n'
@@ -53,11 +61,22 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
     files = {sha256_file(path): path for path in (tmp_path / "pictures").iterdir()}
     for shard in ("s000000", "s000001"):
         own = rows.filter(pl.col("shard") == shard)["image_id"].to_list()[shard == "s000001" :]
-        raw = [{"source": "pictures", "source_id": files[i].name, "locator": files[i].name, "image_id": i} for i in own]
+        raw = [
+            {
+                "source": "pictures",
+                "source_id": files[i].name,
+                "locator": files[i].name,
+                "image_id": i,
+            }
+            for i in own
+        ]
         commit(store, RAW_IMAGES, shard, raw)
-        seen = [row.embedding.tolist() for row in clip([np.asarray(Image.open(files[i])) for i in own])]
+        seen = [
+            row.embedding.tolist() for row in clip([np.asarray(Image.open(files[i])) for i in own])
+        ]
         vectors = [
-            {"image_id": i, "model": "clip", "vector": v, "projection": v} for i, v in zip(own, seen, strict=True)
+            {"image_id": i, "model": "clip", "vector": v, "projection": v}
+            for i, v in zip(own, seen, strict=True)
         ]
         commit(store, EMBEDDINGS, shard, vectors, clip=store.model_digest("clip"))
     row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
@@ -70,7 +89,9 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
 
 @pytest.fixture
 def networks(store, clip_folder, aesthetic_folder):
-    return Networks(clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu"))
+    return Networks(
+        clip=Clip.load(clip_folder, "cpu"), aesthetic=Aesthetic.load(aesthetic_folder, "cpu")
+    )
 
 
 def pictures(store, key, seed=0, ids=("p0", "p1", "p2")):
@@ -100,7 +121,8 @@ def test_a_checkpoint_is_compared_with_the_images_it_was_trained_on(store, netwo
         assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(ids)), abs=1e-5)
     few = images.filter(pl.col("split") == "validation")
     assert {i for ids, _ in found.training.embeddings_of(few) for i in ids} <= set(few["image_id"])
-    # 22 train, less at most one without a row. Noise has a saturation of 0.5, until it is shrunk to its bucket.
+    # 22 train, less at most one without a row. Noise has a saturation of 0.5, until it is shrunk to
+    # its bucket.
     assert 21 <= len(found.training.levels["detail"]) <= 22
     assert 0.1 < found.training.levels["saturation"].max() < 0.35
 
@@ -142,7 +164,9 @@ class CountingClip(Clip):
         return super().encode_text(prompts)
 
 
-def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_current(store, networks, clip_folder):
+def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_current(
+    store, networks, clip_folder
+):
     from training.evaluation.clip_score import score
 
     base = "base.abc@0"
@@ -152,7 +176,9 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
 
     def scored(key):
         clip = CountingClip.load(clip_folder, "cpu")
-        compared = references.gather(store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2)
+        compared = references.gather(
+            store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
+        )
         samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
         frame = score(samples, folder, clip, networks.aesthetic, batch_size=2, references=compared)
         return frame, clip.pictures, clip.texts
@@ -178,7 +204,9 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
 
     def scored(key, compared):
         samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
-        return score(samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared)
+        return score(
+            samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared
+        )
 
     found = []
     for ids in (("p0", "p1", "p2"), ("p0", "p1", "p2", *shipped)):
@@ -189,7 +217,10 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
         pictures(store, KEY, seed=2, ids=ids)
         found.append(scored(KEY, references.gather(store, METRICS, KEY, networks, batch_size=2)))
     alone, both = found
-    summaries = [dict(one.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows()) for one in found]
+    summaries = [
+        dict(one.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
+        for one in found
+    ]
     assert summaries[1] == pytest.approx(summaries[0], rel=1e-5, nan_ok=True)
     assert (summaries[1]["count_LAIONScore"], summaries[1]["num_floor_images"]) == (3, 3)
     nearest = both.filter(pl.col("metric") == "train_similarity")
@@ -212,7 +243,9 @@ def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
     pictures(store, "base.abc@0")
     assert Store(store.home).basis(METRICS, KEY) == before
     folder = store.run_folder(RUN)
-    run_folder.write_inputs(folder, dataclasses.replace(run_folder.read_inputs(folder), fingerprint="e" * 16))
+    run_folder.write_inputs(
+        folder, dataclasses.replace(run_folder.read_inputs(folder), fingerprint="e" * 16)
+    )
     assert Store(store.home).basis(METRICS, KEY) != before
 
 
@@ -229,7 +262,13 @@ def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
 
 
 def test_embeddings_of_another_clip_are_refused(store, networks):
-    commit(store, EMBEDDINGS, "s000001", [{"image_id": "0", "model": "clip", "vector": [], "projection": []}], clip="x")
+    commit(
+        store,
+        EMBEDDINGS,
+        "s000001",
+        [{"image_id": "0", "model": "clip", "vector": [], "projection": []}],
+        clip="x",
+    )
     found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     with pytest.raises(DataError, match=r"embeddings s000001\.clip are of another CLIP"):
         list(found.training.embeddings_of(found.training.images))
@@ -264,7 +303,12 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     samples = store.read("sample_images", parts=[KEY])
     compared = references.gather(store, METRICS, KEY, networks, batch_size=2)
     frame = score(
-        samples, store.sample_folder(KEY), networks.clip, networks.aesthetic, batch_size=2, references=compared
+        samples,
+        store.sample_folder(KEY),
+        networks.clip,
+        networks.aesthetic,
+        batch_size=2,
+        references=compared,
     )
     copied = frame.filter((pl.col("metric") == "train_similarity") & (pl.col("prompt_id") == "p1"))
     assert copied["image_id"].to_list() == [image_id]
@@ -274,15 +318,20 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     assert report["numbers"]["num_failed"] == 1
     assert report["numbers"]["count_LAIONScore"] == 2
     tables = report["tables"]
-    nearest = {row["pictures of"]: row for row in tables["nearest training images (CLIP neighbours)"]}
+    nearest = {
+        row["pictures of"]: row for row in tables["nearest training images (CLIP neighbours)"]
+    }
     assert list(nearest) == ["checkpoint", "validation images", "base"]
     assert nearest["checkpoint"]["max"] == pytest.approx(1, abs=1e-5)
     assert [row["pictures of"] for row in tables["distance from validation images"]] == [
         "checkpoint", "base", "as many training images"
     ]  # fmt: skip
-    assert tables["pictures without scores"] == [{"prompt_id": "p2", "text": "a cat", "reason": "2.png is missing"}]
+    assert tables["pictures without scores"] == [
+        {"prompt_id": "p2", "text": "a cat", "reason": "2.png is missing"}
+    ]
     assert report["pictures"]["nearest training images"].startswith("![4 pictures](data:image/jpeg")
-    # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is the base's: no alarm.
+    # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is
+    # the base's: no alarm.
     assert "alarm" not in report["numbers"]
     (store.sample_folder(KEY) / "1.png").write_bytes(b"lost since it was scored")
     assert [pair.prompt_id for pair in references.closest(store, KEY, frame, samples)] == ["p0"]
@@ -298,7 +347,9 @@ def test_the_alarm_of_a_run_names_the_last_checkpoint_before_it(store):
     assert found["last checkpoint before the alarm"] == f"{RUN}@16"
     assert "0.70 is above 0.5" in found["alarm"]
     assert eval_metrics._alarm(store, "other@8", {"overbaked_index": 0.1}) == {}
-    assert eval_metrics._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith("none here")
+    assert eval_metrics._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith(
+        "none here"
+    )
 
 
 def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):

@@ -1,4 +1,5 @@
-"""Pictures that another machine draws are those of this one, and none that was drawn otherwise comes in."""
+"""Pictures that another machine draws are those of this one, and none that was drawn otherwise
+comes in."""
 
 import contextlib
 import json
@@ -24,7 +25,9 @@ from training.runs.run_folder import Ready, write_ready
 from training.sampling import sampling
 from training.tables.schemas import TABLES
 
-SAMPLING = SamplingConfig(num_steps=2, guidance_scale=4.0, batch_size=2, sampler="euler_a", schedule="karras")
+SAMPLING = SamplingConfig(
+    num_steps=2, guidance_scale=4.0, batch_size=2, sampler="euler_a", schedule="karras"
+)
 ROWS = [
     {"prompt_id": key, "text": text, "negative": "", "group": "g", "height": 32, "width": 48}
     for key, text in (("a", "red cat"), ("b", "a dog"), ("c", "tree"))
@@ -61,7 +64,9 @@ def test_pictures_come_home_as_they_would_have_been_drawn_here(away, tiny_sdxl, 
     assert record.checkpoint == f"base.{record.digest[:8]}@0"
     assert record.prompts == prompt_sets.digest(prompts)
     home = remote_sampling.bring_home(away / "out", record, tmp_path / "home")
-    here = sampling.sample_folder(tiny_sdxl, record.checkpoint, prompts, SAMPLING, tmp_path / "here")
+    here = sampling.sample_folder(
+        tiny_sdxl, record.checkpoint, prompts, SAMPLING, tmp_path / "here"
+    )
     assert home.equals(here)
     for file in here["file"]:
         pictures = [Image.open(tmp_path / side / file) for side in ("home", "here")]
@@ -117,10 +122,14 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
     record = json.loads((drawn / remote_sampling.RECORD).read_text())
     name = "theirs@48" if kind == "checkpoint" else f"base.{model_digest(model)[:8]}@0"
     weights = "r" * 64 if kind == "checkpoint" else model_digest(model)
-    (drawn / remote_sampling.RECORD).write_text(json.dumps({**record, "checkpoint": name, "digest": weights}))
+    (drawn / remote_sampling.RECORD).write_text(
+        json.dumps({**record, "checkpoint": name, "digest": weights})
+    )
 
     candidates.add_rival(home.home, "gone", tmp_path / "gone")
-    with pytest.raises(EvaluationError, match=f"pictures of {name} with weights {weights[:8]}, and no checkpoint"):
+    with pytest.raises(
+        EvaluationError, match=f"pictures of {name} with weights {weights[:8]}, and no checkpoint"
+    ):
         comparison.adopt(home, drawn)
     candidates.add_rival(home.home, "other", model)
     assert comparison.adopt(home, drawn) == "rival.other@0"
@@ -133,9 +142,14 @@ def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, t
     record = remote_sampling.read_record(tmp_path / "out")
     failed = pl.col("prompt_id") == "b"
     samples = pl.read_parquet(tmp_path / "out" / record.samples.name)
-    columns = [pl.when(failed).then(None).otherwise(pl.col(name)).alias(name) for name in ("file", "sha256")]
+    columns = [
+        pl.when(failed).then(None).otherwise(pl.col(name)).alias(name)
+        for name in ("file", "sha256")
+    ]
     entry = commit.write_parquet(tmp_path / "out", "failed", samples.with_columns(columns))
-    rows = remote_sampling.bring_home(tmp_path / "out", replace(record, samples=entry), tmp_path / "home")
+    rows = remote_sampling.bring_home(
+        tmp_path / "out", replace(record, samples=entry), tmp_path / "home"
+    )
     assert rows.filter(pl.col("file").is_null())["prompt_id"].to_list() == ["b"]
     assert len(list((tmp_path / "home").glob("*.png"))) == 2
 
@@ -165,7 +179,8 @@ def test_what_is_damaged_or_unfinished_stays_out(away, tiny_sdxl, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"format": 1}', '{"format": 3}', '{"format": 1, "sampling": {}, "prompts": 1}']
+    "content",
+    ["{", '{"format": 1}', '{"format": 3}', '{"format": 1, "sampling": {}, "prompts": 1}'],
 )
 def test_a_broken_prompt_file_is_named(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
@@ -175,7 +190,11 @@ def test_a_broken_prompt_file_is_named(tmp_path, content):
 
 def test_a_missing_model_is_named(away, tmp_path):
     with pytest.raises(EvaluationError, match="is neither a model folder nor"):
-        remote_sampling.draw(tmp_path / "nothing", away / "prompts.json", tmp_path / "out", device="cpu")
+        remote_sampling.draw(
+            tmp_path / "nothing", away / "prompts.json", tmp_path / "out", device="cpu"
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError):
-        remote_sampling.draw(tmp_path / "empty", away / "prompts.json", tmp_path / "out", device="cpu")
+        remote_sampling.draw(
+            tmp_path / "empty", away / "prompts.json", tmp_path / "out", device="cpu"
+        )

@@ -1,4 +1,5 @@
-"""PickScore, HPS and ImageReward on tiny random models of their classes, against the published computations."""
+"""PickScore, HPS and ImageReward on tiny random models of their classes, against the published
+computations."""
 
 import json
 import math
@@ -27,11 +28,14 @@ TEXTS = ["red cat", "a dog", "red cat"]
 @pytest.fixture(scope="module")
 def pictures():
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (40, 56), (64, 30))]
+    return [
+        rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (40, 56), (64, 30))
+    ]
 
 
 def as_open_clip(state):
-    """The tensors of a `CLIPModel` under open_clip's names: the other way round than ours, written out."""
+    """The tensors of a `CLIPModel` under open_clip's names: the other way round than ours, written
+    out."""
     found = {
         "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
@@ -67,17 +71,23 @@ def hps_folder(tmp_path_factory, clip_folder):
     for tower in ("text_config", "vision_config"):
         config[tower]["hidden_act"] = "gelu"  # as H/14; OpenAI's own is quick_gelu
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(as_open_clip(load_file(clip_folder / "model.safetensors")), folder / "model.safetensors")
+    save_file(
+        as_open_clip(load_file(clip_folder / "model.safetensors")), folder / "model.safetensors"
+    )
     return folder
 
 
 def open_clip_features(state, tokens, image):
-    """open_clip's forward pass in plain torch: text features `(1, d)` and image features `(1, d)`."""
+    """open_clip's forward pass in plain torch: text features `(1, d)` and image features `(1,
+    d)`."""
 
     def block(prefix, x, mask):
         def norm(name, value):
             return F.layer_norm(
-                value, value.shape[-1:], state[f"{prefix}.{name}.weight"], state[f"{prefix}.{name}.bias"]
+                value,
+                value.shape[-1:],
+                state[f"{prefix}.{name}.weight"],
+                state[f"{prefix}.{name}.bias"],
             )
 
         y = norm("ln_1", x)
@@ -87,21 +97,34 @@ def open_clip_features(state, tokens, image):
             training=False, need_weights=False, attn_mask=mask,
         )  # fmt: skip
         x = x + attended
-        y = F.linear(norm("ln_2", x), state[f"{prefix}.mlp.c_fc.weight"], state[f"{prefix}.mlp.c_fc.bias"])
-        return x + F.linear(F.gelu(y), state[f"{prefix}.mlp.c_proj.weight"], state[f"{prefix}.mlp.c_proj.bias"])
+        y = F.linear(
+            norm("ln_2", x), state[f"{prefix}.mlp.c_fc.weight"], state[f"{prefix}.mlp.c_fc.bias"]
+        )
+        return x + F.linear(
+            F.gelu(y), state[f"{prefix}.mlp.c_proj.weight"], state[f"{prefix}.mlp.c_proj.bias"]
+        )
 
-    x = (state["token_embedding.weight"][tokens] + state["positional_embedding"])[:, None]  # (77, 1, d)
+    x = (state["token_embedding.weight"][tokens] + state["positional_embedding"])[
+        :, None
+    ]  # (77, 1, d)
     mask = torch.full((77, 77), -math.inf).triu(1)
     for number in range(2):
         x = block(f"transformer.resblocks.{number}", x, mask)
     x = F.layer_norm(x, x.shape[-1:], state["ln_final.weight"], state["ln_final.bias"])
     text = x[tokens.argmax(), 0] @ state["text_projection"]
     patches = F.conv2d(image[None], state["visual.conv1.weight"], stride=16).flatten(2)[0].T
-    x = torch.cat([state["visual.class_embedding"][None], patches]) + state["visual.positional_embedding"]
-    x = F.layer_norm(x, x.shape[-1:], state["visual.ln_pre.weight"], state["visual.ln_pre.bias"])[:, None]
+    x = (
+        torch.cat([state["visual.class_embedding"][None], patches])
+        + state["visual.positional_embedding"]
+    )
+    x = F.layer_norm(x, x.shape[-1:], state["visual.ln_pre.weight"], state["visual.ln_pre.bias"])[
+        :, None
+    ]
     for number in range(2):
         x = block(f"visual.transformer.resblocks.{number}", x, None)
-    x = F.layer_norm(x[0, 0], x.shape[-1:], state["visual.ln_post.weight"], state["visual.ln_post.bias"])
+    x = F.layer_norm(
+        x[0, 0], x.shape[-1:], state["visual.ln_post.weight"], state["visual.ln_post.bias"]
+    )
     return text, x @ state["visual.proj"]
 
 
@@ -111,7 +134,9 @@ def test_pickscore_is_the_published_scaled_cosine(clip_folder, pictures):
     scorer = PickScore.load(clip_folder, "cpu")
     tokens = scorer._clip.tokenizer(TEXTS, padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
-        logits = model(pixel_values=torch.stack([scorer._clip.preprocess(one) for one in pictures]), **tokens)
+        logits = model(
+            pixel_values=torch.stack([scorer._clip.preprocess(one) for one in pictures]), **tokens
+        )
     np.testing.assert_allclose(found, logits.logits_per_image.diagonal().numpy(), atol=1e-5)
 
 
@@ -122,14 +147,16 @@ def test_hps_is_open_clips_cosine_of_the_whole_picture_on_black(hps_folder, pict
     for picture, text, value in zip(pictures, TEXTS, found, strict=True):
         height, width = picture.shape[:2]
         scale = 32 / max(height, width)
-        small = Image.fromarray(picture).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        small = Image.fromarray(picture).resize(
+            (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC
+        )
         square = np.zeros((32, 32, 3))
         top, left = (32 - small.height) // 2, (32 - small.width) // 2
         square[top : top + small.height, left : left + small.width] = np.asarray(small)
         image = torch.from_numpy(((square / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)).float()
-        tokens = scorer._clip.tokenizer([text], padding="max_length", max_length=77, return_tensors="pt")["input_ids"][
-            0
-        ]
+        tokens = scorer._clip.tokenizer(
+            [text], padding="max_length", max_length=77, return_tensors="pt"
+        )["input_ids"][0]
         words, seen = open_clip_features(state, tokens, image)
         assert value == pytest.approx(F.cosine_similarity(words, seen, dim=0).item(), abs=1e-5)
 
@@ -137,9 +164,14 @@ def test_hps_is_open_clips_cosine_of_the_whole_picture_on_black(hps_folder, pict
 def test_weights_of_another_architecture_are_refused(hps_folder, tmp_path):
     folder = shutil.copytree(hps_folder, tmp_path / "hps")
     state = load_file(folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"visual\.trunk\.stem\.weight, which is no weight of an open_clip"):
+    with pytest.raises(
+        ModelError, match=r"visual\.trunk\.stem\.weight, which is no weight of an open_clip"
+    ):
         from_open_clip(state | {"visual.trunk.stem.weight": torch.zeros(1)}, folder)
-    save_file({name: value for name, value in state.items() if name != "visual.proj"}, folder / "model.safetensors")
+    save_file(
+        {name: value for name, value in state.items() if name != "visual.proj"},
+        folder / "model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"1 missing \(visual_projection\.weight\)"):
         Hps.load(folder, "cpu")
 
@@ -192,7 +224,9 @@ def test_image_reward_is_computed_as_published(reward_folder, pictures):
     for picture, prompt, value in zip(pictures, TEXTS, found, strict=True):
         short = min(picture.shape[:2])
         height, width = (int(32 * side / short) for side in picture.shape[:2])
-        small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), np.float64)
+        small = np.asarray(
+            Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), np.float64
+        )
         top, left = round((height - 32) / 2), round((width - 32) / 2)
         crop = (small[top : top + 32, left : left + 32] / 255 - CLIP_MEAN) / CLIP_STD
         tokens = [2, *(ids[word] for word in prompt.split()), 3]
@@ -219,7 +253,10 @@ def test_the_published_towers_have_the_sizes_of_blip_large(reward_folder):
 def test_weights_that_are_not_image_rewards_are_refused(reward_folder, tmp_path):
     folder = shutil.copytree(reward_folder[0], tmp_path / "reward")
     save_file({"mlp.layers.0.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"no weights under blip\.visual_encoder\., blip\.text_encoder\.: it is not"):
+    with pytest.raises(
+        ModelError,
+        match=r"no weights under blip\.visual_encoder\., blip\.text_encoder\.: it is not",
+    ):
         ImageReward.load(folder, "cpu")
 
 
@@ -237,7 +274,9 @@ def test_missing_weights_say_which_from_where_and_how(name, words, tmp_path):
 
 
 def test_scorers_are_chosen_by_name(clip_folder, hps_folder):
-    assert set(scorers.SCORERS) == set(ScoringConfig.__annotations__["scorers"].__args__[0].__args__)
+    assert set(scorers.SCORERS) == set(
+        ScoringConfig.__annotations__["scorers"].__args__[0].__args__
+    )
     loaded = scorers.load({"pickscore": clip_folder, "hps_v2": hps_folder}, "cpu")
     assert list(loaded) == ["pickscore", "hps_v2"]
     with pytest.raises(ConfigError, match="must name each scorer once"):
@@ -247,7 +286,9 @@ def test_scorers_are_chosen_by_name(clip_folder, hps_folder):
 def test_a_prompt_is_encoded_once(clip_folder, pictures, monkeypatch):
     scorer, read = PickScore.load(clip_folder, "cpu"), []
     encode = scorer._clip.encode_text
-    monkeypatch.setattr(scorer._clip, "encode_text", lambda texts: read.extend(texts) or encode(texts))
+    monkeypatch.setattr(
+        scorer._clip, "encode_text", lambda texts: read.extend(texts) or encode(texts)
+    )
     scorer.score(pictures, TEXTS)
     scorer.score(pictures[:2], TEXTS[:2])
     assert read == ["red cat", "a dog"]

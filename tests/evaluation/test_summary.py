@@ -31,7 +31,10 @@ def guide(clip, aesthetic):
             "skew": scipy.stats.skew(aesthetic), "kurtosis": scipy.stats.kurtosis(aesthetic),
         }  # fmt: skip
     named = {f"{name}_LAIONScore": float(value) for name, value in found.items()}
-    return named | {"Clipscore_mean": pd.Series(clip).mean(), "Clipscore_std": np.std(pd.Series(clip))}
+    return named | {
+        "Clipscore_mean": pd.Series(clip).mean(),
+        "Clipscore_std": np.std(pd.Series(clip)),
+    }
 
 
 def assert_equal(found, expected):
@@ -70,7 +73,8 @@ def test_a_hand_worked_case():
 @pytest.mark.parametrize("value", [5.1, 0.0, 1 / 3])
 def test_equal_scores_have_no_shape(count, value):
     assert_equal(
-        summary.summarise(np.full(count, 0.2), np.full(count, value)), guide([0.2] * count, np.full(count, value))
+        summary.summarise(np.full(count, 0.2), np.full(count, value)),
+        guide([0.2] * count, np.full(count, value)),
     )
 
 
@@ -89,9 +93,13 @@ def test_no_scores_are_counted_as_none():
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(1, 10)), min_size=1, max_size=40))
 def test_the_deviation_within_prompts_is_pandas_mean_of_group_deviations(rows):
     prompts, found = [prompt for prompt, _ in rows], np.array([value for _, value in rows])
-    groups = pd.DataFrame({"prompt": prompts, "score": found}).groupby("prompt")["score"].std(ddof=1)
+    groups = (
+        pd.DataFrame({"prompt": prompts, "score": found}).groupby("prompt")["score"].std(ddof=1)
+    )
     expected = groups.mean()  # leaves out prompts with one picture, which have none
-    assert summary.std_within(found, prompts) == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+    assert summary.std_within(found, prompts) == pytest.approx(
+        expected, rel=1e-9, abs=1e-9, nan_ok=True
+    )
 
 
 def test_a_hundred_thousand_scores_are_summarised_within_a_second():

@@ -1,4 +1,5 @@
-"""Verdicts: scipy's paired t test as oracle, honest error rates in simulation, and refusal of unlike things."""
+"""Verdicts: scipy's paired t test as oracle, honest error rates in simulation, and refusal of
+unlike things."""
 
 import dataclasses
 import json
@@ -30,9 +31,13 @@ def scores(name, clip, aesthetic, groups=None, protocol=PROTOCOL):
         for metric, values in (("clip_score", clip), ("aesthetic", aesthetic))
         for n, value in enumerate(values)
     ]  # fmt: skip
-    rows.append({"prompt_id": None, "group": None, "metric": "clip_score", "value": 99.0, "embedding": None})
+    rows.append(
+        {"prompt_id": None, "group": None, "metric": "clip_score", "value": 99.0, "embedding": None}
+    )
     frame = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
-    return Scores(checkpoint=name, protocol=protocol, metrics=frame.sample(fraction=1, shuffle=True, seed=1))
+    return Scores(
+        checkpoint=name, protocol=protocol, metrics=frame.sample(fraction=1, shuffle=True, seed=1)
+    )
 
 
 def drawn(rng, count, shift=0.0):
@@ -42,11 +47,15 @@ def drawn(rng, count, shift=0.0):
 
 
 def row(frame, metric="aesthetic", group="all"):
-    return frame.row(by_predicate=(pl.col("metric") == metric) & (pl.col("group") == group), named=True)
+    return frame.row(
+        by_predicate=(pl.col("metric") == metric) & (pl.col("group") == group), named=True
+    )
 
 
 counts = st.shared(st.integers(2, 80), key="count")
-columns = counts.flatmap(lambda n: arrays.arrays(np.float64, n, elements=st.floats(0, 10, width=16)))
+columns = counts.flatmap(
+    lambda n: arrays.arrays(np.float64, n, elements=st.floats(0, 10, width=16))
+)
 
 
 @given(columns, columns)
@@ -58,12 +67,16 @@ def test_the_numbers_are_scipys(a, b):
     assert found["win_rate"] == pytest.approx((b > a).mean())
     if np.ptp(differences) < 1e-9:
         assert found["low"] == pytest.approx(found["high"])
-        assert found["p_value"] == (1.0 if differences.mean() == 0 else pytest.approx(0.0, abs=1e-9))
+        assert found["p_value"] == (
+            1.0 if differences.mean() == 0 else pytest.approx(0.0, abs=1e-9)
+        )
         return
     expected = scipy.stats.ttest_rel(b, a)
     interval = expected.confidence_interval(0.95)
     assert found["p_value"] == pytest.approx(expected.pvalue, rel=1e-9, abs=1e-300)
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), rel=1e-9, abs=1e-12)
+    assert (found["low"], found["high"]) == pytest.approx(
+        (interval.low, interval.high), rel=1e-9, abs=1e-12
+    )
 
 
 @given(columns, columns)
@@ -93,12 +106,18 @@ def test_holm_by_hand():
 def test_a_clear_gain_a_clear_loss_and_no_change():
     rng = np.random.default_rng(0)
     a, b = drawn(rng, 256, shift=0.2)
-    frame = verdict.compare(scores("base", a, a), scores("new", b, a), MARGINS | {"clip_score": 0.05})
+    frame = verdict.compare(
+        scores("base", a, a), scores("new", b, a), MARGINS | {"clip_score": 0.05}
+    )
     assert frame.schema == TABLES["verdicts"].schema
     assert [row(frame, metric)["verdict"] for metric in MARGINS] == ["better", "same"]
-    frame = verdict.compare(scores("base", b, b), scores("new", a, b + 0.01), MARGINS | {"clip_score": 0.05})
+    frame = verdict.compare(
+        scores("base", b, b), scores("new", a, b + 0.01), MARGINS | {"clip_score": 0.05}
+    )
     assert [row(frame, metric)["verdict"] for metric in MARGINS] == ["worse", "same"]
-    assert verdict.sentence(row(frame)).startswith("aesthetic (all): the same within the margin, +0.0100 [")
+    assert verdict.sentence(row(frame)).startswith(
+        "aesthetic (all): the same within the margin, +0.0100 ["
+    )
 
 
 def test_a_significant_difference_below_the_margin_is_not_better():
@@ -115,7 +134,10 @@ def test_fewer_than_thirty_prompts_give_no_verdict():
     found = row(verdict.compare(scores("a", a, a), scores("b", a + 1, a + 1), MARGINS))
     assert (found["verdict"], found["num_needed"]) == ("too_few_prompts", 30)
     a = np.linspace(4, 6, 30)
-    assert row(verdict.compare(scores("a", a, a), scores("b", a + 1, a + 1), MARGINS))["verdict"] == "better"
+    assert (
+        row(verdict.compare(scores("a", a, a), scores("b", a + 1, a + 1), MARGINS))["verdict"]
+        == "better"
+    )
     single = row(verdict.compare(scores("a", [1], [1]), scores("b", [2], [2]), MARGINS))
     assert (single["p_value"], single["high"]) == (1.0, math.inf)
 
@@ -153,26 +175,31 @@ def test_a_surer_measurement_never_takes_a_verdict_back(test, factor):
 
 
 def test_equal_models_are_rarely_called_different():
-    """A/A: 1,000 comparisons of equal models on two metrics, no margin to hide behind; measured 3.9 %."""
+    """A/A: 1,000 comparisons of equal models on two metrics, no margin to hide behind; measured 3.9
+    %."""
     rng = np.random.default_rng(11)
     wrong = 0
     for _ in range(1000):
         pair = [drawn(rng, 40) for _ in MARGINS]
         tests = [PairedTest.of(a, b) for a, b in pair]
         words = [
-            verdict.judge(t, p, 0.0)[0] for t, p in zip(tests, verdict.holm([t.p_value for t in tests]), strict=True)
+            verdict.judge(t, p, 0.0)[0]
+            for t, p in zip(tests, verdict.holm([t.p_value for t in tests]), strict=True)
         ]
         wrong += any(word in ("better", "worse") for word in words)
     assert 0.02 < wrong / 1000 < 0.065
 
 
 def test_power_grows_with_prompts_and_reaches_what_was_promised():
-    """A difference of 0.069 is found four times in five with 256 prompts (facts/evaluation.md, section 7)."""
+    """A difference of 0.069 is found four times in five with 256 prompts (facts/evaluation.md,
+    section 7)."""
     rng = np.random.default_rng(12)
     found = []
     for count in (30, 128, 512):
         tests = [PairedTest.of(*drawn(rng, count, shift=0.09)) for _ in range(300)]
-        found.append(np.mean([verdict.judge(test, test.p_value, 0.05)[0] == "better" for test in tests]))
+        found.append(
+            np.mean([verdict.judge(test, test.p_value, 0.05)[0] == "better" for test in tests])
+        )
     assert found == sorted(found)
     assert found[0] < 0.45
     assert found[-1] > 0.9
@@ -200,16 +227,27 @@ def test_groups_are_judged_each_for_itself():
 )  # fmt: skip
 def test_unlike_protocols_are_refused_by_name(field, value):
     other = dataclasses.replace(PROTOCOL, **{field: value})
-    with pytest.raises(EvaluationError, match=f"base@0 and run@9 cannot be compared.*different {field} .* and {value}"):
-        verdict.compare(scores("base@0", [1], [1]), scores("run@9", [1], [1], protocol=other), MARGINS)
+    with pytest.raises(
+        EvaluationError,
+        match=f"base@0 and run@9 cannot be compared.*different {field} .* and {value}",
+    ):
+        verdict.compare(
+            scores("base@0", [1], [1]), scores("run@9", [1], [1], protocol=other), MARGINS
+        )
 
 
 def test_the_setting_that_differs_is_shown():
     sides = []
     for precision in ("fp32", "bf16"):
-        settings = json.dumps([dataclasses.asdict(SamplingConfig(precision=precision)), {}], sort_keys=True)
-        sides.append(scores(precision, [1], [1], protocol=dataclasses.replace(PROTOCOL, sampling=settings)))
-    with pytest.raises(EvaluationError, match=r'"precision": "fp32", .* and .*"precision": "bf16", '):
+        settings = json.dumps(
+            [dataclasses.asdict(SamplingConfig(precision=precision)), {}], sort_keys=True
+        )
+        sides.append(
+            scores(precision, [1], [1], protocol=dataclasses.replace(PROTOCOL, sampling=settings))
+        )
+    with pytest.raises(
+        EvaluationError, match=r'"precision": "fp32", .* and .*"precision": "bf16", '
+    ):
         verdict.compare(*sides, MARGINS)
 
 
@@ -225,7 +263,10 @@ def test_a_picture_that_failed_is_never_left_out():
 def with_failed(side, reasons):
     """The same checkpoint with its last pictures failed."""
     ids = side.metrics["prompt_id"].drop_nulls().unique().sort().to_list()[-len(reasons) :]
-    rows = [{"prompt_id": i, "group": "g", "metric": "failed", "reason": r} for i, r in zip(ids, reasons, strict=True)]
+    rows = [
+        {"prompt_id": i, "group": "g", "metric": "failed", "reason": r}
+        for i, r in zip(ids, reasons, strict=True)
+    ]
     failed = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
     own = side.metrics.filter(pl.col("prompt_id").is_null() | ~pl.col("prompt_id").is_in(ids))
     return dataclasses.replace(side, metrics=pl.concat([own, failed]))
@@ -237,7 +278,9 @@ def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what
     sides = [scores("base@0", a, a), scores("run@9", a, a)]
     verdict.compare(*sides, MARGINS)
     name = sides[failed_side].checkpoint
-    sides[failed_side] = with_failed(sides[failed_side], ["0.png is missing"] + ["1.png is damaged (OSError)"] * 6)
+    sides[failed_side] = with_failed(
+        sides[failed_side], ["0.png is missing"] + ["1.png is damaged (OSError)"] * 6
+    )
     with pytest.raises(FailedPicturesError) as caught:
         verdict.compare(*sides, MARGINS)
     told = ", ".join(f"'p{n:05d}' (1.png is damaged (OSError))" for n in range(34, 38))
@@ -247,11 +290,16 @@ def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what
     )
 
 
-@pytest.mark.parametrize("reason", ["was not drawn, its pixels are not finite", "clip_score is nan"])
+@pytest.mark.parametrize(
+    "reason", ["was not drawn, its pixels are not finite", "clip_score is nan"]
+)
 def test_pictures_that_would_fail_again_are_the_checkpoints_fault(reason):
     a = np.linspace(4, 6, 40)
     broken = with_failed(scores("run@9", a, a), [reason] * 40)
-    with pytest.raises(FailedPicturesError, match=r"40 of 40 pictures of run@9 .* and 35 more; the checkpoint is bro"):
+    with pytest.raises(
+        FailedPicturesError,
+        match=r"40 of 40 pictures of run@9 .* and 35 more; the checkpoint is bro",
+    ):
         verdict.compare(scores("base@0", a, a), broken, MARGINS)
 
 
@@ -268,11 +316,18 @@ def with_shipped(side, groups, value):
 
 
 @given(st.integers(1, 80), st.sets(st.sampled_from(PROMPT_GROUPS), max_size=3), st.integers(0, 9))
-def test_shipped_groups_are_judged_each_for_itself_and_leave_the_verdict_over_all_prompts_alone(count, groups, seed):
+def test_shipped_groups_are_judged_each_for_itself_and_leave_the_verdict_over_all_prompts_alone(
+    count, groups, seed
+):
     rng = np.random.default_rng(seed)
-    sides = [scores(name, values, values) for name, values in zip("ab", drawn(rng, count, 0.1), strict=True)]
+    sides = [
+        scores(name, values, values)
+        for name, values in zip("ab", drawn(rng, count, 0.1), strict=True)
+    ]
     own = verdict.compare(*sides, MARGINS).filter(pl.col("group") == "all")
-    both = verdict.compare(with_shipped(sides[0], groups, 5.0), with_shipped(sides[1], groups, 4.0), MARGINS)
+    both = verdict.compare(
+        with_shipped(sides[0], groups, 5.0), with_shipped(sides[1], groups, 4.0), MARGINS
+    )
     assert both.filter(pl.col("group") == "all").equals(own)
     for group in groups:
         judged = row(both, group=group)
@@ -282,8 +337,14 @@ def test_shipped_groups_are_judged_each_for_itself_and_leave_the_verdict_over_al
 def test_where_there_are_only_shipped_prompts_they_are_all():
     empty = scores("a", [], [])
     found = verdict.compare(
-        with_shipped(empty, ["hands", "pose"], 5.0), with_shipped(empty, ["hands", "pose"], 6.0), MARGINS
+        with_shipped(empty, ["hands", "pose"], 5.0),
+        with_shipped(empty, ["hands", "pose"], 6.0),
+        MARGINS,
     )
     assert row(found)["num_prompts"] == 2 * SIZE
-    named_alike = scores("a", np.arange(40.0), np.arange(40.0), groups=["general"] * 20 + ["mine"] * 20)
-    assert row(verdict.compare(named_alike, named_alike, MARGINS))["num_prompts"] == 40  # a file may call groups so
+    named_alike = scores(
+        "a", np.arange(40.0), np.arange(40.0), groups=["general"] * 20 + ["mine"] * 20
+    )
+    assert (
+        row(verdict.compare(named_alike, named_alike, MARGINS))["num_prompts"] == 40
+    )  # a file may call groups so

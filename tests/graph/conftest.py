@@ -1,4 +1,5 @@
-"""Workspaces that the whole graph has run on: the demo's, made once a session, and a small one for changes."""
+"""Workspaces that the whole graph has run on: the demo's, made once a session, and a small one for
+changes."""
 
 import shutil
 
@@ -8,7 +9,8 @@ from graph_tools import foundry, make_small, shorten
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo's workspace after `foundry run` with short training and few sampling steps; not to be written to."""
+    """The demo's workspace after `foundry run` with short training and few sampling steps; not to
+    be written to."""
     home = tmp_path_factory.mktemp("demo") / "workspace"
     foundry("init", home, "--preset", "demo")
     shorten(home / "runs" / "demo" / "config.toml", num_samples="960", every_samples="480")

@@ -20,7 +20,9 @@ def listed(tmp_path, monkeypatch):
     for folder, count in ((many, 12), (one, 1)):
         folder.mkdir()
         for number in range(count):
-            Image.effect_noise((64 + number, 64), 50).convert("RGB").save(folder / f"{number:02}.png")
+            Image.effect_noise((64 + number, 64), 50).convert("RGB").save(
+                folder / f"{number:02}.png"
+            )
     foundry("init", home, "--preset", "demo", "--source", many, "--source", one)
     monkeypatch.setenv("FOUNDRY_HOME", str(home))
     run(home)
@@ -140,7 +142,8 @@ def test_an_acceptance_is_of_one_source_as_it_is_now(listed):
     (one / "00.png").unlink()
     losses = [Loss("many", 12, 12, 0), Loss("one", 1, 1, 0)]
     with pytest.raises(
-        DataError, match=r"'many': 12 of 12 .*'one': 1 of 1 .*--accept-missing many --accept-missing one"
+        DataError,
+        match=r"'many': 12 of 12 .*'one': 1 of 1 .*--accept-missing many --accept-missing one",
     ):
         missing.require_accepted(store, losses)
     missing.accept(store, ["many"])

@@ -1,4 +1,5 @@
-"""Each mistake ends with one clear line that names the thing, its value and what to do, and a non-zero status."""
+"""Each mistake ends with one clear line that names the thing, its value and what to do, and a
+non-zero status."""
 
 import json
 import os
@@ -30,7 +31,12 @@ def empty(tmp_path):
 
 def test_an_empty_folder(empty):
     home, source = empty
-    one_line(foundry("run", "--home", home, check=False), "no image file in any source", str(source), "add pictures")
+    one_line(
+        foundry("run", "--home", home, check=False),
+        "no image file in any source",
+        str(source),
+        "add pictures",
+    )
     assert not list((home / "tables").glob("*/*.json"))
 
 
@@ -41,7 +47,12 @@ def test_a_folder_without_a_usable_picture(empty):
     done = foundry("run", "--home", home, check=False)
     one_line(done, "none of 2 candidates", "not_an_image", "rejected_images")
     listed = foundry(
-        "sql", "--home", home, "--format", "csv", "select reason, count(*) n from ingest_verdicts group by 1"
+        "sql",
+        "--home",
+        home,
+        "--format",
+        "csv",
+        "select reason, count(*) n from ingest_verdicts group by 1",
     )
     assert listed.stdout.splitlines()[1:] == ["not_an_image,2"]
 
@@ -92,7 +103,12 @@ def test_an_unknown_key(empty):
     home, _ = empty
     path = home / "foundry.toml"
     path.write_text(path.read_text().replace("min_score", "min_scoer"))
-    one_line(foundry("run", "--home", home, check=False), "foundry.toml:", "selection.min_scoer", "'min_score'")
+    one_line(
+        foundry("run", "--home", home, check=False),
+        "foundry.toml:",
+        "selection.min_scoer",
+        "'min_score'",
+    )
 
 
 def test_a_missing_model_folder(empty):
@@ -121,7 +137,11 @@ def test_an_existing_workspace_is_not_overwritten(empty):
 
 
 def test_an_unknown_preset(tmp_path):
-    one_line(foundry("init", tmp_path / "w", "--preset", "dmo", check=False), "no recipe is named 'dmo'", "demo")
+    one_line(
+        foundry("init", tmp_path / "w", "--preset", "dmo", check=False),
+        "no recipe is named 'dmo'",
+        "demo",
+    )
 
 
 def test_a_source_that_is_not_there(tmp_path):
@@ -149,7 +169,10 @@ def mounted(tmp_path):
     done = []
 
     def mount(*arguments):
-        if os.geteuid() != 0 or subprocess.run(["mount", *arguments, folder], check=False).returncode:
+        if (
+            os.geteuid() != 0
+            or subprocess.run(["mount", *arguments, folder], check=False).returncode
+        ):
             pytest.skip("needs root to mount a file system")
         done.append(arguments)
         return folder
@@ -166,7 +189,8 @@ def leftovers(home):
 
 @pytest.mark.parametrize("free", [3_000, 250_000, 1_500_000])
 def test_a_full_disk(empty, mounted, free):
-    """Full at any moment, the first write of a lock or the database of MLflow: one line, and nothing left lying."""
+    """Full at any moment, the first write of a lock or the database of MLflow: one line, and
+    nothing left lying."""
     _, source = empty
     Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good.png")
     small = mounted("-t", "tmpfs", "-o", "size=12m", "none")
@@ -179,7 +203,9 @@ def test_a_full_disk(empty, mounted, free):
         one_line(done, "no space left on device while writing", str(home), "free some space")
     assert free > 1_000_000 or done.returncode
     assert leftovers(home) == []
-    filler.write_bytes(b"x" * (filler.stat().st_size + os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+    filler.write_bytes(
+        b"x" * (filler.stat().st_size + os.statvfs(small).f_bavail * os.statvfs(small).f_frsize)
+    )
     for command in (("verify",), ("sql", "from source_listing"), ("digest",)):
         foundry(*command, "--home", home)
     filler.unlink()
@@ -206,7 +232,11 @@ def test_a_workspace_that_cannot_be_written_to(empty, mounted):
         done = foundry(*command, "--home", there, check=False)
         if command != ("gc",) or done.returncode:  # there may be nothing to remove
             one_line(done, "read-only file system", str(there), "mount it for writing")
-    one_line(foundry("init", there / "new", "--preset", "demo", check=False), "read-only file system", str(there))
+    one_line(
+        foundry("init", there / "new", "--preset", "demo", check=False),
+        "read-only file system",
+        str(there),
+    )
 
 
 @pytest.mark.parametrize("name", ["what?", "100%25", "a\\b", "a\nb", os.fsdecode(b"\xff")])
@@ -233,8 +263,17 @@ def test_a_workspace_a_source_and_a_model_below_any_path(tmp_path, name):
     config = folder / "w" / "foundry.toml"
     text = config.read_text()
     assert 'clip = "demo:models/clip"' in text
-    config.write_text(text.replace('clip = "demo:models/clip"', f"clip = {json.dumps(str(source / 'clip'))}"))
+    config.write_text(
+        text.replace('clip = "demo:models/clip"', f"clip = {json.dumps(str(source / 'clip'))}")
+    )
     foundry("run", "--home", folder / "w", "--select", "embeddings")
-    asked = ("sql", "--home", folder / "w", "--format", "csv", "select count(*) as n from embeddings")
+    asked = (
+        "sql",
+        "--home",
+        folder / "w",
+        "--format",
+        "csv",
+        "select count(*) as n from embeddings",
+    )
     assert foundry(*asked).stdout == "n\n1\n"
     assert foundry("verify", "--home", folder / "w").stdout.startswith("0 damaged, 0 orphans")

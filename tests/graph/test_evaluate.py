@@ -46,7 +46,9 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
     record = json.loads((away / "out" / RECORD).read_text())
     record["sampling"]["num_steps"] = 3
     (away / "out" / RECORD).write_text(json.dumps(record))
-    with pytest.raises(EvaluationError, match="drawn otherwise than this workspace would: sampling: here"):
+    with pytest.raises(
+        EvaluationError, match="drawn otherwise than this workspace would: sampling: here"
+    ):
         comparison.adopt(Store(small_copy), away / "out")
 
 

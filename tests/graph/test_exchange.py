@@ -1,4 +1,5 @@
-"""Latents go out as kohya's files and come in again bit for bit; what does not fit is counted, foreign ones refused."""
+"""Latents go out as kohya's files and come in again bit for bit; what does not fit is counted,
+foreign ones refused."""
 
 import csv
 import gzip
@@ -19,7 +20,10 @@ def generation(home, number):
 
 def values(found):
     files = found.open_files()
-    return {row["image_id"]: files[row["file"]].gather([row["row"]])[0] for row in found.table().iter_rows(named=True)}
+    return {
+        row["image_id"]: files[row["file"]].gather([row["row"]])[0]
+        for row in found.table().iter_rows(named=True)
+    }
 
 
 @pytest.fixture
@@ -34,8 +38,18 @@ def centred(small_copy):
 def test_what_went_out_comes_in_again_and_the_rest_is_encoded(centred, tmp_path):
     before = generation(centred, 2)
     was = values(before)
-    arguments = ("latents", "import", str(tmp_path / "files" / "pictures"), "--encoding", "sdxl", "--home", centred)
-    done = foundry("latents", "export", str(tmp_path / "files"), "--encoding", "sdxl", "--home", centred)
+    arguments = (
+        "latents",
+        "import",
+        str(tmp_path / "files" / "pictures"),
+        "--encoding",
+        "sdxl",
+        "--home",
+        centred,
+    )
+    done = foundry(
+        "latents", "export", str(tmp_path / "files"), "--encoding", "sdxl", "--home", centred
+    )
     assert f"wrote {before.manifest.rows} files" in done.stdout
     refused = foundry(*arguments, check=False)
     assert refused.returncode == 2
@@ -53,8 +67,14 @@ def test_what_went_out_comes_in_again_and_the_rest_is_encoded(centred, tmp_path)
         assert f"not imported: {reason}" in done.stdout
     foundry("run", "--home", centred, "--select", "latents")
     after = generation(centred, 2)
-    assert after.manifest.report["numbers"]["copied from the generation before"] == before.manifest.rows - 3
-    assert sorted(after.table()["encoded_in"].value_counts().rows()) == [(1, before.manifest.rows - 3), (2, 3)]
+    assert (
+        after.manifest.report["numbers"]["copied from the generation before"]
+        == before.manifest.rows - 3
+    )
+    assert sorted(after.table()["encoded_in"].value_counts().rows()) == [
+        (1, before.manifest.rows - 3),
+        (2, 3),
+    ]
     now = values(after)
     assert was.keys() == now.keys()
     assert sum((was[key] == now[key]).all() for key in was) >= before.manifest.rows - 3
@@ -69,7 +89,14 @@ def test_foreign_latents_are_refused_by_what_they_decode_to(centred, tmp_path):
             arrays = {name: archive[name] for name in archive.files}
         np.savez(path, **{**arrays, "latents": arrays["latents"][:, ::-1, ::-1] * 3})
     refused = foundry(
-        "latents", "import", str(files / "pictures"), "--encoding", "sdxl", "--home", centred, check=False
+        "latents",
+        "import",
+        str(files / "pictures"),
+        "--encoding",
+        "sdxl",
+        "--home",
+        centred,
+        check=False,
     )
     assert refused.returncode == 2
     assert "another VAE, another scale or other pictures" in refused.stderr
@@ -79,7 +106,14 @@ def test_foreign_latents_are_refused_by_what_they_decode_to(centred, tmp_path):
 def test_bigasps_files_come_in_with_their_random_crops(small_copy, tmp_path):
     before = generation(small_copy, 1)
     bits = values(before)
-    named = foundry("sql", "--home", small_copy, "--format", "csv", "select image_id, source_id from selected_images")
+    named = foundry(
+        "sql",
+        "--home",
+        small_copy,
+        "--format",
+        "csv",
+        "select image_id, source_id from selected_images",
+    )
     names = dict(csv.reader(named.stdout.splitlines()[1:]))
     folder = tmp_path / "vaes"
     folder.mkdir()
@@ -90,17 +124,34 @@ def test_bigasps_files_come_in_with_their_random_crops(small_copy, tmp_path):
             "<7I", number, row["original_height"], row["original_width"], row["crop_top"], row["crop_left"],
             *latents.shape[1:],
         )  # fmt: skip
-        (folder / f"{number}.bin.gz").write_bytes(gzip.compress(header + latents.astype("<f2").tobytes()))
+        (folder / f"{number}.bin.gz").write_bytes(
+            gzip.compress(header + latents.astype("<f2").tobytes())
+        )
         index.append(f"{number}.bin.gz,{names[row['image_id']]}")
     (tmp_path / "index.csv").write_text("\n".join(index) + "\n")
     table = before.table()
     shutil.rmtree(small_copy / "latents")
-    arguments = ("latents", "import", str(folder), "--encoding", "sdxl", "--format", "bigasp", "--home", small_copy)
+    arguments = (
+        "latents",
+        "import",
+        str(folder),
+        "--encoding",
+        "sdxl",
+        "--format",
+        "bigasp",
+        "--home",
+        small_copy,
+    )
     refused = foundry(*arguments, check=False)
     assert refused.returncode == 2
     assert "--index CSV" in refused.stderr
     foundry(*arguments, "--index", str(tmp_path / "index.csv"))
     after = generation(small_copy, 1)
     columns = ["image_id", "crop_top", "crop_left", "resized_height", "resized_width"]
-    assert after.table().select(columns).sort("image_id").equals(table.select(columns).sort("image_id"))
+    assert (
+        after.table()
+        .select(columns)
+        .sort("image_id")
+        .equals(table.select(columns).sort("image_id"))
+    )
     assert after.table().select(pl.col("encoded_in").unique()).rows() == [(1,)]

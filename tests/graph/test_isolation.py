@@ -1,4 +1,5 @@
-"""Two workspaces share nothing; a second run on one of them is refused; what is forgotten never returns."""
+"""Two workspaces share nothing; a second run on one of them is refused; what is forgotten never
+returns."""
 
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def test_a_second_run_on_the_same_workspace_names_the_first(small_copy):
         "with lock(Path(sys.argv[1]) / 'locks' / 'foundry-run.lock', 'x'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(small_copy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(small_copy)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as holder:
         assert holder.stdout.readline() == "held\n"
         second = foundry("run", "--home", small_copy, check=False)
@@ -64,14 +68,21 @@ def test_forgotten_images_leave_every_table_and_never_return(small_copy):
     (frozen,) = [path for path in left if path.parent.name != "rejected_images"]
     assert frozen == read_inputs(store.run_folder("demo")).training_set, "which the run is told of"
     (row,) = pl.read_parquet(frozen).filter(pl.col("image_id") == gone).iter_rows(named=True)
-    assert (row["split"], row["tags"], row["caption"], row["height"]) == ("forgotten", [], None, None)
+    assert (row["split"], row["tags"], row["caption"], row["height"]) == (
+        "forgotten",
+        [],
+        None,
+        None,
+    )
 
 
 def test_runs_reports_and_releases_stay_readable_after_forgetting(small_copy):
     """A run was trained on the image, and a picture of its report is nearest to it."""
     store = Store(small_copy)
     last = store.last_checkpoint("demo")
-    nearest = store.read("eval_metrics", parts=[last]).drop_nulls("image_id").sort("value")["image_id"]
+    nearest = (
+        store.read("eval_metrics", parts=[last]).drop_nulls("image_id").sort("value")["image_id"]
+    )
     frozen = store.read("training_set").filter(pl.col("split") == "train")["image_id"].to_list()
     gone = next((image_id for image_id in reversed(nearest) if image_id in frozen), frozen[0])
     foundry("forget", gone, "--home", small_copy)
@@ -82,7 +93,10 @@ def test_runs_reports_and_releases_stay_readable_after_forgetting(small_copy):
                     ("compare", "base", last), ("gc",), ("train", "--run", "demo", "--dry-run")):  # fmt: skip
         foundry(*command, "--home", small_copy)
     release = small_copy / "release" / "demo"
-    assert "1 more were in the set and have been forgotten since" in (release / "README.md").read_text()
+    assert (
+        "1 more were in the set and have been forgotten since"
+        in (release / "README.md").read_text()
+    )
     report = (release / "report.html").read_text()
     assert "1 of its images forgotten since" in report
     assert gone[:12] not in report

@@ -1,4 +1,5 @@
-"""Kill -9 before the changes that a run makes to its workspace, go on: the digests of an undisturbed run."""
+"""Kill -9 before the changes that a run makes to its workspace, go on: the digests of an
+undisturbed run."""
 
 import os
 import shutil
@@ -16,16 +17,21 @@ from resources.workspace.store import Store
 from training.tables.schemas import TABLES
 
 STAGES = [*(",".join(stage.name for stage in body) for body in selected(None, only=False)), "all"]
-"""In the graph's order, those of one body together; and at last the whole, for what comes after the stages."""
-AFTER_COMMITS = {"embeddings,tags,watermark_boxes,captions | os.rmdir | tables/annotations/*.partial"}
-"""Killed before the files of a finished folder of batches went, the stage is current: its folder is left to `gc`."""
+"""In the graph's order, those of one body together; and at last the whole, for what comes after the
+stages."""
+AFTER_COMMITS = {
+    "embeddings,tags,watermark_boxes,captions | os.rmdir | tables/annotations/*.partial"
+}
+"""Killed before the files of a finished folder of batches went, the stage is current: its folder is
+left to `gc`."""
 LIMIT_S = 55 * 60
 """For how long the long proof goes on; what it did not get to is counted."""
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A new workspace on twelve images with one training run of four steps; not to be written to."""
+    """A new workspace on twelve images with one training run of four steps; not to be written
+    to."""
     from demo.pictures import write_world
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -58,14 +64,18 @@ def count_rows(home):
 
 
 def check_rows(found, expected, in_work):
-    """Compare row counts with an undisturbed run's: all or none, but in what is in work; and nothing twice."""
+    """Compare row counts with an undisturbed run's: all or none, but in what is in work; and
+    nothing twice."""
     for name, (rows, distinct) in found.items():
-        assert rows == expected[name][0] or rows == 0 or (name in in_work and rows < expected[name][0]), name
+        assert (
+            rows == expected[name][0] or rows == 0 or (name in in_work and rows < expected[name][0])
+        ), name
         assert rows == distinct or expected[name][0] != expected[name][1], name
 
 
 def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
-    """Kill at all points until time is up, look at the workspace after each, and compare with an undisturbed run."""
+    """Kill at all points until time is up, look at the workspace after each, and compare with an
+    undisturbed run."""
     end = time.monotonic() + limit_s
     whole = started(folder / "whole", tiny, every=every, kill=False)
     killed = started(folder / "killed", tiny, every=every)
@@ -75,7 +85,11 @@ def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
         killed.kill = time.monotonic() < end
         while not killed.attempt(stage):
             last = killed.points()[-1]
-            damaged = [problem.detail for problem in maintenance.verify(Store(killed.home)) if problem.kind == "damage"]
+            damaged = [
+                problem.detail
+                for problem in maintenance.verify(Store(killed.home))
+                if problem.kind == "damage"
+            ]
             assert damaged == [], last
             check_rows(count_rows(killed.home), expected, {"rejected_images", *stage.split(",")})
             killed.kill = time.monotonic() < end
@@ -85,7 +99,9 @@ def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
     assert maintenance.verify(Store(killed.home)) == []
     killed.kill = True
     points, met = set(killed.points()), set(whole.points())
-    print(f"killed at {len(points)} points, {len(met - points)} of {len(met)} left out: {sorted(met - points)[:9]}")
+    print(
+        f"killed at {len(points)} points, {len(met - points)} of {len(met)} left out: {sorted(met - points)[:9]}"
+    )
     return points, met
 
 

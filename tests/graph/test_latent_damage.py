@@ -1,4 +1,5 @@
-"""What happens to latents on disk is noticed, named, and mended by encoding just that shard again."""
+"""What happens to latents on disk is noticed, named, and mended by encoding just that shard
+again."""
 
 import json
 import shutil
@@ -66,7 +67,9 @@ def test_damage_is_noticed_and_moved_out_of_the_way(small_copy, damage):
 def test_the_damaged_shard_alone_is_encoded_again(small, small_copy):
     def times():
         found = (small_copy / "tables").glob("*/*.json")
-        return {path: path.stat().st_mtime_ns for path in found if not path.name.startswith("latents.")}
+        return {
+            path: path.stat().st_mtime_ns for path in found if not path.name.startswith("latents.")
+        }
 
     before = times()
     swap(small_copy)
@@ -84,7 +87,10 @@ def test_a_generation_half_written_when_the_power_went_is_passed_over(small, sma
         shutil.copy(folder / entry.name, folder / entry.name.replace("g0001", "g0002"))
     (folder / ".tmp-g0002.json").write_bytes((folder / "g0001.json").read_bytes()[:100])
     assert "nothing was done" in foundry("run", "--home", small_copy, "--select", "latents").stdout
-    assert f"0 damaged, {len(first.manifest.files)} orphans" in foundry("verify", "--home", small_copy).stdout
+    assert (
+        f"0 damaged, {len(first.manifest.files)} orphans"
+        in foundry("verify", "--home", small_copy).stdout
+    )
     foundry("latents", "reencode", "--home", small_copy)
     assert read_generation(folder, 2).manifest.rows == first.manifest.rows
     assert digests(small).keys() == digests(small_copy).keys()
@@ -115,5 +121,9 @@ def test_another_vae_makes_its_latents_anew_and_their_files_tell_its_scale(small
     config.write_text(text.replace('crop = "random"', 'crop = "random"\nvae = "models/other_vae"'))
     foundry("run", "--home", small_copy, "--select", "latents")
     second = read_generation(shard(small_copy), 2)
-    assert {file.metadata["scaling_factor"] for file in second.open_files().values()} == {"0.5"} != factor
+    assert (
+        {file.metadata["scaling_factor"] for file in second.open_files().values()}
+        == {"0.5"}
+        != factor
+    )
     assert second.manifest.report["numbers"]["copied from the generation before"] == 0

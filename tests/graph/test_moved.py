@@ -16,7 +16,8 @@ SETTINGS = (
 
 @pytest.fixture
 def moved(small_copy, tmp_path):
-    """The small workspace at another depth, its run recorded as older versions did: all paths relative."""
+    """The small workspace at another depth, its run recorded as older versions did: all paths
+    relative."""
     home = tmp_path / "some" / "where" / "else" / "workspace"
     home.parent.mkdir(parents=True)
     shutil.move(small_copy, home)
@@ -31,7 +32,10 @@ def test_every_command_works_in_a_moved_workspace(moved, small, tmp_path):
     home = ("--home", moved)
     assert "everything is up to date" in foundry("status", *home).stdout
     assert "nothing was done" in foundry("run", *home).stdout
-    assert len(foundry("prompts", "--run", "demo", "--n", 3, "--trace", *home).stdout.splitlines()) == 9
+    assert (
+        len(foundry("prompts", "--run", "demo", "--n", 3, "--trace", *home).stdout.splitlines())
+        == 9
+    )
     for command in (
         ("sql", "select count(*) from raw_images"), ("verify",), ("digest",), ("digest", "--run", "demo"), ("gc",),
         ("train", "--run", "demo"), ("train", "--run", "demo", "--stop"), ("train", "--run", "demo", "--dry-run"),

@@ -28,7 +28,15 @@ def photos(tmp_path_factory):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)\n"
         "sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, Path(sys.executable).with_name("foundry"), "run", "--home", home]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        Path(sys.executable).with_name("foundry"),
+        "run",
+        "--home",
+        home,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return home, int(done.stdout.splitlines()[-1])
@@ -57,13 +65,21 @@ def test_rotated_ones_are_upright_and_two_scenes(photos):
     groups = store.read("duplicate_groups").filter(pl.col("source_id").str.starts_with("rotated/"))
     assert groups["group"].n_unique() == 2
     assert groups.height == 18
-    kept = store.read("selected_images").filter(pl.col("kept") & pl.col("source_id").str.starts_with("rotated/"))
+    kept = store.read("selected_images").filter(
+        pl.col("kept") & pl.col("source_id").str.starts_with("rotated/")
+    )
     assert kept.height <= 2
 
 
 def test_large_photographs_fit_into_two_gigabytes(photos):
     home, peak = photos
-    pixels = Store(home).read("raw_images").select(pl.col("height").cast(pl.Int64) * pl.col("width")).max().item()
+    pixels = (
+        Store(home)
+        .read("raw_images")
+        .select(pl.col("height").cast(pl.Int64) * pl.col("width"))
+        .max()
+        .item()
+    )
     assert pixels > 20_000_000
     assert peak < MAX_BYTES, f"the largest process took {peak / 1e9:.2f} GB"
 

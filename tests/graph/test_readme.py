@@ -1,4 +1,5 @@
-"""Every command in the README is run: in a scratch folder, on a few pictures, in the order in which it stands."""
+"""Every command in the README is run: in a scratch folder, on a few pictures, in the order in which
+it stands."""
 
 import re
 import shlex
@@ -66,7 +67,8 @@ def test_every_command_works(tmp_path, small_source):
 
 
 def documented():
-    """Every `foundry …` of the documents, in fenced blocks and code spans, with the page that it stands on."""
+    """Every `foundry …` of the documents, in fenced blocks and code spans, with the page that it
+    stands on."""
     for page in sorted((ROOT / "docs").rglob("*.md")):
         text = page.read_text("utf-8")
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
@@ -78,8 +80,8 @@ def documented():
 
 @pytest.mark.parametrize(("page", "command"), sorted(set(documented())))
 def test_every_command_of_the_documents_is_one(page, command):
-    """Read as the command line reads it, without being run: commands, options and arguments exist. Brackets mark what
-    may be left out, capitals what a person fills in."""
+    """Read as the command line reads it, without being run: commands, options and arguments exist.
+    Brackets mark what may be left out, capitals what a person fills in."""
     words = shlex.split(re.sub(r"[][|]", " ", command))[1:]
     words = ["1" if word in ("N", "M") else word for word in words]
     entry = typer.main.get_command(app)

@@ -1,4 +1,5 @@
-"""A run whose folder or checkpoints someone removed is trained anew or refused by name; every other command works."""
+"""A run whose folder or checkpoints someone removed is trained anew or refused by name; every other
+command works."""
 
 import shutil
 
@@ -38,12 +39,15 @@ def test_a_finished_run_without_its_last_checkpoint_is_refused_by_name(small_cop
 
 
 @pytest.mark.parametrize(
-    "last", ['{"event": "finished", "samples_seen": 1}', '{"event": "finished", "samples_seen": 1}\n{"ev']
+    "last",
+    ['{"event": "finished", "samples_seen": 1}', '{"event": "finished", "samples_seen": 1}\n{"ev'],
 )
 def test_the_end_of_a_log_is_its_last_whole_line(tmp_path, last):
     log = tmp_path / EVENTS
     assert not has_finished(log)
-    log.write_text("".join(f'{{"event": "step", "samples_seen": {number}}}\n' for number in range(4000)))
+    log.write_text(
+        "".join(f'{{"event": "step", "samples_seen": {number}}}\n' for number in range(4000))
+    )
     assert not has_finished(log)
     log.write_text(log.read_text() + last)
     assert has_finished(log)

@@ -47,7 +47,9 @@ finally:
 
 def test_a_second_run_does_nothing_and_says_so(small_copy):
     """In a process of its own, which must not spend seconds on libraries that it has no use for."""
-    foundry("run", "--home", small_copy)  # the first command of a copy gives it an experiment of its own in MLflow
+    foundry(
+        "run", "--home", small_copy
+    )  # the first command of a copy gives it an experiment of its own in MLflow
     before = manifests(small_copy)
     command = [sys.executable, "-c", RUN, "run", "--home", str(small_copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -66,8 +68,17 @@ def test_a_changed_threshold_starts_at_the_selection(small_copy):
     assert changed["selected_images"] == 1
     assert changed["tag_vocabulary"] == 1
     after = digests(small_copy)
-    untouched = ("raw_images", "embeddings", "tags", "watermark_boxes", "quality_scores", "captions")
-    assert all(after[name] == value for name, value in digests_before.items() if name.startswith(untouched))
+    untouched = (
+        "raw_images",
+        "embeddings",
+        "tags",
+        "watermark_boxes",
+        "quality_scores",
+        "captions",
+    )
+    assert all(
+        after[name] == value for name, value in digests_before.items() if name.startswith(untouched)
+    )
 
 
 def test_new_pictures_are_added_and_nothing_else_is_read_again(small_copy, tmp_path):

@@ -1,4 +1,5 @@
-"""`foundry status`, the check `current`, Dagster's own column and `keep_current` say what `store.stale` says."""
+"""`foundry status`, the check `current`, Dagster's own column and `keep_current` say what
+`store.stale` says."""
 
 import json
 import re
@@ -52,7 +53,9 @@ def own_source(home, tmp_path):
     shutil.copytree(root, copy)
     path = home / "foundry.toml"
     path.write_text(path.read_text().replace(str(root), str(copy)))
-    foundry("run", "--home", home, "--select", "source_listing")  # other inodes: the folder is listed again
+    foundry(
+        "run", "--home", home, "--select", "source_listing"
+    )  # other inodes: the folder is listed again
     assert stale(home) == {}
     return copy
 
@@ -66,7 +69,9 @@ def test_a_setting_changed_and_changed_back(kind):
 
 def test_a_setting_of_an_encoding_names_its_table(kind):
     path = kind / "foundry.toml"
-    path.write_text(path.read_text().replace("[encodings.sdxl]\n", "[encodings.sdxl]\nseed = 7\n", 1))
+    path.write_text(
+        path.read_text().replace("[encodings.sdxl]\n", "[encodings.sdxl]\nseed = 7\n", 1)
+    )
     found = stale(kind)
     assert found["bucket_assignments"] == "stale: [encodings.sdxl] seed 0 → 7"
     assert found["latents"] == "stale: [encodings.sdxl] seed 0 → 7"
@@ -119,7 +124,9 @@ def test_a_label_file_new_and_grown(kind):
 def test_a_raised_version(kind, monkeypatch):
     stage = STAGES["duplicate_groups"]
     monkeypatch.setitem(STAGES, "duplicate_groups", replace(stage, version=stage.version + 1))
-    assert stale(kind) == {"duplicate_groups": f"stale: version {stage.version} → {stage.version + 1}"}
+    assert stale(kind) == {
+        "duplicate_groups": f"stale: version {stage.version} → {stage.version + 1}"
+    }
 
 
 def test_a_table_or_its_content_deleted_by_hand(kind):
@@ -136,11 +143,18 @@ def test_what_a_person_and_a_script_read(kind):
     set_value(kind, "min_score = 1", "min_score = 3")
     lines = foundry("status", "--home", kind).stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert any(line.split()[:2] == ["selected_images", "1"] and "[selection] min_score 1 → 3" in line for line in lines)
+    assert any(
+        line.split()[:2] == ["selected_images", "1"] and "[selection] min_score 1 → 3" in line
+        for line in lines
+    )
     assert any(line.split() == ["latents", "may", "follow", "selected_images"] for line in lines)
-    printed = json.loads(foundry("status", "--home", kind, "--json", "--select", "selected_images+").stdout)
+    printed = json.loads(
+        foundry("status", "--home", kind, "--json", "--select", "selected_images+").stdout
+    )
     assert [item["stage"] for item in printed if item["stale"]] == ["selected_images"]
-    assert next(item for item in printed if item["stage"] == "latents")["follows"] == ["selected_images"]
+    assert next(item for item in printed if item["stage"] == "latents")["follows"] == [
+        "selected_images"
+    ]
     assert "raw_images" not in {item["stage"] for item in printed}
     done = foundry("run", "--home", kind, "--select", "selected_images")
     assert "selected_images: [selection] min_score 1 → 3" in done.stderr
@@ -175,7 +189,9 @@ def checks(instance):
 def test_dagster_shows_the_same_before_and_after(kind):
     graph = defs.resolve_asset_graph()
     with open_instance(kind) as instance:
-        assert currency.report(instance, Store(kind), graph) == 0  # `foundry run` told it everything
+        assert (
+            currency.report(instance, Store(kind), graph) == 0
+        )  # `foundry run` told it everything
         assert (checks(instance), dagster_says(instance)) == ({}, set())
         set_value(kind, "min_score = 1", "min_score = 3")
         assert currency.report(instance, Store(kind), graph) == 2
@@ -213,7 +229,10 @@ def test_keep_current_asks_for_the_first_stale_stages_and_no_other(kind):
         assert set(requested(kind, instance)) == {"selected_images"}
         shutil.rmtree(kind / "tables" / "tags")
         shutil.rmtree(kind / "tables" / "embeddings")
-        assert set(requested(kind, instance)) == {"tags", "embeddings"}  # both of one body, what reads them later
+        assert set(requested(kind, instance)) == {
+            "tags",
+            "embeddings",
+        }  # both of one body, what reads them later
 
 
 def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
@@ -234,7 +253,9 @@ def test_an_external_model_that_fails_holds_up_no_release(kind):
     key, stage = candidates.add_rival(kind, "outside", kind / "nowhere"), STAGES["sample_images"]
     with open_instance(kind) as instance:
         mirror(instance, Store(kind))
-        assert {name: set(keys.subset) for name, keys in requested(kind, instance).items()} == {"sample_images": {key}}
+        assert {name: set(keys.subset) for name, keys in requested(kind, instance).items()} == {
+            "sample_images": {key}
+        }
         shutil.rmtree(kind / "tables" / "release")
         assert set(requested(kind, instance)) == {"sample_images", "release"}
         for _ in range(automation.MAX_ATTEMPTS):
@@ -251,7 +272,11 @@ NO_PARTITION = "the run was launched without a partition"
     [
         ("raw_images", None, NO_PARTITION),
         ("raw_images", "s000099", "there is no partition 's000099'"),
-        ("tags", None, "Cannot access partition_key for a non-partitioned run"),  # Dagster itself says this
+        (
+            "tags",
+            None,
+            "Cannot access partition_key for a non-partitioned run",
+        ),  # Dagster itself says this
         ("tags", "s000099", "there is no partition 's000099'"),
         ("latents", "sdxl|s000099", "there is no partition 'sdxl|s000099'"),
         ("bucket_assignments", "other", "there is no partition 'other'"),
@@ -269,7 +294,9 @@ def test_an_unknown_partition_fails_in_one_line_and_commits_nothing(kind, asset,
             ("checkpoints", "demo@7"),
             ("runs", "unknown"),
         ):
-            instance.add_dynamic_partitions(name, [part])  # as a person adds them in the launch dialog
+            instance.add_dynamic_partitions(
+                name, [part]
+            )  # as a person adds them in the launch dialog
         done = job.execute_in_process(
             instance=instance, asset_selection=[dg.AssetKey(asset)], partition_key=key, raise_on_error=False,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
@@ -294,7 +321,8 @@ def test_an_unknown_partition_fails_in_one_line_and_commits_nothing(kind, asset,
 
 
 def test_what_cannot_be_judged_is_not_up_to_date(kind):
-    """A model folder that is missing: each stage that needs it says so, and the last line names them."""
+    """A model folder that is missing: each stage that needs it says so, and the last line names
+    them."""
     path = kind / "foundry.toml"
     path.write_text(re.sub(r"(?m)^clip = .*", 'clip = "models/no-such-folder"', path.read_text()))
     said = foundry("status", "--home", kind).stdout

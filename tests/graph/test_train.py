@@ -21,7 +21,11 @@ SMALL = (
 
 def settings(**values):
     """`--set` for a short run of the demo's recipe."""
-    return [part for item in (*SMALL, *(f"{key}={value}" for key, value in values.items())) for part in ("--set", item)]
+    return [
+        part
+        for item in (*SMALL, *(f"{key}={value}" for key, value in values.items()))
+        for part in ("--set", item)
+    ]
 
 
 def wait_for(found, seconds=120):
@@ -39,7 +43,14 @@ def count(folder, kind):
 
 def test_the_trainer_does_not_notice_that_its_launcher_died(small_copy):
     folder = small_copy / "runs" / "long"
-    command = [Path(sys.executable).with_name("foundry"), "train", "--home", small_copy, "--run", "long"]
+    command = [
+        Path(sys.executable).with_name("foundry"),
+        "train",
+        "--home",
+        small_copy,
+        "--run",
+        "long",
+    ]
     launcher = subprocess.Popen(
         [*command, "--recipe", "demo", *settings(num_samples=4000)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -53,23 +64,42 @@ def test_the_trainer_does_not_notice_that_its_launcher_died(small_copy):
     os.kill(trainer, 0)
     # Another process finds the trainer by its lock, follows it to its end and reports it.
     assert "stopped at" in foundry("train", "--home", small_copy, "--run", "long", "--stop").stdout
-    opened = [event["event"] for event in read_events(folder / EVENTS) if event["event"] in ("started", "resumed")]
+    opened = [
+        event["event"]
+        for event in read_events(folder / EVENTS)
+        if event["event"] in ("started", "resumed")
+    ]
     assert opened == ["started"]
 
 
 def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
     bundle, folder = tmp_path / "bundle", small_copy / "runs" / "away"
-    made = ("train", "--home", small_copy, "--run", "away", "--recipe", "demo", *settings(num_samples=16))
+    made = (
+        "train",
+        "--home",
+        small_copy,
+        "--run",
+        "away",
+        "--recipe",
+        "demo",
+        *settings(num_samples=16),
+    )
     assert "wrote" in foundry(*made, "--bundle", bundle).stdout
     refused = foundry(*made, "--bundle", bundle, check=False)
     assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
     here = foundry("train", "--home", small_copy, "--run", "away", check=False)
     assert (here.returncode, "was bundled to be trained elsewhere" in here.stderr) == (2, True)
-    assert "run away is away" in foundry("run", "--home", small_copy, "--select", "checkpoints").stdout
+    assert (
+        "run away is away" in foundry("run", "--home", small_copy, "--select", "checkpoints").stdout
+    )
     assert not (folder / EVENTS).exists()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [bundle / "start.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        [bundle / "start.sh"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     inputs = (folder / INPUTS).read_text()
@@ -80,5 +110,7 @@ def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
     foundry("train", "--home", small_copy, "--run", "away")
     assert (folder / EVENTS).read_bytes() == lines, "a finished run is not trained again"
     assert (folder / INPUTS).read_text() == inputs
-    rows = foundry("sql", "--home", small_copy, "--format", "csv", "select checkpoint from checkpoints").stdout
+    rows = foundry(
+        "sql", "--home", small_copy, "--format", "csv", "select checkpoint from checkpoints"
+    ).stdout
     assert "away@16" in rows

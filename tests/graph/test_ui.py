@@ -122,7 +122,9 @@ def last_part(up, asset):
     """The newest partition of an asset."""
     query = """query Keys($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) {
         ... on AssetNode { partitionKeys } } }"""
-    return up.ask(query, variables={"key": {"path": [asset]}})["assetNodeOrError"]["partitionKeys"][-1]
+    return up.ask(query, variables={"key": {"path": [asset]}})["assetNodeOrError"]["partitionKeys"][
+        -1
+    ]
 
 
 def open_part(up, asset):
@@ -134,7 +136,16 @@ def open_part(up, asset):
 def test_the_graph_shows_every_asset_as_materialized(up):
     groups = ",".join(
         f"global@global:{group}"
-        for group in ("ingest", "annotate", "curate", "encode", "train", "evaluate", "settings", "models")
+        for group in (
+            "ingest",
+            "annotate",
+            "curate",
+            "encode",
+            "train",
+            "evaluate",
+            "settings",
+            "models",
+        )
     )
     up.page.resize(3600, 2400)  # Dagster leaves names out where they would be too small to read
     up.page.open(f"{up.dagster}/asset-groups?expanded={groups}")
@@ -146,15 +157,20 @@ def test_the_graph_shows_every_asset_as_materialized(up):
     for name, node in nodes.items():
         assert node["assetMaterializations"], f"{name} was never materialized"
         if (stats := node["partitionStats"]) is not None:
-            assert stats["numMaterialized"] == stats["numPartitions"] > 0 == stats["numFailed"], f"{name}: {stats}"
+            assert stats["numMaterialized"] == stats["numPartitions"] > 0 == stats["numFailed"], (
+                f"{name}: {stats}"
+            )
 
 
 def test_every_check_passed(up):
     up.page.open(f"{up.dagster}/assets/raw_images?view=checks")
-    up.page.wait_for_text("every_candidate_accounted_for", "mostly_usable", "Passed", timeout_s=PAGES_S)
+    up.page.wait_for_text(
+        "every_candidate_accounted_for", "mostly_usable", "Passed", timeout_s=PAGES_S
+    )
     assert "Failed" not in up.page.text()
     nodes = {
-        node["assetKey"]["path"][-1]: node["assetChecksOrError"]["checks"] for node in up.ask(ASSETS)["assetNodes"]
+        node["assetKey"]["path"][-1]: node["assetChecksOrError"]["checks"]
+        for node in up.ask(ASSETS)["assetNodes"]
     }
     found = {
         f"{asset}.{check['name']}": (check["executionForLatestMaterialization"] or {}).get("status")
@@ -177,16 +193,26 @@ def test_thumbnails_and_charts_are_visible(up):
 
 def kinds(addresses):
     """Media types of `data:` addresses."""
-    return {address.removeprefix("data:").partition(";")[0] for address in addresses if address.startswith("data:")}
+    return {
+        address.removeprefix("data:").partition(";")[0]
+        for address in addresses
+        if address.startswith("data:")
+    }
 
 
 def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
     page = up.page
     open_part(up, "checkpoints")
     page.wait_for_text("MLflow run", timeout_s=PAGES_S)
-    page.open(page.driver.execute_script("return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href"))
+    page.open(
+        page.driver.execute_script(
+            "return document.querySelector('a[href*=\"/runs/\"][href*=mlflow]').href"
+        )
+    )
     page.wait_for_text("Finished", "train/loss", "num_samples", "Verdict: demo@", timeout_s=PAGES_S)
-    assert page.driver.current_url.startswith(f"{up.mlflow}/#/experiments/"), page.driver.current_url
+    assert page.driver.current_url.startswith(f"{up.mlflow}/#/experiments/"), (
+        page.driver.current_url
+    )
     run = page.driver.current_url.partition("?")[0]
     page.open(f"{run}/model-metrics")
     page.wait_for_text("train", "val", "samples", timeout_s=PAGES_S)
@@ -197,8 +223,15 @@ def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
     page.wait_for_text("num_samples", timeout_s=PAGES_S)
     open_part(up, "verdicts")
     page.wait_for_text("MLflow: Pictures, with a slider", timeout_s=PAGES_S)
-    page.open(page.driver.execute_script("return document.querySelector('a[href*=foundry-pictures]').href"))
-    page.wait(lambda: any("get-artifact" in address for address in page.pictures(64)), "a picture that the model drew")
+    page.open(
+        page.driver.execute_script(
+            "return document.querySelector('a[href*=foundry-pictures]').href"
+        )
+    )
+    page.wait(
+        lambda: any("get-artifact" in address for address in page.pictures(64)),
+        "a picture that the model drew",
+    )
 
 
 def test_a_foreign_page_cannot_start_a_run(up):
@@ -212,7 +245,9 @@ def test_a_foreign_page_cannot_start_a_run(up):
             page.fetch(f"{graphql}?{query}", mode="no-cors"),
             page.fetch(f"{graphql}?{query}", mode="no-cors", method="POST"),
             page.fetch(graphql, mode="no-cors", method="POST", body=body),
-            page.fetch(graphql, method="POST", body=body, headers={"Content-Type": "application/json"}),
+            page.fetch(
+                graphql, method="POST", body=body, headers={"Content-Type": "application/json"}
+            ),
         ):
             assert answer in ("opaque 0", "TypeError: Failed to fetch"), answer
     assert up.runs() == before
@@ -222,7 +257,8 @@ def test_a_foreign_page_cannot_start_a_run(up):
 
 
 def launch(page):
-    """Click until the page goes to the run: Dagster takes no click while it still checks the configuration."""
+    """Click until the page goes to the run: Dagster takes no click while it still checks the
+    configuration."""
     for _ in range(5):
         if "/runs/" not in page.driver.current_url:
             page.click("Launch Run")
@@ -233,20 +269,25 @@ def launch(page):
 
 
 def test_a_changed_setting_is_seen_and_one_click_brings_it_up_to_date(up):
-    """The way of a person: foundry.toml, the asset's checks, the job's launch page, the checks again."""
+    """The way of a person: foundry.toml, the asset's checks, the job's launch page, the checks
+    again."""
     page, checks = up.page, f"{up.dagster}/assets/selected_images?view=checks&checkDetail=current"
     page.open(checks)
     page.wait_for_text("current", "Passed", timeout_s=PAGES_S)
     shorten(up.home / "foundry.toml", min_score="6")
     page.wait_for_text("[selection] min_score 5 → 6", timeout_s=SENSOR_S)
-    assert {node["assetKey"]["path"][0]: node["staleStatus"] for node in up.ask(STALE)["assetNodes"]} == {
-        "selected_images": "STALE"
-    }
+    assert {
+        node["assetKey"]["path"][0]: node["staleStatus"] for node in up.ask(STALE)["assetNodes"]
+    } == {"selected_images": "STALE"}
     page.open(f"{up.dagster}/locations/foundry/jobs/bring_up_to_date/playground")
     page.wait_for_text("select", "No errors", "Launch Run", timeout_s=PAGES_S)
     launch(page)
     page.open(checks)
-    page.wait(lambda: "min_score" not in page.text() and "Passed" in page.text(), "the check turned back", RUN_S)
+    page.wait(
+        lambda: "min_score" not in page.text() and "Passed" in page.text(),
+        "the check turned back",
+        RUN_S,
+    )
     assert {node["staleStatus"] for node in up.ask(STALE)["assetNodes"]} == {"FRESH"}
 
 

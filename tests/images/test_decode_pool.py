@@ -1,4 +1,5 @@
-"""Workers that hang, crash, starve or never start: each costs one row; order and memory stay as promised."""
+"""Workers that hang, crash, starve or never start: each costs one row; order and memory stay as
+promised."""
 
 import contextlib
 import hashlib
@@ -55,7 +56,10 @@ def test_facts_and_pixels_come_in_order_and_are_those_of_decode(folder):
             if path.name == "05.png":
                 assert isinstance(facts, Rejection)
                 assert facts == pixels
-                assert (facts.reason, facts.image_id) == ("not_an_image", hashlib.sha256(b"no picture").hexdigest())
+                assert (facts.reason, facts.image_id) == (
+                    "not_an_image",
+                    hashlib.sha256(b"no picture").hexdigest(),
+                )
             else:
                 decoded, image_id, data = expected
                 assert facts == decoding.measure(data, image_id, decoded)
@@ -65,7 +69,11 @@ def test_facts_and_pixels_come_in_order_and_are_those_of_decode(folder):
 def test_a_missing_file_and_a_pipe_are_rows(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with DecodePool(ONE) as pool:
-        answers = list(pool.facts([tmp_path / "none.jpg", tmp_path / "pipe.jpg", tmp_path / os.fsdecode(b"\xff.jpg")]))
+        answers = list(
+            pool.facts(
+                [tmp_path / "none.jpg", tmp_path / "pipe.jpg", tmp_path / os.fsdecode(b"\xff.jpg")]
+            )
+        )
     assert [a.reason for a in answers] == ["gone", "not_a_file", "gone"]
     assert {a.image_id for a in answers} == {None}
 
@@ -179,7 +187,10 @@ def test_a_worker_ends_when_its_parent_is_gone(folder):
 
 def test_workers_that_cannot_start_are_an_error_and_not_a_thousand_rows(folder, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with DecodePool(ONE) as pool, pytest.raises(PipelineError, match=r"did not start: exit status 1"):
+    with (
+        DecodePool(ONE) as pool,
+        pytest.raises(PipelineError, match=r"did not start: exit status 1"),
+    ):
         list(pool.facts(paths(folder)))
 
 

@@ -39,7 +39,9 @@ def encode(image, fmt, **options):
 
 def textured(height=96, width=128, seed=0):
     """Smooth structure of several scales; neighbours of it hash differently. (H, W, 3)."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (height // 8, width // 8, 3), dtype=np.uint8
+    )
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -120,7 +122,9 @@ def test_16_bit_grey_whose_zero_is_white_is_turned_over():
     shown = 255 - np.rint(wide / 257).astype(np.uint8)
     decoded = decoding.decode(encode(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}), CONFIG)
     assert np.array_equal(decoded.pixels[..., 1], shown)
-    packed = decoding.decode(encode(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}, compression="tiff_lzw"), CONFIG)
+    packed = decoding.decode(
+        encode(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}, compression="tiff_lzw"), CONFIG
+    )
     assert np.array_equal(packed.pixels[..., 1], shown)
 
 
@@ -133,19 +137,30 @@ def test_8_bit_grey_whose_zero_is_white_is_turned_over_once():
 
 
 def png(height, width, depth, colour, rows, extra=b""):
-    """A PNG by hand: Pillow cannot write all that it reads. `rows`: bytes of each row without filter byte."""
+    """A PNG by hand: Pillow cannot write all that it reads. `rows`: bytes of each row without
+    filter byte."""
 
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_16_bit_rgb_keeps_its_high_bytes():
     wide = (textured(32, 48).astype(np.uint16) << 8) | 0x40
-    decoded = decoding.decode(png(32, 48, 16, 2, [row.astype(">u2").tobytes() for row in wide]), CONFIG)
+    decoded = decoding.decode(
+        png(32, 48, 16, 2, [row.astype(">u2").tobytes() for row in wide]), CONFIG
+    )
     assert np.abs(decoded.pixels.astype(int) - textured(32, 48)).max() <= 1
 
 
@@ -183,7 +198,9 @@ def test_premultiplied_tiff_is_unpremultiplied():
     alpha = np.full((32, 48, 1), 100, np.uint8)
     rgb = np.full((32, 48, 3), (200, 100, 50), np.uint8)
     premultiplied = np.concatenate([np.rint(rgb * (alpha / 255)).astype(np.uint8), alpha], axis=2)
-    straight, associated = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))  # ExtraSamples
+    straight, associated = (
+        struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1)
+    )  # ExtraSamples
     data = encode(premultiplied, "TIFF")
     assert straight in data
     decoded = decoding.decode(data.replace(straight, associated), CONFIG)
@@ -223,7 +240,8 @@ SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.
 
 
 def profile(matrix, gamma=2.2, name=b"Wide"):
-    """A matrix profile by hand, as phones embed it. ICC.1:2001-04; `matrix`: colorants to D50 XYZ."""
+    """A matrix profile by hand, as phones embed it. ICC.1:2001-04; `matrix`: colorants to D50
+    XYZ."""
 
     def fixed(value):
         return struct.pack(">i", round(float(value) * 65536))
@@ -233,14 +251,29 @@ def profile(matrix, gamma=2.2, name=b"Wide"):
 
     description = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0" + b"\0" * 78
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    tags = [(b"desc", description), (b"wtpt", xyz([0.9642, 1.0, 0.8249])), (b"cprt", b"text\0\0\0\0none\0\0\0\0")]
-    tags += [(sign + b"XYZ", xyz(column)) for sign, column in zip((b"r", b"g", b"b"), matrix.T, strict=True)]
+    tags = [
+        (b"desc", description),
+        (b"wtpt", xyz([0.9642, 1.0, 0.8249])),
+        (b"cprt", b"text\0\0\0\0none\0\0\0\0"),
+    ]
+    tags += [
+        (sign + b"XYZ", xyz(column))
+        for sign, column in zip((b"r", b"g", b"b"), matrix.T, strict=True)
+    ]
     tags += [(sign + b"TRC", curve) for sign in (b"r", b"g", b"b")]
     table, body = struct.pack(">I", len(tags)), b""
     for sign, content in tags:
         table += sign + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(content))
         body += content + b"\0" * (-len(content) % 4)
-    head = struct.pack(">I4sI4s4s4s", 132 + 12 * len(tags) + len(body), b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(
+        ">I4sI4s4s4s",
+        132 + 12 * len(tags) + len(body),
+        b"none",
+        0x02400000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+    )
     head += b"\0" * 12 + b"acsp" + b"\0" * 28 + xyz([0.9642, 1.0, 0.8249])[8:]
     return head.ljust(128, b"\0") + table + body
 
@@ -271,10 +304,14 @@ def srgb_profile():
 
 
 @pytest.mark.parametrize(
-    "icc", [srgb_profile(), b"junk", b"\0" * 200, profile(P3)[:140]], ids=["srgb", "junk", "zeros", "cut"]
+    "icc",
+    [srgb_profile(), b"junk", b"\0" * 200, profile(P3)[:140]],
+    ids=["srgb", "junk", "zeros", "cut"],
 )
 def test_srgb_and_broken_profiles_change_nothing(icc):
-    assert np.array_equal(decoding.decode(encode(quadrants(), "PNG", icc_profile=icc), CONFIG).pixels, quadrants())
+    assert np.array_equal(
+        decoding.decode(encode(quadrants(), "PNG", icc_profile=icc), CONFIG).pixels, quadrants()
+    )
 
 
 def test_an_rgb_profile_on_a_cmyk_picture_is_ignored():
@@ -335,7 +372,11 @@ def test_a_flipped_bit_gives_an_image_or_a_reason_and_never_a_crash(fmt):
 
 
 def test_deflated_tiffs_carry_a_checksum_that_is_looked_at():
-    data = encode(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8), "TIFF", compression="tiff_deflate")
+    data = encode(
+        np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8),
+        "TIFF",
+        compression="tiff_deflate",
+    )
     strip = slice(data.index(b"\x78"), len(data) - 400)
     for damaged in flips(data[strip]):
         refused(data[: strip.start] + damaged + data[strip.stop :])
@@ -365,17 +406,34 @@ def test_a_wrong_checksum_of_any_chunk_is_named():
 
 @pytest.mark.parametrize("orientation", [None, 6])
 def test_pixels_that_only_the_decoder_can_check_are_checked_before_the_metadata(orientation):
-    # The first decode fails, a second one passes: reading the EXIF block first once hid the failure.
+    # The first decode fails, a second one passes: reading the EXIF block first once hid the
+    # failure.
     extra = b""
     if orientation:
-        block = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHH", 274, 3, 1, orientation, 0) + b"\0\0\0\0"
-        extra = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+        block = (
+            b"MM\0*\0\0\0\x08\0\x01"
+            + struct.pack(">HHIHH", 274, 3, 1, orientation, 0)
+            + b"\0\0\0\0"
+        )
+        extra = (
+            struct.pack(">I", len(block))
+            + b"eXIf"
+            + block
+            + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+        )
     whole = png(96, 128, 8, 2, [row.tobytes() for row in textured()], extra)
     assert decoding.decode(whole, CONFIG).pixels.size == 96 * 128 * 3
     stored = zlib.compress(b"".join(b"\0" + row.tobytes() for row in textured()))
     for pixels in (stored[: len(stored) // 2], stored[:200] + bytes(64) + stored[264:]):
-        body = struct.pack(">I", len(pixels)) + b"IDAT" + pixels + struct.pack(">I", zlib.crc32(b"IDAT" + pixels))
-        error = refused(whole[: whole.index(b"IDAT") - 4] + body + struct.pack(">I", 0) + b"IEND\xaeB`\x82")
+        body = (
+            struct.pack(">I", len(pixels))
+            + b"IDAT"
+            + pixels
+            + struct.pack(">I", zlib.crc32(b"IDAT" + pixels))
+        )
+        error = refused(
+            whole[: whole.index(b"IDAT") - 4] + body + struct.pack(">I", 0) + b"IEND\xaeB`\x82"
+        )
         assert error.reason in {"truncated", "decode_failed"}
         assert error.detail
 
@@ -383,7 +441,9 @@ def test_pixels_that_only_the_decoder_can_check_are_checked_before_the_metadata(
 def test_bytes_after_the_end_are_no_part_of_the_image():
     for fmt in ("PNG", "GIF", "JPEG"):
         data = encode(Image.fromarray(quadrants()), fmt)
-        assert np.array_equal(decoding.decode(data + bytes(99), CONFIG).pixels, decoding.decode(data, CONFIG).pixels)
+        assert np.array_equal(
+            decoding.decode(data + bytes(99), CONFIG).pixels, decoding.decode(data, CONFIG).pixels
+        )
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
@@ -408,7 +468,11 @@ def test_a_bomb_is_refused_by_its_header():
     error = refused(bomb)
     assert error.reason == "too_many_pixels"
     within = refused(png(20_000, 15_000, 1, 0, []))  # Beyond our limit, below where Pillow raises.
-    assert (within.reason, within.value, within.limit) == ("too_many_pixels", "300000000", "200000000")
+    assert (within.reason, within.value, within.limit) == (
+        "too_many_pixels",
+        "300000000",
+        "200000000",
+    )
 
 
 def test_limits_are_the_configs():
@@ -418,7 +482,11 @@ def test_limits_are_the_configs():
     small = refused(data, DecodeConfig(min_side_px=49))
     assert (small.reason, small.value, small.limit) == ("too_small", "48", "49")
     memory = refused(data, DecodeConfig(memory_bytes=7 * 3072 - 1))
-    assert (memory.reason, memory.value, memory.limit) == ("out_of_memory", "at least 21504 bytes", "21503 bytes")
+    assert (memory.reason, memory.value, memory.limit) == (
+        "out_of_memory",
+        "at least 21504 bytes",
+        "21503 bytes",
+    )
     large = refused(data, DecodeConfig(max_bytes=50))
     assert (large.reason, large.value, large.limit) == ("too_many_bytes", str(len(data)), "50")
 
@@ -429,7 +497,11 @@ def test_limits_are_the_configs():
         (b"", "empty_file", "0"),
         (b"hello", "not_an_image", None),
         (b"<html><body>404</body></html>", "not_an_image", None),
-        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "format_not_allowed", "SVG"),
+        (
+            b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+            "format_not_allowed",
+            "SVG",
+        ),
         (b"\0\0\0\x18ftypheic" + b"\0" * 40, "format_not_allowed", "HEIC"),
         (b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 40, "format_not_allowed", "JXL"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "format_not_allowed", "EPS"),
@@ -530,12 +602,20 @@ def test_facts_say_what_is_there():
     exif[274] = 6
     data = encode(np.ascontiguousarray(STORED_AS[6](quadrants())), "PNG", exif=exif)
     found = decoding.measure(data, "id", decoding.decode(data, CONFIG))
-    assert (found.image_id, found.bytes, found.format, found.mode) == ("id", len(data), "PNG", "RGB")
+    assert (found.image_id, found.bytes, found.format, found.mode) == (
+        "id",
+        len(data),
+        "PNG",
+        "RGB",
+    )
     assert (found.height, found.width, found.stored_height, found.stored_width) == (48, 64, 64, 48)
     assert found.orientation == 6
     assert found.pixel_digest == facts(quadrants(), "BMP").pixel_digest
     assert found.pixel_digest != facts(quadrants()[:, ::-1].copy()).pixel_digest
-    assert facts(np.zeros((16, 36, 3), np.uint8)).pixel_digest != facts(np.zeros((24, 24, 3), np.uint8)).pixel_digest
+    assert (
+        facts(np.zeros((16, 36, 3), np.uint8)).pixel_digest
+        != facts(np.zeros((24, 24, 3), np.uint8)).pixel_digest
+    )
 
 
 def test_brightness_contrast_and_sharpness():
@@ -555,7 +635,8 @@ def distance(a, b):
 
 
 def test_the_hash_is_the_usual_one():
-    # imagehash's definition with SciPy's DCT; bits whose coefficient is within rounding of the median may differ.
+    # imagehash's definition with SciPy's DCT; bits whose coefficient is within rounding of the
+    # median may differ.
     luma = Image.fromarray(textured()).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     low = dctn(np.asarray(luma, dtype=float), type=2)[:8, :8]
     margin = np.abs(low - np.median(low)).ravel()
@@ -568,7 +649,9 @@ def test_the_hash_is_the_usual_one():
 def test_hashes_of_copies_are_near_and_of_others_far(seed):
     original = facts(textured(seed=seed))
     copy = facts(textured(seed=seed), "JPEG", quality=70)
-    shrunk = facts(np.asarray(Image.fromarray(textured(seed=seed)).resize((96, 72), Image.Resampling.LANCZOS)))
+    shrunk = facts(
+        np.asarray(Image.fromarray(textured(seed=seed)).resize((96, 72), Image.Resampling.LANCZOS))
+    )
     assert distance(original.phash, copy.phash) <= 3
     assert distance(original.phash, shrunk.phash) <= 3
     assert distance(original.phash, facts(textured(seed=seed + 100)).phash) > 10
@@ -578,7 +661,9 @@ def test_hashes_of_copies_are_near_and_of_others_far(seed):
 
 
 def test_the_hash_of_a_flat_picture_is_degenerate_and_steady():
-    assert {facts(np.full((40, 40, 3), value, np.uint8)).phash for value in (1, 90, 255)} == {1 << 63}
+    assert {facts(np.full((40, 40, 3), value, np.uint8)).phash for value in (1, 90, 255)} == {
+        1 << 63
+    }
 
 
 def test_files_are_read_only_when_they_are_files(tmp_path):

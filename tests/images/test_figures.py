@@ -1,4 +1,5 @@
-"""Charts show inline in Dagster, sheets stay small, and both are pictures that a browser can draw."""
+"""Charts show inline in Dagster, sheets stay small, and both are pictures that a browser can
+draw."""
 
 import base64
 import io
@@ -57,7 +58,9 @@ def test_histograms_show_inline_whatever_the_values(numbers):
         return
     texts = [node.text for node in svg_of(markdown) if node.tag.endswith("text")]
     # As numbers: of 0.0 and -0.0 either is the smallest.
-    assert [float(text) for text in texts] == [float(f"{end:.4g}") for end in (min(finite), max(finite))]
+    assert [float(text) for text in texts] == [
+        float(f"{end:.4g}") for end in (min(finite), max(finite))
+    ]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500))
@@ -72,21 +75,32 @@ def test_sparklines_stay_inside_their_frame(numbers):
 @pytest.mark.parametrize("count", [1, 3, 8, 16, 96])
 def test_a_contact_sheet_holds_all_pictures_within_its_limit(count):
     rng = np.random.default_rng(count)
-    pictures = [rng.integers(0, 256, (40 + 7 * n % 90, 130, 3), dtype=np.uint8) for n in range(count)]
-    markdown = figures.contact_sheet(pictures, [f"caption {n} that is far too long to fit" for n in range(count)])
+    pictures = [
+        rng.integers(0, 256, (40 + 7 * n % 90, 130, 3), dtype=np.uint8) for n in range(count)
+    ]
+    markdown = figures.contact_sheet(
+        pictures, [f"caption {n} that is far too long to fit" for n in range(count)]
+    )
     assert len(markdown) <= figures.MAX_SHEET
     image = Image.open(io.BytesIO(base64.b64decode(markdown.rstrip(")").partition(",")[2])))
     assert image.format == "JPEG"
     columns = min(count, 8)
-    assert image.width / image.height == pytest.approx((columns * 100 + 4) / (-(-count // 8) * 113 + 4), rel=0.02)
+    assert image.width / image.height == pytest.approx(
+        (columns * 100 + 4) / (-(-count // 8) * 113 + 4), rel=0.02
+    )
 
 
 def test_pictures_keep_their_shape_and_their_place():
     red, blue = (
-        np.full(shape, colour, np.uint8) for shape, colour in (((10, 40, 3), (255, 0, 0)), ((64, 16, 3), (0, 0, 255)))
+        np.full(shape, colour, np.uint8)
+        for shape, colour in (((10, 40, 3), (255, 0, 0)), ((64, 16, 3), (0, 0, 255)))
     )
     markdown = figures.contact_sheet([red, blue])
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(markdown.rstrip(")").partition(",")[2]))).convert("RGB"))
+    sheet = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(markdown.rstrip(")").partition(",")[2]))).convert(
+            "RGB"
+        )
+    )
     assert sheet.shape == (104, 204, 3)
     assert sheet[52, 52, 0] > 230
     assert sheet[52, 52, 2] < 30
@@ -107,6 +121,9 @@ def test_figures_and_sheets_leave_torch_alone():
 
 def test_shares_stand_in_pairs_with_their_percentages():
     svg = svg_of(figures.shares([("75", 0.5, 0.25), ("150", 0.5, 0.75)]))
-    assert [node.text for node in svg if node.tag.endswith("text")] == ["75: 50% of 25%", "150: 50% of 75%"]
+    assert [node.text for node in svg if node.tag.endswith("text")] == [
+        "75: 50% of 25%",
+        "150: 50% of 75%",
+    ]
     path = next(node for node in svg if node.tag.endswith("path")).get("d")
     assert [int(part.split("h")[0]) for part in path.split("v-")[1:]] == [40, 20, 40, 60]

@@ -1,4 +1,5 @@
-"""`foundry evaluate` and `compare` on scores made by hand: one bad checkpoint stops neither the others nor the user."""
+"""`foundry evaluate` and `compare` on scores made by hand: one bad checkpoint stops neither the
+others nor the user."""
 
 import contextlib
 
@@ -46,7 +47,9 @@ def world(tmp_path, monkeypatch):
 
 
 def kept(world):
-    return sorted(path.parent.name for path in (world.home / "runs").glob("*/checkpoints/*/WANTED.evaluation"))
+    return sorted(
+        path.parent.name for path in (world.home / "runs").glob("*/checkpoints/*/WANTED.evaluation")
+    )
 
 
 def test_what_is_to_be_drawn_is_kept_from_retention_until_it_is(world):
@@ -54,7 +57,9 @@ def test_what_is_to_be_drawn_is_kept_from_retention_until_it_is(world):
     assert comparison.evaluate(world.home, **QUIET) == [world.base, "run@1000", "run@2000"]
     assert world.drawn_with == [(world.base, both), ("run@1000", both), ("run@2000", both[1:])]
     assert kept(world) == []
-    assert champion.read(world.home) is not None, "a run that was killed before the champion is not left waiting"
+    assert champion.read(world.home) is not None, (
+        "a run that was killed before the champion is not left waiting"
+    )
     comparison.evaluate(world.home, **QUIET)
     assert (len(world.drawn_with), kept(world)) == (3, [])
 
@@ -92,7 +97,10 @@ def break_external(world, how):
     return key, f"{type(error).__name__}: {error}"
 
 
-FAILURES = ["missing", *((stage, RuntimeError("a size\nof tensors")) for stage in (DRAW, SCORE, JUDGE))]
+FAILURES = [
+    "missing",
+    *((stage, RuntimeError("a size\nof tensors")) for stage in (DRAW, SCORE, JUDGE)),
+]
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -110,7 +118,9 @@ def test_an_external_model_that_fails_does_not_stop_foundry_run(world, how):
     key, reason = break_external(world, how)
     failed = {}
     for stage in evaluate.STAGES:
-        (outcome,) = pipeline._run_body(None, world.store, [stage], None, None, lambda *told: None, failed)
+        (outcome,) = pipeline._run_body(
+            None, world.store, [stage], None, None, lambda *told: None, failed
+        )
         failed |= outcome.failed
         assert outcome.num_made == (3 if key in failed else 4)
         assert outcome.unfinished == []
@@ -121,7 +131,9 @@ def test_an_external_model_that_fails_does_not_stop_foundry_run(world, how):
 def test_a_checkpoint_that_fails_stops_foundry_run_as_ever(world):
     world.broken[DRAW, "run@1000"] = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
-        pipeline._run_body(None, world.store, [evaluate.STAGES[0]], None, None, lambda *told: None, {})
+        pipeline._run_body(
+            None, world.store, [evaluate.STAGES[0]], None, None, lambda *told: None, {}
+        )
 
 
 def test_status_of_a_workspace_whose_external_model_is_missing(world):
@@ -140,24 +152,32 @@ def test_why_there_is_no_verdict_is_printed_beside_the_verdicts(world, capsys):
     console.evaluated(world.store, comparison.evaluate(world.home, **QUIET))
     printed = capsys.readouterr().out
     assert "run@1000 against base." in printed
-    assert f"no verdict on run@2000 against {world.base}: 2 of 64 pictures of run@2000 have no scores" in printed
+    assert (
+        f"no verdict on run@2000 against {world.base}: 2 of 64 pictures of run@2000 have no scores"
+        in printed
+    )
     assert "not compared" not in printed
 
 
 def test_a_comparison_of_failed_pictures_is_refused_and_one_with_the_base_uses_its_verdict(world):
     world.failed["run@2000"] = 2
     with pytest.raises(
-        FailedPicturesError, match="no verdict on run@2000 against run@1000: 2 of 64 pictures of run@2000"
+        FailedPicturesError,
+        match="no verdict on run@2000 against run@1000: 2 of 64 pictures of run@2000",
     ):
         comparison.compare(world.home, "run@1000", "run", **QUIET)
     found = comparison.compare(world.home, "base", "run@1000", **QUIET)
     assert (found.a, found.b) == (world.base, "run@1000")
     assert found.verdicts["group"].unique().to_list() == ["all"]
     assert found.report.read_text() == "page"
-    assert [part for part in world.store.parts("verdicts") if part.endswith("~run@1000")] == ["base~run@1000"]
+    assert [part for part in world.store.parts("verdicts") if part.endswith("~run@1000")] == [
+        "base~run@1000"
+    ]
 
 
 def test_a_champion_that_is_gone_is_named(world):
-    champion.write(world.home, champion.Champion(checkpoint="run@1500", digest="d", verdict="base~run@1500"))
+    champion.write(
+        world.home, champion.Champion(checkpoint="run@1500", digest="d", verdict="base~run@1500")
+    )
     with pytest.raises(DataError, match="checkpoint run@1500 is not there"):
         comparison.resolve(world.store, "champion")

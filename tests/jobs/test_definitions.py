@@ -1,4 +1,5 @@
-"""The one Definitions: complete, described, ordered, light to import; and the layers import one way."""
+"""The one Definitions: complete, described, ordered, light to import; and the layers import one
+way."""
 
 import ast
 import importlib
@@ -48,7 +49,9 @@ def test_the_graph_changes_only_on_purpose(definitions):
         found.setdefault(graph.get(key).group_name, set()).add(key.to_user_string())
     assert found == GROUPS | FOLLOWED
     assert set(definitions.STAGES) == set().union(*GROUPS.values())
-    assert {key.to_user_string() for key in graph.external_asset_keys} == set().union(*FOLLOWED.values())
+    assert {key.to_user_string() for key in graph.external_asset_keys} == set().union(
+        *FOLLOWED.values()
+    )
 
 
 def test_every_asset_says_what_it_is_and_can_fail_a_check(definitions):
@@ -78,30 +81,39 @@ def test_stages_come_after_what_they_read(definitions):
 
 
 def test_every_setting_is_named_as_it_stands_in_foundry_toml(definitions):
-    """What a stage says it reads is where a person finds it: else the reasons for staleness send people astray."""
+    """What a stage says it reads is where a person finds it: else the reasons for staleness send
+    people astray."""
     from resources.workspace.staleness import setting_name
     from training import toml
     from training.config.workspace import EncodingConfig, PromptSetConfig, WorkspaceConfig
 
     config = WorkspaceConfig(
-        encodings={"sdxl": EncodingConfig()}, prompt_sets={"standard": PromptSetConfig(file="p.csv")}
+        encodings={"sdxl": EncodingConfig()},
+        prompt_sets={"standard": PromptSetConfig(file="p.csv")},
     )
     keys = {"encoding": "sdxl", "encoding_shard": "sdxl|s000000", "prompt_set": "standard"}
     written = toml.flatten(toml.dump(config))
     for stage in definitions.STAGES.values():
         key = keys.get(stage.scope.value, "all")
         section = stage.config(config, key)
-        for name, value in toml.flatten(section if isinstance(section, dict) else toml.dump(section)).items():
+        for name, value in toml.flatten(
+            section if isinstance(section, dict) else toml.dump(section)
+        ).items():
             if name == "sources":
                 continue  # their names alone
             table, _, last = setting_name(stage.settings_of(key), name).rpartition("] ")
-            assert written[".".join(filter(None, (table.removeprefix("["), last)))] == value, (stage.name, name)
+            assert written[".".join(filter(None, (table.removeprefix("["), last)))] == value, (
+                stage.name,
+                name,
+            )
 
 
 def test_importing_the_graph_leaves_the_heavy_libraries_out():
     heavy = "{'torch', 'diffusers', 'transformers', 'mlflow'}"
     code = f"import sys, jobs.definitions, jobs.cli.app; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -1,4 +1,5 @@
-"""What `foundry train --dry-run`, `cost --run` and `prompts` say of a small workspace, against its own tables."""
+"""What `foundry train --dry-run`, `cost --run` and `prompts` say of a small workspace, against its
+own tables."""
 
 import dataclasses
 import importlib.metadata
@@ -24,7 +25,14 @@ from resources import torchrun
 from resources.workspace.store import Store
 from training import commit
 from training.config import recipes
-from training.config.run import BatchConfig, ComputeConfig, LossConfig, OptimizerConfig, PromptConfig, RunConfig
+from training.config.run import (
+    BatchConfig,
+    ComputeConfig,
+    LossConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RunConfig,
+)
 from training.errors import ConfigError, DataError, ModelError, TrainingError
 from training.runs.run_folder import read_config, read_inputs, write_inputs
 from training.tables.schemas import TABLES
@@ -58,7 +66,9 @@ def workspace(tmp_path, tiny_sdxl, write_generation):
     put(store, "training_set", "tiny", rows)
     put(store, "tag_vocabulary", "all", pl.DataFrame(schema=TABLES["tag_vocabulary"].schema))
     for shard in SHARDS:
-        write_generation(tmp_path / "latents" / "tiny" / shard, 1, rows.filter(pl.col("shard") == shard))
+        write_generation(
+            tmp_path / "latents" / "tiny" / shard, 1, rows.filter(pl.col("shard") == shard)
+        )
     return store
 
 
@@ -109,7 +119,9 @@ def test_what_cannot_be_trained_is_told(workspace):
         estimates.dry_run(workspace, "new", half, dataclasses.replace(HARDWARE, gpu="V100"))
 
 
-def test_the_schedule_and_the_loss_are_refused_as_the_trainer_refuses_them(workspace, tiny_sdxl, tmp_path):
+def test_the_schedule_and_the_loss_are_refused_as_the_trainer_refuses_them(
+    workspace, tiny_sdxl, tmp_path
+):
     def refused(error, said, **changes):
         with pytest.raises(error, match=said):
             estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, **changes), HARDWARE)
@@ -117,18 +129,29 @@ def test_the_schedule_and_the_loss_are_refused_as_the_trainer_refuses_them(works
     plain = LossConfig(weighting="plain")
     # The base model predicts the noise, and the recipe leaves it at that.
     refused(
-        ConfigError, r"zero_terminal_snr=true, and the UNet is to predict the noise", zero_terminal_snr=True, loss=plain
+        ConfigError,
+        r"zero_terminal_snr=true, and the UNet is to predict the noise",
+        zero_terminal_snr=True,
+        loss=plain,
     )
     # A base model whose own schedule ends without signal.
     shutil.copytree(tiny_sdxl, tmp_path / "zero")
     path = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
-    schedule = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule = json.loads(path.read_text()) | {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    }
     path.write_text(json.dumps(schedule))
     toml = workspace.home / "foundry.toml"
     toml.write_text(toml.read_text().replace(str(tiny_sdxl), str(tmp_path / "zero")))
     workspace = Store(workspace.home)
     refused(TrainingError, r'loss.weighting="min_snr" on a noise schedule of zero terminal SNR')
-    refused(ConfigError, r"the base model's schedule has zero terminal SNR", prediction_type="epsilon", loss=plain)
+    refused(
+        ConfigError,
+        r"the base model's schedule has zero terminal SNR",
+        prediction_type="epsilon",
+        loss=plain,
+    )
     assert estimates.dry_run(workspace, "new", dataclasses.replace(CONFIG, loss=plain), HARDWARE)
 
 
@@ -153,7 +176,9 @@ def test_an_optimizer_that_cannot_be_had_is_told(workspace, monkeypatch):
 
 def test_prodigy_is_not_shared_among_ranks(workspace):
     prodigy = dataclasses.replace(
-        CONFIG, optimizer=OptimizerConfig(name="prodigy", learning_rate=1), compute=ComputeConfig(shard_optimizer=True)
+        CONFIG,
+        optimizer=OptimizerConfig(name="prodigy", learning_rate=1),
+        compute=ComputeConfig(shard_optimizer=True),
     )
     assert estimates.dry_run(workspace, "new", prodigy, dataclasses.replace(HARDWARE, num_gpus=1))
     with pytest.raises(ConfigError, match="prodigy estimates one rate"):
@@ -169,8 +194,12 @@ def test_before_there_is_a_set_the_plan_stands_in(workspace):
 
 def test_time_and_money_follow_cards_and_price(workspace):
     def figures(**changes):
-        line = estimates.dry_run(workspace, "new", long, dataclasses.replace(HARDWARE, **changes))[-1]
-        return [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.\d\d", line)], line
+        line = estimates.dry_run(workspace, "new", long, dataclasses.replace(HARDWARE, **changes))[
+            -1
+        ]
+        return [
+            float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.\d\d", line)
+        ], line
 
     long = dataclasses.replace(CONFIG, num_samples=10**12)
     (one, hours, dollars), line = figures(num_gpus=1)
@@ -194,27 +223,40 @@ def test_what_is_left_to_the_device_is_told_and_a_started_run_keeps_its_own(work
     folder.mkdir(parents=True)
     values = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
     commit.write_json(folder / "resolved.json", {"format": 1, "device": "cpu", "values": values})
-    assert line("H200").startswith('auto, recorded: precision = "fp32", compute.channels_last = false')
+    assert line("H200").startswith(
+        'auto, recorded: precision = "fp32", compute.channels_last = false'
+    )
 
 
 def test_the_largest_micro_batch_is_told(workspace):
     text = "\n".join(estimates.dry_run(workspace, "new", CONFIG, HARDWARE))
-    found = re.search(r"largest micro-batch of (32x48|48x32) with \d x 77 tokens, without .*: (\d+) on one H200", text)
+    found = re.search(
+        r"largest micro-batch of (32x48|48x32) with \d x 77 tokens, without .*: (\d+) on one H200",
+        text,
+    )
     assert int(found[2]) > 10_000
     assert "a micro-batch of 16 takes" not in text
 
 
 def test_a_model_too_large_for_the_card_is_told(workspace):
-    large = dataclasses.replace(CONFIG, batch=BatchConfig(global_batch_size=10**9, micro_batch_size=10**8))
+    large = dataclasses.replace(
+        CONFIG, batch=BatchConfig(global_batch_size=10**9, micro_batch_size=10**8)
+    )
     text = "\n".join(estimates.dry_run(workspace, "new", large, HARDWARE))
     assert "memory: more than the 151 GB of one H200" in text
 
 
 def test_a_block_that_the_model_does_not_have_is_told_before_weights_are_loaded(workspace):
-    wrong = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("down_blocks.7",)))
-    with pytest.raises(ConfigError, match=r"no block 'down_blocks\.7'; there are down_blocks, down_blocks\.0, "):
+    wrong = dataclasses.replace(
+        CONFIG, compute=ComputeConfig(gradient_checkpointing=("down_blocks.7",))
+    )
+    with pytest.raises(
+        ConfigError, match=r"no block 'down_blocks\.7'; there are down_blocks, down_blocks\.0, "
+    ):
         estimates.dry_run(workspace, "new", wrong, HARDWARE)
-    right = dataclasses.replace(CONFIG, compute=ComputeConfig(gradient_checkpointing=("up_blocks.0", "text_encoders")))
+    right = dataclasses.replace(
+        CONFIG, compute=ComputeConfig(gradient_checkpointing=("up_blocks.0", "text_encoders"))
+    )
     assert estimates.dry_run(workspace, "new", right, HARDWARE)
 
 
@@ -227,15 +269,22 @@ def test_the_bill_of_a_workspace_reads_its_tables(workspace):
     schema = TABLES["raw_images"].schema
     ids = training_rows(22, 5)["image_id"]
     raw = pl.DataFrame(
-        {"image_id": ids, "source_id": ids, "bytes": [1000] * 27}, schema_overrides={"bytes": schema["bytes"]}
+        {"image_id": ids, "source_id": ids, "bytes": [1000] * 27},
+        schema_overrides={"bytes": schema["bytes"]},
     )
-    missing = [pl.lit(None, dtype=kind).alias(name) for name, kind in schema.items() if name not in raw.columns]
+    missing = [
+        pl.lit(None, dtype=kind).alias(name)
+        for name, kind in schema.items()
+        if name not in raw.columns
+    ]
     put(workspace, "raw_images", SHARDS[0], raw.with_columns(missing).select(list(schema)))
     work, stored, advice = estimates.workspace_work(workspace, "one")
     assert (work.num_images, work.num_samples, work.num_generated) == (27, 48, 0)
     assert work.training_tflop > 0
     assert stored["raw"] == 27_000
-    latents = sum(path.stat().st_size for path in (workspace.home / "latents").rglob("*.safetensors"))
+    latents = sum(
+        path.stat().st_size for path in (workspace.home / "latents").rglob("*.safetensors")
+    )
     assert stored["latents"] == latents
     assert "2.2 per image and 7 steps" in advice[0]
     result = CliRunner().invoke(app, ["cost", "--home", str(workspace.home), "--run", "one"])
@@ -256,7 +305,9 @@ def foundry(workspace, monkeypatch, capsys):
     """`foundry("train", ...)` on the workspace: status, standard output and standard error."""
 
     def call(command, *arguments):
-        monkeypatch.setattr(sys, "argv", ["foundry", command, "--home", str(workspace.home), *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["foundry", command, "--home", str(workspace.home), *arguments]
+        )
         status = 0
         try:
             cli.main()
@@ -267,8 +318,12 @@ def foundry(workspace, monkeypatch, capsys):
     return call
 
 
-def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(workspace, foundry, monkeypatch):
-    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("a dry run started something"))
+def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(
+    workspace, foundry, monkeypatch
+):
+    monkeypatch.setattr(
+        pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("a dry run started something")
+    )
     status, _, errors = foundry("train", "--run", "one", "--dry-run")
     assert (status, "run 'one' has no configuration" in errors) == (2, True)
     configure(workspace, num_samples=64, num_processes=4)
@@ -280,8 +335,14 @@ def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(wor
     assert " on 4 x H200" in out, "cards are the run's own unless others are named"
     assert " on 2 x H200" in foundry("train", "--run", "one", "--dry-run", "--gpus", "2")[1]
     status, out, _ = foundry("train", "--run", "one", "--dry-run", "--world-size", "8")
-    assert "network: each of 8 ranks sends and receives 0.00 GB a step (gradients 0.00 GB, all-reduced)" in out
-    assert re.search(r"network: \S+ s at 10 Gbit/s, \S+ s at 100 Gbit/s, \S+ s at 400 Gbit/s per rank, beside", out)
+    assert (
+        "network: each of 8 ranks sends and receives 0.00 GB a step (gradients 0.00 GB, all-reduced)"
+        in out
+    )
+    assert re.search(
+        r"network: \S+ s at 10 Gbit/s, \S+ s at 100 Gbit/s, \S+ s at 400 Gbit/s per rank, beside",
+        out,
+    )
     assert "fewer than 8 ranks" in out
     assert files(workspace) == before
 
@@ -298,29 +359,41 @@ def test_a_dry_run_without_a_recipe_reads_the_runs_config_and_trains_nothing(wor
         (["--gpus", "-3", "--dry-run"], "--world-size -3 must be at least 1"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(workspace, foundry, monkeypatch, arguments, said):
-    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started"))
+def test_options_that_would_do_nothing_are_refused(
+    workspace, foundry, monkeypatch, arguments, said
+):
+    monkeypatch.setattr(
+        pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started")
+    )
     configure(workspace)
     status, _, errors = foundry("train", "--run", "one", *arguments)
     assert status == 2
     assert said in errors
 
 
-@pytest.mark.parametrize(("file", "told"), [("events.jsonl", "started"), ("bundled.json", "bundled")])
+@pytest.mark.parametrize(
+    ("file", "told"), [("events.jsonl", "started"), ("bundled.json", "bundled")]
+)
 @pytest.mark.parametrize("dry", [True, False])
 def test_other_values_are_refused_for_a_run_that_began_here_or_in_its_bundle(
     workspace, foundry, monkeypatch, file, told, dry
 ):
-    monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr(
+        pipeline, "bring_up_to_date", lambda *_, **__: pytest.fail("something was started")
+    )
     folder = configure(workspace)
     (folder / file).write_text('{"event_bytes": 0}' if told == "bundled" else "")
-    status, _, errors = foundry("train", "--run", "one", *["--dry-run"][: int(dry)], "--recipe", "demo")
+    status, _, errors = foundry(
+        "train", "--run", "one", *["--dry-run"][: int(dry)], "--recipe", "demo"
+    )
     assert status == 2
     assert f"run 'one' was {told} with other values (" in errors
     assert "num_samples: 48 -> " in errors
 
 
-def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_was_frozen_with(workspace, foundry):
+def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_was_frozen_with(
+    workspace, foundry
+):
     def prompts(count):
         status, out, errors = foundry("prompts", "--run", "one", "--n", str(count))
         assert status == 0, errors
@@ -329,7 +402,9 @@ def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_wa
     def statistics():
         return prompt_statistics.STAGE.others(workspace, "one")
 
-    configure(workspace, prompts=PromptConfig(mean_tags=0, empty_prob=0, alias_prob=1, score_tags=False))
+    configure(
+        workspace, prompts=PromptConfig(mean_tags=0, empty_prob=0, alias_prob=1, score_tags=False)
+    )
     rows = training_rows(22, 5)
     train = rows.filter(pl.col("split") == "train").sort("image_id")
     wanted = [sorted(tag["name"] for tag in tags) for tags in train["tags"]]
@@ -337,24 +412,33 @@ def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_wa
     lines, read = prompts(50)
     assert [sorted(re.findall(r"tag[_ ].", line.replace(" ", "_"))) for line in lines] == wanted
     assert read == "epoch 0 of current training set tiny: 22 of 22 images that train"
-    assert prompts(3) == (lines[:3], "epoch 0 of current training set tiny: 3 of 22 images that train")
+    assert prompts(3) == (
+        lines[:3],
+        "epoch 0 of current training set tiny: 3 of 22 images that train",
+    )
 
     made_before = statistics()
     folder = workspace.run_folder("one")
     checkpoints.prepare(workspace, "one", read_config(folder))
-    write_inputs(folder, dataclasses.replace(read_inputs(folder), vae_digest=""))  # latents of no VAE
+    write_inputs(
+        folder, dataclasses.replace(read_inputs(folder), vae_digest="")
+    )  # latents of no VAE
     assert statistics() == made_before, "its start alone is no reason to count again"
     # Then the tables go on without the run: one image trains, and its tags have other names.
     put(workspace, "training_set", "tiny", train.head(1))
     vocabulary = [
-        {"tag": f"tag_{letter}", "category": "general", "aliases": ["another"]} for letter in "abcdefghijklmnop"
+        {"tag": f"tag_{letter}", "category": "general", "aliases": ["another"]}
+        for letter in "abcdefghijklmnop"
     ]
     schema = TABLES["tag_vocabulary"].schema
     frame = pl.DataFrame([{**dict.fromkeys(schema), **row} for row in vocabulary], schema=schema)
     put(workspace, "tag_vocabulary", "all", frame)
     assert statistics() == made_before
     fingerprint = read_inputs(folder).fingerprint[:16]
-    assert prompts(50) == (lines, f"epoch 0 of set {fingerprint} of the run: 22 of 22 images that train")
+    assert prompts(50) == (
+        lines,
+        f"epoch 0 of set {fingerprint} of the run: 22 of 22 images that train",
+    )
     assert estimates.count_epoch(workspace, "one", CONFIG).num_held_out == 5
     assert len(estimates.count_epoch(workspace, "new", CONFIG).buckets) == 1
 
@@ -371,10 +455,14 @@ def test_prompts_tell_sizes_and_crops_as_the_trainer_does(workspace, foundry, wr
 
     def expected(left, mirrored=""):
         sizes = train.select("height", "width", "bucket_height", "bucket_width").iter_rows()
-        return [f"    {h}x{w} px, 0 cut off above and {left} on the left, {b}x{c}{mirrored}" for h, w, b, c in sizes]
+        return [
+            f"    {h}x{w} px, 0 cut off above and {left} on the left, {b}x{c}{mirrored}"
+            for h, w, b, c in sizes
+        ]
 
     assert told() == expected(1)
-    # Generation 2 cuts two columns off on the left of pictures eight wider than their bucket: six on the right.
+    # Generation 2 cuts two columns off on the left of pictures eight wider than their bucket: six
+    # on the right.
     for shard in SHARDS:
         own = rows.filter(pl.col("shard") == shard)
         write_generation(workspace.home / "latents" / "tiny" / shard, 2, own, flip=True)
@@ -394,12 +482,17 @@ def test_prompts_tell_sizes_and_crops_as_the_trainer_does(workspace, foundry, wr
 
 def test_prompt_statistics_count_images_that_train(workspace):
     configure(workspace)
-    shutil.rmtree(workspace.home / "latents")  # which they do not read, and whose tables are not those of the stage
+    shutil.rmtree(
+        workspace.home / "latents"
+    )  # which they do not read, and whose tables are not those of the stage
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("runs", ["one"])
         resources = {"store": workspace}
         assert dg.materialize(
-            [prompt_statistics.prompt_statistics], partition_key="one", instance=instance, resources=resources
+            [prompt_statistics.prompt_statistics],
+            partition_key="one",
+            instance=instance,
+            resources=resources,
         ).success
     numbers = workspace.manifest("prompt_statistics", "one").report["numbers"]
     assert (numbers["prompts"], numbers["images that train"]) == (22, 22)

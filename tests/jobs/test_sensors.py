@@ -1,4 +1,5 @@
-"""The sensor on checkpoints: the base first, each a bounded number of times, and no one holds up the others."""
+"""The sensor on checkpoints: the base first, each a bounded number of times, and no one holds up
+the others."""
 
 import json
 
@@ -48,7 +49,9 @@ def start(instance, asked, status):
 
 
 def marks(world):
-    return sorted(path.parent.name for path in (world.home / "runs").glob("*/checkpoints/*/WANTED.evaluation"))
+    return sorted(
+        path.parent.name for path in (world.home / "runs").glob("*/checkpoints/*/WANTED.evaluation")
+    )
 
 
 def test_the_base_comes_first_and_the_others_are_kept_meanwhile(world, instance):
@@ -56,7 +59,9 @@ def test_the_base_comes_first_and_the_others_are_kept_meanwhile(world, instance)
     assert marks(world) == ["samples_000001000", "samples_000002000"]
     world.draw(world.base)
     world.score(world.base, world.values())
-    assert list(tick(world, instance)) == [world.base]  # its own part of the verdicts is still to come
+    assert list(tick(world, instance)) == [
+        world.base
+    ]  # its own part of the verdicts is still to come
     world.judge(world.base)
     assert list(tick(world, instance)) == ["run@1000", "run@2000"]
     world.evaluate("run@1000")
@@ -74,7 +79,9 @@ def test_scores_without_a_verdict_are_not_done(world, instance):
     assert list(tick(world, instance)) == ["run@2000"]
 
 
-def test_a_failure_is_tried_again_a_bounded_number_of_times_and_anew_after_a_change(world, instance):
+def test_a_failure_is_tried_again_a_bounded_number_of_times_and_anew_after_a_change(
+    world, instance
+):
     world.evaluate(world.base)
     world.evaluate("run@2000")
     seen = set()
@@ -120,10 +127,14 @@ def test_a_foundry_toml_that_cannot_be_read_is_what_the_checks_say(world, instan
     shown = {}
     for name, text in (("broken", whole + "\n[selection]\nmin_scor = 3\n"), ("mended", whole)):
         path.write_text(text)
-        with dg.build_sensor_context(instance=instance, resources={"store": Store(world.home)}) as context:
+        with dg.build_sensor_context(
+            instance=instance, resources={"store": Store(world.home)}
+        ) as context:
             assert isinstance(staleness(context), dg.SkipReason)
         key = dg.AssetCheckKey(dg.AssetKey("bucket_assignments"), CHECK)
-        found = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key].evaluation
+        found = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[
+            key
+        ].evaluation
         shown[name] = (found.passed, found.description)
     passed, description = shown["broken"]
     assert not passed
@@ -137,7 +148,9 @@ def test_a_check_is_shown_again_after_a_materialization_without_it(world, instan
     key = dg.AssetCheckKey(dg.AssetKey("quality_pairs"), CHECK)
 
     def shown():
-        with dg.build_sensor_context(instance=instance, resources={"store": Store(world.home)}) as context:
+        with dg.build_sensor_context(
+            instance=instance, resources={"store": Store(world.home)}
+        ) as context:
             said = staleness(context).skip_message
         record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
         return said, record.id

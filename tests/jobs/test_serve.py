@@ -1,4 +1,5 @@
-"""`foundry up`, driven as a process: two workspaces served side by side, attacked, interrupted and killed."""
+"""`foundry up`, driven as a process: two workspaces served side by side, attacked, interrupted and
+killed."""
 
 import contextlib
 import json
@@ -84,7 +85,11 @@ def test_pages_load_and_a_run_starts_from_our_own_page(both):
     for page in (up.dagster, up.mlflow):
         answer = httpx.get(page, headers={"Sec-Fetch-Site": "none", "Sec-Fetch-Dest": "document"})
         assert (answer.status_code, "<html" in answer.text) == (200, True)
-    with connect(f"{up.dagster.replace('http', 'ws')}/graphql", subprotocols=["graphql-ws"], origin=up.dagster) as ours:
+    with connect(
+        f"{up.dagster.replace('http', 'ws')}/graphql",
+        subprotocols=["graphql-ws"],
+        origin=up.dagster,
+    ) as ours:
         ours.send(json.dumps({"type": "connection_init"}))
         assert json.loads(ours.recv(timeout=20)) == {"type": "connection_ack"}
     up.wait_for(up.launch("quick_job"), dg.DagsterRunStatus.SUCCESS)
@@ -109,15 +114,35 @@ def test_a_foreign_page_starts_no_run(both):
         httpx.post(query),
         httpx.post(f"{up.dagster}/graphql", **text),
         httpx.post(f"{up.dagster}/report_asset_materialization/quick", headers=EVIL),
-        httpx.post(f"{up.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "evil"}, headers=EVIL),
+        httpx.post(
+            f"{up.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "evil"}, headers=EVIL
+        ),
         httpx.get(f"{up.mlflow}/", headers={"Host": f"evil.test:{up.mlflow.rpartition(':')[2]}"}),
     ]
-    assert [answer.status_code for answer in attempts] == [403, 403, 403, 403, 405, 403, 405, 405, 403, 403, 403]
+    assert [answer.status_code for answer in attempts] == [
+        403,
+        403,
+        403,
+        403,
+        405,
+        403,
+        405,
+        405,
+        403,
+        403,
+        403,
+    ]
     with pytest.raises(InvalidStatus):
-        connect(f"{up.dagster.replace('http', 'ws')}/graphql", subprotocols=["graphql-ws"], origin="http://evil.test")
+        connect(
+            f"{up.dagster.replace('http', 'ws')}/graphql",
+            subprotocols=["graphql-ws"],
+            origin="http://evil.test",
+        )
     assert up.runs() == before
     with instance(up.home) as opened:
-        assert len(opened.fetch_materializations(dg.AssetKey("quick"), limit=10).records) == len(before)
+        assert len(opened.fetch_materializations(dg.AssetKey("quick"), limit=10).records) == len(
+            before
+        )
 
 
 def test_two_workspaces_share_nothing(both):
@@ -125,21 +150,29 @@ def test_two_workspaces_share_nothing(both):
     run_id = one.launch("quick_job")
     one.wait_for(run_id, dg.DagsterRunStatus.SUCCESS)
     assert run_id not in two.runs()
-    created = httpx.post(f"{one.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "only-in-one"}).json()
+    created = httpx.post(
+        f"{one.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "only-in-one"}
+    ).json()
     for up, expected in ((one, 200), (two, 404)):
-        found = httpx.get(f"{up.mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=only-in-one")
+        found = httpx.get(
+            f"{up.mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=only-in-one"
+        )
         assert found.status_code == expected
         names = ["dagster", "locks", "mlartifacts", "mlflow.db", "workspace.json"]
         assert sorted(path.name for path in up.home.iterdir()) == names
     run = {"experiment_id": created["experiment_id"], "start_time": 0}
     made = httpx.post(f"{one.mlflow}/api/2.0/mlflow/runs/create", json=run).json()["run"]["info"]
     path = f"{made['artifact_uri'].removeprefix('mlflow-artifacts:/')}/a.txt"
-    httpx.put(f"{one.mlflow}/api/2.0/mlflow-artifacts/artifacts/{path}", content=b"hello").raise_for_status()
+    httpx.put(
+        f"{one.mlflow}/api/2.0/mlflow-artifacts/artifacts/{path}", content=b"hello"
+    ).raise_for_status()
     assert (one.home / "mlartifacts" / path).read_bytes() == b"hello"
 
 
 def test_a_second_up_is_refused_and_names_the_first(both):
-    with pytest.raises(LockedError, match=rf"`foundry up` on .*one.* is held by pid {both[0].process.pid} "):
+    with pytest.raises(
+        LockedError, match=rf"`foundry up` on .*one.* is held by pid {both[0].process.pid} "
+    ):
         serve(both[0].home)
 
 
@@ -150,9 +183,13 @@ def test_a_port_in_use_is_named_with_what_to_do(tmp_path):
         other.listen()
         taken = other.getsockname()[1]
         free = free_ports(1)[0]
-        with pytest.raises(ConfigError, match=rf"port {taken} for Dagster .*`foundry up --port PORT`"):
+        with pytest.raises(
+            ConfigError, match=rf"port {taken} for Dagster .*`foundry up --port PORT`"
+        ):
             serve(tmp_path, dagster_port=taken, mlflow_port=free)
-        with pytest.raises(ConfigError, match=rf"port {taken} for MLflow .*`foundry up --mlflow-port PORT`"):
+        with pytest.raises(
+            ConfigError, match=rf"port {taken} for MLflow .*`foundry up --mlflow-port PORT`"
+        ):
             serve(tmp_path, dagster_port=free, mlflow_port=taken)
     with pytest.raises(ConfigError, match="port 70000 for Dagster"):
         serve(tmp_path, dagster_port=70000, mlflow_port=free)

@@ -1,4 +1,5 @@
-"""A run that was started from Dagster's page: `foundry up` dies and comes again, and the trainer does not notice."""
+"""A run that was started from Dagster's page: `foundry up` dies and comes again, and the trainer
+does not notice."""
 
 import contextlib
 import itertools
@@ -28,7 +29,9 @@ def ask(up, query, **variables):
     """A mutation as our own page sends it."""
     headers = {"Origin": up.dagster, "Sec-Fetch-Site": "same-origin"}
     body = {"query": query, "variables": variables}
-    return httpx.post(f"{up.dagster}/graphql", json=body, headers=headers, timeout=60).json()["data"]
+    return httpx.post(f"{up.dagster}/graphql", json=body, headers=headers, timeout=60).json()[
+        "data"
+    ]
 
 
 def launch(up):
@@ -38,13 +41,22 @@ def launch(up):
         "assetSelection": [{"path": ["checkpoints"]}],
     }  # fmt: skip
     tags = {"tags": [{"key": "dagster/partition", "value": "demo"}]}
-    params = {"selector": selector, "mode": "default", "runConfigData": {}, "executionMetadata": tags}
+    params = {
+        "selector": selector,
+        "mode": "default",
+        "runConfigData": {},
+        "executionMetadata": tags,
+    }
     return ask(up, LAUNCH, params=params)["launchPipelineExecution"]["run"]["runId"]
 
 
 def serve(home):
     up = start_up(home, Path(__file__).parents[2])
-    assert [up.process.stdout.readline().split()[0] for _ in range(3)] == ["Dagster", "MLflow", "Ctrl-C"]
+    assert [up.process.stdout.readline().split()[0] for _ in range(3)] == [
+        "Dagster",
+        "MLflow",
+        "Ctrl-C",
+    ]
     return up
 
 
@@ -55,16 +67,21 @@ def pid_of(up, child):
 
 
 def followers(up, first):
-    """Runs after the first one that have attached to the trainer: they repeat the lines of its log."""
+    """Runs after the first one that have attached to the trainer: they repeat the lines of its
+    log."""
     with instance(up.home) as opened:
         later = [run.run_id for run in opened.get_runs() if run.run_id != first]
         return [
-            run_id for run_id in later if any("event=started" in one.user_message for one in opened.all_logs(run_id))
+            run_id
+            for run_id in later
+            if any("event=started" in one.user_message for one in opened.all_logs(run_id))
         ]
 
 
 def steps(folder):
-    return [event["samples_seen"] for event in read_events(folder / EVENTS) if event["event"] == "step"]
+    return [
+        event["samples_seen"] for event in read_events(folder / EVENTS) if event["event"] == "step"
+    ]
 
 
 @pytest.mark.slow
@@ -104,7 +121,9 @@ def test_the_trainer_does_not_notice_that_ui_and_daemon_die_and_come_again(tmp_p
                 os.kill(pid, signal.SIGKILL)
         up.process.communicate()
     events = read_events(folder / EVENTS)
-    assert [event["event"] for event in events if event["event"] in ("started", "resumed")] == ["started"]
+    assert [event["event"] for event in events if event["event"] in ("started", "resumed")] == [
+        "started"
+    ]
     assert events[-1]["event"] == "stopped"
     # 22 images an epoch by steps of up to 8: none was left out or done twice.
     sizes = [after - before for before, after in itertools.pairwise([0, *steps(folder)])]

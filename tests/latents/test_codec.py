@@ -35,8 +35,14 @@ def test_exponents_of_latents_shrink_to_a_third():
     [
         (b"", "row 1 of the batch has no whole zstd frame"),
         (b"zstd?", "row 1 of the batch has no whole zstd frame"),
-        (encode(np.zeros(5, dtype=np.uint16))[1][:-2], "row 1 of the batch has no whole zstd frame"),
-        (encode(np.zeros(4, dtype=np.uint16))[1], "row 1 of the batch holds 4 exponents for 5 values"),
+        (
+            encode(np.zeros(5, dtype=np.uint16))[1][:-2],
+            "row 1 of the batch has no whole zstd frame",
+        ),
+        (
+            encode(np.zeros(4, dtype=np.uint16))[1],
+            "row 1 of the batch holds 4 exponents for 5 values",
+        ),
         (encode(np.zeros(50, dtype=np.uint16))[1], "row 1 of the batch"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A shard is encoded whole or starts again smaller; what is encoded already is copied; what cannot be is a row."""
+"""A shard is encoded whole or starts again smaller; what is encoded already is copied; what cannot
+be is a row."""
 
 import hashlib
 
@@ -52,10 +53,13 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def encode(tmp_path, vae):
-    """`encode(pictures, generation, changes, previous=...)`: one committed generation in `tmp_path`."""
+    """`encode(pictures, generation, changes, previous=...)`: one committed generation in
+    `tmp_path`."""
 
     def run(pictures, number, load=lambda: vae, previous=None, older=(), **changes):
-        encoding = EncodingConfig(buckets=BucketConfig(scale=8), **{"batch_size": 3, "max_file_bytes": 4096, **changes})
+        encoding = EncodingConfig(
+            buckets=BucketConfig(scale=8), **{"batch_size": 3, "max_file_bytes": 4096, **changes}
+        )
         shard = encode_shard(
             pictures,
             EncodeJob(
@@ -66,7 +70,12 @@ def encode(tmp_path, vae):
         frame = TABLES["latents"].conform(shard.frame)
         entry = commit.write_parquet(tmp_path, f"g{number:04d}", frame)
         manifest = commit.Manifest(
-            table="latents", part="s", version=1, files=(entry, *shard.files), rows=frame.height, digest=f"{number}"
+            table="latents",
+            part="s",
+            version=1,
+            files=(entry, *shard.files),
+            rows=frame.height,
+            digest=f"{number}",
         )
         commit.commit_manifest(tmp_path / f"g{number:04d}.json", manifest)
         return shard, read_generation(tmp_path, number)
@@ -78,7 +87,8 @@ def values(generation):
     """image_id -> bits of latents and log-variance."""
     files = generation.open_files()
     return {
-        row["image_id"]: files[row["file"]].gather([row["row"]]) for row in generation.table().iter_rows(named=True)
+        row["image_id"]: files[row["file"]].gather([row["row"]])
+        for row in generation.table().iter_rows(named=True)
     }
 
 
@@ -98,15 +108,21 @@ def test_every_picture_is_encoded_as_it_was_placed_or_rejected(pictures, encode,
         pixels = np.asarray(Image.open(picture.path))
         (expected,) = vae([crops.apply(pixels, placement)], with_log_variance=True)
         mean, spread = bits[picture.image_id]
-        np.testing.assert_allclose(from_bfloat16(mean[0]), expected.latents, rtol=1 / 128, atol=1e-5)
-        np.testing.assert_allclose(from_bfloat16(spread[0]), expected.log_variance, rtol=1 / 128, atol=1e-3)
+        np.testing.assert_allclose(
+            from_bfloat16(mean[0]), expected.latents, rtol=1 / 128, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            from_bfloat16(spread[0]), expected.log_variance, rtol=1 / 128, atol=1e-3
+        )
         assert row["encoded_in"] == 1
     assert (shard.batch_size, shard.precision, shard.num_copied) == (3, "fp32", 0)
     smallest = set(sorted(picture.image_id for picture in pictures)[:6]) - {pictures[3].image_id}
     assert {item.image_id for item in shard.shown} == smallest
     # Those on the validation and stable lists lie in files of their own.
     measured = {table[pictures[number].image_id]["file"] for number in (0, 8)}
-    assert measured.isdisjoint(table[pictures[number].image_id]["file"] for number in (1, 2, 4, 5, 6, 7))
+    assert measured.isdisjoint(
+        table[pictures[number].image_id]["file"] for number in (1, 2, 4, 5, 6, 7)
+    )
     for entry in shard.files:
         assert LatentFile(generation.folder, entry).metadata["scaling_factor"] == "0.13025"
 
@@ -139,7 +155,9 @@ def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode
     small = Small()
     shard, generation = encode(pictures, 1, load=lambda: small, batch_size=4)
     assert shard.batch_size == 2
-    assert small.freed == 2, "before the second attempt, and after it for whoever gets the card next"
+    assert small.freed == 2, (
+        "before the second attempt, and after it for whoever gets the card next"
+    )
     assert max(small.calls[1:]) == 2
     assert len(shard.rejected) == 1, "the first attempt's rejections are not counted again"
     again = encode(pictures, 1, batch_size=2)[1]
@@ -192,9 +210,20 @@ def test_what_is_encoded_already_is_copied_bit_for_bit_and_only_the_rest_encoded
     shard, second = encode(pictures, 2, previous=first)
     assert shard.num_copied == 4
     before, after = values(first), values(second)
-    assert all((a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True))
+    assert all(
+        (a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True)
+    )
     born = dict(second.table().select("image_id", "encoded_in").iter_rows())
-    assert [born[picture.image_id] for picture in pictures if picture.image_id in born] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert [born[picture.image_id] for picture in pictures if picture.image_id in born] == [
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+    ]
 
     # Nothing new: no VAE is loaded, and rows that are no longer wanted are gone.
     def never():
@@ -217,9 +246,12 @@ def test_a_picture_that_was_missing_from_a_generation_is_copied_from_an_older_on
     assert shard.num_copied == len(wanted)
     before, after = values(first), values(third)
     assert before.keys() == after.keys()
-    assert all((a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True))
+    assert all(
+        (a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True)
+    )
 
-    # A damaged older generation costs its pictures' encoding; a newer one wins where both have a picture.
+    # A damaged older generation costs its pictures' encoding; a newer one wins where both have a
+    # picture.
     for entry in first.manifest.files:
         (first.folder / entry.name).write_bytes(b"")
     shard, fourth = encode(wanted, 4, previous=second, older=(first,))
@@ -245,7 +277,8 @@ def test_a_picture_whose_placement_changed_is_encoded_anew(pictures, encode, num
     _, first = encode(pictures, 1)
     changed = replace(pictures[number], **change)
     if "original" in change:
-        # The same id under another size: only a faulty source could bring it, and it must not be taken for the old.
+        # The same id under another size: only a faulty source could bring it, and it must not be
+        # taken for the old.
         with pytest.raises(DataError, match="placement was made for 49x88"):
             encode([changed], 2, previous=first)
         return
@@ -260,9 +293,9 @@ def test_latents_without_log_variance_are_copied_to_files_of_their_own(pictures,
     shard, second = encode(pictures, 2, previous=first)
     assert shard.num_copied == 3
     spreads = {image_id: spread is None for image_id, (_, spread) in values(second).items()}
-    assert [spreads[picture.image_id] for picture in pictures if picture.image_id in spreads] == [True] * 3 + [
-        False
-    ] * 5
+    assert [spreads[picture.image_id] for picture in pictures if picture.image_id in spreads] == [
+        True
+    ] * 3 + [False] * 5
 
 
 def test_only_what_decides_a_row_makes_another_policy():
@@ -275,7 +308,9 @@ def test_only_what_decides_a_row_makes_another_policy():
         assert same_policy(base, toml.dump(EncodingConfig(**change))) is same, change
 
 
-def test_bf16_is_refused_before_anything_is_written_where_it_costs_quality(pictures, encode, tiny_sdxl, tmp_path):
+def test_bf16_is_refused_before_anything_is_written_where_it_costs_quality(
+    pictures, encode, tiny_sdxl, tmp_path
+):
     poor = Vae.load(tiny_sdxl / "vae", "cpu", precision="bf16")
     asked = []
 
@@ -312,7 +347,9 @@ def test_of_the_shown_pictures_two_have_a_watermark_where_there_are_such(picture
     ids = sorted(picture.image_id for picture in pictures if picture is not pictures[3])
     last = set(ids[-3:])
     marked = [
-        replace(picture, watermarks=((Box(0, 0, 9, 9), 1.0),)) if picture.image_id in last else picture
+        replace(picture, watermarks=((Box(0, 0, 9, 9), 1.0),))
+        if picture.image_id in last
+        else picture
         for picture in pictures[:3] + pictures[4:]
     ]
     shown = {item.image_id for item in encode(marked, 1)[0].shown}

@@ -1,4 +1,5 @@
-"""Files of other trainers, written here byte by byte as their tools write them, and what does not fit an image."""
+"""Files of other trainers, written here byte by byte as their tools write them, and what does not
+fit an image."""
 
 import gzip
 import io
@@ -37,7 +38,9 @@ def test_a_kohya_file_has_width_first_and_unscaled_values(tmp_path):
         np.testing.assert_allclose(archive["latents"] * FACTOR, LATENTS, rtol=1e-6)
     foreign = read_kohya(path, FACTOR)
     assert foreign.original == Size(300, 500)
-    assert (foreign.crop_top, foreign.crop_left) == (None, None), "its crop_ltrb is of no use (sd-scripts issue 1443)"
+    assert (foreign.crop_top, foreign.crop_left) == (None, None), (
+        "its crop_ltrb is of no use (sd-scripts issue 1443)"
+    )
     np.testing.assert_allclose(foreign.latents, LATENTS, rtol=1e-6)
 
 
@@ -85,7 +88,11 @@ def test_what_is_no_such_file_is_named(tmp_path, content):
         read_kohya(path, FACTOR)
     with pytest.raises(DataError, match=r"strange\.npz"):
         read_bigasp(path, Size(1, 1))
-    np.savez(tmp_path / "evil.npz", latents=np.array([{"a": 1}], dtype=object), original_size=np.array([1, 1]))
+    np.savez(
+        tmp_path / "evil.npz",
+        latents=np.array([{"a": 1}], dtype=object),
+        original_size=np.array([1, 1]),
+    )
     with pytest.raises(DataError, match=r"evil\.npz"):
         read_kohya(tmp_path / "evil.npz", FACTOR)
 
@@ -99,9 +106,16 @@ def test_every_misfit_has_its_reason(tmp_path):
     assert fit(foreign, centred, 8) == centred
     assert fit(foreign, centred._replace(flip=True), 8) is Refusal.MIRRORED_OR_PADDED
     assert fit(foreign, centred._replace(original=Size(500, 300)), 8) is Refusal.OTHER_SIZE
-    assert fit(foreign, centred._replace(bucket=Size(192, 128), resized=Size(192, 320)), 8) is Refusal.OTHER_BUCKET
+    assert (
+        fit(foreign, centred._replace(bucket=Size(192, 128), resized=Size(192, 320)), 8)
+        is Refusal.OTHER_BUCKET
+    )
     assert fit(foreign, centred._replace(resized=Size(100, 192)), 8) is Refusal.MIRRORED_OR_PADDED
-    broken = type(foreign)(latents=foreign.latents * np.nan, original=foreign.original, crop_top=0, crop_left=0)
+    broken = type(foreign)(
+        latents=foreign.latents * np.nan, original=foreign.original, crop_top=0, crop_left=0
+    )
     assert fit(broken, centred, 8) is Refusal.NOT_FINITE
-    beyond = type(foreign)(latents=foreign.latents, original=foreign.original, crop_top=0, crop_left=22)
+    beyond = type(foreign)(
+        latents=foreign.latents, original=foreign.original, crop_top=0, crop_left=22
+    )
     assert fit(beyond, centred, 8) is Refusal.OTHER_CROP

@@ -34,7 +34,12 @@ def codec(request):
 
 def write(folder, count, *, max_bytes=1_000_000, log_variance=True, generation=3, codec="raw"):
     writer = BucketWriter(
-        folder=folder, generation=generation, bucket=BUCKET, max_bytes=max_bytes, codec=codec, metadata={"vae": "v"}
+        folder=folder,
+        generation=generation,
+        bucket=BUCKET,
+        max_bytes=max_bytes,
+        codec=codec,
+        metadata={"vae": "v"},
     )
     rng = np.random.default_rng(0)
     values = rng.standard_normal((count, 2, *SHAPE), dtype=np.float32)
@@ -51,7 +56,9 @@ def check_rounding(array):
     assert np.array_equal(from_bfloat16(bits), expected.float().numpy())
 
 
-@given(st.integers(0, 0x7F7E), st.booleans(), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]))
+@given(
+    st.integers(0, 0x7F7E), st.booleans(), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+)
 def test_bfloat16_rounds_halves_to_even_as_torch_does(upper, negative, lower):
     bits = negative << 31 | upper << 16 | lower
     check_rounding(np.array([bits], dtype=np.uint32).view(np.float32))
@@ -131,7 +138,9 @@ def damage_name(path):
 
 
 def damage_codec(path):
-    path.write_bytes(path.read_bytes().replace(b'"raw"', b'"zip"').replace(b'"split-zstd"', b'"split-bz-2"'))
+    path.write_bytes(
+        path.read_bytes().replace(b'"raw"', b'"zip"').replace(b'"split-zstd"', b'"split-bz-2"')
+    )
 
 
 def damage_header_length(path):
@@ -207,10 +216,16 @@ def test_a_row_that_is_not_there_is_damage(tmp_path):
 def commit_generation(folder, number, image_ids):
     rows = [
         {"image_id": image_id, "file": "f", "row": 0, "flip": False}
-        | {name: 1 for name, column in TABLES["latents"].columns.items() if column.dtype == pl.Int32}
+        | {
+            name: 1
+            for name, column in TABLES["latents"].columns.items()
+            if column.dtype == pl.Int32
+        }
         for image_id in image_ids
     ]
-    entry = commit.write_parquet(folder, f"g{number:04d}", pl.DataFrame(rows, schema=TABLES["latents"].schema))
+    entry = commit.write_parquet(
+        folder, f"g{number:04d}", pl.DataFrame(rows, schema=TABLES["latents"].schema)
+    )
     manifest = commit.Manifest(
         table="latents", part="s", version=1, files=(entry,), rows=len(rows), digest=f"d{number}"
     )
@@ -228,7 +243,8 @@ def test_two_files_that_changed_places_are_noticed(tmp_path, codec):
 
 
 def rebuilt(path):
-    """The file as it is now, under a manifest that agrees with it: only its content can be wrong."""
+    """The file as it is now, under a manifest that agrees with it: only its content can be
+    wrong."""
     return commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
 
 
@@ -251,7 +267,9 @@ def test_frames_and_offsets_that_are_wrong_though_the_digest_is_right_are_damage
 def test_rows_are_copied_bit_for_bit_between_codecs(tmp_path, codec):
     writer, _ = write(tmp_path / "a", 4, codec="raw")
     means, spreads = LatentFile(tmp_path / "a", writer.entries[0]).gather([3, 1])
-    copy = BucketWriter(folder=tmp_path / "b", generation=4, bucket=BUCKET, max_bytes=10_000, codec=codec)
+    copy = BucketWriter(
+        folder=tmp_path / "b", generation=4, bucket=BUCKET, max_bytes=10_000, codec=codec
+    )
     for number, image_id in enumerate(("image3", "image1")):
         copy.add_bits(image_id, means[number], spreads[number])
     copy.finish()

@@ -62,7 +62,9 @@ def test_latents_of_another_vae_are_passed_over(make_run, write_generation, othe
     rows = rows_of(run, "s000000")
     write_generation(run.inputs.latents / "s000000", 2, rows)
     path = run.inputs.latents / "s000000" / "g0002.json"
-    commit.commit_manifest(path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64}))
+    commit.commit_manifest(
+        path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64})
+    )
     ids, digest = rows["image_id"].to_list(), run.inputs.vae_digest
     assert LatentSource(run.inputs.latents).choose("s000000", ids)[0].number == 2
     chosen, _, notes = LatentSource(run.inputs.latents, vae_digest=digest).choose("s000000", ids)
@@ -82,7 +84,9 @@ def test_the_highest_generation_that_holds_all_images_is_chosen(make_run, write_
     assert source.choose("nowhere", ["a", "b"]) == (None, 2, [])
 
 
-def test_a_generation_whose_files_are_not_all_there_is_passed_over_and_named(make_run, write_generation):
+def test_a_generation_whose_files_are_not_all_there_is_passed_over_and_named(
+    make_run, write_generation
+):
     """As while a plain copy is under way in whatever order: the one before it is read until the last byte is there."""
     run = make_run()
     manifest = write_generation(run.inputs.latents / "s000000", 2, rows_of(run, "s000000"))
@@ -122,11 +126,15 @@ def test_a_run_on_fetched_latents_equals_one_on_its_own(make_run, train):
 
     def digests(run):
         return [
-            event["digest"] for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "checkpoint"
+            event["digest"]
+            for event in read_events(run.folder / run_folder.EVENTS)
+            if event["event"] == "checkpoint"
         ]
 
     assert digests(here) == digests(away)
-    fetched = sorted(path.name for path in (away.folder / run_folder.FETCHED).glob("*/*.safetensors"))
+    fetched = sorted(
+        path.name for path in (away.folder / run_folder.FETCHED).glob("*/*.safetensors")
+    )
     assert (
         fetched
         == sorted(set(SlowFileSystem.asked))
@@ -156,10 +164,14 @@ def test_files_arrive_in_the_order_of_training_while_it_goes_on(make_run):
     SlowFileSystem.gate.set()
     waiting.join(30)
     source._thread.join(30)
-    numbers = dataset._places[np.concatenate([dataset.validation_rows, dataset.stable_rows, order.samples]), 0]
+    numbers = dataset._places[
+        np.concatenate([dataset.validation_rows, dataset.stable_rows, order.samples]), 0
+    ]
     wanted = [dataset._files[number][1].name for number in dict.fromkeys(numbers.tolist())]
     urgent = dataset._files[dataset._places[order.samples[-1], 0]][1].name
-    assert [name for name in SlowFileSystem.asked if name != urgent] == [name for name in wanted if name != urgent]
+    assert [name for name in SlowFileSystem.asked if name != urgent] == [
+        name for name in wanted if name != urgent
+    ]
     assert sorted(SlowFileSystem.asked) == sorted(wanted)
     source.close()
 
@@ -247,7 +259,9 @@ def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_
         wait_for(lambda: any(event["event"] == "epoch" for event in read_events(events)))
         tools = Path(__file__).parents[1] / "tools"
         arguments = [tools, tmp_path / "away", run.inputs.latents, run.inputs.training_set, events]
-        subprocess.run([sys.executable, "-c", COPIER, *map(str, arguments)], check=True, timeout=150)
+        subprocess.run(
+            [sys.executable, "-c", COPIER, *map(str, arguments)], check=True, timeout=150
+        )
     finally:
         trainer.terminate()
         trainer.wait(60)
@@ -260,8 +274,12 @@ def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_
     # The epoch's own file says the same, with the digest of what was read.
     for event in log:
         if event["event"] == "epoch":
-            written = json.loads((run.folder / run_folder.EPOCHS / f"{event['epoch']}.json").read_text())
-            assert {shard: pin["generation"] for shard, pin in written["latents"].items()} == event["generations"]
+            written = json.loads(
+                (run.folder / run_folder.EPOCHS / f"{event['epoch']}.json").read_text()
+            )
+            assert {shard: pin["generation"] for shard, pin in written["latents"].items()} == event[
+                "generations"
+            ]
 
 
 def wait_for(condition, seconds=60):

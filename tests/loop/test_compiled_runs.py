@@ -1,4 +1,5 @@
-"""Compiled runs say which graphs they made, warn of one that is made again, and of what cannot be compiled."""
+"""Compiled runs say which graphs they made, warn of one that is made again, and of what cannot be
+compiled."""
 
 import functools
 
@@ -18,18 +19,25 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Graphs are captured and run as they are: making kernels of them takes minutes on two cores."""
+    """Graphs are captured and run as they are: making kernels of them takes minutes on two
+    cores."""
     torch._dynamo.reset()
-    monkeypatch.setattr(startup, "apply_compute", functools.partial(compute.apply_compute, backend="eager"))
+    monkeypatch.setattr(
+        startup, "apply_compute", functools.partial(compute.apply_compute, backend="eager")
+    )
     monkeypatch.setattr(startup, "why_not_compiled", lambda device: "")
 
 
 def events(run, kind):
-    return [event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == kind]
+    return [
+        event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == kind
+    ]
 
 
 def test_graphs_are_named_and_one_that_is_made_again_is_a_warning(make_run, train, captured):
-    run = make_run(num_samples=44, **{"compute.compile": "blocks", "validation.every_samples": 1000})
+    run = make_run(
+        num_samples=44, **{"compute.compile": "blocks", "validation.every_samples": 1000}
+    )
 
     def prepare(trainer):
         step = trainer._step
@@ -44,7 +52,8 @@ def test_graphs_are_named_and_one_that_is_made_again_is_a_warning(make_run, trai
     assert train(run, prepare=prepare) == "finished"
     before = [event for event in events(run, "compiled") if event["samples_seen"] < 38]
     assert before[0]["samples_seen"] == 0
-    # Blocks with text and without; all sizes share them, but for a single sample, which torch takes for a constant.
+    # Blocks with text and without; all sizes share them, but for a single sample, which torch takes
+    # for a constant.
     assert sum(event["num_graphs"] for event in before) <= 4
     (warning, *_) = (event for event in events(run, "warning") if event["kind"] == "recompiled")
     assert warning["samples_seen"] == 38
@@ -67,16 +76,21 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(make_run, 
     monkeypatch.setattr(startup, "_load", lambda *_: pytest.fail("the model was loaded"))
     run = make_run(**{"compute.compile": "whole"})
     with pytest.raises(
-        ConfigError, match=r'compute.compile="whole": nothing .* for cpu here \(no C\+\+ compiler found\)'
+        ConfigError,
+        match=r'compute.compile="whole": nothing .* for cpu here \(no C\+\+ compiler found\)',
     ):
         train(run)
 
 
-def test_a_graph_that_the_compiler_fails_on_names_the_option(make_run, train, captured, monkeypatch):
+def test_a_graph_that_the_compiler_fails_on_names_the_option(
+    make_run, train, captured, monkeypatch
+):
     def fail(graph, inputs):
         raise RuntimeError("internal error of the compiler")
 
-    monkeypatch.setattr(startup, "apply_compute", functools.partial(compute.apply_compute, backend=fail))
+    monkeypatch.setattr(
+        startup, "apply_compute", functools.partial(compute.apply_compute, backend=fail)
+    )
     run = make_run(**{"compute.compile": "blocks"})
     message = r'compute.compile="blocks": \d+ x \d+x\d+ with \d chunks .* internal error'
     with pytest.raises(TrainingError, match=message):

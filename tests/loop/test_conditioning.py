@@ -9,9 +9,13 @@ from training.models.unet import load_pipeline_parts
 
 
 def test_time_ids_of_a_hand_worked_picture():
-    # A photograph of 3000 x 4000 (height x width) shrunk by 0.224 to 672 x 896 for the bucket 640 x 896:
-    # 32 rows of slack, of which 11 lie above the crop.
-    ids = make_time_ids(torch.tensor([[3000.0, 4000.0]]), torch.tensor([[11.0, 0.0]]), torch.tensor([[640.0, 896.0]]))
+    # A photograph of 3000 x 4000 (height x width) shrunk by 0.224 to 672 x 896 for the bucket 640 x
+    # 896: 32 rows of slack, of which 11 lie above the crop.
+    ids = make_time_ids(
+        torch.tensor([[3000.0, 4000.0]]),
+        torch.tensor([[11.0, 0.0]]),
+        torch.tensor([[640.0, 896.0]]),
+    )
     assert ids.tolist() == [[3000, 4000, 11, 0, 640, 896]]
     assert ids.dtype == torch.float32
 
@@ -39,7 +43,10 @@ def test_prediction_is_the_librarys_with_the_pipelines_own_text_encoding(tiny_sd
     noised, steps = torch.randn(2, 4, 4, 6), torch.tensor([3, 900])
     time_ids = torch.tensor([[64.0, 80, 0, 8, 32, 48]] * 2)
     theirs = pipeline.unet(
-        noised, steps, encoder_hidden_states=embeds, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
+        noised,
+        steps,
+        encoder_hidden_states=embeds,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
     ).sample
     ids = [
         tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids[:, None]
@@ -54,7 +61,9 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other_wants_one(tiny_sdx
     parts = load_pipeline_parts(tiny_sdxl, "cpu")
     trained = trained_parameters(parts, text_encoder=True, text_encoder_2=True)
     ids = [torch.full((2, 1, 77), 5)] * 2
-    predict(parts, torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), ids, torch.ones(2, 6)).square().sum().backward()
+    predict(
+        parts, torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), ids, torch.ones(2, 6)
+    ).square().sum().backward()
     assert all(parameter.grad is not None for parameter in trained.values())
     wanting = {
         id(parameter)
@@ -82,7 +91,12 @@ def sd1(tiny_sdxl):
 
 def batch(seed=0):
     torch.manual_seed(seed)
-    return torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 900]), torch.randint(0, 200, (3, 2, 77)), torch.ones(3, 6)
+    return (
+        torch.randn(3, 4, 4, 4),
+        torch.tensor([3, 500, 900]),
+        torch.randint(0, 200, (3, 2, 77)),
+        torch.ones(3, 6),
+    )
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd1"])
@@ -92,17 +106,25 @@ def test_zeroed_samples_read_zeros_and_the_others_their_text(tiny_sdxl, sd1, fam
     ids = [ids] * len(parts.text_encoders)
     zeroed = torch.tensor([False, True, False])
     with torch.no_grad():
-        plain, some = (predict(parts, noised, steps, ids, time_ids, zeroed=flags) for flags in (None, zeroed))
+        plain, some = (
+            predict(parts, noised, steps, ids, time_ids, zeroed=flags) for flags in (None, zeroed)
+        )
         text = torch.zeros(3, 2 * 77, parts.unet.config.cross_attention_dim)
-        added = {"text_embeds": torch.zeros(3, 8), "time_ids": time_ids} if family == "sdxl" else None
-        nothing = parts.unet(noised, steps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        added = (
+            {"text_embeds": torch.zeros(3, 8), "time_ids": time_ids} if family == "sdxl" else None
+        )
+        nothing = parts.unet(
+            noised, steps, encoder_hidden_states=text, added_cond_kwargs=added
+        ).sample
         others = predict(parts, noised, steps, [i.flip(-1) for i in ids], time_ids, zeroed=zeroed)
         moved = predict(parts, noised, steps, ids, time_ids * 3, zeroed=zeroed)
     torch.testing.assert_close(some[1], nothing[1])
     torch.testing.assert_close(some[0::2], plain[0::2])
     torch.testing.assert_close(some[1], others[1])
     assert not torch.allclose(some[1], plain[1])
-    assert torch.allclose(some[1], moved[1]) == (family == "sd1"), "size conditioning is never dropped"
+    assert torch.allclose(some[1], moved[1]) == (family == "sd1"), (
+        "size conditioning is never dropped"
+    )
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
@@ -119,7 +141,9 @@ def test_clip_skip_reads_an_earlier_layer_and_trains_none_behind_it(sd1, clip_sk
         text = encoder.final_layer_norm(states).reshape(3, 154, -1)
         expected = sd1.unet(noised, steps, encoder_hidden_states=text).sample
     torch.testing.assert_close(prediction, expected)
-    layers = {name.split(".")[3] for name in trained if name.startswith("text_encoder.encoder.layers")}
+    layers = {
+        name.split(".")[3] for name in trained if name.startswith("text_encoder.encoder.layers")
+    }
     assert layers == {str(number) for number in range(3 - clip_skip + 1)}
 
 

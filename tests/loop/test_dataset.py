@@ -23,7 +23,14 @@ def open_run(make_run, tiny_sdxl):
 
     def open_it(**changes):
         run = make_run(**changes)
-        dataset = Dataset(run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+        dataset = Dataset(
+            run.rows,
+            Vocabulary(),
+            LatentSource(run.inputs.latents),
+            run.config,
+            tokenizers,
+            0.13025,
+        )
         dataset.use_latents(dataset.pin_latents()[0])
         return run, dataset
 
@@ -43,14 +50,17 @@ def test_a_batch_is_what_the_tables_say(open_run):
     assert len(rows) >= 2
     batch = dataset.batch(rows, None)
     assert batch.latents.shape == (len(rows), 4, 4, 6)
-    # training_rows: source 64 x 112 for the bucket 32 x 48, resized to 32 x 56, generation 1 crops one column.
+    # training_rows: source 64 x 112 for the bucket 32 x 48, resized to 32 x 56, generation 1 crops
+    # one column.
     assert batch.original_size.tolist() == [[64, 112]] * len(rows)
     assert batch.crop_top_left.tolist() == [[0, 1]] * len(rows)
     assert batch.target_size.tolist() == [[32, 48]] * len(rows)
     for position, row in enumerate(rows):
         shard = run.rows["shard"][int(row)]
         generation = read_generation(run.inputs.latents / shard, 1)
-        place = generation.table().row(by_predicate=pl.col("image_id") == batch.image_ids[position], named=True)
+        place = generation.table().row(
+            by_predicate=pl.col("image_id") == batch.image_ids[position], named=True
+        )
         mean, _ = generation.open_files()[place["file"]].gather([place["row"]])
         assert np.array_equal(batch.latents[position].numpy(), from_bfloat16(mean[0]))
     assert (batch.zeroed.tolist(), batch.num_truncated) == ([False] * len(rows), 0)
@@ -68,7 +78,8 @@ def test_a_mirrored_sample_is_told_its_crop_as_it_is_seen(open_run, rules_versio
     before = dataset.batch(rows, 3)
     dataset._geometry = dataset._geometry.copy()
     dataset._geometry[rows[0], -1] = 1
-    # Resized to 32 x 56 for 32 x 48, of which one column is cut off on the left: seven on the right.
+    # Resized to 32 x 56 for 32 x 48, of which one column is cut off on the left: seven on the
+    # right.
     after = dataset.batch(rows, 3)
     assert after.crop_top_left.tolist() == [[0, left], *[[0, 1]] * (len(rows) - 1)]
     assert dataset.batch(rows[:1], None).crop_top_left.tolist() == [[0, left]]
@@ -146,7 +157,12 @@ def test_a_set_without_training_images_is_refused(open_run):
     run, dataset = open_run()
     with pytest.raises(DataError, match="none with split 'train'"):
         Dataset(
-            run.rows.with_columns(split=pl.lit("validation")), Vocabulary(), dataset.latents, run.config, (), 0.13025
+            run.rows.with_columns(split=pl.lit("validation")),
+            Vocabulary(),
+            dataset.latents,
+            run.config,
+            (),
+            0.13025,
         )
 
 
@@ -160,7 +176,9 @@ def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation)
         return {shard: pin["generation"] for shard, pin in pins.items()}
 
     assert open_at(0) == {"s000000": 1, "s000001": 1}
-    write_generation(run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001"))
+    write_generation(
+        run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001")
+    )
     assert open_at(0) == {"s000000": 1, "s000001": 1}
     assert open_at(1) == {"s000000": 1, "s000001": 2}
     # A lost order is made again, with the same pins and the same bytes.
@@ -173,14 +191,19 @@ def test_an_epoch_keeps_the_generation_it_began_with(open_run, write_generation)
 
 @pytest.fixture
 def hashed(monkeypatch, tmp_path):
-    """Names of this test's latent files, each as often as all its bytes were read, and the thread that did.
+    """Names of this test's latent files, each as often as all its bytes were read, and the thread
+    that did.
 
     Threads of earlier tests may still be at theirs.
     """
     found, whole = [], commit.sha256_file
 
     def spy(path):
-        if path.suffix == ".safetensors" and not path.name.startswith(".") and path.is_relative_to(tmp_path):
+        if (
+            path.suffix == ".safetensors"
+            and not path.name.startswith(".")
+            and path.is_relative_to(tmp_path)
+        ):
             found.append((path.name, threading.current_thread().name))
         return whole(path)
 
@@ -197,7 +220,9 @@ def all_files(run, pattern="*/g0001-*.safetensors"):
     return sorted(path.name for path in run.inputs.latents.glob(pattern))
 
 
-def test_a_latent_file_is_checked_once_in_all_epochs_of_a_process(open_run, write_generation, hashed):
+def test_a_latent_file_is_checked_once_in_all_epochs_of_a_process(
+    open_run, write_generation, hashed
+):
     run, dataset = open_run(**{"prompts.max_chunks": 1})
     for epoch in range(3):
         order = open_epoch(run, dataset, epoch)
@@ -206,7 +231,9 @@ def test_a_latent_file_is_checked_once_in_all_epochs_of_a_process(open_run, writ
     assert sorted(name for name, _ in hashed) == all_files(run)
     maps = {number: dataset._open(number)._map for number in range(len(dataset._files))}
     hashed.clear()
-    write_generation(run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001"))
+    write_generation(
+        run.inputs.latents / "s000001", 2, run.rows.filter(pl.col("shard") == "s000001")
+    )
     order = open_epoch(run, dataset, 3)
     for row in order.samples:
         dataset.batch(np.array([row]), 3)
@@ -214,7 +241,9 @@ def test_a_latent_file_is_checked_once_in_all_epochs_of_a_process(open_run, writ
     kept = [number for number, (shard, _) in enumerate(dataset._files) if shard == "s000000"]
     assert kept
     assert all(dataset._open(number)._map is maps[number] for number in kept)
-    assert {entry.name for _, entry in dataset.latents._files} == {entry.name for _, entry in dataset._files}
+    assert {entry.name for _, entry in dataset.latents._files} == {
+        entry.name for _, entry in dataset._files
+    }
 
 
 def test_latent_files_are_checked_ahead_of_their_use_in_its_order(open_run, hashed):
@@ -242,12 +271,16 @@ def test_a_damaged_latent_file_ends_the_run_before_a_sample_of_it_is_used(open_r
     dataset.latents._thread.join(30)
     for row in order.samples:
         if dataset._files[dataset._places[row, 0]][1].name == victim:
-            with pytest.raises(DamageError, match=rf"{victim} has SHA-256 .*, its manifest says .*; run `foundry"):
+            with pytest.raises(
+                DamageError, match=rf"{victim} has SHA-256 .*, its manifest says .*; run `foundry"
+            ):
                 dataset.batch(np.array([row]), 0)
         else:
             dataset.batch(np.array([row]), 0)
     path.write_bytes(data[:-1])
-    with pytest.raises(DamageError, match=rf"{victim} has {len(data) - 1} bytes, its manifest says {len(data)}"):
+    with pytest.raises(
+        DamageError, match=rf"{victim} has {len(data) - 1} bytes, its manifest says {len(data)}"
+    ):
         dataset.use_latents(dataset.pins)
 
 
@@ -259,13 +292,19 @@ def test_an_epoch_of_another_set_is_refused(open_run):
 
 
 PLACEMENT = Placement(
-    original=Size(200, 400), resized=Size(100, 200), crop_top=4, crop_left=40, bucket=Size(96, 128), flip=False
+    original=Size(200, 400),
+    resized=Size(100, 200),
+    crop_top=4,
+    crop_left=40,
+    bucket=Size(96, 128),
+    flip=False,
 )
 
 
 def test_a_mask_of_a_hand_worked_box():
-    # Source rows 40..88 and columns 100..132 halve to rows 20..44 and columns 50..66, less the crop rows 16..40 and
-    # columns 10..26: latent rows 2..4, and of the columns 1 to 3 six, eight and two eighths.
+    # Source rows 40..88 and columns 100..132 halve to rows 20..44 and columns 50..66, less the crop
+    # rows 16..40 and columns 10..26: latent rows 2..4, and of the columns 1 to 3 six, eight and two
+    # eighths.
     mask = loss_mask([Box(40, 100, 88, 132)], PLACEMENT, 8, 0.2)
     assert mask.shape == (12, 16)
     expected = np.ones((12, 16))
@@ -284,7 +323,9 @@ def test_a_mask_is_mirrored_with_its_picture_and_clipped_to_the_crop():
 
 def test_overlapping_boxes_count_once():
     box = Box(40, 100, 88, 132)
-    np.testing.assert_array_equal(loss_mask([box, box], PLACEMENT, 8, 0.5), loss_mask([box], PLACEMENT, 8, 0.5))
+    np.testing.assert_array_equal(
+        loss_mask([box, box], PLACEMENT, 8, 0.5), loss_mask([box], PLACEMENT, 8, 0.5)
+    )
 
 
 def test_latents_of_a_vae_that_scales_otherwise_are_refused(open_run):
@@ -296,12 +337,17 @@ def test_latents_of_a_vae_that_scales_otherwise_are_refused(open_run):
 
 def test_padding_counts_nothing_also_in_validation(open_run):
     # 96 x 64 fits into 96 x 128 with 32 columns on either side: four latent columns of sixteen.
-    placement = Placement(Size(192, 128), Size(96, 64), 0, 0, Size(96, 128), False, pad_top=0, pad_left=32)
+    placement = Placement(
+        Size(192, 128), Size(96, 64), 0, 0, Size(96, 128), False, pad_top=0, pad_left=32
+    )
     mask = loss_mask([], placement, 8, 1.0)
     assert mask[:, 4:12].min() == 1
     assert mask[:, :4].max() == mask[:, 12:].max() == 0
     odd = placement._replace(resized=Size(96, 60), pad_left=34, flip=True)
-    assert loss_mask([], odd, 8, 1.0)[0].tolist() == [0] * 4 + [2 / 8 + 0.5] + [1] * 6 + [6 / 8] + [0] * 4
+    assert (
+        loss_mask([], odd, 8, 1.0)[0].tolist()
+        == [0] * 4 + [2 / 8 + 0.5] + [1] * 6 + [6 / 8] + [0] * 4
+    )
     # A watermark of the whole picture weighs as asked; the padding still weighs nothing.
     assert loss_mask([Box(0, 0, 192, 128)], placement, 8, 0.25).max() == 0.25
     _, dataset = open_run()

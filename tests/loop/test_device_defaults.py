@@ -1,4 +1,5 @@
-"""What `auto` comes to: by device at the first launch, from then on as recorded, or refused by name."""
+"""What `auto` comes to: by device at the first launch, from then on as recorded, or refused by
+name."""
 
 import dataclasses
 import json
@@ -8,7 +9,15 @@ import pytest
 from training import toml
 from training.config.run import ComputeConfig, RunConfig
 from training.errors import ConfigError, DamageError, TrainingError
-from training.loop.device_defaults import CPU, RECORD, Device, read_record, record, recorded_in, resolve
+from training.loop.device_defaults import (
+    CPU,
+    RECORD,
+    Device,
+    read_record,
+    record,
+    recorded_in,
+    resolve,
+)
 from training.runs import run_folder
 from training.runs.event_log import read_events
 
@@ -24,11 +33,15 @@ AUTO = RunConfig(encoding="sdxl")
 def test_absent_values_follow_the_device(device, values):
     found = resolve(AUTO, device, {})
     assert (found.precision, found.compute.channels_last, found.compute.compile) == values
-    assert dataclasses.replace(found, precision="auto", compute=AUTO.compute) == AUTO, "nothing else changes"
+    assert dataclasses.replace(found, precision="auto", compute=AUTO.compute) == AUTO, (
+        "nothing else changes"
+    )
 
 
 def test_a_recipe_decides_what_it_names():
-    named = dataclasses.replace(AUTO, precision="bf16", compute=ComputeConfig(channels_last=False, compile="whole"))
+    named = dataclasses.replace(
+        AUTO, precision="bf16", compute=ComputeConfig(channels_last=False, compile="whole")
+    )
     assert resolve(named, H200, {"precision": "fp32", "compute.channels_last": True}) == named
 
 
@@ -48,25 +61,42 @@ def test_a_device_that_cannot_be_compiled_for_is_not_by_default_and_refused_by_n
     lacking = dataclasses.replace(H200, not_compiled=lambda: "no C++ compiler")
     assert resolve(AUTO, lacking, {}).compute.compile is False
     named = dataclasses.replace(AUTO, compute=ComputeConfig(compile="whole"))
-    with pytest.raises(ConfigError, match=r'compute.compile="whole": nothing can be compiled .*\(no C\+\+ compiler\)'):
+    with pytest.raises(
+        ConfigError,
+        match=r'compute.compile="whole": nothing can be compiled .*\(no C\+\+ compiler\)',
+    ):
         resolve(named, lacking, {})
-    asked = dataclasses.replace(CPU, not_compiled=lambda: pytest.fail("asked where nothing is to be compiled"))
+    asked = dataclasses.replace(
+        CPU, not_compiled=lambda: pytest.fail("asked where nothing is to be compiled")
+    )
     assert resolve(AUTO, asked, {}).compute.compile is False
 
 
-@pytest.mark.parametrize(("precision", "device"), [("bf16", V100), ("bf16_amp", V100), ("tf32", V100), ("tf32", CPU)])
+@pytest.mark.parametrize(
+    ("precision", "device"), [("bf16", V100), ("bf16_amp", V100), ("tf32", V100), ("tf32", CPU)]
+)
 def test_a_precision_that_the_device_lacks_is_refused(tmp_path, precision, device):
     named = dataclasses.replace(AUTO, precision=precision)
-    with pytest.raises(ConfigError, match=rf'precision="{precision}" \(as configured\): {device.name} (has no|cannot)'):
+    with pytest.raises(
+        ConfigError,
+        match=rf'precision="{precision}" \(as configured\): {device.name} (has no|cannot)',
+    ):
         resolve(named, device, {})
     with pytest.raises(ConfigError, match=r"\(recorded at the run's first step\)"):
         resolve(AUTO, device, {"precision": precision})
 
 
 def test_a_run_of_an_older_version_keeps_what_its_checkpoints_say():
-    old = toml.dump(AUTO) | {"precision": "fp32", "compute": {"channels_last": False, "compile": False}}
+    old = toml.dump(AUTO) | {
+        "precision": "fp32",
+        "compute": {"channels_last": False, "compile": False},
+    }
     found = resolve(AUTO, H200, recorded_in(old))
-    assert (found.precision, found.compute.channels_last, found.compute.compile) == ("fp32", False, False)
+    assert (found.precision, found.compute.channels_last, found.compute.compile) == (
+        "fp32",
+        False,
+        False,
+    )
 
 
 def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
@@ -84,8 +114,16 @@ def test_a_run_resumes_with_what_its_first_launch_resolved(make_run, train):
     assert read_record(run.folder) is None
     assert train(run, stop_at=6) == "stopped"
     assert read_record(run.folder)["precision"] == "fp32"
-    (opening,) = (event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "started")
-    assert (opening["precision"], opening["channels_last"], opening["compile"]) == ("fp32", False, False)
+    (opening,) = (
+        event
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] == "started"
+    )
+    assert (opening["precision"], opening["channels_last"], opening["compile"]) == (
+        "fp32",
+        False,
+        False,
+    )
     assert opening["tf32"] is False
     (ready,) = map(run_folder.read_ready, run_folder.checkpoints(run.folder))
     assert ready.config["precision"] == "fp32"

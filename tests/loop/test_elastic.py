@@ -1,4 +1,5 @@
-"""Real torchrun jobs of 1, 2 and 4 gloo ranks see the same samples in the same order, and make the same bits."""
+"""Real torchrun jobs of 1, 2 and 4 gloo ranks see the same samples in the same order, and make the
+same bits."""
 
 import json
 import os
@@ -15,7 +16,8 @@ SHORT = {"num_samples": 44, "validation.every_samples": 44, "checkpoints.every_s
 
 
 def torchrun(run, num_ranks, trace, **environment):
-    """Train a run under torchrun with `traced_run.py`; returns what every micro-batch was made of, in order."""
+    """Train a run under torchrun with `traced_run.py`; returns what every micro-batch was made of,
+    in order."""
     trace.mkdir()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
@@ -26,7 +28,9 @@ def torchrun(run, num_ranks, trace, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(trace), **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for path in trace.glob("*.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) for path in trace.glob("*.jsonl") for line in path.read_text().splitlines()
+    ]
     assert len({path.stem for path in trace.glob("*.jsonl")}) == num_ranks
     return sorted(lines, key=lambda line: (line["step"], line["index"]))
 
@@ -37,7 +41,11 @@ def contents(run):
 
 
 def losses(run):
-    return [event["loss"].hex() for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "step"]
+    return [
+        event["loss"].hex()
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] == "step"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +61,19 @@ def test_the_trace_names_every_sample_once_an_epoch(one):
     run, trace = one
     seen = [image_id for line in trace for image_id in line["image_ids"]]
     # 22 training images, 44 samples: two epochs.
-    assert sorted(seen[:22]) == sorted(seen[22:]) == sorted(run.rows.filter(split="train")["image_id"])
+    assert (
+        sorted(seen[:22]) == sorted(seen[22:]) == sorted(run.rows.filter(split="train")["image_id"])
+    )
     assert seen[:22] != seen[22:]
-    assert [line["index"] for line in trace if line["step"] == 0] == list(range(sum(x["step"] == 0 for x in trace)))
+    assert [line["index"] for line in trace if line["step"] == 0] == list(
+        range(sum(x["step"] == 0 for x in trace))
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_more_ranks_see_the_same_sequence_and_make_the_same_bits(one, make_run, tmp_path, num_ranks):
+def test_more_ranks_see_the_same_sequence_and_make_the_same_bits(
+    one, make_run, tmp_path, num_ranks
+):
     first, sequence = one
     run = make_run(f"ranks{num_ranks}", **SHORT, num_processes=num_ranks)
     assert torchrun(run, num_ranks, tmp_path / "trace", PYTHONHASHSEED="3") == sequence
@@ -77,7 +91,9 @@ def test_fast_reduction_and_shared_optimizer_agree_in_their_losses(one, make_run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 1])
-def test_a_shared_optimizer_is_resumed_on_as_many_ranks_and_on_another_number(one, make_run, tmp_path, num_ranks):
+def test_a_shared_optimizer_is_resumed_on_as_many_ranks_and_on_another_number(
+    one, make_run, tmp_path, num_ranks
+):
     run = make_run("shared", **SHORT, **{"compute.shard_optimizer": True})
     torchrun(run, 2, tmp_path / "first", SIGTERM_AT="3.0")
     assert read_events(run.folder / run_folder.EVENTS)[-1]["event"] == "stopped"

@@ -1,4 +1,5 @@
-"""The loss curve of the tiny model: it changes only on purpose, and then this list does, in the same commit."""
+"""The loss curve of the tiny model: it changes only on purpose, and then this list does, in the
+same commit."""
 
 import json
 from pathlib import Path

@@ -37,17 +37,28 @@ def weights(weighting, signal=SIGNAL, prediction_type="epsilon", **changes):
 )
 def test_weights_against_hand_worked_values(weighting, prediction_type, expected):
     found = weights(weighting, SHARES, prediction_type)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-7
+    )
 
 
 def test_rules_of_version_1_have_no_cap_for_v():
     found = timestep_weights(LossConfig(weighting="debiased"), SHARES, "v_prediction", 1)
-    torch.testing.assert_close(found, torch.tensor([1 / 2, 1 / 10, 9 / 10, 1 / 2000]), rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found, torch.tensor([1 / 2, 1 / 10, 9 / 10, 1 / 2000]), rtol=2e-4, atol=1e-7
+    )
 
 
 def test_debiased_weights_of_v_on_sdxls_schedule_are_kohyas():
-    # kohya-ss/sd-scripts 48d368fa, apply_debiased_estimation(v_prediction=True) on its all_snr: SNR 1,175.4 at t = 0.
-    table = {0: 9.990010e-04, 1: 1.703978e-03, 100: 1.057768e-01, 500: 7.236676e-01, 999: 9.953399e-01}
+    # kohya-ss/sd-scripts 48d368fa, apply_debiased_estimation(v_prediction=True) on its all_snr: SNR
+    # 1,175.4 at t = 0.
+    table = {
+        0: 9.990010e-04,
+        1: 1.703978e-03,
+        100: 1.057768e-01,
+        500: 7.236676e-01,
+        999: 9.953399e-01,
+    }
     found = weights("debiased", prediction_type="v_prediction")
     assert {t: found[t].item() for t in table} == pytest.approx(table, rel=1e-5)
 
@@ -64,8 +75,12 @@ def test_p2_is_the_factor_of_its_paper_whatever_is_predicted():
 
 
 def test_gammas_are_the_cap_and_the_exponent():
-    torch.testing.assert_close(weights("min_snr", SHARES[:2], min_snr_gamma=1.0), torch.tensor([1.0, 1 / 9]))
-    torch.testing.assert_close(weights("p2", SHARES[:2], p2_gamma=0.5), torch.tensor([0.5**0.5, 0.1**0.5]))
+    torch.testing.assert_close(
+        weights("min_snr", SHARES[:2], min_snr_gamma=1.0), torch.tensor([1.0, 1 / 9])
+    )
+    torch.testing.assert_close(
+        weights("p2", SHARES[:2], p2_gamma=0.5), torch.tensor([0.5**0.5, 0.1**0.5])
+    )
 
 
 def test_weights_on_sdxls_schedule_as_measured():
@@ -99,7 +114,11 @@ def test_weights_use_the_librarys_snr():
 
 def test_targets_are_the_librarys():
     torch.manual_seed(0)
-    latents, noise, steps = torch.randn(3, 4, 2, 3), torch.randn(3, 4, 2, 3), torch.tensor([0, 400, 999])
+    latents, noise, steps = (
+        torch.randn(3, 4, 2, 3),
+        torch.randn(3, 4, 2, 3),
+        torch.tensor([0, 400, 999]),
+    )
     assert prediction_target("epsilon", latents, noise, steps, SIGNAL) is noise
     torch.testing.assert_close(
         prediction_target("v_prediction", latents, noise, steps, SIGNAL),
@@ -110,7 +129,9 @@ def test_targets_are_the_librarys():
 def test_the_plain_loss_is_the_mean_of_squares_even_of_half_precision():
     torch.manual_seed(0)
     prediction, target = torch.randn(2, 4, 3, 5).bfloat16(), torch.randn(2, 4, 3, 5)
-    expected = torch.nn.functional.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    expected = torch.nn.functional.mse_loss(prediction.float(), target, reduction="none").mean(
+        dim=(1, 2, 3)
+    )
     losses = mse_per_sample(prediction, target, None)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected)
@@ -132,4 +153,6 @@ def test_a_uniform_mask_changes_nothing(weight, seed):
     torch.manual_seed(seed)
     prediction, target = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
     mask = torch.full((2, 1, 6, 5), weight)
-    torch.testing.assert_close(mse_per_sample(prediction, target, mask), mse_per_sample(prediction, target, None))
+    torch.testing.assert_close(
+        mse_per_sample(prediction, target, mask), mse_per_sample(prediction, target, None)
+    )

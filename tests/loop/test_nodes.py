@@ -1,4 +1,5 @@
-"""Two machines by torchrun's c10d rendezvous, here two agents of one: one is killed, both are started again."""
+"""Two machines by torchrun's c10d rendezvous, here two agents of one: one is killed, both are
+started again."""
 
 import os
 import signal
@@ -27,7 +28,8 @@ def free_port():
 
 @pytest.fixture
 def machines(tmp_path):
-    """`machines(bundle)` starts the bundle's `start.sh` as on each of two machines; none is left behind."""
+    """`machines(bundle)` starts the bundle's `start.sh` as on each of two machines; none is left
+    behind."""
     started = []
 
     def start(folder):
@@ -59,7 +61,9 @@ def machines(tmp_path):
 
 def ranks_of(agent):
     """Ids of the processes that train under an agent; each leads a session of its own."""
-    listed = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=False
+    )
     return [int(pid) for pid in listed.stdout.split()]
 
 
@@ -95,7 +99,9 @@ def test_two_machines_make_the_bits_of_one(unbroken, make_run, machines, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_whose_second_machine_goes_down_ends_in_the_bits_of_an_unbroken_one(make_run, train, machines, tmp_path):
+def test_a_run_whose_second_machine_goes_down_ends_in_the_bits_of_an_unbroken_one(
+    make_run, train, machines, tmp_path
+):
     long = {"num_samples": 200, "validation.every_samples": 200, "checkpoints.every_samples": 24}
     whole, made = make_run("whole", **long), make_run("nodes", **long)
     assert train(whole) == "finished"
@@ -118,5 +124,8 @@ def test_a_run_whose_second_machine_goes_down_ends_in_the_bits_of_an_unbroken_on
     agents = machines(tmp_path / "bundle")
     assert [agent.wait(timeout=200) for agent in agents] == [0, 0], outputs(tmp_path)
     events = read_events(run / run_folder.EVENTS)
-    assert [event["event"] for event in events if event["event"] in ("resumed", "finished")] == ["resumed", "finished"]
+    assert [event["event"] for event in events if event["event"] in ("resumed", "finished")] == [
+        "resumed",
+        "finished",
+    ]
     assert contents(run, end) == contents(whole.folder, end)

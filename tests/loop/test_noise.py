@@ -22,10 +22,15 @@ def test_signal_is_the_librarys_whatever_sampler_the_folder_names():
 
 def test_noising_is_the_librarys():
     torch.manual_seed(0)
-    latents, draw, steps = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.tensor([0, 500, 999])
+    latents, draw, steps = (
+        torch.randn(3, *SHAPE),
+        torch.randn(3, *SHAPE),
+        torch.tensor([0, 500, 999]),
+    )
     scheduler = DDPMScheduler.from_config({**SDXL, "_class_name": "DDPMScheduler"})
     torch.testing.assert_close(
-        noise.add_noise(latents, draw, steps, noise.alphas_cumprod(SDXL)), scheduler.add_noise(latents, draw, steps)
+        noise.add_noise(latents, draw, steps, noise.alphas_cumprod(SDXL)),
+        scheduler.add_noise(latents, draw, steps),
     )
 
 
@@ -38,13 +43,18 @@ def test_zero_terminal_snr_needs_v_prediction():
 
 def test_draws_belong_to_the_sample_and_not_to_its_batch():
     together = noise.draw_noise(1, Purpose.NOISE, 2, IDS[:5], SHAPE, offset=0.1)
-    alone = [noise.draw_noise(1, Purpose.NOISE, 2, [image_id], SHAPE, offset=0.1)[0] for image_id in IDS[4::-1]]
+    alone = [
+        noise.draw_noise(1, Purpose.NOISE, 2, [image_id], SHAPE, offset=0.1)[0]
+        for image_id in IDS[4::-1]
+    ]
     assert torch.equal(together, torch.stack(alone[::-1]))
     steps = noise.draw_timesteps(1, 2, IDS[:5], 1000)
     assert steps.tolist()[::-1] == noise.draw_timesteps(1, 2, IDS[4::-1], 1000).tolist()
 
 
-@pytest.mark.parametrize("other", [(2, Purpose.NOISE, 2), (1, Purpose.POSTERIOR, 2), (1, Purpose.NOISE, 3)])
+@pytest.mark.parametrize(
+    "other", [(2, Purpose.NOISE, 2), (1, Purpose.POSTERIOR, 2), (1, Purpose.NOISE, 3)]
+)
 def test_seed_purpose_and_epoch_each_change_the_draw(other):
     one = noise.draw_noise(1, Purpose.NOISE, 2, IDS[:2], SHAPE)
     assert not torch.equal(one, noise.draw_noise(*other, IDS[:2], SHAPE))

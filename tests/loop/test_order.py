@@ -55,7 +55,9 @@ def test_only_remainders_and_step_borders_make_short_micro_batches(arguments):
         # The first and the last micro-batch of a step may be parts of one that was split.
         for rows in order.micro_batches(step)[1:-1]:
             if len(rows) < full:
-                short[(*arguments["buckets"][rows[0]].tolist(), int(arguments["num_chunks"][rows[0]]))] += 1
+                short[
+                    (*arguments["buckets"][rows[0]].tolist(), int(arguments["num_chunks"][rows[0]]))
+                ] += 1
     assert all(count == 1 for count in short.values())
 
 
@@ -67,7 +69,12 @@ def test_ranks_share_a_step_without_overlap(arguments):
         whole = np.concatenate(micro_batches).tolist()
         for size in (1, 2, 4):
             slices = [micro_batches[rank::size] for rank in range(size)]
-            rounds = [rows for turn in range(len(slices[0])) for own in slices for rows in own[turn : turn + 1]]
+            rounds = [
+                rows
+                for turn in range(len(slices[0]))
+                for own in slices
+                for rows in own[turn : turn + 1]
+            ]
             assert np.concatenate(rounds).tolist() == whole
 
 
@@ -80,7 +87,11 @@ def test_epochs_and_seeds_differ_and_repeat():
         "micro_batch_size": 4,
         "global_batch_size": 16,
     }
-    orders = [make_order(**common, seed=seed, epoch=epoch).samples.tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [
+        make_order(**common, seed=seed, epoch=epoch).samples.tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
     again = make_order(**common, seed=1, epoch=1).samples.tolist()
     assert len({tuple(order) for order in orders}) == 4
     assert orders[3] == again
@@ -90,7 +101,12 @@ def test_samples_meet_others_in_each_epoch():
     company = []
     for epoch in (0, 1):
         order = make_order(
-            np.full((40, 2), 64), np.ones(40, dtype=int), seed=0, epoch=epoch, micro_batch_size=4, global_batch_size=40
+            np.full((40, 2), 64),
+            np.ones(40, dtype=int),
+            seed=0,
+            epoch=epoch,
+            micro_batch_size=4,
+            global_batch_size=40,
         )
         company.append({frozenset(rows.tolist()) for rows in order.micro_batches(0)})
     assert company[0] != company[1]
@@ -136,7 +152,12 @@ def test_a_written_order_is_mapped_back(tmp_path_factory, arguments):
 
 def test_another_order_under_the_same_name_is_damage(tmp_path):
     one = make_order(
-        np.full((4, 2), 64), np.ones(4, dtype=int), seed=0, epoch=0, micro_batch_size=2, global_batch_size=4
+        np.full((4, 2), 64),
+        np.ones(4, dtype=int),
+        seed=0,
+        epoch=0,
+        micro_batch_size=2,
+        global_batch_size=4,
     )
     write_order(tmp_path / "0.npz", one)
     with pytest.raises(DamageError, match=r"0\.npz"):

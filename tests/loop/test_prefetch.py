@@ -53,7 +53,9 @@ def test_a_slow_item_is_hidden_by_those_that_are_ready(worker):
         return item
 
     with Prefetch(make, range(5), worker, 4) as results:
-        assert [next(results) for _ in range(3)] == [0, 1, 2], "none of them had to wait for the slow one"
+        assert [next(results) for _ in range(3)] == [0, 1, 2], (
+            "none of them had to wait for the slow one"
+        )
         slow.set()
         assert [next(results), next(results)] == [3, 4]
 

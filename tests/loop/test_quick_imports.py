@@ -12,7 +12,8 @@ from training.loop import quick_imports
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """`package(init, **submodules)`: write a package, defer it, and import one of its submodules."""
+    """`package(init, **submodules)`: write a package, defer it, and import one of its
+    submodules."""
     made = []
 
     def write(name, init, functions=(), **submodules):
@@ -34,7 +35,9 @@ def package(tmp_path, monkeypatch):
 
 def test_a_deferred_package_runs_when_it_is_asked_for_something_and_once(package):
     part = package(
-        "deferred_a", "RUNS = []\nRUNS.append(__name__)\nfrom deferred_a.part import VALUE\n", part="VALUE = 7"
+        "deferred_a",
+        "RUNS = []\nRUNS.append(__name__)\nfrom deferred_a.part import VALUE\n",
+        part="VALUE = 7",
     )
     import deferred_a
 
@@ -54,7 +57,9 @@ def test_a_deferred_package_runs_when_it_is_asked_for_something_and_once(package
 
 def test_a_package_that_puts_another_object_in_its_place_is_that_object(package):
     lazy = "import sys, types\nnew = types.ModuleType(__name__)\nnew.WORD = 'lazy'\nnew.__path__ = __path__\n"
-    package("deferred_b", lazy + "sys.modules[__name__] = new\n", part="VALUE = 1", other="VALUE = 2")
+    package(
+        "deferred_b", lazy + "sys.modules[__name__] = new\n", part="VALUE = 1", other="VALUE = 2"
+    )
     import deferred_b as before
 
     assert before.WORD == "lazy"
@@ -67,7 +72,12 @@ def test_a_package_that_puts_another_object_in_its_place_is_that_object(package)
 
 
 def test_a_named_function_can_be_imported_and_runs_the_package_when_it_is_called(package):
-    package("deferred_e", "def add(a, b=1):\n    return a + b\nOTHER = 3\n", functions=("add",), part="VALUE = 1")
+    package(
+        "deferred_e",
+        "def add(a, b=1):\n    return a + b\nOTHER = 3\n",
+        functions=("add",),
+        part="VALUE = 1",
+    )
     from deferred_e import add
 
     assert "OTHER" not in vars(sys.modules["deferred_e"])

@@ -19,13 +19,18 @@ PLAIN = LossConfig(weighting="plain")
     rescaled=st.booleans(),
     trained=st.sampled_from([None, [0.1, 0.5], [0.1, 1.0]]),
 )
-def test_a_schedule_is_refused_where_the_librarys_ends_without_signal(curve, beta_end, rescaled, trained):
+def test_a_schedule_is_refused_where_the_librarys_ends_without_signal(
+    curve, beta_end, rescaled, trained
+):
     config = {
         "num_train_timesteps": 50, "beta_start": 0.00085, "beta_end": beta_end, "beta_schedule": curve,
         "rescale_betas_zero_snr": rescaled, "trained_betas": trained,
     }  # fmt: skip
     ends = bool(DDPMScheduler.from_config(config).alphas_cumprod[-1] <= 0)
-    for prediction_type, loss in (("epsilon", PLAIN), ("v_prediction", LossConfig(weighting="min_snr"))):
+    for prediction_type, loss in (
+        ("epsilon", PLAIN),
+        ("v_prediction", LossConfig(weighting="min_snr")),
+    ):
         try:
             check_last_step({**config, "prediction_type": prediction_type}, loss)
         except TrainingError:

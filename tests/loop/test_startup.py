@@ -58,14 +58,20 @@ def test_inputs_survive_a_move_of_the_whole_workspace(make_run, train, tmp_path)
     ("change", "error", "message"),
     [
         ({"base_digest": "0" * 64}, ModelError, "base model .* inputs.json says 0000"),
-        ({"training_set_sha256": "0" * 64}, DamageError, "training set .*inputs.json says SHA-256 0000"),
+        (
+            {"training_set_sha256": "0" * 64},
+            DamageError,
+            "training set .*inputs.json says SHA-256 0000",
+        ),
         ({"training_set": "nowhere.parquet"}, DamageError, "nowhere.parquet: no such file"),
         ({"latents": "nowhere"}, DataError, "27 of 27 images of the training set have no latents"),
         ({"format": 2}, ConfigError, "format 2"),
         ({"surprise": 1}, ConfigError, "surprise"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_first_step(make_run, train, change, error, message):
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    make_run, train, change, error, message
+):
     run = make_run()
     change_inputs(run, **change)
     with pytest.raises(error, match=message):
@@ -88,7 +94,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(make_run, train, cha
 def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(
     make_run, train, monkeypatch, changes, error, message
 ):
-    monkeypatch.setattr(startup, "load_pipeline_parts", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        startup, "load_pipeline_parts", lambda *_: pytest.fail("weights were loaded")
+    )
     with pytest.raises(error, match=message):
         train(make_run(**changes))
 
@@ -109,7 +117,9 @@ def test_a_run_keeps_its_training_set(make_run, train):
     run = make_run(num_samples=8)
     train(run)
     change_inputs(run, fingerprint="e" * 16)
-    with pytest.raises(TrainingError, match=r"was trained on set ffffffffffffffff, inputs\.json names eeee"):
+    with pytest.raises(
+        TrainingError, match=r"was trained on set ffffffffffffffff, inputs\.json names eeee"
+    ):
         run_again(run, train)
 
 
@@ -127,11 +137,15 @@ def vae_of(folder):
     return load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
 
 
-def test_checkpoints_carry_the_vae_that_encoded_the_latents(make_run, train, other_vae, tiny_sdxl, tmp_path):
+def test_checkpoints_carry_the_vae_that_encoded_the_latents(
+    make_run, train, other_vae, tiny_sdxl, tmp_path
+):
     run = make_run(num_samples=22)
     other_vae(run)
     encoded_with = load_file(run.inputs.vae / "diffusion_pytorch_model.safetensors")
-    assert not torch.equal(encoded_with["encoder.conv_in.weight"], vae_of(tiny_sdxl)["encoder.conv_in.weight"])
+    assert not torch.equal(
+        encoded_with["encoder.conv_in.weight"], vae_of(tiny_sdxl)["encoder.conv_in.weight"]
+    )
     assert train(run, stop_at=5) == "stopped"
     shutil.rmtree(run.inputs.vae)  # what goes on, here or in a bundle, has it from its checkpoint
     bundle.write_bundle(run.folder, tmp_path / "bundle")
@@ -144,7 +158,9 @@ def test_checkpoints_carry_the_vae_that_encoded_the_latents(make_run, train, oth
 
 def test_a_run_is_launched_with_its_encodings_vae(tiny_sdxl, tmp_path):
     vae = shutil.copytree(tiny_sdxl / "vae", tmp_path / "models" / "better")
-    (vae / "config.json").write_text(json.dumps(json.loads((vae / "config.json").read_text()) | {"sample_size": 8}))
+    (vae / "config.json").write_text(
+        json.dumps(json.loads((vae / "config.json").read_text()) | {"sample_size": 8})
+    )
     base = shutil.copytree(tiny_sdxl, tmp_path / "models" / "base")
     (tmp_path / "foundry.toml").write_text("""
 format = 1
@@ -174,10 +190,14 @@ def test_another_vae_than_recorded_is_refused_before_the_first_step(make_run, tr
     other_vae(run)
     config = run.inputs.vae / "config.json"
     config.write_text(config.read_text().replace("0.13025", "0.18215"))
-    with pytest.raises(ModelError, match=r"VAE .*other_vae has digest .* inputs\.json says .* changed since"):
+    with pytest.raises(
+        ModelError, match=r"VAE .*other_vae has digest .* inputs\.json says .* changed since"
+    ):
         train(run)
     change_inputs(run, vae_digest=model_digest(run.inputs.vae))
-    with pytest.raises(ModelError, match=r"scales latents by 0\.18215, the model's own by 0\.13025"):
+    with pytest.raises(
+        ModelError, match=r"scales latents by 0\.18215, the model's own by 0\.13025"
+    ):
         run_again(run, train)
     assert not (run.folder / run_folder.CHECKPOINTS).exists()
 
@@ -186,7 +206,9 @@ def test_inputs_of_a_version_without_vae_are_read(make_run):
     run = make_run()
     path = run.folder / run_folder.INPUTS
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in values.items() if not name.startswith("vae")}))
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if not name.startswith("vae")})
+    )
     assert run_folder.read_inputs(run.folder) == run.inputs
 
 
@@ -216,7 +238,9 @@ def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, ke
     assert capsys.readouterr().err == f"training failed: {event['reason']}\n"
 
 
-def test_a_second_trainer_leaves_the_first_ones_log_alone(make_run, keep_signals, capsys, monkeypatch):
+def test_a_second_trainer_leaves_the_first_ones_log_alone(
+    make_run, keep_signals, capsys, monkeypatch
+):
     run = make_run()
     lock = commit.lock
     monkeypatch.setattr(commit, "lock", functools.partial(lock, wait_s=0.2))
@@ -246,11 +270,15 @@ vae = "models/other/vae"
 """)
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0)
+    store.commit(
+        stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
+    )
     launch(store, "one", RunConfig(encoding="own", base="other"))
     inputs = run_folder.read_inputs(store.run_folder("one"))
     assert (inputs.base_model, inputs.base_digest, inputs.vae) == (other, model_digest(other), None)
-    with pytest.raises(ModelError, match=r"\[models\] bases\.gone\.path = 'models/gone': folder .* is missing"):
+    with pytest.raises(
+        ModelError, match=r"\[models\] bases\.gone\.path = 'models/gone': folder .* is missing"
+    ):
         launch(store, "two", RunConfig(encoding="own", base="gone"))
 
 
@@ -263,7 +291,9 @@ vae = "models/other/vae"
     ],
 )
 def test_a_run_that_names_what_is_not_there_is_not_written(tmp_path, assignment, message):
-    (tmp_path / "foundry.toml").write_text('format = 1\n[models.bases.other]\npath = "x"\n[encodings.sdxl]\n')
+    (tmp_path / "foundry.toml").write_text(
+        'format = 1\n[models.bases.other]\npath = "x"\n[encodings.sdxl]\n'
+    )
     with pytest.raises(ConfigError, match=message):
         configure_run(tmp_path, "one", "demo", [assignment])
     with pytest.raises(ConfigError, match=message):
@@ -280,7 +310,9 @@ def test_a_started_run_keeps_its_base_when_foundry_toml_names_it_no_more(tiny_sd
     )
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0)
+    store.commit(
+        stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
+    )
     launch(store, "one", RunConfig(encoding="own", base="other"))
     config.write_text("format = 1\n[encodings.own]\n")
     launch(Store(tmp_path), "one", RunConfig(encoding="own", base="other"))

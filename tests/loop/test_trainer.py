@@ -23,7 +23,8 @@ MEASURED = ("images_per_s", "data_wait", "eta_s", "memory_bytes")
 
 
 def contents(run, samples_seen):
-    """Digests of all files of a checkpoint: every tensor of the model, the optimizer and the average, and the clock."""
+    """Digests of all files of a checkpoint: every tensor of the model, the optimizer and the
+    average, and the clock."""
     ready = run_folder.read_ready(run_folder.checkpoint_folder(run.folder, samples_seen))
     return {entry.name: entry.sha256 for entry in (*ready.files, *ready.state_files)}
 
@@ -53,7 +54,11 @@ def test_a_run_writes_its_log_and_checkpoints_that_sampling_can_load(unbroken):
     # 22 images in steps of 8: 8, 8, 6, and the run ends with the step that reaches 48.
     assert [event["samples_seen"] for event in steps] == [8, 16, 22, 30, 38, 44, 52]
     assert [event["epoch"] for event in steps] == [0, 0, 0, 1, 1, 1, 2]
-    assert [event["samples_seen"] for event in events if event["event"] == "validation"] == [0, 30, 52]
+    assert [event["samples_seen"] for event in events if event["event"] == "validation"] == [
+        0,
+        30,
+        52,
+    ]
     saved = [event for event in events if event["event"] == "checkpoint"]
     assert [event["checkpoint"] for event in saved] == ["unbroken@30", "unbroken@52"]
     assert events[-1]["event"] == "finished"
@@ -63,14 +68,20 @@ def test_a_run_writes_its_log_and_checkpoints_that_sampling_can_load(unbroken):
         assert ready.digest == event["digest"]
         assert ready.validation_loss == event["validation_loss"]
         assert load_pipeline_parts(folder, "cpu").family == "sdxl"
-    assert run_folder.checkpoints(unbroken.folder) == [unbroken.folder / event["folder"] for event in saved]
+    assert run_folder.checkpoints(unbroken.folder) == [
+        unbroken.folder / event["folder"] for event in saved
+    ]
 
 
-# Stop requests are asked for before each micro-batch of up to 3 samples: in the first step, inside a step, at the
-# border of an epoch, just after a checkpoint.
+# Stop requests are asked for before each micro-batch of up to 3 samples: in the first step, inside
+# a step, at the border of an epoch, just after a checkpoint.
 @pytest.mark.parametrize(
     "stops",
-    [(3, 5), (14, 1, 4), *(pytest.param(stops, marks=pytest.mark.slow) for stops in ((1,), (10, 10), (2, 2, 2, 2)))],
+    [
+        (3, 5),
+        (14, 1, 4),
+        *(pytest.param(stops, marks=pytest.mark.slow) for stops in ((1,), (10, 10), (2, 2, 2, 2))),
+    ],
 )
 def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(unbroken, make_run, train, stops):
     broken = make_run("broken")
@@ -90,26 +101,43 @@ def test_a_stop_during_a_validation_saves_first_and_is_made_up_for(unbroken, mak
 
         def prepare(trainer):
             asked = itertools.count(1)
-            trainer.stop_requested = lambda: trainer.state.clock.validation_owed and next(asked) == number
+            trainer.stop_requested = lambda: (
+                trainer.state.clock.validation_owed and next(asked) == number
+            )
 
         return prepare
 
-    # In the one before the first step, in that at 30, again in the same, in the last one, again in the same.
+    # In the one before the first step, in that at 30, again in the same, in the last one, again in
+    # the same.
     for number, samples_seen in ((5, 0), (16, 30), (9, 30), (15, 52), (12, 52)):
         assert train(broken, prepare=stop_at(number)) == "stopped"
         assert last(broken)["samples_seen"] == samples_seen
         if samples_seen:
-            assert run_folder.read_ready(run_folder.checkpoint_folder(broken.folder, samples_seen)).validation_owed
+            assert run_folder.read_ready(
+                run_folder.checkpoint_folder(broken.folder, samples_seen)
+            ).validation_owed
     assert train(broken) == "finished"
     assert history(broken, "step", "validation") == history(unbroken, "step", "validation")
     lines = [
-        [(event["samples_seen"], event["digest"], event["validation_loss"]) for event in log if event["event"] == name]
-        for log, name in ((read_events(run.folder / run_folder.EVENTS), "checkpoint") for run in (broken, unbroken))
+        [
+            (event["samples_seen"], event["digest"], event["validation_loss"])
+            for event in log
+            if event["event"] == name
+        ]
+        for log, name in (
+            (read_events(run.folder / run_folder.EVENTS), "checkpoint")
+            for run in (broken, unbroken)
+        )
     ]
     assert lines[0] == lines[1]
     for path in run_folder.checkpoints(unbroken.folder):
-        expected, ready = (run_folder.read_ready(run.folder / "checkpoints" / path.name) for run in (unbroken, broken))
-        assert dataclasses.replace(ready, run=expected.run, checkpoint=expected.checkpoint) == expected
+        expected, ready = (
+            run_folder.read_ready(run.folder / "checkpoints" / path.name)
+            for run in (unbroken, broken)
+        )
+        assert (
+            dataclasses.replace(ready, run=expected.run, checkpoint=expected.checkpoint) == expected
+        )
 
 
 def lose_moments(path, state):
@@ -131,7 +159,9 @@ original_restore = checkpoint.restore_state
 
 
 @pytest.mark.parametrize("forget", [lose_moments, lose_clock, lose_average])
-def test_a_resume_that_forgets_something_is_seen_to_differ(unbroken, make_run, train, monkeypatch, forget):
+def test_a_resume_that_forgets_something_is_seen_to_differ(
+    unbroken, make_run, train, monkeypatch, forget
+):
     broken = make_run("broken")
     train(broken, stop_at=5)
     monkeypatch.setattr(checkpoint, "restore_state", forget)
@@ -150,9 +180,17 @@ def test_torn_checkpoints_are_ignored_reported_and_written_again(unbroken, make_
     weights.write_bytes(data)
     (broken.folder / "checkpoints" / ".tmp-1-samples_000000052").mkdir()
     train(broken)
-    resumed = next(event for event in read_events(broken.folder / run_folder.EVENTS) if event["event"] == "resumed")
+    resumed = next(
+        event
+        for event in read_events(broken.folder / run_folder.EVENTS)
+        if event["event"] == "resumed"
+    )
     assert resumed["checkpoint"] == "broken@30"
-    (warning,) = [event for event in read_events(broken.folder / run_folder.EVENTS) if event["event"] == "warning"]
+    (warning,) = [
+        event
+        for event in read_events(broken.folder / run_folder.EVENTS)
+        if event["event"] == "warning"
+    ]
     assert "diffusion_pytorch_model.safetensors has SHA-256" in warning["message"]
     assert not list((broken.folder / "checkpoints").glob(".tmp-*"))
     assert contents(broken, 52) == contents(unbroken, 52)
@@ -171,9 +209,16 @@ def test_what_is_whole_is_not_written_over(make_run, train):
     folder = run_folder.checkpoint_folder(run.folder, 8)
     path, text = folder / run_folder.READY, (folder / run_folder.READY).read_text()
     ready = json.loads(text)
-    for other in ({**ready, "format": 0}, {**ready, "epochs": 3}, {key: ready[key] for key in ready if key != "files"}):
+    for other in (
+        {**ready, "format": 0},
+        {**ready, "epochs": 3},
+        {key: ready[key] for key in ready if key != "files"},
+    ):
         path.write_text(json.dumps(other))
-        with pytest.raises(TrainingError, match=rf"READY.json was written by another .* format {other['format']} with"):
+        with pytest.raises(
+            TrainingError,
+            match=rf"READY.json was written by another .* format {other['format']} with",
+        ):
             train(run)
         assert json.loads(path.read_text()) == other
     del ready["validation_owed"]  # an older version's
@@ -184,7 +229,9 @@ def test_what_is_whole_is_not_written_over(make_run, train):
 
     path.write_text(text)
     moved = (folder / run_folder.STATE).rename(run.folder / "moved")
-    with pytest.raises(TrainingError, match=r"samples_000000008 is the newest whole checkpoint, but has no state/"):
+    with pytest.raises(
+        TrainingError, match=r"samples_000000008 is the newest whole checkpoint, but has no state/"
+    ):
         train(run)
     moved.rename(folder / run_folder.STATE)
     snapshot = []
@@ -194,7 +241,9 @@ def test_what_is_whole_is_not_written_over(make_run, train):
     assert run_folder.check_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("key", "message"), [("run", "of run demo, .* run other"), ("base_digest", "from base model")])
+@pytest.mark.parametrize(
+    ("key", "message"), [("run", "of run demo, .* run other"), ("base_digest", "from base model")]
+)
 def test_a_checkpoint_of_another_run_or_base_is_refused(make_run, train, key, message):
     run = make_run(num_samples=8)
     train(run)
@@ -211,7 +260,9 @@ def test_older_checkpoints_keep_their_weights_and_a_true_ready_file(make_run, tr
     assert [(folder / "state").exists() for folder in folders] == [False] * 4 + [True] * 2
     for folder in folders:
         ready = run_folder.read_ready(folder)
-        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        present = {
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        }
         assert {entry.name for entry in ready.files} <= present
         assert run_folder.check_checkpoint(folder) == ready
     (folders[-1] / "state" / "clock.json").unlink()
@@ -225,18 +276,24 @@ def test_only_what_the_config_names_is_trained(make_run, train):
     train(run, prepare=lambda trainer: trained.update(trainer.state.parameters))
     before = load_pipeline_parts(run.inputs.base_model, "cpu")
     after = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 52), "cpu")
-    for old, new in zip(before.text_encoders[1].parameters(), after.text_encoders[1].parameters(), strict=True):
+    for old, new in zip(
+        before.text_encoders[1].parameters(), after.text_encoders[1].parameters(), strict=True
+    ):
         assert torch.equal(old, new)
     changed = {
         name
         for name, old in before.text_encoders[0].named_parameters()
         if not torch.equal(old, after.text_encoders[0].get_parameter(name))
     }
-    assert {f"text_encoder.{name}" for name in changed} == {name for name in trained if name.startswith("text_")}
+    assert {f"text_encoder.{name}" for name in changed} == {
+        name for name in trained if name.startswith("text_")
+    }
     assert not any("layers.2" in name or "final_layer_norm" in name for name in trained)
     assert any("layers.1" in name for name in changed)
     # Every trained parameter takes part, so that none waits for a gradient that never comes.
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.values())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in trained.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,11 +313,17 @@ def test_text_encoders_train_only_when_asked(make_run, train, changes, expected)
     after = load_pipeline_parts(run_folder.checkpoint_folder(run.folder, 8), "cpu")
     changed = {
         str(number)
-        for number, (old, new) in enumerate(zip(before.text_encoders, after.text_encoders, strict=True), 1)
-        if any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+        for number, (old, new) in enumerate(
+            zip(before.text_encoders, after.text_encoders, strict=True), 1
+        )
+        if any(
+            not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)
+        )
     }
     assert changed == expected
-    assert any(name.startswith("text_encoder") for name in trained) == bool(expected), "what is frozen costs nothing"
+    assert any(name.startswith("text_encoder") for name in trained) == bool(expected), (
+        "what is frozen costs nothing"
+    )
 
 
 def test_fast_reduction_agrees_with_canonical(unbroken, make_run, train):
@@ -268,7 +331,9 @@ def test_fast_reduction_agrees_with_canonical(unbroken, make_run, train):
     train(run)
     pairs = zip(history(run, "step"), history(unbroken, "step"), strict=True)
     for fast, canonical in pairs:
-        assert float.fromhex(fast["loss"]) == pytest.approx(float.fromhex(canonical["loss"]), abs=1e-6)
+        assert float.fromhex(fast["loss"]) == pytest.approx(
+            float.fromhex(canonical["loss"]), abs=1e-6
+        )
 
 
 def test_bf16_autocast_stays_close_and_keeps_fp32_weights(unbroken, make_run, train):
@@ -282,10 +347,13 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_weights(unbroken, make_run, tr
 
 
 def test_a_micro_batch_size_changes_only_rounding(unbroken, make_run, train):
-    # One bucket at a time means other micro-batches make other steps, so all images go into one step.
+    # One bucket at a time means other micro-batches make other steps, so all images go into one
+    # step.
     losses = []
     for size in (1, 22):
-        run = make_run(f"micro{size}", **{"batch.micro_batch_size": size, "batch.global_batch_size": 22})
+        run = make_run(
+            f"micro{size}", **{"batch.micro_batch_size": size, "batch.global_batch_size": 22}
+        )
         train(run)
         losses.append([float.fromhex(event["loss"]) for event in history(run, "step")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -332,9 +400,13 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(make_run, train):
     assert float.fromhex(steps[2]["learning_rate"]) == pytest.approx(1e-3 * (1 - 20 / 48))
     warnings = history(run, "warning")
     assert [warning["kind"] for warning in warnings] == ["not_finite", "not_finite"]
-    assert [(warning["epoch"], warning["step_in_epoch"]) for warning in warnings] == [(0, 2), (1, 0)]
+    assert [(warning["epoch"], warning["step_in_epoch"]) for warning in warnings] == [
+        (0, 2),
+        (1, 0),
+    ]
     assert [len(warning["image_ids"]) for warning in warnings] == [6, 8]
-    # Due at 24 samples: saved after the first finite step, since a resume does a row of skipped ones again.
+    # Due at 24 samples: saved after the first finite step, since a resume does a row of skipped
+    # ones again.
     assert [event["samples_seen"] for event in history(run, "checkpoint")] == [38, 52]
 
 
@@ -356,7 +428,9 @@ def test_a_gradient_that_is_not_finite_names_the_whole_batch(make_run, train):
     (warning,) = history(run, "warning")
     assert "step 2 skipped: gradient not finite" in warning["message"]
     manifest = json.loads((run.folder / "epochs" / f"{warning['epoch']}.json").read_text())
-    order = read_order(run.folder / "epochs" / manifest["order"]["file"], manifest["order"]["sha256"])
+    order = read_order(
+        run.folder / "epochs" / manifest["order"]["file"], manifest["order"]["sha256"]
+    )
     batch = np.concatenate(order.micro_batches(warning["step_in_epoch"]))
     assert warning["image_ids"] == run.rows["image_id"].gather(batch).to_list()
     assert warning["num_images"] == len(batch) == 8
@@ -379,7 +453,11 @@ def test_a_validation_that_is_not_finite_names_its_images_and_the_run_goes_on(ma
         trainer._plain_losses = losses
 
     assert train(run, prepare=prepare) == "finished"
-    before, after = (event for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "validation")
+    before, after = (
+        event
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] == "validation"
+    )
     for name in ("", "ema_"):
         assert before[f"{name}loss"] > 0
         assert after[f"{name}loss"] is None
@@ -388,11 +466,17 @@ def test_a_validation_that_is_not_finite_names_its_images_and_the_run_goes_on(ma
         for view in ("t", "bucket"):
             values, good = after[f"{name}{view}"].values(), before[f"{name}{view}"].values()
             assert [value is None for value in values].count(True) == 1 < len(values)
-            assert all(value > 0 for value in (*good, *(value for value in values if value is not None)))
+            assert all(
+                value > 0 for value in (*good, *(value for value in values if value is not None))
+            )
     warnings = history(run, "warning")
-    assert [(warning["kind"], warning["image_ids"]) for warning in warnings] == [("not_finite", bad)] * 2
+    assert [(warning["kind"], warning["image_ids"]) for warning in warnings] == [
+        ("not_finite", bad)
+    ] * 2
     assert "loss of 1 of 5 held-out images not finite" in warnings[0]["message"]
-    assert run_folder.read_ready(run_folder.checkpoint_folder(run.folder, 8)).validation_loss is None
+    assert (
+        run_folder.read_ready(run_folder.checkpoint_folder(run.folder, 8)).validation_loss is None
+    )
     assert train(run) == "finished"
 
 
@@ -422,7 +506,8 @@ def test_a_stop_in_a_row_of_skipped_steps_does_not_break_the_guard(make_run, tra
     assert last(run)["samples_seen"] == 16
     for _ in range(2):
         with pytest.raises(
-            TrainingError, match=r"saved at 16 samples\. Begin another run .*samples_000000016\" in foundry"
+            TrainingError,
+            match=r"saved at 16 samples\. Begin another run .*samples_000000016\" in foundry",
         ):
             train(run, prepare=lambda trainer: poison(trainer, range(3, 100)))
         assert len(history(run, "warning")) == 4
@@ -446,7 +531,12 @@ def test_a_tiny_model_overfits_one_batch(make_run):
         }
     )  # fmt: skip
     trainer = Trainer(
-        folder=run.folder, config=run.config, inputs=run.inputs, ranks=Ranks(), log=None, stop_requested=lambda: False
+        folder=run.folder,
+        config=run.config,
+        inputs=run.inputs,
+        ranks=Ranks(),
+        log=None,
+        stop_requested=lambda: False,
     )
     rows = trainer.order.micro_batches(0)
     assert len(rows) >= 1
@@ -462,7 +552,9 @@ def test_a_tiny_model_overfits_one_batch(make_run):
     assert np.mean(losses[-5:]) < 0.01
 
 
-def test_an_epoch_is_not_finished_by_a_version_that_makes_other_prompts(make_run, train, monkeypatch):
+def test_an_epoch_is_not_finished_by_a_version_that_makes_other_prompts(
+    make_run, train, monkeypatch
+):
     run = make_run()
     assert train(run, stop_at=4) == "stopped"
     monkeypatch.setattr("training.loop.epochs.PROMPTS_VERSION", 999)

@@ -42,7 +42,9 @@ def losses_of(dataset, worker):
 def dataset(make_run, tiny_sdxl):
     run = make_run(**{"compute.compile": False})
     tokenizers = [load_tokenizer(tiny_sdxl / name) for name in ("tokenizer", "tokenizer_2")]
-    dataset = Dataset(run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025)
+    dataset = Dataset(
+        run.rows, Vocabulary(), LatentSource(run.inputs.latents), run.config, tokenizers, 0.13025
+    )
     dataset.use_latents(dataset.pin_latents()[0])
     return dataset
 
@@ -54,7 +56,9 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset, 
     def losses(draw):
         assert draw.batch.mask is None
         assert len({prompt.shape for prompt in draw.batch.ids}) == 1
-        for image_id, step, own in zip(draw.batch.image_ids, draw.timesteps.tolist(), draw.noise, strict=True):
+        for image_id, step, own in zip(
+            draw.batch.image_ids, draw.timesteps.tolist(), draw.noise, strict=True
+        ):
             assert image_id not in seen
             seen[image_id] = (step, own)
         return draw.timesteps.float()
@@ -72,14 +76,18 @@ def test_every_image_counts_once_with_its_own_timestep_and_fixed_noise(dataset, 
 
 
 def test_prompts_of_validation_never_change(dataset):
-    prompts = [[dataset.prompt(row, None) for row in dataset.validation_rows.tolist()] for _ in range(2)]
+    prompts = [
+        [dataset.prompt(row, None) for row in dataset.validation_rows.tolist()] for _ in range(2)
+    ]
     assert prompts[0] == prompts[1]
 
 
 def test_batches_are_made_once_until_latents_change(dataset, worker, monkeypatch):
     images = FixedList(dataset.train_rows, dataset, Ranks(), 1000)
     made, make, seen = [], dataset.batch, []
-    monkeypatch.setattr(dataset, "batch", lambda rows, epoch: made.append(len(rows)) or make(rows, epoch))
+    monkeypatch.setattr(
+        dataset, "batch", lambda rows, epoch: made.append(len(rows)) or make(rows, epoch)
+    )
 
     def measure():
         seen.append([])
@@ -175,7 +183,9 @@ def sums(draw):
     return torch.stack([torch.randn(1 << 20, generator=generator).sum() for _ in draw.timesteps])
 
 
-def test_threads_of_a_cpu_compute_a_micro_batch_each_with_the_bits_of_one(dataset, losses_of, three_threads):
+def test_threads_of_a_cpu_compute_a_micro_batch_each_with_the_bits_of_one(
+    dataset, losses_of, three_threads
+):
     torch.set_num_threads(1)
     expected = losses_of(dataset.train_rows, sums).losses
     torch.set_num_threads(3)
@@ -196,9 +206,16 @@ def test_threads_of_a_cpu_compute_a_micro_batch_each_with_the_bits_of_one(datase
     assert ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 3
 
 
-def test_a_stop_request_and_an_error_end_threads_that_compute_apart(dataset, losses_of, three_threads):
+def test_a_stop_request_and_an_error_end_threads_that_compute_apart(
+    dataset, losses_of, three_threads
+):
     passes, answers = [], iter([False, False, True])
-    assert losses_of(dataset.train_rows, lambda draw: passes.append(1) or sums(draw), lambda: next(answers)) is None
+    assert (
+        losses_of(
+            dataset.train_rows, lambda draw: passes.append(1) or sums(draw), lambda: next(answers)
+        )
+        is None
+    )
     assert len(passes) == 2
 
     def broken(draw):

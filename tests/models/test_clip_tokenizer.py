@@ -15,7 +15,8 @@ from training.models.clip_tokenizer import ClipTokenizer
 from training.models.text_encoders import load_tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "demo" / "models" / "base"
-# What CLIP's rules are about: case, white space, endings, digits, other scripts, combining marks, special tokens.
+# What CLIP's rules are about: case, white space, endings, digits, other scripts, combining marks,
+# special tokens.
 TEXTS = [
     "", " ", "A red CAT!!", "it's they've we're I'd", "score_9,  score_8_up\n\t1girl 2024",
     "<|endoftext|> <|StartOfText|>", "!",
@@ -29,7 +30,8 @@ PUBLISHED = {
     "-1": {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False,
            "special": True},
 }  # fmt: skip
-"""`added_tokens_decoder` of SDXL's tokenizer_2/tokenizer_config.json; negative ids count from the vocabulary's end."""
+"""`added_tokens_decoder` of SDXL's tokenizer_2/tokenizer_config.json; negative ids count from the
+vocabulary's end."""
 
 
 def ids(tokenizer, texts):
@@ -43,7 +45,9 @@ def assert_same(folder, texts):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-@pytest.fixture(scope="module", params=["pair", "pair as published", "one file", "one file without settings"])
+@pytest.fixture(
+    scope="module", params=["pair", "pair as published", "one file", "one file without settings"]
+)
 def folder(request, tmp_path_factory, clip_tokenizers):
     """SDXL's second tokenizer, which pads with `!`, in each form that folders have."""
     made = tmp_path_factory.mktemp("tokenizer")
@@ -54,8 +58,17 @@ def folder(request, tmp_path_factory, clip_tokenizers):
             (made / "tokenizer_config.json").write_text('{"pad_token": "!"}')
         return made
     tokenizer.backend_tokenizer.model.save(str(made))
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "do_lower_case": True,
+        **special,
+    }
     if request.param == "pair":
         options = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
         special["bos_token"] = {"content": "<|startoftext|>", **options}
@@ -63,7 +76,8 @@ def folder(request, tmp_path_factory, clip_tokenizers):
     else:
         size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
         settings["added_tokens_decoder"] = {
-            str(int(key) % size): {**token, "content": token["content"]} for key, token in PUBLISHED.items()
+            str(int(key) % size): {**token, "content": token["content"]}
+            for key, token in PUBLISHED.items()
         }
         settings["pad_token"] = "!"
     (made / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,5 @@
-"""Layout changes nothing but memory and speed: equal gradients, the same names, the kernel that was asked for."""
+"""Layout changes nothing but memory and speed: equal gradients, the same names, the kernel that was
+asked for."""
 
 import pytest
 import torch
@@ -17,11 +18,17 @@ def gradients(folder, device="cpu", **compute):
     trained = trained_parameters(parts, text_encoder=True, text_encoder_2=parts.family == "sdxl")
     apply_compute(parts, ComputeConfig(**compute))
     passes = []
-    for block in (parts.unet.down_blocks[1].resnets[0], parts.text_encoders[0].encoder.layers[0].mlp):
+    for block in (
+        parts.unet.down_blocks[1].resnets[0],
+        parts.text_encoders[0].encoder.layers[0].mlp,
+    ):
         block.register_forward_pre_hook(lambda *_: passes.append(1))
     torch.manual_seed(3)
     ids = [torch.randint(0, 500, (2, 2, 77)).to(device) for _ in parts.text_encoders]
-    noised, time_ids = torch.randn(2, 4, 4, 6).to(device), torch.tensor([[64.0, 80, 0, 8, 32, 48]] * 2).to(device)
+    noised, time_ids = (
+        torch.randn(2, 4, 4, 6).to(device),
+        torch.tensor([[64.0, 80, 0, 8, 32, 48]] * 2).to(device),
+    )
     loss = predict(parts, noised, torch.tensor([3, 900]).to(device), ids, time_ids).square().mean()
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in trained.items()}, len(passes)
@@ -34,7 +41,12 @@ def folder(request, sdxl_folder, sd1_folder):
 
 @pytest.mark.parametrize(
     ("names", "again"),
-    [(("all",), 2), (("down_blocks.1", "mid_block"), 1), (("up_blocks",), 0), (("text_encoders",), 1)],
+    [
+        (("all",), 2),
+        (("down_blocks.1", "mid_block"), 1),
+        (("up_blocks",), 0),
+        (("text_encoders",), 1),
+    ],
 )
 def test_gradients_are_equal_with_blocks_computed_again(folder, names, again):
     loss, plain, passes = gradients(folder)
@@ -46,7 +58,9 @@ def test_gradients_are_equal_with_blocks_computed_again(folder, names, again):
 
 def test_an_unknown_block_is_refused_with_the_names_of_those_that_are_there(sdxl_folder):
     parts = load_pipeline_parts(sdxl_folder, "cpu")
-    with pytest.raises(ConfigError, match=r"no block 'down_blocks.7'; there are .*down_blocks.1.*mid_block.*all"):
+    with pytest.raises(
+        ConfigError, match=r"no block 'down_blocks.7'; there are .*down_blocks.1.*mid_block.*all"
+    ):
         apply_compute(parts, ComputeConfig(gradient_checkpointing=("mid_block", "down_blocks.7")))
 
 
@@ -83,7 +97,9 @@ def test_every_attention_goes_through_sdpa(folder, monkeypatch):
 
 @pytest.mark.slow
 # torch's compiler warns of its own parts.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad", "ignore:Dynamo detected")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad", "ignore:Dynamo detected"
+)
 @pytest.mark.parametrize(("mode", "num_graphs"), [("blocks", 4), ("whole", 6)])
 def test_graphs_are_shared_by_shapes_or_one_for_each_whole_batch(sdxl_folder, mode, num_graphs):
     torch._dynamo.reset()
@@ -95,11 +111,20 @@ def test_graphs_are_shared_by_shapes_or_one_for_each_whole_batch(sdxl_folder, mo
     assert list(parts.unet.state_dict()) == names
     plain = load_pipeline_parts(sdxl_folder, "cpu")
     sizes = [(8, 12, 1), (12, 8, 2), (16, 10, 3), (10, 14, 1), (6, 18, 2), (18, 6, 3)]
-    for batch, (height, width, chunks) in [(3, size) for size in sizes] + [(2, sizes[0]), (2, sizes[1])]:
+    for batch, (height, width, chunks) in [(3, size) for size in sizes] + [
+        (2, sizes[0]),
+        (2, sizes[1]),
+    ]:
         torch.manual_seed(height)
-        inputs = torch.randn(batch, 4, height, width), torch.arange(batch), torch.randn(batch, chunks * 77, 48)
+        inputs = (
+            torch.randn(batch, 4, height, width),
+            torch.arange(batch),
+            torch.randn(batch, chunks * 77, 48),
+        )
         added = {"text_embeds": torch.randn(batch, 24), "time_ids": torch.ones(batch, 6)}
-        predictions = [model.unet(*inputs, added_cond_kwargs=added).sample for model in (plain, parts)]
+        predictions = [
+            model.unet(*inputs, added_cond_kwargs=added).sample for model in (plain, parts)
+        ]
         torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= num_graphs
     assert not torch._dynamo.utils.counters["graph_break"]

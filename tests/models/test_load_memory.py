@@ -1,4 +1,5 @@
-"""Loading a model takes its fp32 bytes of private memory and hardly more at any moment, however it is stored."""
+"""Loading a model takes its fp32 bytes of private memory and hardly more at any moment, however it
+is stored."""
 
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from training.models.unet import load_pipeline_parts, save_diffusers_folder
 
-# Each model is loaded by a process of its own, which has the libraries and has loaded a small one before. Its resident
-# memory counts pages of mapped files too, as what is private to a process that is the only one to map them does.
+# Each model is loaded by a process of its own, which has the libraries and has loaded a small one
+# before. Its resident memory counts pages of mapped files too, as what is private to a process that
+# is the only one to map them does.
 RANK = """
 import os, sys
 from pathlib import Path
@@ -72,7 +74,9 @@ def models(tmp_path_factory, sdxl_folder):
     for dtype in (torch.float32, torch.float16):
         folder = root / f"folder-{dtype}"
         save_diffusers_folder(parts, folder, dtype)
-        (root / f"file-{dtype}").symlink_to(folder, target_is_directory=True)  # configurations beside the file
+        (root / f"file-{dtype}").symlink_to(
+            folder, target_is_directory=True
+        )  # configurations beside the file
         cast = {
             name: value.to(dtype).contiguous() if value.is_floating_point() else value
             for name, value in tensors.items()

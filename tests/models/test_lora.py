@@ -1,4 +1,5 @@
-"""LoRA files of every form add the product of their matrices, to the layers that they name and to no others."""
+"""LoRA files of every form add the product of their matrices, to the layers that they name and to
+no others."""
 
 import json
 
@@ -29,7 +30,11 @@ UNET = [
     "conv_in",
     "conv_out",
 ]
-TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.out_proj", "encoder.layers.2.mlp.fc1"]
+TEXT = [
+    "encoder.layers.0.self_attn.q_proj",
+    "encoder.layers.1.self_attn.out_proj",
+    "encoder.layers.2.mlp.fc1",
+]
 
 
 @pytest.fixture
@@ -48,7 +53,9 @@ def weights_of(parts):
 def full_names(parts, unet=UNET):
     names = [f"unet.{name}" for name in unet] + [f"text_encoder.{name}" for name in TEXT]
     if parts.family == "sdxl":
-        names += [f"text_encoder_2.text_model.{name}" for name in TEXT] + ["text_encoder_2.text_projection"]
+        names += [f"text_encoder_2.text_model.{name}" for name in TEXT] + [
+            "text_encoder_2.text_projection"
+        ]
     return names
 
 
@@ -69,7 +76,9 @@ def by_hand(parts, pairs, factor):
     wanted = weights_of(parts)
     for name, (up, down) in pairs.items():
         key = f"{name}.weight"
-        wanted[key] = wanted[key] + factor * torch.einsum("or,r...->o...", up.reshape(len(up), RANK), down)
+        wanted[key] = wanted[key] + factor * torch.einsum(
+            "or,r...->o...", up.reshape(len(up), RANK), down
+        )
     return wanted
 
 
@@ -97,12 +106,16 @@ def peft(pairs, infix=""):
         part, _, own = name.partition(".")
         if part == "text_encoder":
             own = f"text_model.{own}"
-        tensors |= {f"{part}.{own}.lora_B{infix}.weight": up, f"{part}.{own}.lora_A{infix}.weight": down}
+        tensors |= {
+            f"{part}.{own}.lora_B{infix}.weight": up,
+            f"{part}.{own}.lora_A{infix}.weight": down,
+        }
     return tensors
 
 
 def before_peft(pairs):
-    """diffusers' names of 2023: attention's matrices hang on processors, the rest on layers of their own."""
+    """diffusers' names of 2023: attention's matrices hang on processors, the rest on layers of
+    their own."""
     tensors = {}
     for name, (up, down) in pairs.items():
         part, _, own = name.partition(".")
@@ -126,11 +139,14 @@ def contiguous(tensors):
 
 
 def original_of(parts):
-    """diffusers' name of a UNet's module to the original one, from the table of tests/tools/original_names.py."""
+    """diffusers' name of a UNet's module to the original one, from the table of
+    tests/tools/original_names.py."""
     prefix = "model.diffusion_model."
     by_value = {value.data_ptr(): name for name, value in parts.unet.state_dict().items()}
     return {
-        by_value[value.data_ptr()].removesuffix(".weight"): key.removeprefix(prefix).removesuffix(".weight")
+        by_value[value.data_ptr()].removesuffix(".weight"): key.removeprefix(prefix).removesuffix(
+            ".weight"
+        )
         for key, value in original_tensors(parts).items()
         if key.startswith(prefix) and key.endswith(".weight")
     }
@@ -138,7 +154,10 @@ def original_of(parts):
 
 FORMS = {
     "kohya": (lambda pairs, parts: kohya(pairs), ALPHA / RANK),
-    "kohya, original names": (lambda pairs, parts: kohya(pairs, original_of(parts).__getitem__), ALPHA / RANK),
+    "kohya, original names": (
+        lambda pairs, parts: kohya(pairs, original_of(parts).__getitem__),
+        ALPHA / RANK,
+    ),
     "peft": (lambda pairs, parts: peft(pairs), 1.0),
     "peft, named adapter": (lambda pairs, parts: peft(pairs, ".default"), 1.0),
     "diffusers before peft": (lambda pairs, parts: before_peft(pairs), 1.0),
@@ -183,7 +202,9 @@ def test_loras_add_up(parts, tmp_path):
     moved = [by_hand(parts, one, 0.5 * ALPHA / RANK), by_hand(parts, other, 2.0)]
     add_loras(parts, [(tmp_path / "one.safetensors", 0.5), (tmp_path / "other.safetensors", 2.0)])
     for name, value in weights_of(parts).items():
-        torch.testing.assert_close(value, moved[0][name] + moved[1][name] - base[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            value, moved[0][name] + moved[1][name] - base[name], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("where", ["metadata", "config"])
@@ -194,16 +215,22 @@ def test_pefts_alpha_is_read_from_where_it_is(parts, tmp_path, where):
         stated = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 12, "unet.r": RANK})}
         save_file(contiguous(peft(pairs)), path, metadata=stated)
     else:
-        tensors = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in peft(pairs).items()}
+        tensors = {
+            f"base_model.model.{key.removeprefix('unet.')}": value
+            for key, value in peft(pairs).items()
+        }
         save_file(contiguous(tensors), path)
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "r": RANK, "use_dora": False}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"lora_alpha": 12, "r": RANK, "use_dora": False})
+        )
     wanted = by_hand(parts, pairs, 12 / RANK)
     add_loras(parts, [(path, 1.0)])
     for name, value in weights_of(parts).items():
         torch.testing.assert_close(value, wanted[name], atol=1e-4, rtol=1e-5, msg=name)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 def refused(parts, path, match):
@@ -218,7 +245,11 @@ def test_unknown_keys_are_counted_and_named(parts, tmp_path):
     good = kohya(matrices(parts, ["unet.conv_in"]))
     bad = {f"lora_unet_{n}.hada_w1_a": torch.zeros(1) for n in "dcba"}
     save_file(contiguous(good | bad), path)
-    refused(parts, path, r"4 of 7 keys fit no layer of this model \(lora_unet_a.hada_w1_a, .*_b.*, .*_c.hada_w1_a\)")
+    refused(
+        parts,
+        path,
+        r"4 of 7 keys fit no layer of this model \(lora_unet_a.hada_w1_a, .*_b.*, .*_c.hada_w1_a\)",
+    )
     save_file(contiguous({key: value for key, value in good.items() if "lora_up" not in key}), path)
     refused(parts, path, r"2 of 2 keys fit no layer")  # one matrix of a pair is nothing
     save_file({"something": torch.zeros(2)}, path)
@@ -247,7 +278,8 @@ def test_files_that_cannot_be_added_are_refused(parts, tmp_path):
         refused(parts, tmp_path / "y.safetensors", f"unet.{option}=True is not applied here")
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names
+# -----------------------------------------------------------------------------------------------------------
 
 SDXL = {
     "block_out_channels": (8, 16, 16), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10),
@@ -266,14 +298,19 @@ SD1 = {
 def test_original_names_are_those_that_diffusers_translates_back(layout):
     """Blocks as many as in the real models: diffusers' converter of single files is the judge."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(norm_num_groups=4, attention_head_dim=4, cross_attention_dim=8, **layout)
+        unet = UNet2DConditionModel(
+            norm_num_groups=4, attention_head_dim=4, cross_attention_dim=8, **layout
+        )
     norms = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
     tensors, wanted = {}, {}
     for number, (key, value) in enumerate(unet.state_dict().items()):
         name, _, kind = key.rpartition(".")
         head, _, last = name.rpartition(".")
         if last in norms and "resnets" in head:
-            original = original_name(f"{head}.conv1", unet.config).removesuffix("in_layers.2") + norms[last]
+            original = (
+                original_name(f"{head}.conv1", unet.config).removesuffix("in_layers.2")
+                + norms[last]
+            )
         else:
             original = {"conv_norm_out": "out.0"}.get(name) or original_name(name, unet.config)
         tensors[f"model.diffusion_model.{original}.{kind}"] = torch.tensor(float(number))

@@ -24,7 +24,8 @@ def folder_of(sdxl_folder, sd1_folder):
 
 @pytest.fixture
 def write(tmp_path, folder_of):
-    """`write(family)`: a single file beside a folder that has configurations and tokenizers only."""
+    """`write(family)`: a single file beside a folder that has configurations and tokenizers
+    only."""
 
     def make(family, **extra):
         path = tmp_path / "photo-1.0.safetensors"
@@ -38,18 +39,27 @@ def write(tmp_path, folder_of):
 
 def states(parts):
     modules = [parts.unet, parts.vae, *parts.text_encoders]
-    return {f"{number}.{key}": value for number, m in enumerate(modules) for key, value in m.state_dict().items()}
+    return {
+        f"{number}.{key}": value
+        for number, m in enumerate(modules)
+        for key, value in m.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_single_file_is_the_folder_bit_for_bit(folder_of, write, family):
-    theirs, ours = load_pipeline_parts(folder_of[family], "cpu"), load_pipeline_parts(write(family), "cpu")
+    theirs, ours = (
+        load_pipeline_parts(folder_of[family], "cpu"),
+        load_pipeline_parts(write(family), "cpu"),
+    )
     before, after = states(theirs), states(ours)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert ours.family == family
     assert ours.noise_scheduler_config == theirs.noise_scheduler_config
-    assert [len(tokenizer) for tokenizer in ours.tokenizers] == [len(tokenizer) for tokenizer in theirs.tokenizers]
+    assert [len(tokenizer) for tokenizer in ours.tokenizers] == [
+        len(tokenizer) for tokenizer in theirs.tokenizers
+    ]
     assert ours.unet.config.cross_attention_dim == theirs.unet.config.cross_attention_dim
     for module in (ours.unet, ours.vae, *ours.text_encoders):
         assert not module.training
@@ -66,7 +76,9 @@ def test_the_pooled_text_is_multiplied_by_the_files_projection_as_openclip_does(
     last = encoder.text_model.final_layer_norm(
         encoder.text_model(ids[:, 0], output_hidden_states=True).hidden_states[-1]
     )
-    projection = original_tensors(parts)["conditioner.embedders.1.model.text_projection"]  # (width, projection)
+    projection = original_tensors(parts)[
+        "conditioner.embedders.1.model.text_projection"
+    ]  # (width, projection)
     at_the_end = torch.stack([last[0, 4], last[1, 3]])
     torch.testing.assert_close(pooled, at_the_end @ projection)
 
@@ -90,7 +102,8 @@ def test_half_precision_files_are_loaded_in_single(write, folder_of, family):
     for config in path.with_suffix("").glob("text_encoder*/config.json"):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
     halves = {
-        name: v.half().contiguous() if v.is_floating_point() else v for name, v in original_tensors(parts).items()
+        name: v.half().contiguous() if v.is_floating_point() else v
+        for name, v in original_tensors(parts).items()
     }
     save_file(halves, path)
     for key, value in states(load_pipeline_parts(path, "cpu")).items():

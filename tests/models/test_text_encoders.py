@@ -28,7 +28,10 @@ def sd1(sd1_folder):
 
 def tokenize_batch(prompts, tokenizers):
     num_chunks = max(prompt.num_chunks for prompt in tokenize(prompts, tokenizers[0]))
-    return [ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), "cpu") for tokenizer in tokenizers]
+    return [
+        ids_tensor(tokenize(prompts, tokenizer, min_chunks=num_chunks), "cpu")
+        for tokenizer in tokenizers
+    ]
 
 
 def encode(pipeline, prompts):
@@ -83,7 +86,8 @@ def test_sd1_equals_diffusers(sd1):
 
 
 def test_clip_skip_2_equals_an_encoder_without_its_last_layer(sd1):
-    # diffusers' own clip_skip for SD 1.x does not run with transformers >= 5.6 (it asks for `.text_model`).
+    # diffusers' own clip_skip for SD 1.x does not run with transformers >= 5.6 (it asks for
+    # `.text_model`).
     config = copy.deepcopy(sd1.text_encoder.config)
     config.num_hidden_layers -= 1
     shorter = CLIPTextModel(config).eval()
@@ -111,7 +115,9 @@ def test_a_batch_has_one_number_of_chunks(sdxl):
 
 
 def test_a_folder_without_vocabulary_is_no_tokenizer(sdxl_folder, tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text((sdxl_folder / "tokenizer/tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        (sdxl_folder / "tokenizer/tokenizer_config.json").read_text()
+    )
     with pytest.raises(ModelError, match=r"neither tokenizer.json nor vocab.json and merges.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")

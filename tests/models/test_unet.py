@@ -1,4 +1,5 @@
-"""A model folder goes round unchanged, diffusers reads what we write, and mixed folders are refused."""
+"""A model folder goes round unchanged, diffusers reads what we write, and mixed folders are
+refused."""
 
 import json
 import shutil
@@ -23,7 +24,11 @@ def folder_of(sdxl_folder, sd1_folder):
 def states(parts):
     modules = {"unet": parts.unet, "vae": parts.vae}
     modules |= {f"text_encoder_{n}": encoder for n, encoder in enumerate(parts.text_encoders)}
-    return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
 
 
 def assert_equal_states(a, b):
@@ -41,7 +46,10 @@ def test_a_folder_goes_round_unchanged(folder_of, tmp_path, family, pipeline):
     assert_equal_states(states(parts), states(again))
     assert again.noise_scheduler_config == parts.noise_scheduler_config
     for before, after in zip(parts.tokenizers, again.tokenizers, strict=True):
-        assert after("a red cat", padding="max_length").input_ids == before("a red cat", padding="max_length").input_ids
+        assert (
+            after("a red cat", padding="max_length").input_ids
+            == before("a red cat", padding="max_length").input_ids
+        )
 
 
 @pytest.mark.parametrize(("family", "pipeline"), FAMILIES)
@@ -53,7 +61,14 @@ def test_diffusers_draws_the_same_from_the_saved_folder(folder_of, tmp_path, fam
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         pictures.append(
-            pipe("red cat", height=32, width=32, num_inference_steps=2, generator=generator, output_type="np").images
+            pipe(
+                "red cat",
+                height=32,
+                width=32,
+                num_inference_steps=2,
+                generator=generator,
+                output_type="np",
+            ).images
         )
     assert (pictures[0] == pictures[1]).all()
 
@@ -75,7 +90,9 @@ def test_text_encoders_are_written_under_the_names_that_all_readers_know(sdxl_fo
     first = load_file(tmp_path / "text_encoder" / "model.safetensors")
     second = load_file(tmp_path / "text_encoder_2" / "model.safetensors")
     assert all(key.startswith("text_model.") for key in first)
-    assert {key for key in second if not key.startswith("text_model.")} == {"text_projection.weight"}
+    assert {key for key in second if not key.startswith("text_model.")} == {
+        "text_projection.weight"
+    }
 
 
 def test_loaded_parts_are_frozen(sd1_folder):
@@ -143,7 +160,9 @@ def shrink_vocabulary(folder, size):
 def test_a_missing_part_says_which_file_and_how_to_fetch_it(sdxl_folder, tmp_path):
     folder = shutil.copytree(sdxl_folder, tmp_path / "cut")
     (folder / "text_encoder_2" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"missing text_encoder_2/model.safetensors in .*hf download"):
+    with pytest.raises(
+        ModelError, match=r"missing text_encoder_2/model.safetensors in .*hf download"
+    ):
         load_pipeline_parts(folder, "cpu")
     with pytest.raises(ModelError, match="no such folder"):
         load_pipeline_parts(tmp_path / "nowhere", "cpu")
@@ -155,7 +174,9 @@ def test_zero_terminal_snr_is_algorithm_1_and_recorded_for_samplers(sd1_folder, 
     changed = with_schedule(parts, "base", zero_terminal_snr=True)
     # arXiv:2305.08891, algorithm 1: shift so that the last is 0, scale so that the first stays.
     expected = ((before - before[-1]) * before[0] / (before[0] - before[-1])).square()
-    torch.testing.assert_close(alphas_cumprod(changed.noise_scheduler_config).double(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        alphas_cumprod(changed.noise_scheduler_config).double(), expected, rtol=1e-4, atol=1e-7
+    )
     assert alphas_cumprod(changed.noise_scheduler_config)[-1] == 0
     save_diffusers_folder(changed, tmp_path, torch.float32)
     config = StableDiffusionPipeline.from_pretrained(tmp_path).scheduler.config
@@ -163,7 +184,10 @@ def test_zero_terminal_snr_is_algorithm_1_and_recorded_for_samplers(sd1_folder, 
         True, "v_prediction", "trailing",
     )  # fmt: skip
     again = load_pipeline_parts(tmp_path, "cpu")
-    assert with_schedule(again, "base", zero_terminal_snr=True).noise_scheduler_config == again.noise_scheduler_config
+    assert (
+        with_schedule(again, "base", zero_terminal_snr=True).noise_scheduler_config
+        == again.noise_scheduler_config
+    )
     assert "rescale_betas_zero_snr" not in parts.noise_scheduler_config or (
         not parts.noise_scheduler_config["rescale_betas_zero_snr"]
     )
@@ -173,16 +197,28 @@ def test_a_sampler_that_does_not_know_the_option_is_replaced(sd1_folder):
     parts = load_pipeline_parts(sd1_folder, "cpu")
     parts.noise_scheduler_config["_class_name"] = "PNDMScheduler"
     assert (
-        with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config["_class_name"] == "PNDMScheduler"
+        with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config["_class_name"]
+        == "PNDMScheduler"
     )
-    assert with_schedule(parts, "base", zero_terminal_snr=True).noise_scheduler_config["_class_name"] == "DDIMScheduler"
+    assert (
+        with_schedule(parts, "base", zero_terminal_snr=True).noise_scheduler_config["_class_name"]
+        == "DDIMScheduler"
+    )
 
 
 def test_another_prediction_type_is_recorded(sdxl_folder, tmp_path):
     parts = load_pipeline_parts(sdxl_folder, "cpu")
-    assert with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config == parts.noise_scheduler_config
-    save_diffusers_folder(with_schedule(parts, "v_prediction", zero_terminal_snr=False), tmp_path, torch.float32)
-    assert StableDiffusionXLPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "v_prediction"
+    assert (
+        with_schedule(parts, "base", zero_terminal_snr=False).noise_scheduler_config
+        == parts.noise_scheduler_config
+    )
+    save_diffusers_folder(
+        with_schedule(parts, "v_prediction", zero_terminal_snr=False), tmp_path, torch.float32
+    )
+    assert (
+        StableDiffusionXLPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type
+        == "v_prediction"
+    )
     # A v-prediction model is trained on to predict the noise, too.
     back = with_schedule(load_pipeline_parts(tmp_path, "cpu"), "epsilon", zero_terminal_snr=False)
     assert back.noise_scheduler_config["prediction_type"] == "epsilon"
@@ -197,7 +233,9 @@ def test_another_prediction_type_is_recorded(sdxl_folder, tmp_path):
         ("zero", "epsilon", False, "^the base model's schedule has zero terminal SNR"),
     ],
 )
-def test_the_noise_cannot_be_predicted_where_there_is_no_signal(sdxl_folder, own, prediction_type, asked, message):
+def test_the_noise_cannot_be_predicted_where_there_is_no_signal(
+    sdxl_folder, own, prediction_type, asked, message
+):
     parts = load_pipeline_parts(sdxl_folder, "cpu")
     parts.noise_scheduler_config["rescale_betas_zero_snr"] = own == "zero"
     with pytest.raises(ConfigError, match=message):

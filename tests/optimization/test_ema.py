@@ -7,7 +7,10 @@ from training.optimization.ema import Ema
 
 def model():
     torch.manual_seed(0)
-    return {"weight": torch.nn.Parameter(torch.randn(3)), "bias": torch.nn.Parameter(torch.randn(2))}
+    return {
+        "weight": torch.nn.Parameter(torch.randn(3)),
+        "bias": torch.nn.Parameter(torch.randn(2)),
+    }
 
 
 @pytest.mark.parametrize("steps", [[100], [50, 50], [10] * 10, [1, 99]])
@@ -30,13 +33,18 @@ def moved(weights):
 @pytest.mark.parametrize("half_life_steps", [2, 30, 250])
 def test_the_warm_up_is_the_librarys(half_life_steps):
     weights = model()
-    ema, library = Ema(weights, 2048 * half_life_steps), EMAModel(weights.values(), decay=0.5 ** (1 / half_life_steps))
+    ema, library = (
+        Ema(weights, 2048 * half_life_steps),
+        EMAModel(weights.values(), decay=0.5 ** (1 / half_life_steps)),
+    )
     for step in range(400):
         base = {name: shadow.clone() for name, shadow in ema.shadows.items()}
         moved(weights)
         ema.update(weights, 2048, step)
         library.step(weights.values())
-        for name, own, theirs in zip(weights, ema.shadows.values(), library.shadow_params, strict=True):
+        for name, own, theirs in zip(
+            weights, ema.shadows.values(), library.shadow_params, strict=True
+        ):
             if step == 0:  # the library keeps nothing of where it began, which is its own odd step
                 assert torch.equal(theirs, weights[name])
                 torch.testing.assert_close(own, 0.1 * base[name] + 0.9 * weights[name])
@@ -46,7 +54,11 @@ def test_the_warm_up_is_the_librarys(half_life_steps):
 
 def test_what_the_library_does_in_its_first_step_is_soon_no_difference():
     weights = model()
-    ema, library, apart = Ema(weights, 500_000), EMAModel(weights.values(), decay=0.5 ** (2048 / 500_000)), []
+    ema, library, apart = (
+        Ema(weights, 500_000),
+        EMAModel(weights.values(), decay=0.5 ** (2048 / 500_000)),
+        [],
+    )
     for step in range(100):
         moved(weights)
         ema.update(weights, 2048, step)
@@ -58,7 +70,8 @@ def test_what_the_library_does_in_its_first_step_is_soon_no_difference():
 
 
 def test_a_warm_average_follows_the_weights_from_the_first_step_on():
-    # 100 steps of 2,048 at a half-life of 500,000 samples, weights that went from 0 to 1.1 by equal steps.
+    # 100 steps of 2,048 at a half-life of 500,000 samples, weights that went from 0 to 1.1 by equal
+    # steps.
     cold, warm = (Ema({"weight": torch.zeros(1)}, 500_000) for _ in range(2))
     for step in range(100):
         weights = {"weight": torch.full((1,), 0.011 * (step + 1))}
@@ -106,9 +119,16 @@ def test_it_goes_on_from_its_shadows_and_passes_over_those_of_other_ranks():
             moved = {name: torch.nn.Parameter(value + number) for name, value in parameters.items()}
             ema.update(moved, size)
     resumed = Ema({name: torch.nn.Parameter(value * 0) for name, value in parameters.items()}, 10)
-    resumed.restore({**{name: value.clone() for name, value in saved.shadows.items()}, "elsewhere": torch.ones(1)})
+    resumed.restore(
+        {
+            **{name: value.clone() for name, value in saved.shadows.items()},
+            "elsewhere": torch.ones(1),
+        }
+    )
     resumed.update({name: value + 2 for name, value in parameters.items()}, 5)
-    assert all(torch.equal(resumed.shadows[name], straight.shadows[name]) for name in straight.shadows)
+    assert all(
+        torch.equal(resumed.shadows[name], straight.shadows[name]) for name in straight.shadows
+    )
     with pytest.raises(KeyError, match="bias"):
         resumed.restore({"weight": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"average of weight is \[4\] instead of \[3\]"):

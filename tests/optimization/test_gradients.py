@@ -1,4 +1,5 @@
-"""Sums of gradients: over micro-batches, over ranks in slices, and while the backward pass still runs."""
+"""Sums of gradients: over micro-batches, over ranks in slices, and while the backward pass still
+runs."""
 
 import copy
 
@@ -22,7 +23,8 @@ class Pending:
 
 
 class World:
-    """Ranks that are trained one after the other in this process; each sends and reads in its turn."""
+    """Ranks that are trained one after the other in this process; each sends and reads in its
+    turn."""
 
     def __init__(self, others, size):
         self.others, self.size, self.rank = others, size, 0
@@ -37,7 +39,9 @@ class World:
     def begin_sum(self, values):
         place = values.storage_offset()
         self.begun.append((place, place + values.numel()))
-        return Pending(lambda: [values.add_(other[place : place + values.numel()]) for other in self.others])
+        return Pending(
+            lambda: [values.add_(other[place : place + values.numel()]) for other in self.others]
+        )
 
     def wait(self, sums):
         for pending in sums:
@@ -54,7 +58,11 @@ def backward(parameters, number):
     torch.manual_seed(number)
     loss = torch.zeros(())
     for parameter in parameters:
-        loss = loss + (parameter * torch.randn(parameter.shape)).sum() + (parameter.float() ** 2).sum() * number / 7
+        loss = (
+            loss
+            + (parameter * torch.randn(parameter.shape)).sum()
+            + (parameter.float() ** 2).sum() * number / 7
+        )
     loss.backward()
 
 
@@ -79,7 +87,9 @@ def test_micro_batches_add_up_in_fp32(dtype):
             wanted = wanted + autograds_own(number, dtype)
         assert torch.equal(gradients.flat, wanted)
     if dtype == torch.bfloat16:
-        assert all(parameter.grad is None for parameter in parameters), "nothing of another type hangs on them"
+        assert all(parameter.grad is None for parameter in parameters), (
+            "nothing of another type hangs on them"
+        )
 
 
 @pytest.mark.parametrize("slice_numbers", [1, 7, 1000])
@@ -115,7 +125,8 @@ def test_fast_sums_begin_before_the_last_backward_pass_ends_and_never_earlier(sl
     world = World([autograds_own(7, dtype)], 2)
     gradients = Gradients(parameters, CPU, world, "fast", slice_numbers)
     seen = []
-    # Called after the gradient of the first parameter's use, the last that a backward pass comes to.
+    # Called after the gradient of the first parameter's use, the last that a backward pass comes
+    # to.
     parameters[0].register_hook(lambda _: seen.append(len(world.begun)))
     gradients.begin()
     backward(parameters, 1)
@@ -129,7 +140,10 @@ def test_fast_sums_begin_before_the_last_backward_pass_ends_and_never_earlier(sl
     wanted = autograds_own(1, dtype) + autograds_own(3, dtype) + autograds_own(7, dtype)
     assert torch.equal(gradients.flat, wanted)
     # Each gradient is in one message, from the buffer's end to its start: the same on every rank.
-    assert [end for _, end in world.begun] == [gradients.flat.numel(), *(start for start, _ in world.begun[:-1])]
+    assert [end for _, end in world.begun] == [
+        gradients.flat.numel(),
+        *(start for start, _ in world.begun[:-1]),
+    ]
     assert world.begun[-1][0] == 0
     if slice_numbers == 1:
         assert seen[-1] > 0, "the others were under way"

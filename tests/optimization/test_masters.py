@@ -1,4 +1,5 @@
-"""fp32 weights as bf16 and 16 bits more: lossless, and stepped as if they had been there all the time."""
+"""fp32 weights as bf16 and 16 bits more: lossless, and stepped as if they had been there all the
+time."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from training.config.run import OptimizerConfig
 from training.optimization.masters import Masters, joined, round_to_bf16
 from training.optimization.optim import make_optimizer, step_groups
 
-# Halves of bf16's last place on both sides of a tie, the smallest, the largest, and numbers beyond it.
+# Halves of bf16's last place on both sides of a tie, the smallest, the largest, and numbers beyond
+# it.
 EDGES = [
     0.0,
     -0.0,
@@ -29,7 +31,9 @@ def parameter(values):
     return torch.nn.Parameter(torch.tensor(values, dtype=torch.float32))
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30)
+)
 def test_no_bit_is_lost(values):
     values += EDGES
     weight = parameter(values)
@@ -40,7 +44,9 @@ def test_no_bit_is_lost(values):
     assert torch.equal(joined(masters.halves())["w"].view(torch.int32), exact)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30)
+)
 def test_the_models_half_is_the_nearest_bf16_as_torch_rounds_but_for_ties(values):
     exact = torch.tensor(values + EDGES)
     weight = torch.nn.Parameter(exact.clone())
@@ -56,7 +62,13 @@ def test_the_models_half_is_the_nearest_bf16_as_torch_rounds_but_for_ties(values
 def test_steps_by_groups_are_those_of_weights_that_are_all_there(name, monkeypatch):
     monkeypatch.setattr("training.optimization.optim.GROUP_NUMBERS", 60)
     torch.manual_seed(3)
-    shapes = {"unet.a": (6, 8), "unet.b": (8,), "unet.c": (4, 3, 3, 3), "text_encoder.d": (5, 7), "unet.e": (2, 2)}
+    shapes = {
+        "unet.a": (6, 8),
+        "unet.b": (8,),
+        "unet.c": (4, 3, 3, 3),
+        "text_encoder.d": (5, 7),
+        "unet.e": (2, 2),
+    }
     start = {key: torch.randn(shape) for key, shape in shapes.items()}
     start["unet.c"] = start["unet.c"].to(memory_format=torch.channels_last)
     model = {key: torch.nn.Parameter(value.clone()) for key, value in start.items()}
@@ -83,7 +95,9 @@ def test_steps_by_groups_are_those_of_weights_that_are_all_there(name, monkeypat
         for key, weight in plain.items():
             assert torch.equal(shown[key], weight), (key, step)
             assert torch.equal(masters.values()[key], weight)
-            assert torch.equal(model[key].data.view(torch.int16), round_to_bf16(weight).view(torch.int16))
+            assert torch.equal(
+                model[key].data.view(torch.int16), round_to_bf16(weight).view(torch.int16)
+            )
     assert model["unet.c"].is_contiguous(memory_format=torch.channels_last)
 
 

@@ -7,7 +7,8 @@ from training.optimization.offload import Offload, copy_in_slices
 
 
 class Device:
-    """Copies that arrive only when their mark is waited for: until then a buffer holds what was in it."""
+    """Copies that arrive only when their mark is waited for: until then a buffer holds what was in
+    it."""
 
     def __init__(self):
         self.waited = 0
@@ -26,14 +27,19 @@ def test_slices_make_whole_contiguous_copies_of_every_type_and_layout(size):
         "step": torch.tensor(12.0), "count": torch.tensor(5), "empty": torch.empty(0), "cut": torch.randn(6, 6)[:, 2:4],
     }  # fmt: skip
     device = Device()
-    copies = copy_in_slices(tensors, [torch.zeros(size, dtype=torch.uint8) for _ in range(2)], device.mark)
+    copies = copy_in_slices(
+        tensors, [torch.zeros(size, dtype=torch.uint8) for _ in range(2)], device.mark
+    )
     assert copies.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(copies[name], tensor)
         assert copies[name].dtype == tensor.dtype
         assert copies[name].is_contiguous()
         assert copies[name].data_ptr() != tensor.data_ptr() or not tensor.numel()
-    assert device.waited >= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // size
+    assert (
+        device.waited
+        >= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // size
+    )
 
 
 def test_a_buffer_is_read_after_its_mark_and_written_again_only_then():
@@ -47,7 +53,9 @@ def test_a_buffer_is_read_after_its_mark_and_written_again_only_then():
 
         def synchronize(self):
             # Nothing was written over a slice that was still under way.
-            kept = sum(torch.equal(now, then) for now, then in zip(buffers, self.content, strict=True))
+            kept = sum(
+                torch.equal(now, then) for now, then in zip(buffers, self.content, strict=True)
+            )
             assert kept >= 1
             log.append("reached")
 

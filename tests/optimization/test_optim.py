@@ -31,9 +31,15 @@ def config(**changes):
 
 def make_weights():
     torch.manual_seed(0)
-    shapes = {"unet.conv.weight": (4, 3, 2, 2), "unet.conv.bias": (4,), "text_encoder.layer.weight": (5, 4)}
+    shapes = {
+        "unet.conv.weight": (4, 3, 2, 2),
+        "unet.conv.bias": (4,),
+        "text_encoder.layer.weight": (5, 4),
+    }
     weights = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-    weights["unet.conv.weight"].data = weights["unet.conv.weight"].data.to(memory_format=torch.channels_last)
+    weights["unet.conv.weight"].data = weights["unet.conv.weight"].data.to(
+        memory_format=torch.channels_last
+    )
     return weights
 
 
@@ -55,7 +61,9 @@ def steps(optimizer, weights, numbers):
     ],
 )  # fmt: skip
 def test_the_factor_at_hand_worked_points(schedule, samples, share):
-    assert schedule_factor(config(schedule=schedule), samples, 1100) == pytest.approx(share, abs=1e-6)
+    assert schedule_factor(config(schedule=schedule), samples, 1100) == pytest.approx(
+        share, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,13 +88,19 @@ def test_without_warm_up_the_first_rate_is_the_peak():
 def test_groups_have_their_own_rates_under_one_schedule():
     weights = make_weights()
     optimizer = make_optimizer(config(learning_rate=4e-5, text_encoder_learning_rate=1e-5), weights)
-    assert set_learning_rates(optimizer, 0.5) == {"learning_rate": 2e-5, "text_encoder_learning_rate": 5e-6}
+    assert set_learning_rates(optimizer, 0.5) == {
+        "learning_rate": 2e-5,
+        "text_encoder_learning_rate": 5e-6,
+    }
     by_group = {group["name"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
     assert by_group["text_encoders"] == {id(weights["text_encoder.layer.weight"])}
     assert len(by_group["unet"]) == 2
     assert [group["lr"] for group in optimizer.param_groups] == [2e-5, 5e-6]
     shared = make_optimizer(config(learning_rate=4e-5), weights)
-    assert set_learning_rates(shared, 1) == {"learning_rate": 4e-5, "text_encoder_learning_rate": 4e-5}
+    assert set_learning_rates(shared, 1) == {
+        "learning_rate": 4e-5,
+        "text_encoder_learning_rate": 4e-5,
+    }
     alone = make_optimizer(config(), {"unet.conv.bias": weights["unet.conv.bias"]})
     assert set_learning_rates(alone, 1).keys() == {"learning_rate"}
 
@@ -105,7 +119,10 @@ def two_steps(settings, start, gradients):
     return weights["unet.w"].detach(), optimizer
 
 
-START, GRADIENTS = torch.tensor([1.0, -2.0, 0.5]), [torch.tensor([0.3, -0.1, 0.2]), torch.tensor([-0.2, 0.4, 0.2])]
+START, GRADIENTS = (
+    torch.tensor([1.0, -2.0, 0.5]),
+    [torch.tensor([0.3, -0.1, 0.2]), torch.tensor([-0.2, 0.4, 0.2])],
+)
 
 
 def test_adamw_against_its_formulas_with_decay_on_everything():
@@ -124,8 +141,9 @@ def test_lion_steps_by_the_sign_of_its_interpolated_moment():
     settings = config(name="lion", weight_decay=0.1, betas=(0.5, 0.6), learning_rate=0.01)
     gradients = [torch.tensor([0.3, -0.1, 0.2]), torch.tensor([-0.1, 0.4, 0.2])]
     found, _ = two_steps(settings, START, gradients)
-    # Step 1: the moment is 0, the sign is the gradient's. Step 2: the moment is 0.4 of that, and for the first weight
-    # 0.5 * 0.4 * 0.3 - 0.5 * 0.1 > 0 (with betas of 0.9 and 0.99 it would be < 0), for the second < 0 before, > 0 now.
+    # Step 1: the moment is 0, the sign is the gradient's. Step 2: the moment is 0.4 of that, and
+    # for the first weight 0.5 * 0.4 * 0.3 - 0.5 * 0.1 > 0 (with betas of 0.9 and 0.99 it would be <
+    # 0), for the second < 0 before, > 0 now.
     expected = START * (1 - 0.001) - 0.01 * torch.tensor([1.0, -1, 1])
     expected = expected * (1 - 0.001) - 0.01 * torch.tensor([1.0, 1, 1])
     torch.testing.assert_close(found, expected)
@@ -134,16 +152,27 @@ def test_lion_steps_by_the_sign_of_its_interpolated_moment():
 @pytest.mark.parametrize("threshold", [0.9, 1.0, 5.0])
 def test_adafactor_is_that_of_transformers_without_scaling_and_relative_steps(threshold):
     torch.manual_seed(0)
-    shapes = {"unet.matrix": (12, 7), "unet.conv": (6, 5, 3, 3), "unet.bias": (9,), "text_encoder.one": (1, 4)}
+    shapes = {
+        "unet.matrix": (12, 7),
+        "unet.conv": (6, 5, 3, 3),
+        "unet.bias": (9,),
+        "text_encoder.one": (1, 4),
+    }
     # Weights of a model's size: scaled by their root mean square, steps would be 50 times smaller.
     ours = {name: torch.nn.Parameter(torch.randn(shape) * 0.02) for name, shape in shapes.items()}
     ours["unet.conv"].data = ours["unet.conv"].data.to(memory_format=torch.channels_last)
     theirs = {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in ours.items()}
     optimizer = make_optimizer(
-        config(name="adafactor", weight_decay=0.1, learning_rate=1e-2, clip_threshold=threshold), ours
+        config(name="adafactor", weight_decay=0.1, learning_rate=1e-2, clip_threshold=threshold),
+        ours,
     )
     library = transformers.optimization.Adafactor(
-        theirs.values(), lr=1e-2, weight_decay=0.1, clip_threshold=threshold, scale_parameter=False, relative_step=False
+        theirs.values(),
+        lr=1e-2,
+        weight_decay=0.1,
+        clip_threshold=threshold,
+        scale_parameter=False,
+        relative_step=False,
     )
     for number in [*range(6), 20_000, 20_001]:
         if number == 20_000:  # long after the step where a cap on the decay at 0.999 would be felt
@@ -153,7 +182,9 @@ def test_adafactor_is_that_of_transformers_without_scaling_and_relative_steps(th
                 state["step"] = number
         before = {name: weight.detach().clone() for name, weight in theirs.items()}
         for name, weight in ours.items():
-            weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape) * 10 ** torch.randn(()))
+            weight.grad = torch.empty_like(weight).copy_(
+                torch.randn(weight.shape) * 10 ** torch.randn(())
+            )
             theirs[name].grad = weight.grad.clone()
         set_learning_rates(optimizer, 1 / (1 + number % 7))
         library.param_groups[0]["lr"] = 1e-2 / (1 + number % 7)
@@ -172,7 +203,9 @@ def test_adafactor_never_waits_for_the_device():
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function is not torch.ops.aten._local_scalar_dense.default, "a number is read from a tensor"
+            assert function is not torch.ops.aten._local_scalar_dense.default, (
+                "a number is read from a tensor"
+            )
             return function(*args, **(kwargs or {}))
 
     with Refuse():
@@ -181,14 +214,26 @@ def test_adafactor_never_waits_for_the_device():
 
 def test_options_that_an_optimizer_does_not_have_are_refused_by_name():
     for name, changes, message in (
-        ("adamw", {"clip_threshold": 2.0}, r"optimizer.clip_threshold=2.0 is an option of adafactor, .*name=adamw has"),
+        (
+            "adamw",
+            {"clip_threshold": 2.0},
+            r"optimizer.clip_threshold=2.0 is an option of adafactor, .*name=adamw has",
+        ),
         (
             "adafactor",
             {"betas": (0.5, 0.9)},
             r"optimizer.betas=\(0.5, 0.9\) is an option of adamw, .* leave it at \(0.9,",
         ),
-        ("adafactor", {"epsilon": 1e-6}, r"optimizer.epsilon=1e-06 is an option of adamw, adamw_8bit, prodigy, .*"),
-        ("lion", {"epsilon": 1e-6}, r"optimizer.epsilon=1e-06 .* optimizer.name=lion has none: leave it at 1e-08"),
+        (
+            "adafactor",
+            {"epsilon": 1e-6},
+            r"optimizer.epsilon=1e-06 is an option of adamw, adamw_8bit, prodigy, .*",
+        ),
+        (
+            "lion",
+            {"epsilon": 1e-6},
+            r"optimizer.epsilon=1e-06 .* optimizer.name=lion has none: leave it at 1e-08",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             config(name=name, **changes)
@@ -196,7 +241,9 @@ def test_options_that_an_optimizer_does_not_have_are_refused_by_name():
 
 def test_prodigy_against_its_formulas():
     # arXiv:2306.06101, algorithm 4, without bias correction, d0 = 1e-6.
-    settings = config(name="prodigy", weight_decay=0.1, learning_rate=1.0, betas=(0.9, 0.99), epsilon=1e-8)
+    settings = config(
+        name="prodigy", weight_decay=0.1, learning_rate=1.0, betas=(0.9, 0.99), epsilon=1e-8
+    )
     found, optimizer = two_steps(settings, START, GRADIENTS)
     start, gradients = START.double(), [gradient.double() for gradient in GRADIENTS]
     x, d, d_max, r = start.clone(), 1e-6, 1e-6, 0.0
@@ -205,7 +252,10 @@ def test_prodigy_against_its_formulas():
     for g in gradients:
         m, v = 0.9 * m + 0.1 * d * g, 0.99 * v + 0.01 * (d * g) ** 2
         # r and s are kept divided by d0, which cancels.
-        r, s = root * r + (d / 1e-6) * d * torch.dot(g, start - x).item(), root * s + (d / 1e-6) * d * g
+        r, s = (
+            root * r + (d / 1e-6) * d * torch.dot(g, start - x).item(),
+            root * s + (d / 1e-6) * d * g,
+        )
         estimate = r / s.abs().sum().item()
         used, d_max = d, max(d_max, estimate)
         d = max(d, estimate) if d == 1e-6 else d_max
@@ -218,8 +268,13 @@ def test_prodigys_rate_in_the_log_is_what_it_found_and_it_takes_no_other():
     weights = make_weights()
     optimizer = make_optimizer(config(name="prodigy", learning_rate=1.0), weights)
     assert set_learning_rates(optimizer, 0.5)["learning_rate"] == pytest.approx(5e-7)
-    assert config(name="prodigy", learning_rate=1.0, text_encoder_learning_rate=0.0), "frozen text encoders"
-    for rates in ({"learning_rate": 1e-4}, {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5}):
+    assert config(name="prodigy", learning_rate=1.0, text_encoder_learning_rate=0.0), (
+        "frozen text encoders"
+    )
+    for rates in (
+        {"learning_rate": 1e-4},
+        {"learning_rate": 1.0, "text_encoder_learning_rate": 0.5},
+    ):
         with pytest.raises(ConfigError, match=r"prodigy with learning_rate=.* set that to 1"):
             config(name="prodigy", **rates)
 
@@ -244,20 +299,37 @@ def test_three_steps_saved_and_three_more_are_six_straight(name, tmp_path):
         assert not torch.equal(straight[key], saved[key])
     ours, theirs = optimizer_state(third, resumed), optimizer_state(first, straight)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    assert all(
+        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
+    )
     if name in ("adamw", "lion"):
         moment = third.state[resumed["unet.conv.weight"]]["exp_avg"]
-        assert moment.stride() == resumed["unet.conv.weight"].stride(), "fused kernels want one memory format"
+        assert moment.stride() == resumed["unet.conv.weight"].stride(), (
+            "fused kernels want one memory format"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_is_the_optimizers_own_memory(name):
-    """A copy made here would be made behind the mark that a checkpoint's thread waits for, and read before it is."""
+    """A copy made here would be made behind the mark that a checkpoint's thread waits for, and read
+    before it is."""
     weights = make_weights()
-    optimizer = make_optimizer(config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2), weights)
+    optimizer = make_optimizer(
+        config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2), weights
+    )
     steps(optimizer, weights, range(2))
-    own = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    own += [value for group in optimizer.param_groups for value in group.values() if isinstance(value, torch.Tensor)]
+    own = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    own += [
+        value
+        for group in optimizer.param_groups
+        for value in group.values()
+        if isinstance(value, torch.Tensor)
+    ]
     places = {value.data_ptr() for value in own}
     state = optimizer_state(optimizer, weights)
     assert all(value.data_ptr() in places for value in state.values() if value.dim())
@@ -265,11 +337,18 @@ def test_state_is_the_optimizers_own_memory(name):
 
 @pytest.mark.parametrize("name", ["lion", "adafactor", "prodigy"])
 def test_lists_of_weights_of_any_length_take_the_same_steps(name, monkeypatch):
-    settings, whole, divided = config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2), *twice(make_weights)
+    settings, whole, divided = (
+        config(name=name, learning_rate=1.0 if name == "prodigy" else 1e-2),
+        *twice(make_weights),
+    )
     first = make_optimizer(settings, whole)
     monkeypatch.setattr(optim, "GROUP_NUMBERS", 30)
     second = make_optimizer(settings, divided)
-    assert [[len(weight) for weight in group["params"]] for group in second.param_groups] == [[4], [4], [5]]
+    assert [[len(weight) for weight in group["params"]] for group in second.param_groups] == [
+        [4],
+        [4],
+        [5],
+    ]
     for optimizer, weights in ((first, whole), (second, divided)):
         steps(optimizer, weights, range(4))
     assert all(torch.equal(whole[key], divided[key]) for key in whole)
@@ -292,7 +371,9 @@ def test_state_of_torchs_adafactor_is_refused_by_name():
         group["name"] = "unet"
     state = optimizer_state(before, weights)
     optimizer = make_optimizer(config(name="adafactor"), weights)
-    with pytest.raises(TrainingError, match=r"\((row_var|variance)\.unet.*torch's Adafactor.*another run"):
+    with pytest.raises(
+        TrainingError, match=r"\((row_var|variance)\.unet.*torch's Adafactor.*another run"
+    ):
         restore_optimizer(optimizer, weights, state)
 
 
@@ -301,7 +382,11 @@ def test_factored_moments_of_another_shape_are_refused():
     optimizer = make_optimizer(config(name="adafactor"), weights)
     steps(optimizer, weights, range(1))
     state = optimizer_state(optimizer, weights)
-    for key, shape in (("exp_avg_sq_row", [4, 3, 2]), ("exp_avg_sq_col", [4, 3, 2]), ("exp_avg_sq", [4])):
+    for key, shape in (
+        ("exp_avg_sq_row", [4, 3, 2]),
+        ("exp_avg_sq_col", [4, 3, 2]),
+        ("exp_avg_sq", [4]),
+    ):
         name = "unet.conv.bias" if key == "exp_avg_sq" else "unet.conv.weight"
         wrong = state | {f"{key}.{name}": torch.zeros(7)}
         message = f"{key} of {name} is [7] instead of {shape}"

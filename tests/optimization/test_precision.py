@@ -10,7 +10,12 @@ from training.loop.conditioning import make_time_ids, predict, trained_parameter
 from training.models.compute import apply_compute
 from training.models.unet import load_pipeline_parts, save_diffusers_folder
 from training.optimization.ema import Ema
-from training.optimization.optim import make_optimizer, optimizer_state, restore_optimizer, step_groups
+from training.optimization.optim import (
+    make_optimizer,
+    optimizer_state,
+    restore_optimizer,
+    step_groups,
+)
 from training.optimization.precision import Arithmetic
 
 CPU = torch.device("cpu")
@@ -23,9 +28,13 @@ class Run:
 
     def __init__(self, folder, precision, *, train_text=True, compute=None):
         self.parts = load_pipeline_parts(folder, "cpu")
-        self.parameters = trained_parameters(self.parts, text_encoder=train_text, text_encoder_2=False)
+        self.parameters = trained_parameters(
+            self.parts, text_encoder=train_text, text_encoder_2=False
+        )
         if compute is not None:
-            apply_compute(self.parts, compute, backend="eager")  # capture; making kernels takes minutes on two cores
+            apply_compute(
+                self.parts, compute, backend="eager"
+            )  # capture; making kernels takes minutes on two cores
         self.arithmetic = Arithmetic(precision, self.parts, self.parameters, self.parameters, CPU)
         self.optimizer = make_optimizer(ADAMW, self.arithmetic.weights)
         self.ema = Ema(self.arithmetic.values(), 10)
@@ -50,7 +59,9 @@ class Run:
 
 
 def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -98,7 +109,9 @@ def test_gradients_are_autograds_own_and_one_buffer(tiny_sdxl):
     run.arithmetic.backward(run.loss(5))
     assert torch.equal(gradients.flat, torch.cat([gradient.reshape(-1) for gradient in wanted]))
     gradients.flat.fill_(2.0)
-    assert all((parameter.grad == 2).all() for parameter in run.parameters.values()), "they are views of it"
+    assert all((parameter.grad == 2).all() for parameter in run.parameters.values()), (
+        "they are views of it"
+    )
     norm = run.arithmetic.norm().item()
     assert norm == pytest.approx(2 * gradients.flat.numel() ** 0.5)
     run.arithmetic.unscale_and_clip(norm, 0)
@@ -149,7 +162,9 @@ def test_pure_bf16_keeps_what_it_does_not_train_as_it_was(tiny_sdxl, tmp_path):
     before = load_pipeline_parts(tiny_sdxl, "cpu").text_encoders[1].state_dict()
     run = Run(tiny_sdxl, "bf16", train_text=False)
     run.step(0)
-    save_diffusers_folder(run.parts, tmp_path, torch.float32, {**run.arithmetic.frozen, **run.arithmetic.values()})
+    save_diffusers_folder(
+        run.parts, tmp_path, torch.float32, {**run.arithmetic.frozen, **run.arithmetic.values()}
+    )
     after = load_pipeline_parts(tmp_path, "cpu").text_encoders[1].state_dict()
     assert equal(before, after)
     assert run.arithmetic.frozen.keys().isdisjoint(run.arithmetic.weights)
@@ -206,7 +221,9 @@ def test_the_scale_moves_as_torchs_scaler_does(finite, interval):
 
 def scaler(parameter, **options):
     """An `fp16_amp` arithmetic of one parameter; it reads no model."""
-    return Arithmetic("fp16_amp", None, {"unet.w": parameter}, {"unet.w": parameter}, CPU, **options)
+    return Arithmetic(
+        "fp16_amp", None, {"unet.w": parameter}, {"unet.w": parameter}, CPU, **options
+    )
 
 
 def test_a_scale_below_one_is_a_collapse():
@@ -240,17 +257,21 @@ class Peers:
 
 
 def test_the_first_scale_and_its_growth_are_those_of_bigasp_on_any_number_of_ranks():
-    """bigASP's DDP: mean over ranks of gradients of the mean over a rank's samples; steps of 2,048 grow after 244."""
+    """bigASP's DDP: mean over ranks of gradients of the mean over a rank's samples; steps of 2,048
+    grow after 244."""
     per_sample = 1e-7
     for ranks in (1, 8):
         own = 2048 // ranks
         theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=500_000 // 2048)
         reference = torch.nn.Parameter(torch.zeros(()))
         theirs.scale((reference * torch.full((own,), per_sample)).mean()).backward()
-        ours = scaler(torch.nn.Parameter(torch.zeros(())), ranks=Peers(ranks), global_batch_size=2048)
+        ours = scaler(
+            torch.nn.Parameter(torch.zeros(())), ranks=Peers(ranks), global_batch_size=2048
+        )
         parameter = ours.weights["unet.w"]
         ours.backward((parameter * torch.full((own,), per_sample)).sum() / 2048)
-        # In 16 bits as large as theirs, though the sum over ranks, which a step is made of, is divided by all samples.
+        # In 16 bits as large as theirs, though the sum over ranks, which a step is made of, is
+        # divided by all samples.
         assert parameter.grad.item() == pytest.approx(reference.grad.item())
         assert ours.norm().item() * ranks == pytest.approx(per_sample)
         for _ in range(243):
@@ -275,7 +296,9 @@ def test_tf32_is_one_switch_for_products_and_convolutions(tiny_sdxl, precision):
             backend.allow_tf32 = value
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected", "ignore::DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected", "ignore::DeprecationWarning", "ignore:The .grad attribute"
+)
 @pytest.mark.parametrize(
     ("precision", "mode"),
     [*((precision, "whole") for precision in PRECISIONS), ("bf16", "blocks"),
@@ -293,18 +316,23 @@ def test_every_precision_is_compiled_without_a_break(tiny_sdxl, precision, mode)
     kinds = {"whole": 1, "blocks": 2}[mode]  # blocks with two attentions, and with one and none
     assert counters["stats"]["unique_graphs"] <= kinds
     run.step(1)
-    assert counters["stats"]["unique_graphs"] <= kinds, "a second step of equal sizes compiles nothing"
+    assert counters["stats"]["unique_graphs"] <= kinds, (
+        "a second step of equal sizes compiles nothing"
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ranks_that_share_the_optimizer_lay_their_gradients_out_alike(tiny_sdxl, precision):
-    """What one rank steps another does not, and both send the same buffer: element by element of the same weights."""
+    """What one rank steps another does not, and both send the same buffer: element by element of
+    the same weights."""
     layouts = []
     for turn in range(2):
         parts = load_pipeline_parts(tiny_sdxl, "cpu")
         apply_compute(parts, ComputeConfig(channels_last=True, compile=False))
         parameters = trained_parameters(parts, text_encoder=False, text_encoder_2=False)
-        owned = {name: parameters[name] for number, name in enumerate(parameters) if number % 2 == turn}
+        owned = {
+            name: parameters[name] for number, name in enumerate(parameters) if number % 2 == turn
+        }
         arithmetic = Arithmetic(precision, parts, parameters, owned, CPU)
         layouts.append([view.stride() for view in arithmetic.gradients.views])
         kernels = [parameter for parameter in parameters.values() if parameter.dim() == 4]

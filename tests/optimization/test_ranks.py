@@ -53,7 +53,9 @@ def test_a_lost_rank_is_noticed_before_the_message(ranks, calls, monkeypatch, na
 
     monkeypatch.setattr(dist, "all_reduce", lost)
     ranks.device = torch.device("cuda", 0)
-    with pytest.raises(TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"):
+    with pytest.raises(
+        TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"
+    ):
         MESSAGES[name](ranks)
     assert calls == ["synchronize"]
 
@@ -77,7 +79,9 @@ def test_sums_overlap_and_ranks_meet_once_for_all_of_them_between_gpus(ranks, ca
     ranks.device = torch.device("cuda", 0)
     ranks.begin_sum(torch.ones(2))
     ranks.wait(pending)
-    assert calls == ["all_reduce", "agree", "wait", "wait"], "the host goes on with the device's queue full"
+    assert calls == ["all_reduce", "agree", "wait", "wait"], (
+        "the host goes on with the device's queue full"
+    )
 
 
 def test_numbers_of_the_host_are_added_without_the_gpu(ranks, calls):
@@ -91,7 +95,9 @@ def test_a_rank_that_is_lost_in_a_sum_is_named(ranks):
         def wait(self):
             raise RuntimeError("Connection closed by peer")
 
-    with pytest.raises(TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"):
+    with pytest.raises(
+        TrainingError, match=r"another rank of this run was lost, .*Connection closed by peer"
+    ):
         ranks.wait([Broken()])
 
 

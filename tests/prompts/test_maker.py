@@ -1,4 +1,5 @@
-"""Prompts with ids: those of the tokenizers themselves, cut at a tag's border, counted alike by all workers."""
+"""Prompts with ids: those of the tokenizers themselves, cut at a tag's border, counted alike by all
+workers."""
 
 import dataclasses
 import subprocess
@@ -72,11 +73,17 @@ def test_ids_are_those_of_each_tokenizer(clip_tokenizers, rows, recipe, seed):
         assert made.num_chunks == uncut.num_chunks or recipe["chunk_shares"]
         if not made.num_truncated:
             assert made.text == whole.text
-        elif len(made.prompt.pieces) > 1:  # of one piece longer than all only the first tokens are there
+        elif (
+            len(made.prompt.pieces) > 1
+        ):  # of one piece longer than all only the first tokens are there
             assert len(tokenize([made.text], clip_tokenizers[0])[0].ids) <= made.num_chunks
             assert whole.text.startswith(made.text)
-        for number, (found, tokenizer) in enumerate(zip(one.ids([made]), clip_tokenizers, strict=True)):
-            (expected,) = tokenize([made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks)
+        for number, (found, tokenizer) in enumerate(
+            zip(one.ids([made]), clip_tokenizers, strict=True)
+        ):
+            (expected,) = tokenize(
+                [made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks
+            )
             assert found[0].tolist() == [list(row) for row in expected.ids], number
             assert found.dtype == np.int64
 
@@ -102,7 +109,9 @@ def test_shares_of_chunks_are_the_mix_and_short_prompts_are_filled(clip_tokenize
     chunks = np.array([prompt.num_chunks for prompt in made])
     assert chunks.tolist() == one.count_chunks(np.arange(400), 0).tolist()
     assert np.bincount(chunks, minlength=4)[1:] / 400 == pytest.approx([0.09, 0.66, 0.25], abs=0.07)
-    short = next(prompt for prompt in made if prompt.num_chunks == 3 and prompt.num_tokens <= CHUNK_TOKENS)
+    short = next(
+        prompt for prompt in made if prompt.num_chunks == 3 and prompt.num_tokens <= CHUNK_TOKENS
+    )
     bos, eos = clip_tokenizers[0].bos_token_id, clip_tokenizers[0].eos_token_id
     assert one.ids([short])[0][0, 2].tolist() == [bos, eos, *[clip_tokenizers[0].pad_token_id] * 75]
     assert all(len(prompt.tokens) <= CHUNK_TOKENS * prompt.num_chunks for prompt in made)
@@ -115,7 +124,9 @@ def test_validation_reads_the_same_prompts_for_ever_and_never_the_empty_one(clip
     assert fixed == [made.text for made in one.make(range(40), None)]
     assert all(fixed)
     assert any(made.text == "" for made in one.make(range(40), 0))
-    assert [made.text for made in one.make(range(40), 0)] != [made.text for made in one.make(range(40), 1)]
+    assert [made.text for made in one.make(range(40), 0)] != [
+        made.text for made in one.make(range(40), 1)
+    ]
 
 
 def test_empty_prompts_are_strings_or_zeros(clip_tokenizers):
@@ -132,7 +143,9 @@ def test_tokenizers_of_other_vocabularies_each_read_for_themselves(clip_tokenize
     one = maker([{"tags": NAMES[:3]}], pair, empty_prob=0)
     (made,) = one.make([0], 0)
     for found, tokenizer in zip(one.ids([made]), pair, strict=True):
-        (expected,) = tokenize([made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks)
+        (expected,) = tokenize(
+            [made.text], tokenizer, max_chunks=made.num_chunks, min_chunks=made.num_chunks
+        )
         assert found[0].tolist() == [list(row) for row in expected.ids]
 
 
@@ -142,7 +155,9 @@ def test_rows_that_are_expected_have_the_prompts_that_they_have_alone(clip_token
     made_at_once = []
     encode = PromptMaker._encode
     monkeypatch.setattr(
-        PromptMaker, "_encode", lambda self, block: made_at_once.append(len(block.empty)) or encode(self, block)
+        PromptMaker,
+        "_encode",
+        lambda self, block: made_at_once.append(len(block.empty)) or encode(self, block),
     )
     order = np.random.default_rng(0).permutation(3000)
     one.expect(order, 1)
@@ -150,7 +165,9 @@ def test_rows_that_are_expected_have_the_prompts_that_they_have_alone(clip_token
     def same(rows, epoch):
         found = [(made.text, [ids.tolist() for ids in made.ids]) for made in one.make(rows, epoch)]
         made_at_once_by_one = made_at_once[:]
-        expected = [(made.text, [ids.tolist() for ids in made.ids]) for made in other.make(rows, epoch)]
+        expected = [
+            (made.text, [ids.tolist() for ids in made.ids]) for made in other.make(rows, epoch)
+        ]
         made_at_once[:] = made_at_once_by_one
         assert found == expected
 
@@ -163,7 +180,8 @@ def test_rows_that_are_expected_have_the_prompts_that_they_have_alone(clip_token
     assert sum(made_at_once) < 3 * 1024 + 11
     assert made_at_once.count(1024) >= 2
     one.expect(order[2000:], 2)
-    # The rows that are expected, of another epoch and then of theirs; the first of them again, out of turn.
+    # The rows that are expected, of another epoch and then of theirs; the first of them again, out
+    # of turn.
     for first, epoch in ((2000, 1), (2010, 2), (2000, 2), (2010, None), (2010, 2), (2000, 2)):
         same(order[first : first + 10].tolist(), epoch)
 
@@ -181,9 +199,13 @@ def many_groups(tmp_path):
 
 def test_workers_count_what_this_process_counts(many_groups, clip_tokenizers):
     path, _ = many_groups
-    one = PromptMaker(Samples(path), Vocabulary({}, {NAMES[0]: ("x",)}), PromptConfig(), 3, clip_tokenizers)
+    one = PromptMaker(
+        Samples(path), Vocabulary({}, {NAMES[0]: ("x",)}), PromptConfig(), 3, clip_tokenizers
+    )
     rows = np.flatnonzero(np.arange(300) % 7)
-    expected = [min(max(-(-made.num_tokens // CHUNK_TOKENS), 1), 3) for made in one.make(rows.tolist(), 2)]
+    expected = [
+        min(max(-(-made.num_tokens // CHUNK_TOKENS), 1), 3) for made in one.make(rows.tolist(), 2)
+    ]
     assert len(set(expected)) > 1
     for num_workers in (0, 1, 3):
         assert chunk_counts.count_in_processes(one, path, rows, 2, num_workers).tolist() == expected
@@ -194,7 +216,9 @@ def test_a_worker_that_fails_says_why(many_groups, clip_tokenizers, tmp_path):
     one = PromptMaker(Samples(path), Vocabulary(), PromptConfig(), 3, clip_tokenizers)
     other = tmp_path / "other.parquet"
     table([{"tags": ["a"]}] * 300).drop("words").write_parquet(other)
-    with pytest.raises(PipelineError, match=r"counting the chunks of 300 prompts failed .*lacks the columns"):
+    with pytest.raises(
+        PipelineError, match=r"counting the chunks of 300 prompts failed .*lacks the columns"
+    ):
         chunk_counts.count_in_processes(one, other, np.arange(300), 0, 1)
 
 
@@ -205,7 +229,9 @@ def test_a_set_is_read_without_pandas(many_groups):
         "import sys; from pathlib import Path; from training.prompts.samples import Samples\n"
         "print(len(Samples(Path(sys.argv[1]))), 'pandas' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [str(len(frame)), "False"]
 
 
@@ -213,7 +239,13 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
     box = {"y0": 1.0, "x0": 2.0, "y1": 3.0, "x1": 4.5, "confidence": 0.5}
     frame = table(
         [
-            {"tags": ["a", "b"], "words": ["safe", "newest"], "caption": "é\nzwei", "boxes": [box], "score": 9},
+            {
+                "tags": ["a", "b"],
+                "words": ["safe", "newest"],
+                "caption": "é\nzwei",
+                "boxes": [box],
+                "score": 9,
+            },
             {"tags": [], "made_caption": "made", "split": "validation", "score": None},
             {"tags": ["b", "c"], "stable": True},
         ]
@@ -226,13 +258,20 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
         for row, expected in enumerate(frame.iter_rows(named=True)):
             own = [samples.tag_names[code] for code in samples.tags.row(row)]
             assert own == [tag["name"] for tag in expected["tags"]]
-            assert [samples.word_names[code] for code in samples.words.row(row)] == expected["words"]
+            assert [samples.word_names[code] for code in samples.words.row(row)] == expected[
+                "words"
+            ]
             assert samples.scores[row] == (expected["score"] or 0)
-            for texts, name in ((samples.captions, "caption"), (samples.made_captions, "made_caption")):
+            for texts, name in (
+                (samples.captions, "caption"),
+                (samples.made_captions, "made_caption"),
+            ):
                 assert texts[row] == expected[name]
                 assert texts.present(everyone)[row] == (expected[name] is not None)
             assert samples.watermarked(everyone)[row] == bool(expected["boxes"])
-            assert [tuple(own) for own in samples.boxes(row)] == [(1.0, 2.0, 3.0, 4.5)] * len(expected["boxes"])
+            assert [tuple(own) for own in samples.boxes(row)] == [(1.0, 2.0, 3.0, 4.5)] * len(
+                expected["boxes"]
+            )
             assert samples.image_ids[row] == expected["image_id"]
             assert samples.shard_names[samples.shards[row]] == expected["shard"]
             assert samples.validates[row] == (expected["split"] == "validation")
@@ -241,7 +280,14 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
         assert sorted(samples.tag_names) == ["a", "b", "c"]
         some = np.array([2, 0, 2])
         assert samples.tags.lengths(some).tolist() == [2, 2, 2]
-        assert [samples.tag_names[code] for code in samples.tags.take(some)] == ["b", "c", "a", "b", "b", "c"]
+        assert [samples.tag_names[code] for code in samples.tags.take(some)] == [
+            "b",
+            "c",
+            "a",
+            "b",
+            "b",
+            "c",
+        ]
 
 
 def test_row_groups_are_parts_of_the_whole(many_groups):

@@ -15,7 +15,9 @@ from training.tables.schemas import TABLES
 def made(num_tokens, num_chunks, kept=None, **trace):
     tokens = np.zeros(num_tokens if kept is None else kept, dtype=np.int32)
     ids = (np.zeros((num_chunks, 77), dtype=np.int64),)
-    return MadePrompt(prompt=SimpleNamespace(trace=trace), tokens=tokens, ids=ids, num_tokens=num_tokens)
+    return MadePrompt(
+        prompt=SimpleNamespace(trace=trace), tokens=tokens, ids=ids, num_tokens=num_tokens
+    )
 
 
 def tagged(*names, score_tags=(), **changes):
@@ -50,7 +52,11 @@ def test_statistics_count_what_the_model_sees():
 def test_the_mix_of_lengths_is_held_against_the_wanted_one():
     found = prompt_statistics.statistics(SEEN)
     wanted = PromptConfig(chunk_shares=(0.5, 0.5))
-    assert prompt_statistics.chunk_mix(found, wanted) == [("75", 0.5, 0.5), ("150", 0.25, 0.5), ("225", 0.25, 0.0)]
+    assert prompt_statistics.chunk_mix(found, wanted) == [
+        ("75", 0.5, 0.5),
+        ("150", 0.25, 0.5),
+        ("225", 0.25, 0.0),
+    ]
     assert prompt_statistics.chunk_mix(found, PromptConfig()) == [
         ("75", 0.5, 0.5), ("150", 0.25, 0.25), ("225", 0.25, 0.25),
     ]  # fmt: skip
@@ -64,7 +70,11 @@ def test_the_mix_of_lengths_is_held_against_the_wanted_one():
         (SEEN[:1], PromptConfig(empty_prob=0), "empty_prob is 0"),
         (SEEN[2:3], PromptConfig(), "2.0 tags on average, asked for are 32"),
         ([made(0, 1, **tagged())], PromptConfig(mean_tags=0), "100.0% of prompts say nothing"),
-        (SEEN, PromptConfig(chunk_shares=(0.5, 0.5)), "25% of prompts have 150 tokens, asked for are 50%"),
+        (
+            SEEN,
+            PromptConfig(chunk_shares=(0.5, 0.5)),
+            "25% of prompts have 150 tokens, asked for are 50%",
+        ),
     ],
 )
 def test_what_is_odd_is_said(prompts, config, said):
@@ -101,4 +111,6 @@ def test_a_trace_is_one_line():
         "tags; 1 tags of 1 wanted, mixed; 500 tokens in 3 chunks, 280 cut off",
     ]
     odd = tagged("a", aliases={"a": "b"}, misspelled={"c": "cc"}, dropped=["d"], loose=True)
-    assert "loose separators; a as b; c as cc; without d" in prompt_statistics.trace_line(made(3, 1, **odd))
+    assert "loose separators; a as b; c as cc; without d" in prompt_statistics.trace_line(
+        made(3, 1, **odd)
+    )

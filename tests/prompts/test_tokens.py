@@ -10,7 +10,14 @@ from prompt_table import table
 
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
-from training.models.tokens import CHUNK_LENGTH, CHUNK_TOKENS, chunk_spans, encode, tokenize, tokenize_sections
+from training.models.tokens import (
+    CHUNK_LENGTH,
+    CHUNK_TOKENS,
+    chunk_spans,
+    encode,
+    tokenize,
+    tokenize_sections,
+)
 from training.prompts import tokens as tokens_module
 from training.prompts.ragged import Ragged, offsets
 from training.prompts.samples import Samples
@@ -46,7 +53,9 @@ def test_chunks_hold_the_prompt_in_order_and_count_the_rest(num_tokens, max_chun
         assert set(row[end + 1 :]) <= {0}
     assert words == list(range(num_tokens))[: max_chunks * CHUNK_TOKENS]
     assert len(words) + cut.num_truncated == cut.num_tokens == num_tokens
-    assert cut.num_chunks == max(min_chunks, min(-(-max(num_tokens, 1) // CHUNK_TOKENS), max_chunks))
+    assert cut.num_chunks == max(
+        min_chunks, min(-(-max(num_tokens, 1) // CHUNK_TOKENS), max_chunks)
+    )
 
 
 def test_an_empty_prompt_is_one_chunk_of_bos_eos_and_pads():
@@ -56,7 +65,16 @@ def test_an_empty_prompt_is_one_chunk_of_bos_eos_and_pads():
 
 
 def test_chunks_at_the_borders():
-    assert [len(chunk_spans([n])) for n in (0, 1, 75, 76, 150, 151, 225, 226)] == [1, 1, 1, 2, 2, 3, 3, 4]
+    assert [len(chunk_spans([n])) for n in (0, 1, 75, 76, 150, 151, 225, 226)] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+    ]
     assert chunk_spans([76]) == [(0, 0, 75), (0, 75, 76)]
 
 
@@ -67,28 +85,42 @@ def test_sections_begin_chunks_of_their_own():
     rows = [[id for id in row if id < 1000] for row in cut.ids]
     assert rows == [[7, 8], [], list(range(75))]
     assert (cut.num_tokens, cut.num_truncated) == (82, 5)
-    for sections, counts in ((["1", ""], [1]), (["", "1"], [0, 1]), (["", ""], [0]), (["", "", ""], [0, 0])):
+    for sections, counts in (
+        (["1", ""], [1]),
+        (["", "1"], [0, 1]),
+        (["", ""], [0]),
+        (["", "", ""], [0, 0]),
+    ):
         (cut,) = tokenize_sections([sections], Words())
         assert [len([id for id in row if id < 1000]) for row in cut.ids] == counts
-    assert tokenize_sections([["1 2"], [long]], Words(), min_chunks=2) == tokenize(["1 2", long], Words(), min_chunks=2)
+    assert tokenize_sections([["1 2"], [long]], Words(), min_chunks=2) == tokenize(
+        ["1 2", long], Words(), min_chunks=2
+    )
 
 
 def test_no_prompts_give_no_rows():
     assert tokenize([], Words()) == []
 
 
-@given(lengths=st.lists(st.integers(0, 225), min_size=1, max_size=4), pad=st.sampled_from([0, 1001]))
+@given(
+    lengths=st.lists(st.integers(0, 225), min_size=1, max_size=4), pad=st.sampled_from([0, 1001])
+)
 def test_filled_chunks_are_those_of_tokenize(lengths, pad):
     texts = [" ".join(str(number) for number in range(length)) for length in lengths]
     most = max(len(chunk_spans([length])) for length in lengths)
     expected = [one.ids for one in tokenize(texts, Words(pad), min_chunks=most)]
-    prompts = Ragged(np.concatenate([np.arange(length) for length in lengths]), offsets(np.array(lengths)))
+    prompts = Ragged(
+        np.concatenate([np.arange(length) for length in lengths]), offsets(np.array(lengths))
+    )
     found = fill_chunks(prompts, most, Words(pad))
     assert found.dtype == np.int64
     assert found.tolist() == [[list(row) for row in rows] for rows in expected]
 
 
-@given(prompts=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=20), min_size=1, max_size=4), data=st.data())
+@given(
+    prompts=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=20), min_size=1, max_size=4),
+    data=st.data(),
+)
 def test_prompts_are_cut_after_a_piece_and_lose_its_comma(prompts, data):
     limits = [data.draw(st.integers(1, 100)) for _ in prompts]
     # A comma is a token of its own; the last piece has none.
@@ -97,10 +129,17 @@ def test_prompts_are_cut_after_a_piece_and_lose_its_comma(prompts, data):
     for end in ends:
         with_comma[end] -= 1
     bare = [length for lengths in prompts for length in lengths]
-    kept = fit(np.array(with_comma), np.array(bare), np.array([len(lengths) for lengths in prompts]), np.array(limits))
+    kept = fit(
+        np.array(with_comma),
+        np.array(bare),
+        np.array([len(lengths) for lengths in prompts]),
+        np.array(limits),
+    )
     for lengths, limit, count in zip(prompts, limits, kept.tolist(), strict=True):
         totals = [sum(lengths[:number]) + number - 1 for number in range(1, len(lengths) + 1)]
-        assert count == max([number for number, total in enumerate(totals, 1) if total <= limit], default=1)
+        assert count == max(
+            [number for number, total in enumerate(totals, 1) if total <= limit], default=1
+        )
 
 
 odd = st.text(
@@ -112,7 +151,9 @@ odd = st.text(
 )
 
 
-NAMES = Names(Samples(table([{"tags": ["long_hair", "o_o", "photo_(medium)"]}])), Vocabulary(), PromptConfig())
+NAMES = Names(
+    Samples(table([{"tags": ["long_hair", "o_o", "photo_(medium)"]}])), Vocabulary(), PromptConfig()
+)
 
 
 def extras_of(texts):
@@ -150,7 +191,10 @@ def test_forms_and_other_texts_have_the_tokens_of_what_they_say(clip_tokenizers)
     for turn in range(20):
         extras = [f"word{number}" for number in range(turn, turn + 5)]
         codes = rng.integers(NAMES.num_forms + len(extras), size=30)
-        said = [texts[code] if code in texts else extras[code - NAMES.num_forms] for code in codes.tolist()]
+        said = [
+            texts[code] if code in texts else extras[code - NAMES.num_forms]
+            for code in codes.tolist()
+        ]
         expected = encode(said, clip_tokenizers[0])
         found = cache.encode(codes, extras)
         assert [found.row(number).tolist() for number in range(30)] == expected
@@ -164,7 +208,9 @@ def test_a_full_cache_begins_anew(clip_tokenizers, monkeypatch):
         texts = [f"word{turn}", f"other{turn % 7}", "the same"]
         codes, extras = extras_of(texts)
         found = cache.encode(np.append(codes, 0), extras)
-        assert [found.row(n).tolist() for n in range(4)] == encode([*texts, NAMES.write(0)], clip_tokenizers[0])
+        assert [found.row(n).tolist() for n in range(4)] == encode(
+            [*texts, NAMES.write(0)], clip_tokenizers[0]
+        )
         assert len(cache._extras) < 15
 
 
@@ -175,8 +221,11 @@ def test_two_threads_read_what_one_reads(clip_tokenizers):
     def read(thread):
         rng = np.random.default_rng(thread)
         return all(
-            [cache.encode(*extras_of(texts)).row(n).tolist() for n in range(3)] == encode(texts, clip_tokenizers[0])
-            for texts in ([f"word{number}" for number in rng.integers(3000, size=3)] for _ in range(400))
+            [cache.encode(*extras_of(texts)).row(n).tolist() for n in range(3)]
+            == encode(texts, clip_tokenizers[0])
+            for texts in (
+                [f"word{number}" for number in rng.integers(3000, size=3)] for _ in range(400)
+            )
         )
 
     with ThreadPoolExecutor(4) as pool:

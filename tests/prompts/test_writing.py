@@ -1,4 +1,5 @@
-"""Prompts: pure functions whose every choice has the stated distribution, and whose pieces are what they say."""
+"""Prompts: pure functions whose every choice has the stated distribution, and whose pieces are what
+they say."""
 
 import dataclasses
 import hashlib
@@ -31,14 +32,23 @@ from training.seeds import Purpose, Stream
 NAMES = [f"tag_{number:03d}" for number in range(100)]
 ALIASES = Vocabulary({}, {name: (f"{name}_one", f"{name}_two") for name in NAMES[::2]})
 PLAIN = PromptConfig(
-    mean_tags=0, empty_prob=0, alias_prob=0, spaces_prob=0, mixed_prob=0, loose_separators_prob=0, score_tags=False
+    mean_tags=0,
+    empty_prob=0,
+    alias_prob=0,
+    spaces_prob=0,
+    mixed_prob=0,
+    loose_separators_prob=0,
+    score_tags=False,
 )
 BOX = {"y0": 1.0, "x0": 2.0, "y1": 3.0, "x1": 4.5, "confidence": 0.5}
 BOORU = {
     "1girl": "people", "2boys": "people", "miku": "character", "vocaloid": "copyright", "someone": "artist",
     "long_hair": "general", "sky": "general", "highres": "meta", "masterpiece": "special", "newest": "special",
 }  # fmt: skip
-OF_BOORU = {"tags": sorted(set(BOORU) - {"masterpiece", "newest"}), "words": ["masterpiece", "newest"]}
+OF_BOORU = {
+    "tags": sorted(set(BOORU) - {"masterpiece", "newest"}),
+    "words": ["masterpiece", "newest"],
+}
 
 
 def recipe(**changes):
@@ -65,21 +75,43 @@ def available(one):
 
 
 def fits(counts, expected):
-    """Chi-square: whether counts by key may come from probabilities by key, at one in a thousand."""
+    """Chi-square: whether counts by key may come from probabilities by key, at one in a
+    thousand."""
     assert set(counts) <= {key for key, share in expected.items() if share}
     total = sum(counts.values())
     keys = [key for key, share in expected.items() if share]
-    return stats.chisquare([counts[key] for key in keys], [expected[key] * total for key in keys]).pvalue > 1e-3
+    return (
+        stats.chisquare(
+            [counts[key] for key in keys], [expected[key] * total for key in keys]
+        ).pvalue
+        > 1e-3
+    )
 
 
 shares = st.sampled_from([0.0, 0.3, 1.0])
 hostile = st.one_of(
     st.text(min_size=1, max_size=12).filter(str.strip),
-    st.sampled_from(["a,b", "(o)_(o)", ":)", "photo_(medium)", "😀_smile", "x" * 5000, ">_<", "it's", "<|endoftext|>"]),
+    st.sampled_from(
+        [
+            "a,b",
+            "(o)_(o)",
+            ":)",
+            "photo_(medium)",
+            "😀_smile",
+            "x" * 5000,
+            ">_<",
+            "it's",
+            "<|endoftext|>",
+        ]
+    ),
 )
 samples = st.fixed_dictionaries(
     {
-        "tags": st.lists(st.one_of(st.sampled_from([*NAMES, "safe", "watermark"]), hostile), unique=True, max_size=40),
+        "tags": st.lists(
+            st.one_of(st.sampled_from([*NAMES, "safe", "watermark"]), hostile),
+            unique=True,
+            max_size=40,
+        ),
         "words": st.lists(st.sampled_from(["safe", "newest"]), unique=True),
         "score": st.sampled_from([None, *range(1, 10)]),
         "caption": st.sampled_from([None, "A sentence.", "One line\n\nanother line", " \n "]),
@@ -127,7 +159,9 @@ def check(one, prompt, config):
         return
     assert not prompt.zeroed
     if trace["kind"] == "caption":
-        lines = {"given": one["caption"], "made": one["made_caption"]}[trace["caption"]].splitlines()
+        lines = {"given": one["caption"], "made": one["made_caption"]}[
+            trace["caption"]
+        ].splitlines()
         assert prompt.text == [line.strip() for line in lines if line.strip()][trace["line"]]
         return
     tags = trace["tags"]
@@ -143,7 +177,9 @@ def check(one, prompt, config):
     assert len(tags) == min(max(trace["wanted"], forced), left)
     assert (trace["kind"] == "caption_and_tags") == ("caption" in trace)
     score = one["score"] or 0
-    assert set(trace["score_tags"]) <= {f"score_{n}_up" for n in range(1, score + 1)} | {f"score_{score}"}
+    assert set(trace["score_tags"]) <= {f"score_{n}_up" for n in range(1, score + 1)} | {
+        f"score_{score}"
+    }
     assert len(set(trace["score_tags"])) == len(trace["score_tags"]) <= 3
     assert bool(trace["score_tags"]) == bool(config.score_tags and score)
     for written in trace["aliases"].values():
@@ -152,9 +188,12 @@ def check(one, prompt, config):
 
 
 def assert_text_is_what_the_trace_says(prompt):
-    """The names of the trace in their order; of separators and underscores it says only how they are chosen."""
+    """The names of the trace in their order; of separators and underscores it says only how they
+    are chosen."""
     trace = prompt.trace
-    names = [trace["misspelled"].get(name, trace["aliases"].get(name, name)) for name in trace["tags"]]
+    names = [
+        trace["misspelled"].get(name, trace["aliases"].get(name, name)) for name in trace["tags"]
+    ]
     scores, said = (re.sub(r"[\s_,]", "", "".join(own)) for own in (trace["score_tags"], names))
     text = re.sub(r"[\s_,]", "", prompt.text)
     assert text.startswith(scores)
@@ -172,9 +211,14 @@ def test_plain_tags_are_written_as_they_are():
 
 
 def test_the_number_of_tags_has_the_stated_distribution():
-    wanted = [prompt.trace["wanted"] for prompt in many(recipe(mean_tags=32, std_tags=19.8), 20_000)]
-    # Whole numbers of N(32, 19.8); what is below 2 falls on 1. Spread over its unit, each is the normal number again.
-    at_least_two = [value + random.Random(place).random() for place, value in enumerate(wanted) if value >= 2]
+    wanted = [
+        prompt.trace["wanted"] for prompt in many(recipe(mean_tags=32, std_tags=19.8), 20_000)
+    ]
+    # Whole numbers of N(32, 19.8); what is below 2 falls on 1. Spread over its unit, each is the
+    # normal number again.
+    at_least_two = [
+        value + random.Random(place).random() for place, value in enumerate(wanted) if value >= 2
+    ]
     lower = (2 - 32) / 19.8
     assert stats.kstest(at_least_two, stats.truncnorm(lower, math.inf, 32, 19.8).cdf).pvalue > 1e-3
     share = stats.norm.cdf(lower)
@@ -204,13 +248,18 @@ def test_every_tag_and_every_place_is_equally_likely():
 def test_score_tags_have_hand_worked_shares(score):
     made = many(recipe(score_tags=True), 8000, num_tags=2, score=score)
     most = min(3, score + 1)
-    assert fits(Counter(len(p.trace["score_tags"]) for p in made), dict.fromkeys(range(1, most + 1), 1 / most))
+    assert fits(
+        Counter(len(p.trace["score_tags"]) for p in made),
+        dict.fromkeys(range(1, most + 1), 1 / most),
+    )
     # trainers.md 2a: each of the score + 1 names is there with E[k] / (score + 1).
     share = (1 + most) / 2 / (score + 1)
     exact = sum(f"score_{score}" in p.trace["score_tags"] for p in made)
     assert fits({True: exact, False: 8000 - exact}, {True: share, False: 1 - share})
     assert {1: 0.75, 2: 2 / 3, 9: 0.2}[score] == pytest.approx(share)
-    assert all(p.text.startswith("score_") and "score_" not in p.text.split(", tag")[1] for p in made)
+    assert all(
+        p.text.startswith("score_") and "score_" not in p.text.split(", tag")[1] for p in made
+    )
 
 
 def test_kinds_have_hand_worked_shares():
@@ -220,8 +269,13 @@ def test_kinds_have_hand_worked_shares():
 
 
 def test_spellings_and_separators_have_hand_worked_shares():
-    made = many(recipe(spaces_prob=0.25, mixed_prob=0.25, loose_separators_prob=0.2), 3000, num_tags=20)
-    assert fits(Counter(p.trace["spelling"] for p in made), {"spaces": 0.25, "mixed": 0.25, "underscores": 0.5})
+    made = many(
+        recipe(spaces_prob=0.25, mixed_prob=0.25, loose_separators_prob=0.2), 3000, num_tags=20
+    )
+    assert fits(
+        Counter(p.trace["spelling"] for p in made),
+        {"spaces": 0.25, "mixed": 0.25, "underscores": 0.5},
+    )
     assert fits(Counter(p.trace["loose"] for p in made), {True: 0.2, False: 0.8})
     mixed = [p for p in made if p.trace["spelling"] == "mixed"]
     spaced = sum(len(re.findall("tag \\d", p.text)) for p in mixed)
@@ -234,16 +288,22 @@ def test_spellings_and_separators_have_hand_worked_shares():
 
 
 def test_commas_without_a_space_have_the_shares_of_bigasps_code():
-    # data.py of bigASP v1: eight prompts in ten have commas only, in two each separator is a comma in eight cases of
-    # ten and else a space; then, in every prompt, a space follows in eight cases of ten.
+    # data.py of bigASP v1: eight prompts in ten have commas only, in two each separator is a comma
+    # in eight cases of ten and else a space; then, in every prompt, a space follows in eight cases
+    # of ten.
     careful, loose = {", ": 0.8, ",": 0.2}, {", ": 0.64, ",": 0.16, "  ": 0.16, " ": 0.04}
     made = many(recipe(loose_separators_prob=0.2, missing_space_prob=0.2), 3000, num_tags=20)
     assert fits(Counter(p.trace["loose"] for p in made), {True: 0.2, False: 0.8})
     for wanted, expected in ((True, loose), (False, careful)):
         own = [p.text for p in made if p.trace["loose"] is wanted]
-        assert fits(Counter(gap for text in own for gap in re.split(r"tag_\d+", text)[1:-1]), expected)
-        assert sum("," in text.replace(", ", "") for text in own) > 0.9 * len(own), "in nearly all prompts"
-    # Nothing else is drawn differently, and a prompt without the option has a space after every comma.
+        assert fits(
+            Counter(gap for text in own for gap in re.split(r"tag_\d+", text)[1:-1]), expected
+        )
+        assert sum("," in text.replace(", ", "") for text in own) > 0.9 * len(own), (
+            "in nearly all prompts"
+        )
+    # Nothing else is drawn differently, and a prompt without the option has a space after every
+    # comma.
     before = many(recipe(loose_separators_prob=0.2), 3000, num_tags=20)
     assert [p.text.replace(" ", "") for p in made] == [p.text.replace(" ", "") for p in before]
     assert not any("," in p.text.replace(", ", "") for p in before if not p.trace["loose"])
@@ -252,7 +312,9 @@ def test_commas_without_a_space_have_the_shares_of_bigasps_code():
 def test_aliases_are_exchanged_at_their_rate():
     made = many(recipe(alias_prob=0.2), 2000, num_tags=10)
     exchanged = Counter(alias for prompt in made for alias in prompt.trace["aliases"].values())
-    assert set(exchanged) == {f"{name}_{which}" for name in NAMES[:10:2] for which in ("one", "two")}
+    assert set(exchanged) == {
+        f"{name}_{which}" for name in NAMES[:10:2] for which in ("one", "two")
+    }
     total = sum(exchanged.values())
     assert fits({True: total, False: 5 * 2000 - total}, {True: 0.2, False: 0.8})
     assert fits(exchanged, dict.fromkeys(exchanged, 0.1))
@@ -262,7 +324,9 @@ def test_aliases_are_exchanged_at_their_rate():
 
 
 def test_dropout_takes_general_and_special_tags_only():
-    made = many(recipe(tag_dropout=0.1, always_tags=("sky",)), vocabulary=Vocabulary(BOORU, {}), **OF_BOORU)
+    made = many(
+        recipe(tag_dropout=0.1, always_tags=("sky",)), vocabulary=Vocabulary(BOORU, {}), **OF_BOORU
+    )
     dropped = Counter(name for prompt in made for name in prompt.trace["dropped"])
     assert set(dropped) == {"long_hair", "highres", "masterpiece", "newest"}
     total = sum(dropped.values())
@@ -278,9 +342,16 @@ def test_kohakus_order():
 
 
 def test_first_tags_open_the_prompt_and_always_tags_stay():
-    config = recipe(mean_tags=4, std_tags=0, first_tags=("tag_050", "absent", "tag_001"), always_tags=("tag_007",))
+    config = recipe(
+        mean_tags=4,
+        std_tags=0,
+        first_tags=("tag_050", "absent", "tag_001"),
+        always_tags=("tag_007",),
+    )
     made = many(config, 300)
-    assert all(p.trace["tags"][:2] == ["tag_050", "tag_001"] and "tag_007" in p.trace["tags"] for p in made)
+    assert all(
+        p.trace["tags"][:2] == ["tag_050", "tag_001"] and "tag_007" in p.trace["tags"] for p in made
+    )
     assert {p.trace["num_tags"] for p in made} == {4}
 
 
@@ -293,7 +364,9 @@ def test_given_and_made_captions_and_lines_by_their_shares():
     assert {p.text for p in many(config, 20, caption="given")} == {"given"}
 
 
-@pytest.mark.parametrize(("caption", "text"), [("A dog.", "A dog. tag_000"), ("a dog", "a dog, tag_000")])
+@pytest.mark.parametrize(
+    ("caption", "text"), [("A dog.", "A dog. tag_000"), ("a dog", "a dog, tag_000")]
+)
 def test_a_caption_and_then_tags(caption, text):
     assert make(sample(1, caption=caption), recipe(caption_and_tags_prob=1)).text == text
 
@@ -305,12 +378,18 @@ def test_a_sample_with_nothing_but_a_caption_uses_it():
 
 
 def test_faces_keep_their_underscore():
-    prompt = make(sample(tags=["^_^", "long_hair", "o_o"], score=5), recipe(spaces_prob=1, score_tags=True))
+    prompt = make(
+        sample(tags=["^_^", "long_hair", "o_o"], score=5), recipe(spaces_prob=1, score_tags=True)
+    )
     assert sorted(prompt.text.split(", ")[-3:]) == ["^_^", "long hair", "o_o"]
     assert prompt.text.startswith("score ")
 
 
-@given(text=st.text(max_size=30), letter=st.floats(0, 1, exclude_max=True), kind=st.floats(0, 1, exclude_max=True))
+@given(
+    text=st.text(max_size=30),
+    letter=st.floats(0, 1, exclude_max=True),
+    kind=st.floats(0, 1, exclude_max=True),
+)
 def test_a_slip_is_one_letter(text, letter, kind):
     slip = spelling.misspell(text, letter, kind)
     if sum(letter.isalpha() for letter in text) < 4:
@@ -347,16 +426,21 @@ def words_of(image_id, count):
     """A sample's numbers in epoch 2 of seed 1, by hand."""
     parts = [(b"i", b"1"), (b"s", b"prompt"), (b"i", b"2"), (b"s", image_id.encode())]
     said = b"".join(kind + len(data).to_bytes(8, "little") + data for kind, data in parts)
-    return [number / 2**32 for number in np.frombuffer(hashlib.shake_128(said).digest(4 * count), "<u4").tolist()]
+    return [
+        number / 2**32
+        for number in np.frombuffer(hashlib.shake_128(said).digest(4 * count), "<u4").tolist()
+    ]
 
 
 def by_hand(image_id, tags, score, config, caption=None):
-    """What a prompt of tags, a score and perhaps a caption says, one word after the other: 16 of the sample, then seven
-    for each tag."""
+    """What a prompt of tags, a score and perhaps a caption says, one word after the other: 16 of
+    the sample, then seven for each tag."""
     size = 3 + len(tags)
     words = words_of(image_id, 16 + 7 * size)
     _, empty, kind, _, _, wanted, num_scores, how, loose = words[:9]
-    which, where, alias, other, spaced, comma, space = (words[16 + n * size : 16 + (n + 1) * size] for n in range(7))
+    which, where, alias, other, spaced, comma, space = (
+        words[16 + n * size : 16 + (n + 1) * size] for n in range(7)
+    )
     if empty < config.empty_prob:
         return ""
     candidates = [*(f"score_{n}_up" for n in range(1, score + 1)), f"score_{score}"]
@@ -372,7 +456,9 @@ def by_hand(image_id, tags, score, config, caption=None):
     text, last_score = "", own[count - 1]
     captioned = caption is not None and kind < config.caption_and_tags_prob
     for name, place in own:
-        with_spaces = how < config.spaces_prob or (how < config.spaces_prob + config.mixed_prob and spaced[place] < 0.8)
+        with_spaces = how < config.spaces_prob or (
+            how < config.spaces_prob + config.mixed_prob and spaced[place] < 0.8
+        )
         text += name.replace("_", " ") if with_spaces and len(name) > 3 else name
         if captioned and (name, place) == last_score:
             text += ", " + caption
@@ -387,7 +473,10 @@ def by_hand(image_id, tags, score, config, caption=None):
 
 def test_prompts_are_those_that_the_words_drawn_say():
     rng = random.Random(0)
-    rows = [{"tags": sorted(rng.sample(NAMES, rng.randint(1, 60))), "score": rng.randint(1, 9)} for _ in range(300)]
+    rows = [
+        {"tags": sorted(rng.sample(NAMES, rng.randint(1, 60))), "score": rng.randint(1, 9)}
+        for _ in range(300)
+    ]
     frame, config = table(rows), PromptConfig(loose_separators_prob=0.5)
     made = make_prompts(frame, ALIASES, config, seed=1, epoch=2)
     expected = [by_hand(image_id, row["tags"], row["score"], config)
@@ -426,8 +515,12 @@ def test_a_caption_between_score_tags_and_tags(caption, tags, text):
     config = recipe(score_tags=True, caption_and_tags_prob=1, tag_dropout=dropout)
     for loose in (0, 1):
         one = dataclasses.replace(config, loose_separators_prob=loose)
-        for prompt in make_prompts(table([{"tags": tags, "score": 5, "caption": caption}] * 30), ALIASES, one):
-            assert re.fullmatch(text if not loose else text.replace(", )+", "[ ,]+)+"), prompt.text), prompt.text
+        for prompt in make_prompts(
+            table([{"tags": tags, "score": 5, "caption": caption}] * 30), ALIASES, one
+        ):
+            assert re.fullmatch(
+                text if not loose else text.replace(", )+", "[ ,]+)+"), prompt.text
+            ), prompt.text
             assert re.search(r"score_\w+, " + re.escape(caption), prompt.text)
 
 
@@ -448,12 +541,16 @@ def mixed_set():
         mean_tags=6, std_tags=4, order="kohaku", first_tags=("tag_003",), tag_dropout=0.2, misspelling_prob=0.1,
         loose_separators_prob=0.5, caption_prob=0.2, caption_and_tags_prob=0.3, made_caption_prob=0.5,
     )  # fmt: skip
-    return table(rows), PromptMaker(Samples(table(rows)), Vocabulary(BOORU, ALIASES.aliases), config, 3, [])
+    return table(rows), PromptMaker(
+        Samples(table(rows)), Vocabulary(BOORU, ALIASES.aliases), config, 3, []
+    )
 
 
 def test_a_prompt_is_the_same_alone_in_any_block_and_in_any_order(mixed_set):
     _, maker = mixed_set
-    together = [(prompt.text, prompt.trace) for prompt in maker.prompts(range(MAX_PROMPTS + 300), 4)]
+    together = [
+        (prompt.text, prompt.trace) for prompt in maker.prompts(range(MAX_PROMPTS + 300), 4)
+    ]
     assert len({trace["kind"] for _, trace in together}) == 4
     order = random.Random(2).sample(range(len(together)), len(together))
     for size in (1, 7, MAX_PROMPTS):
@@ -461,7 +558,9 @@ def test_a_prompt_is_the_same_alone_in_any_block_and_in_any_order(mixed_set):
             rows = order[first : first + size]
             found = [(prompt.text, prompt.trace) for prompt in maker.prompts(rows, 4)]
             assert found == [together[row] for row in rows]
-    assert [prompt.text for prompt in maker.prompts(range(100), 5)] != [text for text, _ in together[:100]]
+    assert [prompt.text for prompt in maker.prompts(range(100), 5)] != [
+        text for text, _ in together[:100]
+    ]
 
 
 def test_a_prompt_does_not_depend_on_the_set_that_its_sample_is_in(mixed_set):
@@ -493,9 +592,11 @@ def test_a_prompt_is_the_same_in_another_process():
     ],
 )  # fmt: skip
 def test_an_option_leaves_what_others_draw_alone(changes):
-    """Which tags a prompt has, and in which order, does not move with options that are about other things."""
+    """Which tags a prompt has, and in which order, does not move with options that are about other
+    things."""
     plain, changed = (
-        many(dataclasses.replace(PromptConfig(), **own), 200, caption="A sentence.") for own in ({}, changes)
+        many(dataclasses.replace(PromptConfig(), **own), 200, caption="A sentence.")
+        for own in ({}, changes)
     )
     both = [(one.trace, other.trace) for one, other in zip(plain, changed, strict=True)]
     tagged = [pair for pair in both if all("tags" in trace for trace in pair)]

@@ -1,4 +1,5 @@
-"""Charts say what they were given: axes hold all points, colours the sign of a change, bars the interval."""
+"""Charts say what they were given: axes hold all points, colours the sign of a change, bars the
+interval."""
 
 import itertools
 import math
@@ -35,8 +36,13 @@ def test_ticks_are_few_round_even_and_hold_both_ends(one, other):
 @example([0.0, 5e-324])  # a quarter of their distance is no number
 @example([float(n % 7) for n in range(950)])  # thinned, and the last is not among every third
 def test_lines_stay_inside_and_end_at_their_last_point(values):
-    html = charts.draw_chart(Chart(title="t", lines=[Line(name="n", points=list(enumerate(values)))]))
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r"points='([^']+)'", html)[1].split()]
+    html = charts.draw_chart(
+        Chart(title="t", lines=[Line(name="n", points=list(enumerate(values)))])
+    )
+    points = [
+        tuple(map(float, pair.split(",")))
+        for pair in re.search(r"points='([^']+)'", html)[1].split()
+    ]
     assert all(-0.2 <= x <= 300.2 and -0.2 <= y <= 150.2 for x, y in points)
     assert points[0][0] == 0
     assert points[-1][0] == 300
@@ -45,7 +51,10 @@ def test_lines_stay_inside_and_end_at_their_last_point(values):
 
 
 def test_a_chart_places_points_by_hand():
-    lines = [Line(name="a", points=[(0, 0.0), (50, 4.0), (100, 2.0)]), Line(name="b", points=[(0, 1.0), (100, 1.0)])]
+    lines = [
+        Line(name="a", points=[(0, 0.0), (50, 4.0), (100, 2.0)]),
+        Line(name="b", points=[(0, 1.0), (100, 1.0)]),
+    ]
     html = charts.draw_chart(
         Chart(title="t", lines=[*lines, Line(name="one point", points=[(3, 9.0)])], marks=[50, 999])
     )
@@ -54,7 +63,13 @@ def test_a_chart_places_points_by_hand():
     assert html.count("class=mark") == 1
     assert "M150.0,150.0V0" in html
     assert "one point" not in html
-    assert re.findall(r"<i style='bottom:[\d.]+%'>([^<]+)", html) == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+    assert re.findall(r"<i style='bottom:[\d.]+%'>([^<]+)", html) == [
+        "0.0",
+        "1.0",
+        "2.0",
+        "3.0",
+        "4.0",
+    ]
     assert charts.draw_chart(Chart(title="t", lines=[Line(name="a", points=[(0, 1.0)])])) == ""
 
 
@@ -66,13 +81,23 @@ def test_thinning_keeps_the_mean_and_the_order(values, most):
     assert min(values) - 1e-6 <= min(y for _, y in thinned)
     assert max(y for _, y in thinned) <= max(values) + 1e-6
     if len(values) % most == 0:
-        assert math.fsum(y for _, y in thinned) / most == pytest.approx(math.fsum(values) / len(values), abs=1e-6)
+        assert math.fsum(y for _, y in thinned) / most == pytest.approx(
+            math.fsum(values) / len(values), abs=1e-6
+        )
 
 
 def test_a_map_colours_by_the_change_since_the_first_column():
-    rows = {"up": [1.0, 1.5, 2.0], "down": [1.0, None, 0.5], "new": [None, 3.0, 3.0], "never": [None, None, None]}
+    rows = {
+        "up": [1.0, 1.5, 2.0],
+        "down": [1.0, None, 0.5],
+        "new": [None, 3.0, 3.0],
+        "never": [None, None, None],
+    }
     html = charts.draw_map(Map(title="t", note="n", columns=[0, 8, 16], rows=rows))
-    found = {name: re.findall(r"background:rgb\(([\d ]+)/([\d.]+)\)", row) for name, row in rows_of(html).items()}
+    found = {
+        name: re.findall(r"background:rgb\(([\d ]+)/([\d.]+)\)", row)
+        for name, row in rows_of(html).items()
+    }
     assert found["up"] == [("22 163 74", "0.00"), ("220 38 38", "0.44"), ("220 38 38", "0.75")]
     assert found["down"] == [("22 163 74", "0.00"), ("22 163 74", "0.75")]
     assert found["never"] == []
@@ -86,7 +111,9 @@ def rows_of(html):
 
 
 def test_a_map_of_many_columns_is_thinned_and_has_no_numbers():
-    html = charts.draw_map(Map(title="t", note="n", columns=range(500), rows={"a": [1.0] * 499 + [2.0]}))
+    html = charts.draw_map(
+        Map(title="t", note="n", columns=range(500), rows={"a": [1.0] * 499 + [2.0]})
+    )
     assert html.count("<td class=number style") == 40
     assert "title='499 samples: 2, +100.0%'" in html
     assert not re.search(r"'>\d", html)

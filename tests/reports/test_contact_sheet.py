@@ -18,7 +18,9 @@ def test_pictures_stand_in_the_cell_of_their_prompt_and_checkpoint():
         )
         for number, line in enumerate(colours)
     ]  # fmt: skip
-    sheet = np.asarray(Image.open(io.BytesIO(grid(rows, ["base@0", "run@9"], cell_px=100))).convert("RGB")).astype(int)
+    sheet = np.asarray(
+        Image.open(io.BytesIO(grid(rows, ["base@0", "run@9"], cell_px=100))).convert("RGB")
+    ).astype(int)
     left, top = 16 + 190, 16 + 26
     assert sheet.shape == (top + 2 * 108 + 16, left + 2 * 108 + 16, 3)
     for number, line in enumerate(colours):
@@ -41,7 +43,8 @@ def test_captions_get_room_and_hostile_text_is_only_drawn():
 def test_a_large_grid_gives_way_in_quality_and_size(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [
-        Row(title="t", text="x", pictures=[rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)] * 3) for _ in range(6)
+        Row(title="t", text="x", pictures=[rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)] * 3)
+        for _ in range(6)
     ]
     whole = grid(rows, ["a", "b", "c"])
     assert len(whole) <= MAX_BYTES

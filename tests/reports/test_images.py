@@ -14,10 +14,17 @@ from training.reports import images
 
 @settings(max_examples=40, deadline=None)
 @given(
-    height=st.integers(1, 200), width=st.integers(1, 200), longest=st.integers(16, 256), limit=st.integers(1500, 9000)
+    height=st.integers(1, 200),
+    width=st.integers(1, 200),
+    longest=st.integers(16, 256),
+    limit=st.integers(1500, 9000),
 )
-def test_a_picture_keeps_to_its_bytes_and_shape_and_is_never_enlarged(height, width, longest, limit):
-    noise = np.random.default_rng(height * 201 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def test_a_picture_keeps_to_its_bytes_and_shape_and_is_never_enlarged(
+    height, width, longest, limit
+):
+    noise = np.random.default_rng(height * 201 + width).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     content = images.encode(Image.fromarray(noise), longest, limit)
     assert len(content) <= limit
     with Image.open(io.BytesIO(content)) as found:
@@ -36,7 +43,9 @@ def test_a_picture_with_room_keeps_its_size():
 def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    css, lost = images.rules_of_files([(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room)
+    css, lost = images.rules_of_files(
+        [(f"p{n}s0", tmp_path / "a.png") for n in range(count)], 256, room
+    )
     assert room / 6 < len(css) <= room
     assert re.findall(r"\.(p\d+s0)\{", css) == [f"p{n}s0" for n in range(count)]
     assert lost == []
@@ -56,6 +65,7 @@ def test_pictures_that_cannot_be_read_have_no_rule_and_are_named(tmp_path):
 def test_the_room_is_one_of_characters_and_not_of_bytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    # Whole, the picture has fewer bytes than there are characters, but base64 makes four characters of three bytes.
+    # Whole, the picture has fewer bytes than there are characters, but base64 makes four characters
+    # of three bytes.
     room = int(len(images.encode(Image.fromarray(noise), 64, 1_000_000)) * 1.2)
     assert len(images.rules_of_files([("p", tmp_path / "a.png")], 64, room)[0]) <= room

@@ -6,7 +6,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config.evaluation import EvaluationConfig, LoraConfig, SamplingConfig, SecondPassConfig
+from training.config.evaluation import (
+    EvaluationConfig,
+    LoraConfig,
+    SamplingConfig,
+    SecondPassConfig,
+)
 from training.config.run import LossConfig, OptimizerConfig, PromptConfig, RunConfig
 from training.curation.vocabulary import Vocabulary
 from training.reports import card_facts, card_markdown, model_card
@@ -16,7 +21,8 @@ from training.tables.schemas import TABLES
 
 
 def training_set(*samples):
-    """Rows of `(height, width, score, tags, caption, split)`; every image of score 9 is safe and has a watermark."""
+    """Rows of `(height, width, score, tags, caption, split)`; every image of score 9 is safe and
+    has a watermark."""
     box = {"y0": 0.0, "x0": 0.0, "y1": 1.0, "x1": 1.0, "confidence": 0.9}
     rows = [
         {"image_id": f"{n:064x}", "shard": "s000000", "height": height, "width": width, "bucket_height": height,
@@ -35,9 +41,24 @@ SET = training_set(
     (64, 96, 1, ["dog"], "a dog", "validation"),
 )
 EVENTS = [
-    {"event": "started", "time_ms": 0, "num_trained_parameters": 12_345, "num_ranks": 8, "device": "cuda:0"},
-    *({"event": "step", "time_ms": 1_000 * n, "images_per_s": rate} for n, rate in ((1, 50.0), (2, 70.0), (3, 71.0))),
-    {"event": "resumed", "time_ms": 9_000_000, "num_trained_parameters": 12_345, "num_ranks": 8, "device": "cuda:0"},
+    {
+        "event": "started",
+        "time_ms": 0,
+        "num_trained_parameters": 12_345,
+        "num_ranks": 8,
+        "device": "cuda:0",
+    },
+    *(
+        {"event": "step", "time_ms": 1_000 * n, "images_per_s": rate}
+        for n, rate in ((1, 50.0), (2, 70.0), (3, 71.0))
+    ),
+    {
+        "event": "resumed",
+        "time_ms": 9_000_000,
+        "num_trained_parameters": 12_345,
+        "num_ranks": 8,
+        "device": "cuda:0",
+    },
     {"event": "finished", "time_ms": 9_000_000 + 7_197_000},
 ]
 
@@ -60,7 +81,12 @@ def front(text):
 
 def test_a_set_is_counted_by_hand():
     facts = card_facts.count_set(SET)
-    assert (facts.num_train, facts.num_validation, facts.num_captions, facts.num_watermarked) == (3, 1, 1, 1)
+    assert (facts.num_train, facts.num_validation, facts.num_captions, facts.num_watermarked) == (
+        3,
+        1,
+        1,
+        1,
+    )
     assert facts.buckets == (((64, 64), 2), ((96, 64), 1))
     assert facts.tags == (("cat", 2), ("red", 1))
     assert facts.words == (("safe", 1),)
@@ -68,12 +94,20 @@ def test_a_set_is_counted_by_hand():
 
 
 def test_a_tag_counts_once_an_image():
-    assert card_facts.count_set(training_set((8, 8, 5, ["cat", "cat"], None, "train"))).tags == (("cat", 1),)
+    assert card_facts.count_set(training_set((8, 8, 5, ["cat", "cat"], None, "train"))).tags == (
+        ("cat", 1),
+    )
 
 
 def test_an_empty_set_is_counted_as_nothing_and_still_has_a_card():
     facts = card_facts.count_set(SET.clear())
-    assert (facts.num_train, facts.buckets, facts.tags, facts.words, facts.scores) == (0, (), (), (), ())
+    assert (facts.num_train, facts.buckets, facts.tags, facts.words, facts.scores) == (
+        0,
+        (),
+        (),
+        (),
+        (),
+    )
     assert "0 images for training" in model_card.render(card(SET.clear()))
 
 
@@ -95,7 +129,11 @@ def test_the_card_says_what_was_counted():
     assert "| 64 × 64 | 2 | 66.7% |" in text
     assert "cat (2), red (1)" in text
     assert "Not compared with its base model yet." in text
-    failed = [("base.0@0", {"num_failed": 1.0}), ("demo@5", {"num_failed": 7.0}), ("demo@9", {"num_failed": 2.0})]
+    failed = [
+        ("base.0@0", {"num_failed": 1.0}),
+        ("demo@5", {"num_failed": 7.0}),
+        ("demo@9", {"num_failed": 2.0}),
+    ]
     told = model_card.render(card(summaries=failed))
     assert "Not compared with its base model: 3 pictures have no scores." in told
     assert "| weights | `" + "d" * 64 in text
@@ -123,7 +161,11 @@ def test_training_is_told_as_it_was_set():
 
 @pytest.mark.parametrize(
     ("rate", "told"),
-    [(None, "| peak learning rate of text encoders | `0.0001` |"), (1e-5, "`1e-05` |"), (0.0, "| trained | `UNet` |")],
+    [
+        (None, "| peak learning rate of text encoders | `0.0001` |"),
+        (1e-5, "`1e-05` |"),
+        (0.0, "| trained | `UNet` |"),
+    ],
 )
 def test_the_rate_of_text_encoders_is_told_as_it_is(rate, told):
     run = RunConfig(encoding="sdxl", optimizer=OptimizerConfig(text_encoder_learning_rate=rate))
@@ -153,11 +195,16 @@ def test_front_matter_holds_what_hugging_face_documents():
 
 
 def test_a_licence_that_hugging_face_does_not_know_is_named_and_linked():
-    found = front(model_card.render(card(license_name="Fair AI Public License 1.0-SD", base="/my/base")))
+    found = front(
+        model_card.render(card(license_name="Fair AI Public License 1.0-SD", base="/my/base"))
+    )
     assert (found["license"], found["license_name"]) == ("other", "fair-ai-public-license-1.0-sd")
     assert found["license_link"] == "LICENSE.md"
     assert "base_model" not in found  # only identifiers of the hub may stand there
-    assert card_markdown.licence_fields("猫", None) == {"license": "other", "license_name": "unnamed"}
+    assert card_markdown.licence_fields("猫", None) == {
+        "license": "other",
+        "license_name": "unnamed",
+    }
 
 
 def test_a_missing_licence_text_is_said():
@@ -207,7 +254,9 @@ def test_advice_follows_the_training_set():
     assert "In the negative prompt as well: watermark, letterboxed." in advice
     assert r"photo\_\\\(medium\\\)" in advice
     assert "Sentences" not in advice
-    assert "score_" not in "\n".join(prompting(PromptConfig(score_tags=False), card_facts.count_set(SET)))
+    assert "score_" not in "\n".join(
+        prompting(PromptConfig(score_tags=False), card_facts.count_set(SET))
+    )
 
 
 def test_samplers_are_named_with_all_that_made_the_pictures():
@@ -244,7 +293,11 @@ def test_tags_stand_in_bands():
     assert "t100 " not in text
     assert "**With emphasis (100 to 999), such as `(tag:1.5)`:** middle (999)" in text
     assert "**Weak (fewer than 100):** rare (99)" in text
-    assert [card_facts.band(count) for count in (1000, 100, 99)] == ["reliable", "with emphasis", "weak"]
+    assert [card_facts.band(count) for count in (1000, 100, 99)] == [
+        "reliable",
+        "with emphasis",
+        "weak",
+    ]
 
 
 def test_all_tags_are_listed_with_category_band_and_aliases():
@@ -269,7 +322,10 @@ def test_verdicts_are_sentences_and_the_summary_has_the_guide_s_columns():
             summaries=[("base.abc@0", summary), ("demo@48000", {**summary, "Clipscore_mean": 0.3})],
         )
     )
-    assert r"- clip\_score \(all\)\: better, \+0\.1000 \[\+0\.0500, \+0\.1500\] over 50 prompts" in text
+    assert (
+        r"- clip\_score \(all\)\: better, \+0\.1000 \[\+0\.0500, \+0\.1500\] over 50 prompts"
+        in text
+    )
     assert "|  | base | demo@48000 |" in text
     assert "| `count_LAIONScore` | 50 | 50 |" in text
     assert "| `Clipscore_mean` | 0.2500 | 0.3000 |" in text
@@ -292,14 +348,24 @@ def test_a_hostile_tag_stays_a_word():
     markdown = pytest.importorskip("markdown_it")
     rows = training_set((64, 64, 5, HOSTILE, None, "train"))
     pictures = [Picture(file="1.png", text=text, negative="") for text in HOSTILE]
-    text = model_card.render(card(rows, base=HOSTILE[1], pictures=pictures, summaries=[(HOSTILE[0], {})]))
-    html = markdown.MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---\n", 2)[2])
+    text = model_card.render(
+        card(rows, base=HOSTILE[1], pictures=pictures, summaries=[(HOSTILE[0], {})])
+    )
+    html = (
+        markdown.MarkdownIt("commonmark", {"html": True})
+        .enable("table")
+        .render(text.split("---\n", 2)[2])
+    )
     assert 'href="http' not in html
     assert html.count("<img") == len(HOSTILE)  # the card's own pictures
     assert "<em>" not in html
     for tag in HOSTILE:
         shown = (
-            " ".join(tag.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+            " ".join(tag.split())
+            .replace("&", "&amp;")
+            .replace("<", "&lt;")
+            .replace(">", "&gt;")
+            .replace('"', "&quot;")
         )
         assert f"{shown} (1)" in html
         assert f"<td>{shown}</td>" in html

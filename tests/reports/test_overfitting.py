@@ -1,4 +1,5 @@
-"""What is said of copies and over-baking follows from the summary, and nothing is said that was not measured."""
+"""What is said of copies and over-baking follows from the summary, and nothing is said that was not
+measured."""
 
 from training.reports.overfitting import score_charts, sentences
 
@@ -22,20 +23,31 @@ def test_similarities_stand_beside_those_of_held_out_images():
 
 def test_an_alarm_names_the_last_checkpoint_before_it():
     said = sentences([("base.0@0", {}), ("run@5", CALM), ("run@9", BAKED)])
-    assert said[-1] == "Alarm: over-baked index 1.50 is above 0.5. Last checkpoint before it: run@5."
+    assert (
+        said[-1] == "Alarm: over-baked index 1.50 is above 0.5. Last checkpoint before it: run@5."
+    )
     past = sentences([("run@5", BAKED), ("run@9", CALM)])
-    assert past[-1] == "Alarm: none here, but at an earlier checkpoint. Last checkpoint before it: none."
+    assert (
+        past[-1]
+        == "Alarm: none here, but at an earlier checkpoint. Last checkpoint before it: none."
+    )
 
 
 def test_what_was_not_measured_is_not_said():
     assert sentences([("run@9", {"Clipscore_mean": 0.3})]) == []
-    bare = {name: value for name, value in CALM.items() if "validation" not in name and "above" not in name}
+    bare = {
+        name: value
+        for name, value in CALM.items()
+        if "validation" not in name and "above" not in name
+    }
     assert not any("held-out" in line for line in sentences([("run@9", bare)]))
 
 
 def test_scores_are_drawn_over_the_run_with_the_base_at_zero():
     odd = {"Clipscore_mean": float("nan"), "overbaked_index": float("inf")}
-    charts = score_charts([("base.0@0", {"Clipscore_mean": 0.2}), ("run@5", CALM), ("run@7", odd), ("run@9", BAKED)])
+    charts = score_charts(
+        [("base.0@0", {"Clipscore_mean": 0.2}), ("run@5", CALM), ("run@7", odd), ("run@9", BAKED)]
+    )
     found = {chart.title: list(chart.lines[0].points) for chart in charts}
     assert found == {
         "CLIP score, mean": [(0, 0.2), (5, 0.3), (9, 0.3)],

@@ -25,7 +25,8 @@ RULE = re.compile(r"\.(\w+)\{background-image:url\(data:image/webp;base64,([^)]+
 
 
 def side(folder, name, colour, count=34, shift=0.0, evil=EVIL):
-    """A checkpoint of one colour, whose CLIP score rises with the prompt's number and whose aesthetic falls."""
+    """A checkpoint of one colour, whose CLIP score rises with the prompt's number and whose
+    aesthetic falls."""
     folder = folder / name
     folder.mkdir()
     samples, metrics = [], []
@@ -37,7 +38,12 @@ def side(folder, name, colour, count=34, shift=0.0, evil=EVIL):
              "height": 40, "width": 60, "file": f"{n}.png", "sha256": ""}
         )  # fmt: skip
         for metric, value in (("clip_score", 0.2 + n * shift), ("aesthetic", 5.0 - n * shift)):
-            row = {"prompt_id": samples[-1]["prompt_id"], "group": group, "metric": metric, "value": value}
+            row = {
+                "prompt_id": samples[-1]["prompt_id"],
+                "group": group,
+                "metric": metric,
+                "value": value,
+            }
             metrics.append(row)
     return Side(
         checkpoint=name, folder=folder, samples=pl.DataFrame(samples, schema=TABLES["sample_images"].schema),
@@ -54,20 +60,27 @@ def side(folder, name, colour, count=34, shift=0.0, evil=EVIL):
 
 @pytest.fixture
 def sides(tmp_path):
-    return [side(tmp_path, "base.0@0", (255, 0, 0)), side(tmp_path, "run@9", (0, 0, 255), shift=0.01)]
+    return [
+        side(tmp_path, "base.0@0", (255, 0, 0)),
+        side(tmp_path, "run@9", (0, 0, 255), shift=0.01),
+    ]
 
 
 @pytest.fixture
 def calm(tmp_path):
     colours = {"base.0@0": (255, 0, 0), "run@4": (0, 255, 0), "run@9": (0, 0, 255)}
     return [
-        side(tmp_path, name, colour, shift=0.005 * n, evil="odd") for n, (name, colour) in enumerate(colours.items())
+        side(tmp_path, name, colour, shift=0.005 * n, evil="odd")
+        for n, (name, colour) in enumerate(colours.items())
     ]
 
 
 def verdicts_of(sides):
     protocol = Protocol(prompts="", sampling="", clip="", aesthetic="", dtype="")
-    scores = [Scores(checkpoint=s.checkpoint, protocol=protocol, metrics=s.metrics) for s in (sides[0], sides[-1])]
+    scores = [
+        Scores(checkpoint=s.checkpoint, protocol=protocol, metrics=s.metrics)
+        for s in (sides[0], sides[-1])
+    ]
     return verdict.compare(*scores, {"clip_score": 0.003, "aesthetic": 0.05})
 
 
@@ -80,7 +93,11 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        self.addresses += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "srcset", "action", "data")
+        ]
         assert not any(name.startswith("on") for name, _ in attributes)
 
     def handle_data(self, data):
@@ -116,9 +133,14 @@ def test_every_picture_is_there_once_for_slider_grid_and_zoom(sides):
     contents = RULE.findall(html)
     assert len(contents) == len({name for name, _ in contents}) == 2 * 34
     for name, content in contents:
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")).astype(int)
+        picture = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
+        ).astype(int)
         assert picture.shape == (40, 60, 3)
-        assert np.abs(picture[20, 30] - ((255, 0, 0) if name.endswith("s0") else (0, 0, 255))).max() < 12
+        assert (
+            np.abs(picture[20, 30] - ((255, 0, 0) if name.endswith("s0") else (0, 0, 255))).max()
+            < 12
+        )
         assert f'<button class="pic {name}" data-name={name} ' in html
 
 
@@ -128,7 +150,9 @@ def test_winners_and_losers_of_each_metric_come_with_the_largest_change_first(si
     found = {}
     for word, metric, content in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         own = content.partition("<h2")[0]
-        found[metric, word] = [float(x) for x in re.findall(rf"{metric} <span class=\w+>([+-][\d.]+)", own)]
+        found[metric, word] = [
+            float(x) for x in re.findall(rf"{metric} <span class=\w+>([+-][\d.]+)", own)
+        ]
     assert found == {
         ("CLIP score", "gains"): [0.33, 0.32, 0.31, 0.3],
         ("LAION aesthetic", "losses"): [-0.33, -0.32, -0.31, -0.3],
@@ -145,7 +169,9 @@ def test_a_metric_that_only_verdicts_know_is_shown_like_the_others(sides):
         for s in sides
     ]  # fmt: skip
     verdicts = verdicts_of(sides)
-    verdicts = pl.concat([verdicts, verdicts.filter(pl.col("metric") == "aesthetic").with_columns(**new)])
+    verdicts = pl.concat(
+        [verdicts, verdicts.filter(pl.col("metric") == "aesthetic").with_columns(**new)]
+    )
     html = report.render("t", sides, verdicts, {})
     assert html.index("gains in CLIP score") < html.index("losses in LAION aesthetic")
     assert html.index("losses in LAION aesthetic") < html.index("losses in pick score")
@@ -157,7 +183,9 @@ def test_verdicts_are_said_in_words_and_drawn(sides):
     assert "<span class='chip better'>better</span>" in html
     assert "<span class='chip worse'>worse</span>" in html
     assert "too few prompts" in html
-    assert html.count("<svg class=interval") == 2 + 6  # two headlines, and a row per metric and group
+    assert (
+        html.count("<svg class=interval") == 2 + 6
+    )  # two headlines, and a row per metric and group
     assert "steps: 20" in html
     bare = report.render("t", sides, TABLES["verdicts"].empty(), {})
     assert "Verdict" not in bare
@@ -168,7 +196,8 @@ def test_verdicts_are_said_in_words_and_drawn(sides):
 def test_verdicts_over_all_prompts_come_first(sides):
     verdicts = verdicts_of(sides).with_columns(group=pl.col("group").replace("a", "aa"))
     found = re.findall(
-        r"<tr><td>([^<]+)</td><td>([^<]+)</td><td><span class='chip", report.render("t", sides, verdicts, {})
+        r"<tr><td>([^<]+)</td><td>([^<]+)</td><td><span class='chip",
+        report.render("t", sides, verdicts, {}),
     )
     assert found[:2] == [("CLIP score", "all"), ("LAION aesthetic", "all")]
     assert len(found) == 6
@@ -197,7 +226,10 @@ def test_missing_pictures_and_scores_leave_gaps_and_no_error(sides):
     html = report.render("t", sides, TABLES["verdicts"].empty(), {"steps": 20})
     assert len(RULE.findall(html)) == 2 * 34 - 4
     assert html.count("no picture") == 4
-    assert "steps: 20 · pictures that are missing or damaged: 2, run foundry verify --repair</p>" in html
+    assert (
+        "steps: 20 · pictures that are missing or damaged: 2, run foundry verify --repair</p>"
+        in html
+    )
     assert ">nan" not in html.lower()
 
 
@@ -220,19 +252,29 @@ def test_of_many_checkpoints_the_first_the_last_and_some_between_are_shown(sides
 
 @pytest.mark.slow
 def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_shown(tmp_path):
-    # Noise is what a JPEG holds worst; texts and names are as long and as full of quotes as they can be.
+    # Noise is what a JPEG holds worst; texts and names are as long and as full of quotes as they
+    # can be.
     rng = np.random.default_rng(0)
     names = [("base.0@0" if n == 0 else f"run@{n}") for n in range(5)]
-    made = [side(tmp_path, name, (0, 0, 0), count=300, shift=n / 1e4, evil='"' * 900) for n, name in enumerate(names)]
+    made = [
+        side(tmp_path, name, (0, 0, 0), count=300, shift=n / 1e4, evil='"' * 900)
+        for n, name in enumerate(names)
+    ]
     noise = [Image.fromarray(rng.integers(0, 256, (176, 176, 3), dtype=np.uint8)) for _ in range(2)]
     for n, one in enumerate(made):
         noise[n % 2].save(one.folder / "0.png", compress_level=1)
         for number in range(1, 300):
             (one.folder / f"{number}.png").unlink()
             (one.folder / f"{number}.png").hardlink_to(one.folder / "0.png")
-    pictures = [Exhibit(pictures=[np.asarray(image) for image in noise], caption="x") for _ in range(10)]
+    pictures = [
+        Exhibit(pictures=[np.asarray(image) for image in noise], caption="x") for _ in range(10)
+    ]
     html = report.render(
-        "t", made, verdicts_of(made), {}, sections=[Section(title="copies", text="", exhibits=pictures)]
+        "t",
+        made,
+        verdicts_of(made),
+        {},
+        sections=[Section(title="copies", text="", exhibits=pictures)],
     )
     assert len(html.encode()) <= report.MAX_BYTES
     pictures_take = sum(len(rule[0]) for rule in RULE.finditer(html))
@@ -245,19 +287,26 @@ def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_s
 
 
 def click(page, selector, number=0):
-    page.driver.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, number)
+    page.driver.execute_script(
+        "document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, number
+    )
 
 
 @needs_chromium
 def test_a_browser_shows_slides_zooms_sorts_and_asks_for_nothing(calm, tmp_path):
     path = tmp_path / "report.html"
-    chart = Chart(title="loss", lines=[Line(name="held out", points=[(0, 1.0), (10, 0.5), (20, 0.7)])], marks=[10])
+    chart = Chart(
+        title="loss",
+        lines=[Line(name="held out", points=[(0, 1.0), (10, 0.5), (20, 0.7)])],
+        marks=[10],
+    )
     path.write_text(report.render("Run", calm, verdicts_of(calm), {}, charts=[chart]))
     with chromium(1100, 900) as page:
         page.open(path.as_uri())
         shot = look(page, tmp_path)
         red, blue = (where(shot, colour) for colour in ((254, 0, 0), (0, 0, 254)))
-        # In every slider the base is on the left and the checkpoint on the right, as large as each other.
+        # In every slider the base is on the left and the checkpoint on the right, as large as each
+        # other.
         assert len(red[0]) > 10_000
         assert len(blue[0]) == pytest.approx(len(red[0]), rel=0.1)
         assert red[1].min() < blue[1].min()
@@ -268,7 +317,10 @@ def test_a_browser_shows_slides_zooms_sorts_and_asks_for_nothing(calm, tmp_path)
         assert len(where(moved, (254, 0, 0))[0]) > len(red[0]) + 5_000
 
         click(page, ".grid .pic", 1)  # the middle checkpoint of the first prompt
-        page.wait(lambda: page.driver.execute_script("return document.querySelector('dialog').open"), "the zoom")
+        page.wait(
+            lambda: page.driver.execute_script("return document.querySelector('dialog').open"),
+            "the zoom",
+        )
         assert "run@4" in page.text()
         assert len(where(look(page, tmp_path), (0, 255, 1))[0]) > 100_000
         click(page, "#right")
@@ -282,7 +334,10 @@ def test_a_browser_shows_slides_zooms_sorts_and_asks_for_nothing(calm, tmp_path)
         assert page.driver.execute_script(order, "#group", "1")[:2] == ["odd 32", "odd 30"]
 
         assert page.errors() == []
-        assert page.driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+        assert (
+            page.driver.execute_script("return performance.getEntriesByType('resource').length")
+            == 0
+        )
         page.resize(390, 800)
         width = "return document.documentElement.scrollWidth"
         assert page.driver.execute_script(width) <= 390
@@ -304,7 +359,10 @@ def test_a_sandboxed_frame_shows_and_zooms_as_well(calm, tmp_path):
         click(page, "nav a", 3)
         page.wait(lambda: page.driver.execute_script(above) < 700, "the verdict in view")
         click(page, ".grid .pic", 0)
-        page.wait(lambda: page.driver.execute_script("return document.querySelector('dialog').open"), "the zoom")
+        page.wait(
+            lambda: page.driver.execute_script("return document.querySelector('dialog').open"),
+            "the zoom",
+        )
         assert page.errors() == []
 
 

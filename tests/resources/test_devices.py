@@ -67,7 +67,9 @@ def test_a_killed_holder_frees_its_card_and_the_waiter_says_for_whom(monkeypatch
     time.sleep(0.3)
     assert not held.is_set()
     assert len(said) == 1, "it says so once, not at every look"
-    assert said[0].startswith(f"encode waits: cuda:0 is held by annotate of /data/cats (pid {holder.pid} since ")
+    assert said[0].startswith(
+        f"encode waits: cuda:0 is held by annotate of /data/cats (pid {holder.pid} since "
+    )
     os.kill(holder.pid, signal.SIGKILL)
     assert held.wait(10)
     thread.join()
@@ -76,7 +78,10 @@ def test_a_killed_holder_frees_its_card_and_the_waiter_says_for_whom(monkeypatch
 
 def test_each_gets_a_card_of_its_own_while_there_are_some(monkeypatch):
     cards(monkeypatch, "0", "1")
-    with hold("train", DevicesConfig(), Path("a")) as one, hold("train", DevicesConfig(), Path("b")) as two:
+    with (
+        hold("train", DevicesConfig(), Path("a")) as one,
+        hold("train", DevicesConfig(), Path("b")) as two,
+    ):
         assert [one, two] == ["cuda:0", "cuda:1"]
     with hold("train", DevicesConfig(), Path("a")) as again:
         assert again == "cuda:0"
@@ -97,7 +102,9 @@ def test_the_configuration_says_who_may_hold_which_card(monkeypatch):
         assert [one, two] == ["cuda:0", "cuda:2"]
         with hold("encode", config, Path("a"), say=pytest.fail) as three:
             assert three == "cuda:1"
-    with pytest.raises(ConfigError, match=r"\[devices\] evaluate = \[7\] .* cards \['0', '1', '2'\]"):
+    with pytest.raises(
+        ConfigError, match=r"\[devices\] evaluate = \[7\] .* cards \['0', '1', '2'\]"
+    ):
         hold("evaluate", config, Path("a")).__enter__()
 
 
@@ -112,7 +119,9 @@ def test_a_trainer_holds_its_cards_after_its_starter_is_gone(monkeypatch, tmp_pa
     cards(monkeypatch, "0", "1", "2")
     with devices.hold_for_trainer(DevicesConfig(), tmp_path, 2) as (held, locks):
         assert held == ["0", "1"]
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=locks)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=locks
+        )
     with hold("annotate", DevicesConfig(), tmp_path) as name:
         assert name == "cuda:2"
     child.kill()

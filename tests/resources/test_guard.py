@@ -16,7 +16,9 @@ names = st.text(st.characters(codec="ascii", exclude_categories=["C"]), max_size
 
 
 def request(method="GET", path="/", query="", kind="http", **headers):
-    return request_of(method, path, {**OURS, **{k.replace("_", "-"): v for k, v in headers.items()}}, query, kind)
+    return request_of(
+        method, path, {**OURS, **{k.replace("_", "-"): v for k, v in headers.items()}}, query, kind
+    )
 
 
 def request_of(method, path, headers, query="", kind="http"):
@@ -43,7 +45,14 @@ def test_our_own_pages_and_local_programs_are_served(host, origin):
         for method in ("GET", "POST", "PATCH"):
             assert status(request_of(method, path, headers)) == 200
     assert status(request_of("POST", "/graphql", headers | JSON)) == 200
-    assert status(request_of("POST", "/graphql", headers | {"content-type": "application/json; charset=utf-8"})) == 200
+    assert (
+        status(
+            request_of(
+                "POST", "/graphql", headers | {"content-type": "application/json; charset=utf-8"}
+            )
+        )
+        == 200
+    )
     assert status(request_of("GET", "/graphql", headers, kind="websocket")) == 200
 
 
@@ -53,7 +62,12 @@ def test_any_other_host_is_refused(host):
     assert status(request(host=host)) == expected
 
 
-@given(origin=names | st.sampled_from(["null", "https://127.0.0.1:3000", "http://127.0.0.1:5000", "http://evil.test"]))
+@given(
+    origin=names
+    | st.sampled_from(
+        ["null", "https://127.0.0.1:3000", "http://127.0.0.1:5000", "http://evil.test"]
+    )
+)
 def test_any_other_origin_is_refused(origin):
     ours = origin.strip().lower() in ("http://127.0.0.1:3000", "http://localhost:3000")
     for scope in (
@@ -75,7 +89,12 @@ def test_hosts_and_origins_that_come_twice_are_refused():
 
 
 def test_only_requests_from_within_our_site_are_served():
-    for site, expected in (("same-origin", 200), ("same-site", 200), ("none", 200), ("cross-site", 403)):
+    for site, expected in (
+        ("same-origin", 200),
+        ("same-site", 200),
+        ("none", 200),
+        ("cross-site", 403),
+    ):
         assert status(request(sec_fetch_site=site)) == expected
         assert status(request(kind="websocket", sec_fetch_site=site)) == expected
 
@@ -84,7 +103,10 @@ def test_only_requests_from_within_our_site_are_served():
 def test_an_agent_with_a_shell_answers_nobody(method):
     for path in ("/ajax-api/3.0/mlflow/assistant/message", "/ajax-api/3.0/mlflow/assistant"):
         assert status(request(method, path, content_type="application/json")) == 403
-    assert status(request(method, "/ajax-api/2.0/mlflow/runs/search", content_type="application/json")) == 200
+    assert (
+        status(request(method, "/ajax-api/2.0/mlflow/runs/search", content_type="application/json"))
+        == 200
+    )
 
 
 @pytest.mark.parametrize("path", ["/graphql", "/graphql/", "/api/graphql"])
@@ -115,7 +137,12 @@ def test_a_second_content_type_does_not_help():
 
 
 def test_a_page_opened_as_localhost_moves_to_the_one_name():
-    answer = judge(request(path="/runs/a%2Fb", query="x=1&y=é", host="localhost:3000", sec_fetch_dest="document"), PORT)
+    answer = judge(
+        request(
+            path="/runs/a%2Fb", query="x=1&y=é", host="localhost:3000", sec_fetch_dest="document"
+        ),
+        PORT,
+    )
     assert answer is not None
     assert (answer.status, answer.location.encode("latin-1")) == (
         307,
@@ -126,7 +153,8 @@ def test_a_page_opened_as_localhost_moves_to_the_one_name():
 
 
 def drive(scope):
-    """Run the guard around an application that says so; return what was sent and whether the application ran."""
+    """Run the guard around an application that says so; return what was sent and whether the
+    application ran."""
     sent, ran = [], []
 
     async def application(scope, receive, send):
@@ -162,7 +190,12 @@ def test_our_pages_find_each_other_on_whichever_port():
         sent.append(message)
 
     guard = Guard(application, PORT, {"/mlflow": "http://127.0.0.1:5123"})
-    paths = {"/mlflow": "", "/mlflow/": "", "/mlflow/runs/1": "runs/1", "/mlflow//evil.test/": "evil.test/"}
+    paths = {
+        "/mlflow": "",
+        "/mlflow/": "",
+        "/mlflow/runs/1": "runs/1",
+        "/mlflow//evil.test/": "evil.test/",
+    }
     for path, there in paths.items():
         sent.clear()
         asyncio.run(guard(request(path=path, sec_fetch_dest="document"), None, send))

@@ -1,4 +1,5 @@
-"""Each workspace has an instance of its own, and a bare `dagster dev` opens the same one as `--home workspace`."""
+"""Each workspace has an instance of its own, and a bare `dagster dev` opens the same one as `--home
+workspace`."""
 
 import os
 from pathlib import Path
@@ -28,11 +29,15 @@ def bare_instance(folder: Path) -> dg.DagsterInstance:
     """What `dagster dev` opens in a folder that holds the repository's dagster.yaml."""
     (folder / "dagster.yaml").write_text(ROOT_YAML)
     (folder / ".tmp_dagster_home").mkdir(exist_ok=True)
-    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(folder / ".tmp_dagster_home"), config_dir=str(folder)))
+    return dg.DagsterInstance.from_ref(
+        InstanceRef.from_dir(str(folder / ".tmp_dagster_home"), config_dir=str(folder))
+    )
 
 
 def test_the_repository_holds_the_root_settings():
-    assert (ROOT / "dagster.yaml").read_text() == ROOT_YAML, "write resources.instance.ROOT_YAML to dagster.yaml"
+    assert (ROOT / "dagster.yaml").read_text() == ROOT_YAML, (
+        "write resources.instance.ROOT_YAML to dagster.yaml"
+    )
 
 
 def test_bare_dagster_and_workspace_share_runs_and_settings(tmp_path, monkeypatch):
@@ -97,7 +102,10 @@ def test_storage_outside_of_the_workspace_is_refused(tmp_path, monkeypatch, key,
     write_instance(home)
     with (home / "dagster" / "dagster.yaml").open("a") as file:
         file.write(value.format(other=other) + "\n")
-    with pytest.raises(WorkspaceError, match=f"Dagster's {key} lies in .* outside of workspace"), instance(home):
+    with (
+        pytest.raises(WorkspaceError, match=f"Dagster's {key} lies in .* outside of workspace"),
+        instance(home),
+    ):
         pass
     assert not other.exists()
 
@@ -118,6 +126,9 @@ def test_inside_the_environment_names_the_workspace(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_settings_is_no_instance(tmp_path):
-    with pytest.raises(WorkspaceError, match=r"dagster\.yaml is missing.*foundry init"), instance(tmp_path):
+    with (
+        pytest.raises(WorkspaceError, match=r"dagster\.yaml is missing.*foundry init"),
+        instance(tmp_path),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []

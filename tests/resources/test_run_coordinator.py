@@ -1,4 +1,5 @@
-"""A launch that can only fail is refused before its run starts, with the words of `foundry train`."""
+"""A launch that can only fail is refused before its run starts, with the words of `foundry
+train`."""
 
 from types import SimpleNamespace
 
@@ -35,14 +36,19 @@ WRONG = [
         {"recipe": "demo", "set": ["batch.global_batch_size=4", "batch.micro_batch_size=8"]},
         "--set batch.global_batch_size=4: batch.micro_batch_size=32 exceeds batch.global_batch_size=4",
     ),
-    ({"set": ["num_samples=10"]}, "set and tiny change a recipe: choose the recipe, or edit the run's config.toml"),
+    (
+        {"set": ["num_samples=10"]},
+        "set and tiny change a recipe: choose the recipe, or edit the run's config.toml",
+    ),
 ]
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     write_instance(tmp_path)
-    (tmp_path / "foundry.toml").write_text('format = 1\n[encodings.sdxl]\n[models]\nbase = "demo:models/base"\n')
+    (tmp_path / "foundry.toml").write_text(
+        'format = 1\n[encodings.sdxl]\n[models]\nbase = "demo:models/base"\n'
+    )
     monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path))
     return tmp_path
 
@@ -83,9 +89,14 @@ def test_the_command_line_says_the_same(home, config, words):
 
 def test_a_right_launch_goes_to_dagsters_queue(home, monkeypatch):
     queued = []
-    monkeypatch.setattr(QueuedRunCoordinator, "submit_run", lambda self, context: queued.append(context.dagster_run))
+    monkeypatch.setattr(
+        QueuedRunCoordinator, "submit_run", lambda self, context: queued.append(context.dagster_run)
+    )
     with open_instance(home) as instance:
-        assert submit(instance, {"recipe": "demo", "set": ["num_samples=10"]}) == (DagsterRunStatus.NOT_STARTED, "")
+        assert submit(instance, {"recipe": "demo", "set": ["num_samples=10"]}) == (
+            DagsterRunStatus.NOT_STARTED,
+            "",
+        )
         assert submit(instance, {"recipe": "as_configured"}) == (DagsterRunStatus.NOT_STARTED, "")
     assert len(queued) == 2
 
@@ -95,7 +106,9 @@ def test_a_run_that_is_named_where_it_is_launched_stays_until_it_is_configured(h
         instance.add_dynamic_partitions("runs", ["new"])
         mirror(instance, Store(home), remove=False)  # what the sensor does, twice a minute
         assert instance.get_dynamic_partitions("runs") == ["new"]
-        create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags={"dagster/partition": "new"})
+        create_run_for_test(
+            instance, status=DagsterRunStatus.STARTED, tags={"dagster/partition": "new"}
+        )
         mirror(instance, Store(home))
         assert instance.get_dynamic_partitions("runs") == ["new"]
         for run in instance.get_runs():
@@ -112,7 +125,10 @@ def test_the_launch_dialog_shows_recipes_and_defaults():
         node = defs.resolve_asset_graph().get(dg.AssetKey(asset)).assets_def.op
         fields = node.config_schema.as_field().config_type.fields
         recipe = fields["recipe"]
-        assert {value.config_value for value in recipe.config_type.inner_type.enum_values} == {"as_configured", "demo"}
+        assert {value.config_value for value in recipe.config_type.inner_type.enum_values} == {
+            "as_configured",
+            "demo",
+        }
         assert recipe.default_value == "as_configured"
         assert all(field.description for field in fields.values())
         assert set(fields) == {"recipe", "set", "tiny"}
@@ -133,14 +149,25 @@ def test_an_older_workspace_gets_our_coordinator_and_keeps_what_people_changed(h
 @pytest.mark.parametrize(
     ("asset", "tags", "words"),
     [
-        ("tags", {}, "tags: the run was launched without a partition; choose one where it is launched"),
-        ("checkpoints", {}, "checkpoints: the run was launched without a partition; choose one where it is launched"),
+        (
+            "tags",
+            {},
+            "tags: the run was launched without a partition; choose one where it is launched",
+        ),
+        (
+            "checkpoints",
+            {},
+            "checkpoints: the run was launched without a partition; choose one where it is launched",
+        ),
         ("raw_images", {"dagster/partition": "s77"}, "raw_images: there is no partition 's77'"),
         ("latents", {"dagster/partition": "s77"}, "latents: there is no partition 's77'"),
         ("latents", {"dagster/partition": "sdxl|s77"}, "latents: there is no partition 'sdxl|s77'"),
         (
             "tags",
-            {"dagster/asset_partition_range_start": "s000000", "dagster/asset_partition_range_end": "s77"},
+            {
+                "dagster/asset_partition_range_start": "s000000",
+                "dagster/asset_partition_range_end": "s77",
+            },
             "tags: there is no partition 's77'",
         ),
         ("tags", {"dagster/partition": "s000000"}, ""),

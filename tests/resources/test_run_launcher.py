@@ -44,7 +44,9 @@ def opened(tmp_path):
 @pytest.fixture
 def held_run(opened, tmp_path):
     """A run in progress and the process that carries it out."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "started\n"
     yield opened.get_runs()[0], process
     process.kill()
@@ -107,7 +109,9 @@ def test_a_pid_that_came_back_and_other_runs(opened):
     reused = opened.create_run_for_job(empty_job, tags={HOLDER_TAG: f"{pid}:{int(started) - 1}"})
     living = opened.create_run_for_job(empty_job, tags=holder_tags())
     foreign = opened.create_run_for_job(empty_job)
-    opened.report_run_canceling(canceling := opened.create_run_for_job(empty_job, tags={HOLDER_TAG: f"{pid}:1"}))
+    opened.report_run_canceling(
+        canceling := opened.create_run_for_job(empty_job, tags={HOLDER_TAG: f"{pid}:1"})
+    )
     finished = empty_job.execute_in_process(instance=opened, tags={HOLDER_TAG: f"{pid}:1"}).run_id
     assert set(report_dead_runs(opened)) == {reused.run_id, canceling.run_id}
     statuses = {run.run_id: run.status.name for run in opened.get_runs()}

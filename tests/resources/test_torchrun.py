@@ -23,7 +23,9 @@ def one_thread(monkeypatch):
 
 def ranks_of(handle):
     """Process ids of the ranks; each is the leader of a session of its own."""
-    listed = subprocess.run(["pgrep", "-P", str(handle.process.pid)], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["pgrep", "-P", str(handle.process.pid)], capture_output=True, text=True, check=False
+    )
     return [int(pid) for pid in listed.stdout.split()]
 
 
@@ -71,7 +73,11 @@ def test_two_ranks_make_the_bits_of_one(unbroken, make_run, start):
     assert read_events(run.folder / run_folder.EVENTS)[0]["num_ranks"] == 2
     assert contents(run, 52) == contents(unbroken, 52)
     losses = [
-        [event["loss"].hex() for event in read_events(one.folder / run_folder.EVENTS) if "loss" in event]
+        [
+            event["loss"].hex()
+            for event in read_events(one.folder / run_folder.EVENTS)
+            if "loss" in event
+        ]
         for one in (run, unbroken)
     ]
     assert losses[0] == losses[1]
@@ -169,7 +175,9 @@ def test_a_trainer_stands_by_and_is_the_one_that_trains(unbroken, make_run):
     with torchrun.standing_by(run.folder, 1):
         pid = standby_pid()
         assert os.getsid(pid) == pid
-        assert not (run.folder / run_folder.OUTPUT).exists(), "nothing is written before it is told its run"
+        assert not (run.folder / run_folder.OUTPUT).exists(), (
+            "nothing is written before it is told its run"
+        )
         assert not torchrun.is_running(run.folder)
         handle = torchrun.start_or_attach(run.folder, 1)
         assert handle.process.pid == pid
@@ -185,7 +193,11 @@ def test_a_trainer_that_stands_by_ends_with_a_launcher_that_needs_none(make_run)
         pid = standby_pid()
     assert is_gone(pid)
     assert not torchrun._standby
-    assert sorted(path.name for path in run.folder.iterdir()) == ["config.toml", "inputs.json", "vocabulary.parquet"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "config.toml",
+        "inputs.json",
+        "vocabulary.parquet",
+    ]
 
 
 def test_a_trainer_that_stands_by_ends_with_a_killed_launcher(make_run):

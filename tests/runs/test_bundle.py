@@ -1,4 +1,5 @@
-"""A bundle trains where neither Dagster nor MLflow is, and its run comes back as if it had been trained at home."""
+"""A bundle trains where neither Dagster nor MLflow is, and its run comes back as if it had been
+trained at home."""
 
 import ast
 import dataclasses
@@ -34,7 +35,8 @@ def contents(run, samples_seen):
 
 
 def start(folder, tmp_path, **environment):
-    """Run `start.sh` as on another machine: no Dagster, no MLflow, none of our packages that need them."""
+    """Run `start.sh` as on another machine: no Dagster, no MLflow, none of our packages that need
+    them."""
     blocked = tmp_path / "blocked"
     blocked.mkdir(exist_ok=True)
     (blocked / "sitecustomize.py").write_text(BLOCKER)
@@ -62,7 +64,12 @@ def test_a_bundle_trains_elsewhere_and_its_run_comes_home(unbroken, make_run, tm
     shutil.rmtree(run.folder)
     shutil.copytree(folder / "runs" / "away", run.folder)
     shutil.rmtree(folder)
-    here = {"training_sets": home, "latents": run.inputs.latents, "base_model": run.inputs.base_model, "vae": None}
+    here = {
+        "training_sets": home,
+        "latents": run.inputs.latents,
+        "base_model": run.inputs.base_model,
+        "vae": None,
+    }
     assert run_folder.adopt(run.folder, **here)
     assert not run_folder.adopt(run.folder, **here)
     assert run_folder.read_inputs(run.folder) == run.inputs
@@ -88,7 +95,10 @@ def test_a_run_stopped_before_latents_were_encoded_anew_goes_on_in_its_bundle(
     write_generation(shard, 2, run.rows.filter(pl.col("shard") == shard.name))
     bundle.write_bundle(run.folder, tmp_path / "bundle")
     latents = tmp_path / "bundle" / "latents" / "tiny"
-    assert {path.name: generations(path) for path in latents.iterdir()} == {"s000000": [1, 2], "s000001": [1]}
+    assert {path.name: generations(path) for path in latents.iterdir()} == {
+        "s000000": [1, 2],
+        "s000001": [1],
+    }
     assert train(run) == "finished"
     here = contents(run, 38)
     run.folder = tmp_path / "bundle" / "runs" / "moved"
@@ -97,13 +107,17 @@ def test_a_run_stopped_before_latents_were_encoded_anew_goes_on_in_its_bundle(
     assert contents(run, 38) == here
 
 
-def test_a_generation_that_the_run_has_pinned_must_be_there(make_run, train, write_generation, tmp_path):
+def test_a_generation_that_the_run_has_pinned_must_be_there(
+    make_run, train, write_generation, tmp_path
+):
     run = make_run("moved", num_samples=16)
     assert train(run, stop_at=5) == "stopped"
     shard = run.inputs.latents / "s000000"
     write_generation(shard, 2, run.rows.filter(pl.col("shard") == shard.name))
     next(shard.glob("g0001-*.safetensors")).unlink()
-    with pytest.raises(DamageError, match=r"g0001-.*\.safetensors is gone, which generation 1 names"):
+    with pytest.raises(
+        DamageError, match=r"g0001-.*\.safetensors is gone, which generation 1 names"
+    ):
         bundle.write_bundle(run.folder, tmp_path / "bundle")
     (shard / "g0001.json").unlink()
     with pytest.raises(DamageError, match=r"has no generation 1; it has \[2\]"):
@@ -128,7 +142,11 @@ def test_a_run_of_a_set_that_is_not_here_is_not_adopted(make_run, tmp_path):
     run.inputs.training_set.unlink()
     with pytest.raises(DataError, match="not in this workspace"):
         run_folder.adopt(
-            run.folder, training_sets=tmp_path, latents=run.inputs.latents, base_model=run.inputs.base_model, vae=None
+            run.folder,
+            training_sets=tmp_path,
+            latents=run.inputs.latents,
+            base_model=run.inputs.base_model,
+            vae=None,
         )
 
 
@@ -145,7 +163,11 @@ def test_a_bundle_carries_the_vae_of_its_latents(make_run, train, other_vae, tmp
 
     shutil.copytree(run.folder, tmp_path / "runs" / "back")
     shutil.rmtree(tmp_path / "bundle")
-    here = {"training_sets": own.training_set.parent, "latents": own.latents, "base_model": own.base_model}
+    here = {
+        "training_sets": own.training_set.parent,
+        "latents": own.latents,
+        "base_model": own.base_model,
+    }
     assert run_folder.adopt(tmp_path / "runs" / "back", vae=vae, **here)
     assert run_folder.read_inputs(tmp_path / "runs" / "back").vae == vae
 
@@ -154,8 +176,12 @@ def test_latents_of_another_vae_are_not_bundled(make_run, other_vae, tmp_path):
     run = make_run()
     other_vae(run)
     path = run.inputs.latents / "s000001" / "g0001.json"
-    commit.commit_manifest(path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64}))
-    with pytest.raises(DataError, match=r"13 images of shard s000001 .*g0001 was encoded with VAE eeee"):
+    commit.commit_manifest(
+        path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64})
+    )
+    with pytest.raises(
+        DataError, match=r"13 images of shard s000001 .*g0001 was encoded with VAE eeee"
+    ):
         bundle.write_bundle(run.folder, tmp_path / "bundle")
 
 
@@ -192,15 +218,21 @@ def test_requirements_cover_all_that_training_imports(make_run, tmp_path):
     assert not {"dagster", "mlflow"} & wanted
     code = """import training.loop.run, training.loop.trainer, training.runs.bundle, sys
 print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('training.') and m.__file__))"""
-    files = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert len(files) > 30
     nodes = [node for file in files for node in ast.walk(ast.parse(Path(file).read_text()))]
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"training"}
     owners = importlib.metadata.packages_distributions()
     # Optional ones are imported where an option asks for them.
-    assert {owners[name][0].lower().replace("_", "-") for name in names if name in owners} <= wanted | {
+    assert {
+        owners[name][0].lower().replace("_", "-") for name in names if name in owners
+    } <= wanted | {
         "pillow",
         "bitsandbytes",
     }

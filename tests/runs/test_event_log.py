@@ -16,7 +16,9 @@ def attempt(path, opening, samples_seen, steps, ending=None):
 
 
 def shape(path):
-    return [(event["event"], event["samples_seen"], event["attempt"]) for event in read_events(path)]
+    return [
+        (event["event"], event["samples_seen"], event["attempt"]) for event in read_events(path)
+    ]
 
 
 def test_a_resume_takes_back_what_it_does_again(tmp_path):
@@ -51,7 +53,10 @@ def test_a_validation_that_a_resume_makes_up_for_counts_once(tmp_path):
             log.write("validation", samples_seen=8, loss=0.5, number=number)
             log.write("checkpoint", samples_seen=8, number=number)
     events = read_events(path)
-    assert [(event["event"], event["number"]) for event in events[-2:]] == [("validation", 3), ("checkpoint", 3)]
+    assert [(event["event"], event["number"]) for event in events[-2:]] == [
+        ("validation", 3),
+        ("checkpoint", 3),
+    ]
     assert sum("number" in event for event in events) == 2
     assert [event["samples_seen"] for event in events if event["event"] == "step"] == [8]
 

@@ -29,9 +29,16 @@ def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_
     picture.write_bytes(b"png")
     arguments = {"model": base, "model_files": ["model_index.json"]}
     release.assemble(folder, **arguments, texts={"old.txt": "old"}, copies={})
-    texts = {release.CARD: "card", release.TAGS: "tag\n", release.NO_LICENCE: release.missing_licence("b", "mit")}
+    texts = {
+        release.CARD: "card",
+        release.TAGS: "tag\n",
+        release.NO_LICENCE: release.missing_licence("b", "mit"),
+    }
     release.assemble(
-        folder, **arguments, texts=texts, copies={"LICENSE": base / "LICENSE.md", "pictures/1.png": picture}
+        folder,
+        **arguments,
+        texts=texts,
+        copies={"LICENSE": base / "LICENSE.md", "pictures/1.png": picture},
     )
     found = {row["file"]: row for row in release.table(folder).iter_rows(named=True)}
     assert {name: row["about"] for name, row in found.items()} == {
@@ -48,7 +55,9 @@ def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_
 
 def test_an_edited_licence_of_the_base_does_not_reach_an_older_release(base, tmp_path):
     folder = tmp_path / "release" / "run"
-    release.assemble(folder, model=base, model_files=[], texts={}, copies={"LICENSE": base / "LICENSE.md"})
+    release.assemble(
+        folder, model=base, model_files=[], texts={}, copies={"LICENSE": base / "LICENSE.md"}
+    )
     with (base / "LICENSE.md").open("a") as file:
         file.write("more")
     assert (folder / "LICENSE").read_text() == "text of LICENSE.md\n"

@@ -12,9 +12,23 @@ from training.runs.run_folder import Ready
 
 
 def test_a_hand_worked_list():
-    saved = [(500, 0.9), (1008, 0.5), (1504, 0.3), (2000, 0.4), (2512, 0.6), (3004, 0.7), (3500, None)]
+    saved = [
+        (500, 0.9),
+        (1008, 0.5),
+        (1504, 0.3),
+        (2000, 0.4),
+        (2512, 0.6),
+        (3004, 0.7),
+        (3500, None),
+    ]
     # The two newest, the first at or after each 1,000, and the best.
-    assert weights_to_keep(saved, CheckpointConfig(keep_every_samples=1000)) == {1008, 1504, 2000, 3004, 3500}
+    assert weights_to_keep(saved, CheckpointConfig(keep_every_samples=1000)) == {
+        1008,
+        1504,
+        2000,
+        3004,
+        3500,
+    }
     assert weights_to_keep(saved, CheckpointConfig(keep_every_samples=10_000)) == {1504, 3004, 3500}
     assert weights_to_keep(saved, CheckpointConfig()) == {samples_seen for samples_seen, _ in saved}
     assert weights_to_keep([], CheckpointConfig(keep_every_samples=1)) == set()
@@ -23,7 +37,12 @@ def test_a_hand_worked_list():
     assert weights_to_keep(tied, CheckpointConfig(keep_every_samples=100)) == {1, 3, 4}
 
 
-@given(clocks=st.sets(st.integers(1, 10_000)), every=st.integers(1, 3_000), last=st.integers(1, 4), data=st.data())
+@given(
+    clocks=st.sets(st.integers(1, 10_000)),
+    every=st.integers(1, 3_000),
+    last=st.integers(1, 4),
+    data=st.data(),
+)
 def test_applied_after_each_checkpoint_it_keeps_what_it_keeps_in_the_end(clocks, every, last, data):
     """A rule that let a checkpoint go and wanted it later would lose it."""
     config = CheckpointConfig(keep_every_samples=every, keep_last=last)
@@ -52,18 +71,27 @@ def saved(folder, samples_seen, loss):
 
 
 def test_what_no_rule_keeps_is_removed_unless_it_is_read(tmp_path):
-    paths = [saved(tmp_path, samples_seen, loss) for samples_seen, loss in ((10, 0.1), (20, 0.5), (30, 0.4), (40, 0.6))]
+    paths = [
+        saved(tmp_path, samples_seen, loss)
+        for samples_seen, loss in ((10, 0.1), (20, 0.5), (30, 0.4), (40, 0.6))
+    ]
     config = CheckpointConfig(keep_last=1, keep_every_samples=1000)
     with retention.reading(paths[1]), retention.reading(paths[1]):
         assert apply_retention(tmp_path, config) == [30]
     assert [path.exists() for path in paths] == [True, True, False, True]
     assert [(path / run_folder.STATE).exists() for path in paths] == [False, False, False, True]
     assert apply_retention(tmp_path, config) == [20]
-    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["samples_000000010", "samples_000000040"]
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == [
+        "samples_000000010",
+        "samples_000000040",
+    ]
 
 
 def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
-    paths = [saved(tmp_path, samples_seen, 0.5) for samples_seen in (8, 999_500_000, 1_000_000_000, 1_000_500_000)]
+    paths = [
+        saved(tmp_path, samples_seen, 0.5)
+        for samples_seen in (8, 999_500_000, 1_000_000_000, 1_000_500_000)
+    ]
     (tmp_path / run_folder.CHECKPOINTS / "samples_mine").mkdir()
     assert run_folder.checkpoints(tmp_path) == paths
     apply_retention(tmp_path, CheckpointConfig(keep_last=1))
@@ -72,7 +100,9 @@ def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_what_somebody_wants_stays_until_all_have_let_go(tmp_path):
-    paths = [saved(tmp_path, samples_seen, 0.9 - samples_seen / 100) for samples_seen in (10, 20, 30)]
+    paths = [
+        saved(tmp_path, samples_seen, 0.9 - samples_seen / 100) for samples_seen in (10, 20, 30)
+    ]
     config = CheckpointConfig(keep_last=1, keep_every_samples=1000)
     retention.want(paths[0], "evaluation")
     retention.want(paths[0], "champion")

@@ -42,7 +42,11 @@ def test_both_captions_and_tags_of_a_mirrored_picture_are_turned():
 
 def test_others_stay_as_they_are_and_padding_is_a_tag():
     row = selected(caption="left", tags=tags("on_left"))
-    assert (frozen(row)["caption"], frozen(row)["made_caption"], frozen(row)["tags"]) == ("left", None, tags("on_left"))
+    assert (frozen(row)["caption"], frozen(row)["made_caption"], frozen(row)["tags"]) == (
+        "left",
+        None,
+        tags("on_left"),
+    )
     assert [tag["name"] for tag in frozen(row, padded=True)["tags"]] == ["on_left", "letterboxed"]
 
 

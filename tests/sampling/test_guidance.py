@@ -1,4 +1,5 @@
-"""Perturbed-attention guidance equals that of diffusers' pipeline, and costs nothing where it is off."""
+"""Perturbed-attention guidance equals that of diffusers' pipeline, and costs nothing where it is
+off."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -61,23 +62,33 @@ def test_it_is_a_third_reading_that_only_a_scale_costs(parts, batches):
 
 
 def test_pictures_do_not_see_each_other(parts):
-    frame = prompt_frame(("a", "red cat", "blurry", 32, 48), ("b", "dog", "", 32, 48), ("c", "tree", "x", 32, 48))
+    frame = prompt_frame(
+        ("a", "red cat", "blurry", 32, 48), ("b", "dog", "", 32, 48), ("c", "tree", "x", 32, 48)
+    )
     together = latents_of(parts, frame, pag_scale=2.0)
     for place in range(3):
-        assert_equal_but_for_rounding(latents_of(parts, frame[place : place + 1], pag_scale=2.0)[0], together[place])
+        assert_equal_but_for_rounding(
+            latents_of(parts, frame[place : place + 1], pag_scale=2.0)[0], together[place]
+        )
 
 
 def test_readings_are_added_up_as_the_papers_say():
-    without, with_text, perturbed_text = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    without, with_text, perturbed_text = torch.randn(
+        3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
     config = changed(guidance_scale=4.0, pag_scale=3.0)
     guided = guide(torch.cat([without, with_text, perturbed_text]), config)
-    torch.testing.assert_close(guided, 7 * with_text - 3 * without - 3 * perturbed_text, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        guided, 7 * with_text - 3 * without - 3 * perturbed_text, atol=1e-5, rtol=0
+    )
 
 
 def test_a_unet_without_attention_in_the_middle_is_refused():
     unet = SimpleNamespace(named_modules=lambda: iter(()))
     with (
-        pytest.raises(EvaluationError, match=r"pag_scale=2.0: the UNet's middle block has no self-attention"),
+        pytest.raises(
+            EvaluationError, match=r"pag_scale=2.0: the UNet's middle block has no self-attention"
+        ),
         perturbed(unet, changed(pag_scale=2.0)),
     ):
         pass

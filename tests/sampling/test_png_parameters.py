@@ -17,17 +17,31 @@ PAIR = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
 
 def read(text):
-    """Prompt, negative and settings: the last line has the settings, as `key: value` or `key: "JSON string"`."""
+    """Prompt, negative and settings: the last line has the settings, as `key: value` or `key: "JSON
+    string"`."""
     *lines, last = text.split("\n")
-    settings = {key: json.loads(value) if value.startswith('"') else value for key, value in PAIR.findall(last)}
-    begins = next((n for n, line in enumerate(lines) if line.startswith("Negative prompt: ")), len(lines))
+    settings = {
+        key: json.loads(value) if value.startswith('"') else value
+        for key, value in PAIR.findall(last)
+    }
+    begins = next(
+        (n for n, line in enumerate(lines) if line.startswith("Negative prompt: ")), len(lines)
+    )
     negative = "\n".join(lines[begins:]).removeprefix("Negative prompt: ")
     return "\n".join(lines[:begins]), negative, settings
 
 
 def test_a_plain_picture_is_read_back():
     config = SamplingConfig(sampler="euler_a", schedule="plain", num_steps=28, guidance_scale=7.5)
-    text = parameters("a cat, (red)", "blurry,\nbad", seed=3, height=1216, width=832, model="run@12", config=config)
+    text = parameters(
+        "a cat, (red)",
+        "blurry,\nbad",
+        seed=3,
+        height=1216,
+        width=832,
+        model="run@12",
+        config=config,
+    )
     prompt, negative, settings = read(text)
     assert (prompt, negative) == ("a cat, (red)", "blurry,\nbad")
     assert settings == {
@@ -62,16 +76,28 @@ def test_all_that_was_done_is_read_back():
     assert wanted.items() <= settings.items()
 
 
-@pytest.mark.parametrize(("mode", "said"), [("off", "None"), ("plain", "No norm"), ("mean_restored", "Original")])
+@pytest.mark.parametrize(
+    ("mode", "said"), [("off", "None"), ("plain", "No norm"), ("mean_restored", "Original")]
+)
 def test_emphasis_is_named_as_a1111_names_it(mode, said):
     config = SamplingConfig(prompt_weights=mode)
-    assert read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2]["Emphasis"] == said
+    assert (
+        read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2][
+            "Emphasis"
+        ]
+        == said
+    )
 
 
 @pytest.mark.parametrize(("how", "said"), [("latent", "Latent"), ("pixels", "Lanczos")])
 def test_upscalers_are_named_as_a1111_names_them(how, said):
     config = SamplingConfig(second_pass=SecondPassConfig(enlarge=how))
-    assert read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2]["Hires upscaler"] == said
+    assert (
+        read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2][
+            "Hires upscaler"
+        ]
+        == said
+    )
 
 
 def test_ddim_has_no_type_of_schedule_and_one_start_everywhere():
@@ -83,15 +109,28 @@ def test_ddim_has_no_type_of_schedule_and_one_start_everywhere():
 
 
 def test_how_prompts_are_read_is_said_in_a1111s_words_where_it_has_some():
-    """`Old prompt editing timelines` is what A1111 1.6 and later writes and reads; it has no exact ends."""
+    """`Old prompt editing timelines` is what A1111 1.6 and later writes and reads; it has no exact
+    ends."""
     prompt = "by [(a:0.9):b \\(c\\):0.15], [d|e]"
-    config = SamplingConfig(prompt_syntax="strict", prompt_times="old", prompt_ends="exact", prompt_weights="plain")
-    text, negative, settings = read(parameters(prompt, "[x:3]", seed=0, height=8, width=8, model="m", config=config))
+    config = SamplingConfig(
+        prompt_syntax="strict", prompt_times="old", prompt_ends="exact", prompt_weights="plain"
+    )
+    text, negative, settings = read(
+        parameters(prompt, "[x:3]", seed=0, height=8, width=8, model="m", config=config)
+    )
     assert (text, negative) == (prompt, "[x:3]")
-    wanted = {"Prompt syntax": "strict", "Old prompt editing timelines": "True", "Prompt ends": "exact"}
+    wanted = {
+        "Prompt syntax": "strict",
+        "Old prompt editing timelines": "True",
+        "Prompt ends": "exact",
+    }
     assert wanted.items() <= settings.items()
-    settings = read(parameters(prompt, "", seed=0, height=8, width=8, model="m", config=SamplingConfig()))[2]
-    assert settings.keys().isdisjoint({"Old prompt editing timelines", "Prompt ends", "Align Your Steps"})
+    settings = read(
+        parameters(prompt, "", seed=0, height=8, width=8, model="m", config=SamplingConfig())
+    )[2]
+    assert settings.keys().isdisjoint(
+        {"Old prompt editing timelines", "Prompt ends", "Align Your Steps"}
+    )
 
 
 def test_a_lora_is_known_by_its_tensors_and_not_by_its_metadata(tmp_path):
@@ -100,7 +139,11 @@ def test_a_lora_is_known_by_its_tensors_and_not_by_its_metadata(tmp_path):
     save_file({"w": tensor}, one)
     save_file({"w": tensor}, other, metadata={"ss_output_name": "x"})
     assert one.read_bytes() != other.read_bytes()
-    assert lora_hash(one) == lora_hash(other) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:12]
+    assert (
+        lora_hash(one)
+        == lora_hash(other)
+        == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:12]
+    )
 
 
 @pytest.mark.parametrize("text", ["plain\nSteps: 1", "日本, é\nSteps: 1"])

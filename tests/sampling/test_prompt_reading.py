@@ -1,4 +1,5 @@
-"""What is refused of prompts, what is warned of, and that both name the prompt before anything is drawn."""
+"""What is refused of prompts, what is warned of, and that both name the prompt before anything is
+drawn."""
 
 import dataclasses
 import subprocess
@@ -29,9 +30,13 @@ LENIENT = SamplingConfig(num_steps=20, prompt_weights="mean_restored")
 STRICT = dataclasses.replace(LENIENT, prompt_syntax="strict")
 OFF = dataclasses.replace(LENIENT, prompt_weights="off")
 
-# Rules 9, 10, 12, 13 and 16 of A1111's reading, a time beyond the last call, and what each is told as.
+# Rules 9, 10, 12, 13 and 16 of A1111's reading, a time beyond the last call, and what each is told
+# as.
 ODD = [
-    ("a | b [c:d:0.5]", r"'\|' \(character 3\) outside of any \[a\|b\] makes A1111 read every schedule"),
+    (
+        "a | b [c:d:0.5]",
+        r"'\|' \(character 3\) outside of any \[a\|b\] makes A1111 read every schedule",
+    ),
     ("[c:d:0.5] (a|b)", r"'\|' \(character 13\) outside"),
     ("[c:d:0.5] [x|y", r"'\|' \(character 13\) outside"),
     ("[c:d:0.5] x\\", "a backslash at its end or before a line break"),
@@ -42,7 +47,10 @@ ODD = [
     ("x (y", r"'\(' \(character 3\): letters"),
     ("(a BREAK b)", "'BREAK' in brackets is a word and begins no chunk"),
     ("a cat, ratio 16:9", "':9' at the end is no text, but makes the guidance 9 times as strong"),
-    ("1girl <lora:x:0.8>", "'<lora:x:0.8>' is read as words: LoRAs are named in evaluation.sampling.loras"),
+    (
+        "1girl <lora:x:0.8>",
+        "'<lora:x:0.8>' is read as words: LoRAs are named in evaluation.sampling.loras",
+    ),
     ("[a:b:25]", "the time 25 lies beyond the last of 20 calls of the UNet"),
     ("[a:b:12.5]", "the time 12.5 lies beyond"),
 ]
@@ -58,7 +66,9 @@ def test_what_a1111_reads_otherwise_is_told_of_and_strict_refuses_it(prompt, tol
     assert len(found) == 1
     with pytest.raises(EvaluationError, match=told) as error:
         read(prompt, STRICT)
-    assert str(error.value) == f'{found[0]}; evaluation.sampling.prompt_syntax="strict" refuses that'
+    assert (
+        str(error.value) == f'{found[0]}; evaluation.sampling.prompt_syntax="strict" refuses that'
+    )
     assert "\n" not in found[0]
 
 
@@ -72,8 +82,14 @@ def test_what_is_read_as_it_looks_passes_both(prompt):
 @pytest.mark.parametrize(
     ("prompt", "rule"),
     [
-        ("a cat AND a dog", "'AND' joins several prompts to one picture in A1111, which is not done here"),
-        ("[a:b:0.5]) c", r"'\[a:b:0.5\]\)': a schedule that touches a bracket .* put a space between"),
+        (
+            "a cat AND a dog",
+            "'AND' joins several prompts to one picture in A1111, which is not done here",
+        ),
+        (
+            "[a:b:0.5]) c",
+            r"'\[a:b:0.5\]\)': a schedule that touches a bracket .* put a space between",
+        ),
         ("[a:b:1e999]", "the time 1e999 in a schedule is too large"),
     ],
 )
@@ -95,7 +111,9 @@ def test_a_weight_that_is_no_number_is_refused_where_weights_are_read():
         (":2", "", 2.0), ("a:1:2", "a:1", 2.0), ("a:b", "a:b", 1.0), (" a \n", " a", 1.0), ("(a:2)", "(a:2)", 1.0),
     ],
 )  # fmt: skip
-def test_a_number_at_the_end_is_the_prompts_weight_and_of_a_negative_its_text(prompt, text, guidance):
+def test_a_number_at_the_end_is_the_prompts_weight_and_of_a_negative_its_text(
+    prompt, text, guidance
+):
     found = read(prompt, LENIENT)
     assert (list(found.texts), found.guidance) == ([text], guidance)
     negative = read(prompt, LENIENT, is_negative=True)
@@ -120,7 +138,9 @@ def test_without_weights_schedules_are_drawn_and_marks_of_weights_told_of():
     )
     assert read("[a|b] hatsune_miku_(cosplay)", OFF).remarks == ()
     for prompt in ("a BREAK b", "[a] b", "((a))", r"a \(b\)"):
-        with pytest.raises(EvaluationError, match=r"read as letters, because prompt_weights = \"off\""):
+        with pytest.raises(
+            EvaluationError, match=r"read as letters, because prompt_weights = \"off\""
+        ):
             read(prompt, dataclasses.replace(OFF, prompt_syntax="strict"))
 
 
@@ -137,7 +157,10 @@ def test_calls_are_counted_as_a1111_counts_them():
     old_first, old_after = read("[a:b:12]", dataclasses.replace(doubled, prompt_times="old")).passes
     assert old_first == old_after == ((12, "a"), (40, "b"))
     read("[a:b:50]", dataclasses.replace(doubled, prompt_syntax="strict"))
-    with pytest.raises(EvaluationError, match="the time 55 lies beyond the last of 40 calls of the UNet and 14 of the"):
+    with pytest.raises(
+        EvaluationError,
+        match="the time 55 lies beyond the last of 40 calls of the UNet and 14 of the",
+    ):
         read("[a:b:55]", dataclasses.replace(doubled, prompt_syntax="strict"))
 
 
@@ -147,11 +170,19 @@ def test_a_set_names_the_prompt_and_tells_of_each_text_once():
         ("p4", "a | b", "", 32, 32),
     )  # fmt: skip
     rows = remarks(frame, read_set(frame, LENIENT))
-    assert [(row["prompt_id"], row["text"]) for row in rows] == [("p1", "prompt"), ("p1", "negative"), ("p3", "prompt")]
+    assert [(row["prompt_id"], row["text"]) for row in rows] == [
+        ("p1", "prompt"),
+        ("p1", "negative"),
+        ("p3", "prompt"),
+    ]
     assert "'(' (character 5)" in rows[1]["read as"]
-    with pytest.raises(EvaluationError, match=r"^prompt 'p1' cannot be drawn: '\|' \(character 3\) .*\"strict\""):
+    with pytest.raises(
+        EvaluationError, match=r"^prompt 'p1' cannot be drawn: '\|' \(character 3\) .*\"strict\""
+    ):
         read_set(frame, STRICT)
-    with pytest.raises(EvaluationError, match=r"^the negative of prompt 'p2' cannot be drawn: '\(' \(character 5\)"):
+    with pytest.raises(
+        EvaluationError, match=r"^the negative of prompt 'p2' cannot be drawn: '\(' \(character 5\)"
+    ):
         read_set(frame[1:], STRICT)
 
 
@@ -181,7 +212,9 @@ def test_plain_texts_are_what_every_reader_reads(text, plain):
 @pytest.fixture
 def store(tmp_path):
     """A workspace with a prompt file and no images."""
-    (tmp_path / "prompts.csv").write_text('prompt_id,text,height,width\np1,a cat,64,64\np2,"a | b",64,64\n')
+    (tmp_path / "prompts.csv").write_text(
+        'prompt_id,text,height,width\np1,a cat,64,64\np2,"a | b",64,64\n'
+    )
     (tmp_path / "foundry.toml").write_text(
         'format = 1\n[encodings.sdxl]\n[prompt_sets.standard]\nfile = "prompts.csv"\n[prompt_sets.other]\n'
         'file = "prompts.csv"\n[evaluation.sampling]\nprompt_syntax = "strict"\n'
@@ -192,21 +225,29 @@ def store(tmp_path):
 
 
 def test_a_set_that_cannot_be_drawn_is_refused_when_it_is_made(store):
-    with pytest.raises(EvaluationError, match=r"^prompt 'p2' cannot be drawn: '\|' \(character 3\)"):
+    with pytest.raises(
+        EvaluationError, match=r"^prompt 'p2' cannot be drawn: '\|' \(character 3\)"
+    ):
         prompt_sets_asset._make(store, "standard")
     assert prompt_sets_asset._make(store, "other").height == 2  # nothing is drawn of it
 
 
 def test_elsewhere_refuses_before_it_looks_at_the_checkpoint(tmp_path):
-    remote_sampling.write_prompts(tmp_path / "prompts.json", prompt_frame(("p1", "a AND b", "", 64, 64)), LENIENT)
+    remote_sampling.write_prompts(
+        tmp_path / "prompts.json", prompt_frame(("p1", "a AND b", "", 64, 64)), LENIENT
+    )
     with pytest.raises(EvaluationError, match=r"^prompt 'p1' cannot be drawn: 'AND' joins"):
-        remote_sampling.draw(tmp_path / "no model", tmp_path / "prompts.json", tmp_path / "out", device="cpu")
+        remote_sampling.draw(
+            tmp_path / "no model", tmp_path / "prompts.json", tmp_path / "out", device="cpu"
+        )
 
 
 def test_recipes_are_strict():
     for path in RECIPES.glob("*.toml"):
         if path.stem != "tiny":
-            config = toml.build(WorkspaceConfig, tomlkit.parse(recipes.workspace_toml(path, [], tiny=None)).unwrap())
+            config = toml.build(
+                WorkspaceConfig, tomlkit.parse(recipes.workspace_toml(path, [], tiny=None)).unwrap()
+            )
             assert config.evaluation.sampling.prompt_syntax == "strict"
 
 

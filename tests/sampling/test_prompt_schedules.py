@@ -1,6 +1,7 @@
 """Schedules and weights of prompts against A1111's own parser, whose answers lie beside this file.
 
-`prompt_schedules.json`: what `modules/prompt_parser.py` of AUTOMATIC1111/stable-diffusion-webui at 73c74baa answers.
+`prompt_schedules.json`: what `modules/prompt_parser.py` of AUTOMATIC1111/stable-diffusion-webui at
+73c74baa answers.
 """
 
 import json
@@ -14,7 +15,9 @@ from training.errors import EvaluationError
 from training.sampling.prompt_schedules import late_times, parse, schedule, text_at
 from training.sampling.prompt_weights import read_text
 
-ANSWERS = json.loads(Path(__file__).with_name("prompt_schedules.json").read_text("utf-8"))["prompts"]
+ANSWERS = json.loads(Path(__file__).with_name("prompt_schedules.json").read_text("utf-8"))[
+    "prompts"
+]
 
 
 def texts_of(prompt, num_calls, second_calls=None, rules="new"):
@@ -67,7 +70,15 @@ def test_times_are_counted_as_a1111_counts_them(when, num_calls, rules, ends):
 
 @pytest.mark.parametrize(
     ("when", "ends"),
-    [("0.5", [10]), ("1.0", [10]), ("1.5", [5, 10]), ("1.2", [1, 10]), ("2.0", [10]), ("25", [5, 10]), ("20", [10])],
+    [
+        ("0.5", [10]),
+        ("1.0", [10]),
+        ("1.5", [5, 10]),
+        ("1.2", [1, 10]),
+        ("2.0", [10]),
+        ("25", [5, 10]),
+        ("20", [10]),
+    ],
 )
 def test_the_second_pass_has_times_of_its_own(when, ends):
     """20 steps, then 10: 1.2 gives 1 of 10, because 1.2 - 1.0 is a little less than 0.2."""
@@ -87,7 +98,9 @@ def test_the_first_text_has_one_call_more_than_it_says_unless_asked_to_be_exact(
 
 def test_calls_beyond_the_last_end_begin_anew():
     texts = schedule(parse("[cat:dog:0.5]"), 20, 30, rules="old")
-    assert [text_at(texts, call, "a1111") for call in range(30)] == ["cat"] * 11 + ["dog"] * 10 + ["cat"] * 9
+    assert [text_at(texts, call, "a1111") for call in range(30)] == ["cat"] * 11 + ["dog"] * 10 + [
+        "cat"
+    ] * 9
 
 
 @given(
@@ -107,7 +120,8 @@ def test_every_prompt_is_a_schedule_with_rising_ends(prompt, num_calls, second, 
         assert found == ((ends[-1], prompt),)
 
 
-# Measured: lark 1.1.2, A1111's pin, run under 48 values of PYTHONHASHSEED; those of the first list gave two answers.
+# Measured: lark 1.1.2, A1111's pin, run under 48 values of PYTHONHASHSEED; those of the first list
+# gave two answers.
 UNDETERMINED = (
     "[a:b:0.5])", "[a:b:0.5]]", "[a:b:0.5]:", "[a:b:0.5](", "[a:b:0.5][c", "[a:b:0.5](c:d:e)", "(x) [a:b:0.5])",
     "(x [a:b:2]))", "([a:b:2]:x))", "([a:b:2]:))", "(x:[a:b:2]))", "[a:b:2](x y)(", "[a:b:2](a:x)(", "[a:b:2]()(",

@@ -44,7 +44,8 @@ def pieces(prompt):
         ("(a:.5) (b:2.)", [("a", 0.5), (" ", 1), ("b", 2)]),
         ("(a:)", [("a:", 1.1)]),
         ("(a:1e1)", [("a:1e1", 1.1)]),
-        # What is opened and never closed reaches to the end; what is closed and never opened is a letter.
+        # What is opened and never closed reaches to the end; what is closed and never opened is a
+        # letter.
         ("x (y", [("x ", 1), ("y", 1.1)]),
         ("x [y (z", [("x ", 1), ("y ", 0.9091), ("z", 1)]),
         ("x) y] :1) z", [("x) y] :1) z", 1)]),
@@ -74,15 +75,23 @@ def test_off_and_escaped_texts_are_literal(text):
 
 
 tree = st.recursive(
-    st.text(alphabet="abc ,_", max_size=6).map(lambda text: (text, [(letter, 1.0) for letter in text])),
+    st.text(alphabet="abc ,_", max_size=6).map(
+        lambda text: (text, [(letter, 1.0) for letter in text])
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(
-            lambda items: ("".join(text for text, _ in items), [pair for _, letters in items for pair in letters])
+            lambda items: (
+                "".join(text for text, _ in items),
+                [pair for _, letters in items for pair in letters],
+            )
         ),
         inner.map(lambda i: (f"({i[0]})", [(letter, weight * 1.1) for letter, weight in i[1]])),
         inner.map(lambda i: (f"[{i[0]}]", [(letter, weight / 1.1) for letter, weight in i[1]])),
         st.tuples(inner, st.sampled_from([0.5, 1.25, 2.0])).map(
-            lambda pair: (f"({pair[0][0]}:{pair[1]})", [(letter, weight * pair[1]) for letter, weight in pair[0][1]])
+            lambda pair: (
+                f"({pair[0][0]}:{pair[1]})",
+                [(letter, weight * pair[1]) for letter, weight in pair[0][1]],
+            )
         ),
     ),
     max_leaves=8,
@@ -100,10 +109,13 @@ def test_weights_multiply_however_they_nest(built):
 @pytest.mark.parametrize("weight", ["1.2.3", ".", "+.", "1..", "..5"])
 def test_a_weight_that_is_no_number_is_refused(weight):
     with pytest.raises(
-        EvaluationError, match=rf"':{re.escape(weight)}\)': the weight {re.escape(weight)} is no number"
+        EvaluationError,
+        match=rf"':{re.escape(weight)}\)': the weight {re.escape(weight)} is no number",
     ):
         read_text(f"a (b:{weight})", "plain")
-    assert read_text(f"b:{weight})", "plain").runs == ((f"b:{weight})", 1.0),)  # no bracket, no weight
+    assert read_text(f"b:{weight})", "plain").runs == (
+        (f"b:{weight})", 1.0),
+    )  # no bracket, no weight
 
 
 def test_a_break_parts_sections_and_one_in_brackets_is_a_word():
@@ -124,7 +136,9 @@ def test_marks_that_off_reads_as_letters_are_found():
 
 def test_tokens_are_those_of_the_prompt_without_marks(parts):
     for tokenizer in parts.tokenizers:
-        (prompt,) = read_text("a (r)ed  (CAT, hat \\(x\\):1.5) [é猫] " + "(z:2)" * 80, "plain").sections
+        (prompt,) = read_text(
+            "a (r)ed  (CAT, hat \\(x\\):1.5) [é猫] " + "(z:2)" * 80, "plain"
+        ).sections
         assert prompt.text == "a red  CAT, hat (x) é猫 " + "z" * 80
         (tokens,) = tokenize([prompt.text], tokenizer, min_chunks=2)
         weights = token_weights([[prompt]], tokenizer, 2)
@@ -145,7 +159,9 @@ def test_tokens_are_those_of_the_prompt_without_marks(parts):
 def test_sections_have_chunks_of_their_own_with_their_weights(parts):
     for tokenizer in parts.tokenizers:
         sections = read_text("(ab:2) c BREAK" + " z" * 80 + " BREAK (d:3)", "plain").sections
-        (tokens,) = tokenize_sections([[section.text for section in sections]], tokenizer, max_chunks=4)
+        (tokens,) = tokenize_sections(
+            [[section.text for section in sections]], tokenizer, max_chunks=4
+        )
         alone = [tokenize([section.text], tokenizer)[0] for section in sections]
         assert tokens.ids == tuple(itertools.chain.from_iterable(one.ids for one in alone))
         weights = token_weights([sections], tokenizer, 4)[0]
@@ -168,7 +184,9 @@ def test_each_token_is_multiplied_and_the_mean_restored():
             factor = states.numpy()[part].mean() / wanted[part].mean()
             np.testing.assert_allclose(restored[part], wanted[part] * factor, rtol=1e-5)
             assert restored[part].mean() == pytest.approx(states.numpy()[part].mean(), rel=1e-5)
-    assert np.array_equal(restored[0, :77], states.numpy()[0, :77])  # a chunk without weights stays as it is
+    assert np.array_equal(
+        restored[0, :77], states.numpy()[0, :77]
+    )  # a chunk without weights stays as it is
 
 
 def encoded(parts, text, mode, negative=""):
@@ -189,7 +207,9 @@ def test_each_encoder_has_its_own_mean_and_the_pooled_text_no_weights(parts):
     assert (torch.cat([ratio[:4], ratio[7:]]) - 1).abs().max() < 1e-5
     for columns in (slice(0, 8), slice(8, 24)):
         factor = restored.hidden_states[1, :77, columns] / plain.hidden_states[1, :77, columns]
-        mean = off.hidden_states[1, :77, columns].mean() / plain.hidden_states[1, :77, columns].mean()
+        mean = (
+            off.hidden_states[1, :77, columns].mean() / plain.hidden_states[1, :77, columns].mean()
+        )
         torch.testing.assert_close(factor, mean.expand_as(factor), rtol=1e-4, atol=0)
     assert torch.equal(restored.hidden_states[0], off.hidden_states[0])  # the negative is empty
 
@@ -203,8 +223,12 @@ def test_negatives_have_weights_too(parts):
 
 def test_pictures_follow_the_mode(parts):
     frame = prompt_frame(("a", "red (cat:1.5)", "", 32, 32))
-    off, plain, restored = (latents_of(parts, frame, prompt_weights=m) for m in ("off", "plain", "mean_restored"))
+    off, plain, restored = (
+        latents_of(parts, frame, prompt_weights=m) for m in ("off", "plain", "mean_restored")
+    )
     assert (off - plain).abs().max() > 1e-4
     assert (plain - restored).abs().max() > 1e-4
     unmarked = prompt_frame(("a", "red cat", "", 32, 32))
-    assert torch.equal(latents_of(parts, unmarked, prompt_weights="mean_restored"), latents_of(parts, unmarked))
+    assert torch.equal(
+        latents_of(parts, unmarked, prompt_weights="mean_restored"), latents_of(parts, unmarked)
+    )

@@ -1,4 +1,5 @@
-"""Pictures follow from prompt, seed and weights alone, and equal those of diffusers' own pipeline."""
+"""Pictures follow from prompt, seed and weights alone, and equal those of diffusers' own
+pipeline."""
 
 import copy
 import dataclasses
@@ -19,7 +20,14 @@ from diffusers import (
 from diffusers.schedulers import AysSchedules
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_sampling import CONFIG, COPY, assert_equal_but_for_rounding, changed, latents_of, prompt_frame
+from tiny_sampling import (
+    CONFIG,
+    COPY,
+    assert_equal_but_for_rounding,
+    changed,
+    latents_of,
+    prompt_frame,
+)
 
 from training.config.evaluation import LoraConfig, Sampler, SecondPassConfig
 from training.errors import EvaluationError, ModelError
@@ -104,9 +112,13 @@ def test_a_picture_equals_that_of_diffusers_pipeline_on_77_tokens(tiny_sdxl, par
     assert len(tokenizer(text)["input_ids"]) > 70
     while len(tokenizer(text)["input_ids"]) != 77:
         text = text[1:] if len(tokenizer(text)["input_ids"]) > 77 else "z" + text
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, force_zeros_for_empty_prompt=zeros)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny_sdxl, force_zeros_for_empty_prompt=zeros
+    )
     pipeline.set_progress_bar_config(disable=True)
-    config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    config = {
+        key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")
+    }
     keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     pipeline.scheduler = DPMSolverMultistepScheduler(
         **{key: config[key] for key in keep}, algorithm_type="dpmsolver++", use_karras_sigmas=True
@@ -169,10 +181,17 @@ def test_sd1_is_sampled_without_size_conditioning_and_from_its_layer(sd1_folder,
 
 
 def test_files_hold_the_pictures_and_their_parameters(tiny_sdxl, parts, tmp_path):
-    frame = prompt_frame(("../e\nvil", "a cat, 猫", "bad, <b>", 32, 48), ("p02", "plain", "", 48, 32))
+    frame = prompt_frame(
+        ("../e\nvil", "a cat, 猫", "bad, <b>", 32, 48), ("p02", "plain", "", 48, 32)
+    )
     seen = []
     table = sampling.sample_folder(
-        tiny_sdxl, "run@12", frame, CONFIG, tmp_path / "out", progress=lambda *counts: seen.append(counts)
+        tiny_sdxl,
+        "run@12",
+        frame,
+        CONFIG,
+        tmp_path / "out",
+        progress=lambda *counts: seen.append(counts),
     )
     assert table.schema == TABLES["sample_images"].schema
     assert table["prompt_id"].to_list() == frame["prompt_id"].to_list()
@@ -184,8 +203,12 @@ def test_files_hold_the_pictures_and_their_parameters(tiny_sdxl, parts, tmp_path
             assert image.size == (row["width"], row["height"])
             lines = image.text["parameters"].split("\n")
         assert lines[0] == row["text"]
-        assert lines[-1].startswith("Steps: 6, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: ")
-        assert f"Seed: {row['seed']}, Size: {row['width']}x{row['height']}, Model: run@12" in lines[-1]
+        assert lines[-1].startswith(
+            "Steps: 6, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: "
+        )
+        assert (
+            f"Seed: {row['seed']}, Size: {row['width']}x{row['height']}, Model: run@12" in lines[-1]
+        )
         assert (lines[1] == f"Negative prompt: {row['negative']}") == bool(row["negative"])
     assert seen[-1] == (2, 2)
 
@@ -211,14 +234,20 @@ def test_a_picture_that_is_not_finite_is_a_row_without_a_file_and_the_others_sta
     tiny_sdxl, parts, tmp_path, monkeypatch, how
 ):
     frame = prompt_frame(("a", "red cat", "", 32, 32), ("b", "a dog", "", 32, 32))
-    config = changed(guidance_scale=1.0, second_pass=how and SecondPassConfig(scale=1.5, enlarge=how, num_steps=3))
+    config = changed(
+        guidance_scale=1.0,
+        second_pass=how and SecondPassConfig(scale=1.5, enlarge=how, num_steps=3),
+    )
     whole = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     expected = pixels(tmp_path, whole)[0]
     monkeypatch.setattr(sampling, "load_pipeline_parts", lambda model, device: parts)
     break_second_picture(parts.unet)
     table = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     assert table.drop("file", "sha256").equals(whole.drop("file", "sha256"))
-    assert table.select("file", "sha256").rows() == [whole.select("file", "sha256").row(0), (None, None)]
+    assert table.select("file", "sha256").rows() == [
+        whole.select("file", "sha256").row(0),
+        (None, None),
+    ]
     assert np.array_equal(pixels(tmp_path, table[:1])[0], expected)
     assert [path.name for path in tmp_path.iterdir()] == [whole["file"][0]]
 
@@ -228,7 +257,8 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
         sampling.sample_folder(tmp_path, "run@1", PROMPTS, CONFIG, tmp_path / "out")
 
 
-# --- which model is drawn with ---------------------------------------------------------------------------------------
+# --- which model is drawn with
+# ---------------------------------------------------------------------------------------
 
 
 def pixels(folder, table):
@@ -240,7 +270,10 @@ def test_averaged_weights_are_drawn_with_where_they_are_asked_for(unbroken, tmp_
     checkpoint = run_folder.checkpoints(unbroken.folder)[-1]
     frame = prompt_frame(("a", "red cat", "", 32, 32))
     table = sampling.sample_folder(checkpoint, "run@48", frame, changed(weights=weights), tmp_path)
-    raw, ema = (draw(load_pipeline_parts(model, "cpu"), frame)["a"] for model in (checkpoint, checkpoint / "ema"))
+    raw, ema = (
+        draw(load_pipeline_parts(model, "cpu"), frame)["a"]
+        for model in (checkpoint, checkpoint / "ema")
+    )
     assert not np.array_equal(raw, ema)
     picture = pixels(tmp_path, table)[0]
     assert np.array_equal(picture, {"raw": raw, "ema": ema}[weights])
@@ -258,10 +291,14 @@ def test_clip_skip_is_that_of_the_run_unless_told_otherwise(sd1_folder, unbroken
     checkpoint = tmp_path / "samples_000000048"
     shutil.copytree(sd1_folder, checkpoint)
     ready = run_folder.read_ready(run_folder.checkpoints(unbroken.folder)[-1])
-    run_folder.write_ready(checkpoint, dataclasses.replace(ready, config=ready.config | {"clip_skip": 2}))
+    run_folder.write_ready(
+        checkpoint, dataclasses.replace(ready, config=ready.config | {"clip_skip": 2})
+    )
     frame = prompt_frame(("a", "red cat", "", 32, 32))
     sd1 = load_pipeline_parts(sd1_folder, "cpu")
-    first, second = (dict(sampling.sample(sd1, frame, CONFIG, clip_skip=skip))["a"] for skip in (1, 2))
+    first, second = (
+        dict(sampling.sample(sd1, frame, CONFIG, clip_skip=skip))["a"] for skip in (1, 2)
+    )
     assert not np.array_equal(first, second)
     for folder, config, wanted in (
         (checkpoint, CONFIG, second), (checkpoint, changed(clip_skip=1), first),
@@ -281,8 +318,14 @@ def test_both_passes_take_the_tables_of_the_models_family(sd1_folder, monkeypatc
         return made[-1]
 
     monkeypatch.setattr(sampling, "make_scheduler", record)
-    config = changed(schedule="ays", num_steps=10, second_pass=SecondPassConfig(strength=0.5, num_steps=5))
-    dict(sampling.sample(load_pipeline_parts(sd1_folder, "cpu"), prompt_frame(("a", "x", "", 32, 32)), config))
+    config = changed(
+        schedule="ays", num_steps=10, second_pass=SecondPassConfig(strength=0.5, num_steps=5)
+    )
+    dict(
+        sampling.sample(
+            load_pipeline_parts(sd1_folder, "cpu"), prompt_frame(("a", "x", "", 32, 32)), config
+        )
+    )
     table = AysSchedules["StableDiffusionSigmas"]
     assert made[0].sigmas.tolist() == pytest.approx(table)
     assert made[1].sigmas.tolist() == pytest.approx(table[5:])
@@ -291,19 +334,33 @@ def test_both_passes_take_the_tables_of_the_models_family(sd1_folder, monkeypatc
 def test_layers_that_are_not_there_are_refused(sd1_folder, parts):
     frame = prompt_frame(("a", "red cat", "", 32, 32))
     with pytest.raises(EvaluationError, match=r"clip_skip=4: the text encoder has 3 layers"):
-        dict(sampling.sample(load_pipeline_parts(sd1_folder, "cpu"), frame, changed(clip_skip=4), clip_skip=4))
-    with pytest.raises(EvaluationError, match="clip_skip=2: SDXL always reads the layer before the last"):
+        dict(
+            sampling.sample(
+                load_pipeline_parts(sd1_folder, "cpu"), frame, changed(clip_skip=4), clip_skip=4
+            )
+        )
+    with pytest.raises(
+        EvaluationError, match="clip_skip=2: SDXL always reads the layer before the last"
+    ):
         draw(parts, frame, clip_skip=2)
-    latents = latents_of(parts, frame, clip_skip=2)  # of a run whose recipe named one: SDXL's encoders have no choice
+    latents = latents_of(
+        parts, frame, clip_skip=2
+    )  # of a run whose recipe named one: SDXL's encoders have no choice
     assert torch.equal(latents, latents_of(parts, frame))
 
 
 def test_loras_are_drawn_with_and_named_in_the_picture(tiny_sdxl, parts, tmp_path):
     frame = prompt_frame(("a", "red cat", "", 32, 32))
     generator, key = torch.Generator().manual_seed(0), "lora_unet_conv_in"
-    up, down = torch.randn((8, 2, 1, 1), generator=generator), torch.randn((2, 4, 3, 3), generator=generator)
+    up, down = (
+        torch.randn((8, 2, 1, 1), generator=generator),
+        torch.randn((2, 4, 3, 3), generator=generator),
+    )
     (tmp_path / "loras").mkdir()
-    save_file({f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}, tmp_path / "loras" / "ink.safetensors")
+    save_file(
+        {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down},
+        tmp_path / "loras" / "ink.safetensors",
+    )
     config = changed(loras=(LoraConfig(path="loras/ink.safetensors", weight=0.5),))
     table = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path / "out", home=tmp_path)
     moved = copy.deepcopy(parts)
@@ -316,23 +373,31 @@ def test_loras_are_drawn_with_and_named_in_the_picture(tiny_sdxl, parts, tmp_pat
     assert f'Lora hashes: "ink: {lora_hash(tmp_path / "loras" / "ink.safetensors")}"' in lines[1]
 
 
-# --- what is warned of -----------------------------------------------------------------------------------------------
+# --- what is warned of
+# -----------------------------------------------------------------------------------------------
 
 
 def test_sdxl_on_the_plain_schedule_is_warned_of(parts, sd1_folder):
     frame = prompt_frame(("a", "red cat", "", 32, 32))
-    with pytest.warns(UserWarning, match='schedule="plain" often draws garbage with SDXL; take "karras"'):
+    with pytest.warns(
+        UserWarning, match='schedule="plain" often draws garbage with SDXL; take "karras"'
+    ):
         draw(parts, frame, schedule="plain")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(parts, frame, schedule="exponential")
         draw(parts, frame, sampler="ddim")
         draw(load_pipeline_parts(sd1_folder, "cpu"), frame, schedule="plain")
-        zero = {**parts.noise_scheduler_config, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+        zero = {
+            **parts.noise_scheduler_config,
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+        }
         draw(dataclasses.replace(parts, noise_scheduler_config=zero), frame, schedule="plain")
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
+# --- precision
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -352,11 +417,27 @@ def test_bf16_is_the_unets_alone(own_parts, monkeypatch):
 
     unet, vae = own_parts.unet, own_parts.vae
     hooks = [
-        watch("sizes", unet.add_time_proj, lambda arguments, keywords, output: (arguments[0].dtype, output.dtype)),
+        watch(
+            "sizes",
+            unet.add_time_proj,
+            lambda arguments, keywords, output: (arguments[0].dtype, output.dtype),
+        ),
         watch("timestep", unet.time_proj, lambda arguments, keywords, output: output.dtype),
-        watch("unet", unet, lambda arguments, keywords, output: (arguments[0].dtype, output.sample.dtype)),
-        watch("text", own_parts.text_encoders[1], lambda arguments, keywords, output: output.text_embeds.dtype),
-        watch("vae", vae.decoder, lambda arguments, keywords, output: (arguments[0].dtype, output.dtype)),
+        watch(
+            "unet",
+            unet,
+            lambda arguments, keywords, output: (arguments[0].dtype, output.sample.dtype),
+        ),
+        watch(
+            "text",
+            own_parts.text_encoders[1],
+            lambda arguments, keywords, output: output.text_embeds.dtype,
+        ),
+        watch(
+            "vae",
+            vae.decoder,
+            lambda arguments, keywords, output: (arguments[0].dtype, output.dtype),
+        ),
     ]
     step = DPMSolverMultistepScheduler.step
 
@@ -411,7 +492,9 @@ def test_all_precisions_draw_nearly_the_same_picture_on_a_gpu(parts):
         for module in (own.unet, *own.text_encoders):
             module.to("cuda")
         config = changed(guidance_scale=1.5, precision=precision)
-        pictures[precision] = dict(sampling.sample(own, frame, config, device="cuda"))["a"].astype(int)
+        pictures[precision] = dict(sampling.sample(own, frame, config, device="cuda"))["a"].astype(
+            int
+        )
     for precision in ("tf32", "bf16"):
         assert np.abs(pictures[precision] - pictures["fp32"]).mean() < 5
 

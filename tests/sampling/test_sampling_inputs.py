@@ -90,7 +90,9 @@ def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
 def test_how_prompts_are_read_is_part_of_what_pictures_follow_from(tmp_path):
     sections = []
     for line in ("", 'prompt_syntax = "strict"', 'prompt_times = "old"', 'prompt_ends = "exact"'):
-        (tmp_path / "foundry.toml").write_text(f"format = 1\nsources = []\n[evaluation.sampling]\n{line}\n")
+        (tmp_path / "foundry.toml").write_text(
+            f"format = 1\nsources = []\n[evaluation.sampling]\n{line}\n"
+        )
         sections.append(Store(tmp_path).section(STAGE, "base"))
     assert all(one != other for one, other in itertools.combinations(sections, 2))
     for key in ("prompt_syntax", "prompt_times", "prompt_ends"):
@@ -113,7 +115,11 @@ def test_the_example_of_the_documentation_is_a_configuration():
     page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text("utf-8")
     values = tomllib.loads(page.split("```toml\n")[1].split("```")[0])["evaluation"]["sampling"]
     config = toml.build(SamplingConfig, values)
-    assert (config.sampler, config.loras[0].name, config.second_pass.num_steps) == ("dpmpp_3m_sde", "ink", 15)
+    assert (config.sampler, config.loras[0].name, config.second_pass.num_steps) == (
+        "dpmpp_3m_sde",
+        "ink",
+        15,
+    )
     choices = (Sampler, Schedule, SamplingPrecision, PromptSyntax, PromptTimes, PromptEnds)
     for name in itertools.chain.from_iterable(map(get_args, choices)):
         assert name in page

@@ -1,4 +1,5 @@
-"""Prompts that change while a picture is drawn: what the UNet is shown at each call, and what comes of it."""
+"""Prompts that change while a picture is drawn: what the UNet is shown at each call, and what comes
+of it."""
 
 import dataclasses
 import json
@@ -9,7 +10,14 @@ from typing import get_args
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
-from tiny_sampling import COPY, assert_equal_but_for_rounding, changed, encoder_of, latents_of, prompt_frame
+from tiny_sampling import (
+    COPY,
+    assert_equal_but_for_rounding,
+    changed,
+    encoder_of,
+    latents_of,
+    prompt_frame,
+)
 
 from training.config.evaluation import Sampler, SecondPassConfig
 from training.errors import EvaluationError
@@ -41,7 +49,9 @@ def shown(parts):
 
 def alone(parts, text, negative="", **changes):
     """Conditioning of one plain prompt and its negative, negative first."""
-    (made,) = encoder_of(parts, prompt_frame(("x", text, negative, 32, 32)), **changes).encode([negative], [text])
+    (made,) = encoder_of(parts, prompt_frame(("x", text, negative, 32, 32)), **changes).encode(
+        [negative], [text]
+    )
     return made.at(0)
 
 
@@ -101,9 +111,13 @@ def test_exact_ends_are_those_that_the_prompt_says(parts, shown):
         ("old", "[cat:dog:2]", "cccddd", "cccd"),
     ],
 )
-def test_a_second_pass_has_its_times_by_the_rules_that_are_named(parts, shown, times, prompt, first, second):
+def test_a_second_pass_has_its_times_by_the_rules_that_are_named(
+    parts, shown, times, prompt, first, second
+):
     second_pass = SecondPassConfig(scale=1.0, strength=0.5, num_steps=4)
-    latents_of(parts, prompt_frame(("a", prompt, "", 32, 32)), second_pass=second_pass, prompt_times=times)
+    latents_of(
+        parts, prompt_frame(("a", prompt, "", 32, 32)), second_pass=second_pass, prompt_times=times
+    )
     found = "".join(word[0] for word in words(parts, shown, 1, ("cat", "dog")))
     assert (found[:6], found[6:]) == (first, second)
 
@@ -112,14 +126,20 @@ def test_more_calls_than_the_old_rules_count_begin_anew(parts, shown):
     """Two steps and then six: ends 1 and 2, calls 3 to 5 lie beyond and have the first text."""
     second_pass = SecondPassConfig(scale=1.0, strength=0.5, num_steps=6)
     latents_of(
-        parts, prompt_frame(("a", "[cat:dog:1]", "", 32, 32)), num_steps=2, second_pass=second_pass, prompt_times="old"
+        parts,
+        prompt_frame(("a", "[cat:dog:1]", "", 32, 32)),
+        num_steps=2,
+        second_pass=second_pass,
+        prompt_times="old",
     )
     assert "".join(word[0] for word in words(parts, shown, 1, ("cat", "dog"))) == "ccccdccc"
 
 
 @COPY
 def test_a_picture_equals_that_of_diffusers_pipeline_whose_prompt_is_exchanged(tiny_sdxl, parts):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, force_zeros_for_empty_prompt=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny_sdxl, force_zeros_for_empty_prompt=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     pipeline.scheduler = DPMSolverMultistepScheduler(
@@ -132,7 +152,8 @@ def test_a_picture_equals_that_of_diffusers_pipeline_whose_prompt_is_exchanged(t
     ]  # prompt, negative, pooled prompt, pooled negative
 
     def exchange(pipe, step, timestep, tensors):
-        """After the fourth call the prompt, after the second the negative: [..:0.5] and [..:1] of 6 steps."""
+        """After the fourth call the prompt, after the second the negative: [..:0.5] and [..:1] of 6
+        steps."""
         prompt, pooled = embedded[step + 1 > 3][0], embedded[step + 1 > 3][2]
         negative, pooled_negative = embedded[step + 1 > 1][1], embedded[step + 1 > 1][3]
         return {
@@ -152,10 +173,17 @@ def test_a_picture_equals_that_of_diffusers_pipeline_whose_prompt_is_exchanged(t
 
 def test_a_schedule_that_changes_nothing_draws_what_its_text_draws(parts):
     plain = latents_of(parts, prompt_frame(("a", "a red cat", "bad", 32, 32)))
-    for prompt in ("a [red:red:0.5] cat", "a [blue:red:0] cat", "a [red:blue:1.0] cat", "a [red|red] cat"):
+    for prompt in (
+        "a [red:red:0.5] cat",
+        "a [blue:red:0] cat",
+        "a [red:blue:1.0] cat",
+        "a [red|red] cat",
+    ):
         assert torch.equal(latents_of(parts, prompt_frame(("a", prompt, "bad", 32, 32))), plain)
     for prompt in ("a [blue:red:0.5] cat", "a [red|blue] cat", "a [red:blue:4] cat"):
-        assert (latents_of(parts, prompt_frame(("a", prompt, "bad", 32, 32))) - plain).abs().max() > 2e-4
+        assert (
+            latents_of(parts, prompt_frame(("a", prompt, "bad", 32, 32))) - plain
+        ).abs().max() > 2e-4
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde", "euler_a"])
@@ -189,7 +217,8 @@ def test_each_distinct_text_is_encoded_once(parts):
 
 
 def test_the_weight_at_the_end_strengthens_the_guidance(parts):
-    """Of one picture of a batch: uncond + weight * scale * (cond - uncond), as A1111 adds its parts."""
+    """Of one picture of a batch: uncond + weight * scale * (cond - uncond), as A1111 adds its
+    parts."""
     frame = prompt_frame(("a", "red cat:1.5", "bad", 32, 32), ("b", "red cat", "bad", 32, 32))
     together = latents_of(parts, frame, guidance_scale=4.0)
     wanted = latents_of(parts, prompt_frame(("a", "red cat", "bad", 32, 32)), guidance_scale=6.0)
@@ -199,7 +228,9 @@ def test_the_weight_at_the_end_strengthens_the_guidance(parts):
 
 
 def test_a_break_begins_a_chunk_that_the_unet_attends_to(parts, shown):
-    latents_of(parts, prompt_frame(("a", "red cat BREAK a dog", "", 32, 32)), prompt_weights="plain")
+    latents_of(
+        parts, prompt_frame(("a", "red cat BREAK a dog", "", 32, 32)), prompt_weights="plain"
+    )
     hidden_states = shown[0][0]
     assert hidden_states.shape[1] == 2 * 77
     for chunk, text in enumerate(("red cat", "a dog")):
@@ -219,13 +250,15 @@ def test_an_empty_negative_is_zeros_only_where_it_is_always_empty(parts):
         assert now.hidden_states[1].abs().max() > 0
 
 
-# --- through the whole of sampling -----------------------------------------------------------------------------------
+# --- through the whole of sampling
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(len(BPMODEL)))
 @pytest.mark.parametrize("weights", ["mean_restored", "off"])
 def test_bpmodels_published_prompts_are_drawn(parts, number, weights):
-    """With the samplers and steps that it names, in two passes; nothing is refused, not even by strict."""
+    """With the samplers and steps that it names, in two passes; nothing is refused, not even by
+    strict."""
     sample = BPMODEL[number]
     settings = dict(part.split(": ", 1) for part in sample["settings"].split(", "))
     sampler = {"Euler a": "euler_a", "Euler": "euler", "DDIM": "ddim"}[settings["Sampler"]]
@@ -251,13 +284,20 @@ def test_remarks_are_warned_of_once_a_prompt(parts):
         warnings.simplefilter("always")
         pictures = dict(sampling.sample(parts, frame, changed(num_steps=2)))
     assert set(pictures) == {"a", "b", "c"}
-    assert [str(one.message).split(": ")[0] for one in told] == ["prompt of 'a'", "negative of 'a'", "prompt of 'b'"]
+    assert [str(one.message).split(": ")[0] for one in told] == [
+        "prompt of 'a'",
+        "negative of 'a'",
+        "prompt of 'b'",
+    ]
 
 
 def test_a_bad_prompt_is_refused_before_a_model_is_loaded(tmp_path):
     frame = prompt_frame(("a", "tree", "", 32, 32), ("b", "[cat:dog:9]", "", 32, 32))
     with pytest.raises(
-        EvaluationError, match=r"prompt 'b' cannot be drawn: the time 9 lies beyond the last of 6 calls"
+        EvaluationError,
+        match=r"prompt 'b' cannot be drawn: the time 9 lies beyond the last of 6 calls",
     ):
-        sampling.sample_folder(tmp_path / "no model", "x", frame, changed(prompt_syntax="strict"), tmp_path / "out")
+        sampling.sample_folder(
+            tmp_path / "no model", "x", frame, changed(prompt_syntax="strict"), tmp_path / "out"
+        )
     assert not list(tmp_path.iterdir())

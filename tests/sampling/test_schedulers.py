@@ -1,7 +1,8 @@
-"""Each sampler on each schedule against an independent implementation, on a toy denoiser known in closed form.
+"""Each sampler on each schedule against an independent implementation, on a toy denoiser known in
+closed form.
 
-The references below follow the papers in variance-exploding form (x = data + sigma * noise), in fp64, and draw their
-noise from a generator of the same seed in the same order.
+The references below follow the papers in variance-exploding form (x = data + sigma * noise), in
+fp64, and draw their noise from a generator of the same seed in the same order.
 """
 
 import itertools
@@ -17,7 +18,12 @@ from training.config.evaluation import SamplingConfig
 from training.errors import ConfigError, EvaluationError
 from training.sampling.schedulers import label, lay_out, make_scheduler, starting_latents
 
-BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 # What SDXL's own scheduler_config.json says beside the betas: none of it may reach a sampler.
 CONFIG = {
     **BETAS, "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",
@@ -28,7 +34,9 @@ ALPHA = torch.cumprod(1 - BETA, 0)
 SIGMA = ((1 - ALPHA) / ALPHA).sqrt()
 PRESERVING = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim")
 """Samplers that keep x / sqrt(1 + sigma^2)."""
-COPY = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+COPY = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
+)
 
 
 def denoised(x, sigma):
@@ -42,7 +50,9 @@ def denoised(x, sigma):
 def walk(scheduler, x, levels, generators, prediction="epsilon"):
     """Step a scheduler over the toy denoiser, which is asked at each of `levels`."""
     for sigma, timestep in zip(levels, scheduler.timesteps, strict=True):
-        given = scheduler.scale_model_input(x, timestep).double()  # data * alpha + noise * sqrt(1 - alpha^2)
+        given = scheduler.scale_model_input(
+            x, timestep
+        ).double()  # data * alpha + noise * sqrt(1 - alpha^2)
         alpha = 1 / math.sqrt(1 + sigma**2)
         clean = denoised(given / alpha, sigma)
         noise = (given / alpha - clean) / sigma
@@ -52,7 +62,8 @@ def walk(scheduler, x, levels, generators, prediction="epsilon"):
 
 
 def run(sampler, num_steps, start, seed=0, prediction="epsilon", schedule="karras", **options):
-    """Our scheduler on the toy denoiser; returns the picture as data + sigma * noise, and the scheduler."""
+    """Our scheduler on the toy denoiser; returns the picture as data + sigma * noise, and the
+    scheduler."""
     schedule = "plain" if sampler == "ddim" else schedule
     config = {**CONFIG, "prediction_type": prediction}
     scheduler = make_scheduler(sampler, schedule, config, num_steps, **options)
@@ -68,7 +79,8 @@ def start_of(sigmas):
     return START.double() * math.sqrt(1 + sigmas[0] ** 2)
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------
+# --- schedules
+# -------------------------------------------------------------------------------------------------------
 
 
 def levels_of(schedule, num_steps, family="sdxl"):
@@ -112,13 +124,16 @@ def test_a_schedule_equals_its_definition(schedule, num_steps, family):
 
 def test_ten_aligned_steps_are_the_tables_of_diffusers():
     for family, name in (("sdxl", "StableDiffusionXL"), ("sd1", "StableDiffusion")):
-        assert lay_out("ays", 10, SIGMA.numpy(), family).tolist() == pytest.approx(AysSchedules[f"{name}Sigmas"])
+        assert lay_out("ays", 10, SIGMA.numpy(), family).tolist() == pytest.approx(
+            AysSchedules[f"{name}Sigmas"]
+        )
         timesteps = make_scheduler("euler", "ays", CONFIG, 10, family=family).timesteps
         # Theirs are rounded too, from sigmas of more digits.
         assert np.abs(timesteps.numpy() - AysSchedules[f"{name}Timesteps"]).max() <= 1
 
 
-# By hand: NVIDIA's published levels, and log-linear between them; halves are geometric means, sqrt(14.615 * 6.315), ...
+# By hand: NVIDIA's published levels, and log-linear between them; halves are geometric means,
+# sqrt(14.615 * 6.315), ...
 AYS_15 = (
     14.615, 8.353, 5.318, 3.771, 2.618, 1.855, 1.342, 0.999, 0.744, 0.555, 0.431, 0.323, 0.234, 0.144, 0.072, 0.0,
 )  # fmt: skip
@@ -130,7 +145,8 @@ AYS_20 = (
 
 @pytest.mark.parametrize("table", [AYS_15, AYS_20])
 def test_other_numbers_of_aligned_steps_are_comfyuis(table):
-    """As many levels as steps and a 0, of 11 levels of which the last is left out; A1111 would keep its 0.029."""
+    """As many levels as steps and a 0, of 11 levels of which the last is left out; A1111 would keep
+    its 0.029."""
     sigmas = lay_out("ays", len(table) - 1, SIGMA.numpy(), "sdxl")
     assert sigmas.tolist() == pytest.approx(table, abs=6e-4)
 
@@ -187,7 +203,8 @@ def test_a_weak_pass_goes_down_to_the_end_and_never_up(sampler):
     assert scheduler.timesteps.max() < 20
 
 
-# --- samplers --------------------------------------------------------------------------------------------------------
+# --- samplers
+# --------------------------------------------------------------------------------------------------------
 
 
 def euler(x, sigmas, draw):
@@ -210,7 +227,8 @@ def euler_a(x, sigmas, draw):
 
 
 def ddim(x, sigmas, draw):
-    """Eq. 12 of arXiv:2010.02502 with eta = 0: the noise that the denoiser sees is kept, its share shrinks."""
+    """Eq. 12 of arXiv:2010.02502 with eta = 0: the noise that the denoiser sees is kept, its share
+    shrinks."""
     for sigma, following in itertools.pairwise(sigmas):
         clean = denoised(x, sigma)
         x = clean + (x - clean) / sigma * following
@@ -234,9 +252,11 @@ def dpmpp_2m(x, sigmas, draw):
 
 
 def dpmpp_sde(x, sigmas, draw):
-    """Two-stage: an ancestral step to the middle in log sigma, then one from the start with the estimate from there.
+    """Two-stage: an ancestral step to the middle in log sigma, then one from the start with the
+    estimate from there.
 
-    The noise is a Brownian path over sigma, drawn as its increments from the start to the middle and on to the end.
+    The noise is a Brownian path over sigma, drawn as its increments from the start to the middle
+    and on to the end.
     """
     for sigma, following in itertools.pairwise(sigmas):
         clean = denoised(x, sigma)
@@ -250,7 +270,11 @@ def dpmpp_sde(x, sigmas, draw):
         clean = denoised(half, middle)
         whole = first + draw() * math.sqrt(middle - following)
         up, down = ancestral(sigma, following)
-        x = (down / sigma) * x + (1 - down / sigma) * clean + up * whole / math.sqrt(sigma - following)
+        x = (
+            (down / sigma) * x
+            + (1 - down / sigma) * clean
+            + up * whole / math.sqrt(sigma - following)
+        )
     return None
 
 
@@ -258,7 +282,8 @@ def multistep_sde(order):
     def solve(x, sigmas, draw):
         """Stochastic exponential integrator, eta = 1: in lambda = -log(sigma), with e = 2 h.
 
-        x' = (s' / s) exp(-h) x + integral of the estimate's polynomial + s' sqrt(1 - exp(-2 h)) noise.
+        x' = (s' / s) exp(-h) x + integral of the estimate's polynomial + s' sqrt(1 - exp(-2 h))
+        noise.
         """
         cleans, lambdas = [], []
         for sigma, following in itertools.pairwise(sigmas):
@@ -278,10 +303,12 @@ def multistep_sde(order):
 
 
 def polynomial_drift(cleans, lambdas, h, *, midpoint):
-    """Integral over the step of 2 exp(2 (u - h)) times a polynomial through the last estimates, by quadrature.
+    """Integral over the step of 2 exp(2 (u - h)) times a polynomial through the last estimates, by
+    quadrature.
 
-    The samplers that people know are not that integral: 2M SDE takes the line's value in the middle of the step for all
-    of it, and the third-order samplers of both papers' code give the curvature half its weight.
+    The samplers that people know are not that integral: 2M SDE takes the line's value in the middle
+    of the step for all of it, and the third-order samplers of both papers' code give the curvature
+    half its weight.
     """
     times = np.array(lambdas) - lambdas[-1]
     powers = np.vander(times, increasing=True)  # (n, n)
@@ -321,7 +348,8 @@ def test_a_sampler_equals_the_papers_with_the_same_noise(sampler, schedule, num_
     x, _ = run(sampler, num_steps, START, seed=9, schedule=schedule)
     sigmas = levels_of(schedule, num_steps)
     reference = REFERENCES[sampler](start_of(sigmas), sigmas, drawing(9))
-    # The denoiser decides between two values, which magnifies what fp32 rounds; a wrong term is off by 0.01 and more.
+    # The denoiser decides between two values, which magnifies what fp32 rounds; a wrong term is off
+    # by 0.01 and more.
     torch.testing.assert_close(x, reference, atol=1e-3, rtol=0)
 
 
@@ -339,7 +367,9 @@ def test_ddim_equals_the_paper_from_pure_noise_to_the_first_timestep(num_steps):
 def test_ddim_equals_diffusers_where_its_steps_divide_the_timesteps():
     from diffusers import DDIMScheduler
 
-    stock = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    stock = DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+    )
     stock.set_timesteps(20)
     theirs = walk(stock, START, SIGMA[stock.timesteps].tolist(), None)
     ours, scheduler = run("ddim", 20, START)
@@ -349,7 +379,9 @@ def test_ddim_equals_diffusers_where_its_steps_divide_the_timesteps():
 
 @pytest.mark.parametrize("sampler", REFERENCES)
 def test_both_kinds_of_prediction_draw_the_same(sampler):
-    noise, velocity = (run(sampler, 12, START, seed=3, prediction=kind)[0] for kind in ("epsilon", "v_prediction"))
+    noise, velocity = (
+        run(sampler, 12, START, seed=3, prediction=kind)[0] for kind in ("epsilon", "v_prediction")
+    )
     torch.testing.assert_close(noise, velocity, atol=1e-4, rtol=0)
 
 
@@ -380,11 +412,14 @@ def test_samples_follow_the_data(sampler):
 @pytest.mark.parametrize("schedule", ["karras", "exponential", "ays", "plain"])
 @pytest.mark.parametrize("sampler", REFERENCES)
 def test_every_sampler_starts_from_noise_of_variance_one(sampler, schedule):
-    """Stability AI's rule for SDXL, ComfyUI's and, with its leading spacing, that of diffusers' Euler."""
+    """Stability AI's rule for SDXL, ComfyUI's and, with its leading spacing, that of diffusers'
+    Euler."""
     schedule = "plain" if sampler == "ddim" else schedule
     scheduler = make_scheduler(sampler, schedule, CONFIG, 20)
     start = starting_latents(scheduler, START)
-    torch.testing.assert_close(scheduler.scale_model_input(start, scheduler.timesteps[0]), START, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        scheduler.scale_model_input(start, scheduler.timesteps[0]), START, rtol=1e-6, atol=0
+    )
     factor = 1.0 if sampler in PRESERVING else math.sqrt(1 + 14.6146**2)
     torch.testing.assert_close(start, START * factor, rtol=1e-4, atol=0)
     stock = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
@@ -393,7 +428,8 @@ def test_every_sampler_starts_from_noise_of_variance_one(sampler, schedule):
         torch.testing.assert_close(start, START * stock.init_noise_sigma, rtol=1e-4, atol=0)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 ZERO = {**CONFIG, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
@@ -409,10 +445,14 @@ def test_zero_terminal_snr_starts_from_pure_noise(sampler):
 def test_what_cannot_be_sampled_is_refused_with_the_reason():
     with pytest.raises(EvaluationError, match=r"zero terminal SNR .* predicts the noise"):
         make_scheduler("euler", "plain", {**ZERO, "prediction_type": "epsilon"}, 20)
-    with pytest.raises(EvaluationError, match=r'schedule="ays" is tabled for models that start at sigma 14.6'):
+    with pytest.raises(
+        EvaluationError, match=r'schedule="ays" is tabled for models that start at sigma 14.6'
+    ):
         make_scheduler("euler", "ays", ZERO, 20)
     for schedule in ("karras", "exponential", "ays"):
-        with pytest.raises(ConfigError, match=f'takes schedule="plain", not "{schedule}"; "euler" is the same'):
+        with pytest.raises(
+            ConfigError, match=f'takes schedule="plain", not "{schedule}"; "euler" is the same'
+        ):
             SamplingConfig(sampler="ddim", schedule=schedule)
     assert SamplingConfig(sampler="ddim", schedule="plain").schedule == "plain"
 

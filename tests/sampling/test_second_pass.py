@@ -1,4 +1,5 @@
-"""Two passes: sizes, the ways to enlarge, and the whole against diffusers' two pipelines one after the other."""
+"""Two passes: sizes, the ways to enlarge, and the whole against diffusers' two pipelines one after
+the other."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,14 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_sampling import CONFIG, COPY, assert_equal_but_for_rounding, changed, latents_of, prompt_frame
+from tiny_sampling import (
+    CONFIG,
+    COPY,
+    assert_equal_but_for_rounding,
+    changed,
+    latents_of,
+    prompt_frame,
+)
 from torch.nn import functional
 
 from training.buckets.geometry import Size
@@ -52,16 +60,27 @@ def test_latents_are_enlarged_without_shift(parts, how):
 def test_pixels_are_enlarged_between_decoding_and_encoding(parts):
     vae = Vae(parts.vae, "cpu")
     latents = torch.randn((2, 4, 4, 6), generator=torch.Generator().manual_seed(0))
-    pictures = [Image.fromarray(picture).resize((72, 48), Image.Resampling.LANCZOS) for picture in vae.decode(latents)]
+    pictures = [
+        Image.fromarray(picture).resize((72, 48), Image.Resampling.LANCZOS)
+        for picture in vae.decode(latents)
+    ]
     wanted = [row.latents for row in vae([np.asarray(picture) for picture in pictures])]
-    np.testing.assert_allclose(enlarge(latents, Size(48, 72), "pixels", vae).numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        enlarge(latents, Size(48, 72), "pixels", vae).numpy(), wanted, atol=1e-6
+    )
 
 
 @COPY
-@pytest.mark.parametrize(("how", "strength", "steps"), [("latent", 0.5, 4), ("latent_bicubic", 0.75, 9)])
-def test_two_passes_equal_diffusers_pipelines_one_after_the_other(tiny_sdxl, parts, how, strength, steps):
+@pytest.mark.parametrize(
+    ("how", "strength", "steps"), [("latent", 0.5, 4), ("latent_bicubic", 0.75, 9)]
+)
+def test_two_passes_equal_diffusers_pipelines_one_after_the_other(
+    tiny_sdxl, parts, how, strength, steps
+):
     frame = FRAME[:1]
-    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_sdxl, force_zeros_for_empty_prompt=False)
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        tiny_sdxl, force_zeros_for_empty_prompt=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     pipeline.scheduler = DPMSolverMultistepScheduler(
@@ -88,13 +107,18 @@ def test_a_picture_does_not_depend_on_its_batch(parts, how, sampler):
         alone = latents_of(parts, FRAME[place : place + 1], sampler=sampler, second_pass=second)[0]
         # Through pixels, what rounds to the next level differs by a 255th.
         tolerance = 0.05 if how == "pixels" else 1e-5
-        torch.testing.assert_close(alone, together[place], atol=tolerance * together.abs().max().item(), rtol=0)
+        torch.testing.assert_close(
+            alone, together[place], atol=tolerance * together.abs().max().item(), rtol=0
+        )
 
 
 def test_a_stronger_pass_leaves_less_of_the_first(parts):
     first = functional.interpolate(latents_of(parts, FRAME), (6, 9), mode="bilinear")
     away = [
-        (latents_of(parts, FRAME, second_pass=SecondPassConfig(strength=strength)) - first).abs().mean().item()
+        (latents_of(parts, FRAME, second_pass=SecondPassConfig(strength=strength)) - first)
+        .abs()
+        .mean()
+        .item()
         for strength in (0.02, 0.2, 1.0)
     ]
     assert away == sorted(away)
@@ -110,7 +134,10 @@ def test_files_and_rows_have_the_final_size(tiny_sdxl, tmp_path):
             assert image.size == (72, 48)
             settings = image.text["parameters"].split("\n")[-1]
         assert "Size: 48x32," in settings
-        assert "Denoising strength: 0.4, Hires upscale: 1.5, Hires steps: 3, Hires upscaler: Latent," in settings
+        assert (
+            "Denoising strength: 0.4, Hires upscale: 1.5, Hires steps: 3, Hires upscaler: Latent,"
+            in settings
+        )
 
 
 def test_it_is_off_unless_asked_for_and_its_limits_are_checked():

@@ -22,7 +22,9 @@ def read(tmp_path, words="auto", **contents):
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
             paths.append(path)
     metadata = sidecars.Metadata()
-    return metadata, [f"{flaw.reason}: {flaw.detail}" for flaw in sidecars.read(paths, metadata, words)]
+    return metadata, [
+        f"{flaw.reason}: {flaw.detail}" for flaw in sidecars.read(paths, metadata, words)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,10 @@ def test_a_list_is_tags(tmp_path, text, names):
 
 def test_each_line_is_judged_by_itself(tmp_path):
     sentence = "A girl with long hair and blue eyes wears a red dress in a sunny garden."
-    for tags in ("1girl, long_hair, blue_eyes, red_dress", "1girl, long hair, blue eyes, red dress"):
+    for tags in (
+        "1girl, long_hair, blue_eyes, red_dress",
+        "1girl, long hair, blue eyes, red dress",
+    ):
         for text in (f"{tags}\n{sentence}\n", f"{sentence}\r\n\r\n{tags}", f"{tags}\r{sentence}"):
             metadata, problems = read(tmp_path, txt=text)
             assert list(metadata.tags) == ["1girl", "long_hair", "blue_eyes", "red_dress"]
@@ -72,7 +77,10 @@ def test_sentences_stand_a_line_each(tmp_path, end):
 
 def test_caption_files_are_prose_unless_told_otherwise(tmp_path):
     assert read(tmp_path, caption="red_star, blue circle")[0].caption == "red_star, blue circle"
-    assert read(tmp_path, caption="two dogs playing outside\n")[0].caption == "two dogs playing outside"
+    assert (
+        read(tmp_path, caption="two dogs playing outside\n")[0].caption
+        == "two dogs playing outside"
+    )
     told = read(tmp_path, words="tags", caption="red_star, blue circle")[0]
     assert (told.caption, list(told.tags)) == (None, ["red_star", "blue_circle"])
     told = read(tmp_path, words="captions", txt="red star, blue circle")[0]
@@ -95,7 +103,9 @@ def test_booru_records_are_read(tmp_path):
     assert len(read(tmp_path, json={"tag_string": ["a"], "rating": "g"})[1]) == 1
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"]
+)
 @pytest.mark.parametrize("suffix", ["txt", "json"])
 def test_encodings_that_can_be_told_are_read(tmp_path, encoding, suffix):
     text = "caf\u00e9, red_star" if suffix == "txt" else '{"tags": ["caf\u00e9", "red_star"]}'
@@ -105,15 +115,22 @@ def test_encodings_that_can_be_told_are_read(tmp_path, encoding, suffix):
 
 @pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "euc_jp", "big5"])
 def test_encodings_that_cannot_be_told_are_named_and_not_guessed(tmp_path, encoding):
-    metadata, problems = read(tmp_path, txt="\u4e00\u4eba\u306e\u5973\u5b50".encode(encoding, "ignore") + b", 1girl")
+    metadata, problems = read(
+        tmp_path, txt="\u4e00\u4eba\u306e\u5973\u5b50".encode(encoding, "ignore") + b", 1girl"
+    )
     assert (metadata.tags, metadata.caption) == ({}, None)
     assert len(problems) == 1
     assert problems[0].startswith("sidecar_unreadable: not UTF-8")
 
 
 def test_zeros_and_control_characters_are_removed(tmp_path):
-    metadata, problems = read(tmp_path, txt=b"red_star\0, blue\x07 circle\x7f\nA star\0 on\x1b a wall.")
-    assert (list(metadata.tags), metadata.caption) == (["red_star", "blue_circle"], "A star on a wall.")
+    metadata, problems = read(
+        tmp_path, txt=b"red_star\0, blue\x07 circle\x7f\nA star\0 on\x1b a wall."
+    )
+    assert (list(metadata.tags), metadata.caption) == (
+        ["red_star", "blue_circle"],
+        "A star on a wall.",
+    )
     assert problems == []
     metadata, _ = read(tmp_path, json={"tags": ["red\0_star"], "caption": "A\x08 star\0."})
     assert (list(metadata.tags), metadata.caption) == (["red_star"], "A star.")
@@ -124,7 +141,12 @@ def test_json_holds_all_there_is(tmp_path):
         tmp_path,
         txt="circle, red",
         json={
-            "tags": {"artist": ["Some One"], "general": "blue, red", "species": ["cat"], "character": "circle"},
+            "tags": {
+                "artist": ["Some One"],
+                "general": "blue, red",
+                "species": ["cat"],
+                "character": "circle",
+            },
             "caption": " A picture. ",
             "rating": "q",
             "fav_count": 7,
@@ -138,7 +160,11 @@ def test_json_holds_all_there_is(tmp_path):
         "circle": "character", "red": "general", "some_one": "artist", "blue": "general", "cat": "general",
     }  # fmt: skip
     assert metadata.caption == "A picture."
-    assert (metadata.rating, metadata.favourites, metadata.split) == ("questionable", 7, "validation")
+    assert (metadata.rating, metadata.favourites, metadata.split) == (
+        "questionable",
+        7,
+        "validation",
+    )
     assert metadata.created_at == datetime(2020, 2, 3, 2, 5, 6, tzinfo=UTC)
     assert metadata.crop_box == Box(1, 2, 3.5, 4)
 
@@ -158,7 +184,9 @@ def test_an_ill_typed_value_costs_that_value_only(tmp_path, key, value):
     other = "caption" if key == "rating" else "rating"
     metadata, problems = read(tmp_path, json={key: value, other: "general"})
     assert len(problems) == 1
-    assert getattr(metadata, other) == "general" or "NaN" in problems[0] or "Infinity" in problems[0]
+    assert (
+        getattr(metadata, other) == "general" or "NaN" in problems[0] or "Infinity" in problems[0]
+    )
     assert metadata.favourites is None
     assert metadata.crop_box is None
 
@@ -198,7 +226,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
-keys = st.sampled_from(["tags", "caption", "rating", "favourites", "created_at", "split", "crop_box"])
+keys = st.sampled_from(
+    ["tags", "caption", "rating", "favourites", "created_at", "split", "crop_box"]
+)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,4 +1,5 @@
-"""Listing real folders with odd names, and merging listings without ever losing a candidate or its shard."""
+"""Listing real folders with odd names, and merging listings without ever losing a candidate or its
+shard."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -31,13 +32,28 @@ def write(root: Path, names, content=b"x"):
 
 
 def test_candidates_are_what_claims_to_be_an_image_in_the_order_of_their_bytes(tmp_path):
-    write(tmp_path, ["b/a.JPG", "b.png", "a.webp", "LICENCES.md", "notes.txt", "t.csv", "B.gif", "z.heic", "noname"])
+    write(
+        tmp_path,
+        [
+            "b/a.JPG",
+            "b.png",
+            "a.webp",
+            "LICENCES.md",
+            "notes.txt",
+            "t.csv",
+            "B.gif",
+            "z.heic",
+            "noname",
+        ],
+    )
     frame, problems = listing(tmp_path)
     assert frame["source_id"].to_list() == ["B.gif", "a.webp", "b.png", "b/a.JPG", "z.heic"]
     assert frame["locator"].to_list() == frame["source_id"].to_list()
     assert frame["bytes"].to_list() == [1] * 5
     assert frame["tags"].to_list() == [[{"name": "photo_(medium)", "category": "general"}]] * 5
-    assert [(p.path, p.reason, p.source_id) for p in problems] == [("notes.txt", "sidecar_unmatched", "")]
+    assert [(p.path, p.reason, p.source_id) for p in problems] == [
+        ("notes.txt", "sidecar_unmatched", "")
+    ]
 
 
 def test_odd_names_are_listed_once_and_found_again(tmp_path):
@@ -52,7 +68,9 @@ def test_odd_names_are_listed_once_and_found_again(tmp_path):
     assert problems == []
     assert frame.height == len(names) == frame["source_id"].n_unique()
     assert all(text.isprintable() for text in frame["source_id"])
-    contents = {source_listing.locate(tmp_path, locator).read_bytes()[0] for locator in frame["locator"]}
+    contents = {
+        source_listing.locate(tmp_path, locator).read_bytes()[0] for locator in frame["locator"]
+    }
     assert contents == set(range(len(names)))
     assert "100%.jpg" in frame["source_id"].to_list()
 
@@ -65,7 +83,9 @@ def test_encoding_a_name_is_reversible_and_printable(name):
         assert os.fsencode(source_listing.locate(Path("/root"), text)) == b"/root/" + name
 
 
-@pytest.mark.parametrize("locator", ["", "/etc/passwd", "../a.jpg", "a/%2E%2E/b.jpg", "a//b.jpg", "a%00.jpg"])
+@pytest.mark.parametrize(
+    "locator", ["", "/etc/passwd", "../a.jpg", "a/%2E%2E/b.jpg", "a//b.jpg", "a%00.jpg"]
+)
 def test_a_locator_never_leads_out_of_its_folder(locator):
     with pytest.raises(DataError, match="inside its folder"):
         source_listing.locate(Path("/root"), locator)
@@ -86,7 +106,9 @@ def test_links_that_lead_out_are_named_and_no_file_is_opened_that_is_none(tmp_pa
     os.mkfifo(root / "real.txt")
     frame, problems = listing(root)
     links = ["elsewhere", "link.jpg", "loop", "nowhere.jpg", "unmounted"]
-    assert frame["source_id"].to_list() == sorted(["folder.jpg/inside.png", "pipe.jpg", "real.jpg", *links])
+    assert frame["source_id"].to_list() == sorted(
+        ["folder.jpg/inside.png", "pipe.jpg", "real.jpg", *links]
+    )
     matched = [(p.path, p.reason, p.source_id, p.detail) for p in problems if p.source_id]
     assert matched == [("real.txt", "sidecar_unreadable", "real.jpg", "not a regular file")]
     for name in links:
@@ -109,7 +131,8 @@ def test_links_that_stay_inside_are_followed(tmp_path):
         followed = ["again/a.png", "again/deep/b.png", "c.png", "real/a.png", "real/deep/b.png"]
         assert [name for name, size in found.items() if size == 5] == followed
         assert all(
-            decoding.read_file(source_listing.readable(top, name), DecodeConfig()) == b"bytes" for name in followed
+            decoding.read_file(source_listing.readable(top, name), DecodeConfig()) == b"bytes"
+            for name in followed
         )
         assert set(found) - set(followed) == {"real/deep/up", "again/deep/up"}
         (tags,) = frame.filter(source_id="c.png")["tags"].to_list()
@@ -185,7 +208,8 @@ def test_a_source_says_what_its_files_hold(tmp_path):
     assert captions["captions"] == ("sks_dog running outside", [])
     assert captions["tags"] == (None, [{"name": "sks_dog_running_outside", "category": "general"}])
     digests = {
-        source_listing.scan_digest(SourceConfig(name="p", path="p", words=words), tmp_path) for words in captions
+        source_listing.scan_digest(SourceConfig(name="p", path="p", words=words), tmp_path)
+        for words in captions
     }
     assert len(digests) == 3
 
@@ -194,7 +218,10 @@ def test_a_correction_of_equal_size_and_time_is_seen(tmp_path):
     write(tmp_path, ["a.png"])
     path = tmp_path / "a.txt"
     path.write_text("cat, red")
-    before, times = source_listing.scan_digest(SOURCE, tmp_path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    before, times = (
+        source_listing.scan_digest(SOURCE, tmp_path),
+        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
+    )
     path.write_text("dog, red")
     os.utime(path, ns=times)
     in_place = source_listing.scan_digest(SOURCE, tmp_path)
@@ -219,14 +246,18 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_an_empty_folder_has_no_candidates_and_the_right_columns(tmp_path):
     frame, _ = listing(tmp_path)
-    merged = source_listing.merge_listing(TABLES["source_listing"].empty(), frame, shard_size=3, now=NOW)
+    merged = source_listing.merge_listing(
+        TABLES["source_listing"].empty(), frame, shard_size=3, now=NOW
+    )
     assert merged.height == 0
 
 
 def test_the_scan_digest_changes_with_whatever_a_listing_reads(tmp_path):
     write(tmp_path, ["a.jpg", "a.txt", "unrelated.txt"])
     seen = [source_listing.scan_digest(SOURCE, tmp_path)]
-    (tmp_path / "unrelated.txt").write_text("longer than before")  # No image's: only its name counts.
+    (tmp_path / "unrelated.txt").write_text(
+        "longer than before"
+    )  # No image's: only its name counts.
     assert source_listing.scan_digest(SOURCE, tmp_path) == seen[0]
 
     def changed():
@@ -243,19 +274,33 @@ def test_the_scan_digest_changes_with_whatever_a_listing_reads(tmp_path):
     assert changed()
     (tmp_path / "b.jpg").rename(tmp_path / "c.jpg")
     assert changed()
-    assert source_listing.scan_digest(SourceConfig(name="photos", path="x", tags=("other",)), tmp_path) not in seen
+    assert (
+        source_listing.scan_digest(SourceConfig(name="photos", path="x", tags=("other",)), tmp_path)
+        not in seen
+    )
 
 
 def found(*keys):
-    schema = {n: t for n, t in TABLES["source_listing"].schema.items() if n not in ("shard", "gone_at")}
+    schema = {
+        n: t for n, t in TABLES["source_listing"].schema.items() if n not in ("shard", "gone_at")
+    }
     rows = [
-        {"source": source, "source_id": name, "locator": name, "bytes": 1, "modified_ns": 1, "tags": []}
+        {
+            "source": source,
+            "source_id": name,
+            "locator": name,
+            "bytes": 1,
+            "modified_ns": 1,
+            "tags": [],
+        }
         for source, name in keys
     ]
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-names = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([f"{i}.jpg" for i in range(12)])), unique=True)
+names = st.lists(
+    st.tuples(st.sampled_from("ab"), st.sampled_from([f"{i}.jpg" for i in range(12)])), unique=True
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,7 +309,9 @@ def test_a_listing_only_grows_and_a_candidate_keeps_its_shard(listings, shard_si
     table = TABLES["source_listing"].empty()
     for step, keys in enumerate(listings):
         before, moment = table, NOW + timedelta(days=step)
-        table = source_listing.merge_listing(before, found(*keys), shard_size=shard_size, now=moment)
+        table = source_listing.merge_listing(
+            before, found(*keys), shard_size=shard_size, now=moment
+        )
         rows = {(r["source"], r["source_id"]): r for r in table.iter_rows(named=True)}
         assert set(rows) >= set(keys)
         for row in before.iter_rows(named=True):
@@ -293,8 +340,12 @@ def test_new_candidates_fill_the_last_shard_of_their_source():
 
 def test_what_a_candidate_says_of_itself_is_taken_anew():
     one = found(("a", "x.jpg"))
-    table = source_listing.merge_listing(TABLES["source_listing"].empty(), one, shard_size=2, now=NOW)
-    table = source_listing.merge_listing(table, one.with_columns(caption=pl.lit("new")), shard_size=2, now=NOW)
+    table = source_listing.merge_listing(
+        TABLES["source_listing"].empty(), one, shard_size=2, now=NOW
+    )
+    table = source_listing.merge_listing(
+        table, one.with_columns(caption=pl.lit("new")), shard_size=2, now=NOW
+    )
     assert table["caption"].to_list() == ["new"]
     table = source_listing.merge_listing(table, one.clear(), shard_size=2, now=NOW)
     assert table["caption"].to_list() == ["new"]

@@ -61,7 +61,10 @@ def test_a_list_is_one_and_holds_its_tags(line, tags):
 names = st.from_regex(r"[a-z]{2,8}(_[a-z]{2,8}){1,3}", fullmatch=True)
 
 
-@given(tags=st.lists(names, min_size=1, max_size=30), separator=st.sampled_from([", ", ",", " ", "  ", "\uff0c"]))
+@given(
+    tags=st.lists(names, min_size=1, max_size=30),
+    separator=st.sampled_from([", ", ",", " ", "  ", "\uff0c"]),
+)
 def test_underscored_names_are_a_list_however_they_are_parted(tags, separator):
     line = separator.join(tags)
     assert not wording.reads_as_sentence(line)

@@ -1,4 +1,5 @@
-"""The tables' documentation is made from their schemas, and their closed list of reasons is closed."""
+"""The tables' documentation is made from their schemas, and their closed list of reasons is
+closed."""
 
 from pathlib import Path
 
@@ -11,7 +12,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "tables.md"
 
 
 def test_the_page_is_what_the_schemas_say():
-    assert PAGE.read_text("utf-8") == markdown(), "write it anew: python -m training.tables.schemas > docs/tables.md"
+    assert PAGE.read_text("utf-8") == markdown(), (
+        "write it anew: python -m training.tables.schemas > docs/tables.md"
+    )
 
 
 def test_every_column_says_what_it_is():

@@ -104,7 +104,8 @@ class Page:
         assert clicked, f"nothing says {text!r} at {self.driver.current_url}:\n{self.text()[:3000]}"
 
     def pictures(self, minimum_px: int = 16) -> list[str]:
-        """Addresses of the pictures that are loaded and visible, each side at least `minimum_px`."""
+        """Addresses of the pictures that are loaded and visible, each side at least
+        `minimum_px`."""
         return self.driver.execute_script(
             """
             return [...document.images].filter(e => e.complete && e.naturalWidth >= arguments[0] &&
@@ -114,7 +115,8 @@ class Page:
         )
 
     def fetch(self, url: str, **options) -> str:
-        """Let the page's own script fetch `url`; the answer's status, or what the browser says against it."""
+        """Let the page's own script fetch `url`; the answer's status, or what the browser says
+        against it."""
         return self.driver.execute_async_script(
             """
             const done = arguments[arguments.length - 1];
@@ -126,7 +128,9 @@ class Page:
 
     def errors(self) -> list[str]:
         """What the browser's console complained about since the last call."""
-        return [item["message"] for item in self.driver.get_log("browser") if item["level"] == "SEVERE"]
+        return [
+            item["message"] for item in self.driver.get_log("browser") if item["level"] == "SEVERE"
+        ]
 
     def screenshot(self, path: Path) -> None:
         """Save what is visible as PNG."""

@@ -65,9 +65,11 @@ def _command(arguments, folder, environment, output, errors):
 
 
 def foundry(*arguments, check=True, folder=ROOT):
-    """Run a command of `foundry` in a process of its own, forked from one that has imported the heavy libraries.
+    """Run a command of `foundry` in a process of its own, forked from one that has imported the
+    heavy libraries.
 
-    A fresh process would import them for some seconds each time; the trainer and whatever else a command starts is one.
+    A fresh process would import them for some seconds each time; the trainer and whatever else a
+    command starts is one.
     """
     words = [str(argument) for argument in arguments]
     environment = {name: value for name, value in os.environ.items() if name not in UNSET}
@@ -76,7 +78,9 @@ def foundry(*arguments, check=True, folder=ROOT):
         process = WARM.Process(target=_command, args=(words, folder, environment, output, errors))
         process.start()
         process.join()
-        done = subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
+        done = subprocess.CompletedProcess(
+            words, process.exitcode, output.read_text(), errors.read_text()
+        )
     if check:
         assert done.returncode == 0, f"foundry {' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done

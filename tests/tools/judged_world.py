@@ -1,4 +1,5 @@
-"""A workspace whose pictures were scored by hand: evaluation without a network, as a store sees it."""
+"""A workspace whose pictures were scored by hand: evaluation without a network, as a store sees
+it."""
 
 import numpy as np
 import polars as pl
@@ -36,7 +37,8 @@ every_samples = {EVERY}
 
 
 class World:
-    """A workspace with a base model and one prompt set; checkpoints and their scores are put in by hand."""
+    """A workspace with a base model and one prompt set; checkpoints and their scores are put in by
+    hand."""
 
     def __init__(self, home, num_prompts=64):
         self.home = home
@@ -44,13 +46,23 @@ class World:
         (home / "pictures").mkdir(parents=True)
         (home / "prompts.csv").write_text("prompt_id,text\n")
         self.write_config()
-        row = {"name": "base", "checkpoint": f"base.{self.store.model_digest('base')[:8]}@0", "digest": "d"}
-        self._commit(base_model.STAGE, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema, strict=False))
+        row = {
+            "name": "base",
+            "checkpoint": f"base.{self.store.model_digest('base')[:8]}@0",
+            "digest": "d",
+        }
+        self._commit(
+            base_model.STAGE,
+            "base",
+            pl.DataFrame([row], schema=TABLES["base_model"].schema, strict=False),
+        )
         rows = [
             {"prompt_id": f"p{n:04d}", "text": f"star {n}", "negative": "", "group": "g", "seed": n}
             for n in range(num_prompts)
         ]
-        self._commit(prompt_sets.STAGE, "standard", pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema))
+        self._commit(
+            prompt_sets.STAGE, "standard", pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema)
+        )
         self.base = self.store.base_checkpoint()
 
     @property
@@ -80,9 +92,17 @@ class World:
                 ),
             )  # fmt: skip
         if ended:
-            (folder / run_folder.EVENTS).write_text(f'{{"event": "finished", "samples_seen": {max(clocks)}}}\n')
+            (folder / run_folder.EVENTS).write_text(
+                f'{{"event": "finished", "samples_seen": {max(clocks)}}}\n'
+            )
             basis = {"inputs": {}, "models": {}}
-            self.store.commit(checkpoints.STAGE, run, Made(frame=TABLES["checkpoints"].empty()), basis, seconds=0.0)
+            self.store.commit(
+                checkpoints.STAGE,
+                run,
+                Made(frame=TABLES["checkpoints"].empty()),
+                basis,
+                seconds=0.0,
+            )
 
     def folder(self, checkpoint):
         """A checkpoint's folder."""

@@ -1,10 +1,12 @@
-"""Walks a workspace through the whole graph and kills it before the changes that it makes to the file system.
+"""Walks a workspace through the whole graph and kills it before the changes that it makes to the
+file system.
 
-A stage is attempted in a process forked from one that has imported the heavy libraries. An audit hook sees each change
-below the workspace before it happens, and kills the process with SIGKILL at the first point of a kind that no attempt
-was killed at: temporary files just after they were opened, all else before the change. An fsync is no change that a
-kill could show. The next attempt goes on with what is there, until one comes to its end. The trainer runs in the same
-process, so that its changes are points like all others.
+A stage is attempted in a process forked from one that has imported the heavy libraries. An audit
+hook sees each change below the workspace before it happens, and kills the process with SIGKILL at
+the first point of a kind that no attempt was killed at: temporary files just after they were
+opened, all else before the change. An fsync is no change that a kill could show. The next attempt
+goes on with what is there, until one comes to its end. The trainer runs in the same process, so
+that its changes are points like all others.
 """
 
 import contextlib
@@ -20,9 +22,24 @@ from typing import Any
 
 from graph_tools import WARM
 
-_CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.link": 1, "os.truncate": 0}
+_CHANGES = {
+    "os.rename": 1,
+    "os.remove": 0,
+    "os.mkdir": 0,
+    "os.rmdir": 0,
+    "os.link": 1,
+    "os.truncate": 0,
+}
 """Audited calls besides `open`, and which argument is the target."""
-_SHARED = ("dagster/", "locks/", "mlflow.db", "mlartifacts/", "cache/", "tracking.json", "warehouse.duckdb")
+_SHARED = (
+    "dagster/",
+    "locks/",
+    "mlflow.db",
+    "mlartifacts/",
+    "cache/",
+    "tracking.json",
+    "warehouse.duckdb",
+)
 """Places that every stage writes alike."""
 _DEPTH = {"runs": 3, "mlartifacts": 1, "cache": 1, "dagster": 1, "locks": 1}
 """How many folders of a path tell kinds of changes apart: 2 elsewhere."""
@@ -38,7 +55,8 @@ _VOLATILE = (
 
 @dataclass
 class _Hook:
-    """Counts the changes of this process below a folder, and kills it at the first point that was not killed at yet."""
+    """Counts the changes of this process below a folder, and kills it at the first point that was
+    not killed at yet."""
 
     home: Path
     stage: str
@@ -81,7 +99,11 @@ class _Hook:
         for pattern, word in _VOLATILE:
             relative = pattern.sub(word, relative)
         if not self.every:
-            stage = "any stage" if relative.replace(".tmp-<pid>-", "").startswith(_SHARED) else self.stage
+            stage = (
+                "any stage"
+                if relative.replace(".tmp-<pid>-", "").startswith(_SHARED)
+                else self.stage
+            )
             return f"{stage} | {call} | {_pattern(relative)}"
         point = f"{self.stage} | {call} | {relative}"
         self.counts[point] += 1
@@ -89,7 +111,8 @@ class _Hook:
 
 
 def _pattern(relative: str) -> str:
-    """What targets of one kind have in common: their folder, whether they are temporary, and their ending."""
+    """What targets of one kind have in common: their folder, whether they are temporary, and their
+    ending."""
     parts = [re.sub(r"[0-9]+", "#", part) for part in Path(relative).parts]
     if any(part.startswith(".tmp-") for part in parts[:-1]):
         return f"{'/'.join(parts[:2])} (temporary)/**"
@@ -100,8 +123,11 @@ def _pattern(relative: str) -> str:
     return f"{'/'.join(parts[:depth])}/{name}{''.join(Path(parts[-1]).suffixes[-2:])}"
 
 
-def kill_at_new_points(home: Path, stage: str, journal: Path, *, every: bool, kill: bool = True) -> None:
-    """Kill this process at its first point that the journal does not hold, and write it there; or just write all."""
+def kill_at_new_points(
+    home: Path, stage: str, journal: Path, *, every: bool, kill: bool = True
+) -> None:
+    """Kill this process at its first point that the journal does not hold, and write it there; or
+    just write all."""
     done = frozenset(journal.read_text().splitlines() if journal.exists() else ()) if kill else None
     handle = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.addaudithook(_Hook(home=home, stage=stage, every=every, done=done, journal=handle))
@@ -136,7 +162,9 @@ def _attempt(home: Path, stage: str, every: bool, kill: bool, journal: Path) -> 
         return torchrun.TrainerHandle(folder, None, 0)
 
     torchrun.start_or_attach = train_here
-    if not every:  # a run of Dagster's costs as much as a stage's work, and what it writes is Dagster's own
+    if (
+        not every
+    ):  # a run of Dagster's costs as much as a stage's work, and what it writes is Dagster's own
         pipeline.open_instance = _nothing_kept
     kill_at_new_points(home, stage, journal, every=every, kill=kill)
     select = None if stage == "all" else stage
@@ -147,7 +175,8 @@ class Walk:
     """One workspace on its way through the graph."""
 
     def __init__(self, home: Path, *, every: bool = False, kill: bool = True) -> None:
-        """Name the workspace; its journals lie beside it, and a walk that ended early goes on after them."""
+        """Name the workspace; its journals lie beside it, and a walk that ended early goes on after
+        them."""
         self.home, self.every, self.kill = home, every, kill
 
     @property
@@ -161,9 +190,13 @@ class Walk:
 
     def attempt(self, stage: str) -> bool:
         """Attempt a stage; whether it came to its end."""
-        process = WARM.Process(target=_attempt, args=(self.home, stage, self.every, self.kill, self.journal))
+        process = WARM.Process(
+            target=_attempt, args=(self.home, stage, self.every, self.kill, self.journal)
+        )
         process.start()
         process.join()
         if process.exitcode not in (0, -signal.SIGKILL):
-            raise AssertionError(f"{stage}: status {process.exitcode}\n{self.journal.with_suffix('.log').read_text()}")
+            raise AssertionError(
+                f"{stage}: status {process.exitcode}\n{self.journal.with_suffix('.log').read_text()}"
+            )
         return process.exitcode == 0

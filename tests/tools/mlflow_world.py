@@ -1,4 +1,5 @@
-"""A workspace whose MLflow has something to show, and that MLflow as a process to stop, hang and kill."""
+"""A workspace whose MLflow has something to show, and that MLflow as a process to stop, hang and
+kill."""
 
 import contextlib
 import hashlib
@@ -28,10 +29,26 @@ THINGS = ("moon", "star", "house", "tree")
 PROMPTS = [
     (f"{group}-{number}", group, text)
     for group, texts in {
-        "caption": ("a full moon over a calm sea", "a yellow star at dusk", "a red house on a hill"),
-        "hands": ("two hands that hold a star", "a hand that points at the moon", "hands that build a house"),
-        "two_colours": ("a blue house beside a green tree", "a red star above a blue hill", "a white moon, black sea"),
-        "written_text": ("a sign that says STAR", "a sign that says HOUSE", "a sign that says TREE"),
+        "caption": (
+            "a full moon over a calm sea",
+            "a yellow star at dusk",
+            "a red house on a hill",
+        ),
+        "hands": (
+            "two hands that hold a star",
+            "a hand that points at the moon",
+            "hands that build a house",
+        ),
+        "two_colours": (
+            "a blue house beside a green tree",
+            "a red star above a blue hill",
+            "a white moon, black sea",
+        ),
+        "written_text": (
+            "a sign that says STAR",
+            "a sign that says HOUSE",
+            "a sign that says TREE",
+        ),
     }.items()
     for number, text in enumerate(texts)
 ]
@@ -40,13 +57,19 @@ RUNS = {"first": (1e-5, 0.62), "slow-rate": (4e-6, 0.45), "two-colours": (2e-5, 
 
 
 def scene(number: int, sharpness: float) -> Image.Image:
-    """Picture of one prompt, 256 px: a drawn scene under a veil of blur and grain that goes as a model learns."""
+    """Picture of one prompt, 256 px: a drawn scene under a veil of blur and grain that goes as a
+    model learns."""
     rng = np.random.default_rng(number)
-    top, bottom, thing = (tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (70, 150, 165))
+    top, bottom, thing = (
+        tuple(int(c) for c in rng.integers(low, low + 90, 3)) for low in (70, 150, 165)
+    )
     image = Image.new("RGB", (256, 256))
     canvas = ImageDraw.Draw(image)
     for y in range(256):
-        canvas.line((0, y, 256, y), tuple(int(a + (b - a) * y / 256) for a, b in zip(top, bottom, strict=True)))
+        canvas.line(
+            (0, y, 256, y),
+            tuple(int(a + (b - a) * y / 256) for a, b in zip(top, bottom, strict=True)),
+        )
     canvas.ellipse((-120, 170, 376, 420), fill=tuple(c // 3 + 20 for c in thing))
     x, y = (int(v) for v in rng.integers(80, 150, 2))
     match THINGS[number % 4]:
@@ -56,11 +79,17 @@ def scene(number: int, sharpness: float) -> Image.Image:
             angles = [math.pi * (n / 5 - 0.5) for n in range(10)]
             radii = [55 if n % 2 == 0 else 22 for n in range(10)]
             canvas.polygon(
-                [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(angles, radii, strict=True)], fill=thing
+                [
+                    (x + r * math.cos(a), y + r * math.sin(a))
+                    for a, r in zip(angles, radii, strict=True)
+                ],
+                fill=thing,
             )
         case "house":
             canvas.rectangle((x - 45, y, x + 45, y + 80), fill=thing)
-            canvas.polygon([(x - 60, y), (x, y - 60), (x + 60, y)], fill=tuple(c // 2 for c in thing))
+            canvas.polygon(
+                [(x - 60, y), (x, y - 60), (x + 60, y)], fill=tuple(c // 2 for c in thing)
+            )
         case "tree":
             canvas.rectangle((x - 9, y + 20, x + 9, y + 100), fill=(90, 60, 40))
             canvas.ellipse((x - 50, y - 60, x + 50, y + 40), fill=thing)
@@ -80,11 +109,28 @@ def evaluate(tracking: Tracking, home: Path, checkpoint: str, sharpness: float) 
         key = {"prompt_id": prompt_id, "group": group}
         samples.append({**key, "text": text, "negative": "", "seed": number, "height": 256, "width": 256,
                         "file": f"{number}.png", "sha256": ""})  # fmt: skip
-        for metric, value in {"clip_score": 0.2 + sharpness / 12, "aesthetic": 4.6 + 1.6 * sharpness}.items():
+        for metric, value in {
+            "clip_score": 0.2 + sharpness / 12,
+            "aesthetic": 4.6 + 1.6 * sharpness,
+        }.items():
             metrics.append({**key, "metric": metric, "value": value + rng.normal(0, 0.01)})
-    scores = pl.DataFrame(metrics).group_by("metric").agg(pl.col("value").mean()).sort("metric")["value"].to_list()
-    summary = {"mean_LAIONScore": scores[0], "Clipscore_mean": scores[1], "std_LAIONScore": 0.3, "num_failed": 0.0}
-    metrics += [{"prompt_id": None, "group": None, "metric": name, "value": value} for name, value in summary.items()]
+    scores = (
+        pl.DataFrame(metrics)
+        .group_by("metric")
+        .agg(pl.col("value").mean())
+        .sort("metric")["value"]
+        .to_list()
+    )
+    summary = {
+        "mean_LAIONScore": scores[0],
+        "Clipscore_mean": scores[1],
+        "std_LAIONScore": 0.3,
+        "num_failed": 0.0,
+    }
+    metrics += [
+        {"prompt_id": None, "group": None, "metric": name, "value": value}
+        for name, value in summary.items()
+    ]
     tracking.log_evaluation(
         checkpoint,
         metrics=pl.DataFrame(metrics, schema=TABLES["eval_metrics"].schema),
@@ -108,7 +154,9 @@ def prepare_run(home: Path, name: str, settings: str = "", seed: int = 7) -> Pat
     return folder
 
 
-def train(tracking: Tracking, home: Path, name: str, learning_rate: float, sharpness: float, seed: int) -> None:
+def train(
+    tracking: Tracking, home: Path, name: str, learning_rate: float, sharpness: float, seed: int
+) -> None:
     """Write a run as the trainer would, and send it with three evaluated checkpoints."""
     settings = f"num_samples = {STEPS * BATCH}\n[optimizer]\nlearning_rate = {learning_rate}\n"
     folder = prepare_run(home, name, settings, seed)
@@ -125,7 +173,14 @@ def train(tracking: Tracking, home: Path, name: str, learning_rate: float, sharp
             )  # fmt: skip
             if seen % (EVERY // 4) == 0:
                 bins = {str(n): loss * (1.6 - n / 10) for n in range(10)}
-                log.write("validation", samples_seen=seen, loss=loss + 0.004, stable_loss=loss, t=bins, seconds=8.0)
+                log.write(
+                    "validation",
+                    samples_seen=seen,
+                    loss=loss + 0.004,
+                    stable_loss=loss,
+                    t=bins,
+                    seconds=8.0,
+                )
             if seen % EVERY == 0:
                 log.write(
                     "checkpoint", samples_seen=seen, checkpoint=f"{name}@{seen}", seconds=3.0, validation_loss=loss,
@@ -149,7 +204,9 @@ def judge(tracking: Tracking, base: str, checkpoint: str, word: str, difference:
     gain = difference / 20
     clip = {**row, "metric": "clip_score", "difference": gain, "low": gain - 0.001, "high": gain + 0.001,
             "margin": 0.003, "mean_a": 0.25, "mean_b": 0.25 + gain}  # fmt: skip
-    tracking.log_verdict(checkpoint, pl.DataFrame([row, clip], schema=TABLES["verdicts"].schema), "")
+    tracking.log_verdict(
+        checkpoint, pl.DataFrame([row, clip], schema=TABLES["verdicts"].schema), ""
+    )
     return verdict.sentence(row)
 
 

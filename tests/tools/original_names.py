@@ -1,11 +1,13 @@
-"""Writes a model as one file under the names of the original code, by hand: the other direction of what we read."""
+"""Writes a model as one file under the names of the original code, by hand: the other direction of
+what we read."""
 
 import re
 
 import torch
 from safetensors.torch import save_file
 
-# The tiny UNet of tiny_runs.py: two levels, one layer each; longest first, so that no entry hides another.
+# The tiny UNet of tiny_runs.py: two levels, one layer each; longest first, so that no entry hides
+# another.
 UNET_BLOCKS = {
     "conv_in.": "input_blocks.0.0.",
     "down_blocks.0.resnets.0.": "input_blocks.1.0.",
@@ -83,7 +85,10 @@ def _open_clip(state):
 
 def original_tensors(parts):
     """All weights of a model of tiny_runs.py's shape, under the names of the original code."""
-    tensors = {f"model.diffusion_model.{_unet_name(key)}": value for key, value in parts.unet.state_dict().items()}
+    tensors = {
+        f"model.diffusion_model.{_unet_name(key)}": value
+        for key, value in parts.unet.state_dict().items()
+    }
     for key, value in parts.vae.state_dict().items():
         name = _renamed(key, VAE_NAMES)
         is_convolution = "attn_1" in name and name.endswith("weight") and ".norm." not in name
@@ -93,7 +98,9 @@ def original_tensors(parts):
         tensors[f"{first}.transformer.text_model.{key}"] = value
     if parts.family == "sdxl":
         second = _open_clip(parts.text_encoders[1].state_dict())
-        tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
+        tensors |= {
+            f"conditioner.embedders.1.model.{name}": value for name, value in second.items()
+        }
     else:
         # Files of 2022 also have these.
         tensors[f"{first}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -102,4 +109,7 @@ def original_tensors(parts):
 
 
 def write_single_file(parts, path, **extra):
-    save_file({name: value.contiguous() for name, value in (original_tensors(parts) | extra).items()}, path)
+    save_file(
+        {name: value.contiguous() for name, value in (original_tensors(parts) | extra).items()},
+        path,
+    )

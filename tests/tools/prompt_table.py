@@ -36,4 +36,6 @@ def repeated(row, count):
 
 def make_prompts(frame, vocabulary, config, seed=0, epoch=0):
     """The prompts of a training set, without tokens."""
-    return PromptMaker(Samples(frame), vocabulary, config, seed, []).prompts(range(len(frame)), epoch)
+    return PromptMaker(Samples(frame), vocabulary, config, seed, []).prompts(
+        range(len(frame)), epoch
+    )

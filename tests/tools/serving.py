@@ -84,7 +84,17 @@ def start_up(home: Path, code: Path) -> Up:
     """Start `foundry up` in the background as a shell script does: with SIGINT ignored."""
     ports = free_ports(2)
     process = subprocess.Popen(
-        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", UP, str(home), *map(str, ports)],
+        [
+            "sh",
+            "-c",
+            'trap "" INT; exec "$@"',
+            "sh",
+            sys.executable,
+            "-c",
+            UP,
+            str(home),
+            *map(str, ports),
+        ],
         env={k: v for k, v in os.environ.items() if k not in ("FOUNDRY_HOME", "DAGSTER_HOME")}
         | {"PYTHONPATH": str(code)},
         stdout=subprocess.PIPE,

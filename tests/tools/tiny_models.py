@@ -1,4 +1,5 @@
-"""Tiny models with random weights, of the real classes, written once per session as folders of the real layout."""
+"""Tiny models with random weights, of the real classes, written once per session as folders of the
+real layout."""
 
 import json
 
@@ -19,13 +20,29 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 VOCABULARY_SIZE = 520
 BOS, EOS = 518, 519
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def make_tokenizer(pad_token="<|endoftext|>"):
     letters = list(bytes_to_unicode().values())
-    merges = [("r", "e"), ("re", "d</w>"), ("a", "t</w>"), ("c", "at</w>"), ("d", "o"), ("do", "g</w>")]
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    merges = [
+        ("r", "e"),
+        ("re", "d</w>"),
+        ("a", "t</w>"),
+        ("c", "at</w>"),
+        ("d", "o"),
+        ("do", "g</w>"),
+    ]
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+    ]
     words += ["<|startoftext|>", "<|endoftext|>"]
     assert len(words) == VOCABULARY_SIZE
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -93,7 +110,10 @@ def sd1_folder(tmp_path_factory):
         "text_encoder": CLIPTextModel(text_config(16)),
         "tokenizer": make_tokenizer(),
         "scheduler": DDPMScheduler(
-            beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1, clip_sample=False
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            steps_offset=1,
+            clip_sample=False,
         ),
     }
     return save_parts(tmp_path_factory.mktemp("sd1"), parts, "StableDiffusionPipeline")
@@ -105,7 +125,9 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     vision = TOWER | {"image_size": 224}
     config = CLIPConfig(
-        text_config=text_config(16).to_dict(), vision_config={**vision, "patch_size": 56}, projection_dim=24
+        text_config=text_config(16).to_dict(),
+        vision_config={**vision, "patch_size": 56},
+        projection_dim=24,
     )
     CLIPModel(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -125,7 +147,9 @@ def owlv2_folder(tmp_path_factory):
     )
     Owlv2ForObjectDetection(config).save_pretrained(folder)
     make_tokenizer("!").save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 96, "width": 96}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 96, "width": 96}})
+    )
     return folder
 
 
@@ -135,6 +159,8 @@ def noise_image():
 
     def draw(height, width, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy()
+        return torch.randint(
+            0, 256, (height, width, 3), generator=generator, dtype=torch.uint8
+        ).numpy()
 
     return draw

@@ -1,4 +1,5 @@
-"""A tiny SDXL with random weights and a run on it: enough for every path of the trainer, in seconds on one core."""
+"""A tiny SDXL with random weights and a run on it: enough for every path of the trainer, in seconds
+on one core."""
 
 import hashlib
 import json
@@ -20,7 +21,8 @@ from training.latents.files import BucketWriter
 from training.runs import run_folder
 from training.tables.schemas import TABLES
 
-# Sums over other numbers of threads have other bits: proofs of bit-equality pin one, here and in their children.
+# Sums over other numbers of threads have other bits: proofs of bit-equality pin one, here and in
+# their children.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 BUCKETS = (Size(32, 32), Size(32, 48), Size(48, 32))
@@ -119,16 +121,25 @@ def training_rows(num_train, num_validation, buckets=BUCKETS):
     return TABLES["training_set"].conform(pl.DataFrame(rows, schema=TABLES["training_set"].schema))
 
 
-def commit_generation(folder, number, rows, *, log_variance=True, max_bytes=1_000, flip=False, scaling_factor=0.13025):
+def commit_generation(
+    folder, number, rows, *, log_variance=True, max_bytes=1_000, flip=False, scaling_factor=0.13025
+):
     """Commit one generation of random latents for `rows` of a shard; returns its manifest."""
     table, entries = [], []
-    sizes = rows.select("bucket_height", "bucket_width").unique(maintain_order=True).sort(pl.all()).rows()
+    sizes = (
+        rows.select("bucket_height", "bucket_width")
+        .unique(maintain_order=True)
+        .sort(pl.all())
+        .rows()
+    )
     for bucket in (Size(*size) for size in sizes):
         writer = BucketWriter(
             folder=folder, generation=number, bucket=bucket, max_bytes=max_bytes,
             metadata={"scaling_factor": str(scaling_factor), "vae": "tiny"},
         )  # fmt: skip
-        members = rows.filter((pl.col("bucket_height") == bucket.height) & (pl.col("bucket_width") == bucket.width))
+        members = rows.filter(
+            (pl.col("bucket_height") == bucket.height) & (pl.col("bucket_width") == bucket.width)
+        )
         for row in members.iter_rows(named=True):
             rng = np.random.default_rng([number, int(row["image_id"][:8], 16)])
             shape = (4, bucket.height // 8, bucket.width // 8)
@@ -169,7 +180,8 @@ class TinyRun:
 
 
 def build_run(workspace, base_model, name, changes, rows=None, **latents):
-    """Write a run into a workspace that has the tiny training set and its latents, which are made when missing.
+    """Write a run into a workspace that has the tiny training set and its latents, which are made
+    when missing.
 
     `rows` are the set's instead, and `latents` options of `commit_generation`.
     """
@@ -214,7 +226,8 @@ def build_run(workspace, base_model, name, changes, rows=None, **latents):
 
 @pytest.fixture
 def make_run(tmp_path, tiny_sdxl):
-    """`make_run("name", **{"a.b": value})`: 22 + 5 images, 7 steps of up to 8 samples unless told otherwise."""
+    """`make_run("name", **{"a.b": value})`: 22 + 5 images, 7 steps of up to 8 samples unless told
+    otherwise."""
 
     def make(name="demo", **changes):
         return build_run(tmp_path, tiny_sdxl, name, changes)
@@ -224,7 +237,8 @@ def make_run(tmp_path, tiny_sdxl):
 
 @pytest.fixture
 def other_vae(tmp_path):
-    """`other_vae(run)`: another VAE of the same scaling factor becomes the one that encoded the run's latents."""
+    """`other_vae(run)`: another VAE of the same scaling factor becomes the one that encoded the
+    run's latents."""
 
     def change(run):
         import dataclasses
@@ -240,7 +254,9 @@ def other_vae(tmp_path):
         vae.save_pretrained(folder)
         digest = model_digest(folder)
         for path in run.inputs.latents.glob("*/g0001.json"):
-            commit.commit_manifest(path, dataclasses.replace(commit.read_manifest(path), models={"vae": digest}))
+            commit.commit_manifest(
+                path, dataclasses.replace(commit.read_manifest(path), models={"vae": digest})
+            )
         run.inputs = dataclasses.replace(run.inputs, vae=folder, vae_digest=digest)
         run_folder.write_inputs(run.folder, run.inputs)
 
@@ -262,7 +278,8 @@ def unbroken(tmp_path_factory, tiny_sdxl):
 
 
 def train_here(run, stop_at=None, prepare=None):
-    """Train in this process; the `stop_at`-th question for a stop in a step is answered with yes."""
+    """Train in this process; the `stop_at`-th question for a stop in a step is answered with
+    yes."""
     from training.loop.trainer import Trainer
     from training.optimization.ranks import Ranks
     from training.runs.event_log import EventLog
@@ -286,7 +303,8 @@ def train():
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
-    """MLflow's database of a workspace named `space` as it is created, 3 to 6 s, once per session."""
+    """MLflow's database of a workspace named `space` as it is created, 3 to 6 s, once per
+    session."""
     from resources.mlflow.tracking import workspace_tracking
 
     home = tmp_path_factory.mktemp("template") / "space"

@@ -1,4 +1,5 @@
-"""What tests of sampling share: prompts as a table, and the latents that a tiny model draws of them."""
+"""What tests of sampling share: prompts as a table, and the latents that a tiny model draws of
+them."""
 
 import dataclasses
 
@@ -15,7 +16,9 @@ from training.sampling.prompt_reading import read_set
 from training.tables.schemas import TABLES
 
 # diffusers' own pipelines and schedulers under NumPy 2; ours keeps it quiet itself.
-COPY = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+COPY = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
+)
 CONFIG = SamplingConfig(num_steps=6, guidance_scale=5.0, batch_size=4)
 
 

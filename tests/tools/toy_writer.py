@@ -1,4 +1,5 @@
-"""A process that commits a table of one part, and dies by SIGKILL at a change of the file system."""
+"""A process that commits a table of one part, and dies by SIGKILL at a change of the file
+system."""
 
 import json
 import os
@@ -20,11 +21,18 @@ def write(folder: Path, generation: int, style: str, journal: Path | None) -> No
         path = folder / "t-fixed.parquet"
         with path.open("wb") as file:
             frame.write_parquet(file)
-        entry = commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+        entry = commit.Entry(
+            name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size
+        )
     else:
         entry = commit.write_parquet(folder, "t", frame)
     manifest = commit.Manifest(
-        table="toy", part="t", version=generation, files=(entry,), rows=50, digest=commit.logical_digest(digests, 50)
+        table="toy",
+        part="t",
+        version=generation,
+        files=(entry,),
+        rows=50,
+        digest=commit.logical_digest(digests, 50),
     )
     if style == "in place":
         (folder / "t.json").write_text(json.dumps({**manifest.to_json(), "format": 1}))

@@ -1,6 +1,8 @@
-"""`training.loop.run` that also writes down what every step is made of: one file per rank under $TRACE.
+"""`training.loop.run` that also writes down what every step is made of: one file per rank under
+$TRACE.
 
-With $SIGTERM_AT = "5.0" it gets that signal in step 5 (counted from 0), in the middle of its first micro-batch.
+With $SIGTERM_AT = "5.0" it gets that signal in step 5 (counted from 0), in the middle of its first
+micro-batch.
 """
 
 import hashlib
@@ -16,7 +18,8 @@ from training.loop.trainer import Trainer
 
 
 def trace(losses):
-    """Wrap the loss of a micro-batch: who is in it, with which prompts, sizes, timesteps and noise."""
+    """Wrap the loss of a micro-batch: who is in it, with which prompts, sizes, timesteps and
+    noise."""
     counts = {}
 
     def traced(self, draw):

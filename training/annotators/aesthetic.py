@@ -1,7 +1,10 @@
-"""LAION's aesthetic head: CLIP ViT-L/14 embeddings to one score, about 1 to 10 with most photographs between 4 and 7.
+"""LAION's aesthetic head: CLIP ViT-L/14 embeddings to one score, about 1 to 10 with most
+photographs between 4 and 7.
 
-The published network has five linear layers and, at inference, nothing between them: it is folded into one affine map.
-Source: christophschuhmann/improved-aesthetic-predictor (Apache-2.0), `sac+logos+ava1-l14-linearMSE`.
+The published network has five linear layers and, at inference, nothing between them: it is folded
+into one affine map.
+Source: christophschuhmann/improved-aesthetic-predictor (Apache-2.0),
+`sac+logos+ava1-l14-linearMSE`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,8 @@ _DROPOUTS = (0.2, 0.2, 0.1)
 
 
 class AestheticHead(nn.Module):
-    """The network as it is trained, under the published names: linear layers with dropout between the first four."""
+    """The network as it is trained, under the published names: linear layers with dropout between
+    the first four."""
 
     def __init__(self, width: int, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
@@ -42,7 +46,9 @@ class AestheticHead(nn.Module):
 class Aesthetic:
     """The adapter: CLIP's projected embeddings to scores, by one dot product each."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, device: str | torch.device) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, device: str | torch.device
+    ) -> None:
         self.weight = weight.to(device, torch.float32)  # (width,)
         self.bias = bias.to(device, torch.float32)  # ()
         self.device = torch.device(device)
@@ -51,8 +57,8 @@ class Aesthetic:
     def load(cls, folder: Path, device: str | torch.device) -> "Aesthetic":
         """Load and fold the five layers.
 
-        Raises:
-            ModelError: The file is missing, or holds other layers (the ReLU variant has other numbers).
+        Raises: ModelError: The file is missing, or holds other layers (the ReLU variant has other
+            numbers).
         """
         weights.require(
             folder,
@@ -100,7 +106,10 @@ class Aesthetic:
 def save(folder: Path, head: AestheticHead) -> None:
     """Write the file that `Aesthetic.load` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().float().contiguous() for key, value in head.state_dict().items()}, folder / _FILE)
+    save_file(
+        {key: value.detach().float().contiguous() for key, value in head.state_dict().items()},
+        folder / _FILE,
+    )
 
 
 def _fold(state: dict[str, torch.Tensor], origin: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +121,11 @@ def _fold(state: dict[str, torch.Tensor], origin: Path) -> tuple[torch.Tensor, t
             matrix = state[f"layers.{number}.weight"].double()
             weight, bias = matrix @ weight, matrix @ bias + state[f"layers.{number}.bias"].double()
     except RuntimeError as error:
-        raise ModelError(f"{origin}: its layers' shapes do not follow each other: {error}") from error
+        raise ModelError(
+            f"{origin}: its layers' shapes do not follow each other: {error}"
+        ) from error
     if weight.shape[0] != 1:
-        raise ModelError(f"{origin}: the last layer has {weight.shape[0]} outputs, but the head gives one score")
+        raise ModelError(
+            f"{origin}: the last layer has {weight.shape[0]} outputs, but the head gives one score"
+        )
     return weight[0], bias[0]

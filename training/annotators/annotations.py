@@ -30,7 +30,13 @@ ROWS = pl.Schema(
 class Annotator:
     """Loads the wanted networks once and annotates batches of pictures."""
 
-    def __init__(self, models: Mapping[str, Path], annotate: AnnotateConfig, decode: DecodeConfig, device: str) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Path],
+        annotate: AnnotateConfig,
+        decode: DecodeConfig,
+        device: str,
+    ) -> None:
         """Load networks.
 
         Args:
@@ -49,7 +55,9 @@ class Annotator:
         self.clip = Clip.load(models["clip"], device) if "clip" in models else None
         self.tagger = Tagger.load(models["tagger"], device) if "tagger" in models else None
         self.detector = (
-            Detector.load(models["detector"], device, annotate.watermark_query) if "detector" in models else None
+            Detector.load(models["detector"], device, annotate.watermark_query)
+            if "detector" in models
+            else None
         )
         self.pool = DecodePool(decode)
         self.pool.__enter__()
@@ -57,7 +65,8 @@ class Annotator:
     def __call__(self, batch: Sequence[tuple[str, Path]]) -> pl.DataFrame:
         """Annotate (image_id, path) pairs; one row each, in order, in the schema ROWS.
 
-        Pictures are preprocessed as they are decoded, so that only small tensors of a batch are held at a time.
+        Pictures are preprocessed as they are decoded, so that only small tensors of a batch are
+        held at a time.
         """
         import torch
 
@@ -77,13 +86,19 @@ class Annotator:
                 if (network := getattr(self, name)) is not None:
                     prepared[name].append(network.preprocess(pixels))
         if good:
-            self._fill(good, {name: torch.stack(items) for name, items in prepared.items() if items}, sizes)
+            self._fill(
+                good, {name: torch.stack(items) for name, items in prepared.items() if items}, sizes
+            )
         return pl.DataFrame(rows, schema=ROWS)
 
-    def _fill(self, rows: list[dict[str, Any]], prepared: Mapping[str, Any], sizes: list[tuple[int, int]]) -> None:
+    def _fill(
+        self, rows: list[dict[str, Any]], prepared: Mapping[str, Any], sizes: list[tuple[int, int]]
+    ) -> None:
         """Run the networks over the prepared tensors and put what they say into the rows."""
         if self.clip is not None:
-            for row, seen in zip(rows, self.clip.postprocess(*self.clip.forward(prepared["clip"])), strict=True):
+            for row, seen in zip(
+                rows, self.clip.postprocess(*self.clip.forward(prepared["clip"])), strict=True
+            ):
                 row["vector"], row["projection"] = seen.cls.tolist(), seen.embedding.tolist()
         if self.tagger is not None:
             said = self.tagger.postprocess(self.tagger.forward(prepared["tagger"]))

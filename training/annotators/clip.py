@@ -1,7 +1,9 @@
-"""CLIP: one vision pass gives the quality model's embedding and the one that CLIP score and aesthetics read.
+"""CLIP: one vision pass gives the quality model's embedding and the one that CLIP score and
+aesthetics read.
 
-Always fp32, never TF32: in bf16 a score moves by more than most pairs of checkpoints differ. Pixels are prepared as
-OpenAI's own code does, which transformers misses by one pixel on 832x1216, SDXL's most used bucket.
+Always fp32, never TF32: in bf16 a score moves by more than most pairs of checkpoints differ. Pixels
+are prepared as OpenAI's own code does, which transformers misses by one pixel on 832x1216, SDXL's
+most used bucket.
 """
 
 import contextlib
@@ -26,10 +28,13 @@ TEXT_LENGTH = 77
 _FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json")
 _BICUBIC = 3
 _QUOTES = str.maketrans(
-    dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+    dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 )
 # Control characters that are Windows' punctuation read as Latin-1.
-_WINDOWS = str.maketrans({n: bytes([n]).decode("cp1252", "ignore") or chr(n) for n in range(0x80, 0xA0)})
+_WINDOWS = str.maketrans(
+    {n: bytes([n]).decode("cp1252", "ignore") or chr(n) for n in range(0x80, 0xA0)}
+)
 _ESCAPE_SEQUENCE = re.compile("\x1b\\[[0-9;]*[A-Za-z]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 _WIDTH_AND_LIGATURES = re.compile(
@@ -42,7 +47,8 @@ class ClipRow:
     """One image behind CLIP's vision tower, both fp32."""
 
     cls: np.ndarray
-    """`(d_hidden,)`: class token of the last hidden state before the final norm; what the quality head reads."""
+    """`(d_hidden,)`: class token of the last hidden state before the final norm; what the quality
+    head reads."""
     embedding: np.ndarray
     """`(d_projection,)`: projected and of length 1; what CLIP score and the aesthetic head read."""
 
@@ -51,7 +57,11 @@ class Clip:
     """The adapter: images to `ClipRow`s, prompts to embeddings of the same space."""
 
     def __init__(
-        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocessor: dict[str, Any], device: str | torch.device
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        preprocessor: dict[str, Any],
+        device: str | torch.device,
     ) -> None:
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -67,7 +77,9 @@ class Clip:
                 f"but the vision tower reads {image_size}"
             )
         if preprocessor.get("resample", _BICUBIC) != _BICUBIC:
-            raise ModelError(f"CLIP: resample={preprocessor['resample']}, but CLIP is trained with bicubic (3)")
+            raise ModelError(
+                f"CLIP: resample={preprocessor['resample']}, but CLIP is trained with bicubic (3)"
+            )
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device) -> "Clip":
@@ -92,7 +104,8 @@ class Clip:
         return openai_pixels(image, self.resize, self.crop, self.mean, self.std)
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class tokens `(B, d_hidden)` and normalised embeddings `(B, d_projection)` of images `(B, 3, S, S)`."""
+        """Class tokens `(B, d_hidden)` and normalised embeddings `(B, d_projection)` of images `(B,
+        3, S, S)`."""
         with exact():
             out = self.model.vision_model(batch.to(self.device, torch.float32))
             projected = self.model.visual_projection(out.pooler_output)
@@ -105,10 +118,13 @@ class Clip:
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[ClipRow]:
         """Embed `(H, W, 3)` uint8 images of any sizes; one row per image."""
-        return self.postprocess(*self.forward(torch.stack([self.preprocess(image) for image in images])))
+        return self.postprocess(
+            *self.forward(torch.stack([self.preprocess(image) for image in images]))
+        )
 
     def encode_text(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings `(N, d_projection)` fp32 of length 1; a prompt beyond 77 tokens is cut, its last token is EOT."""
+        """Embeddings `(N, d_projection)` fp32 of length 1; a prompt beyond 77 tokens is cut, its
+        last token is EOT."""
         encoded = self.tokenizer(
             [clean_text(prompt) for prompt in prompts],
             padding="max_length",
@@ -124,9 +140,11 @@ class Clip:
 def openai_pixels(
     image: np.ndarray, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """`(H, W, 3)` uint8 to `(3, crop, crop)` fp32: shorter side to `resize`, bicubic, centre crop, normalise.
+    """`(H, W, 3)` uint8 to `(3, crop, crop)` fp32: shorter side to `resize`, bicubic, centre crop,
+    normalise.
 
-    Source: openai/CLIP `clip.py`, bit for bit (torchvision's Resize and CenterCrop on a Pillow image).
+    Source: openai/CLIP `clip.py`, bit for bit (torchvision's Resize and CenterCrop on a Pillow
+    image).
     """
     pixels.check_rgb(image)
     height, width = image.shape[:2]
@@ -143,7 +161,8 @@ def openai_pixels(
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Inference in true fp32: torch lets cuDNN round to TF32 unless told otherwise, and others may have told cuBLAS."""
+    """Inference in true fp32: torch lets cuDNN round to TF32 unless told otherwise, and others may
+    have told cuBLAS."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = cuda.allow_tf32, cudnn.allow_tf32
     try:
@@ -155,9 +174,11 @@ def exact() -> Iterator[None]:
 
 
 def clean_text(text: str) -> str:
-    """What OpenAI's tokenizer sees of a text: straight quotes, plain widths, no entities, single spaces.
+    """What OpenAI's tokenizer sees of a text: straight quotes, plain widths, no entities, single
+    spaces.
 
-    Stands in for `ftfy.fix_text` without its repair of mis-decoded text, then unescapes HTML twice as the reference.
+    Stands in for `ftfy.fix_text` without its repair of mis-decoded text, then unescapes HTML twice
+    as the reference.
 
     Source: openai/CLIP `simple_tokenizer.py`.
     """
@@ -174,10 +195,13 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _side(preprocessor: dict[str, Any], key: str) -> int:
-    """The pixels that `size` or `crop_size` asks for, in any of the forms in which it is written."""
+    """The pixels that `size` or `crop_size` asks for, in any of the forms in which it is
+    written."""
     value = preprocessor.get(key)
     if isinstance(value, dict):
         value = value.get("shortest_edge", value.get("height"))
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"CLIP: preprocessor_config.json has {key}={preprocessor.get(key)!r}, not a size in pixels")
+        raise ModelError(
+            f"CLIP: preprocessor_config.json has {key}={preprocessor.get(key)!r}, not a size in pixels"
+        )
     return value

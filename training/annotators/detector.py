@@ -1,6 +1,7 @@
 """OWLv2: boxes around what a phrase names, here watermarks, in upright source pixels.
 
-The network sees the picture in the upper left corner of a black square; boxes come back relative to that square.
+The network sees the picture in the upper left corner of a black square; boxes come back relative to
+that square.
 """
 
 from collections.abc import Sequence
@@ -60,13 +61,19 @@ class Detector:
         self.mean = tuple(preprocessor.get("image_mean", pixels.CLIP_MEAN))
         self.std = tuple(preprocessor.get("image_std", pixels.CLIP_STD))
         encoded = tokenizer(
-            [query], padding="max_length", truncation=True, max_length=QUERY_LENGTH, return_tensors="pt"
+            [query],
+            padding="max_length",
+            truncation=True,
+            max_length=QUERY_LENGTH,
+            return_tensors="pt",
         )
         self.query_ids = encoded["input_ids"].to(device)  # (1, 16)
         self.query_mask = encoded["attention_mask"].to(device)  # (1, 16)
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device, query: str = "a watermark") -> "Detector":
+    def load(
+        cls, folder: Path, device: str | torch.device, query: str = "a watermark"
+    ) -> "Detector":
         """Load OWLv2 with its tokenizer and preprocessor.
 
         Args:
@@ -89,23 +96,31 @@ class Detector:
         return cls(model, load_tokenizer(folder), preprocessor, query, device)
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
-        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: pad to a square at the bottom or right, resize, normalise.
+        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: pad to a square at the bottom or right, resize,
+        normalise.
 
-        Equals transformers' image processor (gaussian filter, then linear interpolation), but as one sparse matrix
-        per axis, in which the padding costs nothing.
+        Equals transformers' image processor (gaussian filter, then linear interpolation), but as
+        one sparse matrix per axis, in which the padding costs nothing.
         """
         pixels.check_rgb(image)
         height, width = image.shape[:2]
         shrink = _shrink_matrix(max(height, width), self.image_size)  # (S, side)
-        rows = shrink[:, :height] @ image.reshape(height, width * 3).astype(np.float32)  # (S, W * 3)
-        columns = np.ascontiguousarray(rows.reshape(-1, width, 3).transpose(1, 0, 2)).reshape(width, -1)
-        square = (shrink[:, :width] @ columns).reshape(self.image_size, self.image_size, 3)  # (x, y, channel)
+        rows = shrink[:, :height] @ image.reshape(height, width * 3).astype(
+            np.float32
+        )  # (S, W * 3)
+        columns = np.ascontiguousarray(rows.reshape(-1, width, 3).transpose(1, 0, 2)).reshape(
+            width, -1
+        )
+        square = (shrink[:, :width] @ columns).reshape(
+            self.image_size, self.image_size, 3
+        )  # (x, y, channel)
         scaled = torch.from_numpy(square).permute(2, 1, 0).div(255)  # (3, S, S)
         mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
         return ((scaled - mean) / std).contiguous()
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Confidences `(B, P)` and boxes `(B, P, 4)` as (cx, cy, w, h) of the padded square, for P patches."""
+        """Confidences `(B, P)` and boxes `(B, P, 4)` as (cx, cy, w, h) of the padded square, for P
+        patches."""
         with torch.inference_mode():
             out = self.model(
                 pixel_values=batch.to(self.device),
@@ -124,12 +139,14 @@ class Detector:
             boxes: `(B, P, 4)`, (cx, cy, w, h) relative to the padded square.
             sizes: (height, width) of each source image in pixels.
 
-        Returns:
-            Per image the boxes above the floor that touch the picture, clamped to it, overlaps removed.
+        Returns: Per image the boxes above the floor that touch the picture, clamped to it, overlaps
+            removed.
         """
         return [
             _source_boxes(confidence, box, size)
-            for confidence, box, size in zip(confidences.cpu().numpy(), boxes.cpu().numpy(), sizes, strict=True)
+            for confidence, box, size in zip(
+                confidences.cpu().numpy(), boxes.cpu().numpy(), sizes, strict=True
+            )
         ]
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[Box]]:
@@ -156,8 +173,12 @@ def suppress(boxes: np.ndarray, confidences: np.ndarray, max_iou: float = NMS_IO
     while order.size:
         best, order = order[0], order[1:]
         kept.append(int(best))
-        heights = np.minimum(boxes[best, 2], boxes[order, 2]) - np.maximum(boxes[best, 0], boxes[order, 0])
-        widths = np.minimum(boxes[best, 3], boxes[order, 3]) - np.maximum(boxes[best, 1], boxes[order, 1])
+        heights = np.minimum(boxes[best, 2], boxes[order, 2]) - np.maximum(
+            boxes[best, 0], boxes[order, 0]
+        )
+        widths = np.minimum(boxes[best, 3], boxes[order, 3]) - np.maximum(
+            boxes[best, 1], boxes[order, 1]
+        )
         shared = heights.clip(min=0) * widths.clip(min=0)
         order = order[shared <= max_iou * (areas[best] + areas[order] - shared)]
     return kept
@@ -167,7 +188,9 @@ def _source_boxes(confidences: np.ndarray, boxes: np.ndarray, size: tuple[int, i
     height, width = size
     above = confidences > CONFIDENCE_FLOOR
     confidences = confidences[above].astype(np.float64)
-    centre_x, centre_y, box_width, box_height = boxes[above].astype(np.float64).T * max(height, width)
+    centre_x, centre_y, box_width, box_height = boxes[above].astype(np.float64).T * max(
+        height, width
+    )
     corners = np.stack(
         [
             (centre_y - box_height / 2).clip(0, height),
@@ -181,13 +204,17 @@ def _source_boxes(confidences: np.ndarray, boxes: np.ndarray, size: tuple[int, i
     inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
     corners, confidences = corners[inside], confidences[inside]
     return [
-        Box(**dict(zip(("y0", "x0", "y1", "x1"), corners[i].tolist(), strict=True)), confidence=float(confidences[i]))
+        Box(
+            **dict(zip(("y0", "x0", "y1", "x1"), corners[i].tolist(), strict=True)),
+            confidence=float(confidences[i]),
+        )
         for i in suppress(corners, confidences)
     ]
 
 
 def _shrink_matrix(source: int, target: int) -> scipy.sparse.csr_array:
-    """`(target, source)` fp32: a gaussian filter against aliasing, then linear interpolation, along one axis.
+    """`(target, source)` fp32: a gaussian filter against aliasing, then linear interpolation, along
+    one axis.
 
     Both mirror at the borders without repeating the border's pixel (scipy.ndimage's `mirror`).
     Source: scikit-image's `resize`, as in OWLv2's own preprocessing.
@@ -206,7 +233,9 @@ def _shrink_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     columns = _mirror(_mirror(columns, source) + offsets, source)  # (target, 2, kernel)
     values = np.stack([1 - weight, weight], axis=1)[:, :, None] * kernel
     rows = np.broadcast_to(np.arange(target)[:, None, None], columns.shape)
-    matrix = scipy.sparse.coo_array((values.ravel(), (rows.ravel(), columns.ravel())), shape=(target, source))
+    matrix = scipy.sparse.coo_array(
+        (values.ravel(), (rows.ravel(), columns.ravel())), shape=(target, source)
+    )
     return matrix.tocsr().astype(np.float32)
 
 

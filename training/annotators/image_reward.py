@@ -1,7 +1,8 @@
-"""ImageReward: BLIP reads prompt and picture together, and five linear layers turn its class token into a score.
+"""ImageReward: BLIP reads prompt and picture together, and five linear layers turn its class token
+into a score.
 
-Source: Xu et al., arXiv:2304.05977, and zai-org/ImageReward (Apache-2.0). transformers has both towers of BLIP, so that
-only the names of the published weights have to be mapped.
+Source: Xu et al., arXiv:2304.05977, and zai-org/ImageReward (Apache-2.0). transformers has both
+towers of BLIP, so that only the names of the published weights have to be mapped.
 """
 
 import re
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from training.annotators import aesthetic
 from training.annotators.clip import exact, openai_pixels
@@ -66,10 +73,19 @@ class ImageReward:
             + pickle_command("zai-org/ImageReward", "ImageReward.pt", folder),
         )
         path = folder / "model.safetensors"
-        state = {name: value for name, value in weights.read_tensors(path).items() if not _LEFT_OUT.search(name)}
-        parts = {prefix: _under(state, prefix) for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")}
+        state = {
+            name: value
+            for name, value in weights.read_tensors(path).items()
+            if not _LEFT_OUT.search(name)
+        }
+        parts = {
+            prefix: _under(state, prefix)
+            for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+        }
         if empty := [prefix for prefix, own in parts.items() if not own]:
-            raise ModelError(f"{path} holds no weights under {', '.join(empty)}: it is not ImageReward's")
+            raise ModelError(
+                f"{path} holds no weights under {', '.join(empty)}: it is not ImageReward's"
+            )
         seen, read, scored = parts.values()
         with weights.Unfilled():
             vision = BlipVisionModel(_vision_config(seen))
@@ -78,29 +94,45 @@ class ImageReward:
         renamed = {_vision_name(name): value for name, value in seen.items()}
         for module, own in ((vision, renamed), (text, read), (head, scored)):
             weights.load_state(module, own, path)
-        return cls(vision, text, head, BertTokenizer.from_pretrained(folder, local_files_only=True), device)
+        return cls(
+            vision, text, head, BertTokenizer.from_pretrained(folder, local_files_only=True), device
+        )
 
     def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-        """Scores `(B,)` fp64 of `(H, W, 3)` uint8 pictures with their prompts, which are cut at 35 tokens."""
+        """Scores `(B,)` fp64 of `(H, W, 3)` uint8 pictures with their prompts, which are cut at 35
+        tokens."""
         size: int = self.vision.config.image_size
-        seen = [openai_pixels(picture, size, size, pixels.CLIP_MEAN, pixels.CLIP_STD) for picture in pictures]
+        seen = [
+            openai_pixels(picture, size, size, pixels.CLIP_MEAN, pixels.CLIP_STD)
+            for picture in pictures
+        ]
         words = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=TEXT_LENGTH,
+            return_tensors="pt",
         ).to(self.device)
         with exact():
-            patches = self.vision(torch.stack(seen).to(self.device)).last_hidden_state  # (B, 1 + patches, d_vision)
+            patches = self.vision(
+                torch.stack(seen).to(self.device)
+            ).last_hidden_state  # (B, 1 + patches, d_vision)
             read = self.text(
                 input_ids=words["input_ids"],
                 attention_mask=words["attention_mask"],
                 encoder_hidden_states=patches,
-                encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.int64, device=self.device),
+                encoder_attention_mask=torch.ones(
+                    patches.shape[:2], dtype=torch.int64, device=self.device
+                ),
             )
             raw = self.head(read.last_hidden_state[:, 0])  # (B,)
         return ((raw.cpu().double() - MEAN) / STD).numpy()
 
 
 def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def _vision_name(name: str) -> str:

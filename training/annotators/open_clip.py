@@ -1,4 +1,5 @@
-"""Renames the weights of an open_clip model to those of transformers' `CLIPModel`: both compute the same."""
+"""Renames the weights of an open_clip model to those of transformers' `CLIPModel`: both compute the
+same."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ _NAMES = {
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
 }
-_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+_TRANSPOSED = {
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
 _NORMS = {
     "ln_final": "text_model.final_layer_norm",
     "visual.ln_pre": "vision_model.pre_layrnorm",  # transformers' spelling
@@ -33,7 +37,8 @@ _INSIDE = {
 
 
 def from_open_clip(state: Mapping[str, torch.Tensor], origin: Path) -> dict[str, torch.Tensor]:
-    """The tensors of `state` under transformers' names; the joint matrix of queries, keys and values is parted.
+    """The tensors of `state` under transformers' names; the joint matrix of queries, keys and
+    values is parted.
 
     Args:
         state: Of an open_clip `CLIP` with vision transformer.
@@ -59,12 +64,16 @@ def from_open_clip(state: Mapping[str, torch.Tensor], origin: Path) -> dict[str,
     return found
 
 
-def _inside(layer: str, inner: str, value: torch.Tensor, name: str, origin: Path) -> dict[str, torch.Tensor]:
+def _inside(
+    layer: str, inner: str, value: torch.Tensor, name: str, origin: Path
+) -> dict[str, torch.Tensor]:
     """One tensor of a block."""
     if inner in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = inner.rpartition("_")[2]
         parts = zip("qkv", value.chunk(3), strict=True)
-        return {f"{layer}.self_attn.{letter}_proj.{kind}": part.contiguous() for letter, part in parts}
+        return {
+            f"{layer}.self_attn.{letter}_proj.{kind}": part.contiguous() for letter, part in parts
+        }
     stem, _, kind = inner.rpartition(".")
     if stem not in _INSIDE:
         raise _unknown(name, origin)
@@ -72,4 +81,6 @@ def _inside(layer: str, inner: str, value: torch.Tensor, name: str, origin: Path
 
 
 def _unknown(name: str, origin: Path) -> ModelError:
-    return ModelError(f"{origin} holds {name}, which is no weight of an open_clip model with a vision transformer")
+    return ModelError(
+        f"{origin} holds {name}, which is no weight of an open_clip model with a vision transformer"
+    )

@@ -1,8 +1,10 @@
-"""The learned quality model: how much people prefer an image, and whether it is junk, from one frozen CLIP embedding.
+"""The learned quality model: how much people prefer an image, and whether it is junk, from one
+frozen CLIP embedding.
 
-Utility is trained on judged pairs (Bradley-Terry), so a ranking follows from it without a tournament. Junk is a
-question of its own: the lowest utility is not junk. Source: bigASP's quality model, with these corrections: one scalar
-head instead of a pair classifier, the split by image instead of by pair, no copy of a pair in both directions.
+Utility is trained on judged pairs (Bradley-Terry), so a ranking follows from it without a
+tournament. Junk is a question of its own: the lowest utility is not junk. Source: bigASP's quality
+model, with these corrections: one scalar head instead of a pair classifier, the split by image
+instead of by pair, no copy of a pair in both directions.
 """
 
 import json
@@ -63,10 +65,15 @@ class QualityRow:
 
 
 class QualityModel:
-    """The adapter: CLIP class tokens to utility and junk probability, with the cut points of the scores."""
+    """The adapter: CLIP class tokens to utility and junk probability, with the cut points of the
+    scores."""
 
     def __init__(
-        self, utility: ScalarHead, junk: ScalarHead | None, cuts: Sequence[float], device: str | torch.device
+        self,
+        utility: ScalarHead,
+        junk: ScalarHead | None,
+        cuts: Sequence[float],
+        device: str | torch.device,
     ) -> None:
         self.utility = utility.to(device).eval().requires_grad_(False)
         self.junk = None if junk is None else junk.to(device).eval().requires_grad_(False)
@@ -92,12 +99,17 @@ class QualityModel:
         )
         cuts = weights.read_config(folder / "config.json").get("cuts")
         if not isinstance(cuts, list):
-            raise ModelError(f"quality model: {folder / 'config.json'} has cuts={cuts!r}, not a list of cut points")
+            raise ModelError(
+                f"quality model: {folder / 'config.json'} has cuts={cuts!r}, not a list of cut points"
+            )
         return cls.read_heads(folder / "model.safetensors", cuts, device)
 
     @classmethod
-    def read_heads(cls, path: Path, cuts: Sequence[float], device: str | torch.device = "cpu") -> "QualityModel":
-        """Load the heads alone, of one file that `write_heads` wrote; their sizes are those of the tensors.
+    def read_heads(
+        cls, path: Path, cuts: Sequence[float], device: str | torch.device = "cpu"
+    ) -> "QualityModel":
+        """Load the heads alone, of one file that `write_heads` wrote; their sizes are those of the
+        tensors.
 
         Raises:
             ModelError: The file is broken or holds other tensors.
@@ -105,7 +117,11 @@ class QualityModel:
         state = weights.read_tensors(path)
         heads = {}
         for name in ("utility", "junk"):
-            part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            part = {
+                key.removeprefix(f"{name}."): value
+                for key, value in state.items()
+                if key.startswith(f"{name}.")
+            }
             if part or name == "utility":
                 shape = part["linear1.weight"].shape if "linear1.weight" in part else (_HIDDEN, 1)
                 heads[name] = ScalarHead(width=shape[1], hidden=shape[0])
@@ -137,14 +153,19 @@ class QualityModel:
         """
         width = self.utility.linear1.in_features
         if embeddings.ndim != 2 or embeddings.shape[1] != width:
-            raise ModelError(f"quality model reads embeddings of width {width}, not of shape {embeddings.shape}")
+            raise ModelError(
+                f"quality model reads embeddings of width {width}, not of shape {embeddings.shape}"
+            )
         return torch.from_numpy(np.array(embeddings, dtype=np.float32))
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Utilities and, where there is a junk head, junk probabilities, each `(N,)`, of embeddings `(N, width)`."""
+        """Utilities and, where there is a junk head, junk probabilities, each `(N,)`, of embeddings
+        `(N, width)`."""
         with torch.inference_mode():
             batch = batch.to(self.device)
-            return self.utility(batch), None if self.junk is None else torch.sigmoid(self.junk(batch))
+            return self.utility(batch), None if self.junk is None else torch.sigmoid(
+                self.junk(batch)
+            )
 
     def postprocess(self, utilities: torch.Tensor, junk: torch.Tensor | None) -> list[QualityRow]:
         """One row per image of what `forward` returned."""
@@ -170,8 +191,9 @@ def fit_utility(
 ) -> tuple[ScalarHead, Report]:
     """Train the utility head on judged pairs, on the CPU, equal for equal inputs and thread counts.
 
-    A fifth of the images, chosen by their ids, is held out: training sees no pair with one of them, and the report is
-    measured on the pairs that have one. The head returned is then trained on all pairs for as many epochs as were best.
+    A fifth of the images, chosen by their ids, is held out: training sees no pair with one of them,
+    and the report is measured on the pairs that have one. The head returned is then trained on all
+    pairs for as many epochs as were best.
 
     Args:
         embeddings_a: `(P, width)` class tokens of the pairs' first images.
@@ -181,9 +203,9 @@ def fit_utility(
         ids_b: Image ids of the second ones.
         seed: Decides the split, the first weights and the order.
 
-    Returns:
-        The head and its report: numbers of pairs, `held_out_accuracy` (ties left out), `held_out_tau`
-        ((agreeing - disagreeing) / judged pairs), `held_out_loss`, `epochs`. Measures are None where no pair is left.
+    Returns: The head and its report: numbers of pairs, `held_out_accuracy` (ties left out),
+        `held_out_tau` ((agreeing - disagreeing) / judged pairs), `held_out_loss`, `epochs`.
+        Measures are None where no pair is left.
 
     Raises:
         DataError: Fewer than 20 pairs, or none that is not a tie.
@@ -193,12 +215,18 @@ def fit_utility(
         raise DataError(
             f"{len(target)} judged pairs, {decisive} of them not ties: at least {MIN_PAIRS} and one are needed"
         )
-    first, second, wanted = (torch.from_numpy(np.array(x, np.float32)) for x in (embeddings_a, embeddings_b, target))
-    held = np.array([_held_out(a, seed) or _held_out(b, seed) for a, b in zip(ids_a, ids_b, strict=True)])
+    first, second, wanted = (
+        torch.from_numpy(np.array(x, np.float32)) for x in (embeddings_a, embeddings_b, target)
+    )
+    held = np.array(
+        [_held_out(a, seed) or _held_out(b, seed) for a, b in zip(ids_a, ids_b, strict=True)]
+    )
 
     def loss(head: ScalarHead, rows: torch.Tensor) -> torch.Tensor:
         difference = head(torch.cat([first[rows], second[rows]])).view(2, -1)
-        return nn.functional.binary_cross_entropy_with_logits(difference[0] - difference[1], wanted[rows])
+        return nn.functional.binary_cross_entropy_with_logits(
+            difference[0] - difference[1], wanted[rows]
+        )
 
     head, epochs, measured = _fit(first.shape[1], held, loss, seed, "utility")
     report: Report = {
@@ -213,7 +241,9 @@ def fit_utility(
     if measured is not None:
         rows = torch.from_numpy(held.nonzero()[0])
         with torch.inference_mode():
-            agreement = torch.sign(measured(first[rows]) - measured(second[rows])) * torch.sign(wanted[rows] - 0.5)
+            agreement = torch.sign(measured(first[rows]) - measured(second[rows])) * torch.sign(
+                wanted[rows] - 0.5
+            )
             report["held_out_loss"] = float(loss(measured, rows))
         report["held_out_tau"] = float(agreement.mean())
         judged = wanted[rows] != 0.5
@@ -225,7 +255,8 @@ def fit_utility(
 def fit_junk(
     embeddings: np.ndarray, is_junk: np.ndarray, *, ids: Sequence[str], seed: int
 ) -> tuple[ScalarHead, Report]:
-    """Train the junk head on labelled images, both classes weighing the same; split and returns as in `fit_utility`.
+    """Train the junk head on labelled images, both classes weighing the same; split and returns as
+    in `fit_utility`.
 
     Args:
         embeddings: `(N, width)` class tokens.
@@ -233,23 +264,28 @@ def fit_junk(
         ids: Image ids.
         seed: Decides the split, the first weights and the order.
 
-    Returns:
-        The head and its report: numbers of images, `held_out_precision` and `held_out_recall` at probability 0.5 (None
-        where the held-out images give no denominator), `epochs`.
+    Returns: The head and its report: numbers of images, `held_out_precision` and `held_out_recall`
+        at probability 0.5 (None where the held-out images give no denominator), `epochs`.
 
     Raises:
         DataError: One of the two classes is empty.
     """
     num_junk = int(is_junk.sum())
     if num_junk in (0, len(is_junk)):
-        raise DataError(f"{num_junk} of {len(is_junk)} labelled images are junk: both kinds are needed")
+        raise DataError(
+            f"{num_junk} of {len(is_junk)} labelled images are junk: both kinds are needed"
+        )
     inputs = torch.from_numpy(np.array(embeddings, np.float32))
     wanted = torch.from_numpy(np.array(is_junk, np.float32))
-    balance = torch.where(wanted > 0, 0.5 * len(is_junk) / num_junk, 0.5 * len(is_junk) / (len(is_junk) - num_junk))
+    balance = torch.where(
+        wanted > 0, 0.5 * len(is_junk) / num_junk, 0.5 * len(is_junk) / (len(is_junk) - num_junk)
+    )
     held = np.array([_held_out(image_id, seed) for image_id in ids])
 
     def loss(head: ScalarHead, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.binary_cross_entropy_with_logits(head(inputs[rows]), wanted[rows], balance[rows])
+        return nn.functional.binary_cross_entropy_with_logits(
+            head(inputs[rows]), wanted[rows], balance[rows]
+        )
 
     head, epochs, measured = _fit(inputs.shape[1], held, loss, seed, "junk")
     report: Report = {
@@ -276,12 +312,16 @@ def _held_out(image_id: str, seed: int) -> bool:
 
 
 def _fit(
-    width: int, held: np.ndarray, loss: Callable[[ScalarHead, torch.Tensor], torch.Tensor], seed: int, name: str
+    width: int,
+    held: np.ndarray,
+    loss: Callable[[ScalarHead, torch.Tensor], torch.Tensor],
+    seed: int,
+    name: str,
 ) -> tuple[ScalarHead, int, ScalarHead | None]:
     """Find the best number of epochs on the held-out rows, then train on all rows for as long.
 
-    Returns:
-        The head trained on all rows, the epochs, and the head that never saw a held-out row (None without such rows).
+    Returns: The head trained on all rows, the epochs, and the head that never saw a held-out row
+        (None without such rows).
     """
     everything = torch.arange(len(held))
     if held.all() or not held.any():
@@ -291,7 +331,9 @@ def _fit(
             None,
         )
     kept, watched = (torch.from_numpy(rows.nonzero()[0]) for rows in (~held, held))
-    measured, epochs = _train(width, kept, loss, epochs=_MAX_EPOCHS, seed=seed, name=name, watched=watched)
+    measured, epochs = _train(
+        width, kept, loss, epochs=_MAX_EPOCHS, seed=seed, name=name, watched=watched
+    )
     return _train(width, everything, loss, epochs=epochs, seed=seed, name=name)[0], epochs, measured
 
 
@@ -305,12 +347,15 @@ def _train(
     name: str,
     watched: torch.Tensor | None = None,
 ) -> tuple[ScalarHead, int]:
-    """Train for `epochs`, or until the loss on `watched` has not fallen for a while; the best state and its epoch."""
+    """Train for `epochs`, or until the loss on `watched` has not fallen for a while; the best state
+    and its epoch."""
     head = _fresh_head(width, seed, name)
     optimizer = torch.optim.AdamW(head.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     best, best_epoch, best_state = float("inf"), epochs, None
     for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(rows), generator=seeds.torch_generator(seed, Purpose.QUALITY, name, epoch))
+        order = torch.randperm(
+            len(rows), generator=seeds.torch_generator(seed, Purpose.QUALITY, name, epoch)
+        )
         for batch in rows[order].split(_BATCH):
             optimizer.zero_grad()
             loss(head, batch).backward()

@@ -1,7 +1,7 @@
 """JoyTag: which of several thousand tags an image shows, with a probability each.
 
-Own implementation of the published architecture, under its weights' names: neither transformers nor timm can
-load them. Source: fancyfeast/joytag (Apache-2.0), a ViT-B/16 behind a convolutional stem.
+Own implementation of the published architecture, under its weights' names: neither transformers nor
+timm can load them. Source: fancyfeast/joytag (Apache-2.0), a ViT-B/16 behind a convolutional stem.
 """
 
 import json
@@ -31,7 +31,8 @@ _REQUIRED = (
     "num_heads",
     "cnn_stem",
 )
-# Arguments of the published config that only training reads, or whose other value changes no result.
+# Arguments of the published config that only training reads, or whose other value changes no
+# result.
 _WITHOUT_EFFECT = ("stochdepth_rate", "loss_type", "layerscale_init", "head_mean_after")
 # Early JoyTag files carry 3 rating and 6 score rows behind the tags.
 _OLD_EXTRA_ROWS = 9
@@ -54,7 +55,9 @@ class JoyTagViT(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % num_heads or d_model % 4:
-            raise ModelError(f"tagger: d_model={d_model} must be a multiple of 4 and of num_heads={num_heads}")
+            raise ModelError(
+                f"tagger: d_model={d_model} must be a multiple of 4 and of num_heads={num_heads}"
+            )
         self.config: dict[str, Any] = {
             "n_tags": n_tags,
             "image_size": image_size,
@@ -82,7 +85,8 @@ class JoyTagViT(nn.Module):
 
 
 def sine_positions(height: int, width: int, depth: int) -> torch.Tensor:
-    """2-D positions `(height * width, depth)` fp32: sin x, cos x, sin y, cos y, a quarter of it each."""
+    """2-D positions `(height * width, depth)` fp32: sin x, cos x, sin y, cos y, a quarter of it
+    each."""
     quarter = depth // 4
     # Clamped so that the smallest depth, 4, has one frequency instead of 0 / 0.
     frequencies = 10_000.0 ** -(torch.arange(quarter) / max(quarter - 1, 1))  # (depth / 4,)
@@ -97,7 +101,9 @@ class Tagger:
 
     def __init__(self, model: JoyTagViT, tags: Sequence[str], device: str | torch.device) -> None:
         if len(tags) != model.config["n_tags"]:
-            raise ModelError(f"tagger: {len(tags)} names for n_tags={model.config['n_tags']} outputs")
+            raise ModelError(
+                f"tagger: {len(tags)} names for n_tags={model.config['n_tags']} outputs"
+            )
         self.model = model.to(device).eval().requires_grad_(False)
         self.tags = tuple(tags)
         self.device = torch.device(device)
@@ -129,7 +135,8 @@ class Tagger:
         return cls(model, [line.strip() for line in lines if line.strip()], device)
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
-        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: centred on white, bicubic to S, normalised like CLIP."""
+        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: centred on white, bicubic to S, normalised like
+        CLIP."""
         pixels.check_rgb(image)
         height, width = image.shape[:2]
         side = max(height, width)
@@ -140,7 +147,8 @@ class Tagger:
         return pixels.normalise(np.asarray(square), pixels.CLIP_MEAN, pixels.CLIP_STD)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits `(B, n_tags)` of preprocessed images `(B, 3, S, S)`, in fp32 on the adapter's device."""
+        """Logits `(B, n_tags)` of preprocessed images `(B, 3, S, S)`, in fp32 on the adapter's
+        device."""
         with torch.inference_mode():
             return self.model(batch.to(self.device))
 
@@ -148,22 +156,28 @@ class Tagger:
         """Per image, the (tag, probability) pairs above the floor, sorted by tag."""
         rows = torch.sigmoid(logits.float()).cpu().tolist()
         return [
-            sorted((tag, p) for tag, p in zip(self.tags, row, strict=True) if p > PROBABILITY_FLOOR) for row in rows
+            sorted((tag, p) for tag, p in zip(self.tags, row, strict=True) if p > PROBABILITY_FLOOR)
+            for row in rows
         ]
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[tuple[str, float]]]:
         """Tag a batch of `(H, W, 3)` uint8 images of any sizes; one row per image."""
-        return self.postprocess(self.forward(torch.stack([self.preprocess(image) for image in images])))
+        return self.postprocess(
+            self.forward(torch.stack([self.preprocess(image) for image in images]))
+        )
 
 
 def build(config: dict[str, Any]) -> JoyTagViT:
-    """The network with fresh weights for JoyTag's own `config.json` (`class` and constructor arguments).
+    """The network with fresh weights for JoyTag's own `config.json` (`class` and constructor
+    arguments).
 
-    Raises:
-        ModelError: A key is missing or unknown, or asks for a variant that JoyTag's release does not use.
+    Raises: ModelError: A key is missing or unknown, or asks for a variant that JoyTag's release
+        does not use.
     """
     if config.get("class") != "ViT":
-        raise ModelError(f"tagger: config class={config.get('class')!r}, but only 'ViT' (JoyTag) is known")
+        raise ModelError(
+            f"tagger: config class={config.get('class')!r}, but only 'ViT' (JoyTag) is known"
+        )
     if not config.get("use_sine", True) or config.get("patch_dropout", 0):
         raise ModelError("tagger: only use_sine=true with patch_dropout=0 is supported")
     known = {*_REQUIRED, *_WITHOUT_EFFECT, "class", "use_sine", "patch_dropout"}
@@ -174,10 +188,15 @@ def build(config: dict[str, Any]) -> JoyTagViT:
     return JoyTagViT(**{key: config[key] for key in _REQUIRED})
 
 
-def save(folder: Path, model: JoyTagViT, tags: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+def save(
+    folder: Path, model: JoyTagViT, tags: Sequence[str], dtype: torch.dtype = torch.float32
+) -> None:
     """Write the three files that `Tagger.load` reads; `dtype` is that of the stored weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
+    state = {
+        key: value.detach().to("cpu", dtype).contiguous()
+        for key, value in model.state_dict().items()
+    }
     save_file(state, folder / "model.safetensors")
     config = {"class": "ViT", **model.config, "use_sine": True}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -185,7 +204,8 @@ def save(folder: Path, model: JoyTagViT, tags: Sequence[str], dtype: torch.dtype
 
 
 class _Stem(nn.Module):
-    """Convolutions written as `conv:c=64,k=3,s=2,p=1;ln;relu;…` (those are the defaults of k, s and p)."""
+    """Convolutions written as `conv:c=64,k=3,s=2,p=1;ln;relu;…` (those are the defaults of k, s and
+    p)."""
 
     def __init__(self, grammar: str, d_model: int) -> None:
         super().__init__()
@@ -195,18 +215,25 @@ class _Stem(nn.Module):
             kind, _, options = word.partition(":")
             if kind == "conv":
                 values = {"k": 3, "s": 2, "p": 1} | {
-                    key: int(value) for key, _, value in (option.partition("=") for option in options.split(","))
+                    key: int(value)
+                    for key, _, value in (option.partition("=") for option in options.split(","))
                 }
-                layers.append(nn.Conv2d(channels, values["c"], values["k"], values["s"], values["p"]))
+                layers.append(
+                    nn.Conv2d(channels, values["c"], values["k"], values["s"], values["p"])
+                )
                 channels = values["c"]
             elif kind == "ln":
                 layers.append(_ChannelNorm(channels))
             elif kind == "relu":
                 layers.append(nn.ReLU())
             else:
-                raise ModelError(f"tagger: cnn_stem has the word {word!r}; known are conv, ln and relu")
+                raise ModelError(
+                    f"tagger: cnn_stem has the word {word!r}; known are conv, ln and relu"
+                )
         if channels != d_model:
-            raise ModelError(f"tagger: cnn_stem ends with {channels} channels, but d_model={d_model}")
+            raise ModelError(
+                f"tagger: cnn_stem ends with {channels} channels, but d_model={d_model}"
+            )
         self.conv = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -227,7 +254,9 @@ class _ChannelNorm(nn.Module):
 class _LayerScale(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.skip = nn.Parameter(torch.full((channels,), 0.1))  # CaiT's value for up to 18 blocks, arXiv:2103.17239.
+        self.skip = nn.Parameter(
+            torch.full((channels,), 0.1)
+        )  # CaiT's value for up to 18 blocks, arXiv:2103.17239.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.skip
@@ -259,9 +288,13 @@ class _Block(nn.Module):
         self.skip_init2 = _LayerScale(d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # (B, tokens, 3, heads, d_head)
+        qkv = self.qkv_proj(self.norm1(x)).unflatten(
+            -1, (3, self.num_heads, -1)
+        )  # (B, tokens, 3, heads, d_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, d_head)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mixed = (
+            nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
         x = x + self.skip_init1(self.out_proj(mixed))
         x = x + self.skip_init2(self.mlp(self.norm2(x)))
         return x

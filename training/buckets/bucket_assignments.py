@@ -1,4 +1,5 @@
-"""Who goes to which bucket: the training resolution that fits each picture's shape best, and a report of all."""
+"""Who goes to which bucket: the training resolution that fits each picture's shape best, and a
+report of all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,23 +18,29 @@ _SIDES = ("height", "width")
 
 
 def assign(
-    images: pl.DataFrame, config: BucketConfig, up_crop: UpCropConfig | None = None, *, seed: int = 0
+    images: pl.DataFrame,
+    config: BucketConfig,
+    up_crop: UpCropConfig | None = None,
+    *,
+    seed: int = 0,
 ) -> tuple[pl.DataFrame, list[dict[str, object]]]:
-    """Give each picture the bucket whose shape is nearest to its own, of those that it covers without growing.
+    """Give each picture the bucket whose shape is nearest to its own, of those that it covers
+    without growing.
 
-    Nearest is the smallest distance between the logarithms of width / height; of two buckets at the same distance the
-    first in the plan's order wins. A picture that covers no bucket is rejected, or with `allow_upscale` enlarged to the
-    nearest of all. The picture is then resized until it just covers its bucket; or, by `up_crop`, until it fits in.
+    Nearest is the smallest distance between the logarithms of width / height; of two buckets at the
+    same distance the first in the plan's order wins. A picture that covers no bucket is rejected,
+    or with `allow_upscale` enlarged to the nearest of all. The picture is then resized until it
+    just covers its bucket; or, by `up_crop`, until it fits in.
 
-    Args:
-        images: Columns image_id, shard, height, width: upright source size in pixels; and with `up_crop` a list of
+    Args: images: Columns image_id, shard, height, width: upright source size in pixels; and with
+        `up_crop` a list of
             tag names.
         config: Plan, its options and scale.
         up_crop: Which pictures are padded instead of cropped; None for none.
         seed: Keys which of the eligible ones are padded.
 
-    Returns:
-        Rows of `bucket_assignments`, and rows for `rejections` with reason `smaller_than_bucket` or `no_bucket`.
+    Returns: Rows of `bucket_assignments`, and rows for `rejections` with reason
+        `smaller_than_bucket` or `no_bucket`.
 
     Source: bigASP's page: the best fit that is not larger than the picture in any dimension.
     """
@@ -47,13 +54,21 @@ def assign(
         bucket, fits = _among_covered(source, sizes, wanted, allow_upscale=config.allow_upscale)
         resized = _cover(source, bucket)
     error = np.abs(source[:, 1] / source[:, 0] - bucket[:, 1] / bucket[:, 0])
-    far = error > config.value("max_ar_error") if config.plan == "arb" else np.zeros(len(source), dtype=bool)
+    far = (
+        error > config.value("max_ar_error")
+        if config.plan == "arb"
+        else np.zeros(len(source), dtype=bool)
+    )
     kept = fits & ~far
     rejected = _rejections(images, source, wanted, ~fits, error, fits & far, config)
     placed = images.filter(pl.Series(kept, dtype=pl.Boolean))
     bucket, resized, source = bucket[kept], resized[kept], source[kept]
     cut = 1 - bucket.prod(axis=1) / np.maximum(resized.prod(axis=1), 1)
-    padded = np.zeros(len(bucket), dtype=bool) if up_crop is None else _padded(placed, cut, up_crop, seed)
+    padded = (
+        np.zeros(len(bucket), dtype=bool)
+        if up_crop is None
+        else _padded(placed, cut, up_crop, seed)
+    )
     resized[padded] = _contain(source[padded], bucket[padded], allow_upscale=config.allow_upscale)
     columns = {
         "bucket": bucket,
@@ -80,8 +95,8 @@ class Report:
     buckets: pl.DataFrame
     """height, width, images, share of all, mean share of area kept; the fullest first."""
     numbers: dict[str, float]
-    """Mean share of area kept, pictures enlarged and padded, buckets with a single picture, and what each batch size
-    would leave over in an epoch."""
+    """Mean share of area kept, pictures enlarged and padded, buckets with a single picture, and
+    what each batch size would leave over in an epoch."""
 
 
 def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
@@ -98,7 +113,9 @@ def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
         .with_columns(share=(pl.col("images") / max(placed.height, 1)).round(4))
         .select("height", "width", "images", "share", "area_kept")
     )
-    grown = placed.filter((pl.col("resized_height") > pl.col("height")) | (pl.col("resized_width") > pl.col("width")))
+    grown = placed.filter(
+        (pl.col("resized_height") > pl.col("height")) | (pl.col("resized_width") > pl.col("width"))
+    )
     numbers: dict[str, float] = {
         "mean share of area kept": float(placed["area_kept"].mean() or 0),  # type: ignore[arg-type]
         "enlarged": grown.height,
@@ -114,13 +131,16 @@ def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
 def _among_covered(
     source: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, *, allow_upscale: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest bucket that each picture covers, `(N, 2)`, and whether there is one; few need a second look."""
+    """The nearest bucket that each picture covers, `(N, 2)`, and whether there is one; few need a
+    second look."""
     bucket = wanted.copy()
     fits: np.ndarray = np.all(source >= wanted, axis=1)
     second = np.flatnonzero(~fits)
     shapes = np.log(sizes[:, 1] / sizes[:, 0])
     for rows in np.array_split(second, max(len(second) * len(sizes) // 4_000_000, 1)):
-        covered: np.ndarray = np.all(source[rows, None, :] >= sizes[None, :, :], axis=2)  # (n, buckets)
+        covered: np.ndarray = np.all(
+            source[rows, None, :] >= sizes[None, :, :], axis=2
+        )  # (n, buckets)
         distance = np.abs(np.log(source[rows, 1] / source[rows, 0])[:, None] - shapes[None, :])
         distance[~covered] = np.inf
         least = distance.min(axis=1, keepdims=True)
@@ -132,7 +152,8 @@ def _among_covered(
 
 
 def _nearest(source: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Index of the nearest bucket by log aspect ratio for each row, first in the plan's order on a tie."""
+    """Index of the nearest bucket by log aspect ratio for each row, first in the plan's order on a
+    tie."""
     shapes = np.log(sizes[:, 1] / sizes[:, 0])
     order = np.argsort(shapes, kind="stable")
     shapes, first = np.unique(shapes[order], return_index=True)
@@ -147,11 +168,15 @@ def _nearest(source: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return order[np.where(take_below, below, above)]
 
 
-def _own_sizes(source: np.ndarray, config: BucketConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """kohya's no_upscale: bucket and resized size of each picture, `(N, 2)`, and whether a step fits into it.
+def _own_sizes(
+    source: np.ndarray, config: BucketConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """kohya's no_upscale: bucket and resized size of each picture, `(N, 2)`, and whether a step
+    fits into it.
 
-    A picture beyond the area shrinks to it, with one side rounded to the step. Which side: that whose bucket, both
-    sides in whole steps, keeps the picture's shape better; on a tie the height. Then both sides are cut to the step.
+    A picture beyond the area shrinks to it, with one side rounded to the step. Which side: that
+    whose bucket, both sides in whole steps, keeps the picture's shape better; on a tie the height.
+    Then both sides are cut to the step.
 
     Source: kohya-ss/sd-scripts, library/train_util.py, BucketManager.select_bucket.
     """
@@ -163,7 +188,9 @@ def _own_sizes(source: np.ndarray, config: BucketConfig) -> tuple[np.ndarray, np
     a = np.stack([_round(by_width / aspect), by_width], axis=1)
     b = np.stack([by_height, _round(by_height * aspect)], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        error_a, error_b = (np.abs(c[:, 1] / c[:, 0] - aspect) for c in (a // step * step, b // step * step))
+        error_a, error_b = (
+            np.abs(c[:, 1] / c[:, 0] - aspect) for c in (a // step * step, b // step * step)
+        )
     shrunk = np.where((error_a < error_b)[:, None], a, b)
     resized = np.where((source.prod(axis=1) > area)[:, None], shrunk, source)
     bucket = resized // step * step
@@ -191,10 +218,17 @@ def _contain(size: np.ndarray, bucket: np.ndarray, *, allow_upscale: bool) -> np
 
 
 def _padded(placed: pl.DataFrame, cut: np.ndarray, config: UpCropConfig, seed: int) -> np.ndarray:
-    """Which pictures are padded instead of cropped, `(N,)`; a draw depends on the image and on nothing else."""
+    """Which pictures are padded instead of cropped, `(N,)`; a draw depends on the image and on
+    nothing else."""
     if not config.share:
         return np.zeros(len(cut), dtype=bool)
-    drawn = placed["tags"].list.set_intersection(pl.Series([list(config.except_tags)])).list.len().to_numpy() > 0
+    drawn = (
+        placed["tags"]
+        .list.set_intersection(pl.Series([list(config.except_tags)]))
+        .list.len()
+        .to_numpy()
+        > 0
+    )
     eligible = (cut >= config.min_cut) & ~drawn
     chosen = np.zeros(len(cut), dtype=bool)
     for row in np.flatnonzero(eligible).tolist():
@@ -215,11 +249,19 @@ def _rejections(
     """Rows of `rejected_images` for those that cover no bucket, and for those too unlike any."""
     reason = Reason.SMALLER_THAN_BUCKET
     rows = [
-        {"reason": reason, "value": str(Size(*source[i].tolist())), "limit": str(Size(*wanted[i].tolist()))}
+        {
+            "reason": reason,
+            "value": str(Size(*source[i].tolist())),
+            "limit": str(Size(*wanted[i].tolist())),
+        }
         for i in np.flatnonzero(small).tolist()
     ]
     rows += [
-        {"reason": Reason.NO_BUCKET, "value": f"{error[i]:.3f}", "limit": f"{config.value('max_ar_error'):g}"}
+        {
+            "reason": Reason.NO_BUCKET,
+            "value": f"{error[i]:.3f}",
+            "limit": f"{config.value('max_ar_error'):g}",
+        }
         for i in np.flatnonzero(far).tolist()
     ]
     numbers = np.concatenate([np.flatnonzero(small), np.flatnonzero(far)])
@@ -228,10 +270,17 @@ def _rejections(
 
 
 def nothing_fits(images: pl.DataFrame, config: BucketConfig) -> str:
-    """One line for a plan into which none of the pictures goes: what the largest is, and the smallest bucket."""
-    largest = max((Size(*row) for row in images.select(_SIDES).iter_rows()), key=lambda size: size.area)
+    """One line for a plan into which none of the pictures goes: what the largest is, and the
+    smallest bucket."""
+    largest = max(
+        (Size(*row) for row in images.select(_SIDES).iter_rows()), key=lambda size: size.area
+    )
     sizes = plan(config)
-    smallest = f"its smallest bucket is {min(sizes, key=lambda size: size.area)}" if sizes else "it needs larger ones"
+    smallest = (
+        f"its smallest bucket is {min(sizes, key=lambda size: size.area)}"
+        if sizes
+        else "it needs larger ones"
+    )
     return (
         f"bucket plan {config.plan!r}: none of {images.height} pictures fits, the largest has {largest} px, "
         f"{smallest}; choose a smaller plan, a scale, or allow_upscale = true"

@@ -1,6 +1,8 @@
-"""From a picture to its bucket: where the crop or the padding lies, its pixels, and where a box of the source ends up.
+"""From a picture to its bucket: where the crop or the padding lies, its pixels, and where a box of
+the source ends up.
 
-The same placement makes the pixels, the conditioning and the mask, so that the three cannot disagree.
+The same placement makes the pixels, the conditioning and the mask, so that the three cannot
+disagree.
 """
 
 from collections.abc import Sequence
@@ -35,37 +37,38 @@ def place(
     upscale: bool = False,
     resized: Size | None = None,
 ) -> Placement:
-    """Resize a picture until it just covers its bucket, and choose which part of the overhang to cut; or pad it.
+    """Resize a picture until it just covers its bucket, and choose which part of the overhang to
+    cut; or pad it.
 
-    The resized picture equals the bucket along one side, so the crop moves along the other, unless `resized` says what
-    it is resized to: then it may overhang along both, which are chosen one after the other.
+    The resized picture equals the bucket along one side, so the crop moves along the other, unless
+    `resized` says what it is resized to: then it may overhang along both, which are chosen one
+    after the other.
 
-    Args:
-        original: Upright source size, px.
-        bucket: Target size, px.
-        mode: `random` draws the offset from (generation, image_id); `centre` halves the overhang, rounded down;
-            `subject` draws as `random` does, among the offsets that keep 98 % of the importance that the best keeps.
+    Args: original: Upright source size, px. bucket: Target size, px. mode: `random` draws the
+        offset from (generation, image_id); `centre` halves the overhang, rounded down;
+            `subject` draws as `random` does, among the offsets that keep 98 % of the importance
+            that the best keeps.
         seed: Keys the draw.
         generation: Encoding pass: each pass crops anew.
         image_id: SHA-256 of the source.
         flip: Mirror left to right after the crop.
-        crop_box: Part of the source that matters, upright source px. It wins over `mode` and `avoid`: the crop lies as
-            near to the box's centre as the picture's borders allow.
+        crop_box: Part of the source that matters, upright source px. It wins over `mode` and
+            `avoid`: the crop lies as near to the box's centre as the picture's borders allow.
         avoid: Boxes of upright source px of which as little as possible may lie in the crop.
         importance: `(h, w)` over the upright source, for `subject`.
         padded: Fit the whole picture into the bucket, in its middle, instead of cropping.
         upscale: The picture may grow.
-        resized: What it is resized to, at least its bucket's size; None for the smallest size that covers the bucket.
+        resized: What it is resized to, at least its bucket's size; None for the smallest size that
+            covers the bucket.
 
-    Returns:
-        A placement that covers the bucket, none of its sides shorter; or, padded, one that lies within it with none
-        longer.
+    Returns: A placement that covers the bucket, none of its sides shorter; or, padded, one that
+        lies within it with none longer.
 
     Raises:
         DataError: the picture would have to grow, or `subject` has no importance to go by.
 
-    Source: bigASP's encode-vaes.py (cover, int(x * scale + 0.5), random offset); SDXL report, arXiv:2307.01952,
-    section 2.2 (crop in pixels of the resized image).
+    Source: bigASP's encode-vaes.py (cover, int(x * scale + 0.5), random offset); SDXL report,
+    arXiv:2307.01952, section 2.2 (crop in pixels of the resized image).
     """
     if mode == "subject" and crop_box is None and importance is None and not padded:
         raise DataError(f"image {image_id}: crop mode 'subject' needs the picture's importance map")
@@ -77,7 +80,11 @@ def place(
     rng = seeds.generator(seed, seeds.Purpose.CROP, generation, image_id)
     offsets = [0, 0]
     for axis in (0, 1):
-        slack, side, scale = resized[axis] - bucket[axis], bucket[axis], resized[axis] / original[axis]
+        slack, side, scale = (
+            resized[axis] - bucket[axis],
+            bucket[axis],
+            resized[axis] / original[axis],
+        )
         if slack == 0:
             continue
         if crop_box is not None:
@@ -107,16 +114,21 @@ def cover(original: Size, bucket: Size, *, upscale: bool = False) -> Size:
     """
     scale = max(bucket.height / original.height, bucket.width / original.width)
     if scale > 1 and not upscale:
-        raise DataError(f"picture of {original} px is smaller than its bucket of {bucket} px: it would have to grow")
+        raise DataError(
+            f"picture of {original} px is smaller than its bucket of {bucket} px: it would have to grow"
+        )
     return Size(int(original.height * scale + 0.5), int(original.width * scale + 0.5))
 
 
 def contain(original: Size, bucket: Size, *, upscale: bool = False) -> Size:
-    """The largest size of a picture that fits into its bucket, px; one that may not grow stays as small as it is."""
+    """The largest size of a picture that fits into its bucket, px; one that may not grow stays as
+    small as it is."""
     scale = min(bucket.height / original.height, bucket.width / original.width)
     if not upscale:
         scale = min(scale, 1.0)
-    return Size(max(int(original.height * scale + 0.5), 1), max(int(original.width * scale + 0.5), 1))
+    return Size(
+        max(int(original.height * scale + 0.5), 1), max(int(original.width * scale + 0.5), 1)
+    )
 
 
 def _kept(profile: np.ndarray, length: int, side: int, offsets: np.ndarray) -> np.ndarray:
@@ -126,8 +138,11 @@ def _kept(profile: np.ndarray, length: int, side: int, offsets: np.ndarray) -> n
     return np.interp(offsets + side, borders, total) - np.interp(offsets, borders, total)
 
 
-def _overlap(boxes: Sequence[Box], axis: int, scale: float, side: int, offsets: np.ndarray) -> np.ndarray:
-    """Area of the boxes inside crops of `side` at `offsets`; the crop spans the other axis wholly."""
+def _overlap(
+    boxes: Sequence[Box], axis: int, scale: float, side: int, offsets: np.ndarray
+) -> np.ndarray:
+    """Area of the boxes inside crops of `side` at `offsets`; the crop spans the other axis
+    wholly."""
     area = np.zeros(len(offsets))
     for box in boxes:
         low, high, across = box[axis] * scale, box[axis + 2] * scale, box[3 - axis] - box[1 - axis]
@@ -153,22 +168,26 @@ def apply(pixels: np.ndarray, placement: Placement) -> np.ndarray:
         raise DataError(f"picture is {size} px, its placement was made for {placement.original} px")
     image = Image.fromarray(pixels)
     if placement.resized != size:
-        image = image.resize((placement.resized.width, placement.resized.height), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (placement.resized.width, placement.resized.height), Image.Resampling.LANCZOS
+        )
     rows = slice(placement.crop_top, placement.crop_top + placement.bucket.height)
     columns = slice(placement.crop_left, placement.crop_left + placement.bucket.width)
     cropped = np.asarray(image)[rows, columns]
     if placement.padded:
         canvas = np.full((*placement.bucket, 3), PADDING_LEVEL, dtype=np.uint8)
         height, width = cropped.shape[:2]
-        canvas[placement.pad_top : placement.pad_top + height, placement.pad_left : placement.pad_left + width] = (
-            cropped
-        )
+        canvas[
+            placement.pad_top : placement.pad_top + height,
+            placement.pad_left : placement.pad_left + width,
+        ] = cropped
         cropped = canvas  # (bucket height, bucket width, 3)
     return np.ascontiguousarray(cropped[:, ::-1] if placement.flip else cropped)
 
 
 def told_crop(placement: Placement, rules_version: int) -> tuple[int, int]:
-    """Rows and columns that a model is told were cut off above and on the left of a picture, px of the resized image.
+    """Rows and columns that a model is told were cut off above and on the left of a picture, px of
+    the resized image.
 
     Rules of version 1 told of a mirrored picture what had been cut off on its right.
     """
@@ -176,7 +195,8 @@ def told_crop(placement: Placement, rules_version: int) -> tuple[int, int]:
 
 
 def map_box(box: Box, placement: Placement) -> Box | None:
-    """Where a box of the upright source lies in the bucket-sized picture, px; None when it was cut away."""
+    """Where a box of the upright source lies in the bucket-sized picture, px; None when it was cut
+    away."""
     down = placement.resized.height / placement.original.height
     across = placement.resized.width / placement.original.width
     bucket = placement.bucket

@@ -1,4 +1,5 @@
-"""Sizes and placements, height first: how an image is shrunk, cropped and mapped into its bucket."""
+"""Sizes and placements, height first: how an image is shrunk, cropped and mapped into its
+bucket."""
 
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ class Box(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """How a source image became a bucket-sized picture: resize to `resized`, then crop at the offset."""
+    """How a source image became a bucket-sized picture: resize to `resized`, then crop at the
+    offset."""
 
     original: Size
     """Upright source size."""
@@ -60,7 +62,7 @@ class Placement(NamedTuple):
 
     @property
     def seen_crop(self) -> tuple[int, int]:
-        """Rows cut off above, and columns cut off on the left of the picture as it is seen: mirrored, those that were
-        cut off on the right before. Pixels of the resized image."""
+        """Rows cut off above, and columns cut off on the left of the picture as it is seen:
+        mirrored, those that were cut off on the right before. Pixels of the resized image."""
         overhang = max(self.resized.width - self.bucket.width, 0)
         return self.crop_top, overhang - self.crop_left if self.flip else self.crop_left

@@ -1,4 +1,5 @@
-"""Bucket plans: named lists of training resolutions, each as its authors' tools make it. Pure integer arithmetic."""
+"""Bucket plans: named lists of training resolutions, each as its authors' tools make it. Pure
+integer arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class BucketConfig:
     step: int | None = None
     """kohya: what sides are multiples of; 64."""
     no_upscale: bool | None = None
-    """kohya: each picture keeps its own size, cut to multiples of `step`, and only one beyond the area shrinks."""
+    """kohya: each picture keeps its own size, cut to multiples of `step`, and only one beyond the
+    area shrinks."""
     base_res: tuple[int, int] | None = None
     """arb: the square that joins the list; 768, 768."""
     max_size: tuple[int, int] | None = None
@@ -63,7 +65,9 @@ class BucketConfig:
 
     def __post_init__(self) -> None:
         if self.plan not in OPTIONS:
-            raise ConfigError(f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(OPTIONS)}")
+            raise ConfigError(
+                f"encodings.*.buckets.plan={self.plan!r} must be one of {sorted(OPTIONS)}"
+            )
         check_positive("encodings.*.buckets", scale=self.scale)
         for option in (name for names in OPTIONS.values() for name in names):
             value = getattr(self, option)
@@ -71,13 +75,19 @@ class BucketConfig:
                 continue
             if option not in OPTIONS[self.plan]:
                 own = ", ".join(OPTIONS[self.plan]) or "none"
-                raise ConfigError(f"encodings.*.buckets.{option}={value} is no option of plan {self.plan!r} ({own})")
+                raise ConfigError(
+                    f"encodings.*.buckets.{option}={value} is no option of plan {self.plan!r} ({own})"
+                )
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 check_positive("encodings.*.buckets", **{option: value})
         if self.plan == "custom" and not self.sizes:
-            raise ConfigError("encodings.*.buckets.sizes must list [height, width] pairs for plan 'custom'")
+            raise ConfigError(
+                "encodings.*.buckets.sizes must list [height, width] pairs for plan 'custom'"
+            )
         if self.no_upscale and self.allow_upscale:
-            raise ConfigError("encodings.*.buckets: no_upscale=true and allow_upscale=true exclude each other")
+            raise ConfigError(
+                "encodings.*.buckets: no_upscale=true and allow_upscale=true exclude each other"
+            )
         if self.no_upscale and self.value("step") % (self.scale * VAE_FACTOR):
             raise ConfigError(
                 f"encodings.*.buckets.step={self.value('step')} must be a multiple of {VAE_FACTOR} px after division "
@@ -101,13 +111,23 @@ _BUCKET_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpCropConfig:
-    """Pictures that are padded to their bucket instead of cropped, so that nothing of them is lost."""
+    """Pictures that are padded to their bucket instead of cropped, so that nothing of them is
+    lost."""
 
     share: float = 0.0
-    """Share of the eligible pictures that are padded, chosen by image_id; the others are cropped as ever."""
+    """Share of the eligible pictures that are padded, chosen by image_id; the others are cropped as
+    ever."""
     min_cut: float = 0.05
     """Eligible are pictures of whose area the crop would cut at least this share,"""
-    except_tags: tuple[str, ...] = ("drawing", "illustration", "lineart", "sketch", "comic", "anime", "monochrome")
+    except_tags: tuple[str, ...] = (
+        "drawing",
+        "illustration",
+        "lineart",
+        "sketch",
+        "comic",
+        "anime",
+        "monochrome",
+    )
     """and which have none of these tags: padding thins the lines of drawn pictures."""
 
     def __post_init__(self) -> None:
@@ -124,7 +144,9 @@ def plan(config: BucketConfig) -> tuple[Size, ...]:
     """
     full = _FULL[config.plan](config)
     if not full and not follows_picture(config):
-        raise ConfigError(f"encodings.*.buckets: plan {config.plan!r} with these options has no size at all")
+        raise ConfigError(
+            f"encodings.*.buckets: plan {config.plan!r} with these options has no size at all"
+        )
     for size in full:
         if min(size) <= 0 or any(side % (config.scale * VAE_FACTOR) for side in size):
             raise ConfigError(
@@ -134,7 +156,9 @@ def plan(config: BucketConfig) -> tuple[Size, ...]:
     if len(set(full)) != len(full):
         twice = next(size for size in full if full.count(size) > 1)
         raise ConfigError(f"encodings.*.buckets.sizes: {twice} stands twice")
-    return tuple(sorted(Size(size.height // config.scale, size.width // config.scale) for size in full))
+    return tuple(
+        sorted(Size(size.height // config.scale, size.width // config.scale) for size in full)
+    )
 
 
 def follows_picture(config: BucketConfig) -> bool:
@@ -154,12 +178,14 @@ def _sdxl_paper(config: BucketConfig) -> list[Size]:
 
 
 def _bigasp_v1(config: BucketConfig) -> list[Size]:
-    """The 26 of bigASP v1's page: width / height from 0.5 to 3 (fpgaminer/bigasp-training, encode-vaes.py)."""
+    """The 26 of bigASP v1's page: width / height from 0.5 to 3 (fpgaminer/bigasp-training,
+    encode-vaes.py)."""
     return [size for size in _band(config) if _BIGASP_ASPECT[0] <= size.aspect <= _BIGASP_ASPECT[1]]
 
 
 def _kohya(config: BucketConfig) -> list[Size]:
-    """kohya's make_bucket_resolutions: the square, and for each side the longest other side within the area.
+    """kohya's make_bucket_resolutions: the square, and for each side the longest other side within
+    the area.
 
     Source: kohya-ss/sd-scripts, library/model_util.py.
     """
@@ -179,10 +205,14 @@ def _kohya(config: BucketConfig) -> list[Size]:
 def _arb(config: BucketConfig) -> list[Size]:
     """NovelAI's buckets as naifu-diffusion generates them (data/buckets.py), which trained BPModel.
 
-    From every width, the tallest size within the budget, and from every height the widest. The base size, which is
-    smaller than the budget, comes in when the first walk passes it.
+    From every width, the tallest size within the budget, and from every height the widest. The base
+    size, which is smaller than the budget, comes in when the first walk passes it.
     """
-    base, limit, step = Size(*config.value("base_res")), config.value("dim_limit"), config.value("divisible")
+    base, limit, step = (
+        Size(*config.value("base_res")),
+        config.value("dim_limit"),
+        config.value("divisible"),
+    )
     smallest, budget = config.value("min_dim"), Size(*config.value("max_size")).area
     found: set[Size] = set()
     for side in range(smallest, limit + 1, step):
@@ -201,4 +231,10 @@ def _custom(config: BucketConfig) -> list[Size]:
     return [Size(*size) for size in config.value("sizes")]
 
 
-_FULL = {"sdxl_paper": _sdxl_paper, "bigasp_v1": _bigasp_v1, "kohya": _kohya, "arb": _arb, "custom": _custom}
+_FULL = {
+    "sdxl_paper": _sdxl_paper,
+    "bigasp_v1": _bigasp_v1,
+    "kohya": _kohya,
+    "arb": _arb,
+    "custom": _custom,
+}

@@ -1,1 +1,2 @@
-"""Every option there is: frozen dataclasses, recipe files, and what runs of older versions meant."""
+"""Every option there is: frozen dataclasses, recipe files, and what runs of older versions
+meant."""

@@ -1,4 +1,5 @@
-"""Runs that older versions began: what they did before an option existed, so that every resume goes on as it began."""
+"""Runs that older versions began: what they did before an option existed, so that every resume goes
+on as it began."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -36,10 +37,12 @@ def lacking(values: Mapping[str, Any]) -> set[str]:
 
 
 def as_begun(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-    """A recipe's config for a run that was begun: options that its recorded config lacks, and that the recipe leaves
-    at their defaults, stay as the run began; and so does the precision, which those versions did not leave to the
-    device."""
-    own, defaults = (toml.flatten(toml.dump(one)) for one in (config, RunConfig(encoding=config.encoding)))
+    """A recipe's config for a run that was begun: options that its recorded config lacks, and that
+    the recipe leaves at their defaults, stay as the run began; and so does the precision, which
+    those versions did not leave to the device."""
+    own, defaults = (
+        toml.flatten(toml.dump(one)) for one in (config, RunConfig(encoding=config.encoding))
+    )
     unknown = lacking(recorded)
     kept = _before({key for key in unknown if own[key] == defaults[key]})
     if own["rules_version"] == defaults["rules_version"]:
@@ -50,9 +53,12 @@ def as_begun(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """A config without the options that are as in `BEFORE`: equal to what older versions would have said."""
+    """A config without the options that are as in `BEFORE`: equal to what older versions would have
+    said."""
     values = toml.flatten(toml.dump(config))
-    return _nested({key: value for key, value in values.items() if key not in BEFORE or value != BEFORE[key]})
+    return _nested(
+        {key: value for key, value in values.items() if key not in BEFORE or value != BEFORE[key]}
+    )
 
 
 def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -30,10 +30,14 @@ def recipe_path(folder: Path, name: str) -> Path:
 
 def recipe_names(folder: Path) -> list[str]:
     """Names of the recipes in a folder, sorted."""
-    return sorted(item.stem for item in folder.iterdir() if item.suffix == ".toml" and item.stem != "tiny")
+    return sorted(
+        item.stem for item in folder.iterdir() if item.suffix == ".toml" and item.stem != "tiny"
+    )
 
 
-def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None, home: Path | None = None) -> str:
+def workspace_toml(
+    path: Path, sources: list[str], *, tiny: Path | None, home: Path | None = None
+) -> str:
     """The `[workspace]` half as the text of a new foundry.toml, comments kept.
 
     Args:
@@ -51,7 +55,9 @@ def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None, home: P
     if start is None:
         raise ConfigError(f"{path} has no [workspace] half")
     body = text[start.end() : end.start() if end else len(text)]
-    document = tomlkit.parse(re.sub(r"^(\s*\[+)workspace\.", r"\1", body.strip() + "\n", flags=re.MULTILINE))
+    document = tomlkit.parse(
+        re.sub(r"^(\s*\[+)workspace\.", r"\1", body.strip() + "\n", flags=re.MULTILINE)
+    )
     if sources:
         document["sources"] = _source_tables(sources, home)
     if tiny is not None:
@@ -59,7 +65,11 @@ def workspace_toml(path: Path, sources: list[str], *, tiny: Path | None, home: P
     config = toml.build(WorkspaceConfig, document.unwrap(), origin=path)
     prompts = toml.load(path).get("run", {}).get("prompts", {})
     style = held_out_prompts(toml.build(PromptConfig, prompts, origin=path, prefix="run.prompts."))
-    said = {name: value for name, value in toml.dump(style).items() if value != toml.dump(HeldOutPromptsConfig())[name]}
+    said = {
+        name: value
+        for name, value in toml.dump(style).items()
+        if value != toml.dump(HeldOutPromptsConfig())[name]
+    }
     for name, made in config.prompt_sets.items():
         if said and made.held_out and made.prompts == HeldOutPromptsConfig():
             document["prompt_sets"][name]["prompts"] = said
@@ -112,7 +122,8 @@ def run_config(path: Path, assignments: list[str], *, tiny: Path | None) -> RunC
 
 
 def run_toml(config: RunConfig, unsaid: Collection[str] = ()) -> str:
-    """A resolved run as the text of its config.toml, without absent options and the dotted keys in `unsaid`."""
+    """A resolved run as the text of its config.toml, without absent options and the dotted keys in
+    `unsaid`."""
     values = toml.dump(config)
     absent = {key for key, value in toml.flatten(values).items() if value is None}
     return tomlkit.dumps(older_runs.without(values, absent.union(unsaid)))
@@ -157,5 +168,8 @@ def _places(values: Any, half: str, path: str, *, create: bool) -> list[tuple[An
         if parent == "*":
             tables = [table[key] for table in tables for key in table]
         else:
-            tables = [table.setdefault(parent, {}) if create else table.get(parent, {}) for table in tables]
+            tables = [
+                table.setdefault(parent, {}) if create else table.get(parent, {})
+                for table in tables
+            ]
     return [(table, last) for table in tables]

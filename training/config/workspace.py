@@ -1,6 +1,8 @@
-"""Every option of a workspace: frozen dataclasses, the only home of a default, read from `foundry.toml`.
+"""Every option of a workspace: frozen dataclasses, the only home of a default, read from
+`foundry.toml`.
 
-A recipe's `[workspace]` half becomes `WorkspaceConfig`; its `[run]` half is in `training/config/run.py`.
+A recipe's `[workspace]` half becomes `WorkspaceConfig`; its `[run]` half is in
+`training/config/run.py`.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ class SourceConfig:
     tags: tuple[str, ...] = ()
     """Tags that every image of it carries."""
     words: Literal["auto", "tags", "captions"] = "auto"
-    """What the text files beside its images hold. auto: each line is judged by itself, and `.caption` is prose."""
+    """What the text files beside its images hold. auto: each line is judged by itself, and
+    `.caption` is prose."""
 
     def __post_init__(self) -> None:
         check_name("source", self.name)
@@ -104,7 +107,9 @@ class ModelsConfig:
         for name in self.bases:
             check_name("base", name)
             if name == "base":
-                raise ConfigError("[models.bases.base]: `base` names the model under [models] base; take another name")
+                raise ConfigError(
+                    "[models.bases.base]: `base` names the model under [models] base; take another name"
+                )
 
     def base_named(self, name: str) -> BaseConfig:
         """The model that a run's `base` names.
@@ -116,7 +121,9 @@ class ModelsConfig:
             return BaseConfig(path=self.base, license=self.base_license)
         if name not in self.bases:
             known = ", ".join(["base", *sorted(self.bases)])
-            raise ConfigError(f"base={name!r} is no model of [models.bases] in foundry.toml; there are: {known}")
+            raise ConfigError(
+                f"base={name!r} is no model of [models.bases] in foundry.toml; there are: {known}"
+            )
         return self.bases[name]
 
 
@@ -161,7 +168,9 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         if len(self.shares) != 9 or abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) <= 0:
-            raise ConfigError(f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1")
+            raise ConfigError(
+                f"quality.shares={list(self.shares)} must be nine positive shares that sum to 1"
+            )
         check_fractions("quality", junk_threshold=self.junk_threshold)
 
 
@@ -211,17 +220,19 @@ class EncodingConfig:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     """Training resolutions."""
     crop: Literal["random", "centre", "subject"] = "random"
-    """Where in the slack the crop lies. `random` is keyed by (generation, image_id); `subject` draws the same way among
-    the crops that keep what stands out, so that heads stay in. A crop box from a sidecar wins over all."""
+    """Where in the slack the crop lies. `random` is keyed by (generation, image_id); `subject`
+    draws the same way among the crops that keep what stands out, so that heads stay in. A crop box
+    from a sidecar wins over all."""
     avoid_watermarks: float = 0.0
-    """Confidence from which a watermark box is kept out of the crop where the slack allows it; 0 for never."""
+    """Confidence from which a watermark box is kept out of the crop where the slack allows it; 0
+    for never."""
     up_crop: UpCropConfig = field(default_factory=UpCropConfig)
     """Which pictures are padded instead of cropped."""
     vae: str = "base"
     """`base` for the VAE inside [models] base, or a folder."""
     precision: Literal["tf32", "fp32", "bf16"] = "tf32"
-    """Arithmetic of the VAE: TF32 where the device has it, else fp32; bf16 only where the reconstruction of the
-    shard's first pictures is as good as in fp32."""
+    """Arithmetic of the VAE: TF32 where the device has it, else fp32; bf16 only where the
+    reconstruction of the shard's first pictures is as good as in fp32."""
     tile_above_px: int = 4_194_304
     """Buckets of more pixels are encoded in overlapping tiles, which bounds the memory."""
     log_variance: bool = True
@@ -231,8 +242,8 @@ class EncodingConfig:
     seed: int = 0
     """Keys the crops."""
     codec: Literal["raw", "split-zstd"] = "raw"
-    """How latent files hold their values, without loss: as they are, or in two thirds of the bytes at some cost in
-    reading."""
+    """How latent files hold their values, without loss: as they are, or in two thirds of the bytes
+    at some cost in reading."""
     max_file_bytes: int = 256_000_000
     """Largest latent file before compression, bytes."""
 
@@ -251,7 +262,8 @@ class ReencodingConfig:
     """How latents are encoded anew while training goes on, by the schedule `reencode_latents`."""
 
     num_shards: int = 0
-    """Shards per hour and encoding, those with the oldest latents first; 0 for all that are old enough."""
+    """Shards per hour and encoding, those with the oldest latents first; 0 for all that are old
+    enough."""
     min_age_hours: float = 24.0
     """Latents younger than this stay."""
     max_minutes: float = 55.0
@@ -330,7 +342,9 @@ class WorkspaceConfig:
         """
         if name not in self.encodings:
             known = ", ".join(sorted(self.encodings)) or "none"
-            raise ConfigError(f"foundry.toml has no [encodings.{name}], which a run trains on; there are: {known}")
+            raise ConfigError(
+                f"foundry.toml has no [encodings.{name}], which a run trains on; there are: {known}"
+            )
         return self.encodings[name]
 
     def __post_init__(self) -> None:

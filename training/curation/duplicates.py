@@ -1,7 +1,8 @@
 """Which candidates show the same picture, and which one of them goes on.
 
-Same bytes, same upright pixels, or nearly the same picture by perceptual hash: a re-encoded or resized copy.
-A mirror image is no duplicate here: it shows another direction, and captions and tags tell the two apart.
+Same bytes, same upright pixels, or nearly the same picture by perceptual hash: a re-encoded or
+resized copy. A mirror image is no duplicate here: it shows another direction, and captions and tags
+tell the two apart.
 """
 
 import numpy as np
@@ -16,7 +17,8 @@ MIN_CONTRAST = 0.02
 MIN_BITS = 8
 """A hash with fewer ones, or fewer zeros, is that of a flat picture or a plain gradient."""
 MAX_LUMA_DIFFERENCE = 0.03
-"""Copies keep brightness and contrast; two drawings of one layout in other colours do not. Luma 0-1."""
+"""Copies keep brightness and contrast; two drawings of one layout in other colours do not. Luma
+0-1."""
 MAX_ASPECT_DIFFERENCE = 0.03
 """Copies keep their shape, up to rounding of small sizes. Natural logarithm of width / height."""
 
@@ -27,8 +29,8 @@ _BANDS = tuple(range(0, 64, 16))
 def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
     """Group candidates that show one picture, and choose one of each group.
 
-    Ties are transitive: a chain of near copies is one group. The one kept has the most pixels, then the most
-    bytes per pixel, then the smallest image_id, then the first (source, source_id).
+    Ties are transitive: a chain of near copies is one group. The one kept has the most pixels, then
+    the most bytes per pixel, then the smallest image_id, then the first (source, source_id).
 
     Args:
         raw_images: The table, without candidates that are gone.
@@ -38,7 +40,9 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
     """
     if raw_images.is_empty():
         return TABLES["duplicate_groups"].empty()
-    pictures = raw_images.select("pixel_digest").unique().sort("pixel_digest").with_row_index("picture")
+    pictures = (
+        raw_images.select("pixel_digest").unique().sort("pixel_digest").with_row_index("picture")
+    )
     rows = raw_images.join(pictures, on="pixel_digest")
     components = _connect(rows)
     rows = rows.with_columns(component=pl.Series(components)[rows["picture"]])
@@ -49,7 +53,10 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
         ["component", "area", "density", "image_id", "source", "source_id"],
         descending=[False, True, True, False, False, False],
     )
-    best = {name: pl.col(name).first().over("component") for name in ("image_id", "pixel_digest", "area", "density")}
+    best = {
+        name: pl.col(name).first().over("component")
+        for name in ("image_id", "pixel_digest", "area", "density")
+    }
     kept = pl.int_range(pl.len()).over("component") == 0
     kind = (
         pl.when(kept)
@@ -71,21 +78,26 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit("fewer bytes per pixel"))
         .otherwise(pl.lit("larger id"))
     )
-    rows = rows.with_columns(group=pl.col("image_id").min().over("component"), kind=kind, kept=kept, why=why)
+    rows = rows.with_columns(
+        group=pl.col("image_id").min().over("component"), kind=kind, kept=kept, why=why
+    )
     table = TABLES["duplicate_groups"]
     return table.conform(rows.select(list(table.columns)))
 
 
 def _connect(rows: pl.DataFrame) -> np.ndarray:
     """The component of each picture (a distinct pixel digest), by near-duplicate pairs."""
-    # Here, because Dagster loads this module to draw the graph, and SciPy takes a third of a second.
+    # Here, because Dagster loads this module to draw the graph, and SciPy takes a third of a
+    # second.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     num_pictures = rows["picture"].n_unique()
     pairs = near_pairs(rows.unique("picture", keep="any"))
     first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
-    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(num_pictures, num_pictures))
+    graph = coo_array(
+        (np.ones(len(first), dtype=np.int8), (first, second)), shape=(num_pictures, num_pictures)
+    )
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 

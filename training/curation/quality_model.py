@@ -1,4 +1,5 @@
-"""The workspace's quality model: fitted from its own judgements, or the supplied one while there are too few."""
+"""The workspace's quality model: fitted from its own judgements, or the supplied one while there
+are too few."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,14 +32,16 @@ class FittedQuality:
     """Writes the heads as one safetensors file."""
 
 
-def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *, supplied: Path) -> FittedQuality:
-    """Fit utility and junk heads on judgements, or take the supplied ones where there are fewer than `min_pairs`.
+def fit(
+    pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *, supplied: Path
+) -> FittedQuality:
+    """Fit utility and junk heads on judgements, or take the supplied ones where there are fewer
+    than `min_pairs`.
 
-    Args:
-        pairs: pair_id, a, b, outcome; judgements on images that are gone are left out.
-        embeddings: image_id and vector, one row per image: also the pool that the cut points are frozen on.
-        config: From how many judgements on, and the shares of scores 1-9.
-        supplied: Folder of the heads to fall back on.
+    Args: pairs: pair_id, a, b, outcome; judgements on images that are gone are left out.
+        embeddings: image_id and vector, one row per image: also the pool that the cut points are
+        frozen on. config: From how many judgements on, and the shares of scores 1-9. supplied:
+        Folder of the heads to fall back on.
 
     Raises:
         ModelError: the supplied heads read embeddings of another width.
@@ -47,7 +50,9 @@ def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *,
 
     rows = {image_id: row for row, image_id in enumerate(embeddings["image_id"])}
     vectors = _matrix(embeddings)
-    known = pairs.filter(pl.col("a").is_in(list(rows)) & pl.col("b").is_in(list(rows))).sort("pair_id")
+    known = pairs.filter(pl.col("a").is_in(list(rows)) & pl.col("b").is_in(list(rows))).sort(
+        "pair_id"
+    )
     judged = known.filter(pl.col("outcome").is_in(["a", "b", "tie"]))
     junk = known.filter(pl.col("outcome") == "both_junk")
     report: dict[str, Any] = {}
@@ -55,7 +60,11 @@ def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *,
         model, origin = QualityModel.load(supplied, "cpu"), "supplied"
     else:
         ids_a, ids_b = judged["a"].to_list(), judged["b"].to_list()
-        target = judged["outcome"].replace_strict({"a": 1.0, "b": 0.0, "tie": 0.5}, return_dtype=pl.Float64).to_numpy()
+        target = (
+            judged["outcome"]
+            .replace_strict({"a": 1.0, "b": 0.0, "tie": 0.5}, return_dtype=pl.Float64)
+            .to_numpy()
+        )
         utility, utility_report = fit_utility(
             vectors[[rows[i] for i in ids_a]], vectors[[rows[i] for i in ids_b]], target,
             ids_a=ids_a, ids_b=ids_b, seed=SEED,
@@ -66,13 +75,19 @@ def fit(pairs: pl.DataFrame, embeddings: pl.DataFrame, config: QualityConfig, *,
         if junk_ids:
             ids = [*junk_ids, *good_ids]
             is_junk = np.array([True] * len(junk_ids) + [False] * len(good_ids))
-            junk_head, junk_report = fit_junk(vectors[[rows[i] for i in ids]], is_junk, ids=ids, seed=SEED)
+            junk_head, junk_report = fit_junk(
+                vectors[[rows[i] for i in ids]], is_junk, ids=ids, seed=SEED
+            )
             report = {**report, **{f"junk_{name}": value for name, value in junk_report.items()}}
         model, origin = QualityModel(utility, junk_head, (), "cpu"), "fitted"
     pool = np.array([row.utility for row in model(vectors)]) if len(vectors) else np.zeros(0)
     cuts = cut_points(pool, config.shares) if origin == "fitted" else model.cuts
     return FittedQuality(
-        origin=origin, num_pairs=judged.height, cut_points=tuple(cuts), report=report, save=model.write_heads
+        origin=origin,
+        num_pairs=judged.height,
+        cut_points=tuple(cuts),
+        report=report,
+        save=model.write_heads,
     )
 
 
@@ -84,7 +99,8 @@ def load(path: Path, cuts: Sequence[float]) -> "QualityModel":
 
 
 def judge(model: "QualityModel", embeddings: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Utility and junk probability `(N,)` of the rows of `embeddings`; without a junk head, nothing is junk."""
+    """Utility and junk probability `(N,)` of the rows of `embeddings`; without a junk head, nothing
+    is junk."""
     rows = model(_matrix(embeddings)) if embeddings.height else []
     utility = np.array([row.utility for row in rows], dtype=np.float32)
     junk = np.array([row.junk_probability or 0.0 for row in rows], dtype=np.float32)
@@ -101,13 +117,10 @@ def score_table(
 ) -> pl.DataFrame:
     """Rows of `quality_scores`.
 
-    Args:
-        raw: image_id, height, width, bytes and low-level measures, in the order of the other arguments.
-        utility: `(N,)`.
-        junk: Junk probability `(N,)`.
-        aesthetic: LAION aesthetic score per image.
-        cuts: Frozen cut points of scores 1-9.
-        config: Junk threshold and the shares that the cut points stand for.
+    Args: raw: image_id, height, width, bytes and low-level measures, in the order of the other
+        arguments. utility: `(N,)`. junk: Junk probability `(N,)`. aesthetic: LAION aesthetic score
+        per image. cuts: Frozen cut points of scores 1-9. config: Junk threshold and the shares that
+        the cut points stand for.
     """
     return raw.select(
         "image_id",
@@ -129,6 +142,14 @@ def _matrix(embeddings: pl.DataFrame) -> np.ndarray:
     """Vectors `(N, width)` fp32."""
     lengths = embeddings["vector"].list.len().unique()
     if len(lengths) > 1:
-        raise ModelError(f"embeddings have widths {sorted(lengths)}: they are of different encoders")
+        raise ModelError(
+            f"embeddings have widths {sorted(lengths)}: they are of different encoders"
+        )
     width = int(lengths[0]) if len(lengths) else 0
-    return embeddings["vector"].explode().to_numpy().astype(np.float32).reshape(embeddings.height, width)
+    return (
+        embeddings["vector"]
+        .explode()
+        .to_numpy()
+        .astype(np.float32)
+        .reshape(embeddings.height, width)
+    )

@@ -1,7 +1,7 @@
 """From people's judgements to scores 0-9: reading the pairs, cutting utilities into scores.
 
-The heads between the two are in `training/annotators/quality_head`; scores never come from them alone: 0 is a
-decision of its own (junk), and 1-9 are shares of a pool, frozen as cut points.
+The heads between the two are in `training/annotators/quality_head`; scores never come from them
+alone: 0 is a decision of its own (junk), and 1-9 are shares of a pool, frozen as cut points.
 """
 
 import json
@@ -35,9 +35,10 @@ class Problem(NamedTuple):
 def read_pairs(folder: Path) -> tuple[pl.DataFrame, list[Problem]]:
     """Read all judgements of a folder of append-only files, `<rater>.jsonl`.
 
-    A line is an object with pair_id, a, b, outcome, origin, created_at (ISO 8601) and optionally rater (default:
-    the file's name). A last line without an end was torn by a kill: it is reported and left out. Where a pair_id
-    repeats, its last line counts (files in order of name): so people correct themselves.
+    A line is an object with pair_id, a, b, outcome, origin, created_at (ISO 8601) and optionally
+    rater (default: the file's name). A last line without an end was torn by a kill: it is reported
+    and left out. Where a pair_id repeats, its last line counts (files in order of name): so people
+    correct themselves.
 
     Returns:
         `quality_pairs`, and what was left out.
@@ -53,23 +54,34 @@ def read_pairs(folder: Path) -> tuple[pl.DataFrame, list[Problem]]:
                 row = _judgement(line, path.stem)
             except (ValueError, RecursionError) as error:
                 torn = number == len(lines)
-                problems.append(Problem(path.name, number, "torn last line" if torn else f"not a judgement: {error}"))
+                problems.append(
+                    Problem(
+                        path.name, number, "torn last line" if torn else f"not a judgement: {error}"
+                    )
+                )
             else:
                 rows[row["pair_id"]] = row
     table = TABLES["quality_pairs"]
-    return table.conform(pl.DataFrame(list(rows.values()), schema=table.schema, orient="row")), problems
+    return table.conform(
+        pl.DataFrame(list(rows.values()), schema=table.schema, orient="row")
+    ), problems
 
 
 def _judgement(line: bytes, rater: str) -> dict[str, Any]:
     content = json.loads(line)
     if not isinstance(content, dict):
         raise ValueError("no object")
-    row = {"rater": rater, **{name: content[name] for name in TABLES["quality_pairs"].columns if name in content}}
+    row = {
+        "rater": rater,
+        **{name: content[name] for name in TABLES["quality_pairs"].columns if name in content},
+    }
     wrong = [name for name in TABLES["quality_pairs"].columns if not isinstance(row.get(name), str)]
     if wrong:
         raise ValueError(f"no text in {wrong}")
     if row["outcome"] not in OUTCOMES or row["origin"] not in ORIGINS:
-        raise ValueError(f"outcome {row['outcome'][:20]!r} or origin {row['origin'][:20]!r} is unknown")
+        raise ValueError(
+            f"outcome {row['outcome'][:20]!r} or origin {row['origin'][:20]!r} is unknown"
+        )
     if not all(_IMAGE_ID.fullmatch(row[side]) for side in "ab") or row["a"] == row["b"]:
         raise ValueError("a and b must be two different image ids")
     for value in row.values():
@@ -93,12 +105,17 @@ def cut_points(utilities: np.ndarray, shares: Sequence[float]) -> list[float]:
     """
     values = np.asarray(utilities, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
-        raise DataError(f"cut points need finite utilities, got {np.isfinite(values).sum()} of {values.size}")
+        raise DataError(
+            f"cut points need finite utilities, got {np.isfinite(values).sum()} of {values.size}"
+        )
     return np.quantile(values, np.cumsum(shares)[:-1]).tolist()
 
 
-def scores(utility: np.ndarray, junk_prob: np.ndarray, cuts: Sequence[float], junk_threshold: float) -> np.ndarray:
-    """Score of each image: 0 for junk, else 1 + the number of cut points at or below its utility. (N,) int8.
+def scores(
+    utility: np.ndarray, junk_prob: np.ndarray, cuts: Sequence[float], junk_threshold: float
+) -> np.ndarray:
+    """Score of each image: 0 for junk, else 1 + the number of cut points at or below its utility.
+    (N,) int8.
 
     Raises:
         DataError: a utility or probability that is not finite.
@@ -106,15 +123,17 @@ def scores(utility: np.ndarray, junk_prob: np.ndarray, cuts: Sequence[float], ju
     if not (np.isfinite(utility).all() and np.isfinite(junk_prob).all()):
         raise DataError("scores need finite utilities and junk probabilities")
     # In float64, so that float32 utilities meet the cut points as they were cut.
-    rank = 1 + np.searchsorted(np.asarray(cuts, dtype=np.float64), np.asarray(utility, dtype=np.float64), "right")
+    rank = 1 + np.searchsorted(
+        np.asarray(cuts, dtype=np.float64), np.asarray(utility, dtype=np.float64), "right"
+    )
     return np.where(np.asarray(junk_prob) >= junk_threshold, 0, rank).astype(np.int8)
 
 
 def percentiles(utility: np.ndarray, cuts: Sequence[float], shares: Sequence[float]) -> np.ndarray:
     """Share of the cut points' pool below each utility, 0-1, without the pool. (N,) float32.
 
-    Exact at the cut points, linear between them; beyond the outermost ones the remaining share falls off
-    exponentially over the mean width of a step between cut points.
+    Exact at the cut points, linear between them; beyond the outermost ones the remaining share
+    falls off exponentially over the mean width of a step between cut points.
     """
     points = np.asarray(cuts, dtype=np.float64)
     below = np.cumsum(shares)[:-1]

@@ -1,4 +1,5 @@
-"""Which images go on, and the rule that dropped each of the others; with all that training will read of them."""
+"""Which images go on, and the rule that dropped each of the others; with all that training will
+read of them."""
 
 import polars as pl
 
@@ -46,8 +47,8 @@ def select(
 ) -> pl.DataFrame:
     """Apply the rules of taste to every accepted image.
 
-    An image is stood for by its first candidate, in the order of (source, source_id), that is not gone; tags are
-    joined over all of its candidates.
+    An image is stood for by its first candidate, in the order of (source, source_id), that is not
+    gone; tags are joined over all of its candidates.
 
     Args:
         source_listing: The table.
@@ -66,13 +67,21 @@ def select(
         `selected_images`: one row per image_id of `raw_images`.
     """
     frame = _images(source_listing, raw_images)
-    source_tags = raw_images.join(source_listing, on=["source", "source_id"]).select("image_id", "tags")
+    source_tags = raw_images.join(source_listing, on=["source", "source_id"]).select(
+        "image_id", "tags"
+    )
     resolved = tags.resolve_all(
-        source_tags, tagger_tags, threshold=tag_config.threshold, aliases=aliases, blacklist=tag_config.blacklist
+        source_tags,
+        tagger_tags,
+        threshold=tag_config.threshold,
+        aliases=aliases,
+        blacklist=tag_config.blacklist,
     )
     looked_at = watermarks.above(watermark_boxes, config.watermark_threshold)
     frame = (
-        frame.join(quality_scores.select("image_id", "score", "bytes_per_pixel"), on="image_id", how="left")
+        frame.join(
+            quality_scores.select("image_id", "score", "bytes_per_pixel"), on="image_id", how="left"
+        )
         .join(resolved, on="image_id", how="left")
         .join(captions_.choose(captions), on="image_id", how="left")
         .join(looked_at, on="image_id", how="left")
@@ -96,16 +105,19 @@ def select(
 
 def _images(source_listing: pl.DataFrame, raw_images: pl.DataFrame) -> pl.DataFrame:
     """One row per image: the candidate that stands for it, with what its source says."""
-    said = source_listing.select("source", "source_id", "shard", "gone_at", "rating", "crop_box", source_split="split")
-    candidates = raw_images.select("image_id", "source", "source_id", "locator", "height", "width").join(
-        said, on=["source", "source_id"]
+    said = source_listing.select(
+        "source", "source_id", "shard", "gone_at", "rating", "crop_box", source_split="split"
     )
+    candidates = raw_images.select(
+        "image_id", "source", "source_id", "locator", "height", "width"
+    ).join(said, on=["source", "source_id"])
     first = candidates.sort(pl.col("gone_at").is_not_null(), "source", "source_id")
     return first.unique("image_id", keep="first", maintain_order=True)
 
 
 def _duplicates(duplicate_groups: pl.DataFrame) -> pl.DataFrame:
-    """One row per image that is in a group: its cluster, what ties it to the one kept, and that one's id."""
+    """One row per image that is in a group: its cluster, what ties it to the one kept, and that
+    one's id."""
     standing = duplicate_groups.filter(pl.col("kind") != "exact").unique("image_id", keep="any")
     kept = duplicate_groups.filter("kept").select("group", kept_id="image_id")
     return standing.join(kept, on="group").select("image_id", "kind", "kept_id", cluster="group")
@@ -116,17 +128,29 @@ def _apply_rules(frame: pl.DataFrame, config: SelectionConfig) -> pl.DataFrame:
     side = pl.min_horizontal("height", "width")
     aspect = pl.max_horizontal("height", "width") / side
     names = pl.col("tags").list.eval(pl.element().struct.field("name"))
-    unwanted = names.list.set_intersection(pl.lit(list(config.unwanted_tags), dtype=pl.List(pl.String)))
+    unwanted = names.list.set_intersection(
+        pl.lit(list(config.unwanted_tags), dtype=pl.List(pl.String))
+    )
     density = pl.col("bytes_per_pixel")
     near = pl.lit(config.drop_near_duplicates) & (pl.col("kind") == "near")
     rules: list[tuple[str, pl.Expr, pl.Expr, pl.Expr | object]] = [
-        ("gone", pl.col("gone_at").is_not_null(), pl.col("gone_at").dt.to_string("iso:strict"), None),
+        (
+            "gone",
+            pl.col("gone_at").is_not_null(),
+            pl.col("gone_at").dt.to_string("iso:strict"),
+            None,
+        ),
         ("unannotated", pl.col("missing").is_not_null(), pl.col("missing"), None),
         ("duplicate", pl.col("kind") == "pixels", pl.col("kind"), pl.col("kept_id")),
         ("near_duplicate", near, pl.col("kind"), pl.col("kept_id")),
         ("min_side", side < config.min_side_px, side, config.min_side_px),
         ("max_aspect", aspect > config.max_aspect, aspect.round(4), config.max_aspect),
-        ("min_bytes_per_pixel", density < config.min_bytes_per_pixel, density, config.min_bytes_per_pixel),
+        (
+            "min_bytes_per_pixel",
+            density < config.min_bytes_per_pixel,
+            density,
+            config.min_bytes_per_pixel,
+        ),
         ("unwanted_tag", unwanted.list.len() > 0, unwanted.list.sort().list.join(" "), None),
         ("min_score", pl.col("score") < config.min_score, pl.col("score"), config.min_score),
     ]
@@ -134,14 +158,20 @@ def _apply_rules(frame: pl.DataFrame, config: SelectionConfig) -> pl.DataFrame:
     nothing = pl.lit(None, dtype=pl.String)
     columns = {"rule": nothing, "value": nothing, "limit": nothing}
     for name, drops, value, limit in reversed(rules):
-        said = limit if isinstance(limit, pl.Expr) else pl.lit(None if limit is None else f"{limit}", dtype=pl.String)
+        said = (
+            limit
+            if isinstance(limit, pl.Expr)
+            else pl.lit(None if limit is None else f"{limit}", dtype=pl.String)
+        )
         shown = {"rule": pl.lit(name), "value": value.cast(pl.String), "limit": said}
         hit = drops.fill_null(False)
         columns = {key: pl.when(hit).then(shown[key]).otherwise(columns[key]) for key in columns}
     return frame.with_columns(**columns)
 
 
-def _split(frame: pl.DataFrame, config: SelectionConfig, previous: pl.DataFrame | None) -> pl.DataFrame:
+def _split(
+    frame: pl.DataFrame, config: SelectionConfig, previous: pl.DataFrame | None
+) -> pl.DataFrame:
     """Add split and stable; an image that resembles both sides is dropped here."""
     parted = splits.assign(
         frame.select("image_id", "cluster", "source_split", kept=pl.col("rule").is_null()),
@@ -169,7 +199,9 @@ def _finish(frame: pl.DataFrame, config: SelectionConfig) -> pl.DataFrame:
         watermark=pl.col("watermark").fill_null(False),
         boxes=pl.col("boxes").fill_null(pl.lit([], dtype=pl.List(SCORED_BOX))),
     ).with_columns(
-        flip=_has_tag(config.flip_tags) & ~_has_tag(config.never_flip_tags) & (pl.col("boxes").list.len() == 0)
+        flip=_has_tag(config.flip_tags)
+        & ~_has_tag(config.never_flip_tags)
+        & (pl.col("boxes").list.len() == 0)
     )
     table = TABLES["selected_images"]
     return table.conform(frame.select(list(table.columns)))
@@ -192,4 +224,6 @@ def funnel(selected: pl.DataFrame) -> pl.DataFrame:
     for rule in RULES:
         left -= dropped.get(rule, 0)
         rows.append((rule, dropped.get(rule, 0), left))
-    return pl.DataFrame(rows, {"rule": pl.String, "num_dropped": pl.Int64, "num_left": pl.Int64}, orient="row")
+    return pl.DataFrame(
+        rows, {"rule": pl.String, "num_dropped": pl.Int64, "num_left": pl.Int64}, orient="row"
+    )

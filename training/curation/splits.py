@@ -1,7 +1,8 @@
-"""Which kept images are held out, and which training images the stable loss is measured on; both lists persist.
+"""Which kept images are held out, and which training images the stable loss is measured on; both
+lists persist.
 
-An image that was held out never trains and one that trained is never held out, as long as the lists of the
-previous commit are handed on.
+An image that was held out never trains and one that trained is never held out, as long as the lists
+of the previous commit are handed on.
 """
 
 import polars as pl
@@ -22,17 +23,19 @@ def assign(
 ) -> pl.DataFrame:
     """Part images into training and validation by whole clusters.
 
-    A cluster goes where its members went before; else to validation when its source says so of one of them;
-    else to training when its source says so; the rest fill validation in the order of SHA-256 (seed, cluster) up
-    to min(num_validation, 5 % of the kept, at least 1). A cluster that would overshoot is passed over, unless
-    nothing would be held out. A single image is never held out.
+    A cluster goes where its members went before; else to validation when its source says so of one
+    of them; else to training when its source says so; the rest fill validation in the order of
+    SHA-256 (seed, cluster) up to min(num_validation, 5 % of the kept, at least 1). A cluster that
+    would overshoot is passed over, unless nothing would be held out. A single image is never held
+    out.
 
-    Where two clusters have grown into one whose members were on both sides before, each of those stays on its
-    side; its other members belong to neither (`split` is null), because they resemble both. When none of those
-    is kept any more, the others train: what was held out is gone, and what trained has been seen.
+    Where two clusters have grown into one whose members were on both sides before, each of those
+    stays on its side; its other members belong to neither (`split` is null), because they resemble
+    both. When none of those is kept any more, the others train: what was held out is gone, and what
+    trained has been seen.
 
-    Args:
-        images: Columns image_id, cluster, kept, source_split (train, validation or null). Images that are not
+    Args: images: Columns image_id, cluster, kept, source_split (train, validation or null). Images
+        that are not
             kept only tell where their cluster went before.
         num_validation: Images held out at most.
         num_stable: Training images on the stable list at most.
@@ -70,17 +73,25 @@ def assign(
     held_out = kept.filter(own == "validation").height
     limit = min(num_validation, max(1, int(kept.height * _MAX_SHARE))) if kept.height > 1 else 0
     chosen = _fill(sides.filter(pl.col("side").is_null()), limit - held_out, held_out, seed)
-    free = pl.when(pl.col("cluster").is_in(chosen)).then(pl.lit("validation")).otherwise(pl.lit("train"))
+    free = (
+        pl.when(pl.col("cluster").is_in(chosen))
+        .then(pl.lit("validation"))
+        .otherwise(pl.lit("train"))
+    )
     kept = kept.with_columns(split=pl.when(pl.col("side").is_null()).then(free).otherwise(own))
     stable = _stable(kept, num_stable, seed)
-    return kept.select("image_id", "split", stable=pl.col("image_id").is_in(stable)).sort("image_id")
+    return kept.select("image_id", "split", stable=pl.col("image_id").is_in(stable)).sort(
+        "image_id"
+    )
 
 
 def _earlier(previous: pl.DataFrame | None) -> pl.DataFrame:
     schema = {"image_id": pl.String, "before": pl.String, "was_stable": pl.Boolean}
     if previous is None:
         return pl.DataFrame(schema=schema)
-    return previous.filter(pl.col("split").is_not_null()).select("image_id", before="split", was_stable="stable")
+    return previous.filter(pl.col("split").is_not_null()).select(
+        "image_id", before="split", was_stable="stable"
+    )
 
 
 def _fill(free: pl.DataFrame, room: int, held_out: int, seed: int) -> list[str]:
@@ -102,7 +113,8 @@ def _fill(free: pl.DataFrame, room: int, held_out: int, seed: int) -> list[str]:
 
 
 def _stable(kept: pl.DataFrame, num_stable: int, seed: int) -> list[str]:
-    """Training images of the stable list: those on it before, then new ones in the order of their digest."""
+    """Training images of the stable list: those on it before, then new ones in the order of their
+    digest."""
     training = kept.filter(pl.col("split") == "train")
     before = training.filter("was_stable")["image_id"].to_list()
     if len(before) >= min(num_stable, training.height):

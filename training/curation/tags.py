@@ -1,4 +1,5 @@
-"""From what sources and taggers say to canonical tags: one spelling, aliases resolved, a vocabulary counted."""
+"""From what sources and taggers say to canonical tags: one spelling, aliases resolved, a vocabulary
+counted."""
 
 import csv
 import re
@@ -15,21 +16,37 @@ from training.errors import DataError
 from training.tables.schemas import TABLES
 
 CATEGORIES = ("general", "artist", "character", "copyright", "meta", "rating")
-"""Every tag is in one of these; names, never numbers, because booru dumps number them differently."""
+"""Every tag is in one of these; names, never numbers, because booru dumps number them
+differently."""
 
-_NUMBERS = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
+_NUMBERS = {
+    "0": "general",
+    "1": "artist",
+    "3": "copyright",
+    "4": "character",
+    "5": "meta",
+    "9": "rating",
+}
 """Danbooru's API numbers, as tagcomplete's CSV and the WD taggers' use them."""
 LETTERBOXED = "letterboxed"
 """Tag of a sample with padding, so that a prompt can ask for none."""
 
-_OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+_OTHER_SIDE = {
+    "left": "right",
+    "right": "left",
+    "Left": "Right",
+    "Right": "Left",
+    "LEFT": "RIGHT",
+    "RIGHT": "LEFT",
+}
 _SIDE = re.compile(rf"(?<![a-zA-Z])({'|'.join(_OTHER_SIDE)})(?![a-zA-Z])")
 _ESCAPED = re.compile(r"\\+([()])")
 _MAX_FIELD_BYTES = 10_000_000
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a tag: NFC, lower case, runs of white space as one underscore, `\\(` as `(`.
+    """The one spelling of a tag: NFC, lower case, runs of white space as one underscore, `\\(` as
+    `(`.
 
     Empty when nothing but white space and underscores is there.
     """
@@ -38,13 +55,15 @@ def canonical(name: str) -> str:
 
 
 def swap_sides(text: str) -> str:
-    """`text` with the words left and right exchanged, their capitals kept; `_` parts words as a space does."""
+    """`text` with the words left and right exchanged, their capitals kept; `_` parts words as a
+    space does."""
     return _SIDE.sub(lambda match: _OTHER_SIDE[match[0]], text)
 
 
 @dataclass(frozen=True, slots=True)
 class Aliases:
-    """Names that mean a tag, and the tags' categories. Every target is a tag of the table and no alias itself."""
+    """Names that mean a tag, and the tags' categories. Every target is a tag of the table and no
+    alias itself."""
 
     to_tag: Mapping[str, str] = field(default_factory=dict)
     """Canonical alias to canonical tag."""
@@ -57,11 +76,11 @@ class Aliases:
 def load_aliases(path: Path) -> Aliases:
     """Read an alias table: CSV without a header, `name,category,count,"alias1,alias2"`.
 
-    Entries are dropped, and counted, in this order: `malformed` (a row without name and known category, of a
-    name seen before, or with an oversized field), `shortcut` (begins with a slash), `self` (means itself),
-    `cycle` (two tags that are each other's alias), `chain` (a tag that has aliases of its own), `is_tag` (any
-    other tag: a name with a row of its own stays itself), `ambiguous` (would mean several tags). So every alias
-    resolves in one step and none is guessed.
+    Entries are dropped, and counted, in this order: `malformed` (a row without name and known
+    category, of a name seen before, or with an oversized field), `shortcut` (begins with a slash),
+    `self` (means itself), `cycle` (two tags that are each other's alias), `chain` (a tag that has
+    aliases of its own), `is_tag` (any other tag: a name with a row of its own stays itself),
+    `ambiguous` (would mean several tags). So every alias resolves in one step and none is guessed.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
@@ -80,7 +99,11 @@ def load_aliases(path: Path) -> Aliases:
         category[name] = kind
         listed = row[3].split(",") if len(row) > 3 else []
         links += [(alias, name) for text in listed if (alias := canonical(text))]
-    return Aliases(_keep_links(sorted(set(links)), category, problems), category, dict(sorted(problems.items())))
+    return Aliases(
+        _keep_links(sorted(set(links)), category, problems),
+        category,
+        dict(sorted(problems.items())),
+    )
 
 
 def _rows(path: Path, problems: Counter[str]) -> Iterable[list[str]]:
@@ -88,12 +111,16 @@ def _rows(path: Path, problems: Counter[str]) -> Iterable[list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"alias table {path}: {error.strerror}; tags.aliases must name a CSV file") from None
+        raise DataError(
+            f"alias table {path}: {error.strerror}; tags.aliases must name a CSV file"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"alias table {path}: not UTF-8 at byte {error.start}") from None
     limit = csv.field_size_limit(_MAX_FIELD_BYTES)
     try:
-        for line in text.splitlines():  # Line by line: no tag holds a line break, and an open quote ends here.
+        for line in (
+            text.splitlines()
+        ):  # Line by line: no tag holds a line break, and an open quote ends here.
             try:
                 yield from csv.reader([line])
             except csv.Error:
@@ -144,8 +171,12 @@ def resolve(
         blacklist: Canonical tags that are dropped.
     """
     schema = TABLES["source_listing"].schema["tags"], TABLES["tags"].schema["tags"]
-    source = pl.DataFrame({"image_id": [""], "tags": [list(source_tags)]}, {"image_id": pl.String, "tags": schema[0]})
-    tagger = pl.DataFrame({"image_id": [""], "tags": [list(tagger_tags)]}, {"image_id": pl.String, "tags": schema[1]})
+    source = pl.DataFrame(
+        {"image_id": [""], "tags": [list(source_tags)]}, {"image_id": pl.String, "tags": schema[0]}
+    )
+    tagger = pl.DataFrame(
+        {"image_id": [""], "tags": [list(tagger_tags)]}, {"image_id": pl.String, "tags": schema[1]}
+    )
     found = resolve_all(source, tagger, threshold=threshold, aliases=aliases, blacklist=blacklist)
     return [] if found.is_empty() else found["tags"][0].to_list()
 
@@ -160,8 +191,8 @@ def resolve_all(
 ) -> pl.DataFrame:
     """Canonical tags of all images, from sources and taggers together.
 
-    A tag is named by its canonical spelling and its aliases' tag. Its category is what a source says, unless
-    that is `general`; else the alias table's; else `general`.
+    A tag is named by its canonical spelling and its aliases' tag. Its category is what a source
+    says, unless that is `general`; else the alias table's; else `general`.
 
     Args:
         source_tags: Columns image_id, tags (List(TAG)); an image may have several rows, or none.
@@ -186,8 +217,12 @@ def _long(
     blacklist: Iterable[str],
 ) -> pl.DataFrame:
     """One row per image and tag: image_id, name, category, by_source, by_tagger."""
-    source = source_tags.select("image_id", "tags").explode("tags").drop_nulls("tags").unnest("tags")
-    tagger = tagger_tags.select("image_id", "tags").explode("tags").drop_nulls("tags").unnest("tags")
+    source = (
+        source_tags.select("image_id", "tags").explode("tags").drop_nulls("tags").unnest("tags")
+    )
+    tagger = (
+        tagger_tags.select("image_id", "tags").explode("tags").drop_nulls("tags").unnest("tags")
+    )
     tagger = tagger.filter(pl.col("probability") >= threshold)
     both = pl.concat(
         [
@@ -197,7 +232,9 @@ def _long(
     )
     spelled = _spelling(both["name"].unique().drop_nulls(), aliases, set(blacklist))
     both = both.join(spelled, on="name").drop("name").rename({"tag": "name"})
-    special = pl.col("category").filter(pl.col("category").is_in(CATEGORIES) & (pl.col("category") != "general"))
+    special = pl.col("category").filter(
+        pl.col("category").is_in(CATEGORIES) & (pl.col("category") != "general")
+    )
     merged = both.group_by("image_id", "name").agg(
         special.min().alias("said"),
         pl.col("by_table").first(),
@@ -209,14 +246,17 @@ def _long(
 
 
 def _spelling(names: pl.Series, aliases: Aliases, blacklist: set[str]) -> pl.DataFrame:
-    """Columns name (as found), tag (canonical, resolved), by_table (category or null); dropped names are absent."""
+    """Columns name (as found), tag (canonical, resolved), by_table (category or null); dropped
+    names are absent."""
     rows = []
     for name in names:
         tag = canonical(name)
         tag = aliases.to_tag.get(tag, tag)
         if tag and tag not in blacklist:
             rows.append((name, tag, aliases.category.get(tag)))
-    return pl.DataFrame(rows, {"name": pl.String, "tag": pl.String, "by_table": pl.String}, orient="row")
+    return pl.DataFrame(
+        rows, {"name": pl.String, "tag": pl.String, "by_table": pl.String}, orient="row"
+    )
 
 
 def vocabulary(
@@ -238,8 +278,8 @@ def vocabulary(
         blacklist: As `resolve_all`.
         pieces: What a tokenizer makes of each tag, all at once; None leaves the column null.
 
-    Returns:
-        `tag_vocabulary`. A tag's category is the one that most of its images say; the first by name on a tie.
+    Returns: `tag_vocabulary`. A tag's category is the one that most of its images say; the first by
+        name on a tie.
     """
     long = _long(source_tags, tagger_tags, threshold, aliases, blacklist)
     counted = long.group_by("name").agg(

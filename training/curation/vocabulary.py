@@ -1,4 +1,5 @@
-"""What a run knows of its tags, frozen beside it: each one's category and the other names that people write for it.
+"""What a run knows of its tags, frozen beside it: each one's category and the other names that
+people write for it.
 
 The trainer makes prompts without the workspace's tables, also on another machine.
 """
@@ -16,12 +17,15 @@ from training.errors import DamageError
 
 GENERAL = "general"
 PEOPLE = "people"
-"""Category of general tags that count who is in the picture: `1girl`, `6+boys`, `multiple_others`."""
+"""Category of general tags that count who is in the picture: `1girl`, `6+boys`,
+`multiple_others`."""
 SPECIAL = "special"
 """Category of the words for quality, rating and date."""
 _COUNTS = re.compile(r"\d\+?(girl|boy|other)s?|multiple_(girls|boys|others)|male_focus")
 """Source: HakuBooru, caption.py."""
-_SCHEMA = pl.Schema([("tag", pl.String()), ("category", pl.String()), ("aliases", pl.List(pl.String))])
+_SCHEMA = pl.Schema(
+    [("tag", pl.String()), ("category", pl.String()), ("aliases", pl.List(pl.String))]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,13 @@ class Vocabulary:
     """Canonical tag to other names of it, sorted; tags without any are absent."""
 
 
-def from_tables(tag_vocabulary: pl.DataFrame, tags: Iterable[str], words: Iterable[str]) -> Vocabulary:
+def from_tables(
+    tag_vocabulary: pl.DataFrame, tags: Iterable[str], words: Iterable[str]
+) -> Vocabulary:
     """What a workspace's table says of the tags and words of a training set.
 
-    A tag that the table lacks was turned with its mirrored picture: it is of the category of its other side.
+    A tag that the table lacks was turned with its mirrored picture: it is of the category of its
+        other side.
 
     Args:
         tag_vocabulary: Columns tag, category, aliases.
@@ -50,7 +57,9 @@ def from_tables(tag_vocabulary: pl.DataFrame, tags: Iterable[str], words: Iterab
     aliases: dict[str, tuple[str, ...]] = {}
     for tag in tags:
         kind, names = known.get(tag, (None, ()))
-        kind = kind or ("meta" if tag == LETTERBOXED else known.get(swap_sides(tag), (GENERAL, ()))[0])
+        kind = kind or (
+            "meta" if tag == LETTERBOXED else known.get(swap_sides(tag), (GENERAL, ()))[0]
+        )
         category[tag] = place_of(tag, kind)
         if names:
             aliases[tag] = tuple(sorted(names))
@@ -63,8 +72,12 @@ def place_of(tag: str, category: str) -> str:
 
 
 def write(path: Path, vocabulary: Vocabulary) -> str:
-    """Write a vocabulary as Parquet; returns the SHA-256 of the file, which equal vocabularies share."""
-    rows = [(tag, kind, list(vocabulary.aliases.get(tag, ()))) for tag, kind in sorted(vocabulary.category.items())]
+    """Write a vocabulary as Parquet; returns the SHA-256 of the file, which equal vocabularies
+    share."""
+    rows = [
+        (tag, kind, list(vocabulary.aliases.get(tag, ())))
+        for tag, kind in sorted(vocabulary.category.items())
+    ]
     with commit.atomic_file(path) as temporary:
         pl.DataFrame(rows, _SCHEMA, orient="row").write_parquet(temporary, compression="zstd")
     return commit.sha256_file(path)
@@ -78,7 +91,9 @@ def read(path: Path, sha256: str) -> Vocabulary:
     """
     found = commit.sha256_file(path) if path.is_file() else "no such file"
     if found != sha256:
-        raise DamageError(f"vocabulary {path}: {found[:16]}, inputs.json says SHA-256 {sha256[:16]}")
+        raise DamageError(
+            f"vocabulary {path}: {found[:16]}, inputs.json says SHA-256 {sha256[:16]}"
+        )
     rows = commit.read_parquet(path).iter_rows()
     category: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}

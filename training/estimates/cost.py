@@ -1,7 +1,8 @@
-"""What a fine-tune costs before it begins: storage by kind, GPU-hours by stage, days and money, and how long to train.
+"""What a fine-tune costs before it begins: storage by kind, GPU-hours by stage, days and money, and
+how long to train.
 
-hours = images / rate / 3600. The default rates are those of performance.md section 8, for one H200 and one CPU core;
-benchmarks on the card at hand replace them.
+hours = images / rate / 3600. The default rates are those of performance.md section 8, for one H200
+and one CPU core; benchmarks on the card at hand replace them.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ RATES_FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Images per second of each stage on one card or one core; all but the training's are single passes."""
+    """Images per second of each stage on one card or one core; all but the training's are single
+    passes."""
 
     gpu: str = DEFAULT_GPU
     """Card that the rates hold for, by its name in training/estimates/gpus.py."""
@@ -44,41 +46,49 @@ class Rates:
     encoding: float = 70.0
     """SDXL's VAE in bf16, with its decoding of pictures; roofline 93 to 109."""
     training: float = 20.0
-    """SDXL's UNet and text encoder 1 at about a megapixel: 19.94 TFLOP a sample at 40 % of peak. The goal of
-    performance.md section 1.5; bigASP's own code reached 8.75."""
+    """SDXL's UNet and text encoder 1 at about a megapixel: 19.94 TFLOP a sample at 40 % of peak.
+    The goal of performance.md section 1.5; bigASP's own code reached 8.75."""
     generation: float = 1.0
     """SDXL, 30 steps with guidance."""
     mfu: float = 0.403
-    """Model FLOPs utilization of the training at that rate: the rate of any other model follows from its FLOPs."""
+    """Model FLOPs utilization of the training at that rate: the rate of any other model follows
+    from its FLOPs."""
     decoding: float = 90.0
-    """Per core: a JPEG of 2 to 4 megapixels, decoded once for all annotators, scaled while it is decoded. Measured,
-    performance.md section 5."""
+    """Per core: a JPEG of 2 to 4 megapixels, decoded once for all annotators, scaled while it is
+    decoded. Measured, performance.md section 5."""
     resizing: float = 55.0
     """Per core: the same, decoded in full and resized to its bucket. Measured, section 5."""
 
     def __post_init__(self) -> None:
         find_gpu(self.gpu)
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "gpu"}
+        values = {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.name != "gpu"
+        }
         check_positive("rates", **values)
         if self.mfu > 1:
             raise ConfigError(f"rates.mfu={self.mfu} must be at most 1")
 
     def on(self, gpu: str) -> "Rates":
-        """The rates on another card, by the ratio of what both can do at best: an estimate until it is measured.
+        """The rates on another card, by the ratio of what both can do at best: an estimate until it
+        is measured.
 
         Raises:
             ConfigError: no data sheet of the card is known.
         """
         ratio = find_gpu(gpu).half / find_gpu(self.gpu).half
         per_card = ("embedding", "tagging", "watermarks", "encoding", "training", "generation")
-        return dataclasses.replace(self, gpu=gpu.upper(), **{name: getattr(self, name) * ratio for name in per_card})
+        return dataclasses.replace(
+            self, gpu=gpu.upper(), **{name: getattr(self, name) * ratio for name in per_card}
+        )
 
 
 def read_rates(path: Path) -> Rates:
     """Rates that a benchmark has measured; what it did not measure keeps its default.
 
-    Raises:
-        ConfigError: the file is none that a benchmark writes, or a rate in it is unknown or impossible.
+    Raises: ConfigError: the file is none that a benchmark writes, or a rate in it is unknown or
+        impossible.
     """
     try:
         values = json.loads(path.read_text("utf-8"))
@@ -89,15 +99,19 @@ def read_rates(path: Path) -> Rates:
         or values.get("format") != RATES_FORMAT
         or not isinstance(values.get("rates"), dict)
     ):
-        raise ConfigError(f'{path} must be an object with "format": {RATES_FORMAT} and "rates", as benchmarks write it')
+        raise ConfigError(
+            f'{path} must be an object with "format": {RATES_FORMAT} and "rates", as benchmarks write it'
+        )
     return toml.build(Rates, values["rates"], origin=path, prefix="rates.")
 
 
 TYPICAL_PIXELS = 1_005_038
-"""Mean training resolution, pixels, over the images of bigASP's buckets. five_finetunes.md section 1."""
+"""Mean training resolution, pixels, over the images of bigASP's buckets. five_finetunes.md section
+1."""
 _CHANNELS, _VALUE_BYTES = 4, 2
 _STORED_SHARES = {"raw": (1.0, 1.0), "split-zstd": (0.664, 0.58)}
-"""Codec -> what it leaves of the bytes of latents (performance.md section 3.2) and of log-variances (the demo's)."""
+"""Codec -> what it leaves of the bytes of latents (performance.md section 3.2) and of log-variances
+(the demo's)."""
 
 
 def latent_bytes(encoding: EncodingConfig, num_pixels: float = TYPICAL_PIXELS) -> float:
@@ -127,7 +141,9 @@ class Sizes:
 
     def of(self, num_images: int) -> dict[str, float]:
         """Bytes that so many images take, by kind."""
-        return {item.name: num_images * getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {
+            item.name: num_images * getattr(self, item.name) for item in dataclasses.fields(self)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +157,8 @@ class Workload:
     num_generated: int = 300_000
     """Pictures that evaluations draw: ten times 30,000, performance.md section 7."""
     training_tflop: float | None = None
-    """10^12 operations per sample, forward and backward; None for SDXL as `Rates.training` has it."""
+    """10^12 operations per sample, forward and backward; None for SDXL as `Rates.training` has
+    it."""
 
     def __post_init__(self) -> None:
         check_positive("cost", images=self.num_images, samples=self.num_samples)
@@ -191,11 +208,18 @@ def training_rate(rates: Rates, tflop: float | None) -> float:
         rates: Of the card.
         tflop: 10^12 operations per sample; None for SDXL.
     """
-    return rates.training if tflop is None else rates.mfu * find_gpu(rates.gpu).half / (tflop * 1e12)
+    return (
+        rates.training if tflop is None else rates.mfu * find_gpu(rates.gpu).half / (tflop * 1e12)
+    )
 
 
 def estimate_cost(
-    work: Workload, rates: Rates, *, num_gpus: int, dollars_per_hour: float, stored_bytes: Mapping[str, float] | None
+    work: Workload,
+    rates: Rates,
+    *,
+    num_gpus: int,
+    dollars_per_hour: float,
+    stored_bytes: Mapping[str, float] | None,
 ) -> Cost:
     """The cost model of performance.md section 8.
 
@@ -219,7 +243,10 @@ def estimate_cost(
         "training": work.num_samples / training,
         "evaluation": work.num_generated / rates.generation,
     }
-    core_seconds = {"decoding for annotators": images / rates.decoding, "decoding for latents": images / rates.resizing}
+    core_seconds = {
+        "decoding for annotators": images / rates.decoding,
+        "decoding for latents": images / rates.resizing,
+    }
     total = sum(gpu_seconds.values()) / 3600
     return Cost(
         gpu=rates.gpu,
@@ -247,15 +274,17 @@ class LengthAdvice:
 
 _SMALL, _THOUSANDS, _LARGE = 75, 2_000, 20_000
 QUALITY_TUNING_STEPS = 5_000
-"""Optimizer steps that tuning on a few thousand very good images never exceeds. five_finetunes.md section 4."""
+"""Optimizer steps that tuning on a few thousand very good images never exceeds. five_finetunes.md
+section 4."""
 
 
 def advise_length(num_images: int) -> LengthAdvice:
     """Samples that a set of `num_images` wants, by what practitioners report.
 
-    Steps per image are counted at batch 1, so that they are samples per image: 200 to 300 at about 75 images and
-    about 50 at thousands, on a straight line of logarithms between. Beyond 20,000 images only whole runs are
-    published: bigASP saw each of its 1.44 million images 21 times, Kohaku XL Delta its 3.7 million once.
+    Steps per image are counted at batch 1, so that they are samples per image: 200 to 300 at about
+    75 images and about 50 at thousands, on a straight line of logarithms between. Beyond 20,000
+    images only whole runs are published: bigASP saw each of its 1.44 million images 21 times,
+    Kohaku XL Delta its 3.7 million once.
 
     Source: five_finetunes.md sections 1, 2 and 5.
     """
@@ -265,19 +294,22 @@ def advise_length(num_images: int) -> LengthAdvice:
     share = min(max(math.log(num_images / _SMALL) / math.log(_THOUSANDS / _SMALL), 0.0), 1.0)
     low, high = (round(num_images * start ** (1 - share) * 50**share) for start in (200, 300))
     reason = (
-        f"{low / num_images:.0f} to {high / num_images:.0f} samples per image: 200-300 at 75 images, 50 at thousands"
+        f"{low / num_images:.0f} to {high / num_images:.0f} samples per image: "
+        "200-300 at 75 images, 50 at thousands"
     )
     return LengthAdvice(low=low, high=high, reason=reason)
 
 
 def count_steps(num_images: int, num_samples: int, global_batch_size: int) -> int:
-    """Optimizer steps of a run: the last step of an epoch takes what is left of it, be it the whole set."""
+    """Optimizer steps of a run: the last step of an epoch takes what is left of it, be it the whole
+    set."""
     epochs, rest = divmod(num_samples, num_images)
     return epochs * -(-num_images // global_batch_size) + -(-rest // global_batch_size)
 
 
 def warmup_lines(optimizer: OptimizerConfig, num_samples: int) -> list[str]:
-    """What people should know of a warm-up that is longer than the run: the rate that is reached."""
+    """What people should know of a warm-up that is longer than the run: the rate that is
+    reached."""
     if optimizer.warmup_samples <= num_samples:
         return []
     share = num_samples / optimizer.warmup_samples
@@ -295,10 +327,15 @@ def length_lines(num_images: int, num_samples: int, global_batch_size: int) -> l
         num_samples: The recipe's length.
         global_batch_size: Its samples per step.
     """
-    advice, steps = advise_length(num_images), count_steps(num_images, num_samples, global_batch_size)
+    advice, steps = (
+        advise_length(num_images),
+        count_steps(num_images, num_samples, global_batch_size),
+    )
     lines = [
         f"length: {num_samples:,} samples are {num_samples / num_images:,.1f} per image and {steps:,} steps; advice "
-        f"{advice.low:,}" + ("" if advice.low == advice.high else f" to {advice.high:,}") + f" ({advice.reason})"
+        f"{advice.low:,}"
+        + ("" if advice.low == advice.high else f" to {advice.high:,}")
+        + f" ({advice.reason})"
     ]
     if num_images < _LARGE and steps > QUALITY_TUNING_STEPS:
         lines.append(

@@ -1,8 +1,10 @@
-"""Floating-point operations of a training sample, exactly and from configs alone: for MFU, time and cost.
+"""Floating-point operations of a training sample, exactly and from configs alone: for MFU, time and
+cost.
 
-Every weight that multiplies something does so once per pixel of its level, per text token, or once per sample; where
-it does follows from its name in the model. One multiply-add is two operations. Norms, activations and additions are
-not counted, as torch's FlopCounterMode does not count them either. Only `vae_flops` and `peak_flops` need torch.
+Every weight that multiplies something does so once per pixel of its level, per text token, or once
+per sample; where it does follows from its name in the model. One multiply-add is two operations.
+Norms, activations and additions are not counted, as torch's FlopCounterMode does not count them
+either. Only `vae_flops` and `peak_flops` need torch.
 """
 
 import functools
@@ -41,7 +43,8 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the training needs at least: MFU counts this and no recomputation. PaLM, arXiv:2204.02311, app. B."""
+        """What the training needs at least: MFU counts this and no recomputation. PaLM,
+        arXiv:2204.02311, app. B."""
         return self.forward + self.backward
 
     def plus(self, other: "Flops") -> "Flops":
@@ -58,7 +61,8 @@ class Place:
     count: Count
     """How often it works: per pixel of the level, per text token, or once per sample."""
     unit: str
-    """The residual or transformer block that gradient checkpointing computes again as one; empty for none."""
+    """The residual or transformer block that gradient checkpointing computes again as one; empty
+    for none."""
 
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.")
@@ -66,7 +70,8 @@ _UNIT = re.compile(r"(.*?(?:resnets|transformer_blocks)\.\d+)\.")
 
 
 def locate(name: str, num_levels: int, *, at_depth: tuple[str, ...] = ()) -> Place:
-    """Where the module of a UNet with a dotted name works; of a VAE, without its `encoder.` or `decoder.`.
+    """Where the module of a UNet with a dotted name works; of a VAE, without its `encoder.` or
+    `decoder.`.
 
     Args:
         name: Such as `down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2`.
@@ -95,7 +100,9 @@ def locate(name: str, num_levels: int, *, at_depth: tuple[str, ...] = ()) -> Pla
     elif first in ("conv_in", "conv_norm_out", "conv_out") or count == "once":
         level = 0
     else:
-        raise ModelError(f"operations of layer {name} are not known: the model is none of SD 1.x or SDXL")
+        raise ModelError(
+            f"operations of layer {name} are not known: the model is none of SD 1.x or SDXL"
+        )
     return Place(level=level, count=count, unit=unit)
 
 
@@ -114,9 +121,11 @@ class _Layer:
     keys: Count | None
     """What an attention reads; None for a weight."""
     input_gradient: Literal["always", "never", "text", "pooled"]
-    """Whether the backward pass needs the gradient of its input: of the text only where a text encoder is trained."""
+    """Whether the backward pass needs the gradient of its input: of the text only where a text
+    encoder is trained."""
     recomputed: bool
-    """Whether its unit, computed again, needs its result: the unit's last product is not repeated."""
+    """Whether its unit, computed again, needs its result: the unit's last product is not
+    repeated."""
 
 
 def unet_flops(
@@ -158,7 +167,9 @@ def unet_flops(
 
 def is_checkpointed(unit: str, groups: Sequence[str]) -> bool:
     """Whether a block of the UNet is computed again under `compute.gradient_checkpointing`."""
-    return bool(unit) and any(group == "all" or f"{unit}.".startswith(f"{group}.") for group in groups)
+    return bool(unit) and any(
+        group == "all" or f"{unit}.".startswith(f"{group}.") for group in groups
+    )
 
 
 def _times(layer: _Layer, counted: list[int], tokens: int) -> int:
@@ -184,7 +195,12 @@ def vae_flops(config: Mapping[str, Any], height: int, width: int) -> tuple[float
 
 
 def text_encoder_flops(
-    config: Mapping[str, Any], *, num_chunks: int, num_trained_layers: int, projects: bool, checkpointed: bool
+    config: Mapping[str, Any],
+    *,
+    num_chunks: int,
+    num_trained_layers: int,
+    projects: bool,
+    checkpointed: bool,
 ) -> Flops:
     """Operations of a CLIP text model for one prompt.
 
@@ -250,7 +266,8 @@ def read_model_configs(model: Path) -> ModelConfigs:
 
 
 def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int, int], Flops]:
-    """What a run computes for one sample, as a function of (height, width, num_chunks); height and width in pixels.
+    """What a run computes for one sample, as a function of (height, width, num_chunks); height and
+    width in pixels.
 
     The function remembers shapes: it can be called for every micro-batch.
     """
@@ -285,7 +302,8 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
 
 
 def peak_flops(device: "torch.device", precision: Precision) -> float | None:
-    """Operations per second that a device can do at best in a run's arithmetic; None where no data sheet is known."""
+    """Operations per second that a device can do at best in a run's arithmetic; None where no data
+    sheet is known."""
     if device.type != "cuda":
         return None
     import torch
@@ -295,7 +313,9 @@ def peak_flops(device: "torch.device", precision: Precision) -> float | None:
 
 def frozen(config: Mapping[str, Any]) -> str:
     """A config as a key of caches."""
-    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+    return json.dumps(
+        {key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -317,7 +337,9 @@ def _vae_layers(config: str) -> tuple[tuple[_Layer, ...], tuple[_Layer, ...]]:
         ("encoder", "quant_conv", ("conv_norm_out", "conv_out")),
         ("decoder", "post_quant_conv", ("conv_in",)),
     ):
-        halves[half] += _layers(_read_layers(model.get_submodule(half)), num_levels, at_depth=at_depth)
+        halves[half] += _layers(
+            _read_layers(model.get_submodule(half)), num_levels, at_depth=at_depth
+        )
         for layer in _read_layers(getattr(model, convolution) or torch.nn.Identity()):
             deepest = Place(level=num_levels - 1, count="pixels", unit="")
             halves[half].append(_weight(deepest, layer, "always", recomputed=False))
@@ -333,7 +355,9 @@ def _read_layers(model: "torch.nn.Module") -> Iterator[Layer]:
             inputs, outputs, kernel = module.in_channels, module.out_channels, module.kernel_size[0]
             yield Layer(name=name, kind="conv", inputs=inputs, outputs=outputs, kernel=kernel)
         elif isinstance(module, torch.nn.Linear):
-            yield Layer(name=name, kind="linear", inputs=module.in_features, outputs=module.out_features)
+            yield Layer(
+                name=name, kind="linear", inputs=module.in_features, outputs=module.out_features
+            )
 
 
 def _layers(found: Iterable[Layer], num_levels: int, *, at_depth: tuple[str, ...]) -> list[_Layer]:
@@ -343,7 +367,10 @@ def _layers(found: Iterable[Layer], num_levels: int, *, at_depth: tuple[str, ...
     for name, layer in products.items():
         place = locate(name, num_levels, at_depth=at_depth)
         last = "conv_shortcut" if f"{place.unit}.conv_shortcut" in products else "conv2"
-        recomputed = bool(place.unit) and name not in (f"{place.unit}.{last}", f"{place.unit}.ff.net.2")
+        recomputed = bool(place.unit) and name not in (
+            f"{place.unit}.{last}",
+            f"{place.unit}.ff.net.2",
+        )
         layers.append(_weight(place, layer, _input_gradient(name), recomputed=recomputed))
         if name.endswith("to_q"):
             keys: Count = "tokens" if name.endswith("attn2.to_q") else "pixels"
@@ -360,10 +387,18 @@ def _layers(found: Iterable[Layer], num_levels: int, *, at_depth: tuple[str, ...
 
 
 def _weight(
-    place: Place, layer: Layer, input_gradient: Literal["always", "never", "text", "pooled"], *, recomputed: bool
+    place: Place,
+    layer: Layer,
+    input_gradient: Literal["always", "never", "text", "pooled"],
+    *,
+    recomputed: bool,
 ) -> _Layer:
     return _Layer(
-        place=place, multiplies=layer.multiplies, keys=None, input_gradient=input_gradient, recomputed=recomputed
+        place=place,
+        multiplies=layer.multiplies,
+        keys=None,
+        input_gradient=input_gradient,
+        recomputed=recomputed,
     )
 
 

@@ -1,4 +1,5 @@
-"""What cards can do at best, by the name that they give themselves: for MFU and for estimates of time."""
+"""What cards can do at best, by the name that they give themselves: for MFU and for estimates of
+time."""
 
 import re
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ class Gpu:
 
 
 # The first that matches decides: narrower patterns stand before wider ones.
-# Sources: NVIDIA's data sheets of H100, H200, A100, L40S, L4, A40, RTX 6000 Ada and V100, whose figures "with
-# sparsity" are halved; white papers of the GA102 (3090, A6000), AD102 (4090) and GB202 (5090) architectures,
-# appendices A.
+# Sources: NVIDIA's data sheets of H100, H200, A100, L40S, L4, A40, RTX 6000 Ada and V100, whose
+# figures "with sparsity" are halved; white papers of the GA102 (3090, A6000), AD102 (4090) and
+# GB202 (5090) architectures, appendices A.
 GPUS = (
     Gpu(name="H200-NVL", pattern=r"\bH200 NVL\b", half=835e12, single=60e12, memory_bytes=150.8e9),
     Gpu(name="H200", pattern=r"\bH200\b", half=989.4e12, single=66.9e12, memory_bytes=150.8e9),
@@ -39,12 +40,25 @@ GPUS = (
     Gpu(name="L40S", pattern=r"\bL40S\b", half=362e12, single=91.6e12, memory_bytes=47.7e9),
     Gpu(name="L4", pattern=r"\bL4\b", half=121e12, single=30.3e12, memory_bytes=23.7e9),
     Gpu(name="A40", pattern=r"\bA40\b", half=149.7e12, single=37.4e12, memory_bytes=47.7e9),
-    Gpu(name="6000-ADA", pattern=r"\bRTX 6000 Ada\b", half=364e12, single=91.1e12, memory_bytes=50.9e9),
+    Gpu(
+        name="6000-ADA",
+        pattern=r"\bRTX 6000 Ada\b",
+        half=364e12,
+        single=91.1e12,
+        memory_bytes=50.9e9,
+    ),
     Gpu(name="A6000", pattern=r"\bA6000\b", half=154.8e12, single=38.7e12, memory_bytes=50.9e9),
     Gpu(name="5090", pattern=r"\bRTX 5090$", half=209.5e12, single=104.8e12, memory_bytes=34e9),
     Gpu(name="4090", pattern=r"\bRTX 4090$", half=165.2e12, single=82.6e12, memory_bytes=25.4e9),
     Gpu(name="3090", pattern=r"\bRTX 3090$", half=71e12, single=35.6e12, memory_bytes=25.4e9),
-    Gpu(name="V100", pattern=r"\bV100\b", half=125e12, single=15.7e12, memory_bytes=34e9, has_bf16=False),
+    Gpu(
+        name="V100",
+        pattern=r"\bV100\b",
+        half=125e12,
+        single=15.7e12,
+        memory_bytes=34e9,
+        has_bf16=False,
+    ),
 )
 
 
@@ -57,7 +71,9 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS:
         if gpu.name == name.upper():
             return gpu
-    raise ConfigError(f"no data sheet of GPU {name!r} is known; there are: {', '.join(gpu.name for gpu in GPUS)}")
+    raise ConfigError(
+        f"no data sheet of GPU {name!r} is known; there are: {', '.join(gpu.name for gpu in GPUS)}"
+    )
 
 
 def detect_gpu(device_name: str) -> Gpu | None:

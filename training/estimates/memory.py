@@ -1,6 +1,8 @@
-"""Bytes of device memory that a training run needs, from configs alone: weights and their copies, then activations.
+"""Bytes of device memory that a training run needs, from configs alone: weights and their copies,
+then activations.
 
-Closed forms over a model's layers, without torch; what libraries and kernels take beside them is one constant.
+Closed forms over a model's layers, without torch; what libraries and kernels take beside them is
+one constant.
 """
 
 import functools
@@ -21,9 +23,15 @@ Shape = tuple[int, ...]
 CONTEXT_BYTES = 3e9
 """CUDA context, libraries and their workspaces. performance.md section 1.3."""
 
-# Optimizer state per trained parameter; Adafactor's follows from shapes. Prodigy keeps the first weights and a running
-# sum beside AdamW's two moments.
-_STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "prodigy": 16}
+# Optimizer state per trained parameter; Adafactor's follows from shapes. Prodigy keeps the first
+# weights and a running sum beside AdamW's two moments.
+_STATE_BYTES: dict[OptimizerName, int] = {
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "lion": 4,
+    "lion_8bit": 1,
+    "prodigy": 16,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +58,24 @@ class MemoryEstimate:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations + self.context
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.ema
+            + self.activations
+            + self.context
+        )
 
 
 def estimate_memory(
-    model: ModelConfigs, config: RunConfig, *, height: int, width: int, num_chunks: int, num_ranks: int
+    model: ModelConfigs,
+    config: RunConfig,
+    *,
+    height: int,
+    width: int,
+    num_chunks: int,
+    num_ranks: int,
 ) -> MemoryEstimate:
     """Memory of one rank of a run.
 
@@ -69,23 +90,32 @@ def estimate_memory(
     numbers = range(len(model.text_encoders))
     unet = _unet_shapes(frozen(model.unet))
     total = _count(unet) + sum(
-        encoder_parameters(encoder, num_layers=encoder["num_hidden_layers"], embeddings=True, projects=number == 1)
+        encoder_parameters(
+            encoder, num_layers=encoder["num_hidden_layers"], embeddings=True, projects=number == 1
+        )
         + 2 * int(encoder["hidden_size"])
         for number, encoder in enumerate(model.text_encoders)
     )
-    shapes = [*unet, *(shape for number in numbers for shape in _trained_encoder_shapes(model, number, config))]
+    shapes = [
+        *unet,
+        *(shape for number in numbers for shape in _trained_encoder_shapes(model, number, config)),
+    ]
     trained = _count(shapes)
     ranks = num_ranks if config.compute.shard_optimizer else 1
-    # Autocast casts fp32 weights once per pass and keeps the casts till its end; fp32 weights beside bf16 ones are 16
-    # bits more, see training/optimization/masters.py.
+    # Autocast casts fp32 weights once per pass and keeps the casts till its end; fp32 weights
+    # beside bf16 ones are 16 bits more, see training/optimization/masters.py.
     copies = {"fp32": 4.0, "tf32": 4.0, "bf16": 2 + 2 / ranks}.get(config.precision, 6.0)
     frozen_bytes = 2 if config.precision == "bf16" else 4
     sample = activation_bytes(model.unet, config, height, width, num_chunks * CHUNK_LENGTH)
-    sample += num_chunks * sum(_encoder_activation_bytes(model, number, config) for number in numbers)
+    sample += num_chunks * sum(
+        _encoder_activation_bytes(model, number, config) for number in numbers
+    )
     return MemoryEstimate(
         num_parameters=total,
         num_trained=trained,
-        weights=trained * copies + _joined_bytes(trained, config) + (total - trained) * frozen_bytes,
+        weights=trained * copies
+        + _joined_bytes(trained, config)
+        + (total - trained) * frozen_bytes,
         gradients=_gradient_bytes(trained, config, num_ranks),
         optimizer=state_bytes(config.optimizer.name, shapes) / ranks,
         ema=trained * 4 / ranks if config.optimizer.ema_half_life_samples else 0,
@@ -94,14 +124,16 @@ def estimate_memory(
 
 
 def _joined_bytes(trained: int, config: RunConfig) -> float:
-    """The fp32 weights of a group that is stepped, made of both halves, and what halving them again takes."""
+    """The fp32 weights of a group that is stepped, made of both halves, and what halving them again
+    takes."""
     if config.precision != "bf16":
         return 0.0
     return 8.0 * (trained if config.optimizer.name == "prodigy" else min(trained, GROUP_NUMBERS))
 
 
 def _gradient_bytes(trained: int, config: RunConfig, num_ranks: int) -> float:
-    """The fp32 buffer; where ranks' micro-batches are added one by one, their sum and a slice of every rank beside."""
+    """The fp32 buffer; where ranks' micro-batches are added one by one, their sum and a slice of
+    every rank beside."""
     if config.reduction == "fast" or num_ranks == 1:
         return 4.0 * trained
     return 4.0 * (2 * trained + num_ranks * min(trained, SLICE_NUMBERS))
@@ -110,8 +142,9 @@ def _gradient_bytes(trained: int, config: RunConfig, num_ranks: int) -> float:
 def state_bytes(optimizer: OptimizerName, shapes: Sequence[Shape]) -> int:
     """What an optimizer keeps of trained weights of these shapes from its first step on.
 
-    Adafactor keeps two means of the squared gradient, over the last side of a shape and over the one before, and all of
-    it for vectors: next to nothing of a linear layer, two thirds of a 3x3 convolution. arXiv:1804.04235, section 4.
+    Adafactor keeps two means of the squared gradient, over the last side of a shape and over the
+    one before, and all of it for vectors: next to nothing of a linear layer, two thirds of a 3x3
+    convolution. arXiv:1804.04235, section 4.
     """
     if optimizer != "adafactor":
         return _count(shapes) * _STATE_BYTES[optimizer]
@@ -123,10 +156,13 @@ def _factors(shape: Shape) -> tuple[Shape, ...]:
     return (shape[:-1], (*shape[:-2], shape[-1])) if len(shape) > 1 else (shape,)
 
 
-def activation_bytes(unet: Mapping[str, Any], config: RunConfig, height: int, width: int, tokens: int) -> float:
+def activation_bytes(
+    unet: Mapping[str, Any], config: RunConfig, height: int, width: int, tokens: int
+) -> float:
     """What the UNet's forward pass of one sample keeps for the backward pass.
 
-    With gradient checkpointing a block keeps its input alone, and the largest of them is there once, computed again.
+    With gradient checkpointing a block keeps its input alone, and the largest of them is there
+    once, computed again.
 
     Args:
         unet: The UNet's config.
@@ -135,9 +171,12 @@ def activation_bytes(unet: Mapping[str, Any], config: RunConfig, height: int, wi
         width: Of the picture, pixels.
         tokens: Text tokens.
 
-    Source: counted by torch's saved-tensor hooks, tests/estimates/test_memory.py, which also covers autocast.
+    Source: counted by torch's saved-tensor hooks, tests/estimates/test_memory.py, which also covers
+    autocast.
     """
-    counted = areas(-(-height // VAE_FACTOR), -(-width // VAE_FACTOR), len(unet["block_out_channels"]))
+    counted = areas(
+        -(-height // VAE_FACTOR), -(-width // VAE_FACTOR), len(unet["block_out_channels"])
+    )
     plain = _plain_bytes(config)
     norm = 2 if config.precision == "bf16" else 4  # autocast computes norms in fp32
     kept, again = 0.0, dict[str, float]()
@@ -164,7 +203,8 @@ class _Saved:
     norm: float
     """In the arithmetic of norms."""
     recast: float
-    """In the arithmetic of products, where a norm's has to be cast to it: autocast does so for each reader apart."""
+    """In the arithmetic of products, where a norm's has to be cast to it: autocast does so for each
+    reader apart."""
     unit_input: float
     """All that a checkpointed unit keeps; stands in its first norm."""
 
@@ -178,7 +218,9 @@ def _unet_saved(config: str) -> tuple[_Saved, ...]:
         match layer.kind:
             case "group_norm" | "layer_norm":
                 in_residual = ".resnets." in layer.name or layer.name == "conv_norm_out"
-                norm = layer.outputs * (2 if in_residual else 1)  # there its output is kept too, for the SiLU behind it
+                norm = layer.outputs * (
+                    2 if in_residual else 1
+                )  # there its output is kept too, for the SiLU behind it
                 unit_input = layer.outputs if layer.name.endswith(".norm1") else 0.0
             case "conv" if layer.name.endswith("conv_shortcut"):
                 recast = layer.inputs  # else it reads what norm1 has kept
@@ -189,12 +231,15 @@ def _unet_saved(config: str) -> tuple[_Saved, ...]:
                 recast = layer.inputs if layer.name.endswith(("attn1.to_k", "attn1.to_v")) else 0.0
         if plain or norm or recast:
             place = locate(layer.name, len(described["block_out_channels"]))
-            found.append(_Saved(place=place, plain=plain, norm=norm, recast=recast, unit_input=unit_input))
+            found.append(
+                _Saved(place=place, plain=plain, norm=norm, recast=recast, unit_input=unit_input)
+            )
     return tuple(item for item in found if item.place.count != "once")
 
 
 def _linear_saved(layer: Layer) -> float:
-    """Numbers per position that a linear layer and what follows it keep; shared inputs are counted once."""
+    """Numbers per position that a linear layer and what follows it keep; shared inputs are counted
+    once."""
     if layer.name.endswith("to_q"):
         return layer.inputs + layer.outputs
     if layer.name.endswith(("to_k", "to_v")):
@@ -213,7 +258,9 @@ def _unet_shapes(config: str) -> tuple[Shape, ...]:
     return tuple(shape for layer in unet_layers(json.loads(config)) for shape in layer.shapes)
 
 
-def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> int:
+def encoder_parameters(
+    config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool
+) -> int:
     """Parameters of a CLIP text model but for its final norm, or of a part of it.
 
     Args:
@@ -222,14 +269,25 @@ def encoder_parameters(config: Mapping[str, Any], *, num_layers: int, embeddings
         embeddings: Count token and position embeddings.
         projects: Count the projection of the pooled output.
     """
-    return _count(_encoder_shapes(config, num_layers=num_layers, embeddings=embeddings, projects=projects))
+    return _count(
+        _encoder_shapes(config, num_layers=num_layers, embeddings=embeddings, projects=projects)
+    )
 
 
-def _encoder_shapes(config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool) -> list[Shape]:
+def _encoder_shapes(
+    config: Mapping[str, Any], *, num_layers: int, embeddings: bool, projects: bool
+) -> list[Shape]:
     width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     attention = [(width, width), (width,)] * 4
     norms = [(width,)] * 4
-    shapes: list[Shape] = [*attention, (inner, width), (inner,), (width, inner), (width,), *norms] * num_layers
+    shapes: list[Shape] = [
+        *attention,
+        (inner, width),
+        (inner,),
+        (width, inner),
+        (width,),
+        *norms,
+    ] * num_layers
     if embeddings:
         shapes += [(int(config[rows]), width) for rows in ("vocab_size", "max_position_embeddings")]
     return [*shapes, (int(config["projection_dim"]), width)] if projects else shapes
@@ -240,10 +298,17 @@ def _trained_encoder_shapes(model: ModelConfigs, number: int, config: RunConfig)
     if not num_layers:
         return []
     shapes = _encoder_shapes(
-        encoder, num_layers=num_layers, embeddings=not config.freeze_embeddings, projects=number == 1
+        encoder,
+        num_layers=num_layers,
+        embeddings=not config.freeze_embeddings,
+        projects=number == 1,
     )
     # SDXL reads its first encoder before the final norm.
-    return shapes if model.family == "sdxl" and number == 0 else [*shapes, *[(int(encoder["hidden_size"]),)] * 2]
+    return (
+        shapes
+        if model.family == "sdxl" and number == 0
+        else [*shapes, *[(int(encoder["hidden_size"]),)] * 2]
+    )
 
 
 def _encoder_activation_bytes(model: ModelConfigs, number: int, config: RunConfig) -> float:

@@ -1,4 +1,5 @@
-"""How a run scales, on paper: what its ranks send to each other in a step, and the largest micro-batch of a card."""
+"""How a run scales, on paper: what its ranks send to each other in a step, and the largest
+micro-batch of a card."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +21,8 @@ class Traffic:
     gradients: float
     """To make the gradients of all ranks one sum."""
     weights: float
-    """To tell the others the weights that it has stepped for them; 0 unless the optimizer is shared out."""
+    """To tell the others the weights that it has stepped for them; 0 unless the optimizer is shared
+    out."""
 
     @property
     def total(self) -> float:
@@ -32,7 +34,9 @@ class Traffic:
         return self.total * _BITS / (gigabits * _GIGA)
 
 
-def step_traffic(config: RunConfig, num_trained: int, num_ranks: int, num_micro_batches: float) -> Traffic:
+def step_traffic(
+    config: RunConfig, num_trained: int, num_ranks: int, num_micro_batches: float
+) -> Traffic:
     """What the ranks of a run send in one step.
 
     Args:
@@ -41,7 +45,8 @@ def step_traffic(config: RunConfig, num_trained: int, num_ranks: int, num_micro_
         num_ranks: Of the run; one sends nothing.
         num_micro_batches: Of a step, over all ranks.
 
-    Source: ring all-reduce, Patarasuk and Yuan 2009: 2 (w - 1) / w of the buffer; a ring gathers w - 1 of them.
+    Source: ring all-reduce, Patarasuk and Yuan 2009: 2 (w - 1) / w of the buffer; a ring gathers w
+    - 1 of them.
     """
     others = (num_ranks - 1) / num_ranks
     buffer = 4.0 * num_trained

@@ -1,6 +1,8 @@
-"""The layers of a UNet that have weights, from its config alone: for estimates that need neither torch nor diffusers.
+"""The layers of a UNet that have weights, from its config alone: for estimates that need neither
+torch nor diffusers.
 
-It is diffusers' `UNet2DConditionModel` with the blocks of SD 1.x and SDXL; tests hold it against the class itself.
+It is diffusers' `UNet2DConditionModel` with the blocks of SD 1.x and SDXL; tests hold it against
+the class itself.
 """
 
 import math
@@ -13,8 +15,12 @@ from training.errors import ModelError
 _DOWN, _UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 _MIDDLE = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 # Of a config that names none.
-_BLOCK_TYPES = {"down": (_DOWN[1], _DOWN[1], _DOWN[1], _DOWN[0]), "up": (_UP[0], _UP[1], _UP[1], _UP[1])}
-# Options that would change the layers and that no model of these families has: the one value that is read here.
+_BLOCK_TYPES = {
+    "down": (_DOWN[1], _DOWN[1], _DOWN[1], _DOWN[0]),
+    "up": (_UP[0], _UP[1], _UP[1], _UP[1]),
+}
+# Options that would change the layers and that no model of these families has: the one value that
+# is read here.
 _FIXED: dict[str, object] = {
     "attention_type": "default", "class_embed_type": None, "class_embeddings_concat": False,
     "cross_attention_norm": None, "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
@@ -58,7 +64,11 @@ class Layer:
         """Of its weight and bias."""
         weight: tuple[int, ...] = (self.outputs,)
         if not self.kind.endswith("norm"):
-            weight = (self.outputs, self.inputs, *((self.kernel, self.kernel) if self.kind == "conv" else ()))
+            weight = (
+                self.outputs,
+                self.inputs,
+                *((self.kernel, self.kernel) if self.kind == "conv" else ()),
+            )
         return (weight, (self.outputs,)) if self.has_bias else (weight,)
 
 
@@ -71,7 +81,9 @@ def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
     Raises:
         ModelError: it is no UNet of SD 1.x or SDXL.
     """
-    down, up = (config.get(f"{side}_block_types") or default for side, default in _BLOCK_TYPES.items())
+    down, up = (
+        config.get(f"{side}_block_types") or default for side, default in _BLOCK_TYPES.items()
+    )
     _check(config, down, up)
     channels = list(config.get("block_out_channels", (320, 640, 1280, 1280)))
     last = len(channels) - 1
@@ -88,10 +100,14 @@ def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
     def resnet(name: str, inputs: int, outputs: int) -> Iterator[Layer]:
         return _resnet(name, inputs, outputs, embedded)
 
-    yield _conv("conv_in", config.get("in_channels", 4), channels[0], config.get("conv_in_kernel", 3))
+    yield _conv(
+        "conv_in", config.get("in_channels", 4), channels[0], config.get("conv_in_kernel", 3)
+    )
     yield from _embedding("time_embedding", channels[0], embedded)
     if config.get("addition_embed_type") == "text_time":
-        yield from _embedding("add_embedding", config["projection_class_embeddings_input_dim"], embedded)
+        yield from _embedding(
+            "add_embedding", config["projection_class_embeddings_input_dim"], embedded
+        )
     for level, kind in enumerate(down):
         block = f"down_blocks.{level}"
         for number, depth in enumerate(_each(depths[level], num_resnets[level])):
@@ -100,7 +116,9 @@ def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
             if kind.startswith("CrossAttn"):
                 yield from attention(f"{block}.attentions.{number}", level, depth)
         if level < last:
-            yield _conv(f"{block}.downsamplers.0.conv", channels[level], channels[level], 3, stride=2)
+            yield _conv(
+                f"{block}.downsamplers.0.conv", channels[level], channels[level], 3, stride=2
+            )
     middle = config.get("mid_block_type", _MIDDLE[0])
     if middle is not None:
         yield from resnet("mid_block.resnets.0", channels[-1], channels[-1])
@@ -109,7 +127,8 @@ def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
         yield from resnet("mid_block.resnets.1", channels[-1], channels[-1])
     for number, kind in enumerate(up):
         block, level = f"up_blocks.{number}", last - number
-        # Each residual block reads what the one before wrote, and what its mirror image on the way down did.
+        # Each residual block reads what the one before wrote, and what its mirror image on the way
+        # down did.
         mirrored = [channels[level]] * num_resnets[level] + [channels[max(level - 1, 0)]]
         for place, depth in enumerate(_each(depths_up[number], len(mirrored))):
             before = channels[min(level + 1, last)] if place == 0 else channels[level]
@@ -119,7 +138,9 @@ def unet_layers(config: Mapping[str, Any]) -> Iterator[Layer]:
         if level:
             yield _conv(f"{block}.upsamplers.0.conv", channels[level], channels[level], 3)
     yield _norm("conv_norm_out", channels[0], "group_norm")
-    yield _conv("conv_out", channels[0], config.get("out_channels", 4), config.get("conv_out_kernel", 3))
+    yield _conv(
+        "conv_out", channels[0], config.get("out_channels", 4), config.get("conv_out_kernel", 3)
+    )
 
 
 def _check(config: Mapping[str, Any], down: Sequence[str], up: Sequence[str]) -> None:
@@ -131,7 +152,9 @@ def _check(config: Mapping[str, Any], down: Sequence[str], up: Sequence[str]) ->
     allowed: dict[str, tuple[object, ...]] = {key: (value,) for key, value in _FIXED.items()}
     allowed |= {"addition_embed_type": (None, "text_time"), "mid_block_type": _MIDDLE}
     found = [(key, config[key]) for key in allowed if key in config]
-    found += [("down_block_types", kind) for kind in down] + [("up_block_types", kind) for kind in up]
+    found += [("down_block_types", kind) for kind in down] + [
+        ("up_block_types", kind) for kind in up
+    ]
     allowed |= {"down_block_types": _DOWN, "up_block_types": _UP}
     for key, value in found:
         if value not in allowed[key]:
@@ -152,7 +175,9 @@ def _each(value: int | Sequence[int], count: int) -> list[int]:
 
 
 def _conv(name: str, inputs: int, outputs: int, kernel: int, stride: int = 1) -> Layer:
-    return Layer(name=name, kind="conv", inputs=inputs, outputs=outputs, kernel=kernel, stride=stride)
+    return Layer(
+        name=name, kind="conv", inputs=inputs, outputs=outputs, kernel=kernel, stride=stride
+    )
 
 
 def _linear(name: str, inputs: int, outputs: int, *, has_bias: bool = True) -> Layer:
@@ -178,7 +203,9 @@ def _resnet(name: str, inputs: int, outputs: int, embedded: int) -> Iterator[Lay
         yield _conv(f"{name}.conv_shortcut", inputs, outputs, 1)
 
 
-def _transformer(name: str, channels: int, heads: int, depth: int, text: int, *, linear: bool) -> Iterator[Layer]:
+def _transformer(
+    name: str, channels: int, heads: int, depth: int, text: int, *, linear: bool
+) -> Iterator[Layer]:
     inner = heads * (channels // heads)
     project = _linear if linear else lambda name, inputs, outputs: _conv(name, inputs, outputs, 1)
     yield _norm(f"{name}.norm", channels, "group_norm")
@@ -192,6 +219,8 @@ def _transformer(name: str, channels: int, heads: int, depth: int, text: int, *,
             yield _linear(f"{block}.{attention}.to_v", keys, inner, has_bias=False)
             yield _linear(f"{block}.{attention}.to_out.0", inner, inner)
         yield _norm(f"{block}.norm3", inner, "layer_norm")
-        yield _linear(f"{block}.ff.net.0.proj", inner, 8 * inner)  # GEGLU: values and gates of four widths
+        yield _linear(
+            f"{block}.ff.net.0.proj", inner, 8 * inner
+        )  # GEGLU: values and gates of four widths
         yield _linear(f"{block}.ff.net.2", 4 * inner, inner)
     yield project(f"{name}.proj_out", inner, channels)

@@ -1,4 +1,5 @@
-"""Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models made by others."""
+"""Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models
+made by others."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +18,10 @@ _FORMAT = 1
 def due(saved: Sequence[int], *, interval: int, every: int, num_samples: int) -> list[int]:
     """The checkpoints of a run that are to be evaluated, by their samples_seen.
 
-    Args:
-        saved: samples_seen of those that are there, oldest first; a stopped run has some between the intervals.
-        interval: Samples between checkpoints; each that is the first at or after a multiple has that number.
-        every: Every so many-th number is evaluated, number 1 and the end of the run always.
-        num_samples: At which the run ends.
+    Args: saved: samples_seen of those that are there, oldest first; a stopped run has some between
+        the intervals. interval: Samples between checkpoints; each that is the first at or after a
+        multiple has that number. every: Every so many-th number is evaluated, number 1 and the end
+        of the run always. num_samples: At which the run ends.
     """
     found, before = [], 0
     for samples_seen in saved:
@@ -43,7 +43,9 @@ def read_rivals(home: Path) -> dict[str, str]:
     try:
         values = json.loads(path.read_bytes())
         if values["format"] != _FORMAT:
-            raise DamageError(f"{path} has format {values['format']!r}, this version reads {_FORMAT}")
+            raise DamageError(
+                f"{path} has format {values['format']!r}, this version reads {_FORMAT}"
+            )
         return {name: str(home / model) for name, model in sorted(values["rivals"].items())}
     except FileNotFoundError:
         return {}
@@ -78,7 +80,11 @@ def remove_rival(home: Path, name: str) -> None:
 
 
 def _write(home: Path, rivals: dict[str, str]) -> None:
-    """Write the list; models inside the workspace are named from there, so that they move with it."""
+    """Write the list; models inside the workspace are named from there, so that they move with
+    it."""
     inside = {name for name, model in rivals.items() if Path(model).is_relative_to(home)}
-    named = {name: str(Path(path).relative_to(home)) if name in inside else path for name, path in rivals.items()}
+    named = {
+        name: str(Path(path).relative_to(home)) if name in inside else path
+        for name, path in rivals.items()
+    }
     commit.write_json(home / FILE, {"format": _FORMAT, "rivals": named})

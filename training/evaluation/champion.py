@@ -1,5 +1,6 @@
-"""Which checkpoint is the best so far. It gives way only to one that is better, and the best of many is tested twice:
-chosen on one half of the prompts, judged on the other, because the best of many equals looks better than it is.
+"""Which checkpoint is the best so far. It gives way only to one that is better, and the best of
+many is tested twice: chosen on one half of the prompts, judged on the other, because the best of
+many equals looks better than it is.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Champion:
-    """`champion.json`: the workspace's best checkpoint; the base model until something is better."""
+    """`champion.json`: the workspace's best checkpoint; the base model until something is
+    better."""
 
     checkpoint: str
     digest: str
@@ -34,7 +36,8 @@ class Champion:
     sentence: str = ""
     """The verdict in words."""
     challenged: Mapping[str, str] = field(default_factory=dict)
-    """Every checkpoint that has stood against a champion, with the digest of the scores it stood with."""
+    """Every checkpoint that has stood against a champion, with the digest of the scores it stood
+    with."""
     format: int = _FORMAT
 
 
@@ -65,42 +68,50 @@ def write(home: Path, champion: Champion) -> None:
 
 
 def halves(prompt_ids: Collection[str]) -> tuple[set[str], set[str]]:
-    """The half that winners are chosen on and the half that they are judged on: by turns in the order of SHA-256."""
+    """The half that winners are chosen on and the half that they are judged on: by turns in the
+    order of SHA-256."""
     ordered = sorted(prompt_ids, key=lambda prompt_id: hashlib.sha256(prompt_id.encode()).digest())
     return set(ordered[::2]), set(ordered[1::2])
 
 
 def choose(champion: Scores, challengers: Sequence[Scores], margins: Mapping[str, float]) -> Scores:
-    """Of several challengers the one with the greatest gain over the champion on the first half of the prompts.
+    """Of several challengers the one with the greatest gain over the champion on the first half of
+    the prompts.
 
-    Args:
-        champion: Whom they challenge.
-        challengers: At least one.
-        margins: Metric -> difference that matters, the unit in which gains of unlike metrics are added.
+    Args: champion: Whom they challenge. challengers: At least one. margins: Metric -> difference
+        that matters, the unit in which gains of unlike metrics are added.
     """
 
     def gain(side: Scores) -> float:
-        rows = verdict.compare(_part(champion, 0), _part(side, 0), margins).filter(pl.col("group") == ALL)
+        rows = verdict.compare(_part(champion, 0), _part(side, 0), margins).filter(
+            pl.col("group") == ALL
+        )
         return float((rows["difference"] / rows["margin"]).sum())
 
     return max(sorted(challengers, key=lambda side: side.checkpoint), key=gain)
 
 
-def challenge(champion: Scores, challenger: Scores, margins: Mapping[str, float], *, one_of_many: bool) -> pl.DataFrame:
-    """The verdict that decides: rows of table `verdicts`, with those of the held-out half for the best of many.
+def challenge(
+    champion: Scores, challenger: Scores, margins: Mapping[str, float], *, one_of_many: bool
+) -> pl.DataFrame:
+    """The verdict that decides: rows of table `verdicts`, with those of the held-out half for the
+    best of many.
 
     Of these `num_needed` counts the prompts of the whole set, of which the half is judged.
     """
     rows = verdict.compare(champion, challenger, margins)
     if not one_of_many:
         return rows
-    judged = verdict.compare(_part(champion, 1), _part(challenger, 1), margins).filter(pl.col("group") == ALL)
+    judged = verdict.compare(_part(champion, 1), _part(challenger, 1), margins).filter(
+        pl.col("group") == ALL
+    )
     held_out = judged.with_columns(group=pl.lit(HELD_OUT), num_needed=pl.col("num_needed") * 2)
     return TABLES["verdicts"].conform(pl.concat([rows, held_out]))
 
 
 def wins(rows: pl.DataFrame, metrics: Collection[str]) -> bool:
-    """Whether a challenge moves the champion: better in one of the deciding metrics or more, worse in none.
+    """Whether a challenge moves the champion: better in one of the deciding metrics or more, worse
+    in none.
 
     Args:
         rows: Of `challenge`; the held-out half decides where it was judged.
@@ -111,7 +122,8 @@ def wins(rows: pl.DataFrame, metrics: Collection[str]) -> bool:
 
 
 def decisive(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the prompts that a challenge is decided on: the held-out half where it was judged, else all."""
+    """Rows of the prompts that a challenge is decided on: the held-out half where it was judged,
+    else all."""
     return rows.filter(pl.col("group") == (HELD_OUT if HELD_OUT in rows["group"] else ALL))
 
 

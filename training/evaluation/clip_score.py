@@ -1,5 +1,6 @@
-"""CLIP score, aesthetic score and all further scores of each picture, from one look at it; the embeddings are kept, so
-that scoring anew never means sampling anew. Always fp32: in 16 bits a score moves by more than most checkpoints differ.
+"""CLIP score, aesthetic score and all further scores of each picture, from one look at it; the
+embeddings are kept, so that scoring anew never means sampling anew. Always fp32: in 16 bits a score
+moves by more than most checkpoints differ.
 """
 
 import itertools
@@ -61,21 +62,17 @@ def score(
 ) -> pl.DataFrame:
     """Score a checkpoint's pictures.
 
-    Args:
-        samples: Rows of table `sample_images`.
-        folder: Where their files are.
-        clip: Encodes each picture and each distinct prompt once.
-        aesthetic: Reads CLIP's embeddings.
-        batch_size: Pictures at a time.
-        scorers: Further scorers by the name of their metric.
-        references: What the pictures are compared with as a whole; without any, their look alone is told.
+    Args: samples: Rows of table `sample_images`. folder: Where their files are. clip: Encodes each
+        picture and each distinct prompt once. aesthetic: Reads CLIP's embeddings. batch_size:
+        Pictures at a time. scorers: Further scorers by the name of their metric. references: What
+        the pictures are compared with as a whole; without any, their look alone is told.
 
-    Returns:
-        Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not scaled, not clamped),
-        `aesthetic`, the further scorers, the measures of `overbaked`, `train_similarity` and `embedding`; for a picture
-        that was not drawn, is missing or unreadable, or has a score that is not finite one row `failed` with the reason
-        instead; and the summary as rows without a prompt, over the pictures that count in a verdict over all prompts,
-        in which `num_failed` counts the failed ones of all.
+    Returns: Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt,
+        not scaled, not clamped), `aesthetic`, the further scorers, the measures of `overbaked`,
+        `train_similarity` and `embedding`; for a picture that was not drawn, is missing or
+        unreadable, or has a score that is not finite one row `failed` with the reason instead; and
+        the summary as rows without a prompt, over the pictures that count in a verdict over all
+        prompts, in which `num_failed` counts the failed ones of all.
 
     Raises:
         EvaluationError: the table is empty, or no picture that can be read could be scored.
@@ -92,11 +89,19 @@ def score(
     if not len(seen.rows):
         _require_pictures_to_blame(folder, seen)
         return _table(samples, seen, None, summed)
-    found = references.compare(seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL}, own)
+    found = references.compare(
+        seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL}, own
+    )
     return _table(samples, seen, found.nearest, summed | found.summary)
 
 
-def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: Networks, *, batch_size: int) -> Seen:
+def look(
+    pictures: Iterable[np.ndarray | str],
+    texts: Sequence[str],
+    networks: Networks,
+    *,
+    batch_size: int,
+) -> Seen:
     """Score pictures one batch after the other.
 
     Args:
@@ -105,8 +110,8 @@ def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: N
         networks: Clip, aesthetic head and further scorers.
         batch_size: Pictures held and encoded at a time.
 
-    Returns:
-        Scores of all that could be scored: a picture with any score that is not finite is among the failures.
+    Returns: Scores of all that could be scored: a picture with any score that is not finite is
+        among the failures.
     """
     failures: dict[int, str] = {}
     rows: list[int] = []
@@ -116,9 +121,18 @@ def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: N
         good = [(place, picture) for place, picture in batch if not isinstance(picture, str)]
         if good:
             rows += [place for place, _ in good]
-            parts.append(_look_at([picture for _, picture in good], [texts[place] for place, _ in good], networks))
+            parts.append(
+                _look_at(
+                    [picture for _, picture in good], [texts[place] for place, _ in good], networks
+                )
+            )
     if not rows:
-        return Seen(rows=np.empty(0, dtype=np.int64), scores={}, embeddings=np.empty((0, 0)), failures=failures)
+        return Seen(
+            rows=np.empty(0, dtype=np.int64),
+            scores={},
+            embeddings=np.empty((0, 0)),
+            failures=failures,
+        )
     embeddings = np.concatenate([part[0] for part in parts])  # (N, d)
     scores = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
     scores |= _judge(embeddings, [texts[place] for place in rows], networks, batch_size)
@@ -126,20 +140,30 @@ def look(pictures: Iterable[np.ndarray | str], texts: Sequence[str], networks: N
 
 
 def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
-    """The guide's summary of scored pictures, the deviation within prompts, the mean of each further scorer, and the
-    number of pictures that could not be scored."""
+    """The guide's summary of scored pictures, the deviation within prompts, the mean of each
+    further scorer, and the number of pictures that could not be scored."""
     empty = np.empty(0)
-    clip_scores, aesthetic = seen.scores.get("clip_score", empty), seen.scores.get("aesthetic", empty)
+    clip_scores, aesthetic = (
+        seen.scores.get("clip_score", empty),
+        seen.scores.get("aesthetic", empty),
+    )
     found = summary.summarise(clip_scores, aesthetic)
     found["aesthetic_std_within"] = summary.std_within(aesthetic, list(texts))
-    further = [name for name in seen.scores if name not in ("clip_score", "aesthetic", *overbaked.ALL)]
+    further = [
+        name for name in seen.scores if name not in ("clip_score", "aesthetic", *overbaked.ALL)
+    ]
     found |= {f"{name}_mean": float(seen.scores[name].mean()) for name in further}
     return found | {"num_failed": float(len(seen.failures))}
 
 
 def _require_pictures_to_blame(folder: Path, seen: Seen) -> None:
-    """Where nothing was scored, refuse to call it the pictures' fault when one of them could be read."""
-    odd = [reason for reason in seen.failures.values() if reason != NOT_DRAWN and not can_be_drawn_again(reason)]
+    """Where nothing was scored, refuse to call it the pictures' fault when one of them could be
+    read."""
+    odd = [
+        reason
+        for reason in seen.failures.values()
+        if reason != NOT_DRAWN and not can_be_drawn_again(reason)
+    ]
     if odd:
         raise EvaluationError(
             f"none of {len(seen.failures)} pictures in {folder} could be scored, and {len(odd)} of them can be read: "
@@ -147,7 +171,9 @@ def _require_pictures_to_blame(folder: Path, seen: Seen) -> None:
         )
 
 
-def _batches(items: Iterable[tuple[int, np.ndarray | str]], size: int) -> Iterator[list[tuple[int, np.ndarray | str]]]:
+def _batches(
+    items: Iterable[tuple[int, np.ndarray | str]], size: int
+) -> Iterator[list[tuple[int, np.ndarray | str]]]:
     remaining = iter(items)
     while batch := list(itertools.islice(remaining, size)):
         yield batch
@@ -159,16 +185,23 @@ def _look_at(
     """Embeddings `(B, d)` of a batch, and what is told from pixels."""
     embeddings = np.stack([row.embedding for row in networks.clip(pictures)])
     scores = {
-        name: np.asarray(scorer.score(pictures, texts), dtype=np.float64) for name, scorer in networks.scorers.items()
+        name: np.asarray(scorer.score(pictures, texts), dtype=np.float64)
+        for name, scorer in networks.scorers.items()
     }
-    return embeddings, scores | overbaked.collect([overbaked.measure(picture) for picture in pictures])
+    return embeddings, scores | overbaked.collect(
+        [overbaked.measure(picture) for picture in pictures]
+    )
 
 
-def _judge(embeddings: np.ndarray, texts: Sequence[str], networks: Networks, size: int) -> dict[str, np.ndarray]:
+def _judge(
+    embeddings: np.ndarray, texts: Sequence[str], networks: Networks, size: int
+) -> dict[str, np.ndarray]:
     """Scores `(N,)` that follow from CLIP's embeddings `(N, d)`."""
     distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     names = list(distinct)
-    vectors = np.concatenate([networks.clip.encode_text(names[i : i + size]) for i in range(0, len(names), size)])
+    vectors = np.concatenate(
+        [networks.clip.encode_text(names[i : i + size]) for i in range(0, len(names), size)]
+    )
     own = vectors[[distinct[text] for text in texts]]  # (N, d)
     return {
         # The sum in fp64: equal for equal embeddings, whatever the order of a dot product.
@@ -177,7 +210,12 @@ def _judge(embeddings: np.ndarray, texts: Sequence[str], networks: Networks, siz
     }
 
 
-def _finite(rows: np.ndarray, scores: dict[str, np.ndarray], embeddings: np.ndarray, failures: dict[int, str]) -> Seen:
+def _finite(
+    rows: np.ndarray,
+    scores: dict[str, np.ndarray],
+    embeddings: np.ndarray,
+    failures: dict[int, str],
+) -> Seen:
     """Leave out pictures with a score that is not finite, and say which score."""
     usable = np.ones(len(rows), dtype=bool)
     for name, values in scores.items():
@@ -198,18 +236,25 @@ def _only(seen: Seen, chosen: np.ndarray) -> Seen:
 
 
 def _counts(prompt_ids: pl.Series) -> np.ndarray:
-    """`(N,)` bool: whether a picture counts in what is said of all of them, see `prompt_groups.counted`."""
+    """`(N,)` bool: whether a picture counts in what is said of all of them, see
+    `prompt_groups.counted`."""
     return prompt_ids.is_in(counted(prompt_ids.to_frame())["prompt_id"].to_list()).to_numpy()
 
 
-def _table(samples: pl.DataFrame, seen: Seen, nearest: Nearest | None, summed: Mapping[str, float]) -> pl.DataFrame:
+def _table(
+    samples: pl.DataFrame, seen: Seen, nearest: Nearest | None, summed: Mapping[str, float]
+) -> pl.DataFrame:
     """Rows of `eval_metrics`."""
     keys = samples.select("prompt_id", "group")
     good = keys[seen.rows.tolist()]
-    frames = [good.with_columns(metric=pl.lit(name), value=values) for name, values in seen.scores.items()]
+    frames = [
+        good.with_columns(metric=pl.lit(name), value=values) for name, values in seen.scores.items()
+    ]
     if nearest is not None:
         ids = pl.Series(nearest.image_ids.tolist(), dtype=pl.String)
-        frames.append(good.with_columns(metric=pl.lit(SIMILARITY), value=nearest.similarity, image_id=ids))
+        frames.append(
+            good.with_columns(metric=pl.lit(SIMILARITY), value=nearest.similarity, image_id=ids)
+        )
     vectors = pl.Series(seen.embeddings.tolist(), dtype=pl.List(pl.Float32))
     frames.append(good.with_columns(metric=pl.lit("embedding"), embedding=vectors))
     places = sorted(seen.failures)
@@ -217,5 +262,8 @@ def _table(samples: pl.DataFrame, seen: Seen, nearest: Nearest | None, summed: M
     frames.append(keys[places].with_columns(metric=pl.lit(FAILED), reason=reasons))
     frames.append(pl.DataFrame({"metric": list(summed), "value": list(summed.values())}))
     table = TABLES["eval_metrics"]
-    typed = [frame.cast({name: table.schema[name] for name in frame.columns}) for frame in [table.empty(), *frames]]
+    typed = [
+        frame.cast({name: table.schema[name] for name in frame.columns})
+        for frame in [table.empty(), *frames]
+    ]
     return table.conform(pl.concat(typed, how="diagonal"))

@@ -1,8 +1,10 @@
-"""Does a model repeat its training images? The nearest training image of each picture, by CLIP's embedding.
+"""Does a model repeat its training images? The nearest training image of each picture, by CLIP's
+embedding.
 
-These are CLIP neighbours: CLIP sees what a picture shows, so that two photographs of one scene are neighbours without
-being copies. What tells is the comparison with pictures that cannot be copies: the validation images, which were never
-trained on, and the base model's pictures of the same prompts.
+These are CLIP neighbours: CLIP sees what a picture shows, so that two photographs of one scene are
+neighbours without being copies. What tells is the comparison with pictures that cannot be copies:
+the validation images, which were never trained on, and the base model's pictures of the same
+prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +33,8 @@ class Nearest:
 def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest | None:
     """Find the image with the largest cosine for each query.
 
-    Works off one block after the other, at most 16,384 images by 1,024 queries at a time (about 130 MB at width 768),
-    so that memory does not grow with the number of images or queries.
+    Works off one block after the other, at most 16,384 images by 1,024 queries at a time (about 130
+    MB at width 768), so that memory does not grow with the number of images or queries.
 
     Args:
         queries: `(N, d)` of length 1.
@@ -59,20 +61,22 @@ def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest | None:
 
 
 def summarise(samples: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How near a checkpoint's pictures are to its training images, beside pictures that cannot be copies.
+    """How near a checkpoint's pictures are to its training images, beside pictures that cannot be
+    copies.
 
-    Args:
-        samples: `(N,)` cosines with the nearest training image.
-        baselines: The same of `validation` images and of the `base` model's pictures; those that are there.
+    Args: samples: `(N,)` cosines with the nearest training image. baselines: The same of
+        `validation` images and of the `base` model's pictures; those that are there.
 
-    Returns:
-        `train_similarity_p50`, `_p95`, `_max`; the same of each baseline under `train_similarity_<baseline>_…`; and
-        where there are validation images the share of pictures above their p95 (about 5 % without copying) and above
-        their maximum.
+    Returns: `train_similarity_p50`, `_p95`, `_max`; the same of each baseline under
+        `train_similarity_<baseline>_…`; and where there are validation images the share of pictures
+        above their p95 (about 5 % without copying) and above their maximum.
     """
     found = {f"train_similarity_{name}": value for name, value in _quantiles(samples).items()}
     for baseline, values in baselines.items():
-        found |= {f"train_similarity_{baseline}_{name}": value for name, value in _quantiles(values).items()}
+        found |= {
+            f"train_similarity_{baseline}_{name}": value
+            for name, value in _quantiles(values).items()
+        }
     if "validation" in baselines:
         for name in ("p95", "max"):
             limit = found[f"train_similarity_validation_{name}"]
@@ -81,4 +85,7 @@ def summarise(samples: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {name: float(np.quantile(values.astype(np.float64), share)) for name, share in QUANTILES.items()}
+    return {
+        name: float(np.quantile(values.astype(np.float64), share))
+        for name, share in QUANTILES.items()
+    }

@@ -1,7 +1,9 @@
-"""How far the pictures of a checkpoint are, as a whole, from pictures that it never trained on: CMMD and KID.
+"""How far the pictures of a checkpoint are, as a whole, from pictures that it never trained on:
+CMMD and KID.
 
-Both compare clouds of CLIP embeddings and both depend on how many pictures there are: their number, and what as many
-real pictures get, are told with them. FID is left out: it needs thousands of pictures.
+Both compare clouds of CLIP embeddings and both depend on how many pictures there are: their number,
+and what as many real pictures get, are told with them. FID is left out: it needs thousands of
+pictures.
 """
 
 import math
@@ -10,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 SIGMA, SCALE = 10.0, 1000.0
-"""Width of CMMD's kernel and its factor. Source: Jayasumana et al., arXiv:2401.09603, section 5, and their code."""
+"""Width of CMMD's kernel and its factor. Source: Jayasumana et al., arXiv:2401.09603, section 5,
+and their code."""
 MIN_PICTURES = 2
 """Of each side: fewer have no spread."""
 _BLOCK_ROWS = 2048
@@ -21,8 +24,8 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def cmmd(a: np.ndarray, b: np.ndarray) -> float:
     """1000 times the squared maximum mean discrepancy with a Gaussian kernel of width 10.
 
-    The published estimator, so that published numbers compare: pairs of a picture with itself count, which makes it
-    biased upwards, by about 1 / n, and never negative but for rounding.
+    The published estimator, so that published numbers compare: pairs of a picture with itself
+    count, which makes it biased upwards, by about 1 / n, and never negative but for rounding.
 
     Args:
         a: `(N, d)` embeddings of length 1.
@@ -38,10 +41,12 @@ def cmmd(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> float:
-    """The kernel distance of Binkowski et al. with the cubic kernel, on CLIP embeddings instead of Inception's.
+    """The kernel distance of Binkowski et al. with the cubic kernel, on CLIP embeddings instead of
+    Inception's.
 
-    `k(x, y) = (x y / d + 1)^3` for vectors scaled to length sqrt(d), which makes it `(cosine + 1)^3`: at length 1 it
-    would be a straight line. Unbiased: pairs of a picture with itself are left out, so that it can be negative.
+    `k(x, y) = (x y / d + 1)^3` for vectors scaled to length sqrt(d), which makes it `(cosine +
+    1)^3`: at length 1 it would be a straight line. Unbiased: pairs of a picture with itself are
+    left out, so that it can be negative.
 
     Args:
         a: `(N, d)` embeddings of length 1.
@@ -66,8 +71,11 @@ def _cubic(cosines: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return (cosines + 1) ** 3
 
 
-def _mean_kernel(a: np.ndarray, b: np.ndarray, kernel: Kernel, *, skip_diagonal: bool = False) -> float:
-    """Mean of the kernel over all pairs, in fp64 and in blocks of rows: memory grows with M alone."""
+def _mean_kernel(
+    a: np.ndarray, b: np.ndarray, kernel: Kernel, *, skip_diagonal: bool = False
+) -> float:
+    """Mean of the kernel over all pairs, in fp64 and in blocks of rows: memory grows with M
+    alone."""
     second = np.asarray(b, dtype=np.float64)
     squares = (second**2).sum(axis=1)
     total, count = 0.0, len(a) * len(b)

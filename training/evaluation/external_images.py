@@ -1,8 +1,10 @@
-"""Scores pictures made anywhere: folders of pictures and a CSV of prompts, as the guide and GhostReview lay them out.
+"""Scores pictures made anywhere: folders of pictures and a CSV of prompts, as the guide and
+GhostReview lay them out.
 
-A folder of pictures per model, each picture with its prompt as `image_prompts` tells: by the prompt's id, by what the
-file says of itself, or by a number in its name. Or GhostReview's own: a folder `<model>-<number>` per model and prompt,
-where the CSV has its columns `sd_model_checkpoint` and `index`. Numbers count the CSV's rows from 0.
+A folder of pictures per model, each picture with its prompt as `image_prompts` tells: by the
+prompt's id, by what the file says of itself, or by a number in its name. Or GhostReview's own: a
+folder `<model>-<number>` per model and prompt, where the CSV has its columns `sd_model_checkpoint`
+and `index`. Numbers count the CSV's rows from 0.
 """
 
 import csv
@@ -26,7 +28,8 @@ from training.sampling import image_prompts
 from training.sampling.image_files import DTYPE
 
 COLUMNS = ("Prompts", "text")
-"""What prompts are called: in the guide's and GhostReview's tables, and in prompt files of this package."""
+"""What prompts are called: in the guide's and GhostReview's tables, and in prompt files of this
+package."""
 ID_COLUMN = "prompt_id"
 SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 SUMMARY = "summary.csv"
@@ -79,10 +82,11 @@ class Outcome:
 
 
 def read_prompts(path: Path) -> Prompts:
-    """Read a CSV with a column `Prompts`, or `text` as prompt files have it, and perhaps `prompt_id`.
+    """Read a CSV with a column `Prompts`, or `text` as prompt files have it, and perhaps
+    `prompt_id`.
 
-    Raises:
-        EvaluationError: it is missing, no UTF-8 or no CSV; the column is missing; a line has too few or too many
+    Raises: EvaluationError: it is missing, no UTF-8 or no CSV; the column is missing; a line has
+        too few or too many
             fields, no prompt, or an id that is empty or there already. Names file and line.
     """
     try:
@@ -100,16 +104,22 @@ def read_prompts(path: Path) -> Prompts:
         header = next(reader, [])
         column = next((name for name in COLUMNS if name in header), None)
         if column is None:
-            raise EvaluationError(f"{path}:1: no column {COLUMNS[0]!r}, only {', '.join(header) or 'nothing'}")
+            raise EvaluationError(
+                f"{path}:1: no column {COLUMNS[0]!r}, only {', '.join(header) or 'nothing'}"
+            )
         for fields in filter(None, reader):
             place = f"{path}:{reader.line_num}"
             if len(fields) != len(header):
-                raise EvaluationError(f"{place}: {len(fields)} fields, but the header has {len(header)}: check quotes")
+                raise EvaluationError(
+                    f"{place}: {len(fields)} fields, but the header has {len(header)}: check quotes"
+                )
             row = dict(zip(header, fields, strict=True))
             if not row[column].strip():
                 raise EvaluationError(f"{place}: column {column!r} is empty")
             if ID_COLUMN in row and (not row[ID_COLUMN] or row[ID_COLUMN] in prompt_ids):
-                raise EvaluationError(f"{place}: {ID_COLUMN} {row[ID_COLUMN]!r} is empty or stands above already")
+                raise EvaluationError(
+                    f"{place}: {ID_COLUMN} {row[ID_COLUMN]!r} is empty or stands above already"
+                )
             if ID_COLUMN in row:
                 prompt_ids[row[ID_COLUMN]] = len(texts)
             if all(row.get(name) for name in _MODEL_COLUMNS):
@@ -124,7 +134,8 @@ def read_prompts(path: Path) -> Prompts:
 
 
 def find_models(folder: Path, prompts: Prompts) -> list[Model]:
-    """The models whose pictures lie in `folder`, by name; other files and hidden folders are left alone.
+    """The models whose pictures lie in `folder`, by name; other files and hidden folders are left
+    alone.
 
     Raises:
         EvaluationError: there is no picture, or nothing tells the prompt of one.
@@ -132,8 +143,12 @@ def find_models(folder: Path, prompts: Prompts) -> list[Model]:
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is no folder")
     found: dict[str, list[tuple[Path, int]]] = {}
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        own = sorted(path for path in inner.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    for inner in sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    ):
+        own = sorted(
+            path for path in inner.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
         if told := _of_one_prompt(inner.name, prompts):
             name, row = told
             found.setdefault(name, []).extend((path, row) for path in own)
@@ -141,7 +156,9 @@ def find_models(folder: Path, prompts: Prompts) -> list[Model]:
             rows = image_prompts.rows_of(inner.name, own, prompts.texts, prompts.prompt_ids)
             found.setdefault(inner.name, []).extend(zip(own, rows, strict=True))
     if not any(found.values()):
-        raise EvaluationError(f"{folder} holds no folder with pictures ({', '.join(sorted(SUFFIXES))})")
+        raise EvaluationError(
+            f"{folder} holds no folder with pictures ({', '.join(sorted(SUFFIXES))})"
+        )
     return [
         Model(name=name, files=[path for path, _ in pairs], rows=[row for _, row in pairs])
         for name, pairs in sorted(found.items())
@@ -158,10 +175,12 @@ def score_models(
     decode: DecodeConfig,
     batch_size: int,
 ) -> Iterator[Outcome]:
-    """Score one model after the other; one whose pictures, prompts and networks are as they were is skipped.
+    """Score one model after the other; one whose pictures, prompts and networks are as they were is
+    skipped.
 
-    Writes `pictures/<model>.parquet` and `.csv` with a row per picture, then `summary.csv` with exactly the guide's
-    columns and a row per model, anew after each: killed at any point, the next call goes on with the next model.
+    Writes `pictures/<model>.parquet` and `.csv` with a row per picture, then `summary.csv` with
+    exactly the guide's columns and a row per model, anew after each: killed at any point, the next
+    call goes on with the next model.
 
     Args:
         models: As found.
@@ -194,25 +213,32 @@ def score_models(
         write_summary(out)
         failed = commit.read_parquet(path, ["failed"])["failed"]
         yield Outcome(
-            name=model.name, num_pictures=len(failed), num_failed=len(failed) - failed.null_count(), skipped=skipped
+            name=model.name,
+            num_pictures=len(failed),
+            num_failed=len(failed) - failed.null_count(),
+            skipped=skipped,
         )
 
 
 def write_summary(out: Path) -> pl.DataFrame:
-    """Write `summary.csv`: the guide's columns, a row per model of which there are scores, by name."""
+    """Write `summary.csv`: the guide's columns, a row per model of which there are scores, by
+    name."""
     rows: list[dict[str, object]] = []
     for path in sorted((out / PICTURES).glob("*.parquet")):
         scores = commit.read_parquet(path).filter(pl.col("failed").is_null())
         found = summary.summarise(scores["clip_score"].to_numpy(), scores["aesthetic"].to_numpy())
         rows.append({"Model": path.stem, **found})
     schema = {"Model": pl.String} | dict.fromkeys(summary.COLUMNS, pl.Float64)
-    frame = pl.DataFrame(rows, schema=schema).with_columns(pl.col("count_LAIONScore").cast(pl.Int64))
+    frame = pl.DataFrame(rows, schema=schema).with_columns(
+        pl.col("count_LAIONScore").cast(pl.Int64)
+    )
     commit.write_bytes(out / SUMMARY, frame.write_csv().encode())
     return frame
 
 
 def _of_one_prompt(folder: str, prompts: Prompts) -> tuple[str, int] | None:
-    """Model and row of one of GhostReview's folders; None where the CSV is not of its form, or the folder is not."""
+    """Model and row of one of GhostReview's folders; None where the CSV is not of its form, or the
+    folder is not."""
     if folder in prompts.folders:
         return prompts.folders[folder]
     match = _OF_PROMPT.fullmatch(folder) if prompts.folders else None
@@ -237,7 +263,9 @@ def _table(model: Model, texts: Sequence[str], seen: Seen) -> pl.DataFrame:
     failed = [seen.failures.get(place) for place in range(len(names))]
     columns = [[model.name] * len(names), names, list(model.rows), list(texts), failed]
     frame = pl.DataFrame(dict(zip(_SCHEMA, columns, strict=True)), schema=_SCHEMA)
-    scores = {name: np.full(len(names), np.nan) for name in ("clip_score", "aesthetic", *seen.scores)}
+    scores = {
+        name: np.full(len(names), np.nan) for name in ("clip_score", "aesthetic", *seen.scores)
+    }
     for name, values in seen.scores.items():
         scores[name][seen.rows] = values
     added = [pl.Series(name, values).fill_nan(None) for name, values in scores.items()]

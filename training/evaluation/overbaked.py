@@ -1,6 +1,6 @@
-"""Is a model over-baked? Trained too long or too hard, its pictures grow more saturated, harder in contrast and full of
-fine grain, beyond both the base's pictures and the training pictures; and a data set with letter boxes shows in uniform
-borders.
+"""Is a model over-baked? Trained too long or too hard, its pictures grow more saturated, harder in
+contrast and full of fine grain, beyond both the base's pictures and the training pictures; and a
+data set with letter boxes shows in uniform borders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,18 @@ ALL = (*MEASURES, BORDER)
 ALARM_INDEX = 0.5
 """Over-baked index above which the alarm is raised."""
 UNITS = {"saturation": 0.3, "contrast": 0.15}
-"""Excess over both references, as a share of the larger, that makes an index of 1: about what colour x 1.4 and contrast
-x 1.25 (Pillow's ImageEnhance) leave after clipping, see tests/evaluation/test_overbaked.py."""
+"""Excess over both references, as a share of the larger, that makes an index of 1: about what
+colour x 1.4 and contrast x 1.25 (Pillow's ImageEnhance) leave after clipping, see
+tests/evaluation/test_overbaked.py."""
 _FAINT = 0.05
-"""Least level that an excess is a share of, so that a trace of colour in a monochrome set is no excess."""
+"""Least level that an excess is a share of, so that a trace of colour in a monochrome set is no
+excess."""
 _NUM_CELLS = 32
-"""Along the shorter side, of the coarse image whose saturation and contrast are measured: grain averages out of it."""
+"""Along the shorter side, of the coarse image whose saturation and contrast are measured: grain
+averages out of it."""
 ALARM_BORDERS = 0.1
-"""By how much the share of pictures with uniform borders may exceed the base's and the training pictures'."""
+"""By how much the share of pictures with uniform borders may exceed the base's and the training
+pictures'."""
 MAX_TRAINING_PICTURES = 256
 """Training pictures measured at most."""
 _LUMA = np.array([299, 587, 114], dtype=np.float32) / 255_000
@@ -35,10 +39,11 @@ Levels = Mapping[str, np.ndarray]
 def measure(picture: np.ndarray) -> dict[str, float]:
     """The measures of one picture.
 
-    `saturation` is the mean of the largest minus the smallest of R, G, B and `contrast` the standard deviation of luma,
-    both of a coarse image: means of square blocks, 32 to 63 along the shorter side (of shorter ones the pixels).
-    `detail` is the root mean square of luma minus the mean of its four neighbours, at the picture's own size; all of
-    levels 0-1. `uniform_border` is 1 for a letter box, else 0.
+    `saturation` is the mean of the largest minus the smallest of R, G, B and `contrast` the
+    standard deviation of luma, both of a coarse image: means of square blocks, 32 to 63 along the
+    shorter side (of shorter ones the pixels). `detail` is the root mean square of luma minus the
+    mean of its four neighbours, at the picture's own size; all of levels 0-1. `uniform_border` is 1
+    for a letter box, else 0.
 
     Args:
         picture: `(H, W, 3)` uint8.
@@ -60,20 +65,25 @@ def measure(picture: np.ndarray) -> dict[str, float]:
 
 
 def _blocks(picture: np.ndarray, side: int) -> np.ndarray:
-    """Means of square blocks of `side` pixels, `(H / side, W / side, 3)` fp32; those at the far edges may be cut."""
+    """Means of square blocks of `side` pixels, `(H / side, W / side, 3)` fp32; those at the far
+    edges may be cut."""
     sums: np.ndarray = picture.astype(np.float32)
     for axis in (0, 1):
         starts = np.arange(0, picture.shape[axis], side)
         counts = np.diff(starts, append=picture.shape[axis]).astype(np.float32)
-        sums = np.add.reduceat(sums, starts, axis=axis) / counts.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        sums = np.add.reduceat(sums, starts, axis=axis) / counts.reshape(
+            (-1, 1, 1) if axis == 0 else (1, -1, 1)
+        )
     return sums
 
 
 def has_uniform_border(picture: np.ndarray) -> bool:
-    """Whether a picture has a letter box: bands of one colour along two opposite sides, each ending in a straight edge.
+    """Whether a picture has a letter box: bands of one colour along two opposite sides, each ending
+    in a straight edge.
 
-    A band is at least 2 % of the side and 2 pixels deep, 98 % of the pixels of each of its lines are within 12 levels
-    of its colour, and of the line behind it at least half are not: a plain background around something ends otherwise.
+    A band is at least 2 % of the side and 2 pixels deep, 98 % of the pixels of each of its lines
+    are within 12 levels of its colour, and of the line behind it at least half are not: a plain
+    background around something ends otherwise.
     """
     columns = picture.transpose(1, 0, 2)
     return any(_has_band(side) and _has_band(side[::-1]) for side in (picture, columns))
@@ -98,9 +108,10 @@ def collect(measures: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
 def index(own: Levels, base: Levels, training: Levels) -> float:
     """The over-baked index of a checkpoint.
 
-    For saturation and contrast: how far the mean over its pictures lies above the larger of the base's and the training
-    pictures' means, as a share of it, in `UNITS`, 0 where it does not lie above; then the geometric mean of the two.
-    A model may well take on the look of its training set, keep that of its base, or lie between.
+    For saturation and contrast: how far the mean over its pictures lies above the larger of the
+    base's and the training pictures' means, as a share of it, in `UNITS`, 0 where it does not lie
+    above; then the geometric mean of the two. A model may well take on the look of its training
+    set, keep that of its base, or lie between.
 
     Args:
         own: Of the checkpoint's pictures.
@@ -119,11 +130,11 @@ def index(own: Levels, base: Levels, training: Levels) -> float:
 
 
 def summarise(own: Levels, base: Levels | None, training: Levels | None) -> dict[str, float]:
-    """Means of the measures and the share of letter boxes, of a checkpoint, its base and training pictures.
+    """Means of the measures and the share of letter boxes, of a checkpoint, its base and training
+    pictures.
 
-    Returns:
-        `saturation_mean`, … and `border_share`; the same with `_base` and `_train` for those that are there; and
-        `overbaked_index` where both are.
+    Returns: `saturation_mean`, … and `border_share`; the same with `_base` and `_train` for those
+        that are there; and `overbaked_index` where both are.
     """
     found: dict[str, float] = {}
     for suffix, levels in (("", own), ("_base", base), ("_train", training)):
@@ -138,15 +149,19 @@ def summarise(own: Levels, base: Levels | None, training: Levels | None) -> dict
 def alarms(summary: Mapping[str, float]) -> list[str]:
     """What is alarming in a checkpoint's summary, in words; empty for nothing.
 
-    The rule: an over-baked index above 0.5; or a share of letter boxes more than 0.1 above both the base's and the
-    training pictures'.
+    The rule: an over-baked index above 0.5; or a share of letter boxes more than 0.1 above both the
+    base's and the training pictures'.
     """
     found = []
     if (value := summary.get("overbaked_index", 0.0)) > ALARM_INDEX:
         found.append(f"over-baked index {value:.2f} is above {ALARM_INDEX}")
-    references = [summary[name] for name in ("border_share_base", "border_share_train") if name in summary]
+    references = [
+        summary[name] for name in ("border_share_base", "border_share_train") if name in summary
+    ]
     if references and (share := summary["border_share"]) > max(references) + ALARM_BORDERS:
-        found.append(f"{share:.0%} of the pictures have uniform borders, {max(references):.0%} of the references")
+        found.append(
+            f"{share:.0%} of the pictures have uniform borders, {max(references):.0%} of the references"
+        )
     return found
 
 
@@ -156,8 +171,8 @@ def last_before_alarm(summaries: Sequence[tuple[str, Mapping[str, float]]]) -> s
     Args:
         summaries: Checkpoint and its summary, in the order of training.
 
-    Returns:
-        The last checkpoint of all without an alarm; None where the first raises one, or there is none.
+    Returns: The last checkpoint of all without an alarm; None where the first raises one, or there
+        is none.
     """
     last = None
     for checkpoint, summary in summaries:

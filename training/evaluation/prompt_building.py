@@ -1,4 +1,5 @@
-"""Prompt sets that are made: from held-out images, from the shipped groups, or from files in PartiPrompts' form."""
+"""Prompt sets that are made: from held-out images, from the shipped groups, or from files in
+PartiPrompts' form."""
 
 import csv
 import hashlib
@@ -41,33 +42,38 @@ def from_validation(
     style: HeldOutPromptsConfig,
     previous: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """Build a prompt set from held-out images: their tags as the recipe orders them, their captions, or both.
+    """Build a prompt set from held-out images: their tags as the recipe orders them, their
+    captions, or both.
 
-    Args:
-        selected: Of table `selected_images`, with the columns `HELD_OUT`.
-        sizes: Sizes of the bucket plan; each prompt gets the one nearest to its image's shape.
-        num_prompts: At most this many.
-        style: How an image becomes a prompt.
-        previous: The set as it was built before in this style: its prompts stay as long as their image is held out and
-            no training image has their text, so that a growing data set does not change what checkpoints are judged by.
+    Args: selected: Of table `selected_images`, with the columns `HELD_OUT`. sizes: Sizes of the
+        bucket plan; each prompt gets the one nearest to its image's shape. num_prompts: At most
+        this many. style: How an image becomes a prompt. previous: The set as it was built before in
+        this style: its prompts stay as long as their image is held out and
+            no training image has their text, so that a growing data set does not change what
+            checkpoints are judged by.
 
-    Returns:
-        Rows of table `prompt_sets`, without those whose caption or tags a training image has too; choice, tags and
-        order follow from the image's id, so that more images change few prompts. Texts that a UI reads otherwise than
-        they stand (`:)`, `16:9` at the end, AND) are left out. Groups are `caption`, `caption_and_tags` and `tags`.
-        Empty where no held-out image has a text of its own.
+    Returns: Rows of table `prompt_sets`, without those whose caption or tags a training image has
+        too; choice, tags and order follow from the image's id, so that more images change few
+        prompts. Texts that a UI reads otherwise than they stand (`:)`, `16:9` at the end, AND) are
+        left out. Groups are `caption`, `caption_and_tags` and `tags`. Empty where no held-out image
+        has a text of its own.
     """
     held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
     candidates = []
     for row in sorted(
-        held_out.iter_rows(named=True), key=lambda row: hashlib.sha256(row["image_id"].encode()).digest()
+        held_out.iter_rows(named=True),
+        key=lambda row: hashlib.sha256(row["image_id"].encode()).digest(),
     ):
         if made := _write(row, style):
             size = nearest(sizes, row["width"] / row["height"])
-            candidates.append((_row(row["image_id"][:16], made.text, made.group, size), text_key(made.source)))
+            candidates.append(
+                (_row(row["image_id"][:16], made.text, made.group, size), text_key(made.source))
+            )
     keys = {str(row["prompt_id"]): key for row, key in candidates}
     kept = [] if previous is None else previous.select(COLUMNS).sort("prompt_id").to_dicts()
-    candidates = [(row, keys[row["prompt_id"]]) for row in kept if row["prompt_id"] in keys] + candidates
+    candidates = [
+        (row, keys[row["prompt_id"]]) for row in kept if row["prompt_id"] in keys
+    ] + candidates
     texts = [text_key(str(row["text"])) for row, _ in candidates]
     seen = trained_keys([*texts, *keys.values()], trained_texts(selected))
     rows: dict[str, dict[str, object]] = {}
@@ -79,7 +85,9 @@ def from_validation(
     return make_frame(list(rows.values()))
 
 
-def from_groups(groups: Sequence[str], sizes: Sequence[Size], known_words: Collection[str]) -> pl.DataFrame:
+def from_groups(
+    groups: Sequence[str], sizes: Sequence[Size], known_words: Collection[str]
+) -> pl.DataFrame:
     """The shipped prompts of `groups`, see `prompt_groups`; a size follows from the prompt's id.
 
     Args:
@@ -107,26 +115,33 @@ def is_parti(path: Path) -> bool:
 def read_parti(path: Path, sizes: Sequence[Size]) -> pl.DataFrame:
     """Import a tab-separated file with the columns Prompt and Category; others are ignored.
 
-    A prompt's id follows from its text, so that inserting a line moves no other prompt; its group is the category.
+    A prompt's id follows from its text, so that inserting a line moves no other prompt; its group
+    is the category.
 
-    Raises:
-        EvaluationError: no prompt, or a line with too few fields or an empty prompt; names file and line.
+    Raises: EvaluationError: no prompt, or a line with too few fields or an empty prompt; names file
+        and line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"prompt file {path} is not UTF-8: {error}") from None
-    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.DictReader(
+        io.StringIO(content, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE
+    )
     seen: Counter[str] = Counter()
     rows = []
     for line in reader:
         text, category = ((line[name] or "").strip() for name in PARTI_COLUMNS)
         if not text or not category:
-            raise EvaluationError(f"{path}:{reader.line_num}: Prompt {text!r} and Category {category!r} must be filled")
+            raise EvaluationError(
+                f"{path}:{reader.line_num}: Prompt {text!r} and Category {category!r} must be filled"
+            )
         prompt_id = hashlib.sha256(text.encode()).hexdigest()[:16]
         seen[prompt_id] += 1
         if seen[prompt_id] > 1:
-            prompt_id = f"{prompt_id}-{seen[prompt_id]}"  # the same text again is drawn from another seed
+            prompt_id = (
+                f"{prompt_id}-{seen[prompt_id]}"  # the same text again is drawn from another seed
+            )
         group = re.sub(r"\W+", "_", category.casefold()).strip("_") or "general"
         rows.append(_row(prompt_id, text, group, _size_of(prompt_id, sizes)))
     if not rows:
@@ -136,7 +151,9 @@ def read_parti(path: Path, sizes: Sequence[Size]) -> pl.DataFrame:
 
 def nearest(sizes: Sequence[Size], aspect: float) -> Size:
     """The size whose width / height is nearest to `aspect`, by ratio; of equal ones the largest."""
-    return min(sizes, key=lambda size: (max(size.aspect / aspect, aspect / size.aspect), -size.area))
+    return min(
+        sizes, key=lambda size: (max(size.aspect / aspect, aspect / size.aspect), -size.area)
+    )
 
 
 def _size_of(prompt_id: str, sizes: Sequence[Size]) -> Size:
@@ -151,7 +168,8 @@ def _row(prompt_id: str, text: str, group: str, size: Size) -> dict[str, object]
 
 
 def trained_texts(images: pl.DataFrame) -> Iterator[str]:
-    """Every line of the training images' captions and made captions, and all their tags as a prompt.
+    """Every line of the training images' captions and made captions, and all their tags as a
+    prompt.
 
     Args:
         images: Of table `selected_images` or `training_set`, with the columns `TEXTS`.
@@ -195,7 +213,9 @@ def _choose(row: dict[str, object], style: HeldOutPromptsConfig, draw: random.Ra
     tags: list[dict[str, str]] = row["tags"]  # type: ignore[assignment]
     words: list[str] = row["words"] or []  # type: ignore[assignment]
     places = dict.fromkeys(words, len(PLACES))
-    places |= {tag["name"]: PLACES.get(place_of(tag["name"], tag["category"]), len(PLACES)) for tag in tags}
+    places |= {
+        tag["name"]: PLACES.get(place_of(tag["name"], tag["category"]), len(PLACES)) for tag in tags
+    }
     first = [name for name in style.first_tags if name in places]
     others = sorted(places.keys() - set(first))
     draw.shuffle(others)
@@ -203,14 +223,24 @@ def _choose(row: dict[str, object], style: HeldOutPromptsConfig, draw: random.Ra
         others = others[: max(style.num_tags - len(first), 0)]
     if style.order == "kohaku":
         placed = sorted((places[name], name) for name in others if places[name] < len(PLACES))
-        others = [name for _, name in placed] + [name for name in others if places[name] == len(PLACES)]
+        others = [name for _, name in placed] + [
+            name for name in others if places[name] == len(PLACES)
+        ]
     chosen = [*first, *others]
-    return [name.replace("_", " ") if len(name) > SHORT_TAG else name for name in chosen] if style.spaces else chosen
+    return (
+        [name.replace("_", " ") if len(name) > SHORT_TAG else name for name in chosen]
+        if style.spaces
+        else chosen
+    )
 
 
 def _sentences(row: dict[str, object]) -> list[str]:
     """The lines of an image's caption, then of its made one."""
-    lines = [line.strip() for name in ("caption", "made_caption") for line in str(row[name] or "").splitlines()]
+    lines = [
+        line.strip()
+        for name in ("caption", "made_caption")
+        for line in str(row[name] or "").splitlines()
+    ]
     return [line for line in lines if line]
 
 

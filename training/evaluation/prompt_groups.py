@@ -1,7 +1,9 @@
-"""Prompts that ask for what fine-tunes are known to lose or never to learn, by group, and negative prompts by name.
+"""Prompts that ask for what fine-tunes are known to lose or never to learn, by group, and negative
+prompts by name.
 
-They are scored per group, base against fine-tuned, and do not count in the verdict over all prompts: a fine-tune may
-forget what it was not made for. A group has 32 prompts, because a verdict needs 30.
+They are scored per group, base against fine-tuned, and do not count in the verdict over all
+prompts: a fine-tune may forget what it was not made for. A group has 32 prompts, because a verdict
+needs 30.
 """
 
 import hashlib
@@ -41,7 +43,9 @@ def _grid(pattern: str, *columns: Sequence[str]) -> list[str]:
 
 def _pairs() -> list[tuple[str, str]]:
     """Two different colours, each pair once."""
-    return [(one, other) for one, other in itertools.permutations(_COLOURS, 2)][:: 56 // SIZE][:SIZE]
+    return [(one, other) for one, other in itertools.permutations(_COLOURS, 2)][:: 56 // SIZE][
+        :SIZE
+    ]
 
 
 GROUPS: Mapping[str, Callable[[], list[str]]] = {
@@ -81,7 +85,8 @@ GROUPS: Mapping[str, Callable[[], list[str]]] = {
          "a field of sunflowers"),
     ),
 }  # fmt: skip
-"""Group to its prompts. `general` is far from most data sets and shows how far the model has drifted."""
+"""Group to its prompts. `general` is far from most data sets and shows how far the model has
+drifted."""
 UNKNOWN_WORDS = "unknown_words"
 """Group of words that the data set has no tag for: bigASP's page warns that they degrade it."""
 _SHIPPED_ID = rf"^(?:{'|'.join(PROMPT_GROUPS)})-[0-9a-f]{{12}}$"
@@ -105,9 +110,8 @@ def negative_prompt(name_or_text: str) -> str:
 def group_prompts(group: str, known_words: Collection[str] = ()) -> list[tuple[str, str]]:
     """The prompts of a group as `(prompt_id, text)`; an id follows from group and text alone.
 
-    Args:
-        group: One of `PROMPT_GROUPS`.
-        known_words: Tags and aliases of the data set, in any spelling; `unknown_words` leaves them out.
+    Args: group: One of `PROMPT_GROUPS`. known_words: Tags and aliases of the data set, in any
+        spelling; `unknown_words` leaves them out.
 
     Raises:
         EvaluationError: the data set knows too many of the rare words to make the group.
@@ -126,7 +130,7 @@ def group_prompts(group: str, known_words: Collection[str] = ()) -> list[tuple[s
 
 
 def counted(rows: pl.DataFrame) -> pl.DataFrame:
-    """Those rows (prompt_id) that a verdict over all prompts is on: all but the shipped groups'; where there are no
-    others, all."""
+    """Those rows (prompt_id) that a verdict over all prompts is on: all but the shipped groups';
+    where there are no others, all."""
     own = rows.filter(~pl.col("prompt_id").str.contains(_SHIPPED_ID))
     return rows if own.is_empty() else own

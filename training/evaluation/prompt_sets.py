@@ -1,6 +1,8 @@
-"""Prompt sets: the prompts that checkpoints are judged by, each with a size and a seed that follows from its id alone.
+"""Prompt sets: the prompts that checkpoints are judged by, each with a size and a seed that follows
+from its id alone.
 
-A prompt that the model was trained on says nothing about it: `overlap` finds such prompts, `refuse_overlap` refuses.
+A prompt that the model was trained on says nothing about it: `overlap` finds such prompts,
+`refuse_overlap` refuses.
 """
 
 import csv
@@ -28,23 +30,25 @@ _SCORE_TAG = re.compile(r"score \d( up)?")
 
 
 def seed_of(prompt_id: str) -> int:
-    """The 63-bit seed of a prompt's generator: inserting, removing or reordering prompts moves no other."""
+    """The 63-bit seed of a prompt's generator: inserting, removing or reordering prompts moves no
+    other."""
     return seeds.integer(0, Purpose.SAMPLE_IMAGE, prompt_id)
 
 
 def read_prompts(path: Path) -> pl.DataFrame:
     """Read a prompt set from a UTF-8 CSV file with a header.
 
-    Args:
-        path: Columns prompt_id, text, height, width (pixels); negative and group may be missing, which means no
+    Args: path: Columns prompt_id, text, height, width (pixels); negative and group may be missing,
+        which means no
             negative prompt and the group `general`.
 
     Returns:
         Rows of table `prompt_sets`, sorted by prompt_id.
 
-    Raises:
-        EvaluationError: the file is missing, empty or no CSV; a column is missing or unknown; an id is empty or
-            repeats; a text is empty; a side is no multiple of 8 between 8 and 8192. Names file and line.
+    Raises: EvaluationError: the file is missing, empty or no CSV; a column is missing or unknown;
+        an id is empty or
+            repeats; a text is empty; a side is no multiple of 8 between 8 and 8192. Names file and
+            line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")
@@ -74,7 +78,8 @@ def read_prompts(path: Path) -> pl.DataFrame:
 
 
 def write_prompts(path: Path, prompts: pl.DataFrame) -> None:
-    """Write rows of table `prompt_sets` as a CSV file that `read_prompts` reads; seeds are left out."""
+    """Write rows of table `prompt_sets` as a CSV file that `read_prompts` reads; seeds are left
+    out."""
     commit.write_bytes(path, prompts.select(COLUMNS).write_csv().encode())
 
 
@@ -85,15 +90,19 @@ def digest(prompts: pl.DataFrame) -> str:
 
 
 def overlap(prompts: pl.DataFrame, trained: Iterable[str]) -> list[str]:
-    """Ids of prompts whose text is that of a caption or prompt in `trained`, sorted; what makes no difference says
-    `text_key`."""
-    keys = [(prompt_id, text_key(text)) for prompt_id, text in prompts.select("prompt_id", "text").iter_rows()]
+    """Ids of prompts whose text is that of a caption or prompt in `trained`, sorted; what makes no
+    difference says `text_key`."""
+    keys = [
+        (prompt_id, text_key(text))
+        for prompt_id, text in prompts.select("prompt_id", "text").iter_rows()
+    ]
     known = trained_keys([key for _, key in keys], trained)
     return sorted(prompt_id for prompt_id, key in keys if key in known)
 
 
 def trained_keys(keys: Iterable[str], trained: Iterable[str]) -> set[str]:
-    """Those of some prompts' `text_key`s that a caption or prompt in `trained` has; `trained` may be millions."""
+    """Those of some prompts' `text_key`s that a caption or prompt in `trained` has; `trained` may
+    be millions."""
     wanted = set(keys)
     return {key for text in trained if (key := text_key(text)) in wanted}
 
@@ -141,7 +150,12 @@ def _parse(where: str, line: dict[str | None, str | None]) -> dict[str, object]:
     row: dict[str, object] = {"negative": "", **fields, "group": fields.get("group") or "general"}
     for name in ("height", "width"):
         value = fields[name]
-        if not value.isascii() or not value.isdigit() or not 0 < int(value) <= MAX_SIDE_PX or int(value) % MULTIPLE_PX:
+        if (
+            not value.isascii()
+            or not value.isdigit()
+            or not 0 < int(value) <= MAX_SIDE_PX
+            or int(value) % MULTIPLE_PX
+        ):
             raise EvaluationError(
                 f"{where}: {name}={value!r} of prompt {fields['prompt_id']!r} must be a multiple of {MULTIPLE_PX} "
                 f"pixels, at most {MAX_SIDE_PX}"
@@ -151,10 +165,11 @@ def _parse(where: str, line: dict[str | None, str | None]) -> dict[str, object]:
 
 
 def text_key(text: str) -> str:
-    """What two prompts have in common that say the same: what stands between commas, sorted, in one spelling.
+    """What two prompts have in common that say the same: what stands between commas, sorted, in one
+    spelling.
 
-    Case, spaces and underscores, a full stop at the end, and `\\(` for `(`, as the UIs want it, make no difference; nor
-    do score tags, which every training prompt may have.
+    Case, spaces and underscores, a full stop at the end, and `\\(` for `(`, as the UIs want it,
+    make no difference; nor do score tags, which every training prompt may have.
     """
     plain = _ESCAPED.sub(r"\1", unicodedata.normalize("NFC", text.replace("_", " ").casefold()))
     parts = (" ".join(part.split()).rstrip(" .") for part in plain.split(","))

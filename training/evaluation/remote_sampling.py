@@ -1,6 +1,8 @@
-"""Drawing a checkpoint's pictures on another machine, with only the checkpoint and a prompt file; bringing them home.
+"""Drawing a checkpoint's pictures on another machine, with only the checkpoint and a prompt file;
+bringing them home.
 
-The prompt file that a workspace writes carries how pictures are drawn, so that what comes home can be compared.
+The prompt file that a workspace writes carries how pictures are drawn, so that what comes home can
+be compared.
 """
 
 import hashlib
@@ -32,7 +34,8 @@ class Record:
     """`evaluation.json`, the last file that is written: what the pictures follow from."""
 
     checkpoint: str
-    """`<run>@<samples_seen>`, or `base.<digest8>@0` for a model without a run, which may be a rival at home."""
+    """`<run>@<samples_seen>`, or `base.<digest8>@0` for a model without a run, which may be a rival
+    at home."""
     digest: str
     """Of its weights."""
     prompts: str
@@ -48,12 +51,17 @@ class Record:
 
 def write_prompts(path: Path, prompts: pl.DataFrame, sampling: SamplingConfig) -> None:
     """Write a prompt set and how its pictures are drawn into one JSON file."""
-    values = {"format": _FORMAT, "sampling": toml.dump(sampling), "prompts": prompts.drop("seed").to_dicts()}
+    values = {
+        "format": _FORMAT,
+        "sampling": toml.dump(sampling),
+        "prompts": prompts.drop("seed").to_dicts(),
+    }
     commit.write_json(path, values)
 
 
 def read_file(path: Path) -> tuple[pl.DataFrame, SamplingConfig]:
-    """Prompts and sampling of what `write_prompts` wrote; of a CSV file its prompts, and the defaults.
+    """Prompts and sampling of what `write_prompts` wrote; of a CSV file its prompts, and the
+    defaults.
 
     Raises:
         EvaluationError: the file cannot be used; says why.
@@ -63,8 +71,12 @@ def read_file(path: Path) -> tuple[pl.DataFrame, SamplingConfig]:
     try:
         values = json.loads(path.read_bytes())
         if values["format"] != _FORMAT:
-            raise EvaluationError(f"prompt file {path} has format {values['format']!r}, this version reads {_FORMAT}")
-        return make_frame(values["prompts"]), toml.build(SamplingConfig, values["sampling"], origin=path)
+            raise EvaluationError(
+                f"prompt file {path} has format {values['format']!r}, this version reads {_FORMAT}"
+            )
+        return make_frame(values["prompts"]), toml.build(
+            SamplingConfig, values["sampling"], origin=path
+        )
     except FileNotFoundError:
         raise EvaluationError(f"prompt file {path} does not exist") from None
     except (ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
@@ -87,7 +99,12 @@ def identify(checkpoint: Path) -> tuple[str, str]:
 
 
 def draw(
-    checkpoint: Path, prompts: Path, out: Path, *, device: str, progress: Callable[[int, int], None] | None = None
+    checkpoint: Path,
+    prompts: Path,
+    out: Path,
+    *,
+    device: str,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Draw a checkpoint's pictures of a prompt file into a new folder.
 
@@ -98,9 +115,8 @@ def draw(
         device: Where the models run.
         progress: Follows along.
 
-    Raises:
-        EvaluationError: the prompt file or one of its prompts cannot be used, or `out` is in the way.
-        ModelError: the checkpoint is incomplete.
+    Raises: EvaluationError: the prompt file or one of its prompts cannot be used, or `out` is in
+        the way. ModelError: the checkpoint is incomplete.
     """
     from training.sampling.sampling import sample_folder
 
@@ -111,10 +127,19 @@ def draw(
             f"{out} holds the pictures of {read_record(out).checkpoint} already; choose another --out"
         )
     if not checkpoint.is_dir() and checkpoint.suffix != SUFFIX:
-        raise EvaluationError(f"--checkpoint {checkpoint} is neither a model folder nor a {SUFFIX} file")
+        raise EvaluationError(
+            f"--checkpoint {checkpoint} is neither a model folder nor a {SUFFIX} file"
+        )
     name, weights = identify(checkpoint)
     samples = sample_folder(
-        checkpoint, name, frame, sampling, out / PICTURES, home=prompts.parent, device=device, progress=progress
+        checkpoint,
+        name,
+        frame,
+        sampling,
+        out / PICTURES,
+        home=prompts.parent,
+        device=device,
+        progress=progress,
     )
     record = Record(
         checkpoint=name,
@@ -138,17 +163,21 @@ def read_record(folder: Path) -> Record:
         values = json.loads((folder / RECORD).read_bytes())
         record = Record(**{**values, "samples": commit.Entry(**values["samples"])})
     except FileNotFoundError:
-        raise DamageError(f"{folder} has no {RECORD}: its pictures were not drawn to the end") from None
+        raise DamageError(
+            f"{folder} has no {RECORD}: its pictures were not drawn to the end"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise DamageError(f"{folder / RECORD} is damaged: {error!r}") from None
     if record.format != _FORMAT:
-        raise DamageError(f"{folder / RECORD} has format {record.format!r}, this version reads {_FORMAT}")
+        raise DamageError(
+            f"{folder / RECORD} has format {record.format!r}, this version reads {_FORMAT}"
+        )
     return record
 
 
 def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
-    """Copy pictures to where the workspace keeps them; returns rows of table `sample_images`, also of those that could
-    not be drawn.
+    """Copy pictures to where the workspace keeps them; returns rows of table `sample_images`, also
+    of those that could not be drawn.
 
     Raises:
         DamageError: a picture or the table is gone or has changed.
@@ -161,7 +190,9 @@ def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
     for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
         picture = read_picture(folder / PICTURES / file)
         if hashlib.sha256(picture.tobytes()).hexdigest() != sha256:
-            raise DamageError(f"{folder / PICTURES / file} is not the picture that was drawn for prompt {prompt_id!r}")
+            raise DamageError(
+                f"{folder / PICTURES / file} is not the picture that was drawn for prompt {prompt_id!r}"
+            )
     for file in drawn["file"]:
         with commit.atomic_file(target / file) as temporary:
             shutil.copyfile(folder / PICTURES / file, temporary)

@@ -1,7 +1,9 @@
-"""Further scorers of human preference: one class each, chosen by name in `[evaluation.scoring] scorers`.
+"""Further scorers of human preference: one class each, chosen by name in `[evaluation.scoring]
+scorers`.
 
-A new one is a class with `load` and `score`, a line in `SCORERS`, its name in `ScorerName` and its folder in
-`[models]`. Each loads safetensors from a local folder, and says where they come from when they are missing.
+A new one is a class with `load` and `score`, a line in `SCORERS`, its name in `ScorerName` and its
+folder in `[models]`. Each loads safetensors from a local folder, and says where they come from when
+they are missing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +38,9 @@ class Scorer(Protocol):
 class PickScore:
     """PickScore v1: CLIP H/14 fine-tuned on choices between two pictures; about 15 to 25.
 
-    The scaled cosine of picture and prompt. Pixels and prompts are prepared as OpenAI does: transformers' processor,
-    which the authors use, crops one pixel beside that where the overhang is odd.
+    The scaled cosine of picture and prompt. Pixels and prompts are prepared as OpenAI does:
+    transformers' processor, which the authors use, crops one pixel beside that where the overhang
+    is odd.
 
     Source: Kirstain et al., arXiv:2305.01569; yuvalkirstain/PickScore_v1.
     """
@@ -56,7 +59,12 @@ class PickScore:
         """
         weights.require(
             folder,
-            ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"),
+            (
+                "config.json",
+                "model.safetensors",
+                "preprocessor_config.json",
+                "tokenizer_config.json",
+            ),
             name="PickScore",
             source=f"https://huggingface.co/yuvalkirstain/PickScore_v1 and {_H14}",
             command=f"hf download yuvalkirstain/PickScore_v1 config.json model.safetensors --local-dir {folder} && "
@@ -71,9 +79,11 @@ class PickScore:
 
 
 class Hps:
-    """Human Preference Score v2.1: CLIP H/14 fine-tuned on rankings; about 0.2 to 0.35 (published tables: times 100).
+    """Human Preference Score v2.1: CLIP H/14 fine-tuned on rankings; about 0.2 to 0.35 (published
+    tables: times 100).
 
-    The cosine of picture and prompt; the whole picture is fitted into a black square, nothing is cropped.
+    The cosine of picture and prompt; the whole picture is fitted into a black square, nothing is
+    cropped.
 
     Source: Wu et al., arXiv:2306.09341; tgxs002/HPSv2.
     """
@@ -86,8 +96,8 @@ class Hps:
     def load(cls, folder: Path, device: str | torch.device) -> "Hps":
         """Load the published weights, as safetensors under open_clip's names, into a `CLIPModel`.
 
-        Raises:
-            ModelError: Files are missing, or the weights are of another architecture than config.json.
+        Raises: ModelError: Files are missing, or the weights are of another architecture than
+            config.json.
         """
         weights.require(
             folder,
@@ -105,11 +115,14 @@ class Hps:
 
     def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
         """Scores `(B,)`."""
-        _, embeddings = self._clip.forward(torch.stack([self.preprocess(picture) for picture in pictures]))
+        _, embeddings = self._clip.forward(
+            torch.stack([self.preprocess(picture) for picture in pictures])
+        )
         return _cosines(embeddings.cpu().numpy(), self._texts(texts))
 
     def preprocess(self, picture: np.ndarray) -> torch.Tensor:
-        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: longer side to S, bicubic, on black in the middle, normalised."""
+        """`(H, W, 3)` uint8 to `(3, S, S)` fp32: longer side to S, bicubic, on black in the middle,
+        normalised."""
         pixels.check_rgb(picture)
         side = self._clip.crop
         scale = side / max(picture.shape[:2])

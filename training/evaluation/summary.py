@@ -1,8 +1,10 @@
-"""The summary of a checkpoint's scores with exactly the columns and conventions of the poster guide and GhostReview.
+"""The summary of a checkpoint's scores with exactly the columns and conventions of the poster guide
+and GhostReview.
 
-Its conventions are not uniform and are kept as they are: the aesthetic's standard deviation divides by n - 1, the CLIP
-score's by n, quartiles are interpolated, skewness and kurtosis are the biased ones, and one NaN makes all NaN.
-What the guide does not tell, such as the deviation within prompts, stands beside it under other names.
+Its conventions are not uniform and are kept as they are: the aesthetic's standard deviation divides
+by n - 1, the CLIP score's by n, quartiles are interpolated, skewness and kurtosis are the biased
+ones, and one NaN makes all NaN. What the guide does not tell, such as the deviation within prompts,
+stands beside it under other names.
 """
 
 import math
@@ -12,7 +14,11 @@ import numpy as np
 
 QUANTILES = {"25%": 0.25, "50%": 0.5, "75%": 0.75}
 AESTHETIC_STATISTICS = ("count", "mean", "std", "min", *QUANTILES, "max", "skew", "kurtosis")
-COLUMNS = (*(f"{name}_LAIONScore" for name in AESTHETIC_STATISTICS), "Clipscore_mean", "Clipscore_std")
+COLUMNS = (
+    *(f"{name}_LAIONScore" for name in AESTHETIC_STATISTICS),
+    "Clipscore_mean",
+    "Clipscore_std",
+)
 """Columns after `Model`, in the guide's order."""
 
 
@@ -23,9 +29,8 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
         clip_scores: `(N,)`, pooled over prompts.
         aesthetic_scores: `(N,)`.
 
-    Returns:
-        One number per name in `COLUMNS`; NaN where a statistic is not defined (the deviation of one score, the
-        skewness of equal ones) or a score is NaN.
+    Returns: One number per name in `COLUMNS`; NaN where a statistic is not defined (the deviation
+        of one score, the skewness of equal ones) or a score is NaN.
     """
     scores = np.asarray(aesthetic_scores, dtype=np.float64)
     clip = np.asarray(clip_scores, dtype=np.float64)
@@ -39,10 +44,11 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
 
 
 def std_within(scores: np.ndarray, prompts: Sequence[str]) -> float:
-    """The deviation between pictures of one prompt (n - 1), averaged over prompts with two pictures or more.
+    """The deviation between pictures of one prompt (n - 1), averaged over prompts with two pictures
+    or more.
 
-    GhostReview's table of models shows this number; the guide compares it with `std_LAIONScore`, which is over all
-    pictures and so holds the differences between prompts as well.
+    GhostReview's table of models shows this number; the guide compares it with `std_LAIONScore`,
+    which is over all pictures and so holds the differences between prompts as well.
 
     Args:
         scores: `(N,)`.
@@ -51,7 +57,9 @@ def std_within(scores: np.ndarray, prompts: Sequence[str]) -> float:
     Returns:
         NaN where no prompt has two pictures.
     """
-    _, places, counts = np.unique(np.array(prompts, dtype=object), return_inverse=True, return_counts=True)
+    _, places, counts = np.unique(
+        np.array(prompts, dtype=object), return_inverse=True, return_counts=True
+    )
     if not (counts > 1).any():
         return math.nan
     values = np.asarray(scores, dtype=np.float64)

@@ -1,7 +1,8 @@
-"""Is checkpoint b better than a? Paired by prompt, with an interval, a margin that matters, and an honest "unclear".
+"""Is checkpoint b better than a? Paired by prompt, with an interval, a margin that matters, and an
+honest "unclear".
 
-Pictures are not independent, prompts are: an image-level test of equal models calls two thirds of them different
-(measured). So each prompt gives one difference, and the t interval is over prompts.
+Pictures are not independent, prompts are: an image-level test of equal models calls two thirds of
+them different (measured). So each prompt gives one difference, and the t interval is over prompts.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ HELD_OUT = "held-out half"
 MIN_PROMPTS = 30
 """Fewer pairs give no verdict."""
 CONFIDENCE = 0.95
-# Normal quantiles of 5 % two-sided and 80 % power: a difference of 2.8 standard errors is found four times in five.
+# Normal quantiles of 5 % two-sided and 80 % power: a difference of 2.8 standard errors is found
+# four times in five.
 _POWER_QUANTILES = 2.8
 _MAX_NEEDED = 1_000_000
 
@@ -64,22 +66,25 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
         b: The checkpoint judged.
         margins: Metric (`clip_score`, `aesthetic`) -> difference that matters in practice.
 
-    Returns:
-        Rows of table `verdicts`, one per metric and group: `better` and `worse` when Holm's test over the metrics of
-        the group holds at 5 % and the mean difference reaches the margin; `same` when the 95 % interval lies within
-        the margin on both sides; `unclear` otherwise, with the number of prompts that would decide; and
-        `too_few_prompts` below 30. `all` leaves the shipped groups out where there are other prompts. Where a group is
-        the only one, it is `all`.
+    Returns: Rows of table `verdicts`, one per metric and group: `better` and `worse` when Holm's
+        test over the metrics of the group holds at 5 % and the mean difference reaches the margin;
+        `same` when the 95 % interval lies within the margin on both sides; `unclear` otherwise,
+        with the number of prompts that would decide; and `too_few_prompts` below 30. `all` leaves
+        the shipped groups out where there are other prompts. Where a group is the only one, it is
+        `all`.
 
-    Raises:
-        FailedPicturesError: a picture of either has no scores.
-        EvaluationError: the protocols differ, a prompt has a score on one side only, or a score is not finite.
+    Raises: FailedPicturesError: a picture of either has no scores. EvaluationError: the protocols
+        differ, a prompt has a score on one side only, or a score is not finite.
     """
     _refuse_unlike(a, b)
     if failed := [text for side in (a, b) if (text := refusal(side.checkpoint, side.metrics))]:
-        raise FailedPicturesError(f"no verdict on {b.checkpoint} against {a.checkpoint}: {'; '.join(failed)}")
+        raise FailedPicturesError(
+            f"no verdict on {b.checkpoint} against {a.checkpoint}: {'; '.join(failed)}"
+        )
     pairs = {metric: _pair(a, b, metric) for metric in margins}
-    groups = sorted({group for frame in pairs.values() for group in frame["group"].unique().to_list()})
+    groups = sorted(
+        {group for frame in pairs.values() for group in frame["group"].unique().to_list()}
+    )
     rows = []
     for group in [ALL, *(groups if len(groups) > 1 else [])]:
         chosen = {
@@ -87,7 +92,8 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
             for metric, frame in pairs.items()
         }
         tests = {
-            metric: PairedTest.of(frame["a"].to_numpy(), frame["b"].to_numpy()) for metric, frame in chosen.items()
+            metric: PairedTest.of(frame["a"].to_numpy(), frame["b"].to_numpy())
+            for metric, frame in chosen.items()
         }
         adjusted = holm([test.p_value for test in tests.values()])
         for (metric, test), p_holm in zip(tests.items(), adjusted, strict=True):
@@ -105,7 +111,8 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment, in the order given. Source: Holm, Scand. J. Statist. 6 (1979), 65-70."""
+    """Holm's step-down adjustment, in the order given. Source: Holm, Scand. J. Statist. 6 (1979),
+    65-70."""
     adjusted = [0.0] * len(p_values)
     highest = 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
@@ -129,11 +136,14 @@ def judge(test: "PairedTest", p_holm: float, margin: float) -> tuple[str, int | 
         return ("better" if test.difference > 0 else "worse"), None
     if -margin < test.low and test.high < margin:
         return "same", None
-    # To be called different, the difference must stand out from zero; to be called the same, from the margin.
+    # To be called different, the difference must stand out from zero; to be called the same, from
+    # the margin.
     distance = size if size >= margin else margin - size
     if distance <= 0:
         return "unclear", _MAX_NEEDED
-    needed = math.ceil(min(test.num_prompts * (_POWER_QUANTILES * test.error / distance) ** 2, _MAX_NEEDED))
+    needed = math.ceil(
+        min(test.num_prompts * (_POWER_QUANTILES * test.error / distance) ** 2, _MAX_NEEDED)
+    )
     return "unclear", max(needed, test.num_prompts + 1)
 
 
@@ -143,7 +153,9 @@ def sentence(row: Mapping[str, object]) -> str:
         "better": "better", "worse": "worse", "same": "the same within the margin", "unclear": "unclear",
         "too_few_prompts": "too few prompts to tell",
     }  # fmt: skip
-    needed = f"; about {row['num_needed']} prompts would do" if row["num_needed"] is not None else ""
+    needed = (
+        f"; about {row['num_needed']} prompts would do" if row["num_needed"] is not None else ""
+    )
     if needed and row["group"] == HELD_OUT:
         needed = f"; a set of about {row['num_needed']} prompts would do"
     return (
@@ -169,7 +181,10 @@ class PairedTest:
     @classmethod
     def of(cls, a: np.ndarray, b: np.ndarray) -> "PairedTest":
         """Of scores `(N,)` in the same order of prompts; a single pair has an infinite interval."""
-        from scipy.special import stdtr, stdtrit  # here: `sentence` is used where the graph is drawn
+        from scipy.special import (
+            stdtr,
+            stdtrit,
+        )  # here: `sentence` is used where the graph is drawn
 
         count = len(a)
         differences = b - a
@@ -211,12 +226,16 @@ def _where_they_part(one: str, other: str) -> tuple[str, str]:
 def _pair(a: Scores, b: Scores, metric: str) -> pl.DataFrame:
     """`prompt_id, group, a, b` per prompt, sorted by prompt."""
     sides = [
-        side.metrics.filter((pl.col("metric") == metric) & pl.col("prompt_id").is_not_null()).select(
-            "prompt_id", "group", pl.col("value").alias(name)
-        )
+        side.metrics.filter(
+            (pl.col("metric") == metric) & pl.col("prompt_id").is_not_null()
+        ).select("prompt_id", "group", pl.col("value").alias(name))
         for side, name in ((a, "a"), (b, "b"))
     ]
-    joined = sides[0].join(sides[1], on=["prompt_id", "group"], how="full", coalesce=True).sort("prompt_id")
+    joined = (
+        sides[0]
+        .join(sides[1], on=["prompt_id", "group"], how="full", coalesce=True)
+        .sort("prompt_id")
+    )
     if joined.is_empty():
         raise EvaluationError(f"{a.checkpoint} and {b.checkpoint} have no scores {metric!r}")
     usable = pl.col("a").is_finite().fill_null(False) & pl.col("b").is_finite().fill_null(False)

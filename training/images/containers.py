@@ -1,7 +1,8 @@
-"""What a file's own container says of its wholeness, for the formats whose decoders do not look: PNG and GIF.
+"""What a file's own container says of its wholeness, for the formats whose decoders do not look:
+PNG and GIF.
 
-Pillow skips the checksums of a PNG's pixels and takes a GIF whose end is missing. The other formats have no checksum,
-and their decoders find an early end themselves.
+Pillow skips the checksums of a PNG's pixels and takes a GIF whose end is missing. The other formats
+have no checksum, and their decoders find an early end themselves.
 """
 
 import struct
@@ -21,7 +22,8 @@ class Damaged(Exception):  # noqa: N818 - it describes the file; nothing went wr
 
 
 def check(data: bytes) -> None:
-    """Check the lengths and checksums of a PNG and the blocks of a GIF; other formats pass. Decodes no pixel.
+    """Check the lengths and checksums of a PNG and the blocks of a GIF; other formats pass. Decodes
+    no pixel.
 
     Raises:
         Damaged: the file ends early, or a checksum or a block is wrong.
@@ -43,7 +45,9 @@ def _check_png(data: bytes) -> None:
         if end > len(data):
             break
         if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise Damaged(f"PNG: chunk {name.decode()} at byte {at} has a wrong checksum", early_end=False)
+            raise Damaged(
+                f"PNG: chunk {name.decode()} at byte {at} has a wrong checksum", early_end=False
+            )
         if name == b"IEND":
             return
         at = end
@@ -51,7 +55,8 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
-    """Every block up to the trailer. Bytes after it are no part of the image. Source: GIF89a specification."""
+    """Every block up to the trailer. Bytes after it are no part of the image. Source: GIF89a
+    specification."""
     try:
         at = 13 + _colours_bytes(data[10])
         while (kind := data[at]) != 0x3B:
@@ -60,7 +65,9 @@ def _check_gif(data: bytes) -> None:
             elif kind == 0x21:  # An extension: label, blocks of data.
                 at = _skip_blocks(data, at + 2)
             else:
-                raise Damaged(f"GIF: byte {at} is {kind:#04x}, which begins no block", early_end=False)
+                raise Damaged(
+                    f"GIF: byte {at} is {kind:#04x}, which begins no block", early_end=False
+                )
     except IndexError:
         raise Damaged("GIF: the file ends before its trailer", early_end=True) from None
 

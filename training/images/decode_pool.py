@@ -1,7 +1,8 @@
-"""Decoding in worker processes that may hang, crash or run out of memory: each costs one picture, never the run.
+"""Decoding in worker processes that may hang, crash or run out of memory: each costs one picture,
+never the run.
 
-A worker is a fresh interpreter that talks over a socket: requests and answers are JSON, pixels raw bytes, so
-that nothing from a hostile picture is ever unpickled here.
+A worker is a fresh interpreter that talks over a socket: requests and answers are JSON, pixels raw
+bytes, so that nothing from a hostile picture is ever unpickled here.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 _START_S = 120.0
 """Longest start of a worker, seconds: an interpreter, NumPy and Pillow on a busy machine."""
 _ORPHAN_S = 15.0
-"""A worker whose parent died in the middle of a picture ends itself this long after the time limit, seconds."""
+"""A worker whose parent died in the middle of a picture ends itself this long after the time limit,
+seconds."""
 _MAX_MESSAGE_BYTES = 1_000_000
 
 
@@ -55,8 +57,8 @@ class Rejection:
 class DecodePool:
     """Worker processes that decode pictures; a context manager.
 
-    Answers come in the order of the paths, and no more than a few pictures are under way at a time, so memory
-    does not grow with their number.
+    Answers come in the order of the paths, and no more than a few pictures are under way at a time,
+    so memory does not grow with their number.
     """
 
     def __init__(self, config: "DecodeConfig") -> None:
@@ -74,7 +76,10 @@ class DecodePool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """End all workers, whatever they are doing."""
         self._closed = True
@@ -91,19 +96,22 @@ class DecodePool:
             assert not isinstance(answer, np.ndarray)
             yield answer
 
-    def pixels(self, paths: Iterable[Path], image_ids: Iterable[str] | None = None) -> Iterator[np.ndarray | Rejection]:
+    def pixels(
+        self, paths: Iterable[Path], image_ids: Iterable[str] | None = None
+    ) -> Iterator[np.ndarray | Rejection]:
         """Decode each file.
 
-        Args:
-            paths: Files.
-            image_ids: What the bytes of each must hash to; a file that was replaced since is rejected as
+        Args: paths: Files. image_ids: What the bytes of each must hash to; a file that was replaced
+            since is rejected as
                 `changed_while_read`. None: not checked.
 
         Returns:
             (H, W, 3) uint8 upright sRGB, or why not, in order.
         """
         if image_ids is None:
-            requests: Iterable[dict[str, Any]] = ({"path": str(path), "want": "pixels"} for path in paths)
+            requests: Iterable[dict[str, Any]] = (
+                {"path": str(path), "want": "pixels"} for path in paths
+            )
         else:
             requests = (
                 {"path": str(path), "want": "pixels", "image_id": image_id}
@@ -113,7 +121,9 @@ class DecodePool:
             assert not isinstance(answer, Facts)
             yield answer
 
-    def _stream(self, requests: Iterable[dict[str, Any]], ahead: int) -> Iterator[Facts | Rejection | np.ndarray]:
+    def _stream(
+        self, requests: Iterable[dict[str, Any]], ahead: int
+    ) -> Iterator[Facts | Rejection | np.ndarray]:
         pending: deque[Future[Facts | Rejection | np.ndarray]] = deque()
         try:
             for request in requests:
@@ -145,11 +155,17 @@ class DecodePool:
                 except TimeoutError:
                     worker = self._replace(worker)
                     limit = f"{self._config.timeout_s:g} s"
-                    return Rejection(reason="decode_timeout", value=f"more than {limit}", limit=limit)
+                    return Rejection(
+                        reason="decode_timeout", value=f"more than {limit}", limit=limit
+                    )
                 except (EOFError, OSError, ValueError) as error:
                     status = worker.end(patience_s=2.0)
                     worker = self._replace(worker)
-                    return Rejection(reason="decode_crashed", value=_how_it_ended(status), detail=str(error) or None)
+                    return Rejection(
+                        reason="decode_crashed",
+                        value=_how_it_ended(status),
+                        detail=str(error) or None,
+                    )
         finally:
             self._idle.put(worker)
 
@@ -215,7 +231,9 @@ class _Worker:
             _receive(self._socket, time.monotonic() + _START_S)
         except (EOFError, OSError) as error:
             ended = _how_it_ended(self.end(patience_s=2.0))
-            raise PipelineError(f"a decoding worker did not start: {ended} ({error or 'no answer'})") from None
+            raise PipelineError(
+                f"a decoding worker did not start: {ended} ({error or 'no answer'})"
+            ) from None
         self._ready = True
 
     def kill(self) -> None:
@@ -286,10 +304,13 @@ def serve(descriptor: int, limits: str) -> None:
     _limit_memory(config.memory_bytes)
     with contextlib.suppress(EOFError, OSError):
         _send(channel, {"ready": True}, None)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Decoders in C write their complaints to stderr.
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 2
+        )  # Decoders in C write their complaints to stderr.
         while True:
             request = _receive(channel, None)
-            # The default action of SIGALRM ends the process, even in the middle of a decoder's C code.
+            # The default action of SIGALRM ends the process, even in the middle of a decoder's C
+            # code.
             signal.setitimer(signal.ITIMER_REAL, config.timeout_s + _ORPHAN_S)
             answer, pixels = _answer(request, config)
             _send(channel, answer, None)
@@ -300,14 +321,17 @@ def serve(descriptor: int, limits: str) -> None:
 
 
 def _limit_memory(more_bytes: int) -> None:
-    """Cap the address space at what is in use now plus `more_bytes`; where the system can tell (Linux)."""
+    """Cap the address space at what is in use now plus `more_bytes`; where the system can tell
+    (Linux)."""
     with contextlib.suppress(FileNotFoundError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         cap = pages * resource.getpagesize() + int(more_bytes)
         resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
 
 
-def _answer(request: dict[str, Any], config: "DecodeConfig") -> tuple[dict[str, Any], np.ndarray | None]:
+def _answer(
+    request: dict[str, Any], config: "DecodeConfig"
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """What to say of one picture, and its pixels when they were asked for."""
     image_id = None
     try:
@@ -325,6 +349,10 @@ def _answer(request: dict[str, Any], config: "DecodeConfig") -> tuple[dict[str, 
     except MemoryError:
         found = decoding.out_of_memory(config)
     rejection = Rejection(
-        reason=found.reason, value=found.value, limit=found.limit, detail=found.detail, image_id=image_id
+        reason=found.reason,
+        value=found.value,
+        limit=found.limit,
+        detail=found.detail,
+        image_id=image_id,
     )
     return {"rejection": asdict(rejection)}, None

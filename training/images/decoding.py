@@ -1,7 +1,9 @@
-"""The one place where bytes become pixels: what may be an image, how it is read, and what is measured on it.
+"""The one place where bytes become pixels: what may be an image, how it is read, and what is
+measured on it.
 
-Every picture leaves as upright 8-bit sRGB. `decode_pool` calls this in killable workers, so this module starts
-fast: it imports neither polars nor torch, and reasons are the plain words of `tables.Reason`.
+Every picture leaves as upright 8-bit sRGB. `decode_pool` calls this in killable workers, so this
+module starts fast: it imports neither polars nor torch, and reasons are the plain words of
+`tables.Reason`.
 """
 
 import errno
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from training.config.workspace import DecodeConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
-"""Formats that are read, in the order in which they are tried. A JPEG of several pictures comes out as MPO."""
+"""Formats that are read, in the order in which they are tried. A JPEG of several pictures comes out
+as MPO."""
 LUMA_SIDE = 256
 """Longest side of the luma picture that brightness, contrast and sharpness are measured on, px."""
 
@@ -56,9 +59,11 @@ _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _METADATA_WARNINGS = "Metadata Warning|Possibly corrupt EXIF|Truncated File Read"
 """What Pillow says of a TIFF's tags while it loads one; they say nothing of the pixels."""
 _DEEP_MODES = ("I", "F")
-"""Pillow's modes of more than 16 bits or of fractions: nothing says which of their values is white."""
+"""Pillow's modes of more than 16 bits or of fractions: nothing says which of their values is
+white."""
 _PIXEL_BYTES = 7
-"""Least memory per pixel while an image is decoded, bytes: four as Pillow holds RGB, three as it leaves."""
+"""Least memory per pixel while an image is decoded, bytes: four as Pillow holds RGB, three as it
+leaves."""
 _PROFILE_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,7 +83,9 @@ _X_RESOLUTION_TAG = 282
 class Unusable(Exception):  # noqa: N818 - it describes the file; nothing went wrong here.
     """A file that cannot become a picture."""
 
-    def __init__(self, reason: str, *, value: object = None, limit: object = None, detail: object = None) -> None:
+    def __init__(
+        self, reason: str, *, value: object = None, limit: object = None, detail: object = None
+    ) -> None:
         """`reason` is a value of `tables.Reason`; `detail` becomes one line."""
         self.reason = reason
         self.value = None if value is None else one_line(value)
@@ -141,32 +148,41 @@ def one_line(words: object) -> str:
 def read_file(path: Path, config: "DecodeConfig") -> bytes:
     """The bytes of a regular file; a link is not followed.
 
-    Raises:
-        Unusable: gone, a link, no regular file, not readable, empty, too large, or changed while it was read.
+    Raises: Unusable: gone, a link, no regular file, not readable, empty, too large, or changed
+        while it was read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
-                raise Unusable("not_a_file", value=stat.filemode(before.st_mode)[0], limit="regular file")
+                raise Unusable(
+                    "not_a_file", value=stat.filemode(before.st_mode)[0], limit="regular file"
+                )
             if before.st_size == 0:
                 raise Unusable("empty_file", value=0)
             if before.st_size > config.max_bytes:
                 raise Unusable("too_many_bytes", value=before.st_size, limit=config.max_bytes)
             data = file.read(before.st_size + 1) or b""
-            while len(data) < before.st_size and (more := file.read(before.st_size + 1 - len(data))):
+            while len(data) < before.st_size and (
+                more := file.read(before.st_size + 1 - len(data))
+            ):
                 data += more
             after = os.fstat(descriptor)
     except OSError as error:
         if error.errno == errno.ELOOP:
             detail = f"leads to {os.readlink(path)}" if path.is_symlink() else error.strerror
-            raise Unusable("link_not_followed", value="link", limit="inside the source", detail=detail) from None
+            raise Unusable(
+                "link_not_followed", value="link", limit="inside the source", detail=detail
+            ) from None
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         no_file = error.errno in (errno.ENXIO, errno.EISDIR)
         reason = "gone" if missing else "not_a_file" if no_file else "unreadable"
         raise Unusable(reason, detail=error.strerror) from None
-    if len(data) != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+    if len(data) != before.st_size or (after.st_size, after.st_mtime_ns) != (
+        before.st_size,
+        before.st_mtime_ns,
+    ):
         raise Unusable("changed_while_read", value=after.st_size, limit=before.st_size)
     return data
 
@@ -174,11 +190,12 @@ def read_file(path: Path, config: "DecodeConfig") -> bytes:
 def decode(data: bytes, config: "DecodeConfig") -> Decoded:
     """Turn a file's bytes into upright 8-bit sRGB.
 
-    Size, mode and number of frames are checked in the header, before any pixel is decoded. There is one full decode,
-    and metadata is read after it; where it fails, warns or stops early, the file is refused. What no checksum or
-    decoder can notice is listed in `docs/images.md`. 16-bit grey is scaled, not clipped; transparency is blended on
-    white; a colour profile that is not sRGB is converted (perceptual intent), a broken one ignored; of a
-    multi-picture JPEG or a TIFF the first image is taken. Sets Pillow's own pixel limit for this process.
+    Size, mode and number of frames are checked in the header, before any pixel is decoded. There is
+    one full decode, and metadata is read after it; where it fails, warns or stops early, the file
+    is refused. What no checksum or decoder can notice is listed in `docs/images.md`. 16-bit grey is
+    scaled, not clipped; transparency is blended on white; a colour profile that is not sRGB is
+    converted (perceptual intent), a broken one ignored; of a multi-picture JPEG or a TIFF the first
+    image is taken. Sets Pillow's own pixel limit for this process.
 
     Raises:
         Unusable: whatever is wrong, with a reason out of the closed list.
@@ -202,7 +219,11 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
         except UnidentifiedImageError:
             raise _unidentified(data) from None
         except Exception as error:  # Hostile bytes make Pillow raise nearly anything.
-            reason = "truncated" if "truncated" in str(error).lower() or _ends_early(data) else "decode_failed"
+            reason = (
+                "truncated"
+                if "truncated" in str(error).lower() or _ends_early(data)
+                else "decode_failed"
+            )
             raise Unusable(reason, detail=f"{type(error).__name__}: {error}") from None
 
 
@@ -216,7 +237,9 @@ def _decode(image: Image.Image, data: bytes, config: "DecodeConfig") -> Decoded:
         containers.check(data)
     except containers.Damaged as damaged:
         raise _damaged(damaged, form) from None
-    tags = dict(getattr(image, "tag_v2", {}))  # Pillow turns a TIFF while it loads, and forgets how it was turned.
+    tags = dict(
+        getattr(image, "tag_v2", {})
+    )  # Pillow turns a TIFF while it loads, and forgets how it was turned.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", _METADATA_WARNINGS)
@@ -230,7 +253,9 @@ def _decode(image: Image.Image, data: bytes, config: "DecodeConfig") -> Decoded:
         upright = upright.transpose(_TRANSPOSE[left])
     pixels = np.ascontiguousarray(upright)
     stored = Size(size.width, size.height) if turned_by_pillow and orientation >= 5 else size
-    return Decoded(pixels=pixels, format=form, mode=mode, stored=stored, orientation=orientation, dpi=dpi)
+    return Decoded(
+        pixels=pixels, format=form, mode=mode, stored=stored, orientation=orientation, dpi=dpi
+    )
 
 
 def _check_header(size: Size, mode: str, config: "DecodeConfig") -> None:
@@ -246,7 +271,8 @@ def _check_header(size: Size, mode: str, config: "DecodeConfig") -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1-8 of a loaded image; an EXIF block that cannot be read costs the rotation only."""
+    """EXIF orientation 1-8 of a loaded image; an EXIF block that cannot be read costs the rotation
+    only."""
     try:
         return _valid_orientation(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # The pixels are whole: they were decoded before.
@@ -259,9 +285,13 @@ def _valid_orientation(value: Any) -> int:
 
 
 def _dpi(image: Image.Image) -> float | None:
-    """Horizontal dots per inch, where the file holds them: Pillow makes up 72 for some JPEGs and 1 for a TIFF."""
+    """Horizontal dots per inch, where the file holds them: Pillow makes up 72 for some JPEGs and 1
+    for a TIFF."""
     try:
-        by_tag = image.format in ("JPEG", "MPO", "TIFF") and image.info.get("jfif_unit") not in (1, 2)
+        by_tag = image.format in ("JPEG", "MPO", "TIFF") and image.info.get("jfif_unit") not in (
+            1,
+            2,
+        )
         if by_tag and _X_RESOLUTION_TAG not in image.getexif():
             return None
         dpi = float(image.info["dpi"][0])
@@ -273,9 +303,8 @@ def _dpi(image: Image.Image) -> float | None:
 def _to_rgb(image: Image.Image, *, zero_is_white: bool) -> Image.Image:
     """Any mode as RGB: sRGB colours, blended on white.
 
-    Args:
-        image: Loaded.
-        zero_is_white: The TIFF says that 0 means white. Pillow turns 8 bits by itself, and leaves 16 as they are.
+    Args: image: Loaded. zero_is_white: The TIFF says that 0 means white. Pillow turns 8 bits by
+        itself, and leaves 16 as they are.
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
@@ -298,7 +327,8 @@ def _to_rgb(image: Image.Image, *, zero_is_white: bool) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """Apply an embedded profile that fits the picture's mode; without a usable one, convert plainly."""
+    """Apply an embedded profile that fits the picture's mode; without a usable one, convert
+    plainly."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -314,7 +344,8 @@ def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
 
 
 def _unidentified(data: bytes) -> Unusable:
-    """Why Pillow recognised nothing: a format that is not allowed, a broken header, or no image at all."""
+    """Why Pillow recognised nothing: a format that is not allowed, a broken header, or no image at
+    all."""
     head = data.lstrip()[:512]
     if head.startswith(b"<") and b"<svg" in head:
         return Unusable("format_not_allowed", value="SVG", limit=" ".join(FORMATS))
@@ -332,7 +363,9 @@ def _unidentified(data: bytes) -> Unusable:
 
 
 def _damaged(damaged: containers.Damaged, form: str) -> Unusable:
-    return Unusable("truncated" if damaged.early_end else "decode_failed", value=form, detail=damaged)
+    return Unusable(
+        "truncated" if damaged.early_end else "decode_failed", value=form, detail=damaged
+    )
 
 
 def _ends_early(data: bytes) -> bool:
@@ -349,7 +382,9 @@ def _ends_early(data: bytes) -> bool:
         position = 0
         while position + 8 <= len(data):
             length = int.from_bytes(data[position : position + 4], "big")
-            if length < 8:  # 0: to the end of the file; 1: a 64-bit length, which no picture here needs.
+            if (
+                length < 8
+            ):  # 0: to the end of the file; 1: a 64-bit length, which no picture here needs.
                 return False
             position += length
         return position != len(data)
@@ -359,9 +394,10 @@ def _ends_early(data: bytes) -> bool:
 def measure(data: bytes, image_id: str, decoded: Decoded) -> Facts:
     """Everything that `raw_images` holds of one file.
 
-    All measures are made in integers, so that equal pictures give equal facts on every machine. Brightness and
-    contrast are mean and standard deviation of luma (0-1), sharpness is the variance of its 4-neighbour
-    Laplacian in 8-bit steps, all at `LUMA_SIDE`; smaller pictures are not enlarged.
+    All measures are made in integers, so that equal pictures give equal facts on every machine.
+    Brightness and contrast are mean and standard deviation of luma (0-1), sharpness is the variance
+    of its 4-neighbour Laplacian in 8-bit steps, all at `LUMA_SIDE`; smaller pictures are not
+    enlarged.
     """
     pixels = decoded.pixels
     height, width = pixels.shape[:2]
@@ -416,7 +452,10 @@ def _sharpness(luma: Image.Image) -> float:
 
 
 _COSINES = np.array(
-    [[round(math.cos((2 * n + 1) * k * math.pi / 64) * 2**14) for n in range(32)] for k in range(8)],
+    [
+        [round(math.cos((2 * n + 1) * k * math.pi / 64) * 2**14) for n in range(32)]
+        for k in range(8)
+    ],
     dtype=np.int64,
 )
 
@@ -428,7 +467,8 @@ def _frequencies(luma: Image.Image) -> np.ndarray:
 
 
 def _hash(frequencies: np.ndarray) -> int:
-    """64 bits, row by row from the highest: coefficients above their median. The usual pHash definition."""
+    """64 bits, row by row from the highest: coefficients above their median. The usual pHash
+    definition."""
     flat = frequencies.ravel()
     middle = np.sort(flat)[31:33].sum()  # Twice the median.
     return int("".join("1" if twice > middle else "0" for twice in flat * 2), 2)

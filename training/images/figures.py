@@ -1,7 +1,9 @@
-"""Small pictures as Markdown for Dagster's metadata: charts that show inline, contact sheets behind one click.
+"""Small pictures as Markdown for Dagster's metadata: charts that show inline, contact sheets behind
+one click.
 
-Dagster shows Markdown inline only below 1,000 characters (measured), and keeps metadata twice in its event log: charts
-are bare SVG paths, sheets are JPEGs of at most 32 KB. Free of torch, because assets call it while they report.
+Dagster shows Markdown inline only below 1,000 characters (measured), and keeps metadata twice in
+its event log: charts are bare SVG paths, sheets are JPEGs of at most 32 KB. Free of torch, because
+assets call it while they report.
 """
 
 import base64
@@ -40,7 +42,9 @@ def bars(counts: Sequence[tuple[str, float]]) -> str:
     # No bars, all labels; then every second, third, ... label; then none.
     for every in (1, 2, 3, 4, 6, 8, len(counts) + 1):
         labels = [
-            (place, label) for place, (label, _) in enumerate(counts) if place % every == 0 and every <= len(counts)
+            (place, label)
+            for place, (label, _) in enumerate(counts)
+            if place % every == 0 and every <= len(counts)
         ]
         chart = _chart([value for _, value in counts], labels)
         if len(chart) < MAX_INLINE:
@@ -49,13 +53,18 @@ def bars(counts: Sequence[tuple[str, float]]) -> str:
 
 
 def histogram(values: Iterable[float]) -> str:
-    """The distribution of `values` in 24 bars, with its ends under it; non-finite ones are left out."""
+    """The distribution of `values` in 24 bars, with its ends under it; non-finite ones are left
+    out."""
     finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     if not len(finite):
         return "nothing to show"
     low, high = float(finite.min()), float(finite.max())
     # np.histogram refuses ranges that 24 bins cannot part; equal values stand in the middle.
-    places = (finite - low) / (high - low) * _NUM_BINS if high > low else np.full(len(finite), _NUM_BINS / 2)
+    places = (
+        (finite - low) / (high - low) * _NUM_BINS
+        if high > low
+        else np.full(len(finite), _NUM_BINS / 2)
+    )
     counts = np.bincount(places.astype(np.int64).clip(0, _NUM_BINS - 1), minlength=_NUM_BINS)
     return _chart(counts.tolist(), [(1, f"{low:.4g}"), (_NUM_BINS - 2, f"{high:.4g}")])
 
@@ -68,14 +77,18 @@ def shares(rows: Sequence[tuple[str, float, float]]) -> str:
     """
     bars_of = [value for _, found, wanted in rows for value in (found, wanted, 0.0)]
     labels = [
-        (3 * place + 1, f"{label}: {found:.0%} of {wanted:.0%}") for place, (label, found, wanted) in enumerate(rows)
+        (3 * place + 1, f"{label}: {found:.0%} of {wanted:.0%}")
+        for place, (label, found, wanted) in enumerate(rows)
     ]
     return _chart(bars_of, labels)
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A curve over equal steps, thinned to 60 points, with its first and last value; non-finite ones are gaps."""
-    kept = sorted({round(place) for place in np.linspace(0, len(values) - 1, min(len(values), 60)).tolist()})
+    """A curve over equal steps, thinned to 60 points, with its first and last value; non-finite
+    ones are gaps."""
+    kept = sorted(
+        {round(place) for place in np.linspace(0, len(values) - 1, min(len(values), 60)).tolist()}
+    )
     points = [(place, values[place]) for place in kept if math.isfinite(values[place])]
     if not points:
         return "nothing to show"
@@ -91,7 +104,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def contact_sheet(
-    pictures: Sequence[np.ndarray], captions: Sequence[str] | None = None, *, columns: int = _COLUMNS
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int = _COLUMNS,
 ) -> str:
     """Pictures in rows as one JPEG in Markdown of at most 32,000 characters.
 
@@ -107,14 +123,19 @@ def contact_sheet(
         size = (max(round(sheet.width * scale), 1), max(round(sheet.height * scale), 1))
         smaller = sheet if scale == 1.0 else sheet.resize(size, Image.Resampling.LANCZOS)
         for quality in (85, 70, 55, 40):
-            markdown = f"![{len(pictures)} pictures]({data_uri(jpeg(smaller, quality), 'image/jpeg')})"
+            markdown = (
+                f"![{len(pictures)} pictures]({data_uri(jpeg(smaller, quality), 'image/jpeg')})"
+            )
             if len(markdown) <= MAX_SHEET:
                 return markdown
     raise AssertionError(f"{len(pictures)} pictures do not fit into a contact sheet: show fewer")
 
 
-def placed_source(pixels: np.ndarray, placement: Placement, watermarks: Sequence[Box]) -> np.ndarray:
-    """A source picture, small: what is cut away dark, the crop framed in yellow, watermark boxes in red.
+def placed_source(
+    pixels: np.ndarray, placement: Placement, watermarks: Sequence[Box]
+) -> np.ndarray:
+    """A source picture, small: what is cut away dark, the crop framed in yellow, watermark boxes in
+    red.
 
     Args:
         pixels: `(H, W, 3)` uint8, the upright source.
@@ -142,7 +163,8 @@ def placed_source(pixels: np.ndarray, placement: Placement, watermarks: Sequence
 
 
 def fit(picture: np.ndarray | Image.Image, height: int, width: int) -> Image.Image:
-    """Scale a picture to the largest size that fits into `height` and `width`, both pixels, keeping its shape."""
+    """Scale a picture to the largest size that fits into `height` and `width`, both pixels, keeping
+    its shape."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     scale = min(height / image.height, width / image.width)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
@@ -150,7 +172,14 @@ def fit(picture: np.ndarray | Image.Image, height: int, width: int) -> Image.Ima
 
 
 def write(
-    draw: ImageDraw.ImageDraw, top: int, left: int, text: str, *, width: int, size: int, colour: str = INK
+    draw: ImageDraw.ImageDraw,
+    top: int,
+    left: int,
+    text: str,
+    *,
+    width: int,
+    size: int,
+    colour: str = INK,
 ) -> None:
     """Write one line, cut with an ellipsis to `width` pixels."""
     font = ImageFont.load_default(size)
@@ -176,7 +205,9 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _tiles(pictures: Sequence[np.ndarray], captions: Sequence[str] | None, most: int) -> Image.Image:
+def _tiles(
+    pictures: Sequence[np.ndarray], captions: Sequence[str] | None, most: int
+) -> Image.Image:
     step = _TILE_PX + _GAP_PX
     row = step + (_CAPTION_PX if captions else 0)
     columns = min(len(pictures), most)
@@ -187,9 +218,19 @@ def _tiles(pictures: Sequence[np.ndarray], captions: Sequence[str] | None, most:
         top = _GAP_PX + number // columns * row
         left = _GAP_PX + number % columns * step
         small = fit(picture, _TILE_PX, _TILE_PX)
-        sheet.paste(small, (left + (_TILE_PX - small.width) // 2, top + (_TILE_PX - small.height) // 2))
+        sheet.paste(
+            small, (left + (_TILE_PX - small.width) // 2, top + (_TILE_PX - small.height) // 2)
+        )
         if captions and number < len(captions):
-            write(draw, top + _TILE_PX + 1, left, captions[number], width=_TILE_PX, size=9, colour=MUTED)
+            write(
+                draw,
+                top + _TILE_PX + 1,
+                left,
+                captions[number],
+                width=_TILE_PX,
+                size=9,
+                colour=MUTED,
+            )
     return sheet
 
 
@@ -199,10 +240,13 @@ def _chart(values: Sequence[float], labels: Sequence[tuple[int, str]]) -> str:
     heights = [round(value / highest * _HEIGHT) or (1 if value else 0) for value in values]
     width = max(round(share * 0.85), 1)
     path = "".join(
-        f"M{place * share:.0f} {_HEIGHT}v-{height}h{width}v{height}" for place, height in enumerate(heights) if height
+        f"M{place * share:.0f} {_HEIGHT}v-{height}h{width}v{height}"
+        for place, height in enumerate(heights)
+        if height
     )
     texts = "".join(
-        _text(min(max((place + 0.42) * share, _half(label)), _WIDTH - _half(label)), label) for place, label in labels
+        _text(min(max((place + 0.42) * share, _half(label)), _WIDTH - _half(label)), label)
+        for place, label in labels
     )
     return _svg_markdown(f"<path d='{path}' fill='{_FILL}'/>{texts}", "chart")
 

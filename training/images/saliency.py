@@ -11,9 +11,9 @@ _FLAT = 2.0
 def importance(pixels: np.ndarray) -> np.ndarray:
     """A map of what stands out, by the spectral residual of a small grey copy.
 
-    The logarithm of a natural picture's spectrum is smooth; what is left after smoothing is taken away belongs to what
-    is unlike the rest. The upper part counts up to a quarter more and the lower as much less: a crop that must cut
-    feet or heads cuts feet.
+    The logarithm of a natural picture's spectrum is smooth; what is left after smoothing is taken
+    away belongs to what is unlike the rest. The upper part counts up to a quarter more and the
+    lower as much less: a crop that must cut feet or heads cuts feet.
 
     Args:
         pixels: `(H, W, 3)` uint8, upright.
@@ -27,7 +27,9 @@ def importance(pixels: np.ndarray) -> np.ndarray:
 
     scale = _SIDE_PX / max(pixels.shape[:2])
     size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
-    small = np.asarray(Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BOX), dtype=np.float64)
+    small = np.asarray(
+        Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BOX), dtype=np.float64
+    )
     if small.std() < _FLAT:
         return np.full(small.shape, 1 / small.size, dtype=np.float32)
     spectrum = np.fft.fft2(small)
@@ -35,6 +37,8 @@ def importance(pixels: np.ndarray) -> np.ndarray:
     residual = log_amplitude - ndimage.uniform_filter(log_amplitude, 3, mode="wrap")
     standing_out = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
     smooth = ndimage.gaussian_filter(standing_out, 2.5, mode="nearest")
-    smooth = (smooth - np.median(smooth)).clip(0) + 1e-3 * smooth.max()  # half of a picture is background
+    smooth = (smooth - np.median(smooth)).clip(
+        0
+    ) + 1e-3 * smooth.max()  # half of a picture is background
     weighted = smooth * np.linspace(1 + _HEADROOM, 1 - _HEADROOM, len(small))[:, None]
     return (weighted / weighted.sum()).astype(np.float32)

@@ -1,6 +1,8 @@
-"""Encodes the pictures of a shard: place, crop, VAE, write. One call is one generation of one shard.
+"""Encodes the pictures of a shard: place, crop, VAE, write. One call is one generation of one
+shard.
 
-Rows of an older generation that are what would be made now are copied, bit for bit, unless the shard is encoded anew.
+Rows of an older generation that are what would be made now are copied, bit for bit, unless the
+shard is encoded anew.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from training.models.vae import Vae
 
 NUM_SHOWN = 6
-"""Pictures of a shard that are decoded again, shown and measured: those with the smallest ids, a fair sample."""
+"""Pictures of a shard that are decoded again, shown and measured: those with the smallest ids, a
+fair sample."""
 _NUM_MARKED = 2
 """Of them, where there are so many: the first with a watermark."""
 _COPIED_ROWS = 256
@@ -50,8 +53,8 @@ class Picture:
     resized: Size | None = None
     """What it is resized to; None for the smallest size that covers its bucket."""
     measured: bool = False
-    """On the validation or the stable list: in latent files of their own, so that a trainer that fetches files can
-    measure before the others have arrived."""
+    """On the validation or the stable list: in latent files of their own, so that a trainer that
+    fetches files can measure before the others have arrived."""
     watermarks: tuple[tuple[Box, float], ...] = ()
     """Boxes in upright source pixels, with confidence."""
 
@@ -87,7 +90,8 @@ class EncodedShard:
     num_copied: int = 0
     """Rows taken over from the generation before."""
     batch_size: int = 0
-    """Pictures per batch in the end: smaller than asked for after running out of memory; 0 when nothing was encoded."""
+    """Pictures per batch in the end: smaller than asked for after running out of memory; 0 when
+    nothing was encoded."""
     precision: str = ""
     """Arithmetic that was used; empty when nothing was encoded."""
     shown: list[Shown] = field(default_factory=list)
@@ -113,7 +117,8 @@ class EncodeJob:
     previous: Generation | None = None
     """Whose rows may be copied."""
     older: tuple[Generation, ...] = ()
-    """The same of images that the previous one lacks, because they were missing then; the newest first."""
+    """The same of images that the previous one lacks, because they were missing then; the newest
+    first."""
     show_watermarks: float = 1.0
     """Confidence from which a watermark box is drawn into the shown sources."""
 
@@ -125,10 +130,9 @@ def encode_shard(pictures: Sequence[Picture], job: EncodeJob) -> EncodedShard:
         pictures: The shard's kept images that have a bucket.
         job: How, and where to.
 
-    Returns:
-        Rows and files: one or more files per bucket and list, of copied and of encoded rows, each in the order of
-        their ids. On out-of-memory the whole shard starts again at half the batch size, so that equal inputs give equal
-        batches.
+    Returns: Rows and files: one or more files per bucket and list, of copied and of encoded rows,
+        each in the order of their ids. On out-of-memory the whole shard starts again at half the
+        batch size, so that equal inputs give equal batches.
 
     Raises:
         ModelError: bf16 was asked for, and costs quality.
@@ -151,13 +155,18 @@ def encode_shard(pictures: Sequence[Picture], job: EncodeJob) -> EncodedShard:
             vae.free_memory()  # before the next attempt, and for whoever gets the card when the shard is done
 
 
-def _copyable(pictures: Sequence[Picture], job: EncodeJob) -> tuple[dict[str, dict[str, Any]], dict[str, LatentFile]]:
-    """Rows by image_id that need not be encoded, and the files that hold them; damaged older generations are left."""
+def _copyable(
+    pictures: Sequence[Picture], job: EncodeJob
+) -> tuple[dict[str, dict[str, Any]], dict[str, LatentFile]]:
+    """Rows by image_id that need not be encoded, and the files that hold them; damaged older
+    generations are left."""
     rows: dict[str, dict[str, Any]] = {}
     files: dict[str, LatentFile] = {}
     for generation in () if job.previous is None else (job.previous, *job.older):
         try:
-            found = reusable_rows(generation, [item for item in pictures if item.image_id not in rows], job.encoding)
+            found = reusable_rows(
+                generation, [item for item in pictures if item.image_id not in rows], job.encoding
+            )
             opened = generation.open_files() if found else {}
         except DamageError:
             if generation is job.previous:
@@ -173,8 +182,8 @@ def reusable_rows(
 ) -> dict[str, dict[str, Any]]:
     """The rows of a generation that an encoding pass would make again, by image_id.
 
-    Placements that are drawn by generation count whatever they are; those that are not must be what they would be now.
-    The caller has compared versions, VAEs and `same_policy`.
+    Placements that are drawn by generation count whatever they are; those that are not must be what
+    they would be now. The caller has compared versions, VAEs and `same_policy`.
     """
     rows = {row["image_id"]: row for row in previous.table().iter_rows(named=True)}
     found = {}
@@ -182,8 +191,15 @@ def reusable_rows(
         row = rows.get(picture.image_id)
         if row is None:
             continue
-        was, drawn = placement_of(row), encoding.crop != "centre" and picture.crop_box is None and not picture.padded
-        same = (was.original, was.bucket, was.flip) == (picture.original, picture.bucket, picture.flip)
+        was, drawn = (
+            placement_of(row),
+            encoding.crop != "centre" and picture.crop_box is None and not picture.padded,
+        )
+        same = (was.original, was.bucket, was.flip) == (
+            picture.original,
+            picture.bucket,
+            picture.flip,
+        )
         same &= picture.resized in (None, was.resized)
         if same and (_is_padded(was) == picture.padded):
             now = was if drawn else _place(picture, encoding, previous.number, None)
@@ -229,10 +245,15 @@ def placement_columns(placement: Placement) -> dict[str, Any]:
 
 
 def _is_padded(placement: Placement) -> bool:
-    return placement.resized.height < placement.bucket.height or placement.resized.width < placement.bucket.width
+    return (
+        placement.resized.height < placement.bucket.height
+        or placement.resized.width < placement.bucket.width
+    )
 
 
-def _place(picture: Picture, encoding: EncodingConfig, generation: int, pixels: np.ndarray | None) -> Placement:
+def _place(
+    picture: Picture, encoding: EncodingConfig, generation: int, pixels: np.ndarray | None
+) -> Placement:
     """Where a picture goes in a generation; `pixels` only for crops that look at them."""
     looks = encoding.crop == "subject" and picture.crop_box is None and not picture.padded
     limit = encoding.avoid_watermarks
@@ -259,7 +280,13 @@ class _Attempt:
         old_files: Mapping[str, LatentFile],
         size: int,
     ) -> None:
-        self.job, self.vae, self.copied, self.old_files, self.size = job, vae, copied, old_files, size
+        self.job, self.vae, self.copied, self.old_files, self.size = (
+            job,
+            vae,
+            copied,
+            old_files,
+            size,
+        )
         self.rows: list[dict[str, Any]] = []
         self.files: list[Entry] = []
         self.rejected: list[dict[str, object]] = []
@@ -280,8 +307,13 @@ class _Attempt:
         with DecodePool(self.job.decode) as pool:
             crops = self._crops(pool, fresh)
             for (bucket, _), group in groups.items():
-                self._copy(bucket, [picture.image_id for picture in group if picture.image_id in self.copied])
-                self._encode(bucket, sum(picture.image_id not in self.copied for picture in group), crops)
+                self._copy(
+                    bucket,
+                    [picture.image_id for picture in group if picture.image_id in self.copied],
+                )
+                self._encode(
+                    bucket, sum(picture.image_id not in self.copied for picture in group), crops
+                )
             next(crops, None)
         return EncodedShard(
             frame=pl.DataFrame(self.rows, schema=TABLES["latents"].schema),
@@ -296,7 +328,11 @@ class _Attempt:
     def _sample(self, fresh: Sequence[Picture]) -> set[str]:
         """Ids of those to show."""
         sure = self.job.show_watermarks
-        marked = [item.image_id for item in fresh if any(confidence >= sure for _, confidence in item.watermarks)]
+        marked = [
+            item.image_id
+            for item in fresh
+            if any(confidence >= sure for _, confidence in item.watermarks)
+        ]
         first = sorted(marked)[:_NUM_MARKED]
         others = sorted(item.image_id for item in fresh if item.image_id not in first)
         return {*first, *others[: NUM_SHOWN - len(first)]}
@@ -312,7 +348,9 @@ class _Attempt:
             placement = _place(picture, self.job.encoding, self.job.generation, pixels)
             if picture.image_id in self.showing:
                 self.sources[picture.image_id] = figures.placed_source(
-                    pixels, placement, [box for box, sure in picture.watermarks if sure >= self.job.show_watermarks]
+                    pixels,
+                    placement,
+                    [box for box, sure in picture.watermarks if sure >= self.job.show_watermarks],
                 )
             yield picture, apply(pixels, placement), placement
 
@@ -353,7 +391,9 @@ class _Attempt:
         for image_id in image_ids:
             by_file.setdefault(self.copied[image_id]["file"], []).append(image_id)
         for with_spread in (True, False):
-            names = [name for name in by_file if self.old_files[name].has_log_variance == with_spread]
+            names = [
+                name for name in by_file if self.old_files[name].has_log_variance == with_spread
+            ]
             if not names:
                 continue
             writer = self._writer(bucket, dict(self.old_files[names[0]].metadata))
@@ -361,15 +401,23 @@ class _Attempt:
             for name in names:
                 for start in range(0, len(by_file[name]), _COPIED_ROWS):
                     part = by_file[name][start : start + _COPIED_ROWS]
-                    means, spreads = self.old_files[name].gather([self.copied[image_id]["row"] for image_id in part])
+                    means, spreads = self.old_files[name].gather(
+                        [self.copied[image_id]["row"] for image_id in part]
+                    )
                     for number, image_id in enumerate(part):
-                        writer.add_bits(image_id, means[number], None if spreads is None else spreads[number])
+                        writer.add_bits(
+                            image_id, means[number], None if spreads is None else spreads[number]
+                        )
                         row = self.copied[image_id]
-                        columns[image_id] = {**placement_columns(placement_of(row)), "encoded_in": row["encoded_in"]}
+                        columns[image_id] = {
+                            **placement_columns(placement_of(row)),
+                            "encoded_in": row["encoded_in"],
+                        }
             self._finish(writer, columns)
 
     def _encode(self, bucket: Size, count: int, crops: Iterator[Crop | None]) -> None:
-        """Encode the next `count` crops, all of one bucket; non-finite pictures are rejected, not raised."""
+        """Encode the next `count` crops, all of one bucket; non-finite pictures are rejected, not
+        raised."""
         if not count:
             return
         import torch
@@ -382,17 +430,26 @@ class _Attempt:
             wanted = [next(crops) for _ in range(min(self.size, count - start))]
             batch = [item for item in wanted if item is not None]
             pixels = [crop for _, crop, _ in batch]
-            encoded = self.vae(pixels, with_log_variance=self.job.encoding.log_variance) if batch else []
+            encoded = (
+                self.vae(pixels, with_log_variance=self.job.encoding.log_variance) if batch else []
+            )
             for (picture, crop, placement), row in zip(batch, encoded, strict=True):
                 if not row.finite:
-                    self.rejected.append({"image_id": picture.image_id, "reason": Reason.NON_FINITE_LATENTS})
+                    self.rejected.append(
+                        {"image_id": picture.image_id, "reason": Reason.NON_FINITE_LATENTS}
+                    )
                     continue
                 writer.add(picture.image_id, row.latents, row.log_variance)
-                columns[picture.image_id] = {**placement_columns(placement), "encoded_in": self.job.generation}
+                columns[picture.image_id] = {
+                    **placement_columns(placement),
+                    "encoded_in": self.job.generation,
+                }
                 if picture.image_id in self.showing:
                     decoded = self.vae.decode(torch.from_numpy(row.latents)[None])[0]
                     source = self.sources.pop(picture.image_id)
-                    self.shown.append(Shown(image_id=picture.image_id, source=source, crop=crop, decoded=decoded))
+                    self.shown.append(
+                        Shown(image_id=picture.image_id, source=source, crop=crop, decoded=decoded)
+                    )
                 self.num_bytes += row.latents.size * 2 * (1 if row.log_variance is None else 2)
             self.done += min(self.size, count - start)
             report("pictures", self.done, self.total, f"{self.num_bytes / 1e6:.1f} MB")

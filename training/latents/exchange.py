@@ -1,4 +1,5 @@
-"""Latents in the files of other trainers: kohya's `.npz` and bigASP's gzip, each with the placement it was made by."""
+"""Latents in the files of other trainers: kohya's `.npz` and bigASP's gzip, each with the placement
+it was made by."""
 
 import gzip
 import re
@@ -41,13 +42,15 @@ class Foreign:
     original: Size
     """Upright source size, px, by the file."""
     crop_top: int | None
-    """Rows cut off above, px of the resized image; None where the format's own numbers cannot be trusted."""
+    """Rows cut off above, px of the resized image; None where the format's own numbers cannot be
+    trusted."""
     crop_left: int | None
     """Columns cut off on the left."""
 
 
 def kohya_stem(name: str) -> str | None:
-    """What kohya's file name says of its picture: the path without suffix, of `a/b_0832x1216_sdxl.npz` it is `a/b`."""
+    """What kohya's file name says of its picture: the path without suffix, of
+    `a/b_0832x1216_sdxl.npz` it is `a/b`."""
     match = _KOHYA_NAME.fullmatch(name)
     return match[1] if match else None
 
@@ -55,36 +58,45 @@ def kohya_stem(name: str) -> str | None:
 def read_kohya(path: Path, scaling_factor: float) -> Foreign:
     """Read a `.npz` of sd-scripts for SD or SDXL.
 
-    It holds `latents`, a draw of the posterior before scaling, `original_size` as width and height, and `crop_ltrb`,
-    which is of the original picture and wrong whenever something was cut (sd-scripts issue 1443): the crop was centred.
+    It holds `latents`, a draw of the posterior before scaling, `original_size` as width and height,
+    and `crop_ltrb`, which is of the original picture and wrong whenever something was cut
+    (sd-scripts issue 1443): the crop was centred.
 
     Raises:
         DataError: it is no such file.
 
-    Source: kohya-ss/sd-scripts, library/strategy_base.py and train_util.py (trim_and_resize_if_required).
+    Source: kohya-ss/sd-scripts, library/strategy_base.py and train_util.py
+    (trim_and_resize_if_required).
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, more than the {_MAX_BYTES} of any latents")
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, more than the {_MAX_BYTES} of any latents"
+            )
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             latents = np.asarray(archive["latents"], dtype=np.float32)
             width, height = (int(side) for side in archive["original_size"].tolist())
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no latents file of sd-scripts ({error})") from None
     if latents.ndim != 3:
-        raise DataError(f"{path} has latents of shape {latents.shape}, must be (channels, height, width)")
+        raise DataError(
+            f"{path} has latents of shape {latents.shape}, must be (channels, height, width)"
+        )
     return Foreign(
-        latents=latents * np.float32(scaling_factor), original=Size(height, width), crop_top=None, crop_left=None
+        latents=latents * np.float32(scaling_factor),
+        original=Size(height, width),
+        crop_top=None,
+        crop_left=None,
     )
 
 
-def write_kohya(file: BinaryIO, latents: np.ndarray, placement: Placement, scaling_factor: float) -> None:
+def write_kohya(
+    file: BinaryIO, latents: np.ndarray, placement: Placement, scaling_factor: float
+) -> None:
     """Write what sd-scripts caches for a picture.
 
-    Args:
-        file: Open for writing.
-        latents: `(C, H/8, W/8)` fp32, scaled.
-        placement: Its own; sizes are written width first, as the format has them, and the crop in pixels of the resized
+    Args: file: Open for writing. latents: `(C, H/8, W/8)` fp32, scaled. placement: Its own; sizes
+        are written width first, as the format has them, and the crop in pixels of the resized
             picture, as training means it: of a mirrored one as it is seen.
         scaling_factor: Taken out again.
     """
@@ -93,7 +105,9 @@ def write_kohya(file: BinaryIO, latents: np.ndarray, placement: Placement, scali
         file,
         latents=(latents / np.float32(scaling_factor)).astype(np.float32),
         original_size=np.array([placement.original.width, placement.original.height]),
-        crop_ltrb=np.array([left, top, left + placement.bucket.width, top + placement.bucket.height]),
+        crop_ltrb=np.array(
+            [left, top, left + placement.bucket.width, top + placement.bucket.height]
+        ),
     )
 
 
@@ -105,8 +119,8 @@ def kohya_name(stem: str, original: Size, *, sdxl: bool) -> str:
 def read_bigasp(path: Path, original: Size) -> Foreign:
     """Read a `.bin.gz` of bigASP's encode-vaes.py, version 1 (with an index in front) or 2.
 
-    Its header calls the height of the picture its width and the row of the crop its x. Where only the exchanged order
-    fits the picture, the file was written by a tool that had mended that.
+    Its header calls the height of the picture its width and the row of the crop its x. Where only
+    the exchanged order fits the picture, the file was written by a tool that had mended that.
 
     Args:
         path: The file.
@@ -132,17 +146,19 @@ def read_bigasp(path: Path, original: Size) -> Foreign:
             latents = np.frombuffer(body, dtype="<f2").reshape(4, rows, columns).astype(np.float32)
             if (first, second) != original and (second, first) == original:
                 first, second, down, across = second, first, across, down
-            return Foreign(latents=latents, original=Size(first, second), crop_top=down, crop_left=across)
-    raise DataError(f"{path} has {len(content)} bytes, which are no header and latents of four channels of bigASP's")
+            return Foreign(
+                latents=latents, original=Size(first, second), crop_top=down, crop_left=across
+            )
+    raise DataError(
+        f"{path} has {len(content)} bytes, which are no header and latents of four channels of bigASP's"
+    )
 
 
 def fit(foreign: Foreign, wanted: Placement, scale: int) -> Placement | Refusal:
     """The placement that a file was made by, if it is one of the encoding's own.
 
-    Args:
-        foreign: What was read.
-        wanted: Original size, bucket and resized size of the picture in the encoding, with its centred crop.
-        scale: Pixels per latent along a side.
+    Args: foreign: What was read. wanted: Original size, bucket and resized size of the picture in
+        the encoding, with its centred crop. scale: Pixels per latent along a side.
     """
     if wanted.flip or wanted.padded:
         return Refusal.MIRRORED_OR_PADDED
@@ -154,7 +170,9 @@ def fit(foreign: Foreign, wanted: Placement, scale: int) -> Placement | Refusal:
         return Refusal.NOT_FINITE
     if foreign.crop_top is None or foreign.crop_left is None:
         return wanted
-    slack = Size(wanted.resized.height - wanted.bucket.height, wanted.resized.width - wanted.bucket.width)
+    slack = Size(
+        wanted.resized.height - wanted.bucket.height, wanted.resized.width - wanted.bucket.width
+    )
     if foreign.crop_top > slack.height or foreign.crop_left > slack.width:
         return Refusal.OTHER_CROP
     return wanted._replace(crop_top=foreign.crop_top, crop_left=foreign.crop_left)

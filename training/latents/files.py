@@ -1,10 +1,12 @@
-"""Latent files: the VAE's outputs of one bucket in one memory-mapped safetensors file, written once and never changed.
+"""Latent files: the VAE's outputs of one bucket in one memory-mapped safetensors file, written once
+and never changed.
 
-Codec `raw` holds BF16 tensors, of which a batch is one gather; `split-zstd` holds two thirds of the bytes and takes
-more time, for copies over a network and for very large sets.
+Codec `raw` holds BF16 tensors, of which a batch is one gather; `split-zstd` holds two thirds of the
+bytes and takes more time, for copies over a network and for very large sets.
 
-bfloat16 is kept as its 16 bits in uint16, because NumPy has no such type; `training/loop/dataset.py` gives them their
-meaning. A shard's folder holds generations: `g0003.json` (the manifest), its table and its latent files.
+bfloat16 is kept as its 16 bits in uint16, because NumPy has no such type;
+`training/loop/dataset.py` gives them their meaning. A shard's folder holds generations:
+`g0003.json` (the manifest), its table and its latent files.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ from training.tables.schemas import TABLES
 LATENTS = "latents"
 LOG_VARIANCE = "log_variance"
 MAX_RECONSTRUCTION_ERROR = 24.0
-"""Mean absolute difference of a crop and its decoded latents, 0-255, above which they do not belong together."""
+"""Mean absolute difference of a crop and its decoded latents, 0-255, above which they do not belong
+together."""
 _ALIGNMENT = 64
 _MANTISSA, _EXPONENT, _OFFSETS = ".mantissa", ".exponent", ".offsets"
 _CONTENTS = ((LATENTS,), (LATENTS, LOG_VARIANCE))
@@ -48,9 +51,13 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
     # The sum wraps only for NaNs, and those are refused below by their exponent.
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+    rounded = (
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    ).astype("<u2")
     if not np.isfinite(values).all() or ((rounded & 0x7F80) == 0x7F80).any():
-        raise DataError("latents hold a value that is not finite in bfloat16: reject such an image before writing it")
+        raise DataError(
+            "latents hold a value that is not finite in bfloat16: reject such an image before writing it"
+        )
     return rounded
 
 
@@ -64,7 +71,8 @@ Codec = Literal["raw", "split-zstd"]
 
 @dataclass(kw_only=True)
 class BucketWriter:
-    """Collects the latents of one bucket of a shard and writes them as files of at most `max_bytes`."""
+    """Collects the latents of one bucket of a shard and writes them as files of at most
+    `max_bytes`."""
 
     folder: Path
     """`latents/<encoding>/<shard>`."""
@@ -86,18 +94,30 @@ class BucketWriter:
     _rows: dict[str, list[np.ndarray]] = field(default_factory=dict, init=False)
 
     def add(self, image_id: str, latents: np.ndarray, log_variance: np.ndarray | None) -> None:
-        """Take one image: fp32 `(4, H/8, W/8)`, the log-variance of equal shape or never for any image.
+        """Take one image: fp32 `(4, H/8, W/8)`, the log-variance of equal shape or never for any
+        image.
 
         Raises:
             DataError: a value is not finite.
         """
-        self.add_bits(image_id, to_bfloat16(latents), None if log_variance is None else to_bfloat16(log_variance))
+        self.add_bits(
+            image_id,
+            to_bfloat16(latents),
+            None if log_variance is None else to_bfloat16(log_variance),
+        )
 
     def add_bits(self, image_id: str, latents: np.ndarray, log_variance: np.ndarray | None) -> None:
-        """Take one image whose values are the bits of bfloat16 in uint16 already, as `LatentFile.gather` gives them."""
-        row = {LATENTS: latents} if log_variance is None else {LATENTS: latents, LOG_VARIANCE: log_variance}
+        """Take one image whose values are the bits of bfloat16 in uint16 already, as
+        `LatentFile.gather` gives them."""
+        row = (
+            {LATENTS: latents}
+            if log_variance is None
+            else {LATENTS: latents, LOG_VARIANCE: log_variance}
+        )
         if self._ids:
-            assert row.keys() == self._rows.keys(), "log-variance is stored for all images of a file or for none"
+            assert row.keys() == self._rows.keys(), (
+                "log-variance is stored for all images of a file or for none"
+            )
         for name, values in row.items():
             self._rows.setdefault(name, []).append(values)
         self._ids.append(image_id)
@@ -114,7 +134,9 @@ class BucketWriter:
         arrays = _stored(self._rows, self.codec)
         metadata = {**self.metadata, "codec": self.codec}
         stem = f"g{self.generation:04d}-{self.bucket}"
-        entry = commit.write_named(self.folder, stem, ".safetensors", lambda path: _write(path, arrays, metadata))
+        entry = commit.write_named(
+            self.folder, stem, ".safetensors", lambda path: _write(path, arrays, metadata)
+        )
         self.entries.append(entry)
         self.places |= {image_id: (entry.name, row) for row, image_id in enumerate(self._ids)}
         self._ids, self._rows = [], {}
@@ -135,9 +157,11 @@ def _stored(rows: Mapping[str, Sequence[np.ndarray]], codec: Codec) -> dict[str,
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, each tensor of which begins at a multiple of 64 bytes of the file, or near one.
+    """A safetensors file, each tensor of which begins at a multiple of 64 bytes of the file, or
+    near one.
 
-    The format leaves no gaps between tensors, so only the first is sure to be aligned; larger items go first.
+    The format leaves no gaps between tensors, so only the first is sure to be aligned; larger items
+    go first.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -154,11 +178,16 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, 
     with path.open("wb") as file:
         file.write(_HEADER_LENGTH.pack(len(text)) + text)
         for array in arrays.values():
-            file.write(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            file.write(
+                np.ascontiguousarray(array)
+                .astype(array.dtype.newbyteorder("<"), copy=False)
+                .tobytes()
+            )
 
 
 class LatentFile:
-    """A memory-mapped latent file; size and header are checked at open, its digest once before the first row."""
+    """A memory-mapped latent file; size and header are checked at open, its digest once before the
+    first row."""
 
     def __init__(self, folder: Path, entry: commit.Entry, *, checked: bool = False) -> None:
         """Open and check size and header; nothing stays open until the first row is asked for.
@@ -192,7 +221,8 @@ class LatentFile:
         return any(name.startswith(LOG_VARIANCE) for name in self._header)
 
     def check(self) -> None:
-        """Compare all its bytes with its digest, unless that has been done; whoever comes meanwhile waits for it.
+        """Compare all its bytes with its digest, unless that has been done; whoever comes meanwhile
+        waits for it.
 
         Raises:
             DamageError: they do not match; each caller is told.
@@ -208,16 +238,20 @@ class LatentFile:
         Returns:
             Latents and log-variance (None where not stored), uint16 `(B, 4, H/8, W/8)`.
 
-        Raises:
-            DamageError: the bytes do not match the manifest's digest, or the table names a row that is not there.
+        Raises: DamageError: the bytes do not match the manifest's digest, or the table names a row
+            that is not there.
         """
         if self._map is None:
             self.check()
             self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
         index = np.asarray(rows, dtype=np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.shape[0]):
-            raise self._damage(f"{self.shape[0]} rows", f"rows {index.min()} to {index.max()} by the table")
-        return self._values(LATENTS, index), self._values(LOG_VARIANCE, index) if self.has_log_variance else None
+            raise self._damage(
+                f"{self.shape[0]} rows", f"rows {index.min()} to {index.max()} by the table"
+            )
+        return self._values(LATENTS, index), self._values(
+            LOG_VARIANCE, index
+        ) if self.has_log_variance else None
 
     @property
     def _raw(self) -> bool:
@@ -235,7 +269,8 @@ class LatentFile:
         starts = offsets[index]
         if (starts < 0).any() or (ends < starts).any() or (ends > len(exponents)).any():
             raise self._damage(
-                f"{name}: offsets {starts.tolist()} to {ends.tolist()}", f"within {len(exponents)} bytes"
+                f"{name}: offsets {starts.tolist()} to {ends.tolist()}",
+                f"within {len(exponents)} bytes",
             )
         frames = [exponents[a:b].data for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         try:
@@ -265,17 +300,26 @@ class LatentFile:
             held += self._check_tensor(name, tensor)
         if self._start + held != self.entry.bytes:
             raise self._damage(f"{self._start + held} bytes by its header", f"{self.entry.bytes}")
-        grids = {tuple(tensor["shape"]) for tensor in self._header.values() if len(tensor["shape"]) == 4}
-        rows = {tensor["shape"][0] - 1 for name, tensor in self._header.items() if name.endswith(_OFFSETS)}
+        grids = {
+            tuple(tensor["shape"]) for tensor in self._header.values() if len(tensor["shape"]) == 4
+        }
+        rows = {
+            tensor["shape"][0] - 1
+            for name, tensor in self._header.items()
+            if name.endswith(_OFFSETS)
+        }
         if len(grids) != 1 or rows - {next(iter(grids))[0]}:
             raise self._damage(
-                f"shapes {sorted(grids)} with offsets of {sorted(rows)} rows", "one shape for all tensors"
+                f"shapes {sorted(grids)} with offsets of {sorted(rows)} rows",
+                "one shape for all tensors",
             )
 
     def _check_tensor(self, name: str, tensor: Any) -> int:
         """Bytes of a tensor whose description is sound."""
         kind = next((part for part in (_EXPONENT, _OFFSETS) if name.endswith(part)), "")
-        wanted, ndim = {_EXPONENT: ("U8", 1), _OFFSETS: ("I64", 1)}.get(kind, ("BF16" if self._raw else "U8", 4))
+        wanted, ndim = {_EXPONENT: ("U8", 1), _OFFSETS: ("I64", 1)}.get(
+            kind, ("BF16" if self._raw else "U8", 4)
+        )
         try:
             dtype, shape, (begin, end) = (
                 tensor["dtype"],
@@ -283,16 +327,25 @@ class LatentFile:
                 tensor["data_offsets"],
             )
             num_bytes = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
-            fits = dtype == wanted and len(shape) == ndim and min(shape, default=0) >= 0 and end - begin == num_bytes
+            fits = (
+                dtype == wanted
+                and len(shape) == ndim
+                and min(shape, default=0) >= 0
+                and end - begin == num_bytes
+            )
             fits = fits and begin >= 0 and self._start + end <= self.entry.bytes
         except (TypeError, KeyError, ValueError):
             fits = False
         if not fits:
-            raise self._damage(f"{name}: {tensor}", f"{wanted} of {ndim} dimensions within the file")
+            raise self._damage(
+                f"{name}: {tensor}", f"{wanted} of {ndim} dimensions within the file"
+            )
         return num_bytes
 
     def _damage(self, found: str, expected: str) -> DamageError:
-        return DamageError(f"{self.path} has {found}, expected {expected}; run `foundry verify --repair`")
+        return DamageError(
+            f"{self.path} has {found}, expected {expected}; run `foundry verify --repair`"
+        )
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -342,7 +395,8 @@ class Generation:
 
 
 def write_without(generation: Generation, image_ids: Collection[str]) -> commit.Manifest:
-    """Write the files of a generation again that hold one of the images, without those; nothing is committed.
+    """Write the files of a generation again that hold one of the images, without those; nothing is
+    committed.
 
     Returns:
         Its manifest as it must become. Files that only the old one names may be deleted after that.
@@ -358,7 +412,10 @@ def write_without(generation: Generation, image_ids: Collection[str]) -> commit.
         if entry.name not in stale:
             entries += [] if entry.name.endswith(".parquet") else [entry]
             continue
-        rows, file = kept.filter(pl.col("file") == entry.name).sort("row"), LatentFile(folder, entry)
+        rows, file = (
+            kept.filter(pl.col("file") == entry.name).sort("row"),
+            LatentFile(folder, entry),
+        )
         if rows.is_empty():
             continue
         metadata = {name: value for name, value in file.metadata.items() if name != "codec"}
@@ -395,10 +452,13 @@ def write_without(generation: Generation, image_ids: Collection[str]) -> commit.
 
 
 def generations(folder: Path) -> list[int]:
-    """Numbers of the committed generations of a shard's folder, oldest first; a missing folder has none."""
+    """Numbers of the committed generations of a shard's folder, oldest first; a missing folder has
+    none."""
     if not folder.is_dir():
         return []
-    return sorted(number for path in folder.iterdir() if (number := manifest_number(path.name)) is not None)
+    return sorted(
+        number for path in folder.iterdir() if (number := manifest_number(path.name)) is not None
+    )
 
 
 def manifest_number(name: str) -> int | None:

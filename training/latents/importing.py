@@ -1,6 +1,8 @@
-"""Latents of another trainer become a first generation: whose each file is, and whether it is what it says.
+"""Latents of another trainer become a first generation: whose each file is, and whether it is what
+it says.
 
-Every file is compared with the picture's own placement; a few are decoded and compared with the pictures themselves.
+Every file is compared with the picture's own placement; a few are decoded and compared with the
+pictures themselves.
 """
 
 import csv
@@ -38,18 +40,20 @@ NUM_CHECKED = 4
 def find_files(folder: Path, kind: Format, index: Path | None) -> dict[str, Path]:
     """Files by the picture that they are of: its source_id, or that without its suffix.
 
-    Args:
-        folder: Searched with all that is below it.
-        kind: Format of the files.
-        index: CSV with columns `file` (relative to `folder`) and `source_id`; without it kohya's file names tell.
+    Args: folder: Searched with all that is below it. kind: Format of the files. index: CSV with
+        columns `file` (relative to `folder`) and `source_id`; without it kohya's file names tell.
 
-    Raises:
-        ConfigError: no such folder, bigASP's files without an index, or an index that cannot be read.
+    Raises: ConfigError: no such folder, bigASP's files without an index, or an index that cannot be
+        read.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
     if index is not None:
-        return {source_id: folder / file for file, source_id in _indexed(index) if (folder / file).is_file()}
+        return {
+            source_id: folder / file
+            for file, source_id in _indexed(index)
+            if (folder / file).is_file()
+        }
     if kind == "bigasp":
         raise ConfigError(
             "bigASP's files are named by a database: --index CSV with columns file,source_id must say whose"
@@ -85,7 +89,8 @@ class LatentImport:
     def shard(
         self, folder: Path, pictures: Sequence[Picture], names: Mapping[str, str]
     ) -> tuple[pl.DataFrame, tuple[Entry, ...]]:
-        """Write the latent files of one shard, uncommitted; images without a usable file are counted by reason.
+        """Write the latent files of one shard, uncommitted; images without a usable file are
+        counted by reason.
 
         Args:
             folder: `latents/<encoding>/<shard>`.
@@ -128,24 +133,29 @@ class LatentImport:
         Returns:
             Mean absolute difference, 0-255; 0 where no picture could be read.
 
-        Raises:
-            DataError: nothing was taken over; or they differ by more than latents and their own crops do, being of
+        Raises: DataError: nothing was taken over; or they differ by more than latents and their own
+            crops do, being of
                 another VAE, another scale or other pictures.
         """
         import torch
 
         if not self._checked:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
-            raise DataError(f"none of {len(self.files)} files fits an image ({reasons}): nothing was imported")
+            raise DataError(
+                f"none of {len(self.files)} files fits an image ({reasons}): nothing was imported"
+            )
         errors = []
         with DecodePool(decode) as pool:
             found = pool.pixels(
-                [picture.path for picture, _, _ in self._checked], [picture.image_id for picture, _, _ in self._checked]
+                [picture.path for picture, _, _ in self._checked],
+                [picture.image_id for picture, _, _ in self._checked],
             )
             for (_, placement, values), source in zip(self._checked, found, strict=True):
                 if not isinstance(source, Rejection):
                     decoded = self.vae.decode(torch.from_numpy(values)[None])[0]
-                    errors.append(float(np.abs(apply(source, placement).astype(np.int16) - decoded).mean()))
+                    errors.append(
+                        float(np.abs(apply(source, placement).astype(np.int16) - decoded).mean())
+                    )
         error = float(np.mean(errors)) if errors else 0.0
         if error > MAX_RECONSTRUCTION_ERROR:
             raise DataError(
@@ -184,5 +194,7 @@ def _indexed(index: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--index {index} cannot be read: {error}") from None
     if not rows or not {"file", "source_id"} <= rows[0].keys():
-        raise ConfigError(f"--index {index} must be a CSV with columns file and source_id and at least one row")
+        raise ConfigError(
+            f"--index {index} must be a CSV with columns file and source_id and at least one row"
+        )
     return [(row["file"], row["source_id"]) for row in rows]

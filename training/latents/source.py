@@ -1,8 +1,10 @@
-"""Where a run's latents lie: beside it, or elsewhere, fetched file by file in the order in which training wants them.
+"""Where a run's latents lie: beside it, or elsewhere, fetched file by file in the order in which
+training wants them.
 
-Elsewhere is any folder `latents/<encoding>` that fsspec can read. Manifests and tables are fetched at the border of an
-epoch; latent files follow in a thread while training goes on, which also compares each with its digest, once in this
-process. Whoever needs one sooner fetches and checks it at once.
+Elsewhere is any folder `latents/<encoding>` that fsspec can read. Manifests and tables are fetched
+at the border of an epoch; latent files follow in a thread while training goes on, which also
+compares each with its digest, once in this process. Whoever needs one sooner fetches and checks it
+at once.
 """
 
 import threading
@@ -14,7 +16,13 @@ import fsspec
 from training import commit
 from training.commit import Entry
 from training.errors import DamageError, DataError
-from training.latents.files import Generation, LatentFile, generations, manifest_number, read_generation
+from training.latents.files import (
+    Generation,
+    LatentFile,
+    generations,
+    manifest_number,
+    read_generation,
+)
 
 _ATTEMPTS = 3
 
@@ -25,10 +33,9 @@ class LatentSource:
     def __init__(self, folder: Path, url: str = "", vae_digest: str = "") -> None:
         """Name the place.
 
-        Args:
-            folder: The workspace's `latents/<encoding>`; with `url` the local folder that files are fetched into.
-            url: Where they come from; empty for `folder` itself.
-            vae_digest: Digest of the VAE that must have encoded them; empty for any.
+        Args: folder: The workspace's `latents/<encoding>`; with `url` the local folder that files
+            are fetched into. url: Where they come from; empty for `folder` itself. vae_digest:
+            Digest of the VAE that must have encoded them; empty for any.
 
         Raises:
             DataError: fsspec does not know the address, or the folder cannot be listed.
@@ -45,12 +52,14 @@ class LatentSource:
             except (OSError, ValueError, ImportError) as error:
                 raise DataError(f"latents_url={url!r} cannot be listed: {error}") from None
 
-    def choose(self, shard: str, image_ids: Collection[str]) -> tuple[Generation | None, int, list[str]]:
+    def choose(
+        self, shard: str, image_ids: Collection[str]
+    ) -> tuple[Generation | None, int, list[str]]:
         """The highest whole generation that holds all `image_ids`.
 
-        Returns:
-            The generation and 0, or None and how many images the best one lacks; and a line for every higher one that
-            another VAE encoded or whose files are not all there, as while another machine copies them.
+        Returns: The generation and 0, or None and how many images the best one lacks; and a line
+            for every higher one that another VAE encoded or whose files are not all there, as while
+            another machine copies them.
         """
         folder, wanted = self.folder / shard, set(image_ids)
         fewest, notes = len(wanted), list[str]()
@@ -58,7 +67,9 @@ class LatentSource:
             if self.url:
                 self._fetch_manifest(shard, number)
             generation = read_generation(folder, number)
-            problem = self._of_another_vae(generation) or ("" if self.url else _incomplete(generation))
+            problem = self._of_another_vae(generation) or (
+                "" if self.url else _incomplete(generation)
+            )
             if problem:
                 notes.append(problem)
                 continue
@@ -69,10 +80,11 @@ class LatentSource:
         return None, fewest, notes
 
     def open(self, shard: str, entry: Entry) -> LatentFile:
-        """A latent file, fetched if need be; the same object, with its map, until `keep` lets it go.
+        """A latent file, fetched if need be; the same object, with its map, until `keep` lets it
+        go.
 
-        Raises:
-            DamageError: it is gone, cut or foreign; its digest is compared before its first row is read.
+        Raises: DamageError: it is gone, cut or foreign; its digest is compared before its first row
+            is read.
         """
         key, folder = (shard, entry), self.folder / shard
         if key in self._files:
@@ -89,7 +101,8 @@ class LatentSource:
         self._files = {key: file for key, file in self._files.items() if key in wanted}
 
     def fetch(self, shard: str, entry: Entry) -> None:
-        """Make sure that a content file is there, whole; at once where it lies beside the run anyway.
+        """Make sure that a content file is there, whole; at once where it lies beside the run
+        anyway.
 
         Raises:
             DamageError: it is not what its manifest says, after three attempts.
@@ -97,7 +110,9 @@ class LatentSource:
         target = self.folder / shard / entry.name
         if not self.url or target.is_file():
             return
-        with commit.lock(self.folder / ".locks" / f"{shard}.{entry.name}.lock", str(target), wait_s=3600.0):
+        with commit.lock(
+            self.folder / ".locks" / f"{shard}.{entry.name}.lock", str(target), wait_s=3600.0
+        ):
             for attempt in range(_ATTEMPTS):
                 if target.is_file():
                     return
@@ -116,7 +131,8 @@ class LatentSource:
                         raise
 
     def prefetch(self, files: Iterable[tuple[str, Entry]]) -> None:
-        """Fetch and check files in this order in a thread, in place of whatever it was at before."""
+        """Fetch and check files in this order in a thread, in place of whatever it was at
+        before."""
         self.close()
         self._end = threading.Event()
         self._thread = threading.Thread(
@@ -157,7 +173,10 @@ class LatentSource:
         self._fs.invalidate_cache()
         if not self._fs.isdir(f"{self._root}/{shard}"):
             return []
-        names = (str(path).rpartition("/")[2] for path in self._fs.ls(f"{self._root}/{shard}", detail=False))
+        names = (
+            str(path).rpartition("/")[2]
+            for path in self._fs.ls(f"{self._root}/{shard}", detail=False)
+        )
         return sorted(number for name in names if (number := manifest_number(name)) is not None)
 
     def _fetch_manifest(self, shard: str, number: int) -> None:

@@ -1,8 +1,9 @@
-"""Checkpoints: a complete diffusers folder, with `state/` what a resume needs besides, and READY.json last.
+"""Checkpoints: a complete diffusers folder, with `state/` what a resume needs besides, and
+READY.json last.
 
-Training goes on while one is written: a thread copies the state to the CPU while the next step's gradients are made,
-which change nothing of it, then writes it under a temporary name and renames it. Safetensors and JSON only: nothing in
-a checkpoint can run code.
+Training goes on while one is written: a thread copies the state to the CPU while the next step's
+gradients are made, which change nothing of it, then writes it under a temporary name and renames
+it. Safetensors and JSON only: nothing in a checkpoint can run code.
 """
 
 import contextlib
@@ -39,7 +40,8 @@ _OPTIMIZER = "optimizer.safetensors"
 _OLD_EMA = "ema.safetensors"
 """Where older versions kept the averages a second time."""
 _IN_READY = ("validation_loss", "validation_owed")
-"""What the clock takes from READY.json: a validation that a resume makes up for is recorded there."""
+"""What the clock takes from READY.json: a validation that a resume makes up for is recorded
+there."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +63,8 @@ class Clock:
     skipped_in_row: int = 0
     """Of those, since the last finite one."""
     validation_loss: float | None = None
-    """The last plain one on the held-out images; None before the first, and where that was not finite."""
+    """The last plain one on the held-out images; None before the first, and where that was not
+    finite."""
     validation_owed: bool = False
     """Whether a stop request dropped a validation that was due at this border."""
     scaler: dict[str, float] = field(default_factory=dict)
@@ -86,7 +89,8 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the block, and its own afterwards; all ranks enter it."""
+        """The model holds the averaged weights inside the block, and its own afterwards; all ranks
+        enter it."""
         assert self.ema is not None, "nothing is averaged"
         with self.ema.swapped(self.parameters):
             self.sharding.publish()
@@ -109,12 +113,14 @@ class Snapshot:
 
 
 class Capture:
-    """A state between two steps, whose copies are still to be made; it must not change until they are."""
+    """A state between two steps, whose copies are still to be made; it must not change until they
+    are."""
 
     def __init__(self, state: TrainingState) -> None:
         """Note what is copied; every rank does so, between the same two steps."""
         self._state = state
-        # The tensors themselves: a validation of the averages exchanges what the model's parameters hold.
+        # The tensors themselves: a validation of the averages exchanges what the model's parameters
+        # hold.
         self._weights, self._whole = state.arithmetic.stored()
         self._clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
         self._offload = Offload(state.sharding.ranks.device)
@@ -123,7 +129,9 @@ class Capture:
         """Copy all that steps change, in any thread; every rank calls it and rank 0 gets it."""
         state, sharding = self._state, self._state.sharding
         weights = self._whole(sharding.collect(self._weights, self._offload))
-        averages = sharding.collect(state.ema.shadows, self._offload) if state.ema is not None else {}
+        averages = (
+            sharding.collect(state.ema.shadows, self._offload) if state.ema is not None else {}
+        )
         optimizer = optimizer_state(state.optimizer, state.arithmetic.weights)
         moments = sharding.collect(optimizer, self._offload)
         if sharding.ranks.rank != 0:
@@ -135,7 +143,8 @@ class Capture:
 
 
 class Writer:
-    """Writes one checkpoint at a time in a thread; a context manager that waits for the last one."""
+    """Writes one checkpoint at a time in a thread; a context manager that waits for the last
+    one."""
 
     def __init__(self, folder: Path, config: RunConfig, inputs: RunInputs) -> None:
         """Name the run's folder, and what is recorded in every checkpoint."""
@@ -146,7 +155,8 @@ class Writer:
         self._copied.set()
 
     def begin(self, state: TrainingState) -> None:
-        """Begin to copy and write the state; the checkpoint before must have been taken by `done` or `finish`."""
+        """Begin to copy and write the state; the checkpoint before must have been taken by `done`
+        or `finish`."""
         assert self._pending is None, "two checkpoints at once"
         self._copied.clear()
         self._pending = self._pool.submit(self._save, Capture(state))
@@ -160,7 +170,9 @@ class Writer:
             snapshot = capture.copy()
         finally:
             self._copied.set()
-        return None if snapshot is None else write(self._folder, snapshot, self._config, self._inputs)
+        return (
+            None if snapshot is None else write(self._folder, snapshot, self._config, self._inputs)
+        )
 
     def done(self) -> Ready | None:
         """What has been written since it was last asked, without waiting.
@@ -197,9 +209,13 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
     if target.exists() and not _is_whole(target):
         shutil.rmtree(target)
     for left in target.parent.glob(f"{commit.TEMPORARY_PREFIX}*"):
-        shutil.rmtree(left)  # of a trainer that was killed: only the holder of the run's lock writes here
+        shutil.rmtree(
+            left
+        )  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
-        save_diffusers_folder(snapshot.parts, temporary, torch.float32, snapshot.frozen | snapshot.weights)
+        save_diffusers_folder(
+            snapshot.parts, temporary, torch.float32, snapshot.frozen | snapshot.weights
+        )
         if snapshot.averages:
             averages = snapshot.frozen | snapshot.averages
             save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, averages)
@@ -224,7 +240,8 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
 
 
 def record_validation(folder: Path, clock: Clock) -> Ready:
-    """Write the validation that a resume made up for into the checkpoint at the clock, as if it had not been dropped.
+    """Write the validation that a resume made up for into the checkpoint at the clock, as if it had
+    not been dropped.
 
     Args:
         folder: The run's folder.
@@ -247,14 +264,17 @@ def _is_whole(path: Path) -> bool:
 
 
 def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> None:
-    """Refuse to go on with another run's checkpoint, or another set or other values than it was made with.
+    """Refuse to go on with another run's checkpoint, or another set or other values than it was
+    made with.
 
-    Raises:
-        TrainingError: names the difference; intervals, retention, layout and the number of ranks may change.
+    Raises: TrainingError: names the difference; intervals, retention, layout and the number of
+        ranks may change.
     """
     ready = run_folder.read_ready(checkpoint)
     if ready.run != inputs.run:
-        raise TrainingError(f"{checkpoint} is a checkpoint of run {ready.run}, inputs.json names run {inputs.run}")
+        raise TrainingError(
+            f"{checkpoint} is a checkpoint of run {ready.run}, inputs.json names run {inputs.run}"
+        )
     if ready.base_digest != inputs.base_digest:
         raise TrainingError(
             f"{checkpoint} was trained from base model {ready.base_digest[:16]}, inputs.json names "
@@ -268,7 +288,9 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
     try:
         before = older_runs.build(ready.config)
     except ConfigError as error:
-        raise TrainingError(f"{checkpoint} was made by another version of this code, which named {error}") from None
+        raise TrainingError(
+            f"{checkpoint} was made by another version of this code, which named {error}"
+        ) from None
     old, new = toml.flatten(toml.dump(before)), toml.flatten(toml.dump(config))
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -276,11 +298,14 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
         if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
     ]
     if changed:
-        raise TrainingError(f"a run keeps its config, but {checkpoint} differs: {'; '.join(changed)}")
+        raise TrainingError(
+            f"a run keeps its config, but {checkpoint} differs: {'; '.join(changed)}"
+        )
 
 
 def restore_state(checkpoint: Path, state: TrainingState) -> None:
-    """Fill this rank's share of optimizer and averages, and the clock; the weights are loaded already.
+    """Fill this rank's share of optimizer and averages, and the clock; the weights are loaded
+    already.
 
     Raises:
         DamageError: a tensor is missing or of another shape.
@@ -291,7 +316,9 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
         if state.ema is not None:
             old = folder / _OLD_EMA
             state.ema.restore(
-                load_file(old) if old.is_file() else read_weights(checkpoint / EMA_FOLDER, state.ema.shadows)
+                load_file(old)
+                if old.is_file()
+                else read_weights(checkpoint / EMA_FOLDER, state.ema.shadows)
             )
     except (KeyError, ValueError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
@@ -304,15 +331,24 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
 def _write_state(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir()
     save_file(snapshot.optimizer, folder / _OPTIMIZER)
-    clock = {name: value for name, value in dataclasses.asdict(snapshot.clock).items() if name not in _IN_READY}
+    clock = {
+        name: value
+        for name, value in dataclasses.asdict(snapshot.clock).items()
+        if name not in _IN_READY
+    }
     (folder / _CLOCK).write_text(json.dumps(clock, indent=1, sort_keys=True) + "\n")
 
 
 def _weights_digest(files: Sequence[commit.Entry]) -> str:
-    """Over the trained model alone: configs name the versions of libraries, and the average is another model."""
+    """Over the trained model alone: configs name the versions of libraries, and the average is
+    another model."""
     weights = (entry for entry in files if entry.name.endswith(".safetensors"))
     return commit.json_digest(
-        [[entry.name, entry.sha256] for entry in weights if not entry.name.startswith(f"{EMA_FOLDER}/")]
+        [
+            [entry.name, entry.sha256]
+            for entry in weights
+            if not entry.name.startswith(f"{EMA_FOLDER}/")
+        ]
     )
 
 

@@ -1,4 +1,5 @@
-"""The frozen training set and its latents as batches: a batch depends on its samples and the epoch, on nothing else.
+"""The frozen training set and its latents as batches: a batch depends on its samples and the epoch,
+on nothing else.
 
 Reads the set's table once; latents, prompts and tokens are made when a batch is asked for.
 """
@@ -58,7 +59,8 @@ class Batch:
     target_size: torch.Tensor
     """`(B, 2)` fp32, the bucket in pixels."""
     zeroed: torch.Tensor
-    """`(B,)` bool: samples whose text conditioning, hidden states and pooled, is to be replaced by zeros."""
+    """`(B,)` bool: samples whose text conditioning, hidden states and pooled, is to be replaced by
+    zeros."""
     num_truncated: int
     """Tokens of its prompts that no chunk holds."""
     mask: torch.Tensor | None
@@ -86,7 +88,9 @@ class Draw:
                 changes[item.name] = move(value)
         changes["ids"] = tuple(move(ids) for ids in self.batch.ids)
         return Draw(
-            batch=dataclasses.replace(self.batch, **changes), timesteps=move(self.timesteps), noise=move(self.noise)
+            batch=dataclasses.replace(self.batch, **changes),
+            timesteps=move(self.timesteps),
+            noise=move(self.noise),
         )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -114,12 +118,9 @@ class Dataset:
     ) -> None:
         """Take a set.
 
-        Args:
-            training_set: `training_set`, or its file: then other processes can help with a million prompts.
-            vocabulary: Of its tags, as frozen with the run.
-            latents: Of its encoding.
-            config: Prompts, loss and seed of the run.
-            tokenizers: One per text encoder.
+        Args: training_set: `training_set`, or its file: then other processes can help with a
+            million prompts. vocabulary: Of its tags, as frozen with the run. latents: Of its
+            encoding. config: Prompts, loss and seed of the run. tokenizers: One per text encoder.
             scaling_factor: Of the run's VAE; latents scaled otherwise are refused.
 
         Raises:
@@ -143,14 +144,18 @@ class Dataset:
         self.times = StageTimes()
         """What making batches has taken so far."""
         self._file = training_set if isinstance(training_set, Path) else None
-        self.prompt_maker = PromptMaker(self.samples, vocabulary, config.prompts, config.seed, tokenizers)
+        self.prompt_maker = PromptMaker(
+            self.samples, vocabulary, config.prompts, config.seed, tokenizers
+        )
 
     def prompt(self, row: int, epoch: int | None) -> str:
-        """The prompt of a sample in an epoch; with None the one it is validated with, always the same."""
+        """The prompt of a sample in an epoch; with None the one it is validated with, always the
+        same."""
         return self.prompt_maker.make([row], epoch)[0].text
 
     def count_chunks(self, rows: np.ndarray, epoch: int | None) -> np.ndarray:
-        """Text chunks that the prompts of `rows` (ascending) have in an epoch, `(len(rows),)` int64."""
+        """Text chunks that the prompts of `rows` (ascending) have in an epoch, `(len(rows),)`
+        int64."""
         if self._file is None:
             return self.prompt_maker.count_chunks(rows, epoch)
         return count_in_processes(self.prompt_maker, self._file, rows, epoch)
@@ -163,9 +168,8 @@ class Dataset:
     def pin_latents(self) -> tuple[Pins, list[str]]:
         """For each shard the highest whole generation that holds all of the set's images of it.
 
-        Returns:
-            The pins, and a line for every generation that was passed over: its files are not all there, or another
-            VAE encoded it.
+        Returns: The pins, and a line for every generation that was passed over: its files are not
+            all there, or another VAE encoded it.
 
         Raises:
             DataError: images of the set have no latents; the message counts them.
@@ -175,12 +179,16 @@ class Dataset:
         notes: list[str] = []
         lacking: dict[str, int] = {}
         samples = self.samples
-        by_shard = np.split(np.argsort(samples.shards, kind="stable"), np.cumsum(np.bincount(samples.shards))[:-1])
+        by_shard = np.split(
+            np.argsort(samples.shards, kind="stable"), np.cumsum(np.bincount(samples.shards))[:-1]
+        )
         for name, members in sorted(zip(samples.shard_names, by_shard, strict=True)):
             rows = members[~samples.forgotten[members]]
             if not len(rows):
                 continue
-            generation, missing, passed_over = self.latents.choose(name, samples.image_ids.take(rows))
+            generation, missing, passed_over = self.latents.choose(
+                name, samples.image_ids.take(rows)
+            )
             notes += passed_over
             if generation is None:
                 lacking[name] = missing
@@ -197,8 +205,8 @@ class Dataset:
     def use_latents(self, pins: Pins) -> None:
         """Read the generations that an epoch is pinned to; batches come from them from now on.
 
-        Raises:
-            DataError: a generation was replaced since it was pinned, an image lies in another bucket than the set
+        Raises: DataError: a generation was replaced since it was pinned, an image lies in another
+            bucket than the set
                 says, or the latents are scaled by another factor than the run's VAE scales by.
             DamageError: a table or latent file is damaged.
         """
@@ -211,8 +219,12 @@ class Dataset:
                     f"latents of shard {shard}, generation {pin['generation']}, have digest "
                     f"{generation.manifest.digest[:16]}, this epoch began with {pin['digest'][:16]}"
                 )
-            entries = [entry for entry in generation.manifest.files if entry.name.endswith(".safetensors")]
-            numbers = {entry.name: len(self._files) + number for number, entry in enumerate(entries)}
+            entries = [
+                entry for entry in generation.manifest.files if entry.name.endswith(".safetensors")
+            ]
+            numbers = {
+                entry.name: len(self._files) + number for number, entry in enumerate(entries)
+            }
             self._files += [(shard, entry) for entry in entries]
             frames.append(
                 generation.table().with_columns(
@@ -220,9 +232,13 @@ class Dataset:
                 )
             )
         own = {"image_id": list(self.image_ids), "h": self.buckets[:, 0], "w": self.buckets[:, 1]}
-        joined = pl.DataFrame(own).join(pl.concat(frames), on="image_id", how="left", maintain_order="left")
+        joined = pl.DataFrame(own).join(
+            pl.concat(frames), on="image_id", how="left", maintain_order="left"
+        )
         needed = joined.filter(~self.samples.forgotten)
-        wrong = needed.filter((pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width")))
+        wrong = needed.filter(
+            (pl.col("h") != pl.col("bucket_height")) | (pl.col("w") != pl.col("bucket_width"))
+        )
         if len(wrong) or needed["row"].null_count():
             raise DataError(
                 f"latents: {len(wrong)} images lie in another bucket than the training set says and "
@@ -236,13 +252,18 @@ class Dataset:
         self.latents.keep(self._files)
         if not self.latents.url:
             for number in range(len(self._files)):
-                self._open(number)  # what is cut or foreign is told of now, not in the middle of the epoch
+                self._open(
+                    number
+                )  # what is cut or foreign is told of now, not in the middle of the epoch
 
     def fetch_in_order(self, samples: np.ndarray) -> None:
-        """Let latent files arrive and be checked in this order of rows, those for validation first."""
+        """Let latent files arrive and be checked in this order of rows, those for validation
+        first."""
         rows = np.concatenate([self.validation_rows, self.stable_rows, np.asarray(samples)])
         numbers, first = np.unique(self._places[rows, 0], return_index=True)
-        self.latents.prefetch([self._files[number] for number in numbers[np.argsort(first)].tolist()])
+        self.latents.prefetch(
+            [self._files[number] for number in numbers[np.argsort(first)].tolist()]
+        )
 
     def _open(self, number: int) -> LatentFile:
         """A latent file of the epoch, fetched if need be."""
@@ -258,7 +279,8 @@ class Dataset:
         return self._opened[number]
 
     def batch(self, rows: np.ndarray, epoch: int | None) -> Batch:
-        """The samples of `rows` (one bucket, one number of chunks) in an epoch; None for validation's fixed view.
+        """The samples of `rows` (one bucket, one number of chunks) in an epoch; None for
+        validation's fixed view.
 
         Raises:
             DamageError: a latent file is damaged.
@@ -281,12 +303,15 @@ class Dataset:
             target_size=torch.from_numpy(self.buckets[rows]).to(torch.float32),
             zeroed=torch.tensor([prompt.zeroed for prompt in made]),
             num_truncated=sum(prompt.num_truncated for prompt in made),
-            mask=self._masks(rows, placements, 1.0 if epoch is None else self.config.loss.watermark_weight),
+            mask=self._masks(
+                rows, placements, 1.0 if epoch is None else self.config.loss.watermark_weight
+            ),
             bucket=Size(*self.buckets[rows[0]].tolist()),
         )
 
     def _gather(self, rows: np.ndarray, image_ids: list[str], epoch: int | None) -> torch.Tensor:
-        """Latents `(B, 4, h, w)` fp32: drawn from the posterior in an epoch, its mean for validation."""
+        """Latents `(B, 4, h, w)` fp32: drawn from the posterior in an epoch, its mean for
+        validation."""
         numbers, in_file = self._places[rows].T
         latents: np.ndarray | None = None
         for number in np.unique(numbers).tolist():
@@ -294,21 +319,28 @@ class Dataset:
             mean, log_variance = file.gather(in_file[members])
             if latents is None:
                 latents = np.empty((2, len(rows), *mean.shape[1:]), dtype=np.uint16)
-            # Without log-variance the draw is the mean: minus infinity, whose bits in bfloat16 these are.
+            # Without log-variance the draw is the mean: minus infinity, whose bits in bfloat16
+            # these are.
             latents[0, members] = mean
             latents[1, members] = 0xFF80 if log_variance is None else log_variance
         assert latents is not None, "a batch has at least one sample"
         mean, log_variance = torch.from_numpy(latents).view(torch.bfloat16).float()
         if epoch is None:
             return mean
-        draw = noise.draw_noise(self.config.seed, Purpose.POSTERIOR, epoch, image_ids, mean.shape[1:])
+        draw = noise.draw_noise(
+            self.config.seed, Purpose.POSTERIOR, epoch, image_ids, mean.shape[1:]
+        )
         return mean + torch.exp(log_variance / 2) * draw
 
     def _placements(self, rows: np.ndarray) -> list[Placement]:
         """How the pictures of these rows were placed."""
         placements = []
-        for bucket, values in zip(self.buckets[rows].tolist(), self._geometry[rows].tolist(), strict=True):
-            height, width, resized_height, resized_width, top, left, pad_top, pad_left, flip = values
+        for bucket, values in zip(
+            self.buckets[rows].tolist(), self._geometry[rows].tolist(), strict=True
+        ):
+            height, width, resized_height, resized_width, top, left, pad_top, pad_left, flip = (
+                values
+            )
             placements.append(
                 Placement(
                     original=Size(height, width),
@@ -323,7 +355,9 @@ class Dataset:
             )
         return placements
 
-    def _masks(self, rows: np.ndarray, placements: Sequence[Placement], watermark_weight: float) -> torch.Tensor | None:
+    def _masks(
+        self, rows: np.ndarray, placements: Sequence[Placement], watermark_weight: float
+    ) -> torch.Tensor | None:
         """Weights `(B, 1, h, w)` of latent pixels; None where all are 1."""
         if watermark_weight == 1 and not any(placement.padded for placement in placements):
             return None
@@ -331,7 +365,11 @@ class Dataset:
         for row, placement in zip(rows.tolist(), placements, strict=True):
             latent_height = self._open(self._places[row, 0]).shape[2]
             boxes = self.samples.boxes(row) if watermark_weight < 1 else []
-            masks.append(loss_mask(boxes, placement, placement.bucket.height // latent_height, watermark_weight))
+            masks.append(
+                loss_mask(
+                    boxes, placement, placement.bucket.height // latent_height, watermark_weight
+                )
+            )
         return torch.from_numpy(np.stack(masks))[:, None]
 
 
@@ -370,6 +408,8 @@ def loss_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: fl
         weights = weights[:, ::-1]
     for box in boxes:
         if (mapped := map_box(box, placement)) is not None:
-            inside = weights[round(mapped.y0) : round(mapped.y1), round(mapped.x0) : round(mapped.x1)]
+            inside = weights[
+                round(mapped.y0) : round(mapped.y1), round(mapped.x0) : round(mapped.x1)
+            ]
             np.minimum(inside, weight, out=inside)
     return weights.reshape(height // scale, scale, width // scale, scale).mean(axis=(1, 3))

@@ -1,4 +1,5 @@
-"""What `auto` in a run's config comes to on the machine that trains: decided once, recorded, kept by every resume."""
+"""What `auto` in a run's config comes to on the machine that trains: decided once, recorded, kept
+by every resume."""
 
 import dataclasses
 import json
@@ -12,7 +13,8 @@ from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError
 
 RECORD = "resolved.json"
-"""In a run's folder: what it came to at the first step, for people and estimates; a resume asks the checkpoint."""
+"""In a run's folder: what it came to at the first step, for people and estimates; a resume asks the
+checkpoint."""
 _FORMAT = 1
 _KEYS = ("precision", "compute.channels_last", "compute.compile")
 
@@ -30,7 +32,8 @@ class Device:
     has_tf32: bool
     """Whether it can round fp32 products to TF32."""
     not_compiled: Callable[[], str] = lambda: ""
-    """Tries to compile for it: why nothing can be, or an empty string. Takes seconds, so it is asked only by need."""
+    """Tries to compile for it: why nothing can be, or an empty string. Takes seconds, so it is
+    asked only by need."""
 
 
 CPU = Device(name="cpu", is_gpu=False, has_bf16=True, has_tf32=False)
@@ -44,16 +47,27 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
         device: The one that trains.
         recorded: What the run came to at its first step, by dotted key; empty before it.
 
-    Raises:
-        ConfigError: the device lacks the precision that the config or the record names, or cannot be compiled for.
+    Raises: ConfigError: the device lacks the precision that the config or the record names, or
+        cannot be compiled for.
     """
-    suitable: dict[str, Any] = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
+    suitable: dict[str, Any] = {
+        "precision": "fp32",
+        "compute.channels_last": False,
+        "compute.compile": False,
+    }
     if device.is_gpu:
         half = "bf16_amp" if device.has_bf16 else "fp16_amp"
         suitable = {"precision": half, "compute.channels_last": True, "compute.compile": "blocks"}
     asked = toml.flatten(toml.dump(config))
-    values = {key: asked[key] if asked[key] != "auto" else recorded.get(key, suitable[key]) for key in _KEYS}
-    _check_precision(values["precision"], device, recorded="precision" in recorded and asked["precision"] == "auto")
+    values = {
+        key: asked[key] if asked[key] != "auto" else recorded.get(key, suitable[key])
+        for key in _KEYS
+    }
+    _check_precision(
+        values["precision"],
+        device,
+        recorded="precision" in recorded and asked["precision"] == "auto",
+    )
     if values["compute.compile"] and (reason := device.not_compiled()):
         if asked["compute.compile"] != "auto":
             raise ConfigError(
@@ -62,7 +76,9 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
             )
         values["compute.compile"] = False
     compute = dataclasses.replace(
-        config.compute, channels_last=values["compute.channels_last"], compile=values["compute.compile"]
+        config.compute,
+        channels_last=values["compute.channels_last"],
+        compile=values["compute.compile"],
     )
     return dataclasses.replace(config, precision=values["precision"], compute=compute)
 
@@ -74,15 +90,21 @@ def has_auto(config: RunConfig) -> list[str]:
 
 
 def recorded_in(checkpoint_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run came to, by the config that a checkpoint of it holds, also one of an older version."""
+    """What a run came to, by the config that a checkpoint of it holds, also one of an older
+    version."""
     flat = toml.flatten(checkpoint_config)
     return {key: flat[key] for key in _KEYS if flat.get(key, "auto") != "auto"}
 
 
 def record(folder: Path, resolved: RunConfig, device_name: str) -> None:
-    """Say in a run's folder what its config came to; called by one process before the step that begins the run."""
+    """Say in a run's folder what its config came to; called by one process before the step that
+    begins the run."""
     values = toml.flatten(toml.dump(resolved))
-    content = {"format": _FORMAT, "device": device_name, "values": {key: values[key] for key in _KEYS}}
+    content = {
+        "format": _FORMAT,
+        "device": device_name,
+        "values": {key: values[key] for key in _KEYS},
+    }
     commit.write_json(folder / RECORD, content)
 
 
@@ -96,7 +118,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != _FORMAT:
-            raise DamageError(f"{path} has format {content['format']!r}, this version reads {_FORMAT}")
+            raise DamageError(
+                f"{path} has format {content['format']!r}, this version reads {_FORMAT}"
+            )
         return dict(content["values"])
     except FileNotFoundError:
         return None

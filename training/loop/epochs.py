@@ -1,6 +1,8 @@
-"""What an epoch reads, fixed at its border: `epochs/<epoch>.json` pins latents, and names the order beside it.
+"""What an epoch reads, fixed at its border: `epochs/<epoch>.json` pins latents, and names the order
+beside it.
 
-A resume inside an epoch reads the same file; a new generation of latents is taken up at the next border.
+A resume inside an epoch reads the same file; a new generation of latents is taken up at the next
+border.
 """
 
 import dataclasses
@@ -12,23 +14,31 @@ from training.config import older_runs
 from training.config.run import RunConfig
 from training.errors import DamageError
 from training.loop.dataset import Dataset, Pins
-from training.loop.order import EpochOrder, assign_windows, leave_out, make_order, read_order, write_order
+from training.loop.order import (
+    EpochOrder,
+    assign_windows,
+    leave_out,
+    make_order,
+    read_order,
+    write_order,
+)
 from training.prompts.writing import PROMPTS_VERSION
 from training.runs import run_folder
 
 
 def prepare_epoch(
-    folder: Path, epoch: int, dataset: Dataset, config: RunConfig, fingerprint: str, num_left_out: int = 0
+    folder: Path,
+    epoch: int,
+    dataset: Dataset,
+    config: RunConfig,
+    fingerprint: str,
+    num_left_out: int = 0,
 ) -> tuple[Pins, list[str]]:
     """Write order and pins of an epoch unless they are there; called by one process.
 
-    Args:
-        folder: Of the run.
-        epoch: Number of the epoch.
-        dataset: What the run trains on.
-        config: Of the run.
-        fingerprint: Of its set.
-        num_left_out: Images of the set that were forgotten since; an epoch that was written with more of them goes on
+    Args: folder: Of the run. epoch: Number of the epoch. dataset: What the run trains on. config:
+        Of the run. fingerprint: Of its set. num_left_out: Images of the set that were forgotten
+        since; an epoch that was written with more of them goes on
             in its order without them.
 
     Returns:
@@ -41,13 +51,25 @@ def prepare_epoch(
     content = manifest.with_suffix(".npz")
     notes: list[str] = []
     values = older_runs.comparable(config)
-    settings = [fingerprint, values["prompts"], values["batch"], config.seed, epoch, PROMPTS_VERSION]
-    keys = [commit.json_digest([*settings, number] if number else settings) for number in range(num_left_out + 1)]
+    settings = [
+        fingerprint,
+        values["prompts"],
+        values["batch"],
+        config.seed,
+        epoch,
+        PROMPTS_VERSION,
+    ]
+    keys = [
+        commit.json_digest([*settings, number] if number else settings)
+        for number in range(num_left_out + 1)
+    ]
     key = keys[-1]
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())
         if written["order"]["key"] in keys[:-1]:
-            shorter = leave_out(read_order(content, written["order"]["sha256"]), dataset.samples.forgotten)
+            shorter = leave_out(
+                read_order(content, written["order"]["sha256"]), dataset.samples.forgotten
+            )
             return _write(manifest, epoch, shorter, key, written["latents"]), notes
         if written["order"]["key"] != key:
             raise DamageError(
@@ -73,7 +95,9 @@ def prepare_epoch(
             shards_at_a_time=config.batch.shards_at_a_time,
         ),
     )
-    rows = dataclasses.replace(order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype))
+    rows = dataclasses.replace(
+        order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype)
+    )
     return _write(manifest, epoch, rows, key, pins), notes
 
 
@@ -81,12 +105,15 @@ def _write(manifest: Path, epoch: int, order: EpochOrder, key: str, pins: Pins) 
     """Write the order and then what names it; returns the pins."""
     content = manifest.with_suffix(".npz")
     described = {"key": key, "file": content.name, "sha256": write_order(content, order)}
-    commit.write_json(manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins})
+    commit.write_json(
+        manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins}
+    )
     return pins
 
 
 def open_epoch(folder: Path, epoch: int, step: int, dataset: Dataset) -> EpochOrder:
-    """Read what `prepare_epoch` wrote, on every rank: the order, and latents into `dataset`, from a step on.
+    """Read what `prepare_epoch` wrote, on every rank: the order, and latents into `dataset`, from a
+    step on.
 
     Raises:
         DamageError: a file of the epoch, or a latent file, is damaged.

@@ -18,7 +18,8 @@ def prediction_target(
     timesteps: torch.Tensor,
     signal: torch.Tensor,
 ) -> torch.Tensor:
-    """What the UNet should say, `(B, 4, h, w)`: the noise, or the velocity `sqrt(a) * noise - sqrt(1 - a) * latents`.
+    """What the UNet should say, `(B, 4, h, w)`: the noise, or the velocity `sqrt(a) * noise -
+    sqrt(1 - a) * latents`.
 
     Source: velocity, arXiv:2202.00512, appendix D.
     """
@@ -28,30 +29,35 @@ def prediction_target(
     return share.sqrt() * noise - (1 - share).sqrt() * latents
 
 
-def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mse_per_sample(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Mean squared error of each sample, `(B,)` fp32.
 
-    Args:
-        prediction: `(B, 4, h, w)`, any floating type.
-        target: `(B, 4, h, w)` fp32.
-        mask: Weight of each latent pixel, `(B, 1, h, w)` in [0, 1], or None for all 1. The sum is divided by the
+    Args: prediction: `(B, 4, h, w)`, any floating type. target: `(B, 4, h, w)` fp32. mask: Weight
+        of each latent pixel, `(B, 1, h, w)` in [0, 1], or None for all 1. The sum is divided by the
             mask's own area, so that a masked sample counts as much as any other.
     """
     error = (prediction.float() - target).square()  # (B, 4, h, w)
     if mask is None:
         return error.mean(dim=(1, 2, 3))
-    # A picture that is all watermark has weight 0 everywhere: the floor of one pixel makes its loss 0, not NaN.
+    # A picture that is all watermark has weight 0 everywhere: the floor of one pixel makes its loss
+    # 0, not NaN.
     area = mask.sum(dim=(1, 2, 3)).clamp(min=1.0)
     return (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area
 
 
 def timestep_weights(
-    config: LossConfig, signal: torch.Tensor, prediction_type: PredictionType, rules_version: int = RULES_VERSION
+    config: LossConfig,
+    signal: torch.Tensor,
+    prediction_type: PredictionType,
+    rules_version: int = RULES_VERSION,
 ) -> torch.Tensor:
     """The weight of a loss at each timestep, `(T,)` fp32; weights are not normalised.
 
-    For epsilon: `min_snr` min(SNR, gamma) / SNR, `debiased` 1 / sqrt(min(SNR, 1000)), `p2` (1 + SNR)^-gamma.
-    For v: `min_snr` min(SNR, gamma) / (SNR + 1), `debiased` 1 / (min(SNR, 1000) + 1), `p2` as for epsilon.
+    For epsilon: `min_snr` min(SNR, gamma) / SNR, `debiased` 1 / sqrt(min(SNR, 1000)), `p2` (1 +
+    SNR)^-gamma. For v: `min_snr` min(SNR, gamma) / (SNR + 1), `debiased` 1 / (min(SNR, 1000) + 1),
+    `p2` as for epsilon.
 
     Args:
         config: Which, and its gamma.
@@ -59,11 +65,11 @@ def timestep_weights(
         prediction_type: What the UNet predicts.
         rules_version: Of the run.
 
-    Raises:
-        TrainingError: the schedule ends without signal, and `min_snr` would never learn its last step.
+    Raises: TrainingError: the schedule ends without signal, and `min_snr` would never learn its
+        last step.
 
-    Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227; what they leave open
-    for v is decided in docs/decisions/0013.
+    Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227;
+    what they leave open for v is decided in docs/decisions/0013.
     """
     if config.weighting == "min_snr" and signal[-1] <= 0:
         raise TrainingError(NO_WEIGHT)

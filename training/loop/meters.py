@@ -1,4 +1,5 @@
-"""What a run says of its own speed: images a second, time left, waiting for data, memory, how busy its devices are."""
+"""What a run says of its own speed: images a second, time left, waiting for data, memory, how busy
+its devices are."""
 
 import collections
 import resource
@@ -37,7 +38,8 @@ class Meters:
     num_samples: int
     """Length of the run."""
     peak_flops: float | None
-    """Floating-point operations a second that all devices of the run could do; None where that is not known."""
+    """Floating-point operations a second that all devices of the run could do; None where that is
+    not known."""
     recent: collections.deque[tuple[int, float, float]] = field(
         default_factory=lambda: collections.deque(maxlen=_WINDOW_STEPS)
     )
@@ -49,19 +51,18 @@ class Meters:
     stages_before: dict[str, float] = field(default_factory=dict)
     """What making batches had taken when the interval began."""
 
-    def step(self, *, size: int, seconds: float, waited_s: float, flops: float, samples_seen: int) -> dict[str, float]:
+    def step(
+        self, *, size: int, seconds: float, waited_s: float, flops: float, samples_seen: int
+    ) -> dict[str, float]:
         """Count a step.
 
-        Args:
-            size: Its samples, over all ranks.
-            seconds: How long it took.
-            waited_s: How long this rank waited for batches meanwhile.
-            flops: What its forward and backward passes take at least, over all ranks; recomputation is not counted.
-            samples_seen: The clock after it.
+        Args: size: Its samples, over all ranks. seconds: How long it took. waited_s: How long this
+            rank waited for batches meanwhile. flops: What its forward and backward passes take at
+            least, over all ranks; recomputation is not counted. samples_seen: The clock after it.
 
-        Returns:
-            Fields of the step's line in the log: images_per_s and eta_s over the last steps, data_wait as a share,
-            memory_bytes at most so far, and mfu (model FLOPs utilization) where the device's peak is known.
+        Returns: Fields of the step's line in the log: images_per_s and eta_s over the last steps,
+            data_wait as a share, memory_bytes at most so far, and mfu (model FLOPs utilization)
+            where the device's peak is known.
 
         Source: MFU as in PaLM, arXiv:2204.02311, appendix B.
         """
@@ -86,15 +87,21 @@ class Meters:
         Args:
             stages: Seconds that each stage of making batches has taken since the process began.
         """
-        taken = {name: seconds - self.stages_before.get(name, 0.0) for name, seconds in stages.items()}
+        taken = {
+            name: seconds - self.stages_before.get(name, 0.0) for name, seconds in stages.items()
+        }
         found = Interval(
-            seconds=self.seconds, waited_s=self.waited_s, share=self.waited_s / max(self.seconds, 1e-9), stages=taken
+            seconds=self.seconds,
+            waited_s=self.waited_s,
+            share=self.waited_s / max(self.seconds, 1e-9),
+            stages=taken,
         )
         self.seconds, self.waited_s, self.stages_before = 0.0, 0.0, dict(stages)
         return found
 
     def _memory_bytes(self) -> int:
-        """The most that this process has held: of the device where it is a GPU, else of main memory."""
+        """The most that this process has held: of the device where it is a GPU, else of main
+        memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,5 @@
-"""Timesteps, noise and posterior draws, keyed by (epoch, image_id): equal on every rank, device and after a resume.
+"""Timesteps, noise and posterior draws, keyed by (epoch, image_id): equal on every rank, device and
+after a resume.
 
 All numbers are drawn on the CPU, so that they do not depend on the device that trains.
 """
@@ -17,14 +18,16 @@ from training.seeds import Purpose
 def alphas_cumprod(noise_scheduler_config: Mapping[str, Any]) -> torch.Tensor:
     """The share of signal left at each timestep, `(T,)` fp32, from a diffusers scheduler config.
 
-    Raises:
-        TrainingError: the schedule ends without any signal, and the model predicts the noise: such a step has
+    Raises: TrainingError: the schedule ends without any signal, and the model predicts the noise:
+        such a step has
             nothing to learn from, and its min-SNR weight is 0/0.
     """
     from diffusers import DDPMScheduler
 
     # SD's folders name samplers (Euler, PNDM); all of them share the betas that DDPM reads.
-    scheduler = DDPMScheduler.from_config({**noise_scheduler_config, "_class_name": "DDPMScheduler"})
+    scheduler = DDPMScheduler.from_config(
+        {**noise_scheduler_config, "_class_name": "DDPMScheduler"}
+    )
     shares = scheduler.alphas_cumprod.float()
     prediction_type = noise_scheduler_config.get("prediction_type", "epsilon")
     if shares[-1] <= 0 and prediction_type == "epsilon":
@@ -32,14 +35,17 @@ def alphas_cumprod(noise_scheduler_config: Mapping[str, Any]) -> torch.Tensor:
     return shares
 
 
-def draw_timesteps(seed: int, epoch: int, image_ids: Sequence[str], num_timesteps: int) -> torch.Tensor:
+def draw_timesteps(
+    seed: int, epoch: int, image_ids: Sequence[str], num_timesteps: int
+) -> torch.Tensor:
     """Uniform timesteps `(B,)` int64 in `[0, num_timesteps)`."""
     draws = [seeds.generator(seed, Purpose.TIMESTEP, epoch, image_id) for image_id in image_ids]
     return torch.tensor([draw.randrange(num_timesteps) for draw in draws], dtype=torch.int64)
 
 
 def stratified_timesteps(seed: int, image_ids: Sequence[str], num_timesteps: int) -> torch.Tensor:
-    """One timestep per image, `(N,)` int64: one from each of N equal slices, dealt out at random, always the same."""
+    """One timestep per image, `(N,)` int64: one from each of N equal slices, dealt out at random,
+    always the same."""
     count = len(image_ids)
     rng = seeds.generator(seed, Purpose.VALIDATION, "timesteps", count)
     steps = [int((slot + rng.random()) * num_timesteps / count) for slot in range(count)]

@@ -1,4 +1,5 @@
-"""Makes the next batches in a thread while the present one trains, and sends them to the device ahead of their use."""
+"""Makes the next batches in a thread while the present one trains, and sends them to the device
+ahead of their use."""
 
 import contextlib
 from collections import deque
@@ -14,9 +15,12 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """An iterator over `make(item)` that stays several items ahead; a context manager that drops what is left."""
+    """An iterator over `make(item)` that stays several items ahead; a context manager that drops
+    what is left."""
 
-    def __init__(self, make: Callable[[Any], T], items: Iterable[Any], worker: ThreadPoolExecutor, depth: int) -> None:
+    def __init__(
+        self, make: Callable[[Any], T], items: Iterable[Any], worker: ThreadPoolExecutor, depth: int
+    ) -> None:
         """Start making the first items.
 
         Args:
@@ -64,7 +68,8 @@ class Prefetch(Generic[T]):
 
 
 class Sender:
-    """Tensors on their way to a GPU: pinned, copied by a stream of their own. On a CPU they stay where they are."""
+    """Tensors on their way to a GPU: pinned, copied by a stream of their own. On a CPU they stay
+    where they are."""
 
     def __init__(self, device: torch.device) -> None:
         """Make the stream."""
@@ -87,7 +92,8 @@ class Sender:
         return None if self._stream is None else self._stream.record_event()
 
     def receive(self, mark: torch.cuda.Event | None, tensors: Iterable[torch.Tensor]) -> None:
-        """Let what this thread queues from now on read the tensors, without waiting for them on the host."""
+        """Let what this thread queues from now on read the tensors, without waiting for them on the
+        host."""
         if mark is not None:
             present = torch.cuda.current_stream(self._device)
             present.wait_event(mark)

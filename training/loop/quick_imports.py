@@ -1,8 +1,9 @@
-"""Imports the libraries of a training process in two thirds of the time: what a run does not use is not executed.
+"""Imports the libraries of a training process in two thirds of the time: what a run does not use is
+not executed.
 
-diffusers and transformers execute whole families of models on the way to one of them. A deferred module is there under
-its name, and its submodules can be imported, but its own code runs when somebody first asks it for something: whatever
-needs it finds it, only later.
+diffusers and transformers execute whole families of models on the way to one of them. A deferred
+module is there under its name, and its submodules can be imported, but its own code runs when
+somebody first asks it for something: whatever needs it finds it, only later.
 """
 
 import contextlib
@@ -25,18 +26,20 @@ DEFERRED: dict[str, tuple[str, ...]] = {
     "scipy.stats": (),  # for samplers with beta schedules
     "transformers.models": (),  # reads the source of all 400 models to list their classes
 }
-"""Modules of which neither the trainer nor what it uses of the libraries calls anything; and functions of theirs that
-are imported by name all the same, which run the module when they are called."""
+"""Modules of which neither the trainer nor what it uses of the libraries calls anything; and
+functions of theirs that are imported by name all the same, which run the module when they are
+called."""
 
 _lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def quick_imports(*, freeze: bool = False) -> Iterator[None]:
-    """Imports inside of the context defer the modules above and are not interrupted by the garbage collector.
+    """Imports inside of the context defer the modules above and are not interrupted by the garbage
+    collector.
 
-    Args:
-        freeze: Never look for garbage among what was imported, which is half a second each time; for a process of which
+    Args: freeze: Never look for garbage among what was imported, which is half a second each time;
+        for a process of which
             that is the beginning.
     """
     finder = _Finder()

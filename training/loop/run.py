@@ -1,7 +1,9 @@
-"""Entry point of a training process: `python -m training.loop.run RUN_FOLDER`, alone or as a rank under torchrun.
+"""Entry point of a training process: `python -m training.loop.run RUN_FOLDER`, alone or as a rank
+under torchrun.
 
-How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses. Started early with `--wait FD`,
-it imports its libraries and is told its run folder over that socket; when the other end closes first, it ends silently.
+How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses. Started early
+with `--wait FD`, it imports its libraries and is told its run folder over that socket; when the
+other end closes first, it ends silently.
 """
 
 import contextlib
@@ -25,13 +27,15 @@ _MAX_PATH_BYTES = 4096
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run in the folder named by the only argument; 0 when it finished or was asked to stop."""
+    """Train the run in the folder named by the only argument; 0 when it finished or was asked to
+    stop."""
     waits = len(arguments) == 2 and arguments[0] == WAIT and arguments[1].isdecimal()
     if len(arguments) != 1 and not waits:
         print(f"usage: python -m training.loop.run RUN_FOLDER | {WAIT} FD", file=sys.stderr)
         return 2
     told = _listen(int(arguments[1])) if waits else None
-    # Buckets take turns: pieces of a size that comes back later are lost to all others, unless pieces can grow.
+    # Buckets take turns: pieces of a size that comes back later are lost to all others, unless
+    # pieces can grow.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with quick_imports(freeze=__name__ == "__main__"):
         import torch
@@ -44,7 +48,8 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: stop.set())
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
-        # Filling memory that is written anyway costs a quarter of a step and makes nothing more deterministic.
+        # Filling memory that is written anyway costs a quarter of a step and makes nothing more
+        # deterministic.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     log: EventLog | None = None
     ranks: Ranks | None = None
@@ -55,10 +60,18 @@ def main(arguments: list[str]) -> int:
             ranks = Ranks()
             if ranks.rank == 0:
                 held.enter_context(commit.lock(folder / run_folder.LOCK, f"run folder {folder}"))
-                # Only the holder of the lock may write: a second trainer must not end the first one's log.
+                # Only the holder of the lock may write: a second trainer must not end the first
+                # one's log.
                 log = held.enter_context(EventLog(folder / run_folder.EVENTS))
             inputs, config = run_folder.read_inputs(folder), run_folder.read_config(folder)
-            Trainer(folder=folder, config=config, inputs=inputs, ranks=ranks, log=log, stop_requested=stop.is_set).run()
+            Trainer(
+                folder=folder,
+                config=config,
+                inputs=inputs,
+                ranks=ranks,
+                log=log,
+                stop_requested=stop.is_set,
+            ).run()
         except Exception as error:
             reason = _reason(error)
             if log is not None:
@@ -67,7 +80,8 @@ def main(arguments: list[str]) -> int:
                 traceback.print_exc()
             print(f"training failed: {reason}", file=sys.stderr)
             if ranks is not None and ranks.size > 1 and ranks.device.type == "cuda":
-                # Sums that a lost rank has left in the GPU's queue would be waited for at an orderly end.
+                # Sums that a lost rank has left in the GPU's queue would be waited for at an
+                # orderly end.
                 sys.stderr.flush()
                 os._exit(1)
             return 1
@@ -76,9 +90,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _listen(descriptor: int) -> "queue.Queue[Path]":
-    """Wait in a thread to be told the run folder: it is queued, and output goes to the descriptor that comes with it.
+    """Wait in a thread to be told the run folder: it is queued, and output goes to the descriptor
+    that comes with it.
 
-    A launcher that ends or thinks better of it closes its end, and this process is gone at once, whatever it imports.
+    A launcher that ends or thinks better of it closes its end, and this process is gone at once,
+    whatever it imports.
     """
     told: queue.Queue[Path] = queue.Queue()
 
@@ -105,7 +121,9 @@ def _reason(error: Exception) -> str:
 
 def _samples_seen(folder: Path) -> int:
     """How far the run had come by its log."""
-    return max((event["samples_seen"] for event in read_events(folder / run_folder.EVENTS)), default=0)
+    return max(
+        (event["samples_seen"] for event in read_events(folder / run_folder.EVENTS)), default=0
+    )
 
 
 if __name__ == "__main__":

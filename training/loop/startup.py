@@ -51,7 +51,8 @@ class Start:
     flops: Callable[[int, int, int], Flops]
     """What a sample of (height, width, number of chunks) takes; height and width in pixels."""
     peak_flops: float | None
-    """Floating-point operations a second of all devices of the run together; None where that is not known."""
+    """Floating-point operations a second of all devices of the run together; None where that is not
+    known."""
     checkpoint: Path | None
     """What it resumes from; None for the base model."""
     torn: list[str]
@@ -59,13 +60,13 @@ class Start:
 
 
 def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) -> Start:
-    """Load the newest whole checkpoint, or the base model, and the training set; called by all ranks.
+    """Load the newest whole checkpoint, or the base model, and the training set; called by all
+    ranks.
 
-    Raises:
-        ConfigError: a rule between options that only the model or the number of ranks decides.
-        TrainingError: the checkpoint belongs to another set or config, or other machines see another run folder.
-        ModelError: the base model or the VAE is not the one that `inputs.json` names, or cannot be loaded.
-        DamageError: the training set's file is gone or changed.
+    Raises: ConfigError: a rule between options that only the model or the number of ranks decides.
+        TrainingError: the checkpoint belongs to another set or config, or other machines see
+        another run folder. ModelError: the base model or the VAE is not the one that `inputs.json`
+        names, or cannot be loaded. DamageError: the training set's file is gone or changed.
         DataError: nothing to train on, or images of the set were forgotten.
     """
     resumed, torn = ranks.from_first(lambda: find_resumable(folder))
@@ -149,7 +150,9 @@ def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: 
     Raises:
         TrainingError: it does not.
     """
-    name, first = ranks.from_first(lambda: (None if resumed is None else resumed.name, toml.dump(config)))
+    name, first = ranks.from_first(
+        lambda: (None if resumed is None else resumed.name, toml.dump(config))
+    )
     here = None if name is None else folder / run_folder.CHECKPOINTS / name / READY
     if first != toml.dump(config) or (here is not None and not here.is_file()):
         raise TrainingError(
@@ -160,7 +163,8 @@ def _check_shared(folder: Path, config: RunConfig, resumed: Path | None, ranks: 
 
 @contextlib.contextmanager
 def _digests_checked(inputs: RunInputs | None) -> Iterator[None]:
-    """Hash what a run begins from while it is loaded; what has changed is told of first, whatever else goes wrong.
+    """Hash what a run begins from while it is loaded; what has changed is told of first, whatever
+    else goes wrong.
 
     Raises:
         ModelError: the base model or the VAE is not the one that `inputs.json` names.
@@ -191,7 +195,8 @@ def _check_digest(what: str, model: Path, recorded: str) -> None:
 
 
 def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.device) -> PipelineParts:
-    """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it came from.
+    """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it
+    came from.
 
     Args:
         source: The base model, or a checkpoint.
@@ -208,10 +213,12 @@ def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.devic
         parts = with_vae(parts, Vae.load(vae, "cpu").model, str(vae))
     parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     if config.prompts.empty_prob > 0:
-        # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or must.
+        # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or
+        # must.
         zeros = config.prompts.empty_as == "zeros" and parts.family == "sdxl"
         parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=zeros)
-    # Libraries note the folder that a model was loaded from in its config: equal models would differ by it.
+    # Libraries note the folder that a model was loaded from in its config: equal models would
+    # differ by it.
     parts.unet.register_to_config(_name_or_path="")
     parts.vae.register_to_config(_name_or_path="")
     for encoder in parts.text_encoders:

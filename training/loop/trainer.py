@@ -1,4 +1,5 @@
-"""The training loop, read in one piece: order, batches, gradients, steps, and what is due at the border of a step."""
+"""The training loop, read in one piece: order, batches, gradients, steps, and what is due at the
+border of a step."""
 
 import contextlib
 import dataclasses
@@ -77,15 +78,28 @@ class Trainer:
         """
         start = prepare(folder, config, inputs, ranks)
         config = start.config
-        self.folder, self.config, self.inputs, self.ranks, self.log = folder, config, inputs, ranks, log
+        self.folder, self.config, self.inputs, self.ranks, self.log = (
+            folder,
+            config,
+            inputs,
+            ranks,
+            log,
+        )
         self.stop_requested, self.device_name = stop_requested, start.device.name
         self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
         self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)  # (T,)
-        self.weights = timestep_weights(config.loss, self.signal, self.prediction_type, config.rules_version)  # (T,)
-        self.meters = Meters(device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops)
-        self.sender, self.worker = Sender(ranks.device), ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.weights = timestep_weights(
+            config.loss, self.signal, self.prediction_type, config.rules_version
+        )  # (T,)
+        self.meters = Meters(
+            device=ranks.device, num_samples=config.num_samples, peak_flops=start.peak_flops
+        )
+        self.sender, self.worker = (
+            Sender(ranks.device),
+            ThreadPoolExecutor(1, thread_name_prefix="batches"),
+        )
         self.graphs = Graphs() if config.compute.compile else None
         self.compiled_for: set[tuple[int, ...]] = set()
         self.held_out, self.stable = (
@@ -100,7 +114,8 @@ class Trainer:
         self._log_epoch()
 
     def run(self) -> str:
-        """Train to the end or to a stop request; returns `finished` or `stopped`, which is also logged.
+        """Train to the end or to a stop request; returns `finished` or `stopped`, which is also
+        logged.
 
         Raises:
             TrainingError: too many steps in a row were not finite; the last good state is saved.
@@ -137,7 +152,10 @@ class Trainer:
             if upcoming:
                 self.dataset.prompt_maker.expect(np.concatenate(upcoming), clock.epoch)
             with Prefetch(self._draw, upcoming, self.worker, config.compute.prefetch) as draws:
-                while clock.step_in_epoch < self.order.num_steps and clock.samples_seen < config.num_samples:
+                while (
+                    clock.step_in_epoch < self.order.num_steps
+                    and clock.samples_seen < config.num_samples
+                ):
                     if not self.order.step_size(clock.step_in_epoch):
                         clock.step_in_epoch += 1  # all of its images were forgotten
                         continue
@@ -146,26 +164,33 @@ class Trainer:
                         return self._stop()
                     self._log_checkpoint(self.writer.done())
                     is_last = clock.samples_seen >= config.num_samples
-                    validates = is_last or _is_due(before, clock.samples_seen, config.validation.every_samples)
+                    validates = is_last or _is_due(
+                        before, clock.samples_seen, config.validation.every_samples
+                    )
                     if validates:
                         self._log_data_wait()
                         if not self._validate():
                             return self._stop()
-                    # After skipped steps the next finite one saves, so that every resume does a row of them again.
+                    # After skipped steps the next finite one saves, so that every resume does a row
+                    # of them again.
                     good, every = self.last_good.samples_seen, config.checkpoints.every_samples
-                    if is_last or (clock.skipped_in_row == 0 and _is_due(good, clock.samples_seen, every)):
+                    if is_last or (
+                        clock.skipped_in_row == 0 and _is_due(good, clock.samples_seen, every)
+                    ):
                         self._save()
         return "finished"
 
     def _stop(self) -> str:
-        """Save the state after the last finished step; skipped ones after it are done again by the next launch."""
+        """Save the state after the last finished step; skipped ones after it are done again by the
+        next launch."""
         if self.state.clock.skipped_in_row:
             self._rewind()
         self._save()
         return "stopped"
 
     def _rewind(self) -> None:
-        """Set clock and scaler back to before a row of skipped steps, which changed nothing else."""
+        """Set clock and scaler back to before a row of skipped steps, which changed nothing
+        else."""
         self.state.clock = self.last_good
         self.state.arithmetic.restore_scaler(self.last_good.scaler)
 
@@ -176,7 +201,10 @@ class Trainer:
         began, waited, flops, num_truncated = time.monotonic(), draws.waited_s, 0.0, 0
         if clock.skipped_in_row == 0:
             self.last_good = dataclasses.replace(clock, scaler=arithmetic.scaler_state())
-        micro_batches, size = self.order.micro_batches(clock.step_in_epoch), self.order.step_size(clock.step_in_epoch)
+        micro_batches, size = (
+            self.order.micro_batches(clock.step_in_epoch),
+            self.order.step_size(clock.step_in_epoch),
+        )
         offsets = np.cumsum([0, *(len(rows) for rows in micro_batches)])
         losses = torch.zeros(size, device=self.ranks.device)
         gradients.begin()
@@ -196,7 +224,8 @@ class Trainer:
             gradients.end_round(len(micro_batches) - first)
         gradients.finish()
 
-        # The one place where the host waits for the device: what the log says, and whether the step is finite.
+        # The one place where the host waits for the device: what the log says, and whether the step
+        # is finite.
         *read, grad_norm = torch.cat([losses, arithmetic.norm().reshape(1)]).tolist()
         numbers = self.ranks.sum_(torch.tensor([*read, flops, num_truncated], dtype=torch.float64))
         losses, loss = numbers[:size], numbers[:size].mean().item()
@@ -205,7 +234,9 @@ class Trainer:
             return True
         self._wait_until_copied()
         arithmetic.unscale_and_clip(grad_norm, self.config.optimizer.max_grad_norm)
-        factor = schedule_factor(self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples)
+        factor = schedule_factor(
+            self.config.optimizer, clock.samples_trained + size / 2, self.config.num_samples
+        )
         rates = set_learning_rates(self.state.optimizer, factor)
         arithmetic.step(self.state.optimizer, functools.partial(self._average, size))
         self.state.sharding.publish()
@@ -221,14 +252,16 @@ class Trainer:
         return True
 
     def _average(self, num_samples: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Move the averages, where there are any, of some weights that a step of so many samples has changed."""
+        """Move the averages, where there are any, of some weights that a step of so many samples
+        has changed."""
         clock = self.state.clock
         if self.state.ema is not None:
             before = clock.step - clock.num_skipped if self.config.optimizer.ema_warmup else None
             self.state.ema.update(weights, num_samples, before)
 
     def _wait_until_copied(self) -> None:
-        """Let a checkpoint that is being copied have the state as it was; what that takes is part of its stall."""
+        """Let a checkpoint that is being copied have the state as it was; what that takes is part
+        of its stall."""
         began = time.monotonic()
         self.writer.wait_until_copied()
         self.stall_s += time.monotonic() - began
@@ -264,7 +297,8 @@ class Trainer:
             raise TrainingError(f"{reason}; {self._way_on()}")
 
     def _way_on(self) -> str:
-        """How to go on from before a row of skipped steps; the same run would come to the same steps again."""
+        """How to go on from before a row of skipped steps; the same run would come to the same
+        steps again."""
         samples_seen = self.last_good.samples_seen
         saved, base = "none was good, so begin another run", ""
         if samples_seen:
@@ -279,18 +313,26 @@ class Trainer:
 
     def _named(self, rows: np.ndarray) -> dict[str, object]:
         """Which images a warning is about: how many, and the first of them by name."""
-        return {"num_images": len(rows), "image_ids": [self.dataset.image_ids[row] for row in rows[:_MAX_NAMED]]}
+        return {
+            "num_images": len(rows),
+            "image_ids": [self.dataset.image_ids[row] for row in rows[:_MAX_NAMED]],
+        }
 
     def _draw(self, rows: np.ndarray) -> Sent:
-        """A training batch with its timesteps and noise, on its way to the device, ahead of the step that uses it."""
+        """A training batch with its timesteps and noise, on its way to the device, ahead of the
+        step that uses it."""
         seed, epoch = self.config.seed, self.state.clock.epoch
         batch = self.dataset.batch(rows, epoch)
         offset, shape = self.config.loss.noise_offset, batch.latents.shape[1:]
         with self.dataset.times.stage("noise"):
             timesteps = noise.draw_timesteps(seed, epoch, batch.image_ids, len(self.signal))
-            own = noise.draw_noise(seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset)
+            own = noise.draw_noise(
+                seed, Purpose.NOISE, epoch, batch.image_ids, shape, offset=offset
+            )
         with self.dataset.times.stage("sending"):
-            return Draw(batch=batch, timesteps=timesteps, noise=own).moved(self.sender.send), self.sender.sent()
+            return Draw(batch=batch, timesteps=timesteps, noise=own).moved(
+                self.sender.send
+            ), self.sender.sent()
 
     def _receive(self, sent: Sent) -> Draw:
         draw, mark = sent
@@ -298,7 +340,8 @@ class Trainer:
         return draw
 
     def _pass(self, draw: Draw, size: int) -> torch.Tensor:
-        """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)` without their graph."""
+        """Forward and backward of a micro-batch of a step of `size` samples; its losses `(B,)`
+        without their graph."""
         with self._compiling(draw):
             losses = self._losses(draw)
             self.state.arithmetic.backward(losses.sum() / size)
@@ -329,7 +372,9 @@ class Trainer:
         """Loss per sample `(B,)` fp32 of one forward pass, not weighted by timestep."""
         batch, timesteps = draw.batch, draw.timesteps
         noised = noise.add_noise(batch.latents, draw.noise, timesteps, self.signal)
-        target = prediction_target(self.prediction_type, batch.latents, draw.noise, timesteps, self.signal)
+        target = prediction_target(
+            self.prediction_type, batch.latents, draw.noise, timesteps, self.signal
+        )
         time_ids = make_time_ids(batch.original_size, batch.crop_top_left, batch.target_size)
         with self.state.arithmetic.autocast():
             prediction = predict(
@@ -339,29 +384,44 @@ class Trainer:
         return mse_per_sample(prediction, target, batch.mask)
 
     def _log_graphs(self, draw: Draw) -> None:
-        """Say which graphs a micro-batch has compiled; for sizes that were trained on before there should be none."""
+        """Say which graphs a micro-batch has compiled; for sizes that were trained on before there
+        should be none."""
         if self.graphs is None:
             return
-        (num_graphs, causes), shape = self.graphs.new(), (*draw.batch.latents.shape, draw.batch.ids[0].shape[1])
+        (num_graphs, causes), shape = (
+            self.graphs.new(),
+            (*draw.batch.latents.shape, draw.batch.ids[0].shape[1]),
+        )
         if num_graphs:
             self._log("compiled", num_graphs=num_graphs, shape=list(shape))
             if shape in self.compiled_for:
                 cause = "; ".join(causes) or "torch names no cause"
-                message = f"compiled again for {_in_words(draw)}, which the run was slowed by: {cause}"
-                self._log("warning", kind="recompiled", message=message, epoch=self.state.clock.epoch)
+                message = (
+                    f"compiled again for {_in_words(draw)}, which the run was slowed by: {cause}"
+                )
+                self._log(
+                    "warning", kind="recompiled", message=message, epoch=self.state.clock.epoch
+                )
         self.compiled_for.add(shape)
 
     def _log_graphs_of_validation(self) -> None:
-        """Those of a validation are made once more in each process, without gradients: they repeat no step's."""
+        """Those of a validation are made once more in each process, without gradients: they repeat
+        no step's."""
         if self.graphs is not None and (num_graphs := self.graphs.new()[0]):
             self._log("compiled", num_graphs=num_graphs, validation=True)
 
     def _open_epoch(self) -> None:
-        """Fix order and latents of the clock's epoch unless an earlier attempt has, and read them."""
+        """Fix order and latents of the clock's epoch unless an earlier attempt has, and read
+        them."""
         epoch = self.state.clock.epoch
         if self.ranks.rank == 0:
             self.pins, self.passed_over = prepare_epoch(
-                self.folder, epoch, self.dataset, self.config, self.inputs.fingerprint, self.inputs.num_left_out
+                self.folder,
+                epoch,
+                self.dataset,
+                self.config,
+                self.inputs.fingerprint,
+                self.inputs.num_left_out,
             )
         self.ranks.barrier()
         self.order = open_epoch(self.folder, epoch, self.state.clock.step_in_epoch, self.dataset)
@@ -373,7 +433,11 @@ class Trainer:
         epoch = self.state.clock.epoch
         for message in self.passed_over:
             self._log("warning", kind="generation_not_whole", message=message, epoch=epoch)
-        self._log("epoch", epoch=epoch, generations={shard: pin["generation"] for shard, pin in self.pins.items()})
+        self._log(
+            "epoch",
+            epoch=epoch,
+            generations={shard: pin["generation"] for shard, pin in self.pins.items()},
+        )
 
     def _upcoming(self) -> list[np.ndarray]:
         """This rank's micro-batches from the clock's step to the end of the epoch."""
@@ -382,7 +446,8 @@ class Trainer:
         return list(itertools.chain.from_iterable(own))
 
     def _validate(self) -> bool:
-        """The plain loss on both lists, of the raw and of the averaged weights; the clock keeps the first.
+        """The plain loss on both lists, of the raw and of the averaged weights; the clock keeps the
+        first.
 
         False when a stop request dropped it, with nothing logged: then a resume owes it.
         """
@@ -404,7 +469,8 @@ class Trainer:
         return True
 
     def _both_lists(self) -> tuple[ListLosses, ListLosses] | None:
-        """Losses of the held-out and of the stable images by the weights that the model holds; None when stopped."""
+        """Losses of the held-out and of the stable images by the weights that the model holds; None
+        when stopped."""
         found = []
         for name, images in (("held-out", self.held_out), ("stable", self.stable)):
             losses = images.losses(self._losses_of, self.worker, self.sender, self.stop_requested)
@@ -412,7 +478,12 @@ class Trainer:
                 return None
             if losses.not_finite:
                 message = f"validation: loss of {len(losses.not_finite)} of {len(images.rows)} {name} images not finite"
-                self._log("warning", kind="not_finite", message=message, **self._named(images.rows[losses.not_finite]))
+                self._log(
+                    "warning",
+                    kind="not_finite",
+                    message=message,
+                    **self._named(images.rows[losses.not_finite]),
+                )
             found.append(losses)
         return found[0], found[1]
 
@@ -424,7 +495,8 @@ class Trainer:
         }  # fmt: skip
 
     def _save(self) -> None:
-        """Begin to write a checkpoint at the clock unless there is one; the base model is not written again."""
+        """Begin to write a checkpoint at the clock unless there is one; the base model is not
+        written again."""
         clock, began = self.state.clock, time.monotonic()
         if clock.samples_seen == self.saved_at:
             return
@@ -455,7 +527,8 @@ class Trainer:
             self.log.write(event, samples_seen=self.state.clock.samples_seen, **values)
 
     def _log_data_wait(self) -> None:
-        """Say how long the loop has waited for batches since the last validation, and for what where it is too much."""
+        """Say how long the loop has waited for batches since the last validation, and for what
+        where it is too much."""
         interval = self.meters.interval(self.dataset.times.seconds)
         self._log("data", **dataclasses.asdict(interval))
         if interval.share > MAX_DATA_WAIT and interval.waited_s > MIN_DATA_WAIT_S:
@@ -467,19 +540,25 @@ class Trainer:
 
     def _log_step(self, **values: float) -> None:
         clock = self.state.clock
-        self._log("step", step=clock.step, epoch=clock.epoch, **values, num_skipped=clock.num_skipped)
+        self._log(
+            "step", step=clock.step, epoch=clock.epoch, **values, num_skipped=clock.num_skipped
+        )
 
     def _log_opening(self, start: Start) -> None:
         self._log(
             "started" if start.checkpoint is None else "resumed",
             run=self.inputs.run,
-            checkpoint=None if start.checkpoint is None else f"{self.inputs.run}@{self.state.clock.samples_seen}",
+            checkpoint=None
+            if start.checkpoint is None
+            else f"{self.inputs.run}@{self.state.clock.samples_seen}",
             fingerprint=self.inputs.fingerprint,
             base_digest=self.inputs.base_digest,
             num_samples=self.config.num_samples,
             num_train_images=len(self.dataset.train_rows),
             num_validation_images=len(self.dataset.validation_rows),
-            num_trained_parameters=sum(parameter.numel() for parameter in self.state.parameters.values()),
+            num_trained_parameters=sum(
+                parameter.numel() for parameter in self.state.parameters.values()
+            ),
             num_ranks=self.ranks.size,
             device=str(self.ranks.device),
             precision=self.config.precision,
@@ -502,7 +581,9 @@ class Trainer:
 def _in_words(draw: Draw) -> str:
     """What a micro-batch is."""
     height, width = draw.batch.bucket
-    return f"{len(draw.timesteps)} x {height}x{width} with {draw.batch.ids[0].shape[1]} chunks of text"
+    return (
+        f"{len(draw.timesteps)} x {height}x{width} with {draw.batch.ids[0].shape[1]} chunks of text"
+    )
 
 
 def _is_due(before: int, after: int, every: int) -> bool:

@@ -1,6 +1,7 @@
 """The plain loss on fixed lists of images, with the same prompts, noise and timesteps every time.
 
-Two lists: held-out images, and the stable list of training images; a gap between them is overfitting.
+Two lists: held-out images, and the stable list of training images; a gap between them is
+overfitting.
 """
 
 import contextlib
@@ -20,9 +21,11 @@ from training.optimization.ranks import Ranks
 from training.seeds import Purpose
 
 PlainLosses = Callable[[Draw], torch.Tensor]
-"""A draw on the device to the unweighted loss per sample, `(B,)`; on a CPU several may be asked for at a time."""
+"""A draw on the device to the unweighted loss per sample, `(B,)`; on a CPU several may be asked for
+at a time."""
 _MOST_APART = 8
-"""Threads that compute a micro-batch each; more of them compute each one together, which takes less memory."""
+"""Threads that compute a micro-batch each; more of them compute each one together, which takes less
+memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class ListLosses:
     losses: torch.Tensor
     """`(N,)` fp64, in the list's order."""
     timesteps: torch.Tensor
-    """`(N,)` int64: one from each of N equal slices of the schedule, the same at every validation."""
+    """`(N,)` int64: one from each of N equal slices of the schedule, the same at every
+    validation."""
     buckets: np.ndarray
     """`(N, 2)` heights and widths, pixels."""
     num_timesteps: int
@@ -45,7 +49,8 @@ class ListLosses:
 
     @property
     def not_finite(self) -> list[int]:
-        """Positions in the list of losses that are infinite or no number; means that they enter are None."""
+        """Positions in the list of losses that are infinite or no number; means that they enter are
+        None."""
         return np.flatnonzero(~self.losses.isfinite().numpy()).tolist()
 
     def weighted(self, weights: torch.Tensor) -> float | None:
@@ -57,11 +62,14 @@ class ListLosses:
         return _mean(self.losses * weights.cpu()[self.timesteps])
 
     def by_bin(self, num_bins: int) -> dict[str, float | None]:
-        """The mean in each of so many equal ranges of timesteps, named `000-099`; ranges without images are absent."""
+        """The mean in each of so many equal ranges of timesteps, named `000-099`; ranges without
+        images are absent."""
         bins = self.timesteps * num_bins // self.num_timesteps
         means: dict[str, float | None] = {}
         for number in bins.unique().tolist():
-            first, last = (-(-edge * self.num_timesteps // num_bins) for edge in (number, number + 1))
+            first, last = (
+                -(-edge * self.num_timesteps // num_bins) for edge in (number, number + 1)
+            )
             means[f"{first:03d}-{last - 1:03d}"] = _mean(self.losses[bins == number])
         return means
 
@@ -78,10 +86,13 @@ class ListLosses:
 class FixedList:
     """A list of images with their batches, which are made once and then kept.
 
-    A batch is kept in memory that the device reads by itself: half a megabyte per image of 1024 x 1024.
+    A batch is kept in memory that the device reads by itself: half a megabyte per image of 1024 x
+    1024.
     """
 
-    def __init__(self, rows: np.ndarray, dataset: Dataset, ranks: Ranks, num_timesteps: int) -> None:
+    def __init__(
+        self, rows: np.ndarray, dataset: Dataset, ranks: Ranks, num_timesteps: int
+    ) -> None:
         """Take a list.
 
         Args:
@@ -99,7 +110,11 @@ class FixedList:
         self._pins: Pins | None = None
 
     def losses(
-        self, losses_of: PlainLosses, worker: ThreadPoolExecutor, sender: Sender, stop_requested: Callable[[], bool]
+        self,
+        losses_of: PlainLosses,
+        worker: ThreadPoolExecutor,
+        sender: Sender,
+        stop_requested: Callable[[], bool],
     ) -> ListLosses | None:
         """The plain loss of each image. All ranks call it and get the same numbers.
 
@@ -117,7 +132,10 @@ class FixedList:
             self._micro_batches = _micro_batches(self.rows, self._dataset) if len(self.rows) else []
         if self._pins != self._dataset.pins:  # other latents
             self._made, self._pins = {}, self._dataset.pins
-        micro_batches, losses = self._micro_batches, torch.zeros(len(self.rows), dtype=torch.float32)
+        micro_batches, losses = (
+            self._micro_batches,
+            torch.zeros(len(self.rows), dtype=torch.float32),
+        )
 
         def make(number: int) -> tuple[Draw, torch.cuda.Event | None]:
             if number not in self._made:
@@ -125,9 +143,15 @@ class FixedList:
             return self._made[number].moved(sender.send), sender.sent()
 
         own = range(ranks.rank, len(micro_batches), ranks.size)
-        compute, found = self._dataset.config.compute, list[tuple[np.ndarray, Callable[[], torch.Tensor]]]()
+        compute, found = (
+            self._dataset.config.compute,
+            list[tuple[np.ndarray, Callable[[], torch.Tensor]]](),
+        )
         apart = ranks.device.type == "cpu" and not compute.compile
-        with Prefetch(make, own, worker, compute.prefetch) as draws, _passes(losses_of, apart=apart) as begin:
+        with (
+            Prefetch(make, own, worker, compute.prefetch) as draws,
+            _passes(losses_of, apart=apart) as begin,
+        ):
             for first in range(0, len(micro_batches), ranks.size):
                 if ranks.any(stop_requested()):
                     return None
@@ -138,7 +162,8 @@ class FixedList:
             # Read after the last one was queued: a device is not waited for in between.
             for positions, values in found:
                 losses[positions] = values().cpu()
-        # Every element comes from one rank, so the sum is exact and does not depend on the number of ranks.
+        # Every element comes from one rank, so the sum is exact and does not depend on the number
+        # of ranks.
         return ListLosses(
             losses=ranks.sum_(losses).double(), timesteps=self._timesteps, buckets=self._dataset.buckets[self.rows],
             num_timesteps=self._num_timesteps,
@@ -154,11 +179,15 @@ class FixedList:
 
 
 @contextlib.contextmanager
-def _passes(losses_of: PlainLosses, *, apart: bool) -> Iterator[Callable[[Draw], Callable[[], torch.Tensor]]]:
-    """How forward passes are computed: a function that begins one and returns what waits for its losses.
+def _passes(
+    losses_of: PlainLosses, *, apart: bool
+) -> Iterator[Callable[[Draw], Callable[[], torch.Tensor]]]:
+    """How forward passes are computed: a function that begins one and returns what waits for its
+    losses.
 
-    A CPU's few threads compute a micro-batch each. Together on each one, they would wait for one another at every small
-    operation, on a machine that does other work nearly all the time; and each sum has the bits of one thread.
+    A CPU's few threads compute a micro-batch each. Together on each one, they would wait for one
+    another at every small operation, on a machine that does other work nearly all the time; and
+    each sum has the bits of one thread.
 
     Args:
         losses_of: One forward pass.
@@ -178,7 +207,9 @@ def _passes(losses_of: PlainLosses, *, apart: bool) -> Iterator[Callable[[Draw],
         yield at_once
         return
     ahead = deque[Future[torch.Tensor]]()
-    with ThreadPoolExecutor(num_threads, "validation", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(
+        num_threads, "validation", initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
 
         def begin(draw: Draw) -> Callable[[], torch.Tensor]:
             if len(ahead) == num_threads:
@@ -193,7 +224,8 @@ def _passes(losses_of: PlainLosses, *, apart: bool) -> Iterator[Callable[[Draw],
 
 
 def _mean(losses: torch.Tensor) -> float | None:
-    """None for no losses, and where one of them is infinite or no number: a log cannot hold that."""
+    """None for no losses, and where one of them is infinite or no number: a log cannot hold
+    that."""
     mean = losses.mean().item() if len(losses) else math.nan
     return mean if math.isfinite(mean) else None
 

@@ -1,8 +1,10 @@
-"""What a model is, read from its headers and configurations: no weights are loaded, and torch is not imported.
+"""What a model is, read from its headers and configurations: no weights are loaded, and torch is
+not imported.
 
-A model is a diffusers folder, or a single .safetensors file under the names of the original code. Such a file has
-weights only. Its configurations and tokenizers, a few megabytes, lie in a folder in diffusers layout of the same name
-beside it: `models/photo/` for `models/photo.safetensors`. No library ships them, and nothing is fetched.
+A model is a diffusers folder, or a single .safetensors file under the names of the original code.
+Such a file has weights only. Its configurations and tokenizers, a few megabytes, lie in a folder in
+diffusers layout of the same name beside it: `models/photo/` for `models/photo.safetensors`. No
+library ships them, and nothing is fetched.
 """
 
 import json
@@ -19,7 +21,8 @@ UNET = "model.diffusion_model."
 SD1_TEXT = "cond_stage_model.transformer."
 SDXL_TEXT_1 = "conditioner.embedders.0.transformer."
 SDXL_TEXT_2 = "conditioner.embedders.1.model."
-# In the files beside the trained weights: a count of positions, and a temperature that only CLIP's own training reads.
+# In the files beside the trained weights: a count of positions, and a temperature that only CLIP's
+# own training reads.
 NO_WEIGHTS = ("position_ids", "logit_scale")
 _TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
@@ -30,10 +33,11 @@ def checkpoint_name(digest: str) -> str:
 
 
 def inspect(model: Path) -> dict[str, Any]:
-    """Family, prediction type and number of parameters (UNet and text encoders) of a diffusers folder or single file.
+    """Family, prediction type and number of parameters (UNet and text encoders) of a diffusers
+    folder or single file.
 
-    Raises:
-        ModelError: it is no Stable Diffusion 1.x or SDXL with safetensors weights, or a file whose folder of
+    Raises: ModelError: it is no Stable Diffusion 1.x or SDXL with safetensors weights, or a file
+        whose folder of
             configurations is missing.
     """
     if model.suffix == SUFFIX:
@@ -42,7 +46,9 @@ def inspect(model: Path) -> dict[str, Any]:
     parts = [part for part in _TRAINED if (model / part).is_dir()]
     family = "sdxl" if "text_encoder_2" in parts else "sd1"
     if "unet" not in index or "unet" not in parts:
-        raise ModelError(f"{model}/model_index.json names no unet: not a Stable Diffusion 1.x or SDXL folder")
+        raise ModelError(
+            f"{model}/model_index.json names no unet: not a Stable Diffusion 1.x or SDXL folder"
+        )
     return {
         "family": family,
         "prediction_type": noise_schedule(model).get("prediction_type", "epsilon"),
@@ -61,7 +67,8 @@ def noise_schedule(model: Path) -> dict[str, Any]:
 
 
 def config_folder(model: Path) -> Path:
-    """The folder with a model's configurations and tokenizers: the model itself, or the one beside a single file."""
+    """The folder with a model's configurations and tokenizers: the model itself, or the one beside
+    a single file."""
     return model.with_suffix("") if model.suffix == SUFFIX else model
 
 
@@ -111,7 +118,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__}, but a model's configuration is a JSON object")
+        raise ModelError(
+            f"{path} holds a {type(found).__name__}, but a model's configuration is a JSON object"
+        )
     return found
 
 
@@ -136,7 +145,8 @@ def detect_family(names: Collection[str], path: Path) -> Literal["sdxl", "sd1"]:
 
 
 def schedule_changes(names: Collection[str]) -> dict[str, Any]:
-    """What the file's markers say of its noise schedule: empty tensors `v_pred` and `ztsnr`, as ComfyUI reads them."""
+    """What the file's markers say of its noise schedule: empty tensors `v_pred` and `ztsnr`, as
+    ComfyUI reads them."""
     changes: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
     return changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
 
@@ -156,12 +166,14 @@ def _count_numbers(header: Mapping[str, list[int]]) -> int:
     return sum(
         math.prod(shape)
         for name, shape in header.items()
-        if name.startswith((UNET, SD1_TEXT, SDXL_TEXT_1, SDXL_TEXT_2)) and not name.endswith(NO_WEIGHTS)
+        if name.startswith((UNET, SD1_TEXT, SDXL_TEXT_1, SDXL_TEXT_2))
+        and not name.endswith(NO_WEIGHTS)
     )
 
 
 def _count(folder: Path) -> int:
-    """Parameters in a folder's safetensors files, from their headers; variants such as fp16 are counted once."""
+    """Parameters in a folder's safetensors files, from their headers; variants such as fp16 are
+    counted once."""
     files = sorted(folder.glob("*.safetensors"))
     whole = [file for file in files if ".fp16." not in file.name] or files
     if not whole:

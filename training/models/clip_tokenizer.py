@@ -1,4 +1,5 @@
-"""A CLIP tokenizer from its folder by the `tokenizers` library alone: counting a run's tokens needs no transformers.
+"""A CLIP tokenizer from its folder by the `tokenizers` library alone: counting a run's tokens needs
+no transformers.
 
 Gives the ids that transformers' `CLIPTokenizer` gives, which it is tested against.
 """
@@ -16,17 +17,26 @@ from training.models.base_model import read_json
 _SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
             "pad_token": "<|endoftext|>"}  # fmt: skip
 """CLIP's own, where a folder names no other."""
-# OpenAI's CLIP, simple_tokenizer.py: special tokens, English endings, words, single digits, runs of anything else.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# OpenAI's CLIP, simple_tokenizer.py: special tokens, English endings, words, single digits, runs of
+# anything else.
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 class ClipTokenizer:
     """What `training.prompts.tokens` asks of a tokenizer."""
 
-    def __init__(self, backend: Tokenizer, bos_token_id: int, eos_token_id: int, pad_token_id: int) -> None:
+    def __init__(
+        self, backend: Tokenizer, bos_token_id: int, eos_token_id: int, pad_token_id: int
+    ) -> None:
         """Take a tokenizer whose special tokens are added already, and the ids of three of them."""
         self.backend_tokenizer = backend
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            bos_token_id,
+            eos_token_id,
+            pad_token_id,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "ClipTokenizer":
@@ -45,7 +55,11 @@ class ClipTokenizer:
                 )
             )  # fmt: skip
             backend.normalizer = normalizers.Sequence(
-                [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+                [
+                    normalizers.NFC(),
+                    normalizers.Replace(Regex(r"\s+"), " "),
+                    normalizers.Lowercase(),
+                ]
             )
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [
@@ -59,9 +73,13 @@ class ClipTokenizer:
         except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
             raise ModelError(f"tokenizer cannot be loaded from {folder}: {error}") from error
         known = backend.get_vocab()
-        return cls(backend, *(known[special[key]] for key in ("bos_token", "eos_token", "pad_token")))
+        return cls(
+            backend, *(known[special[key]] for key in ("bos_token", "eos_token", "pad_token"))
+        )
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool, truncation: bool, verbose: bool) -> Any:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, truncation: bool, verbose: bool
+    ) -> Any:
         """The ids of each text under `input_ids`; none are added, and none are cut."""
         assert not add_special_tokens, "chunks put BOS and EOS themselves"
         assert not truncation, "chunks cut"
@@ -77,12 +95,15 @@ def _read_words(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         return model["vocab"], [(first, second) for first, second in pairs]
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"tokenizer in {folder} has neither tokenizer.json nor {' and '.join(missing)}")
+        raise ModelError(
+            f"tokenizer in {folder} has neither tokenizer.json nor {' and '.join(missing)}"
+        )
     return BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
 def _read_special(folder: Path) -> tuple[dict[str, str], list[AddedToken]]:
-    """The names of the four special tokens, and every token that is found whole in a text, in the order of ids."""
+    """The names of the four special tokens, and every token that is found whole in a text, in the
+    order of ids."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     added: dict[str, AddedToken] = {}
@@ -99,7 +120,11 @@ def _read_special(folder: Path) -> tuple[dict[str, str], list[AddedToken]]:
     special = {}
     for key, default in _SPECIAL.items():
         value = settings.get(key) or default
-        options = {**value, "special": True} if isinstance(value, dict) else {"content": value, "special": True}
+        options = (
+            {**value, "special": True}
+            if isinstance(value, dict)
+            else {"content": value, "special": True}
+        )
         options.pop("__type", None)
         special[key] = options["content"]
         added.setdefault(special[key], AddedToken(**options))

@@ -1,4 +1,5 @@
-"""How a model is laid out on its device: what is computed again in the backward pass, memory format, compilation."""
+"""How a model is laid out on its device: what is computed again in the backward pass, memory
+format, compilation."""
 
 import logging
 from collections.abc import Sequence
@@ -16,21 +17,26 @@ from training.models.unet import PipelineParts
 _TEXT_ENCODERS = "text_encoders"
 # Names of torch's own loggers: the one of all reasons why a graph was not reused.
 _RECOMPILES = "torch._dynamo.guards.__recompiles"
-# Graphs of one piece of code before torch gives up on it: 26 buckets, three lengths of text and short batches.
+# Graphs of one piece of code before torch gives up on it: 26 buckets, three lengths of text and
+# short batches.
 _MAX_GRAPHS = 1024
 
 
 def apply_compute(
-    parts: PipelineParts, config: ComputeConfig, *, micro_batch_size: int | None = None, backend: str = "inductor"
+    parts: PipelineParts,
+    config: ComputeConfig,
+    *,
+    micro_batch_size: int | None = None,
+    backend: str = "inductor",
 ) -> None:
     """Lay the model out as asked; what it computes stays the same but for rounding.
 
-    Attention always runs in `scaled_dot_product_attention`, whose kernel torch chooses for the device.
+    Attention always runs in `scaled_dot_product_attention`, whose kernel torch chooses for the
+    device.
 
-    Args:
-        parts: The model, on its device; changed in place, names of parameters stay.
-        config: Blocks to recompute, memory format, compilation; resolved.
-        micro_batch_size: Of the run: `whole` compiles whole micro-batches alone, since remainders have every smaller
+    Args: parts: The model, on its device; changed in place, names of parameters stay. config:
+        Blocks to recompute, memory format, compilation; resolved. micro_batch_size: Of the run:
+        `whole` compiles whole micro-batches alone, since remainders have every smaller
             size and would each have a graph; None for all sizes.
         backend: What compiles graphs, by torch's name.
 
@@ -57,7 +63,8 @@ def apply_compute(
 
 
 def _compile_whole(unet: torch.nn.Module, micro_batch_size: int | None, backend: str) -> None:
-    """Sizes as constants: only so does the compiler choose the layout of convolutions. The batch is one of them."""
+    """Sizes as constants: only so does the compiler choose the layout of convolutions. The batch is
+    one of them."""
     plain = unet.forward
     compiled = torch.compile(plain, dynamic=False, backend=backend)
 
@@ -69,7 +76,8 @@ def _compile_whole(unet: torch.nn.Module, micro_batch_size: int | None, backend:
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Why nothing can be compiled for a device, in one line; empty where it can: the compiler needs other programs."""
+    """Why nothing can be compiled for a device, in one line; empty where it can: the compiler needs
+    other programs."""
     try:
         torch.compile(lambda numbers: numbers * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever the compiler, or one that it calls, has to say
@@ -95,7 +103,8 @@ class Graphs(logging.Handler):
         self._causes.append(" ".join(record.getMessage().split()))
 
     def new(self) -> tuple[int, list[str]]:
-        """Graphs compiled since the last call, and the causes of those among them that are repetitions."""
+        """Graphs compiled since the last call, and the causes of those among them that are
+        repetitions."""
         total, causes = self._total(), self._causes
         found = total - self._before
         self._before, self._causes = total, []
@@ -115,13 +124,16 @@ def _recompute(parts: PipelineParts, names: Sequence[str]) -> None:
     blocks = _blocks(parts)
     for name in names:
         if name not in blocks:
-            raise ConfigError(f"compute.gradient_checkpointing: no block {name!r}; there are {', '.join(blocks)}")
+            raise ConfigError(
+                f"compute.gradient_checkpointing: no block {name!r}; there are {', '.join(blocks)}"
+            )
         for block in blocks[name]:
             for module in block.modules():
                 if hasattr(module, "gradient_checkpointing"):
                     module.gradient_checkpointing = True
                     module._gradient_checkpointing_func = _checkpoint
-                    # transformers asks for training mode; of the layer alone, so that nothing in it drops out.
+                    # transformers asks for training mode; of the layer alone, so that nothing in it
+                    # drops out.
                     module.training = True
 
 

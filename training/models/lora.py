@@ -1,8 +1,9 @@
-"""Adds LoRA files to a loaded model's weights: kohya's, diffusers' and PEFT's names, for UNet and text encoders.
+"""Adds LoRA files to a loaded model's weights: kohya's, diffusers' and PEFT's names, for UNet and
+text encoders.
 
-The product of a layer's two matrices is added to its weight, once: sampling costs what it did. diffusers' own loaders
-would do it through peft, which is not among our libraries; they keep the layers apart, for switching, which nobody asks
-for here.
+The product of a layer's two matrices is added to its weight, once: sampling costs what it did.
+diffusers' own loaders would do it through peft, which is not among our libraries; they keep the
+layers apart, for switching, which nobody asks for here.
 """
 
 import json
@@ -25,8 +26,12 @@ _PREFIXES = {
 }  # fmt: skip
 _PEFT_PREFIX = "base_model.model."
 _ENDINGS = (
-    re.compile(r"(?P<layer>.+)\.lora_(?P<kind>down|up|A|B)(\.[^.]+)?\.weight"),  # kohya; PEFT, with an adapter's name
-    re.compile(r"(?P<layer>.+)[._]lora(_linear_layer)?\.(?P<kind>down|up)\.weight"),  # diffusers before PEFT
+    re.compile(
+        r"(?P<layer>.+)\.lora_(?P<kind>down|up|A|B)(\.[^.]+)?\.weight"
+    ),  # kohya; PEFT, with an adapter's name
+    re.compile(
+        r"(?P<layer>.+)[._]lora(_linear_layer)?\.(?P<kind>down|up)\.weight"
+    ),  # diffusers before PEFT
     re.compile(r"(?P<layer>.+)\.(?P<kind>alpha)"),
 )
 _KINDS = {"A": "down", "B": "up"}
@@ -61,8 +66,8 @@ def add_loras(parts: PipelineParts, loras: Sequence[tuple[Path, float]]) -> None
         parts: The model.
         loras: Files and the factors of what they add; 0 changes nothing, 1 adds what was trained.
 
-    Raises:
-        ModelError: a file is missing, is no LoRA, or has keys or shapes that fit no layer of this model; the model is
+    Raises: ModelError: a file is missing, is no LoRA, or has keys or shapes that fit no layer of
+        this model; the model is
             then as the files before left it.
     """
     modules = {
@@ -95,8 +100,8 @@ def read_lora(path: Path, names: Mapping[str, str]) -> dict[str, LoraLayer]:
         path: A .safetensors file.
         names: Module by part and flat name, from `_known_names`.
 
-    Raises:
-        ModelError: it cannot be read, or some of its keys fit no layer; the message counts them and names the first.
+    Raises: ModelError: it cannot be read, or some of its keys fit no layer; the message counts them
+        and names the first.
     """
     if not path.is_file():
         raise ModelError(f"LoRA {path} does not exist")
@@ -112,7 +117,12 @@ def read_lora(path: Path, names: Mapping[str, str]) -> dict[str, LoraLayer]:
             continue
         found.setdefault(name, {})[kind] = value
         keys.setdefault(name, []).append(key)
-    unknown += [key for name, pair in found.items() if not {"up", "down"} <= pair.keys() for key in keys[name]]
+    unknown += [
+        key
+        for name, pair in found.items()
+        if not {"up", "down"} <= pair.keys()
+        for key in keys[name]
+    ]
     if unknown or not found:
         first = ", ".join(sorted(unknown)[:_UNMATCHED_SHOWN])
         raise ModelError(
@@ -128,16 +138,26 @@ def read_lora(path: Path, names: Mapping[str, str]) -> dict[str, LoraLayer]:
 
 
 def _parse(key: str) -> tuple[str, str, str]:
-    """Flat name of the layer, kind of tensor and part of the model that a key speaks of; empty where it does not."""
+    """Flat name of the layer, kind of tensor and part of the model that a key speaks of; empty
+    where it does not."""
     match = next((match for ending in _ENDINGS if (match := ending.fullmatch(key))), None)
     if match is None:
         return "", "", ""
-    layer, kind = match["layer"].removeprefix(_PEFT_PREFIX), _KINDS.get(match["kind"], match["kind"])
+    layer, kind = (
+        match["layer"].removeprefix(_PEFT_PREFIX),
+        _KINDS.get(match["kind"], match["kind"]),
+    )
     # PEFT's own files hold one adapted module and do not name it; such files are of UNets.
     prefix, part = next(
-        ((prefix, part) for prefix, part in _PREFIXES.items() if layer.startswith(prefix)), ("", "unet")
+        ((prefix, part) for prefix, part in _PREFIXES.items() if layer.startswith(prefix)),
+        ("", "unet"),
     )
-    flat = layer.removeprefix(prefix).replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")
+    flat = (
+        layer.removeprefix(prefix)
+        .replace(".processor.", ".")
+        .replace(".", "_")
+        .removeprefix("text_model_")
+    )
     if part == "unet":
         return re.sub("to_out$", "to_out_0", flat), kind, part
     for old, new in _TEXT_NAMES.items():
@@ -146,7 +166,8 @@ def _parse(key: str) -> tuple[str, str, str]:
 
 
 def _known_names(parts: PipelineParts, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Modules by part and flat name; those of the UNet also by the name that the original code has for them."""
+    """Modules by part and flat name; those of the UNet also by the name that the original code has
+    for them."""
     names = {}
     for name in modules:
         part, _, own = name.partition(".")
@@ -163,7 +184,9 @@ _OUTER = {
 }  # fmt: skip
 _RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
            "conv_shortcut": "skip_connection"}  # fmt: skip
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_BLOCK = re.compile(
+    r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 _MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
@@ -184,7 +207,9 @@ def original_name(name: str, config: Any) -> str:
     if match is None:
         return name
     side, block, kind, number, rest = match.groups()
-    per_block = config.layers_per_block + 1  # in the original, the sampler of a down block is a layer of its own
+    per_block = (
+        config.layers_per_block + 1
+    )  # in the original, the sampler of a down block is a layer of its own
     first = int(block) * per_block + int(number)
     if side == "down":
         if kind == "downsamplers":
@@ -198,7 +223,8 @@ def original_name(name: str, config: Any) -> str:
 
 
 def _read_alphas(path: Path) -> dict[str, float]:
-    """Alphas by part that a file's metadata, or PEFT's config beside it, states for all of its layers.
+    """Alphas by part that a file's metadata, or PEFT's config beside it, states for all of its
+    layers.
 
     Raises:
         ModelError: they state a way of scaling that is not applied here.
@@ -212,12 +238,15 @@ def _read_alphas(path: Path) -> dict[str, float]:
     for name in ("use_rslora", "use_dora", "alpha_pattern"):
         odd = [key for key, value in stated.items() if key.endswith(f".{name}") and value]
         if odd:
-            raise ModelError(f"{path}: {odd[0]}={stated[odd[0]]!r} is not applied here, and would be needed")
+            raise ModelError(
+                f"{path}: {odd[0]}={stated[odd[0]]!r} is not applied here, and would be needed"
+            )
     return dict(_stated_alphas(stated))
 
 
 def adapter_config(path: Path) -> Path | None:
-    """PEFT's config, which states the alpha of an `adapter_model.safetensors`; None where there is none."""
+    """PEFT's config, which states the alpha of an `adapter_model.safetensors`; None where there is
+    none."""
     config = path.with_name("adapter_config.json")
     return config if path.name == "adapter_model.safetensors" and config.is_file() else None
 

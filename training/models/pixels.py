@@ -10,7 +10,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def check_rgb(image: np.ndarray) -> None:
-    """Assert `(H, W, 3)` uint8 with at least one pixel: only a bug upstream can bring anything else."""
+    """Assert `(H, W, 3)` uint8 with at least one pixel: only a bug upstream can bring anything
+    else."""
     assert image.dtype == np.uint8, image.dtype
     assert image.ndim == 3, image.shape
     assert image.shape[2] == 3, image.shape
@@ -18,6 +19,13 @@ def check_rgb(image: np.ndarray) -> None:
 
 
 def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """`(H, W, 3)` uint8 to `(3, H, W)` fp32: scaled to [0, 1], minus `mean`, divided by `std` per channel."""
-    scaled = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div(255)  # (3, H, W)
-    return (scaled - torch.tensor(mean).view(3, 1, 1)).div(torch.tensor(std).view(3, 1, 1)).contiguous()
+    """`(H, W, 3)` uint8 to `(3, H, W)` fp32: scaled to [0, 1], minus `mean`, divided by `std` per
+    channel."""
+    scaled = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div(255)
+    )  # (3, H, W)
+    return (
+        (scaled - torch.tensor(mean).view(3, 1, 1))
+        .div(torch.tensor(std).view(3, 1, 1))
+        .contiguous()
+    )

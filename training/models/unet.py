@@ -1,7 +1,9 @@
-"""A whole Stable Diffusion model: loaded from a folder or file and checked as one, saved as one in diffusers layout.
+"""A whole Stable Diffusion model: loaded from a folder or file and checked as one, saved as one in
+diffusers layout.
 
-The family, `sdxl` or `sd1`, is read from the configs, and the parts are checked to fit together before anything is
-computed with them: a folder mixed from two models would train without an error and never draw a picture.
+The family, `sdxl` or `sd1`, is read from the configs, and the parts are checked to fit together
+before anything is computed with them: a folder mixed from two models would train without an error
+and never draw a picture.
 """
 
 import inspect
@@ -28,10 +30,14 @@ from training.models.tokens import CHUNK_LENGTH
 
 Family = Literal["sdxl", "sd1"]
 
-_PIPELINES: dict[Family, str] = {"sdxl": "StableDiffusionXLPipeline", "sd1": "StableDiffusionPipeline"}
+_PIPELINES: dict[Family, str] = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd1": "StableDiffusionPipeline",
+}
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
-# transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs still expect it.
+# transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs
+# still expect it.
 _TEXT_PREFIX = "text_model."
 # Six numbers of SDXL's conditioning: original size, crop, target size, two each.
 _NUM_TIME_IDS = 6
@@ -54,35 +60,47 @@ class PipelineParts:
     noise_scheduler_config: Mapping[str, Any]
     """`scheduler_config.json` as it is: betas, prediction type, spacing."""
     force_zeros_for_empty_prompt: bool
-    """SDXL pipelines without a negative prompt use zeros where True, the empty prompt's encoding where False; a model
-    that was trained on empty prompts wants the latter. Always False for SD 1.x, which has no such switch."""
+    """SDXL pipelines without a negative prompt use zeros where True, the empty prompt's encoding
+    where False; a model that was trained on empty prompts wants the latter. Always False for SD
+    1.x, which has no such switch."""
 
 
 def load_pipeline_parts(model: Path, device: str | torch.device) -> PipelineParts:
     """Load a model and check that its parts belong together.
 
-    Args:
-        model: A diffusers folder, which has `model_index.json` and a folder per part, all weights as safetensors; or a
+    Args: model: A diffusers folder, which has `model_index.json` and a folder per part, all weights
+        as safetensors; or a
             single .safetensors file, see `base_model`.
         device: Where the modules go.
 
     Raises:
         ModelError: Files are missing, the family is unknown, or shapes do not fit together.
     """
-    parts = _load_single_file(model, device) if model.suffix == base_model.SUFFIX else _load_folder(model, device)
+    parts = (
+        _load_single_file(model, device)
+        if model.suffix == base_model.SUFFIX
+        else _load_folder(model, device)
+    )
     check_parts(parts, str(model))
     return parts
 
 
 def named_modules(parts: PipelineParts) -> dict[str, UNet2DConditionModel | CLIPTextModel]:
-    """UNet and text encoders by the names of their folders, which open the names of their parameters."""
-    return {"unet": parts.unet} | dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
+    """UNet and text encoders by the names of their folders, which open the names of their
+    parameters."""
+    return {"unet": parts.unet} | dict(
+        zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False)
+    )
 
 
 def with_schedule(
-    parts: PipelineParts, prediction_type: Literal["base", "epsilon", "v_prediction"], *, zero_terminal_snr: bool
+    parts: PipelineParts,
+    prediction_type: Literal["base", "epsilon", "v_prediction"],
+    *,
+    zero_terminal_snr: bool,
 ) -> PipelineParts:
-    """The model with another prediction type or noise schedule, which pipelines read from what is saved of it.
+    """The model with another prediction type or noise schedule, which pipelines read from what is
+    saved of it.
 
     Args:
         parts: The model; it is left as it is.
@@ -92,11 +110,18 @@ def with_schedule(
     Raises:
         ConfigError: the last step holds no signal and the noise is to be predicted.
     """
-    config = change_schedule(parts.noise_scheduler_config, prediction_type, zero_terminal_snr=zero_terminal_snr)
+    config = change_schedule(
+        parts.noise_scheduler_config, prediction_type, zero_terminal_snr=zero_terminal_snr
+    )
     if zero_terminal_snr:
         scheduler = getattr(diffusers, config["_class_name"], None)
-        if scheduler is None or "rescale_betas_zero_snr" not in inspect.signature(scheduler.__init__).parameters:
-            config["_class_name"] = "DDIMScheduler"  # PNDM, the sampler that SD 1.x names, does not know the option
+        if (
+            scheduler is None
+            or "rescale_betas_zero_snr" not in inspect.signature(scheduler.__init__).parameters
+        ):
+            config["_class_name"] = (
+                "DDIMScheduler"  # PNDM, the sampler that SD 1.x names, does not know the option
+            )
     return replace(parts, noise_scheduler_config=config)
 
 
@@ -108,8 +133,8 @@ def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineP
         vae: In fp32.
         origin: Names the VAE in messages.
 
-    Raises:
-        ModelError: it has another scaling factor or number of channels than the model's own, which the UNet reads.
+    Raises: ModelError: it has another scaling factor or number of channels than the model's own,
+        which the UNet reads.
     """
     own, other = parts.vae.config.scaling_factor, vae.config.scaling_factor
     if own != other:
@@ -122,7 +147,8 @@ def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineP
 
 
 def check_parts(parts: PipelineParts, origin: str) -> None:
-    """Check that the parts fit together, so that a mixed folder fails here and not as a bad picture.
+    """Check that the parts fit together, so that a mixed folder fails here and not as a bad
+    picture.
 
     Args:
         parts: What is to be checked.
@@ -136,20 +162,41 @@ def check_parts(parts: PipelineParts, origin: str) -> None:
     rules = [
         ("unet.in_channels", unet.in_channels, "vae.latent_channels", vae.latent_channels),
         ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
-        ("unet.cross_attention_dim", unet.cross_attention_dim, "text encoders' widths", sum(widths)),
-        ("number of tokenizers", len(parts.tokenizers), "of text encoders", len(parts.text_encoders)),
+        (
+            "unet.cross_attention_dim",
+            unet.cross_attention_dim,
+            "text encoders' widths",
+            sum(widths),
+        ),
+        (
+            "number of tokenizers",
+            len(parts.tokenizers),
+            "of text encoders",
+            len(parts.text_encoders),
+        ),
     ]
     if parts.family == "sdxl":
         projection = parts.text_encoders[1].config.projection_dim
         wanted = _NUM_TIME_IDS * unet.addition_time_embed_dim + projection
         embedded = unet.projection_class_embeddings_input_dim
-        rules.append(("unet.projection_class_embeddings_input_dim", embedded, "time ids and pooled text", wanted))
+        rules.append(
+            (
+                "unet.projection_class_embeddings_input_dim",
+                embedded,
+                "time ids and pooled text",
+                wanted,
+            )
+        )
     broken = [f"{left}={a} but {right}={b}" for left, a, right, b in rules if a != b]
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=False):
         if len(tokenizer) > encoder.config.vocab_size:
-            broken.append(f"tokenizer has {len(tokenizer)} words but its encoder {encoder.config.vocab_size}")
+            broken.append(
+                f"tokenizer has {len(tokenizer)} words but its encoder {encoder.config.vocab_size}"
+            )
         if encoder.config.max_position_embeddings != CHUNK_LENGTH:
-            broken.append(f"text encoder reads {encoder.config.max_position_embeddings} tokens, not {CHUNK_LENGTH}")
+            broken.append(
+                f"text encoder reads {encoder.config.max_position_embeddings} tokens, not {CHUNK_LENGTH}"
+            )
     prediction = parts.noise_scheduler_config.get("prediction_type", "epsilon")
     if "_class_name" not in parts.noise_scheduler_config:
         broken.append("scheduler_config.json has no _class_name")
@@ -160,15 +207,18 @@ def check_parts(parts: PipelineParts, origin: str) -> None:
 
 
 def save_diffusers_folder(
-    parts: PipelineParts, folder: Path, dtype: torch.dtype, overrides: Mapping[str, torch.Tensor] = MappingProxyType({})
+    parts: PipelineParts,
+    folder: Path,
+    dtype: torch.dtype,
+    overrides: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a complete model folder that diffusers' pipelines of the family load.
 
-    Args:
-        parts: The model; it is left as it is, weights are cast on their way to the file.
-        folder: Created where missing. Files are not synced: the caller commits the folder by renaming it.
-        dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the latter.
-        overrides: Weights to write in place of the modules' own, by part and name (`unet.conv_in.weight`).
+    Args: parts: The model; it is left as it is, weights are cast on their way to the file. folder:
+        Created where missing. Files are not synced: the caller commits the folder by renaming it.
+        dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the
+        latter. overrides: Weights to write in place of the modules' own, by part and name
+        (`unet.conv_in.weight`).
 
     Raises:
         ModelError: The parts do not fit together, or a finite weight leaves the range of `dtype`.
@@ -185,12 +235,18 @@ def save_diffusers_folder(
     if parts.family == "sdxl":
         index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
     else:
-        index |= {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
+        index |= {
+            key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")
+        }
         index["requires_safety_checker"] = False
     for name, module in (("unet", parts.unet), ("vae", parts.vae)):
         module.save_config(folder / name)
-        _save_weights(module, folder / name / weights.DIFFUSERS_FILE, dtype, overrides, part=name, prefix="")
-    for number, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers, strict=True)):
+        _save_weights(
+            module, folder / name / weights.DIFFUSERS_FILE, dtype, overrides, part=name, prefix=""
+        )
+    for number, (encoder, tokenizer) in enumerate(
+        zip(parts.text_encoders, parts.tokenizers, strict=True)
+    ):
         suffix = f"_{number + 1}" if number else ""
         index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
@@ -232,7 +288,9 @@ def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
     files = [f"{part}/config.json" for part in ("unet", "vae")]
     files += [f"{part}/{weights.DIFFUSERS_FILE}" for part in ("unet", "vae")]
     files += [
-        f"text_encoder{suffix}/{name}" for suffix in suffixes for name in ("config.json", weights.TRANSFORMERS_FILE)
+        f"text_encoder{suffix}/{name}"
+        for suffix in suffixes
+        for name in ("config.json", weights.TRANSFORMERS_FILE)
     ]
     files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
     _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
@@ -255,15 +313,22 @@ def _load_single_file(path: Path, device: str | torch.device) -> PipelineParts:
     folder = base_model.config_folder(path)
     family, tensors = _detect_family(folder), weights.read_tensors(path)
     if (found := base_model.detect_family(tensors, path)) != family:
-        raise ModelError(f"{path} is of family {found}, but the configurations in {folder} are of {family}")
+        raise ModelError(
+            f"{path} is of family {found}, but the configurations in {folder} are of {family}"
+        )
     suffixes = _suffixes(family)
-    unet, vae = weights.build(UNet2DConditionModel, folder / "unet"), weights.build(AutoencoderKL, folder / "vae")
+    unet, vae = (
+        weights.build(UNet2DConditionModel, folder / "unet"),
+        weights.build(AutoencoderKL, folder / "vae"),
+    )
     encoders = tuple(
         weights.build(encoder_class, folder / f"text_encoder{suffix}")
         for encoder_class, suffix in zip(_ENCODERS, suffixes, strict=False)
     )
     if family == "sdxl":  # first, while there is room: its translation copies what it cuts apart
-        weights.load_state(encoders[1], single_file.open_clip_state(tensors, encoders[1]), path, device)
+        weights.load_state(
+            encoders[1], single_file.open_clip_state(tensors, encoders[1]), path, device
+        )
     weights.load_state(encoders[0], single_file.clip_state(tensors), path, device)
     weights.load_state(vae, single_file.vae_state(tensors, vae.config), path, device)
     weights.load_state(unet, single_file.unet_state(tensors, unet.config), path, device)
@@ -332,7 +397,14 @@ def _save_text_encoder(
     }
     _write_json(folder / "config.json", config)
     prefix = _TEXT_PREFIX if isinstance(encoder, CLIPTextModel) else ""
-    _save_weights(encoder, folder / weights.TRANSFORMERS_FILE, dtype, overrides, part=folder.name, prefix=prefix)
+    _save_weights(
+        encoder,
+        folder / weights.TRANSFORMERS_FILE,
+        dtype,
+        overrides,
+        part=folder.name,
+        prefix=prefix,
+    )
 
 
 def _save_weights(
@@ -347,9 +419,19 @@ def _save_weights(
     state = {}
     for key, own in module.state_dict().items():
         value = overrides.get(f"{part}.{key}", own)
-        cast = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        if value.is_floating_point() and not torch.isfinite(cast).all() and torch.isfinite(value).all():
-            raise ModelError(f"weight {key} of {path} leaves the range of {dtype}: save it as torch.float32")
+        cast = (
+            value.detach()
+            .to("cpu", dtype if value.is_floating_point() else value.dtype)
+            .contiguous()
+        )
+        if (
+            value.is_floating_point()
+            and not torch.isfinite(cast).all()
+            and torch.isfinite(value).all()
+        ):
+            raise ModelError(
+                f"weight {key} of {path} leaves the range of {dtype}: save it as torch.float32"
+            )
         state[prefix + key] = cast
     save_file(state, path, metadata={"format": "pt"})
 

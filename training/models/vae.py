@@ -1,7 +1,9 @@
-"""AutoencoderKL: pixels to scaled latents and back. Encoding is in the precision asked for, decoding never in 16 bits.
+"""AutoencoderKL: pixels to scaled latents and back. Encoding is in the precision asked for,
+decoding never in 16 bits.
 
-Latents are `(posterior mean - shift) * scaling`: for SD and SDXL shift is 0 and scaling 0.18215 or 0.13025, read from
-the VAE's config, never assumed. A bad image is reported in its own row; it does not end its batch.
+Latents are `(posterior mean - shift) * scaling`: for SD and SDXL shift is 0 and scaling 0.18215 or
+0.13025, read from the VAE's config, never assumed. A bad image is reported in its own row; it does
+not end its batch.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ Precision = Literal["tf32", "fp32", "bf16"]
 
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 _BF16_SLACK = 0.25
-"""Levels of 255 by which a reconstruction through bf16 may be worse than one through fp32, beside 5 % of the latter."""
+"""Levels of 255 by which a reconstruction through bf16 may be worse than one through fp32, beside 5
+% of the latter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,8 @@ class EncodedImage:
     latents: np.ndarray
     """Scaled posterior mean, `(C, H/8, W/8)` fp32."""
     log_variance: np.ndarray | None
-    """Log-variance of the *scaled* latents, same shape: a draw is `latents + exp(log_variance / 2) * noise`."""
+    """Log-variance of the *scaled* latents, same shape: a draw is `latents + exp(log_variance / 2)
+    * noise`."""
     finite: bool
     """False when a value is NaN or infinite: such an image is rejected, never trained on."""
 
@@ -52,10 +56,8 @@ class Vae:
     ) -> None:
         """Take a model to a device.
 
-        Args:
-            model: In fp32.
-            device: Where it works.
-            precision: Of encoding, and of decoding unless it is bf16, which decodes in fp32. `tf32` is fp32 on a device
+        Args: model: In fp32. device: Where it works. precision: Of encoding, and of decoding unless
+            it is bf16, which decodes in fp32. `tf32` is fp32 on a device
                 without TF32.
             tile_above_px: Images of more pixels are encoded in overlapping tiles; None for never.
 
@@ -66,7 +68,9 @@ class Vae:
         self.model = model.to(self.device).eval().requires_grad_(False)
         if self.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)
-        self.precision: Precision = "fp32" if precision == "tf32" and self.device.type != "cuda" else precision
+        self.precision: Precision = (
+            "fp32" if precision == "tf32" and self.device.type != "cuda" else precision
+        )
         """What encoding really uses."""
         self.tile_above_px = tile_above_px
         self.scale = scale_of(model)
@@ -74,13 +78,21 @@ class Vae:
         channels = model.config.latent_channels
         scaling = model.config.scaling_factor
         if not scaling or scaling <= 0:
-            raise ModelError(f"VAE: scaling_factor={scaling!r} in its config, but it must be positive")
+            raise ModelError(
+                f"VAE: scaling_factor={scaling!r} in its config, but it must be positive"
+            )
         self.scaling_factor = float(scaling)
         """What the posterior is multiplied by."""
-        mean = model.config.get("latents_mean") or [model.config.get("shift_factor") or 0.0] * channels
+        mean = (
+            model.config.get("latents_mean") or [model.config.get("shift_factor") or 0.0] * channels
+        )
         std = model.config.get("latents_std") or [1.0] * channels
-        self.latents_mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, channels, 1, 1)
-        self.factor = scaling / torch.tensor(std, dtype=torch.float32, device=device).view(1, channels, 1, 1)
+        self.latents_mean = torch.tensor(mean, dtype=torch.float32, device=device).view(
+            1, channels, 1, 1
+        )
+        self.factor = scaling / torch.tensor(std, dtype=torch.float32, device=device).view(
+            1, channels, 1, 1
+        )
 
     @classmethod
     def load(
@@ -109,18 +121,29 @@ class Vae:
     def preprocess(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """`(H, W, 3)` uint8 images of one size to `(B, 3, H, W)` fp32 in [-1, 1] on the device.
 
-        They travel as bytes, a quarter of what fp32 would be; both sides must be multiples of `scale`.
+        They travel as bytes, a quarter of what fp32 would be; both sides must be multiples of
+        `scale`.
         """
         for image in images:
             pixels.check_rgb(image)
             assert image.shape[0] % self.scale == 0, (image.shape, self.scale)
             assert image.shape[1] % self.scale == 0, (image.shape, self.scale)
-        batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W) uint8
-        return batch.to(torch.float32, memory_format=torch.contiguous_format).div(255).sub(0.5).div(0.5)
+        batch = (
+            torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
+        )  # (B, 3, H, W) uint8
+        return (
+            batch.to(torch.float32, memory_format=torch.contiguous_format)
+            .div(255)
+            .sub(0.5)
+            .div(0.5)
+        )
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled mean and log-variance, each `(B, C, H/8, W/8)` fp32, of images `(B, 3, H, W)` in [-1, 1]."""
-        self.model.use_tiling = self.tile_above_px is not None and batch.shape[2] * batch.shape[3] > self.tile_above_px
+        """Scaled mean and log-variance, each `(B, C, H/8, W/8)` fp32, of images `(B, 3, H, W)` in
+        [-1, 1]."""
+        self.model.use_tiling = (
+            self.tile_above_px is not None and batch.shape[2] * batch.shape[3] > self.tile_above_px
+        )
         with torch.inference_mode(), arithmetic(self.device, self.precision):
             posterior = self.model.encode(batch.to(self.device)).latent_dist
         with torch.inference_mode():
@@ -130,7 +153,8 @@ class Vae:
     def postprocess(
         self, latents: torch.Tensor, log_variance: torch.Tensor, *, with_log_variance: bool
     ) -> list[EncodedImage]:
-        """One row per image of what `forward` returned; non-finite images are marked, not raised."""
+        """One row per image of what `forward` returned; non-finite images are marked, not
+        raised."""
         finite = torch.isfinite(latents).flatten(1).all(1)
         if with_log_variance:
             finite = finite & torch.isfinite(log_variance).flatten(1).all(1)
@@ -138,14 +162,20 @@ class Vae:
         spreads = log_variance.float().cpu().numpy()
         return [
             EncodedImage(
-                latents=means[row], log_variance=spreads[row] if with_log_variance else None, finite=bool(good)
+                latents=means[row],
+                log_variance=spreads[row] if with_log_variance else None,
+                finite=bool(good),
             )
             for row, good in enumerate(finite.tolist())
         ]
 
-    def __call__(self, images: Sequence[np.ndarray], *, with_log_variance: bool = False) -> list[EncodedImage]:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, with_log_variance: bool = False
+    ) -> list[EncodedImage]:
         """Encode `(H, W, 3)` uint8 images of one size; one row per image."""
-        return self.postprocess(*self.forward(self.preprocess(images)), with_log_variance=with_log_variance)
+        return self.postprocess(
+            *self.forward(self.preprocess(images)), with_log_variance=with_log_variance
+        )
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Images `(B, H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`.
@@ -156,12 +186,18 @@ class Vae:
         images = self.decode_each(latents)
         broken = [place for place, image in enumerate(images) if image is None]
         if broken:
-            raise ModelError(f"VAE: decoding gave non-finite pixels for images {broken} of a batch of {len(images)}")
+            raise ModelError(
+                f"VAE: decoding gave non-finite pixels for images {broken} of a batch of {len(images)}"
+            )
         return np.stack([image for image in images if image is not None])
 
     def decode_each(self, latents: torch.Tensor) -> list[np.ndarray | None]:
-        """Images `(H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`; None where a pixel is not finite."""
-        with torch.inference_mode(), arithmetic(self.device, "tf32" if self.precision == "tf32" else "fp32"):
+        """Images `(H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`; None where a pixel is not
+        finite."""
+        with (
+            torch.inference_mode(),
+            arithmetic(self.device, "tf32" if self.precision == "tf32" else "fp32"),
+        ):
             unscaled = latents.to(self.device, torch.float32) / self.factor + self.latents_mean
             decoded = self.model.decode(unscaled).sample  # (B, 3, H, W)
             finite = torch.isfinite(decoded).flatten(1).all(1).tolist()
@@ -175,10 +211,11 @@ class Vae:
             torch.cuda.empty_cache()
 
     def check_bf16(self, images: Sequence[np.ndarray]) -> None:
-        """Refuse bf16 where it costs quality: encode images both ways, decode both, compare with the images.
+        """Refuse bf16 where it costs quality: encode images both ways, decode both, compare with
+        the images.
 
-        Raises:
-            ModelError: the reconstruction through bf16 is worse than through fp32 by more than 5 % and a quarter of a
+        Raises: ModelError: the reconstruction through bf16 is worse than through fp32 by more than
+            5 % and a quarter of a
                 level, or not finite. The message gives both errors.
         """
         batch, errors = self.preprocess(images), {}
@@ -189,7 +226,11 @@ class Vae:
             latents = self.forward(batch)[0]
             self.precision = asked
             finite = bool(torch.isfinite(latents).all())
-            decoded = self.decode(latents).astype(np.int16) if finite else np.full_like(np.stack(images), 255, np.int16)
+            decoded = (
+                self.decode(latents).astype(np.int16)
+                if finite
+                else np.full_like(np.stack(images), 255, np.int16)
+            )
             errors[precision] = float(np.abs(decoded - np.stack(images)).mean())
         limit = errors["fp32"] * 1.05 + _BF16_SLACK
         if errors[asked] > limit:
@@ -206,7 +247,8 @@ def scale_of(model: AutoencoderKL) -> int:
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Matrix products and convolutions in the precision; what was set before is set again afterwards."""
+    """Matrix products and convolutions in the precision; what was set before is set again
+    afterwards."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     before = cuda.matmul.allow_tf32, cudnn.allow_tf32
     try:

@@ -1,8 +1,9 @@
-"""Decides whether a model folder can be used at all, says what to do where it cannot, and fills models with weights.
+"""Decides whether a model folder can be used at all, says what to do where it cannot, and fills
+models with weights.
 
-Weights load from safetensors only: a pickle is a program, and a Git LFS pointer says that the weights are
-elsewhere. A model is built without memory and filled from the mapped file tensor by tensor, so that a rank never holds
-more than the model and one tensor of the file.
+Weights load from safetensors only: a pickle is a program, and a Git LFS pointer says that the
+weights are elsewhere. A model is built without memory and filled from the mapped file tensor by
+tensor, so that a rank never holds more than the model and one tensor of the file.
 """
 
 import ctypes
@@ -51,22 +52,35 @@ def require(folder: Path, files: Sequence[str], *, name: str, source: str, comma
     missing = [file for file in files if not (folder / file).is_file()]
     remedy = f"they come from {source}: run `{command}`; `foundry init --preset demo` needs no downloaded weights"
     if missing:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES) if folder.is_dir() else []
-        refused = f" (found {', '.join(pickles)}: pickles can run code and are not loaded)" if pickles else ""
+        pickles = (
+            sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
+            if folder.is_dir()
+            else []
+        )
+        refused = (
+            f" (found {', '.join(pickles)}: pickles can run code and are not loaded)"
+            if pickles
+            else ""
+        )
         state = "" if folder.is_dir() else " (no such folder)"
-        raise ModelError(f"{name}: missing {', '.join(missing)} in {folder}{state}{refused}; {remedy}")
+        raise ModelError(
+            f"{name}: missing {', '.join(missing)} in {folder}{state}{refused}; {remedy}"
+        )
     pointers = [file for file in files if _is_lfs_pointer(folder / file)]
     if pointers:
-        raise ModelError(f"{name}: {', '.join(pointers)} in {folder} are Git LFS pointers, not weights; {remedy}")
+        raise ModelError(
+            f"{name}: {', '.join(pointers)} in {folder} are Git LFS pointers, not weights; {remedy}"
+        )
 
 
 def model_digest(model: Path) -> str:
-    """The SHA-256 that stands for a model: over sorted relative names and contents of weights and configs.
+    """The SHA-256 that stands for a model: over sorted relative names and contents of weights and
+    configs.
 
     Files that decide nothing (READMEs, pickles, images, hidden files) are left out.
 
-    Args:
-        model: A folder, or a single .safetensors file, to which the configs in the folder of its name belong.
+    Args: model: A folder, or a single .safetensors file, to which the configs in the folder of its
+        name belong.
 
     Raises:
         ModelError: There are no weights or configuration.
@@ -105,7 +119,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, but a model's configuration is a JSON object")
+        raise ModelError(
+            f"{path} holds a {type(config).__name__}, but a model's configuration is a JSON object"
+        )
     return config
 
 
@@ -116,7 +132,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ModelError: The file is no safetensors file, is cut, or is a pickle by its name.
     """
     if path.suffix in _PICKLES:
-        raise ModelError(f"{path.name} is a pickle, which can run code: convert it to safetensors first")
+        raise ModelError(
+            f"{path.name} is a pickle, which can run code: convert it to safetensors first"
+        )
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -124,7 +142,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class Unfilled(TorchFunctionMode):
-    """Modules that are built inside have no memory for their weights, which `load_state` gives them; buffers have."""
+    """Modules that are built inside have no memory for their weights, which `load_state` gives
+    them; buffers have."""
 
     def __torch_function__(
         self,
@@ -133,7 +152,8 @@ class Unfilled(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Layers begin with `torch.empty` and fill it by `torch.nn.init`, which is left out here."""
+        """Layers begin with `torch.empty` and fill it by `torch.nn.init`, which is left out
+        here."""
         kwargs = kwargs or {}
         if function is torch.empty:
             return function(*args, **kwargs | {"device": "meta"})
@@ -143,7 +163,8 @@ class Unfilled(TorchFunctionMode):
 
 
 def build(model_class: type[Model], folder: Path) -> Model:
-    """A diffusers or transformers model after the `config.json` in `folder`, in fp32, its weights yet to be loaded.
+    """A diffusers or transformers model after the `config.json` in `folder`, in fp32, its weights
+    yet to be loaded.
 
     Raises:
         ModelError: the configuration is missing or broken.
@@ -155,19 +176,27 @@ def build(model_class: type[Model], folder: Path) -> Model:
                 return model
             config = model_class.config_class.from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
             for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-                part.dtype = torch.float32  # else the model would be of the type that is written there
+                part.dtype = (
+                    torch.float32
+                )  # else the model would be of the type that is written there
             return model_class(config)
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
+        raise ModelError(
+            f"{model_class.__name__} cannot be loaded from {folder}: {error}"
+        ) from error
 
 
 def load_state(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], origin: Path, device: str | torch.device = "cpu"
+    module: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    origin: Path,
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Fill `module` with copies of `state`, whose names and shapes must match it one to one, and bring it to `device`.
+    """Fill `module` with copies of `state`, whose names and shapes must match it one to one, and
+    bring it to `device`.
 
-    Weights leave a mapped file one by one: it lets go of each, and none lies in it as the header's length has it, since
-    the last bits of products depend on alignment.
+    Weights leave a mapped file one by one: it lets go of each, and none lies in it as the header's
+    length has it, since the last bits of products depend on alignment.
 
     Raises:
         ModelError: A name is missing, unknown or of another shape; the message names up to three.
@@ -190,10 +219,11 @@ def load_state(
 
 
 def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.device) -> Model:
-    """Load a diffusers or transformers model from a local folder in fp32, frozen and in evaluation mode.
+    """Load a diffusers or transformers model from a local folder in fp32, frozen and in evaluation
+    mode.
 
-    Tensors of the file that the model does not have are left out, as the libraries do; weights that the file does not
-    have they fill with random numbers and a warning, and here that is an error.
+    Tensors of the file that the model does not have are left out, as the libraries do; weights that
+    the file does not have they fill with random numbers and a warning, and here that is an error.
 
     Raises:
         ModelError: The folder is unusable, or its weights do not fill the model one to one.
@@ -203,17 +233,23 @@ def from_pretrained(model_class: type[Model], folder: Path, device: str | torch.
     try:
         state = read_tensors(folder / (DIFFUSERS_FILE if is_diffusers else TRANSFORMERS_FILE))
     except ModelError as error:
-        raise ModelError(f"{model_class.__name__} cannot be loaded from {folder}: {error}") from error
+        raise ModelError(
+            f"{model_class.__name__} cannot be loaded from {folder}: {error}"
+        ) from error
     own = model.state_dict()
     renamed = {name if name in own else _present_name(name): value for name, value in state.items()}
-    load_state(model, {name: value for name, value in renamed.items() if name in own}, folder, device)
+    load_state(
+        model, {name: value for name, value in renamed.items() if name in own}, folder, device
+    )
     return model.eval().requires_grad_(False)
 
 
 def _present_name(name: str) -> str:
     """What the libraries call a tensor that a file has under a name of their earlier versions."""
     # transformers 5.6 dropped the prefix from CLIPTextModel.
-    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", name).removeprefix("text_model.")
+    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", name).removeprefix(
+        "text_model."
+    )
 
 
 def _file_maps() -> list[tuple[int, int]]:
@@ -221,29 +257,41 @@ def _file_maps() -> list[tuple[int, int]]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []  # not Linux: pages stay in memory until their file is closed
-    ranges = [line.split(" ", 1)[0] for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+    ranges = [
+        line.split(" ", 1)[0]
+        for line in maps.read_text().splitlines()
+        if line.endswith(".safetensors")
+    ]
     return [(int(begin, 16), int(end, 16)) for begin, end in (found.split("-") for found in ranges)]
 
 
 def _let_go(tensor: torch.Tensor, maps: Sequence[tuple[int, int]]) -> None:
-    """Take the pages under a tensor out of this process's memory where a file holds them, to which they go back."""
+    """Take the pages under a tensor out of this process's memory where a file holds them, to which
+    they go back."""
     storage = tensor.untyped_storage()
     begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end and any(first <= begin and end <= last for first, last in maps):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED
+        )
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The name of a model's file; a single file's own does not count, so that it may be renamed as a folder may."""
+    """The name of a model's file; a single file's own does not count, so that it may be renamed as
+    a folder may."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.suffix
 
 
-def _refuse_mismatch(origin: Path, missing: list[str], unknown: list[str], shapes: list[str]) -> None:
+def _refuse_mismatch(
+    origin: Path, missing: list[str], unknown: list[str], shapes: list[str]
+) -> None:
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
     problems = [f"{len(keys)} {kind} ({'; '.join(keys[:3])})" for kind, keys in kinds if keys]
     if problems:
-        raise ModelError(f"weights in {origin} are of another architecture than its config: {', '.join(problems)}")
+        raise ModelError(
+            f"weights in {origin} are of another architecture than its config: {', '.join(problems)}"
+        )
 
 
 def _is_lfs_pointer(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Averaged weights: an exponential moving average whose half-life is counted in samples, in fp32 beside the model."""
+"""Averaged weights: an exponential moving average whose half-life is counted in samples, in fp32
+beside the model."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -20,16 +21,16 @@ class Ema:
         self.shadows = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, torch.Tensor], num_samples: int, steps_before: int | None = None) -> None:
+    def update(
+        self, weights: Mapping[str, torch.Tensor], num_samples: int, steps_before: int | None = None
+    ) -> None:
         """Move the shadows of some weights after a step.
 
-        Args:
-            weights: By name, after the step.
-            num_samples: Of the step.
-            steps_before: Steps that were averaged before this one, for the warm-up; None for no warm-up.
+        Args: weights: By name, after the step. num_samples: Of the step. steps_before: Steps that
+            were averaged before this one, for the warm-up; None for no warm-up.
 
-        Source: diffusers' EMAModel and OneTrainer. After the first step diffusers keeps nothing of where the average
-        began, this a tenth, which is below 1 % from the third step on.
+        Source: diffusers' EMAModel and OneTrainer. After the first step diffusers keeps nothing of
+        where the average began, this a tenth, which is below 1 % from the third step on.
         """
         decay = 0.5 ** (num_samples / self.half_life_samples)
         if steps_before is not None:
@@ -47,12 +48,15 @@ class Ema:
         """
         for name, shadow in self.shadows.items():
             if state[name].shape != shadow.shape:
-                raise ValueError(f"average of {name} is {list(state[name].shape)} instead of {list(shadow.shape)}")
+                raise ValueError(
+                    f"average of {name} is {list(state[name].shape)} instead of {list(shadow.shape)}"
+                )
             shadow.copy_(state[name])
 
     @contextlib.contextmanager
     def swapped(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-        """The model holds the averaged weights inside the block, in its own precision, and its own afterwards."""
+        """The model holds the averaged weights inside the block, in its own precision, and its own
+        afterwards."""
         kept = {name: parameters[name].data for name in self.shadows}
         try:
             for name, shadow in self.shadows.items():

@@ -1,8 +1,9 @@
 """The gradients of a rank in one fp32 buffer, and how those of all ranks become one sum.
 
-Whatever the model computes in, sums over micro-batches and ranks are never rounded to 16 bits. In the `fast` mode the
-sum over ranks overlaps the backward pass of a rank's last micro-batch; in the `canonical` one it is made micro-batch by
-micro-batch in the order of the epoch, so that its bits do not depend on the number of ranks.
+Whatever the model computes in, sums over micro-batches and ranks are never rounded to 16 bits. In
+the `fast` mode the sum over ranks overlaps the backward pass of a rank's last micro-batch; in the
+`canonical` one it is made micro-batch by micro-batch in the order of the epoch, so that its bits do
+not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ class _Bucket:
 
 
 class Gradients:
-    """Gradients of a step: `begin`, for each round of micro-batches a backward pass and `end_round`, then `finish`."""
+    """Gradients of a step: `begin`, for each round of micro-batches a backward pass and
+    `end_round`, then `finish`."""
 
     def __init__(
         self,
@@ -40,24 +42,30 @@ class Gradients:
     ) -> None:
         """Lay the buffer out and hang it on the parameters.
 
-        A parameter in fp32 accumulates into its view by itself. One in 16 bits hands over each new gradient, which is
-        added in fp32 and let go: a gradient of another type than its parameter is nothing that graphs can be made of.
+        A parameter in fp32 accumulates into its view by itself. One in 16 bits hands over each new
+        gradient, which is added in fp32 and let go: a gradient of another type than its parameter
+        is nothing that graphs can be made of.
 
-        Args:
-            parameters: The trained ones, in an order that all ranks share.
-            device: Where they are.
-            ranks: Of the run; None for one.
-            mode: How ranks' gradients are summed.
-            slice_numbers: Gradients in one message, at most, but for those of a single larger parameter.
+        Args: parameters: The trained ones, in an order that all ranks share. device: Where they
+            are. ranks: Of the run; None for one. mode: How ranks' gradients are summed.
+            slice_numbers: Gradients in one message, at most, but for those of a single larger
+            parameter.
         """
-        self._parameters, self._ranks, self._mode, self._slice = list(parameters), ranks, mode, slice_numbers
+        self._parameters, self._ranks, self._mode, self._slice = (
+            list(parameters),
+            ranks,
+            mode,
+            slice_numbers,
+        )
         self.flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
         """All gradients, in the order of the parameters; what is done to it is done to them."""
         self.views = self._cut()
         """One per parameter, laid out in memory as that is: fused kernels ask for it."""
         shared = ranks is not None and ranks.size > 1
         self._total = torch.zeros_like(self.flat) if shared and mode == "canonical" else None
-        self._buckets, self._bucket_of = self._make_buckets() if shared and mode == "fast" else ([], [])
+        self._buckets, self._bucket_of = (
+            self._make_buckets() if shared and mode == "fast" else ([], [])
+        )
         self._armed, self._sent, self._rounds = False, 0, 0
         self._pending: list[Pending] = []
         for number, parameter in enumerate(self._parameters):
@@ -73,7 +81,8 @@ class Gradients:
         self._pending.clear()
 
     def expect_last(self) -> None:
-        """The next backward pass is this rank's last of the step: what it completes may be sent at once."""
+        """The next backward pass is this rank's last of the step: what it completes may be sent at
+        once."""
         if self._buckets:
             self._armed = True
             for bucket in self._buckets:
@@ -82,14 +91,17 @@ class Gradients:
                 bucket.waiting += 1
 
     def end_round(self, num_micro_batches: int) -> None:
-        """Each of the first ranks has done one micro-batch: `canonical` adds them up, in the order of the ranks.
+        """Each of the first ranks has done one micro-batch: `canonical` adds them up, in the order
+        of the ranks.
 
         Args:
             num_micro_batches: Of this round; ranks beyond have had none.
         """
         if self._total is None or self._ranks is None:
             return
-        for part, total in zip(self.flat.split(self._slice), self._total.split(self._slice), strict=True):
+        for part, total in zip(
+            self.flat.split(self._slice), self._total.split(self._slice), strict=True
+        ):
             for number, gathered in enumerate(self._ranks.gather(part)[:num_micro_batches]):
                 if self._rounds == number == 0:
                     total.copy_(gathered)
@@ -115,7 +127,8 @@ class Gradients:
         return views
 
     def _make_buckets(self) -> tuple[list[_Bucket], list[_Bucket]]:
-        """Ranges from the end of the buffer to its start, since backward passes reach the last parameters first.
+        """Ranges from the end of the buffer to its start, since backward passes reach the last
+        parameters first.
 
         Returns:
             The buckets, and that of each parameter.
@@ -150,7 +163,8 @@ class Gradients:
         return arrived
 
     def _send(self, end: int) -> None:
-        """Begin to sum the buckets before `end`; all ranks do so in the same order, whichever is complete first."""
+        """Begin to sum the buckets before `end`; all ranks do so in the same order, whichever is
+        complete first."""
         assert self._ranks is not None
         for bucket in self._buckets[self._sent : end]:
             self._pending.append(self._ranks.begin_sum(self.flat[bucket.start : bucket.end]))

@@ -25,7 +25,11 @@ def check_installed(config: OptimizerConfig) -> None:
             f"optimizer.name={config.name} needs bitsandbytes, which is not installed: run `pip install "
             "'diffusion-foundry[gpu8bit]'`, or take adamw or lion"
         ) from None
-    if _FIRST_BROKEN <= tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) <= _LAST_BROKEN:
+    if (
+        _FIRST_BROKEN
+        <= tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
+        <= _LAST_BROKEN
+    ):
         raise ConfigError(
             f"bitsandbytes {version}: 8-bit optimizers of 0.36.0 to 0.41.0 are known to be wrong; install a newer one"
         )

@@ -1,8 +1,9 @@
 """fp32 weights beside a model that computes in bf16, at four bytes a weight for both.
 
-A bf16 number is the upper half of an fp32 one, rounded. So the model's own weights are half of the fp32 ones, and what
-is kept beside them is the difference, which 16 bits hold exactly. The fp32 weights themselves are there for one group
-of the optimizer at a time, in a buffer that all groups share.
+A bf16 number is the upper half of an fp32 one, rounded. So the model's own weights are half of the
+fp32 ones, and what is kept beside them is the difference, which 16 bits hold exactly. The fp32
+weights themselves are there for one group of the optimizer at a time, in a buffer that all groups
+share.
 
 Source: the same split as `store_param_remainders` of NVIDIA Apex' distributed Adam.
 """
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-# Elements that a weight's place in a buffer is a multiple of: 128 bytes in bf16, which every kernel is content with.
+# Elements that a weight's place in a buffer is a multiple of: 128 bytes in bf16, which every kernel
+# is content with.
 _ALIGNMENT = 64
 
 
@@ -20,10 +22,12 @@ class Masters:
     """The fp32 weights of the parameters that this rank's optimizer steps."""
 
     weights: dict[str, torch.nn.Parameter]
-    """By name: what the optimizer is made for. All have the right shape and layout; numbers are theirs only inside of
-    `groups`."""
+    """By name: what the optimizer is made for. All have the right shape and layout; numbers are
+    theirs only inside of `groups`."""
 
-    def __init__(self, owned: Mapping[str, torch.nn.Parameter], groups: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, owned: Mapping[str, torch.nn.Parameter], groups: Sequence[Sequence[str]]
+    ) -> None:
         """Round the model's weights to bf16, in place, and keep the rest.
 
         Args:
@@ -39,8 +43,11 @@ class Masters:
             self.weights |= chunk.hang_into(self._buffer)
 
     @torch.no_grad()
-    def groups(self, all_groups: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-        """Groups of an optimizer with their fp32 weights, by turns; what they become is rounded into the model.
+    def groups(
+        self, all_groups: list[dict[str, Any]]
+    ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+        """Groups of an optimizer with their fp32 weights, by turns; what they become is rounded
+        into the model.
 
         Args:
             all_groups: The optimizer's.
@@ -48,10 +55,15 @@ class Masters:
         Yields:
             Groups that are stepped together, and their weights by name.
         """
-        chunk_of = {id(weight): chunk for chunk in self._chunks for weight in chunk.weights.values()}
+        chunk_of = {
+            id(weight): chunk for chunk in self._chunks for weight in chunk.weights.values()
+        }
         for chunk in self._chunks:
             chunk.join(self._buffer)
-            yield [group for group in all_groups if chunk_of[id(group["params"][0])] is chunk], dict(chunk.weights)
+            yield (
+                [group for group in all_groups if chunk_of[id(group["params"][0])] is chunk],
+                dict(chunk.weights),
+            )
             chunk.split(self._buffer)
 
     @torch.no_grad()
@@ -64,12 +76,14 @@ class Masters:
         return found
 
     def halves(self) -> dict[str, torch.Tensor]:
-        """What the weights are kept as, two tensors each, to be copied and joined elsewhere by `joined`."""
+        """What the weights are kept as, two tensors each, to be copied and joined elsewhere by
+        `joined`."""
         return {name: half for chunk in self._chunks for name, half in chunk.halves()}
 
 
 def round_to_bf16(weight: torch.Tensor) -> torch.Tensor:
-    """An fp32 weight in bf16, laid out as it is, as `Masters` rounds it: halfway cases up, in torch to even."""
+    """An fp32 weight in bf16, laid out as it is, as `Masters` rounds it: halfway cases up, in torch
+    to even."""
     return _upper_half(weight.detach().view(torch.int32)).to(torch.int16).view(torch.bfloat16)
 
 
@@ -78,13 +92,16 @@ def joined(halves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {}
     for name, upper in halves.items():
         if name.startswith(_UPPER):
-            bits = (upper.view(torch.int16).to(torch.int32) << 16) + halves[_LOWER + name.removeprefix(_UPPER)]
+            bits = (upper.view(torch.int16).to(torch.int32) << 16) + halves[
+                _LOWER + name.removeprefix(_UPPER)
+            ]
             found[name.removeprefix(_UPPER)] = bits.view(torch.float32)
     return found
 
 
 def _upper_half(bits: torch.Tensor) -> torch.Tensor:
-    """The upper 16 bits of fp32 numbers, rounded, as int32. Ties go up: else the rest would need a 17th bit."""
+    """The upper 16 bits of fp32 numbers, rounded, as int32. Ties go up: else the rest would need a
+    17th bit."""
     return bits.add(1 << 15).bitwise_right_shift_(16)
 
 
@@ -113,7 +130,9 @@ class _Chunk:
 
     def hang_into(self, buffer: torch.Tensor) -> dict[str, torch.nn.Parameter]:
         """Make the fp32 weights views of a buffer `(N,)`."""
-        self.weights = {name: torch.nn.Parameter(self._view(buffer, name)) for name in self._parameters}
+        self.weights = {
+            name: torch.nn.Parameter(self._view(buffer, name)) for name in self._parameters
+        }
         return self.weights
 
     def join(self, buffer: torch.Tensor) -> None:

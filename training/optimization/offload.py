@@ -17,21 +17,28 @@ class Mark(Protocol):
 
 
 class Offload:
-    """Copies what a device holds once the work that is queued now is done; the tensors must not change meanwhile."""
+    """Copies what a device holds once the work that is queued now is done; the tensors must not
+    change meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         """Mark where the present work ends; called by the thread that queues it."""
         self._device = device
-        self._mark = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._mark = (
+            torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        )
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Contiguous copies on the CPU; may be called in another thread than the one that made this.
+        """Contiguous copies on the CPU; may be called in another thread than the one that made
+        this.
 
-        From a GPU they come through two pinned slices, filled by turns: the model's memory need not be pinned, and the
-        device goes on.
+        From a GPU they come through two pinned slices, filled by turns: the model's memory need not
+        be pinned, and the device goes on.
         """
         if self._mark is None:
-            return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+            return {
+                name: tensor.detach().to("cpu", copy=True).contiguous()
+                for name, tensor in tensors.items()
+            }
         stream = torch.cuda.Stream(self._device)
         stream.wait_event(self._mark)
         slices = [torch.empty(_SLICE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -44,10 +51,8 @@ def copy_in_slices(
 ) -> dict[str, torch.Tensor]:
     """Contiguous copies of tensors, through buffers that are filled by turns.
 
-    Args:
-        tensors: Of any type and layout.
-        slices: Buffers `(N,)` uint8.
-        mark: Called after each begun copy to a buffer; the buffer may be read once its mark is reached.
+    Args: tensors: Of any type and layout. slices: Buffers `(N,)` uint8. mark: Called after each
+        begun copy to a buffer; the buffer may be read once its mark is reached.
     """
     copies: dict[str, torch.Tensor] = {}
     under_way = deque[tuple[torch.Tensor, torch.Tensor, Mark]]()

@@ -1,4 +1,5 @@
-"""The optimizer, its learning rates, whose clock is samples trained on, and its state as plain tensors."""
+"""The optimizer, its learning rates, whose clock is samples trained on, and its state as plain
+tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,29 +19,35 @@ _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "s", "p0"})
 _TORCH_ADAFACTOR = frozenset({"row_var", "col_var", "variance"})
 
 
-def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, weights: Mapping[str, torch.Tensor]
+) -> torch.optim.Optimizer:
     """The optimizer of a run, with the groups of `step_groups`.
 
     Args:
         config: Name, peak rates and decay.
         weights: The trained ones in fp32, by name; `unet.` opens those of the UNet.
 
-    Raises:
-        ConfigError: an option that the optimizer does not take, or a library or device that it needs is not there.
+    Raises: ConfigError: an option that the optimizer does not take, or a library or device that it
+        needs is not there.
 
-    Source: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235, Lion arXiv:2302.06675, Prodigy arXiv:2306.06101.
+    Source: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235, Lion arXiv:2302.06675, Prodigy
+    arXiv:2306.06101.
     """
     groups = [_group(config, weights, names) for names in step_groups(weights)]
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.name == "adamw":
         # Fused: one pass over the weights.
-        return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True, **decay)
+        return torch.optim.AdamW(
+            groups, betas=config.betas, eps=config.epsilon, fused=True, **decay
+        )
     if config.name in EIGHT_BIT:
         return _make_8bit(config, groups)
     import pytorch_optimizer
 
     if config.name == "adafactor":
-        # The rate is the schedule's alone, and the second moment's decay has no cap: one that no step reaches.
+        # The rate is the schedule's alone, and the second moment's decay has no cap: one that no
+        # step reaches.
         return pytorch_optimizer.AdaFactor(
             groups, betas=(None, math.nextafter(1, 0)), clip_threshold=config.clip_threshold, scale_parameter=False,
             relative_step=False, **decay,
@@ -53,9 +60,8 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, torch.Tensor])
 def schedule_factor(config: OptimizerConfig, samples: float, num_samples: int) -> float:
     """The share of its peak that a rate has at a point of the run, in [0, 1].
 
-    Args:
-        config: Shape and warm-up.
-        samples: Samples trained on; the trainer asks for the middle of a step, so that neither the first step nor
+    Args: config: Shape and warm-up. samples: Samples trained on; the trainer asks for the middle of
+        a step, so that neither the first step nor
             the last has a rate of 0.
         num_samples: Length of the run.
     """
@@ -70,9 +76,9 @@ def schedule_factor(config: OptimizerConfig, samples: float, num_samples: int) -
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     """Give each group its peak rate times `factor`.
 
-    Returns:
-        The rates by the log's names, `learning_rate` of the UNet and `text_encoder_learning_rate` where it has
-        weights; Prodigy's are the ones that it has come to.
+    Returns: The rates by the log's names, `learning_rate` of the UNet and
+        `text_encoder_learning_rate` where it has weights; Prodigy's are the ones that it has come
+        to.
     """
     names = {UNET: "learning_rate", TEXT_ENCODERS: "text_encoder_learning_rate"}
     rates = {}
@@ -82,18 +88,21 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
     return rates
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """All that steps change in an optimizer; numbers become 0-d tensors.
 
-    Nothing is computed on the device: it would be done behind the mark that `Offload` waits for, and read before.
+    Nothing is computed on the device: it would be done behind the mark that `Offload` waits for,
+        and read before.
 
     Args:
         optimizer: From `make_optimizer`.
         named: The weights that it steps, by name.
 
-    Returns:
-        `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first step. The optimizer's own
-        tensors, of any layout, some of them twice: `Offload.copy` makes what safetensors can hold of them.
+    Returns: `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first
+        step. The optimizer's own tensors, of any layout, some of them twice: `Offload.copy` makes
+        what safetensors can hold of them.
     """
     tensors = {
         f"{key}.{name}": _tensor(value)
@@ -101,12 +110,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.
         for key, value in optimizer.state.get(weight, {}).items()
     }
     for group in optimizer.param_groups if tensors else ():
-        tensors |= {f"{key}.{group['name']}": _tensor(group[key]) for key in _GROUP_STATE if key in group}
+        tensors |= {
+            f"{key}.{group['name']}": _tensor(group[key]) for key in _GROUP_STATE if key in group
+        }
     return tensors
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
 ) -> None:
     """Go on from `optimizer_state`, exactly; names that are not ours are another rank's.
 
@@ -130,17 +143,22 @@ def restore_optimizer(
         for key, value in by_name[name].items():
             expected = _moment_shape(key, weight.shape)
             if expected is not None and value.shape != expected:
-                raise ValueError(f"{key} of {name} is {list(value.shape)} instead of {list(expected)}")
-        optimizer.state[weight] = {key: _restored(value, weight, fused) for key, value in by_name[name].items()}
+                raise ValueError(
+                    f"{key} of {name} is {list(value.shape)} instead of {list(expected)}"
+                )
+        optimizer.state[weight] = {
+            key: _restored(value, weight, fused) for key, value in by_name[name].items()
+        }
     for group in optimizer.param_groups:
         group |= {key: _number(value) for key, value in by_name.get(group["name"], {}).items()}
 
 
 def step_groups(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names of the weights in groups, which are stepped one after the other: of the UNet, then of the text encoders.
+    """Names of the weights in groups, which are stepped one after the other: of the UNet, then of
+    the text encoders.
 
-    Args:
-        weights: By name; `unet.` opens those of the UNet. A group has some 64 million numbers, or one larger weight.
+    Args: weights: By name; `unet.` opens those of the UNet. A group has some 64 million numbers, or
+        one larger weight.
     """
     groups: list[list[str]] = []
     for part in (True, False):
@@ -156,13 +174,20 @@ def step_groups(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return groups
 
 
-def _group(config: OptimizerConfig, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, Any]:
+def _group(
+    config: OptimizerConfig, weights: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, Any]:
     """A group with its peak rate as `initial_lr`, as torch's own schedules call it."""
     part = UNET if names[0].startswith("unet.") else TEXT_ENCODERS
     rate = config.learning_rate
     if part == TEXT_ENCODERS and config.text_encoder_learning_rate is not None:
         rate = config.text_encoder_learning_rate
-    return {"params": [weights[name] for name in names], "name": part, "lr": rate, "initial_lr": rate}
+    return {
+        "params": [weights[name] for name in names],
+        "name": part,
+        "lr": rate,
+        "initial_lr": rate,
+    }
 
 
 def _moment_shape(key: str, shape: torch.Size) -> torch.Size | None:
@@ -190,7 +215,9 @@ def _make_8bit(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.o
     import bitsandbytes
 
     if config.name == "lion_8bit":
-        return bitsandbytes.optim.Lion8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
+        return bitsandbytes.optim.Lion8bit(
+            groups, betas=config.betas, weight_decay=config.weight_decay
+        )
     return bitsandbytes.optim.AdamW8bit(
         groups, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay
     )
@@ -210,7 +237,8 @@ def _number(value: torch.Tensor) -> torch.Tensor | int | float:
 
 
 def _restored(value: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor | int | float:
-    """State of a weight: moments are laid out in memory as it is, and only fused kernels count steps on the device."""
+    """State of a weight: moments are laid out in memory as it is, and only fused kernels count
+    steps on the device."""
     if value.dim() == 0:
         number = _number(value)
         return number.to(weight.device) if fused and isinstance(number, torch.Tensor) else number

@@ -1,4 +1,5 @@
-"""The arithmetic of a run: autocast, the gradient scaler, and fp32 weights beside a model that computes in bf16."""
+"""The arithmetic of a run: autocast, the gradient scaler, and fp32 weights beside a model that
+computes in bf16."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ from training.optimization.masters import Masters, joined, round_to_bf16
 from training.optimization.optim import step_groups
 from training.optimization.ranks import Ranks
 
-# torch's GradScaler. Our loss is divided by the samples of all ranks and the ranks' gradients are summed, where DDP
-# divides by those of one rank and takes the mean: times the number of ranks, 16 bits hold the same gradients.
+# torch's GradScaler. Our loss is divided by the samples of all ranks and the ranks' gradients are
+# summed, where DDP divides by those of one rank and takes the mean: times the number of ranks, 16
+# bits hold the same gradients.
 _INITIAL_SCALE = 65_536.0
 # bigASP's train.py: the scale grows after 500,000 // batch steps.
 _GROWTH_SAMPLES = 500_000
@@ -25,10 +27,11 @@ class Arithmetic:
     """What stands between the loss and the optimizer's step."""
 
     weights: Mapping[str, torch.nn.Parameter]
-    """This rank's share of the trained weights in fp32, by name, which the optimizer is made for; `bf16` has their
-    numbers only while they are stepped, see `values`."""
+    """This rank's share of the trained weights in fp32, by name, which the optimizer is made for;
+    `bf16` has their numbers only while they are stepped, see `values`."""
     frozen: Mapping[str, torch.Tensor]
-    """Weights that are not trained and that `bf16` rounded in the model: their fp32 values, on the CPU."""
+    """Weights that are not trained and that `bf16` rounded in the model: their fp32 values, on the
+    CPU."""
     gradients: Gradients
     """Of the trained weights."""
 
@@ -83,7 +86,9 @@ class Arithmetic:
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
         dtype = _AUTOCAST.get(self._precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+        return (
+            contextlib.nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+        )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss, scaled where there is a scaler."""
@@ -91,18 +96,22 @@ class Arithmetic:
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
-        """Norm of all gradients without the scaler's factor, 0-d on the device; not finite where one of them is."""
+        """Norm of all gradients without the scaler's factor, 0-d on the device; not finite where
+        one of them is."""
         return torch.linalg.vector_norm(self.gradients.flat) / self._scale
 
     @torch.no_grad()
     def unscale_and_clip(self, norm: float, max_norm: float) -> None:
-        """Undo the scaler's factor and clip, in one pass over the gradients, and in none where both are 1.
+        """Undo the scaler's factor and clip, in one pass over the gradients, and in none where both
+        are 1.
 
         Args:
             norm: What `norm` gave, finite.
             max_norm: Of all gradients together; 0 for never.
         """
-        factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # torch.nn.utils.clip_grad_norm_'s
+        factor = (
+            min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+        )  # torch.nn.utils.clip_grad_norm_'s
         if factor != self._scale:
             self.gradients.flat.mul_(factor / self._scale)
 
@@ -135,13 +144,21 @@ class Arithmetic:
                 self._scale, self._good_steps = self._scale * 2, 0
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The trained weights of this rank in fp32, by name: the model's own where that is fp32, else a copy."""
+        """The trained weights of this rank in fp32, by name: the model's own where that is fp32,
+        else a copy."""
         return dict(self.weights) if self._masters is None else self._masters.values()
 
-    def stored(self) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]:
-        """What this rank's weights are kept as, and what makes fp32 weights by name of copies of it."""
+    def stored(
+        self,
+    ) -> tuple[
+        dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    ]:
+        """What this rank's weights are kept as, and what makes fp32 weights by name of copies of
+        it."""
         if self._masters is None:
-            return {name: weight.detach() for name, weight in self.weights.items()}, lambda copies: copies
+            return {
+                name: weight.detach() for name, weight in self.weights.items()
+            }, lambda copies: copies
         return self._masters.halves(), joined
 
     def skip(self) -> None:
@@ -151,7 +168,8 @@ class Arithmetic:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the scale fell below 1: then it is not the scale that makes gradients overflow."""
+        """Whether the scale fell below 1: then it is not the scale that makes gradients
+        overflow."""
         return self._scale < 1
 
     def scaler_state(self) -> dict[str, float]:
@@ -167,7 +185,8 @@ class Arithmetic:
 
 
 def use_tf32(on: bool) -> None:
-    """Let products and convolutions of fp32 round their inputs to TF32 on a GPU, or neither of them.
+    """Let products and convolutions of fp32 round their inputs to TF32 on a GPU, or neither of
+    them.
 
     torch itself begins with convolutions that do and products that do not.
     """
@@ -175,7 +194,9 @@ def use_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-def _rounded(parts: PipelineParts, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+def _rounded(
+    parts: PipelineParts, trained: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
     """CPU copies of the weights that are not trained and that bf16 cannot hold."""
     return {
         f"{part}.{key}": value.detach().to("cpu", copy=True)

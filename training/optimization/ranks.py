@@ -1,4 +1,5 @@
-"""The processes of a training run: who is who, what they agree on, and how their gradients become one."""
+"""The processes of a training run: who is who, what they agree on, and how their gradients become
+one."""
 
 import contextlib
 import datetime
@@ -17,8 +18,9 @@ Pending = dist.Work
 
 # Rank 0 may spend long on a checkpoint or an epoch's order while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
-# A sum that overlaps the backward pass waits in a GPU's queue for ranks that are still at theirs, which may compile a
-# graph or fetch latents meanwhile. A lost rank is noticed on the CPUs' network, long before NCCL's watchdog gives up.
+# A sum that overlaps the backward pass waits in a GPU's queue for ranks that are still at theirs,
+# which may compile a graph or fetch latents meanwhile. A lost rank is noticed on the CPUs' network,
+# long before NCCL's watchdog gives up.
 _GPU_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -37,7 +39,9 @@ class Ranks:
         self._bulk: dist.ProcessGroup | None = None
         if self.size > 1:
             on_gpus = self.device.type == "cuda"
-            dist.init_process_group("nccl" if on_gpus else "gloo", timeout=_GPU_TIMEOUT if on_gpus else _TIMEOUT)
+            dist.init_process_group(
+                "nccl" if on_gpus else "gloo", timeout=_GPU_TIMEOUT if on_gpus else _TIMEOUT
+            )
             # Agreements must not wait for the GPU's queue.
             self._control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             self._bulk = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -65,16 +69,20 @@ class Ranks:
         return cast(T, values[0])
 
     def broadcast_(self, tensors: Sequence[torch.Tensor], source: int) -> None:
-        """Overwrite tensors with those of one rank, in one message per 256 MB; between GPUs after `meet`."""
+        """Overwrite tensors with those of one rank, in one message per 256 MB; between GPUs after
+        `meet`."""
         for chunk in _chunks(tensors, 64_000_000) if self.size > 1 and tensors else ():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in chunk])
             with _peers():
                 dist.broadcast(flat, source)
-            for part, tensor in zip(flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True):
+            for part, tensor in zip(
+                flat.split([tensor.numel() for tensor in chunk]), chunk, strict=True
+            ):
                 tensor.detach().copy_(part.view_as(tensor))
 
     def collect(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All ranks' tensors on the CPU, under names that no two of them share, on rank 0; elsewhere nothing.
+        """All ranks' tensors on the CPU, under names that no two of them share, on rank 0;
+        elsewhere nothing.
 
         May run in a thread beside other messages: it has a group of its own.
         """
@@ -94,14 +102,16 @@ class Ranks:
         return own if self.rank == 0 else {}
 
     def sum_(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Add a tensor on the CPU over all ranks, in place. Exact where each element is non-zero on one rank only."""
+        """Add a tensor on the CPU over all ranks, in place. Exact where each element is non-zero on
+        one rank only."""
         if self.size > 1:
             with _peers():
                 dist.all_reduce(numbers, group=self._control)
         return numbers
 
     def begin_sum(self, values: torch.Tensor) -> Pending:
-        """Begin to add a tensor over all ranks, in place; all ranks begin the same sums in the same order.
+        """Begin to add a tensor over all ranks, in place; all ranks begin the same sums in the same
+        order.
 
         The caller must not touch it before `wait`.
         """
@@ -109,7 +119,8 @@ class Ranks:
             return cast(Pending, dist.all_reduce(values, async_op=True))
 
     def wait(self, sums: Sequence[Pending]) -> None:
-        """Let what follows read the sums. Between GPUs the host goes on as soon as every rank has begun them all."""
+        """Let what follows read the sums. Between GPUs the host goes on as soon as every rank has
+        begun them all."""
         if sums and self.device.type == "cuda":
             self.barrier()  # here a lost rank is noticed; its sums would hang in the queue until NCCL's timeout
         with _peers():
@@ -117,7 +128,8 @@ class Ranks:
                 pending.wait()
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor of equal shape from every rank, in the order of ranks; without others the tensor itself."""
+        """A tensor of equal shape from every rank, in the order of ranks; without others the tensor
+        itself."""
         if self.size == 1:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.size)]
@@ -129,7 +141,8 @@ class Ranks:
     def meet(self) -> None:
         """Before messages between GPUs: wait for all ranks where a lost one is noticed at once.
 
-        NCCL does not notice it: the others would wait in the GPU's queue, deaf to torchrun, until a timeout.
+        NCCL does not notice it: the others would wait in the GPU's queue, deaf to torchrun, until a
+        timeout.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -143,7 +156,8 @@ class Ranks:
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """A message that cannot be exchanged means that another rank has ended, whose own output says why."""
+    """A message that cannot be exchanged means that another rank has ended, whose own output says
+    why."""
     try:
         yield
     except RuntimeError as error:

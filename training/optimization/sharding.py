@@ -1,7 +1,8 @@
-"""Shares the optimizer's state among ranks: each steps its own parameters and sends them to the others.
+"""Shares the optimizer's state among ranks: each steps its own parameters and sends them to the
+others.
 
-Gradients are summed over all ranks as ever, so a share needs no message of its own before the step. Source: the first
-stage of ZeRO, arXiv:1910.02054, section 5.1.
+Gradients are summed over all ranks as ever, so a share needs no message of its own before the step.
+Source: the first stage of ZeRO, arXiv:1910.02054, section 5.1.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from training.optimization.ranks import Ranks
 
 
 def assign_owners(parameters: Mapping[str, torch.nn.Parameter], num_ranks: int) -> dict[str, int]:
-    """The rank that steps each parameter: the largest first, each to the rank that has least, ties to the lowest."""
+    """The rank that steps each parameter: the largest first, each to the rank that has least, ties
+    to the lowest."""
     loads = [0] * num_ranks
     owners = {}
     for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
@@ -26,7 +28,9 @@ def assign_owners(parameters: Mapping[str, torch.nn.Parameter], num_ranks: int) 
 class Sharding:
     """Who owns which trained parameter. Without sharding every rank owns all of them."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks, config: RunConfig) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks, config: RunConfig
+    ) -> None:
         """Divide the parameters.
 
         Args:
@@ -54,11 +58,15 @@ class Sharding:
             self.ranks.meet()
         for rank in range(self.ranks.size) if self.active else ():
             self.ranks.broadcast_(
-                [self._parameters[name] for name, owner in self._owners.items() if owner == rank], rank
+                [self._parameters[name] for name, owner in self._owners.items() if owner == rank],
+                rank,
             )
 
-    def collect(self, tensors: Mapping[str, torch.Tensor], offload: Offload) -> dict[str, torch.Tensor]:
-        """A copy of all shares' tensors on rank 0's CPU; other ranks get nothing, and without sharding send nothing."""
+    def collect(
+        self, tensors: Mapping[str, torch.Tensor], offload: Offload
+    ) -> dict[str, torch.Tensor]:
+        """A copy of all shares' tensors on rank 0's CPU; other ranks get nothing, and without
+        sharding send nothing."""
         if not self.active and self.ranks.rank != 0:
             return {}
         own = offload.copy(tensors)

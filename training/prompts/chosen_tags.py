@@ -16,11 +16,13 @@ from training.prompts.tag_names import Names
 MAX_PROMPTS = 1024
 """Of a block; some 10 MB of numbers."""
 _MAX_TAGS = 1 << 22
-"""Of a block: what is sorted is a number of 10 bits for the sample, 31 for the key, 22 for the tag."""
+"""Of a block: what is sorted is a number of 10 bits for the sample, 31 for the key, 22 for the
+tag."""
 _SAMPLE_BIT, _KEY_BIT, _KEY_BITS = 53, 22, 31
 _GROUP_BIT, _CATEGORY_BIT = 29, 27
 _FIRST, _PLACED, _SHUFFLED = 1, 2, 3
-"""Groups of tags in the order of a prompt, after score tags. Keys have 2 bits of the group and 29 in it."""
+"""Groups of tags in the order of a prompt, after score tags. Keys have 2 bits of the group and 29
+in it."""
 _FAR = 7
 """Standard deviations that no number of 32 bits comes to."""
 
@@ -35,13 +37,15 @@ class ChosenTags(NamedTuple):
     starts: np.ndarray
     """`(R + 1,)` where each prompt's begin."""
     wanted: np.ndarray
-    """`(R,)` the number of tags that was drawn, score tags aside; all that there are where the recipe draws none."""
+    """`(R,)` the number of tags that was drawn, score tags aside; all that there are where the
+    recipe draws none."""
     dropped: np.ndarray
     """`(D,)` those that dropout took."""
 
 
 def own_tags(samples: Samples, rows: np.ndarray, names: Names) -> Ragged:
-    """Codes of each row's tags, then its words, then the watermark where it has one: of all `(R,)` rows."""
+    """Codes of each row's tags, then its words, then the watermark where it has one: of all `(R,)`
+    rows."""
     num_tags, num_words = samples.tags.lengths(rows), samples.words.lengths(rows)
     marked = samples.watermarked(rows)
     starts = offsets(num_tags + num_words + marked)
@@ -53,9 +57,15 @@ def own_tags(samples: Samples, rows: np.ndarray, names: Names) -> Ragged:
 
 
 def choose_tags(
-    own: np.ndarray, scores: np.ndarray, tagged: np.ndarray, names: Names, config: PromptConfig, draws: Draws
+    own: np.ndarray,
+    scores: np.ndarray,
+    tagged: np.ndarray,
+    names: Names,
+    config: PromptConfig,
+    draws: Draws,
 ) -> ChosenTags:
-    """Choose tags: dropout first, then as many as wanted, first and always tags in any case, then their order.
+    """Choose tags: dropout first, then as many as wanted, first and always tags in any case, then
+    their order.
 
     Args:
         own: Codes of all samples' own tags, one sample after the other.
@@ -69,7 +79,9 @@ def choose_tags(
     """
     assert len(scores) <= MAX_PROMPTS, len(scores)
     if len(draws.sample) > _MAX_TAGS:
-        raise DataError(f"{len(scores)} images of the training set have {len(own)} tags, may have {_MAX_TAGS}")
+        raise DataError(
+            f"{len(scores)} images of the training set have {len(own)} tags, may have {_MAX_TAGS}"
+        )
     codes = np.zeros(len(draws.sample), dtype=np.int64)
     codes[draws.own] = own
     score_tags = _choose_score_tags(codes, scores, tagged, names, config, draws)
@@ -79,9 +91,13 @@ def choose_tags(
     must, pool = forced.nonzero()[0], (there & ~forced).nonzero()[0]
     dropped = pool[:0]
     if config.tag_dropout:
-        goes = (names.place[codes[pool]] < 0) & (draws.per_tag(PerTag.DROP, pool) < config.tag_dropout)
+        goes = (names.place[codes[pool]] < 0) & (
+            draws.per_tag(PerTag.DROP, pool) < config.tag_dropout
+        )
         dropped, pool = pool[goes], pool[~goes]
-    num_must, num_pool = (np.bincount(draws.sample[part], minlength=len(scores)) for part in (must, pool))
+    num_must, num_pool = (
+        np.bincount(draws.sample[part], minlength=len(scores)) for part in (must, pool)
+    )
     wanted = num_must + num_pool
     if config.mean_tags:
         wanted = draw_number(draws.per_sample(PerSample.WANTED), config)
@@ -101,7 +117,9 @@ def draw_number(drawn: np.ndarray, config: PromptConfig) -> np.ndarray:
         drawn: `(R,)` in [0, 1): the share of the distribution that lies below.
         config: The recipe.
     """
-    return np.searchsorted(_below(config.mean_tags, config.std_tags), drawn, side="right").clip(config.min_tags)
+    return np.searchsorted(_below(config.mean_tags, config.std_tags), drawn, side="right").clip(
+        config.min_tags
+    )
 
 
 @cache
@@ -114,9 +132,15 @@ def _below(mean: float, std: float) -> list[float]:
 
 
 def _choose_score_tags(
-    codes: np.ndarray, scores: np.ndarray, tagged: np.ndarray, names: Names, config: PromptConfig, draws: Draws
+    codes: np.ndarray,
+    scores: np.ndarray,
+    tagged: np.ndarray,
+    names: Names,
+    config: PromptConfig,
+    draws: Draws,
 ) -> np.ndarray:
-    """The score tags of prompts, whose `codes` it fills in: one to three of a score's score + 1, all alike."""
+    """The score tags of prompts, whose `codes` it fills in: one to three of a score's score + 1,
+    all alike."""
     if not config.score_tags:
         return np.empty(0, dtype=np.int64)
     score = scores.astype(np.int64)[:, None]
@@ -138,16 +162,25 @@ def _doubles(codes: np.ndarray, there: np.ndarray, names: Names, draws: Draws) -
     shared = (there & names.shared[codes]).nonzero()[0]
     if not len(shared):
         return shared
-    _, firsts = np.unique(draws.sample[shared] * len(names.names) + codes[shared], return_index=True)
+    _, firsts = np.unique(
+        draws.sample[shared] * len(names.names) + codes[shared], return_index=True
+    )
     return np.delete(shared, firsts)
 
 
-def _ranks(chosen: np.ndarray, codes: np.ndarray, names: Names, config: PromptConfig, draws: Draws) -> np.ndarray:
-    """Keys of tags in their prompt: score tags, first tags, in Kohaku's order the placed ones, then the others."""
+def _ranks(
+    chosen: np.ndarray, codes: np.ndarray, names: Names, config: PromptConfig, draws: Draws
+) -> np.ndarray:
+    """Keys of tags in their prompt: score tags, first tags, in Kohaku's order the placed ones, then
+    the others."""
     own = codes[chosen]
-    rank = (_SHUFFLED << _GROUP_BIT) | (draws.words(PerTag.WHERE, chosen) >> (32 - _GROUP_BIT)).astype(np.int64)
+    rank = (_SHUFFLED << _GROUP_BIT) | (
+        draws.words(PerTag.WHERE, chosen) >> (32 - _GROUP_BIT)
+    ).astype(np.int64)
     if config.order == "kohaku":
-        placed = (_PLACED << _GROUP_BIT) | (names.place[own] << _CATEGORY_BIT) | names.alphabetical[own]
+        placed = (
+            (_PLACED << _GROUP_BIT) | (names.place[own] << _CATEGORY_BIT) | names.alphabetical[own]
+        )
         rank = np.where(names.place[own] >= 0, placed, rank)
     if config.first_tags:
         rank = np.where(names.first[own] >= 0, (_FIRST << _GROUP_BIT) | names.first[own], rank)

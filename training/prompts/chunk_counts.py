@@ -1,6 +1,8 @@
-"""Counts the text chunks of a million prompts in worker processes, with the same result for any number of them.
+"""Counts the text chunks of a million prompts in worker processes, with the same result for any
+number of them.
 
-A worker is a fresh interpreter without torch: it reads its part of the training set's file, and answers in bytes.
+A worker is a fresh interpreter without torch: it reads its part of the training set's file, and
+answers in bytes.
 """
 
 import os
@@ -71,7 +73,9 @@ def count_in_processes(
 
 def _task(maker: PromptMaker, path: Path, rows: np.ndarray, epoch: int | None) -> _Task:
     metadata = pq.ParquetFile(path).metadata
-    starts = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+    starts = np.cumsum(
+        [0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+    )
     first, last = np.searchsorted(starts, [rows[0], rows[-1]], side="right") - 1
     return _Task(
         path=path,
@@ -87,14 +91,19 @@ def _task(maker: PromptMaker, path: Path, rows: np.ndarray, epoch: int | None) -
 
 def _run(task: _Task) -> np.ndarray:
     """Let a worker do a task."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [sys.executable, "-c", "from training.prompts.chunk_counts import main; main()"],
         input=pickle.dumps(task), capture_output=True, env=environment, check=False,
     )  # fmt: skip
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise PipelineError(f"counting the chunks of {len(task.rows)} prompts failed ({done.returncode}): {said[-1]}")
+        raise PipelineError(
+            f"counting the chunks of {len(task.rows)} prompts failed ({done.returncode}): {said[-1]}"
+        )
     return np.frombuffer(done.stdout, dtype=np.uint8).astype(np.int64)
 
 
@@ -102,6 +111,8 @@ def main() -> None:
     """Read a task from standard input, and write a byte for each row's chunks."""
     task: _Task = pickle.load(sys.stdin.buffer)  # noqa: S301  # our parent's own words
     samples = Samples(task.path, task.groups)
-    tokenizer = ClipTokenizer(Tokenizer.from_str(task.tokenizer), 0, 0, 0)  # a count asks for no special tokens
+    tokenizer = ClipTokenizer(
+        Tokenizer.from_str(task.tokenizer), 0, 0, 0
+    )  # a count asks for no special tokens
     maker = PromptMaker(samples, task.vocabulary, task.config, task.seed, [tokenizer])
     sys.stdout.buffer.write(maker.count_chunks(task.rows, task.epoch).astype(np.uint8).tobytes())

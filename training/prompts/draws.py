@@ -1,7 +1,9 @@
-"""The random numbers of a block of prompts: a place of its own for each choice, keyed by the sample alone.
+"""The random numbers of a block of prompts: a place of its own for each choice, keyed by the sample
+alone.
 
-A sample draws `NUM_PER_SAMPLE` words of 32 bits, then one for each of its tags by `PerTag.WHICH`, then one for each by
-`PerTag.WHERE`, and so on. A choice that is added takes the next free place, and moves no other's numbers.
+A sample draws `NUM_PER_SAMPLE` words of 32 bits, then one for each of its tags by `PerTag.WHICH`,
+then one for each by `PerTag.WHERE`, and so on. A choice that is added takes the next free place,
+and moves no other's numbers.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from training.seeds import Stream
 NUM_PER_SAMPLE = 16
 """Words before the tags' own; those that `PerSample` does not name are free."""
 NUM_SCORE_TAGS = 3
-"""Score tags of a prompt, at most: they are the first three tags of every sample, whether it uses them or not."""
+"""Score tags of a prompt, at most: they are the first three tags of every sample, whether it uses
+them or not."""
 _UNIT = 2.0**-32
 
 
@@ -45,7 +48,8 @@ class PerSample(IntEnum):
 
 
 class PerTag(IntEnum):
-    """Places of the choices that a prompt makes for each tag; those that few recipes ask for are the last."""
+    """Places of the choices that a prompt makes for each tag; those that few recipes ask for are
+    the last."""
 
     WHICH = 0
     """Its rank among tags that few of are taken; of a score tag, which one it is."""
@@ -79,9 +83,12 @@ def _num_per_tag(config: PromptConfig) -> int:
 
 
 class Draws:
-    """Numbers of R samples, and the E tags that these have: three for scores and then each sample's own."""
+    """Numbers of R samples, and the E tags that these have: three for scores and then each sample's
+    own."""
 
-    def __init__(self, stream: Stream, image_ids: Sequence[str], num_own: np.ndarray, config: PromptConfig) -> None:
+    def __init__(
+        self, stream: Stream, image_ids: Sequence[str], num_own: np.ndarray, config: PromptConfig
+    ) -> None:
         """Draw all that the recipe may ask for.
 
         Args:
@@ -121,12 +128,15 @@ class Draws:
 
 
 def draw_chunks(drawn: np.ndarray, config: PromptConfig) -> np.ndarray:
-    """Chunks of prompts by the recipe's shares: `(R,)` int64 from the numbers of `PerSample.CHUNKS`."""
+    """Chunks of prompts by the recipe's shares: `(R,)` int64 from the numbers of
+    `PerSample.CHUNKS`."""
     edges = np.cumsum(config.chunk_shares)
     return np.searchsorted(edges, drawn * edges[-1], side="right").clip(max=len(edges) - 1) + 1
 
 
-def draw_only_chunks(stream: Stream, samples: Samples, rows: np.ndarray, config: PromptConfig) -> np.ndarray:
+def draw_only_chunks(
+    stream: Stream, samples: Samples, rows: np.ndarray, config: PromptConfig
+) -> np.ndarray:
     """The same for rows of which nothing else is asked."""
     assert PerSample.CHUNKS == 0
     return draw_chunks(stream.words(samples.image_ids.take(rows), [1] * len(rows)) * _UNIT, config)

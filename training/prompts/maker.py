@@ -1,6 +1,8 @@
-"""Prompts and token ids of a training set's samples, for every text encoder at once; needs no torch.
+"""Prompts and token ids of a training set's samples, for every text encoder at once; needs no
+torch.
 
-The recipe, the frozen vocabulary, the seed and the epoch say what a row's prompt is: equal on every process.
+The recipe, the frozen vocabulary, the seed and the epoch say what a row's prompt is: equal on every
+process.
 """
 
 import dataclasses
@@ -57,7 +59,8 @@ class MadePrompt:
 
 
 class PromptMaker:
-    """Makes the prompts of rows of a set in an epoch; with None for the epoch, those that validation reads."""
+    """Makes the prompts of rows of a set in an epoch; with None for the epoch, those that
+    validation reads."""
 
     def __init__(
         self,
@@ -78,18 +81,26 @@ class PromptMaker:
         self.expect(np.empty(0, dtype=np.int64), None)
 
     def expect(self, rows: np.ndarray, epoch: int | None) -> None:
-        """Say which rows of an epoch `make` will be asked for next, in order: it then makes them by large blocks."""
+        """Say which rows of an epoch `make` will be asked for next, in order: it then makes them by
+        large blocks."""
         self._expected, self._expected_epoch = rows, epoch
         self._num_asked, self._ready = 0, dict[int, MadePrompt]()
 
     def prompts(self, rows: Iterable[int], epoch: int | None) -> list[Prompt]:
         """Prompts of rows, whole."""
-        return [block.prompt(number) for block in self._blocks(rows, epoch) for number in range(len(block.empty))]
+        return [
+            block.prompt(number)
+            for block in self._blocks(rows, epoch)
+            for number in range(len(block.empty))
+        ]
 
     def make(self, rows: Iterable[int], epoch: int | None) -> list[MadePrompt]:
         """Prompts of rows with their tokens."""
         rows, first = list(rows), self._num_asked
-        if epoch != self._expected_epoch or rows != self._expected[first : first + len(rows)].tolist():
+        if (
+            epoch != self._expected_epoch
+            or rows != self._expected[first : first + len(rows)].tolist()
+        ):
             return self._make(rows, epoch)
         if not all(row in self._ready for row in rows):
             block = self._expected[first : first + max(MAX_PROMPTS, len(rows))].tolist()
@@ -101,8 +112,11 @@ class PromptMaker:
         return [made for block in self._blocks(rows, epoch) for made in self._encode(block)]
 
     def ids(self, made: Sequence[MadePrompt]) -> tuple[np.ndarray, ...]:
-        """Token ids `(B, n, 77)` int64 per encoder, of prompts that have the same number of chunks."""
-        assert len({one.num_chunks for one in made}) == 1, "prompts of one batch share a number of chunks"
+        """Token ids `(B, n, 77)` int64 per encoder, of prompts that have the same number of
+        chunks."""
+        assert len({one.num_chunks for one in made}) == 1, (
+            "prompts of one batch share a number of chunks"
+        )
         return tuple(np.array(own) for own in zip(*(one.ids for one in made), strict=True))
 
     def count_chunks(self, rows: np.ndarray, epoch: int | None) -> np.ndarray:
@@ -126,7 +140,9 @@ class PromptMaker:
         config, stream = self._draws(epoch)
         rows = np.fromiter(rows, dtype=np.int64)
         for start in range(0, len(rows), MAX_PROMPTS):
-            yield make_block(self.samples, rows[start : start + MAX_PROMPTS], self._names, config, stream)
+            yield make_block(
+                self.samples, rows[start : start + MAX_PROMPTS], self._names, config, stream
+            )
 
     def _chunks(self, block: Block, num_tokens: np.ndarray) -> np.ndarray:
         """Chunks of prompts that have so many tokens, `(R,)` int64."""
@@ -135,7 +151,8 @@ class PromptMaker:
         return (-(-num_tokens // CHUNK_TOKENS)).clip(1, self.config.max_chunks)
 
     def _encode(self, block: Block) -> Iterator[MadePrompt]:
-        """The prompts of a block, cut after a tag or a caption's word where they are longer than their chunks."""
+        """The prompts of a block, cut after a tag or a caption's word where they are longer than
+        their chunks."""
         pieces, cache = block.pieces, self._caches[0]
         lengths = cache.count(pieces.codes, pieces.extras)
         num_tokens, num_pieces = sums(lengths, pieces.starts), np.diff(pieces.starts)

@@ -1,4 +1,5 @@
-"""What a model will really read, counted over the prompts of an epoch before a GPU-hour is spent on them."""
+"""What a model will really read, counted over the prompts of an epoch before a GPU-hour is spent on
+them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ _MIX_OFF = 0.1
 
 
 def statistics(made: Sequence[MadePrompt]) -> pl.DataFrame:
-    """`prompt_statistics` of prompts: kind, caption (given or made), num_tags and spelling (of those with tags),
-    num_tokens (of whole prompts), num_chunks, num_truncated (of those that were cut), and tag (also score tags)."""
+    """`prompt_statistics` of prompts: kind, caption (given or made), num_tags and spelling (of
+    those with tags), num_tokens (of whole prompts), num_chunks, num_truncated (of those that were
+    cut), and tag (also score tags)."""
     counts: Counter[tuple[str, str]] = Counter()
     for one in made:
         trace = one.prompt.trace
@@ -47,7 +49,8 @@ def histogram_of(found: pl.DataFrame, statistic: str) -> list[int]:
 
 
 def chunk_mix(found: pl.DataFrame, config: PromptConfig) -> list[tuple[str, float, float]]:
-    """Share of prompts with 1, 2, ... chunks: how many tokens those hold, the share found, and the one wanted.
+    """Share of prompts with 1, 2, ... chunks: how many tokens those hold, the share found, and the
+    one wanted.
 
     Where the recipe has no shares, what is found is what is wanted.
     """
@@ -66,18 +69,26 @@ def chunk_mix(found: pl.DataFrame, config: PromptConfig) -> list[tuple[str, floa
 
 
 def warnings(found: pl.DataFrame, config: PromptConfig) -> list[str]:
-    """What the owner of a recipe should know before training, a line each; empty when nothing is odd."""
+    """What the owner of a recipe should know before training, a line each; empty when nothing is
+    odd."""
     total = len(histogram_of(found, "num_chunks"))
     kinds = dict(found.filter(pl.col("statistic") == "kind").select("key", "count").iter_rows())
     truncated = len(histogram_of(found, "num_truncated"))
     tags = histogram_of(found, "num_tags")
     said = []
     if truncated > _MANY_TRUNCATED * total:
-        said.append(f"{truncated / total:.1%} of prompts are cut to their chunks: raise max_chunks, or lower mean_tags")
-    if config.caption_prob + config.caption_and_tags_prob > 0 and not {"caption", "caption_and_tags"} & kinds.keys():
+        said.append(
+            f"{truncated / total:.1%} of prompts are cut to their chunks: raise max_chunks, or lower mean_tags"
+        )
+    if (
+        config.caption_prob + config.caption_and_tags_prob > 0
+        and not {"caption", "caption_and_tags"} & kinds.keys()
+    ):
         said.append("captions are asked for, and no sample has one")
     if config.empty_prob == 0:
-        said.append("empty_prob is 0: classifier-free guidance will have nothing to be guided away from")
+        said.append(
+            "empty_prob is 0: classifier-free guidance will have nothing to be guided away from"
+        )
     if tags and config.mean_tags and sum(tags) / len(tags) < 0.75 * config.mean_tags:
         said.append(f"prompts have {sum(tags) / len(tags):.1f} tags on average, asked for are {config.mean_tags:g}: "
                     "images have no more")  # fmt: skip
@@ -90,7 +101,8 @@ def warnings(found: pl.DataFrame, config: PromptConfig) -> list[str]:
 
 
 def fit_lengths(path: Path) -> tuple[float, float]:
-    """Mean and standard deviation of the number of tags in prompts that people wrote: `mean_tags`, `std_tags`.
+    """Mean and standard deviation of the number of tags in prompts that people wrote: `mean_tags`,
+    `std_tags`.
 
     Args:
         path: A prompt a line in UTF-8; commas part the tags, lines without a tag do not count.
@@ -104,9 +116,13 @@ def fit_lengths(path: Path) -> tuple[float, float]:
         raise DataError(f"prompts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"prompts {path}: not UTF-8 at byte {error.start}") from None
-    counts = [count for line in lines if (count := sum(bool(tag.strip()) for tag in line.split(",")))]
+    counts = [
+        count for line in lines if (count := sum(bool(tag.strip()) for tag in line.split(",")))
+    ]
     if len(counts) < 2:
-        raise DataError(f"prompts {path}: {len(counts)} lines have a tag, must be 2 at least; commas part the tags")
+        raise DataError(
+            f"prompts {path}: {len(counts)} lines have a tag, must be 2 at least; commas part the tags"
+        )
     return mean(counts), stdev(counts)
 
 
@@ -118,7 +134,9 @@ def trace_line(one: MadePrompt) -> str:
         said.append(f"{trace['caption']} caption, line {trace['line'] + 1}")
     if "num_tags" in trace:
         loosely = ", loose separators" if trace["loose"] else ""
-        said.append(f"{trace['num_tags']} tags of {trace['wanted']} wanted, {trace['spelling']}{loosely}")
+        said.append(
+            f"{trace['num_tags']} tags of {trace['wanted']} wanted, {trace['spelling']}{loosely}"
+        )
     for name in ("aliases", "misspelled"):
         said += [f"{tag} as {written}" for tag, written in trace.get(name, {}).items()]
     said += [f"without {tag}" for tag in trace.get("dropped", ())]

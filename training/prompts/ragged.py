@@ -13,7 +13,8 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`starts[i]`, `starts[i] + 1`, ... as many as `lengths[i]`, for one i after the other: int64."""
+    """`starts[i]`, `starts[i] + 1`, ... as many as `lengths[i]`, for one i after the other:
+    int64."""
     ends = lengths.cumsum()
     return np.arange(ends[-1] if len(ends) else 0) + (starts - ends + lengths).repeat(lengths)
 

@@ -1,6 +1,8 @@
-"""A training set in memory as columns: what prompts and masks are made from, by rows, at millions of them.
+"""A training set in memory as columns: what prompts and masks are made from, by rows, at millions
+of them.
 
-Tags are codes into one list of names, so that a million and a half samples open in seconds and hundreds of megabytes.
+Tags are codes into one list of names, so that a million and a half samples open in seconds and
+hundreds of megabytes.
 """
 
 import io
@@ -23,7 +25,12 @@ _ID_LENGTH = 64
 _NAMES = {"tags": "tags.list.element.name", "words": "words.list.element"}
 _DICTIONARIES = [*_NAMES.values(), "shard", "split"]
 _SIDES = ("y0", "x0", "y1", "x1")
-_NUMBERS: dict[str, Any] = {"bucket_height": np.int32, "bucket_width": np.int32, "score": np.int8, "stable": np.bool_}
+_NUMBERS: dict[str, Any] = {
+    "bucket_height": np.int32,
+    "bucket_width": np.int32,
+    "score": np.int8,
+    "stable": np.bool_,
+}
 _COLUMNS = (
     "image_id", "shard", *_NUMBERS, *_NAMES.values(), "caption", "made_caption", "split",
     *(f"boxes.list.element.{side}" for side in _SIDES),
@@ -50,7 +57,9 @@ class ImageIds(Sequence[str]):
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
         """The id of a row, or those of a range."""
-        return self._block[row].decode() if not isinstance(row, slice) else _decode(self._block[row])
+        return (
+            self._block[row].decode() if not isinstance(row, slice) else _decode(self._block[row])
+        )
 
     def __iter__(self) -> Iterator[str]:
         """Every id, in order of rows."""
@@ -84,15 +93,23 @@ class Samples:
         self.image_ids = ImageIds(image_ids)
         """Per row."""
         if (image_ids[1:] <= image_ids[:-1]).any():
-            raise DataError(f"training set {_name(source)}: image_ids do not ascend, or one appears twice")
-        self.buckets = np.column_stack([_join(parts, "bucket_height"), _join(parts, "bucket_width")]).astype(np.int64)
+            raise DataError(
+                f"training set {_name(source)}: image_ids do not ascend, or one appears twice"
+            )
+        self.buckets = np.column_stack(
+            [_join(parts, "bucket_height"), _join(parts, "bucket_width")]
+        ).astype(np.int64)
         """`(N, 2)`: heights and widths, px."""
         self.shards, self.shard_names = _join_codes(parts, "shard")
         """Per row, `(N,)` int32 into `shard_names`."""
         split, names = _join_codes(parts, "split")
-        self.validates = np.isin(split, [code for code, name in enumerate(names) if name == "validation"])
+        self.validates = np.isin(
+            split, [code for code, name in enumerate(names) if name == "validation"]
+        )
         """Per row: of the held-out images, which never train."""
-        self.forgotten = np.isin(split, [code for code, name in enumerate(names) if name == "forgotten"])
+        self.forgotten = np.isin(
+            split, [code for code, name in enumerate(names) if name == "forgotten"]
+        )
         """Per row: forgotten since the set was frozen; nothing but its id is left."""
         self.stable = _join(parts, "stable")
         """Per row: on the list of the stable training loss."""
@@ -107,9 +124,11 @@ class Samples:
         """Per row, int32 into `tag_names` and `word_names`."""
         self._boxes = Ragged(np.concatenate([part["boxes"] for part in parts]), starts["boxes"])
         self.captions, self.made_captions = (
-            Texts(b"".join(part.pop(name) for part in parts), starts[name]) for name in ("caption", "made_caption")
+            Texts(b"".join(part.pop(name) for part in parts), starts[name])
+            for name in ("caption", "made_caption")
         )
-        """Per row: the source's own sentences and a model's; several lines are a choice among them."""
+        """Per row: the source's own sentences and a model's; several lines are a choice among
+        them."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -117,7 +136,8 @@ class Samples:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """Rows that train, `(n,)` int64 in ascending order: all that are not held out or forgotten."""
+        """Rows that train, `(n,)` int64 in ascending order: all that are not held out or
+        forgotten."""
         return np.flatnonzero(~self.validates & ~self.forgotten)
 
     def watermarked(self, rows: np.ndarray) -> np.ndarray:
@@ -147,7 +167,8 @@ class Texts:
 
 
 _Part = dict[str, Any]
-"""One row group as arrays, by column; of names in codes also `... names`, of lists `... lengths`."""
+"""One row group as arrays, by column; of names in codes also `... names`, of lists `...
+lengths`."""
 
 
 def _read(source: Path | pl.DataFrame, groups: Sequence[int] | None) -> tuple[int, list[_Part]]:
@@ -159,7 +180,9 @@ def _read(source: Path | pl.DataFrame, groups: Sequence[int] | None) -> tuple[in
         where = pa.py_buffer(buffer.getvalue())
 
     def open_file(**options: Any) -> pq.ParquetFile:
-        return pq.ParquetFile(pa.BufferReader(where) if isinstance(where, pa.Buffer) else where, **options)
+        return pq.ParquetFile(
+            pa.BufferReader(where) if isinstance(where, pa.Buffer) else where, **options
+        )
 
     file = open_file()
     missing = sorted(set(TABLES["training_set"].columns) - set(file.schema_arrow.names))
@@ -170,13 +193,20 @@ def _read(source: Path | pl.DataFrame, groups: Sequence[int] | None) -> tuple[in
 
     def read(group: int) -> _Part:
         return _convert(
-            open_file(read_dictionary=_DICTIONARIES).read_row_group(group, list(_COLUMNS), use_threads=False), source
+            open_file(read_dictionary=_DICTIONARIES).read_row_group(
+                group, list(_COLUMNS), use_threads=False
+            ),
+            source,
         )
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        parts = list(pool.map(read, range(file.metadata.num_row_groups) if groups is None else groups))
+        parts = list(
+            pool.map(read, range(file.metadata.num_row_groups) if groups is None else groups)
+        )
     pa.default_memory_pool().release_unused()
-    return file.metadata.num_row_groups, parts or [_convert(file.schema_arrow.empty_table(), source)]
+    return file.metadata.num_row_groups, parts or [
+        _convert(file.schema_arrow.empty_table(), source)
+    ]
 
 
 def _name(source: Path | pl.DataFrame) -> str:
@@ -201,7 +231,9 @@ def _convert(table: pa.Table, source: Path | pl.DataFrame) -> _Part:
         texts = columns[name].cast(pa.large_string())
         _, starts, data = texts.buffers()
         part[name] = data.to_pybytes() if data is not None else b""
-        part[f"{name} lengths"] = np.diff(np.frombuffer(starts, dtype=np.int64, count=len(texts) + 1))
+        part[f"{name} lengths"] = np.diff(
+            np.frombuffer(starts, dtype=np.int64, count=len(texts) + 1)
+        )
     return part
 
 
@@ -215,7 +247,9 @@ def _ids(array: pa.Array, source: Path | pl.DataFrame) -> np.ndarray:
     _, starts, data = array.cast(pa.large_string()).buffers()
     lengths = np.diff(np.frombuffer(starts, dtype=np.int64, count=len(array) + 1))
     if (lengths != _ID_LENGTH).any():
-        raise DataError(f"training set {_name(source)}: an image_id is no SHA-256 of {_ID_LENGTH} hexadecimal digits")
+        raise DataError(
+            f"training set {_name(source)}: an image_id is no SHA-256 of {_ID_LENGTH} hexadecimal digits"
+        )
     return np.frombuffer(data or b"", dtype=f"S{_ID_LENGTH}", count=len(array)).copy()
 
 
@@ -225,7 +259,8 @@ def _codes(array: pa.DictionaryArray) -> tuple[np.ndarray, list[str]]:
 
 
 def _values(array: pa.Array) -> np.ndarray:
-    """Numbers or truth values of an Arrow array, nulls as 0, out of its memory: `to_numpy` would import pandas."""
+    """Numbers or truth values of an Arrow array, nulls as 0, out of its memory: `to_numpy` would
+    import pandas."""
     whole = slice(array.offset, array.offset + len(array))
     validity, data = array.buffers()
     if pa.types.is_boolean(array.type):
@@ -233,11 +268,17 @@ def _values(array: pa.Array) -> np.ndarray:
     else:
         kind = "f" if pa.types.is_floating(array.type) else "i"
         values = np.frombuffer(data or b"", dtype=f"{kind}{array.type.bit_width // 8}")[whole]
-    return np.where(_bits(validity)[whole], values, 0).astype(values.dtype) if array.null_count else values
+    return (
+        np.where(_bits(validity)[whole], values, 0).astype(values.dtype)
+        if array.null_count
+        else values
+    )
 
 
 def _bits(buffer: pa.Buffer | None) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(buffer or b"", dtype=np.uint8), bitorder="little").astype(bool)
+    return np.unpackbits(np.frombuffer(buffer or b"", dtype=np.uint8), bitorder="little").astype(
+        bool
+    )
 
 
 def _join(parts: list[_Part], name: str) -> np.ndarray:
@@ -256,6 +297,8 @@ def _join_codes(parts: list[_Part], name: str) -> tuple[np.ndarray, list[str]]:
     numbers: dict[str, int] = {}
     for part in parts:
         names = part.pop(f"{name} names")
-        own = np.array([numbers.setdefault(one, len(numbers)) for one in names] or [0], dtype=np.int32)
+        own = np.array(
+            [numbers.setdefault(one, len(numbers)) for one in names] or [0], dtype=np.int32
+        )
         part[name] = own[part[name]]
     return _join(parts, name), list(numbers)

@@ -1,6 +1,8 @@
-"""How prompts' tags are written: synonyms, underscores or spaces, slips, and the separators that people type.
+"""How prompts' tags are written: synonyms, underscores or spaces, slips, and the separators that
+people type.
 
-A written prompt is a row of pieces that no token of CLIP spans, so that the tokens of a piece are looked up.
+A written prompt is a row of pieces that no token of CLIP spans, so that the tokens of a piece are
+looked up.
 """
 
 from typing import NamedTuple
@@ -58,31 +60,36 @@ class WrittenTags(NamedTuple):
     pieces: np.ndarray
     """`(T,)` codes of pieces: forms of `Names`, or `Extras`."""
     bare: np.ndarray
-    """`(T,)` the same without the commas that part them, so that a prompt can be cut after any of them."""
+    """`(T,)` the same without the commas that part them, so that a prompt can be cut after any of
+    them."""
     gaps: np.ndarray
     """`(T,)` spaces after each piece."""
 
 
 def write(
-    chosen: ChosenTags, interrupted: np.ndarray, names: Names, extras: Extras, config: PromptConfig, draws: Draws
+    chosen: ChosenTags,
+    interrupted: np.ndarray,
+    names: Names,
+    extras: Extras,
+    config: PromptConfig,
+    draws: Draws,
 ) -> WrittenTags:
     """Write the tags of prompts.
 
-    Separators are a comma and a space, which is left out with `missing_space_prob`; in loose prompts 80 % have a comma
-    and the others a space, then 80 % have a space more. Two tags that nothing but a comma parts are two pieces where
-    the second begins with a letter or digit of ASCII, else one.
+    Separators are a comma and a space, which is left out with `missing_space_prob`; in loose
+    prompts 80 % have a comma and the others a space, then 80 % have a space more. Two tags that
+    nothing but a comma parts are two pieces where the second begins with a letter or digit of
+    ASCII, else one.
 
-    Args:
-        chosen: The tags.
-        interrupted: Those of them, by number in T, that a caption follows: they have a comma and a space always.
-        names: Of the set.
-        extras: Takes what is no form of a name.
-        config: The recipe.
-        draws: Of these samples.
+    Args: chosen: The tags. interrupted: Those of them, by number in T, that a caption follows: they
+        have a comma and a space always. names: Of the set. extras: Takes what is no form of a name.
+        config: The recipe. draws: Of these samples.
     """
     spelled, exchanged = _exchange(chosen, names, config, draws)
     drawn = draws.per_sample(PerSample.SPELLING)
-    spelling = np.searchsorted([config.spaces_prob, config.spaces_prob + config.mixed_prob], drawn, side="right")
+    spelling = np.searchsorted(
+        [config.spaces_prob, config.spaces_prob + config.mixed_prob], drawn, side="right"
+    )
     how = spelling[draws.sample[chosen.tags]]  # (T,)
     spaced = how == _SPACES
     mixed = (how == _MIXED).nonzero()[0]
@@ -104,35 +111,47 @@ def write(
     return WrittenTags(spelling, loose, spelled, exchanged, slips, kept, pieces, bare, gaps)
 
 
-def _exchange(chosen: ChosenTags, names: Names, config: PromptConfig, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+def _exchange(
+    chosen: ChosenTags, names: Names, config: PromptConfig, draws: Draws
+) -> tuple[np.ndarray, np.ndarray]:
     """Spellings of tags, and which of them are aliases."""
     spelled = chosen.names[chosen.tags]
     can = ((names.num_aliases[spelled] > 0) & draws.own[chosen.tags]).nonzero()[0]
     does = can[draws.per_tag(PerTag.ALIAS, chosen.tags[can]) < config.alias_prob]
     own = spelled[does]
-    which = (draws.per_tag(PerTag.OTHER_NAME, chosen.tags[does]) * names.num_aliases[own]).astype(np.int64)
+    which = (draws.per_tag(PerTag.OTHER_NAME, chosen.tags[does]) * names.num_aliases[own]).astype(
+        np.int64
+    )
     spelled[does] = names.first_alias[own] + which
     exchanged = np.zeros(len(spelled), dtype=np.bool_)
     exchanged[does] = True
     return spelled, exchanged
 
 
-def _slips(chosen: ChosenTags, bare: np.ndarray, names: Names, config: PromptConfig, draws: Draws) -> dict[int, str]:
+def _slips(
+    chosen: ChosenTags, bare: np.ndarray, names: Names, config: PromptConfig, draws: Draws
+) -> dict[int, str]:
     """Slips of the keyboard, by number of the tag."""
     if not config.misspelling_prob:
         return {}
     own = draws.own[chosen.tags].nonzero()[0]
     slipped = own[draws.per_tag(PerTag.SLIP, chosen.tags[own]) < config.misspelling_prob]
     letters, kinds = (
-        draws.per_tag(choice, chosen.tags[slipped]).tolist() for choice in (PerTag.SLIP_LETTER, PerTag.SLIP_KIND)
+        draws.per_tag(choice, chosen.tags[slipped]).tolist()
+        for choice in (PerTag.SLIP_LETTER, PerTag.SLIP_KIND)
     )
     texts = [names.write(form) for form in bare[slipped].tolist()]
     slips = map(misspell, texts, letters, kinds)
-    return {tag: slip for tag, text, slip in zip(slipped.tolist(), texts, slips, strict=True) if slip != text}
+    return {
+        tag: slip
+        for tag, text, slip in zip(slipped.tolist(), texts, slips, strict=True)
+        if slip != text
+    }
 
 
 def misspell(text: str, letter_drawn: float, kind_drawn: float) -> str:
-    """`text` with two neighbouring letters exchanged, one left out or one doubled; short texts stay.
+    """`text` with two neighbouring letters exchanged, one left out or one doubled; short texts
+    stay.
 
     Args:
         text: As it should be.
@@ -154,7 +173,9 @@ def _separate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether a comma follows each tag, and how many spaces."""
     comma = np.ones(len(chosen.tags), dtype=np.bool_)
-    comma[chosen.starts[1:][chosen.starts[1:] > chosen.starts[:-1]] - 1] = False  # the last of each prompt
+    comma[chosen.starts[1:][chosen.starts[1:] > chosen.starts[:-1]] - 1] = (
+        False  # the last of each prompt
+    )
     gaps = comma.astype(np.int64)
     careful = comma & ~loose[draws.sample[chosen.tags]]
     careless = (comma & ~careful).nonzero()[0]
@@ -162,7 +183,9 @@ def _separate(
     comma[careless] = own = draws.per_tag(PerTag.COMMA, tags) < _COMMA_PROB
     gaps[careless] = ~own + (draws.per_tag(PerTag.SPACE, tags) < _SPACE_PROB).astype(np.int64)
     if config.missing_space_prob:
-        gaps[careful] = draws.per_tag(PerTag.SPACE, chosen.tags[careful]) < 1 - config.missing_space_prob
+        gaps[careful] = (
+            draws.per_tag(PerTag.SPACE, chosen.tags[careful]) < 1 - config.missing_space_prob
+        )
     return comma, gaps
 
 
@@ -175,7 +198,8 @@ def _write_odd(
     names: Names,
     extras: Extras,
 ) -> None:
-    """Write what is no form of a name into `bare` and `pieces`: slips, and tags that are joined to the next one."""
+    """Write what is no form of a name into `bare` and `pieces`: slips, and tags that are joined to
+    the next one."""
     texts = dict(slips)
 
     def text_of(tag: int) -> str:

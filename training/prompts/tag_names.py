@@ -1,7 +1,8 @@
-"""Every name that prompts of a training set can have, as codes with what the recipe and the vocabulary say of each.
+"""Every name that prompts of a training set can have, as codes with what the recipe and the
+vocabulary say of each.
 
-A name has one or more spellings, its own and its aliases; a spelling is written in four forms: with underscores or
-spaces, and with a comma behind it or without.
+A name has one or more spellings, its own and its aliases; a spelling is written in four forms: with
+underscores or spaces, and with a comma behind it or without.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from training.prompts.samples import Samples
 WATERMARK = "watermark"
 """The tag of an image that has one."""
 SHORT_TAG = 3
-"""Tags of at most this many characters are faces (o_o, ^_^) and keep their underscore. Kohaku's rule."""
+"""Tags of at most this many characters are faces (o_o, ^_^) and keep their underscore. Kohaku's
+rule."""
 NUM_FORMS = 4
 SPACES, COMMA = 2, 1
 """Form `NUM_FORMS * spelling + SPACES * with_spaces + COMMA * with_comma`."""
@@ -26,7 +28,8 @@ NUM_SCORES = 10
 
 
 class Names:
-    """Names by code: the tags of the set as the set counts them, then its words, the watermark and the score tags."""
+    """Names by code: the tags of the set as the set counts them, then its words, the watermark and
+    the score tags."""
 
     def __init__(self, samples: Samples, vocabulary: Vocabulary, config: PromptConfig) -> None:
         """Count the names of a set."""
@@ -40,13 +43,18 @@ class Names:
         self.watermark = code_of(WATERMARK)
         up = [code_of(f"score_{step}_up") for step in range(1, NUM_SCORES)]
         exact = [code_of(f"score_{score}") for score in range(NUM_SCORES)]
-        self.of_scores = np.array([[*up[:score], exact[score], *up[score:]] for score in range(NUM_SCORES)])
-        """`(10, 10)`: the first score + 1 of row `score` are the score tags that an image of that score may have."""
+        self.of_scores = np.array(
+            [[*up[:score], exact[score], *up[score:]] for score in range(NUM_SCORES)]
+        )
+        """`(10, 10)`: the first score + 1 of row `score` are the score tags that an image of that
+        score may have."""
         self.names = list(codes)
         """By code."""
         self.shared = np.zeros(len(self.names), dtype=np.bool_)
         """Of more than one source: an image may have it twice."""
-        self.shared[[self.watermark, *self.of_words[self.of_words < len(samples.tag_names)].tolist()]] = True
+        self.shared[
+            [self.watermark, *self.of_words[self.of_words < len(samples.tag_names)].tolist()]
+        ] = True
         place = [PLACES.get(vocabulary.category.get(name, GENERAL), -1) for name in self.names]
         self.place = np.array(place, dtype=np.int64)
         """In Kohaku's order; -1 of special and general tags."""
@@ -60,7 +68,9 @@ class Names:
         self.alphabetical = np.zeros(len(self.names), dtype=np.int64)
         """Rank by name, in recipes that put them so."""
         if config.order == "kohaku":
-            self.alphabetical[sorted(range(len(self.names)), key=self.names.__getitem__)] = np.arange(len(self.names))
+            self.alphabetical[sorted(range(len(self.names)), key=self.names.__getitem__)] = (
+                np.arange(len(self.names))
+            )
         others = [vocabulary.aliases.get(name, ()) for name in self.names]
         self.num_aliases = np.array([len(aliases) for aliases in others], dtype=np.int64)
         """Of each name."""

@@ -1,4 +1,5 @@
-"""The tokens of blocks of prompts, laid out for one text encoder; each piece of text is tokenized once."""
+"""The tokens of blocks of prompts, laid out for one text encoder; each piece of text is tokenized
+once."""
 
 from collections.abc import Sequence
 from threading import Lock
@@ -34,7 +35,9 @@ def fill_chunks(prompts: Ragged, num_chunks: int, tokenizer: Tokenizer) -> np.nd
     place = spans(np.zeros_like(lengths), lengths)
     row = np.arange(len(lengths)).repeat(lengths)
     out[row, place + (CHUNK_LENGTH - CHUNK_TOKENS) * (place // CHUNK_TOKENS) + 1] = prompts.values
-    filled = np.minimum(np.maximum(lengths[:, None] - CHUNK_TOKENS * np.arange(num_chunks), 0), CHUNK_TOKENS)  # (B, n)
+    filled = np.minimum(
+        np.maximum(lengths[:, None] - CHUNK_TOKENS * np.arange(num_chunks), 0), CHUNK_TOKENS
+    )  # (B, n)
     out[np.arange(len(lengths))[:, None], begins + filled + 1] = tokenizer.eos_token_id
     return out.reshape(len(lengths), num_chunks, CHUNK_LENGTH)
 
@@ -42,8 +45,9 @@ def fill_chunks(prompts: Ragged, num_chunks: int, tokenizer: Tokenizer) -> np.nd
 class TokenCache:
     """Tokens of the pieces that prompts are made of: each piece is tokenized once.
 
-    Exact for pieces that no token spans: CLIP's pre-tokenizer ends every word at white space, and where letters or
-    digits meet other characters. A piece is a form of a name, known by its code, or any other text.
+    Exact for pieces that no token spans: CLIP's pre-tokenizer ends every word at white space, and
+    where letters or digits meet other characters. A piece is a form of a name, known by its code,
+    or any other text.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: Names) -> None:
@@ -57,7 +61,10 @@ class TokenCache:
         self._extras: dict[str, int] = {}
         self._tokens, self._num_tokens = np.empty(_ROOM, dtype=np.int32), 0
         # Per piece, forms first; what was never asked for has length -1.
-        self._starts, self._lengths = np.zeros(num_forms, dtype=np.int64), np.full(num_forms, -1, dtype=np.int64)
+        self._starts, self._lengths = (
+            np.zeros(num_forms, dtype=np.int64),
+            np.full(num_forms, -1, dtype=np.int64),
+        )
 
     def count(self, codes: np.ndarray, extras: Sequence[str]) -> np.ndarray:
         """Numbers of tokens of pieces, `(P,)` int64.
@@ -98,15 +105,20 @@ class TokenCache:
         """Tokenize pieces and keep their tokens."""
         encoded = encode(texts, self._tokenizer)
         starts = self._num_tokens + offsets(np.array([len(tokens) for tokens in encoded]))
-        self._starts, self._lengths = (_grow(array, int(places[-1]) + 1) for array in (self._starts, self._lengths))
+        self._starts, self._lengths = (
+            _grow(array, int(places[-1]) + 1) for array in (self._starts, self._lengths)
+        )
         self._starts[places], self._lengths[places] = starts[:-1], np.diff(starts)
         self._tokens = _grow(self._tokens, int(starts[-1]))
-        self._tokens[self._num_tokens : starts[-1]] = [token for tokens in encoded for token in tokens]
+        self._tokens[self._num_tokens : starts[-1]] = [
+            token for tokens in encoded for token in tokens
+        ]
         self._num_tokens = int(starts[-1])
 
 
 def _grow(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, or one at least twice as long that begins with it, where it has less than `size`."""
+    """The array, or one at least twice as long that begins with it, where it has less than
+    `size`."""
     if len(array) >= size:
         return array
     grown = np.empty(max(2 * len(array), size), dtype=array.dtype)
@@ -114,8 +126,11 @@ def _grow(array: np.ndarray, size: int) -> np.ndarray:
     return grown
 
 
-def fit(lengths: np.ndarray, bare_lengths: np.ndarray, num_pieces: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """As many pieces of prompts from the first on as have at most so many tokens, the last one without its comma.
+def fit(
+    lengths: np.ndarray, bare_lengths: np.ndarray, num_pieces: np.ndarray, limits: np.ndarray
+) -> np.ndarray:
+    """As many pieces of prompts from the first on as have at most so many tokens, the last one
+    without its comma.
 
     Args:
         lengths: Tokens of the pieces, one prompt after the other.

@@ -1,7 +1,8 @@
-"""What the prompts of a block of samples say in one epoch, made for all of them at once, with a trace of every choice.
+"""What the prompts of a block of samples say in one epoch, made for all of them at once, with a
+trace of every choice.
 
-A pure function of the samples, the frozen vocabulary, the recipe and the numbers drawn, which follow from each sample's
-id alone: a prompt is the same in every block.
+A pure function of the samples, the frozen vocabulary, the recipe and the numbers drawn, which
+follow from each sample's id alone: a prompt is the same in every block.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from training.prompts.tag_names import Names
 from training.seeds import Stream
 
 PROMPTS_VERSION = 3
-"""Raised when equal samples, recipes and seeds come to other prompts: epochs that were begun are not finished then."""
+"""Raised when equal samples, recipes and seeds come to other prompts: epochs that were begun are
+not finished then."""
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 
 
@@ -34,12 +36,14 @@ class Caption(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """R prompts as P pieces that no token of CLIP spans: words of captions, tags with the commas after them."""
+    """R prompts as P pieces that no token of CLIP spans: words of captions, tags with the commas
+    after them."""
 
     codes: np.ndarray
     """`(P,)` forms of `Names`, and behind them `extras`."""
     bare: np.ndarray
-    """`(P,)` the same without the commas that part them, so that a prompt can be cut after any of them."""
+    """`(P,)` the same without the commas that part them, so that a prompt can be cut after any of
+    them."""
     gaps: np.ndarray
     """`(P,)` spaces after each piece."""
     starts: np.ndarray
@@ -75,7 +79,10 @@ class Block:
     def texts(self, codes: np.ndarray) -> list[str]:
         """Pieces as text."""
         num_forms, extras, write_form = self.names.num_forms, self.pieces.extras, self.names.write
-        return [write_form(code) if code < num_forms else extras[code - num_forms] for code in codes.tolist()]
+        return [
+            write_form(code) if code < num_forms else extras[code - num_forms]
+            for code in codes.tolist()
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,9 +120,10 @@ class Prompt:
 
     @property
     def trace(self) -> dict[str, Any]:
-        """Every choice. `kind`: empty, caption, caption_and_tags, tags; `as` of an empty one: string or zeros;
-        `caption`: given or made, and `line` of it; of tags `wanted`, `num_tags`, `tags` and `score_tags` (canonical, in
-        order), `dropped`, `aliases` and `misspelled` by tag, `spelling`, `loose`. Of the whole prompt, where it is cut.
+        """Every choice. `kind`: empty, caption, caption_and_tags, tags; `as` of an empty one:
+        string or zeros; `caption`: given or made, and `line` of it; of tags `wanted`, `num_tags`,
+        `tags` and `score_tags` (canonical, in order), `dropped`, `aliases` and `misspelled` by tag,
+        `spelling`, `loose`. Of the whole prompt, where it is cut.
         """
         block, number = self.block, self.number
         if block.empty[number]:
@@ -127,11 +135,14 @@ class Prompt:
         return trace | _trace_tags(block, number) if block.tagged[number] else trace
 
 
-def make_block(samples: Samples, rows: np.ndarray, names: Names, config: PromptConfig, stream: Stream) -> Block:
+def make_block(
+    samples: Samples, rows: np.ndarray, names: Names, config: PromptConfig, stream: Stream
+) -> Block:
     """The prompts of samples.
 
-    In order: the number of chunks where the recipe has shares of them; the empty prompt with `empty_prob`; caption,
-    caption and tags, or tags, by their shares; a caption alone where there is no tag.
+    In order: the number of chunks where the recipe has shares of them; the empty prompt with
+    `empty_prob`; caption, caption and tags, or tags, by their shares; a caption alone where there
+    is no tag.
 
     Args:
         samples: The set.
@@ -140,7 +151,8 @@ def make_block(samples: Samples, rows: np.ndarray, names: Names, config: PromptC
         config: The recipe.
         stream: Draws everything, keyed by image_id.
 
-    Source: bigASP v1's page and data.py (spelling, separators); DALL-E 3, section 3 (given and made captions).
+    Source: bigASP v1's page and data.py (spelling, separators); DALL-E 3, section 3 (given and made
+    captions).
     """
     own = own_tags(samples, rows, names)
     draws = Draws(stream, samples.image_ids.take(rows), own.starts[1:] - own.starts[:-1], config)
@@ -175,7 +187,9 @@ def _choose_captions(
         row = int(rows[number])
         given, made = ([line.strip() for line in (text or "").splitlines() if line.strip()]
                        for text in (samples.captions[row], samples.made_captions[row]))  # fmt: skip
-        source, lines = ("made", made) if made and (not given or take_made[number]) else ("given", given)
+        source, lines = (
+            ("made", made) if made and (not given or take_made[number]) else ("given", given)
+        )
         if lines:
             line = int(line_drawn[number] * len(lines))
             found[number] = Caption(lines[line].split(" "), source, line)
@@ -214,7 +228,11 @@ def _join(
     of_tags[behind] += num_words.repeat(num_tags)[behind]
     codes, bare, gaps = np.empty((3, starts[-1]), dtype=np.int64)
     codes[of_words], bare[of_words], gaps[of_words] = own, own_bare, 1
-    codes[of_tags], bare[of_tags], gaps[of_tags] = written.pieces[kept], written.bare[kept], written.gaps[kept]
+    codes[of_tags], bare[of_tags], gaps[of_tags] = (
+        written.pieces[kept],
+        written.bare[kept],
+        written.gaps[kept],
+    )
     return Pieces(codes, bare, gaps, starts, extras.texts())
 
 
@@ -232,10 +250,14 @@ def _trace_tags(block: Block, number: int) -> dict[str, Any]:
         "num_tags": end - start - num_score,
         "tags": tags[num_score:],
         "score_tags": tags[:num_score],
-        "aliases": {tags[place]: names.spellings[int(written.spelled[start + place])] for place in exchanged},
+        "aliases": {
+            tags[place]: names.spellings[int(written.spelled[start + place])] for place in exchanged
+        },
         "spelling": SPELLINGS[written.spelling[number]],
         "misspelled": {
-            tags[place - start]: written.slips[place] for place in range(start, end) if place in written.slips
+            tags[place - start]: written.slips[place]
+            for place in range(start, end)
+            if place in written.slips
         },
         "loose": bool(written.loose[number]),
     }

@@ -1,4 +1,5 @@
-"""What a model card advises: how to prompt a model that was trained on such prompts, and how to sample it."""
+"""What a model card advises: how to prompt a model that was trained on such prompts, and how to
+sample it."""
 
 from training.config.evaluation import SamplingConfig
 from training.config.run import PromptConfig
@@ -19,7 +20,9 @@ _ORDERS = {
 
 def prompting(prompts: PromptConfig, facts: SetFacts) -> list[str]:
     """Advice on prompts, as Markdown, a line each."""
-    number = f"about {prompts.mean_tags:.0f} of them" if prompts.mean_tags else "all tags of their image"
+    number = (
+        f"about {prompts.mean_tags:.0f} of them" if prompts.mean_tags else "all tags of their image"
+    )
     lines = [f"Tags, separated by commas, {_ORDERS[prompts.order]}; training prompts had {number}."]
     lines += _captions(prompts, facts)
     scores = [score for score, _ in facts.scores]
@@ -30,7 +33,9 @@ def prompting(prompts: PromptConfig, facts: SetFacts) -> list[str]:
             "or better." + (f" In the negative prompt: {poor}." if poor else "")
         )
     if prompts.first_tags:
-        lines.append(f"Then, where they apply: {_listed(prompts.first_tags)}; prompts of such images opened with them.")
+        lines.append(
+            f"Then, where they apply: {_listed(prompts.first_tags)}; prompts of such images opened with them."
+        )
     trained = {tag for tag, _ in facts.tags}
     if unwanted := [tag for tag in _UNWANTED if tag in trained]:
         lines.append(f"In the negative prompt as well: {_listed(unwanted)}.")
@@ -42,7 +47,9 @@ def prompting(prompts: PromptConfig, facts: SetFacts) -> list[str]:
     lines.append(chunks + (", in chunks of 75." if prompts.max_chunks > 1 else "."))
     if prompts.empty_prob:
         empty = "left empty" if prompts.empty_as == "string" else "zeros in place of its encoding"
-        lines.append(f"{prompts.empty_prob:.0%} of the prompts were empty: a negative prompt may be {empty}.")
+        lines.append(
+            f"{prompts.empty_prob:.0%} of the prompts were empty: a negative prompt may be {empty}."
+        )
     return lines
 
 
@@ -60,7 +67,9 @@ def sampling_advice(sampling: SamplingConfig, family: str) -> list[str]:
     if second := sampling.second_pass:
         drawn += f", a second pass at {second.scale:g} times the size with denoising strength {second.strength:g}"
     for lora in sampling.loras:
-        drawn += f", with LoRA {escape(lora.name)} at {lora.weight:g}, which is not part of this model"
+        drawn += (
+            f", with LoRA {escape(lora.name)} at {lora.weight:g}, which is not part of this model"
+        )
     if sampling.weights == "ema":
         drawn += ", from the averaged weights where there are some"
     lines = [f"{drawn}, at one of the sizes above: so were the pictures of the evaluation drawn."]
@@ -77,9 +86,13 @@ def _captions(prompts: PromptConfig, facts: SetFacts) -> list[str]:
         return []
     lines = []
     if prompts.caption_prob:
-        lines.append(f"Sentences work too: {prompts.caption_prob:.0%} of the captioned images were trained with them.")
+        lines.append(
+            f"Sentences work too: {prompts.caption_prob:.0%} of the captioned images were trained with them."
+        )
     if prompts.caption_and_tags_prob:
-        lines.append(f"So does a sentence and then tags: {prompts.caption_and_tags_prob:.0%} of them were.")
+        lines.append(
+            f"So does a sentence and then tags: {prompts.caption_and_tags_prob:.0%} of them were."
+        )
     return lines
 
 
@@ -93,7 +106,9 @@ def _spelling(prompts: PromptConfig, trained: set[str]) -> list[str]:
         )
     if bracketed := next((tag for tag in sorted(trained) if "(" in tag), ""):
         shown = escape(bracketed.replace("(", "\\(").replace(")", "\\)"))
-        lines.append(f"Parentheses are part of tags; UIs read them as weights unless they are escaped: {shown}.")
+        lines.append(
+            f"Parentheses are part of tags; UIs read them as weights unless they are escaped: {shown}."
+        )
     return lines
 
 

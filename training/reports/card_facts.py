@@ -1,4 +1,5 @@
-"""What a model card counts: the training set, and what the event log says of the run's time and speed."""
+"""What a model card counts: the training set, and what the event log says of the run's time and
+speed."""
 
 import csv
 import io
@@ -13,7 +14,8 @@ from training.curation.vocabulary import GENERAL, Vocabulary
 from training.runs.event_log import OPENINGS, Event
 
 RELIABLE, WITH_EMPHASIS = 1_000, 100
-"""Images from which a tag works by itself, and from which it works when it is stressed; Kohaku XL Delta's page."""
+"""Images from which a tag works by itself, and from which it works when it is stressed; Kohaku XL
+Delta's page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,9 @@ def count_set(rows: pl.DataFrame) -> SetFacts:
         num_made_captions=int(train["made_caption"].is_not_null().sum()),
         num_watermarked=int((train["boxes"].list.len() > 0).sum()),
         buckets=tuple((Size(height, width), count) for height, width, count in buckets.iter_rows()),
-        tags=_counts(train.select(name=pl.col("tags").list.eval(pl.element().struct.field("name")))),
+        tags=_counts(
+            train.select(name=pl.col("tags").list.eval(pl.element().struct.field("name")))
+        ),
         words=_counts(train.select(name="words")),
         scores=tuple(train.group_by("score").len("n").drop_nulls().sort("score").iter_rows()),
     )
@@ -91,7 +95,11 @@ def summarise_run(events: Sequence[Event]) -> RunFacts:
         if attempts:
             attempts[-1].append(event)
     milliseconds = sum(attempt[-1]["time_ms"] - attempt[0]["time_ms"] for attempt in attempts)
-    rates = [event["images_per_s"] for event in events if event["event"] == "step" and "images_per_s" in event]
+    rates = [
+        event["images_per_s"]
+        for event in events
+        if event["event"] == "step" and "images_per_s" in event
+    ]
     opening = attempts[-1][0] if attempts else {}
     return RunFacts(
         hours=milliseconds / 3_600_000,
@@ -104,11 +112,14 @@ def summarise_run(events: Sequence[Event]) -> RunFacts:
 
 def band(count: int) -> str:
     """How well a tag with so many images works."""
-    return "reliable" if count >= RELIABLE else "with emphasis" if count >= WITH_EMPHASIS else "weak"
+    return (
+        "reliable" if count >= RELIABLE else "with emphasis" if count >= WITH_EMPHASIS else "weak"
+    )
 
 
 def tags_csv(facts: SetFacts, vocabulary: Vocabulary) -> str:
-    """All tags as CSV, the most frequent first: tag, category, images, band, and the other names that were trained."""
+    """All tags as CSV, the most frequent first: tag, category, images, band, and the other names
+    that were trained."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(("tag", "category", "images", "band", "aliases"))
@@ -120,5 +131,9 @@ def tags_csv(facts: SetFacts, vocabulary: Vocabulary) -> str:
 
 def _counts(lists: pl.DataFrame) -> tuple[tuple[str, int], ...]:
     """Elements of column `name`, a list, with the rows that hold them, the most frequent first."""
-    names = lists.select(pl.col("name").list.unique().explode(empty_as_null=False, keep_nulls=False))
-    return tuple(names.group_by("name").len("n").sort(["n", "name"], descending=[True, False]).iter_rows())
+    names = lists.select(
+        pl.col("name").list.unique().explode(empty_as_null=False, keep_nulls=False)
+    )
+    return tuple(
+        names.group_by("name").len("n").sort(["n", "name"], descending=[True, False]).iter_rows()
+    )

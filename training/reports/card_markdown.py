@@ -1,4 +1,5 @@
-"""Markdown of a model card, and the front matter that Hugging Face reads: text from strangers stays text."""
+"""Markdown of a model card, and the front matter that Hugging Face reads: text from strangers stays
+text."""
 
 import json
 import re
@@ -19,12 +20,14 @@ LICENCES = frozenset((
     "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openrail", "openrail++", "osl-3.0",
     "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
 ))  # fmt: skip
-"""Identifiers that Hugging Face knows; all others are `other` with a name. Source: its page on licences."""
+"""Identifiers that Hugging Face knows; all others are `other` with a name. Source: its page on
+licences."""
 BASES: Mapping[str, str] = {
     "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
-"""Folder name of a base model -> its identifier there, the only thing that `base_model` may hold."""
+"""Folder name of a base model -> its identifier there, the only thing that `base_model` may
+hold."""
 
 
 def escape(text: str) -> str:
@@ -48,7 +51,10 @@ def licence_fields(name: str, file: str | None) -> dict[str, str]:
     """
     if name in LICENCES:
         return {"license": name}
-    fields = {"license": "other", "license_name": _NOT_A_NAME.sub("-", name.lower()).strip("-") or "unnamed"}
+    fields = {
+        "license": "other",
+        "license_name": _NOT_A_NAME.sub("-", name.lower()).strip("-") or "unnamed",
+    }
     return fields | ({"license_link": file} if file else {})
 
 

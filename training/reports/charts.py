@@ -1,6 +1,8 @@
-"""Charts of an HTML page as SVG and tables: lines over samples seen, maps of change, intervals. They ask for no script.
+"""Charts of an HTML page as SVG and tables: lines over samples seen, maps of change, intervals.
+They ask for no script.
 
-Colours are CSS variables of the page (`--s0` to `--s3`, `--line`, `--muted`), so that charts follow light and dark.
+Colours are CSS variables of the page (`--s0` to `--s3`, `--line`, `--muted`), so that charts follow
+light and dark.
 """
 
 import itertools
@@ -72,10 +74,20 @@ def draw_chart(chart: Chart) -> str:
     # Line by line: those behind come first, colours go by the order in the legend.
     coloured = [line for line in lines if not line.faint]
     paths = [_path("faint", place, line.points) for line in lines if line.faint]
-    paths += [_path(f"c{number % NUM_COLOURS}", place, line.points) for number, line in enumerate(coloured)]
+    paths += [
+        _path(f"c{number % NUM_COLOURS}", place, line.points)
+        for number, line in enumerate(coloured)
+    ]
     rules = [f"<path class=rule d='M{place(first, tick)}H300'/>" for tick in ticks]
-    rules += [f"<path class=mark d='M{place(mark, low)}V0'/>" for mark in chart.marks if first <= mark <= last]
-    labels = [f"<i style='bottom:{(t - low) / (high - low) * 100:.1f}%'>{_number(t, ticks)}</i>" for t in ticks]
+    rules += [
+        f"<path class=mark d='M{place(mark, low)}V0'/>"
+        for mark in chart.marks
+        if first <= mark <= last
+    ]
+    labels = [
+        f"<i style='bottom:{(t - low) / (high - low) * 100:.1f}%'>{_number(t, ticks)}</i>"
+        for t in ticks
+    ]
     legend = "".join(
         f"<span class=c{number % NUM_COLOURS}>{escape(line.name)} <small>last {line.points[-1][1]:.4g}</small></span>"
         for number, line in enumerate(coloured)
@@ -89,22 +101,34 @@ def draw_chart(chart: Chart) -> str:
 
 
 def draw_map(shown: Map) -> str:
-    """A map as a table: green where the value fell since the first column, red where it rose; empty without rows."""
+    """A map as a table: green where the value fell since the first column, red where it rose; empty
+    without rows."""
     if len(shown.columns) < 2 or not shown.rows:
         return ""
     picked = _spread(len(shown.columns), _MAX_COLUMNS)
     changes = {name: _changes(values) for name, values in shown.rows.items()}
     strongest = max((abs(c) for row in changes.values() for c in row if c is not None), default=0.0)
     numbered = len(picked) <= _MAX_NUMBERED
-    head = "".join(f"<th class=number>{shown.columns[n]:,}</th>" if numbered else "<th></th>" for n in picked)
+    head = "".join(
+        f"<th class=number>{shown.columns[n]:,}</th>" if numbered else "<th></th>" for n in picked
+    )
     body = []
     for name, values in shown.rows.items():
         cells = [
-            _cell(shown.columns[n], values[n], changes[name][n], max(strongest, _FULL_COLOUR), numbered) for n in picked
+            _cell(
+                shown.columns[n],
+                values[n],
+                changes[name][n],
+                max(strongest, _FULL_COLOUR),
+                numbered,
+            )
+            for n in picked
         ]
         final = changes[name][-1]
         summary = "" if final is None else f"{math.expm1(final):+.1%}"
-        body.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}<td class=number>{summary}</td></tr>")
+        body.append(
+            f"<tr><th>{escape(name)}</th>{''.join(cells)}<td class=number>{summary}</td></tr>"
+        )
     return (
         f"<figure class=map><b>{escape(shown.title)}</b><p class=muted>{escape(shown.note)}</p><div class=scroll>"
         f"<table><tr><th></th>{head}<th class=number>change</th></tr>{''.join(body)}</table></div></figure>"
@@ -138,19 +162,23 @@ def interval_bar(low: float, middle: float, high: float, margin: float, reach: f
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values from at most `low` to at least `high`, evenly apart; two where these are equal."""
+    """Three to seven round values from at most `low` to at least `high`, evenly apart; two where
+    these are equal."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-300):
         room = abs(high) / 2 or 1.0
         return [low - room, high + room]
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = next(
+        factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9)
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 
 
 def thin(points: Points, most: int) -> list[tuple[int, float]]:
-    """At most `most` points: means over equal stretches of the list, so that no peak is picked by chance."""
+    """At most `most` points: means over equal stretches of the list, so that no peak is picked by
+    chance."""
     if len(points) <= most:
         return list(points)
     edges = [number * len(points) // most for number in range(most + 1)]
@@ -181,10 +209,15 @@ def _spread(count: int, most: int) -> list[int]:
 def _changes(values: Sequence[float | None]) -> list[float | None]:
     """The logarithm of each value over the first one."""
     start = next((value for value in values if value is not None and value > 0), None)
-    return [None if start is None or value is None or value <= 0 else math.log(value / start) for value in values]
+    return [
+        None if start is None or value is None or value <= 0 else math.log(value / start)
+        for value in values
+    ]
 
 
-def _cell(samples_seen: int, value: float | None, change: float | None, full: float, numbered: bool) -> str:
+def _cell(
+    samples_seen: int, value: float | None, change: float | None, full: float, numbered: bool
+) -> str:
     if value is None or change is None:
         return "<td></td>"
     colour = "220 38 38" if change > 0 else "22 163 74"

@@ -1,4 +1,5 @@
-"""The grid that is looked at first: a row per prompt, a column per checkpoint, equal seeds, as one JPEG.
+"""The grid that is looked at first: a row per prompt, a column per checkpoint, equal seeds, as one
+JPEG.
 
 Free of torch, because assets call it while they report.
 """
@@ -47,32 +48,66 @@ def grid(rows: Sequence[Row], checkpoints: Sequence[str], *, cell_px: int = 192)
     caption_px = _CAPTION_PX if any(row.captions for row in rows) else 0
     step = cell_px + _GAP_PX
     width = _MARGIN_PX + _SIDE_PX + len(checkpoints) * step + _MARGIN_PX
-    sheet = Image.new("RGB", (width, _MARGIN_PX + _HEADER_PX + len(rows) * (step + caption_px) + _MARGIN_PX), PAPER)
+    sheet = Image.new(
+        "RGB",
+        (width, _MARGIN_PX + _HEADER_PX + len(rows) * (step + caption_px) + _MARGIN_PX),
+        PAPER,
+    )
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(checkpoints):
         left = _MARGIN_PX + _SIDE_PX + column * step
         write(draw, _MARGIN_PX, left, name, width=cell_px, size=14)
     for number, row in enumerate(rows):
         top = _MARGIN_PX + _HEADER_PX + number * (step + caption_px)
-        draw.line([(_MARGIN_PX, top - _GAP_PX // 2), (width - _MARGIN_PX, top - _GAP_PX // 2)], fill=_LINE)
+        draw.line(
+            [(_MARGIN_PX, top - _GAP_PX // 2), (width - _MARGIN_PX, top - _GAP_PX // 2)], fill=_LINE
+        )
         _draw_row(sheet, draw, row, top, cell_px)
     return _compress(sheet)
 
 
-def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: Row, top: int, cell_px: int) -> None:
+def _draw_row(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, row: Row, top: int, cell_px: int
+) -> None:
     write(draw, top + 2, _MARGIN_PX, row.title, width=_SIDE_PX - 14, size=12)
     for number, line in enumerate(_wrap(row.text, 28)[: max((cell_px - 22) // 15, 1)]):
-        write(draw, top + 20 + number * 15, _MARGIN_PX, line, width=_SIDE_PX - 14, size=11, colour=MUTED)
+        write(
+            draw,
+            top + 20 + number * 15,
+            _MARGIN_PX,
+            line,
+            width=_SIDE_PX - 14,
+            size=11,
+            colour=MUTED,
+        )
     for column, picture in enumerate(row.pictures):
         left = _MARGIN_PX + _SIDE_PX + column * (cell_px + _GAP_PX)
         draw.rectangle((left, top, left + cell_px - 1, top + cell_px - 1), fill=_CELL_PAPER)
         if picture is None:
-            write(draw, top + cell_px // 2 - 6, left + 8, "no picture", width=cell_px - 16, size=11, colour=MUTED)
+            write(
+                draw,
+                top + cell_px // 2 - 6,
+                left + 8,
+                "no picture",
+                width=cell_px - 16,
+                size=11,
+                colour=MUTED,
+            )
         else:
             small = fit(picture, cell_px, cell_px)
-            sheet.paste(small, (left + (cell_px - small.width) // 2, top + (cell_px - small.height) // 2))
+            sheet.paste(
+                small, (left + (cell_px - small.width) // 2, top + (cell_px - small.height) // 2)
+            )
         if column < len(row.captions):
-            write(draw, top + cell_px + 1, left, row.captions[column], width=cell_px, size=11, colour=INK)
+            write(
+                draw,
+                top + cell_px + 1,
+                left,
+                row.captions[column],
+                width=cell_px,
+                size=11,
+                colour=INK,
+            )
 
 
 def _wrap(text: str, columns: int) -> list[str]:
@@ -92,4 +127,6 @@ def _compress(sheet: Image.Image) -> bytes:
             content = jpeg(sheet, quality)
             if len(content) <= MAX_BYTES:
                 return content
-        sheet = sheet.resize((sheet.width * 3 // 4, sheet.height * 3 // 4), Image.Resampling.LANCZOS)
+        sheet = sheet.resize(
+            (sheet.width * 3 // 4, sheet.height * 3 // 4), Image.Resampling.LANCZOS
+        )

@@ -1,7 +1,8 @@
-"""Pictures inside of an HTML page, each stored once as a CSS class, so that slider, grid and zoom share its bytes.
+"""Pictures inside of an HTML page, each stored once as a CSS class, so that slider, grid and zoom
+share its bytes.
 
-A page has room for so many characters of each kind of picture; each picture gets an equal share and gives way first in
-quality, then in size.
+A page has room for so many characters of each kind of picture; each picture gets an equal share and
+gives way first in quality, then in size.
 """
 
 import io
@@ -62,8 +63,11 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def rules_of_files(files: Sequence[tuple[str, Path]], longest_px: int, room: int) -> tuple[str, list[str]]:
-    """CSS rules that give each class its picture, and the classes whose picture is missing or damaged.
+def rules_of_files(
+    files: Sequence[tuple[str, Path]], longest_px: int, room: int
+) -> tuple[str, list[str]]:
+    """CSS rules that give each class its picture, and the classes whose picture is missing or
+    damaged.
 
     Args:
         files: Class and picture file.
@@ -91,7 +95,10 @@ def rules_of_arrays(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
         pictures: Class and `(H, W, 3)` uint8.
     """
     max_bytes = _share(len(pictures), SECTION_ROOM)
-    return _joined(lambda item: _rule(item[0], encode(Image.fromarray(item[1]), SECTION_PX, max_bytes)), pictures)
+    return _joined(
+        lambda item: _rule(item[0], encode(Image.fromarray(item[1]), SECTION_PX, max_bytes)),
+        pictures,
+    )
 
 
 def _share(count: int, room: int) -> int:

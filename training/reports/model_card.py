@@ -1,6 +1,8 @@
-"""The model card of a release: what the model was trained on, how to prompt it, and how it was judged, in Markdown.
+"""The model card of a release: what the model was trained on, how to prompt it, and how it was
+judged, in Markdown.
 
-Tags and names come from strangers' files: everything is escaped, so that a tag can neither format nor link.
+Tags and names come from strangers' files: everything is escaped, so that a tag can neither format
+nor link.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,12 +73,17 @@ def render(card: Card) -> str:
         "Pictures": _pictures(card.pictures),
         "Training data": _data(card.training_set),
         "How to prompt": "\n".join(f"- {line}" for line in advice),
-        "Samplers": "\n".join(f"- {line}" for line in sampling_advice(card.evaluation.sampling, card.family)),
+        "Samplers": "\n".join(
+            f"- {line}" for line in sampling_advice(card.evaluation.sampling, card.family)
+        ),
         "Tags": _tags(card.training_set),
         "Training": _training(card, int(samples_seen)),
         "Evaluation": _evaluation(card),
         "Licence": _licence(card),
-        "Lineage": table(("what", "digest"), [(escape(what), f"`{value}`") for what, value in card.lineage.items()]),
+        "Lineage": table(
+            ("what", "digest"),
+            [(escape(what), f"`{value}`") for what, value in card.lineage.items()],
+        ),
     }
     body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text)
     intro = (
@@ -99,7 +106,10 @@ def _front_matter(card: Card) -> str:
             "base_model": BASES.get(card.base),
             "library_name": "diffusers",
             "pipeline_tag": "text-to-image",
-            "tags": ["stable-diffusion-xl" if card.family == "sdxl" else "stable-diffusion", "fine-tuned"],
+            "tags": [
+                "stable-diffusion-xl" if card.family == "sdxl" else "stable-diffusion",
+                "fine-tuned",
+            ],
             "widget": gallery or None,
         }
     )
@@ -108,8 +118,13 @@ def _front_matter(card: Card) -> str:
 def _pictures(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
-    shown = table([f"![sample {n}]({p.file})" for n, p in enumerate(pictures, 1)], [[escape(p.text) for p in pictures]])
-    return f"{shown}\n\nBase and fine-tuned side by side, for all prompts: [report.html](report.html)."
+    shown = table(
+        [f"![sample {n}]({p.file})" for n, p in enumerate(pictures, 1)],
+        [[escape(p.text) for p in pictures]],
+    )
+    return (
+        f"{shown}\n\nBase and fine-tuned side by side, for all prompts: [report.html](report.html)."
+    )
 
 
 def _data(facts: SetFacts) -> str:
@@ -123,18 +138,26 @@ def _data(facts: SetFacts) -> str:
         parts.append(f"{facts.num_forgotten:,} more were in the set and have been forgotten since.")
     if facts.scores:
         most = max(count for _, count in facts.scores)
-        rows = [(str(s), f"{n:,}", f"{n / total:.1%}", "█" * round(n / most * _BAR_BLOCKS)) for s, n in facts.scores]
+        rows = [
+            (str(s), f"{n:,}", f"{n / total:.1%}", "█" * round(n / most * _BAR_BLOCKS))
+            for s, n in facts.scores
+        ]
         parts.append(table(("quality score (9 is best)", "images", "share", ""), rows))
     if facts.words:
-        words = [(escape(word), f"{count:,}", f"{count / total:.1%}") for word, count in facts.words]
+        words = [
+            (escape(word), f"{count:,}", f"{count / total:.1%}") for word, count in facts.words
+        ]
         parts.append(table(("quality, rating and date", "images", "share"), words))
-    buckets = [(f"{size.height} × {size.width}", f"{n:,}", f"{n / total:.1%}") for size, n in facts.buckets]
+    buckets = [
+        (f"{size.height} × {size.width}", f"{n:,}", f"{n / total:.1%}") for size, n in facts.buckets
+    ]
     parts.append(table(("bucket, height × width", "images", "share"), buckets))
     return "\n\n".join(parts)
 
 
 def _reading(card: Card) -> list[str]:
-    """How the text encoders are to be read, and what the UNet predicts, where that is not what UIs expect."""
+    """How the text encoders are to be read, and what the UNet predicts, where that is not what UIs
+    expect."""
     lines = []
     if card.run.clip_skip != 1:
         lines.append(f"Clip skip {card.run.clip_skip}, as it was trained.")
@@ -150,7 +173,9 @@ def _tags(facts: SetFacts) -> str:
         "with emphasis": f"With emphasis ({WITH_EMPHASIS} to {RELIABLE - 1}), such as `(tag:1.5)`",
         "weak": f"Weak (fewer than {WITH_EMPHASIS})",
     }
-    parts = [f"{len(facts.tags):,} tags were trained; [tags.csv](tags.csv) has all with their images and aliases."]
+    parts = [
+        f"{len(facts.tags):,} tags were trained; [tags.csv](tags.csv) has all with their images and aliases."
+    ]
     for word, title in bands.items():
         own = [(tag, count) for tag, count in facts.tags if band(count) == word]
         if own:
@@ -164,7 +189,9 @@ def _training(card: Card, samples_seen: int) -> str:
     run, facts, optimizer = card.run, card.run_facts, card.run.optimizer
     encoders = [name for name, on in zip("12", run.trained_text_encoders, strict=True) if on]
     text_rate = optimizer.text_encoder_learning_rate
-    loss = run.loss.weighting + (f", gamma {run.loss.min_snr_gamma:g}" if run.loss.weighting == "min_snr" else "")
+    loss = run.loss.weighting + (
+        f", gamma {run.loss.min_snr_gamma:g}" if run.loss.weighting == "min_snr" else ""
+    )
     ema = optimizer.ema_half_life_samples
     rows: Mapping[str, object] = {
         "samples seen": f"{samples_seen:,} ({samples_seen / max(card.training_set.num_train, 1):.1f} per image)",
@@ -177,7 +204,8 @@ def _training(card: Card, samples_seen: int) -> str:
         "warm-up": f"{optimizer.warmup_samples:,} samples",
         "trained": "UNet" + (f" and text encoder {' and '.join(encoders)}" if encoders else ""),
         "trained parameters": None if facts.num_parameters is None else f"{facts.num_parameters:,}",
-        "loss": loss + (f", noise offset {run.loss.noise_offset:g}" if run.loss.noise_offset else ""),
+        "loss": loss
+        + (f", noise offset {run.loss.noise_offset:g}" if run.loss.noise_offset else ""),
         "predicts": card.prediction_type,
         "empty prompts": f"{run.prompts.empty_prob:.0%}",
         "averaged weights": f"half-life {ema:,} samples" if ema else "none",
@@ -192,7 +220,10 @@ def _training(card: Card, samples_seen: int) -> str:
 def _evaluation(card: Card) -> str:
     parts = []
     if card.summaries:
-        rows = [(f"`{column}`", *(_number(own.get(column)) for _, own in card.summaries)) for column in COLUMNS]
+        rows = [
+            (f"`{column}`", *(_number(own.get(column)) for _, own in card.summaries))
+            for column in COLUMNS
+        ]
         parts.append(table(("", *(escape(label_of(name)) for name, _ in card.summaries)), rows))
         if said := sentences(card.summaries):
             parts.append("\n".join(f"- {escape(line)}" for line in said))

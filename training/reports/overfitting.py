@@ -18,7 +18,8 @@ _OVER_THE_RUN = {
 
 
 def sentences(summaries: Summaries) -> list[str]:
-    """What is to be known of the last checkpoint, a sentence each; none where nothing was measured."""
+    """What is to be known of the last checkpoint, a sentence each; none where nothing was
+    measured."""
     _, last = summaries[-1]
     found = []
     if own := _quantiles(last, "train_similarity"):
@@ -39,12 +40,15 @@ def sentences(summaries: Summaries) -> list[str]:
         )
     if any(overbaked.alarms(summary) for _, summary in summaries):
         what = "; ".join(overbaked.alarms(last)) or "none here, but at an earlier checkpoint"
-        found.append(f"Alarm: {what}. Last checkpoint before it: {overbaked.last_before_alarm(summaries) or 'none'}.")
+        found.append(
+            f"Alarm: {what}. Last checkpoint before it: {overbaked.last_before_alarm(summaries) or 'none'}."
+        )
     return found
 
 
 def score_charts(summaries: Summaries) -> list[Chart]:
-    """Scores and warnings over samples seen, for those that at least two checkpoints have; a base stands at 0."""
+    """Scores and warnings over samples seen, for those that at least two checkpoints have; a base
+    stands at 0."""
     charts = []
     for title, column in _OVER_THE_RUN.items():
         points = [

@@ -1,4 +1,5 @@
-"""Style and script of the report: one column on a phone, light and dark, no font or file from elsewhere."""
+"""Style and script of the report: one column on a phone, light and dark, no font or file from
+elsewhere."""
 
 import base64
 import hashlib

@@ -1,5 +1,6 @@
-"""One HTML file that shows checkpoints side by side: sliders, winners and losers, a grid, verdicts, curves. It asks
-the network for nothing, so it can be mailed, kept beside the weights, or opened in MLflow's sandbox.
+"""One HTML file that shows checkpoints side by side: sliders, winners and losers, a grid, verdicts,
+curves. It asks the network for nothing, so it can be mailed, kept beside the weights, or opened in
+MLflow's sandbox.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ from training.reports.verdicts import headlines, verdict_table
 MAX_BYTES = 10_000_000
 """Of a report, at most."""
 MAX_PROMPTS, MAX_SIDES = 256, 8
-"""Prompts and checkpoints that a report shows; of more checkpoints the first, the last, and some evenly between."""
+"""Prompts and checkpoints that a report shows; of more checkpoints the first, the last, and some
+evenly between."""
 NUM_FIRST = 8
 """Sliders at the top, of each group in turn."""
 _NUM_EXTREME = 8
@@ -43,7 +45,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exhibit:
-    """Pictures that belong together, such as a sample image and the training image nearest to it."""
+    """Pictures that belong together, such as a sample image and the training image nearest to
+    it."""
 
     pictures: Sequence[np.ndarray]
     """`(H, W, 3)` uint8 each, shown beside each other."""
@@ -66,17 +69,13 @@ def render(
 ) -> str:  # fmt: skip
     """Write the report.
 
-    Args:
-        title: Headline.
-        sides: Checkpoints from left to right, at least two; sliders, changes and verdicts are first against last.
-        verdicts: Rows of table `verdicts`; may be empty.
-        facts: A line of small print each.
-        charts: Curves of the run.
-        maps: Maps of change, such as the losses by timestep.
-        sections: What else is to be shown, after all that.
+    Args: title: Headline. sides: Checkpoints from left to right, at least two; sliders, changes and
+        verdicts are first against last. verdicts: Rows of table `verdicts`; may be empty. facts: A
+        line of small print each. charts: Curves of the run. maps: Maps of change, such as the
+        losses by timestep. sections: What else is to be shown, after all that.
 
-    Returns:
-        An HTML page of at most 10 MB; everything that comes from data is escaped, long texts are cut.
+    Returns: An HTML page of at most 10 MB; everything that comes from data is escaped, long texts
+        are cut.
     """
     assert len(sides) >= 2, "a report compares"
     sides = spread(sides)
@@ -92,10 +91,16 @@ def render(
     rules, lost = _rules(shown, featured, names, others)
     if lost:
         shown = [_without(prompt, names[prompt.prompt_id], lost) for prompt in shown]
-        facts = {**facts, "pictures that are missing or damaged": f"{len(lost)}, run foundry verify --repair"}
+        facts = {
+            **facts,
+            "pictures that are missing or damaged": f"{len(lost)}, run foundry verify --repair",
+        }
     parts = [
         ("Before and after", _first(first, sides, names, metrics)),
-        ("Winners and losers", "".join(_extremes(m, *winning[m], sides, names, metrics) for m in metrics)),
+        (
+            "Winners and losers",
+            "".join(_extremes(m, *winning[m], sides, names, metrics) for m in metrics),
+        ),
         ("All prompts", _grid(shown, len(everything), sides, names, metrics)),
         ("Verdict", verdict_table(verdicts)),
         ("Groups", "".join(_groups(everything, sides, metric) for metric in metrics)),
@@ -103,7 +108,9 @@ def render(
         *((section.title, _section(number, section)) for number, section in enumerate(sections)),
     ]
     parts = [(name, content) for name, content in parts if content]
-    body = "".join(f"<h2 id=h{n}>{_show(name)}</h2>{content}" for n, (name, content) in enumerate(parts))
+    body = "".join(
+        f"<h2 id=h{n}>{_show(name)}</h2>{content}" for n, (name, content) in enumerate(parts)
+    )
     links = "".join(f"<a href='#h{n}'>{_show(name)}</a>" for n, (name, _) in enumerate(parts))
     small = " · ".join(f"{_show(str(name))}: {_show(str(value))}" for name, value in facts.items())
     return (
@@ -116,22 +123,28 @@ def render(
 
 
 def spread(items: Sequence[_T]) -> list[_T]:
-    """Of more checkpoints than a report has columns the first, the last, and some evenly between."""
+    """Of more checkpoints than a report has columns the first, the last, and some evenly
+    between."""
     if len(items) <= MAX_SIDES:
         return list(items)
-    return [items[round(number * (len(items) - 1) / (MAX_SIDES - 1))] for number in range(MAX_SIDES)]
+    return [
+        items[round(number * (len(items) - 1) / (MAX_SIDES - 1))] for number in range(MAX_SIDES)
+    ]
 
 
 def _shown(prompts: Sequence[Prompt], featured: set[str]) -> list[Prompt]:
-    """The featured prompts, and of each group in turn as many others as there is room for, by id."""
+    """The featured prompts, and of each group in turn as many others as there is room for, by
+    id."""
     others = [prompt for prompt in prompts if prompt.prompt_id not in featured]
     kept = featured | {prompt.prompt_id for prompt in in_turn(others, MAX_PROMPTS - len(featured))}
     return [prompt for prompt in prompts if prompt.prompt_id in kept]
 
 
-def _rules(shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str) -> tuple[str, set[str]]:
-    """The pictures, after those of sections: large where a slider shows them, else small, in the room that is left; and
-    the classes of those that cannot be read."""
+def _rules(
+    shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str
+) -> tuple[str, set[str]]:
+    """The pictures, after those of sections: large where a slider shows them, else small, in the
+    room that is left; and the classes of those that cannot be read."""
     large: list[tuple[str, Path]] = []
     small: list[tuple[str, Path]] = []
     for prompt in shown:
@@ -150,7 +163,12 @@ def _without(prompt: Prompt, name: str, lost: set[str]) -> Prompt:
     return replace(prompt, files=tuple(files))
 
 
-def _first(prompts: Sequence[Prompt], sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]) -> str:
+def _first(
+    prompts: Sequence[Prompt],
+    sides: Sequence[Side],
+    names: Mapping[str, str],
+    metrics: Sequence[str],
+) -> str:
     about = (
         f"{_show(sides[0].checkpoint)} on the left, {_show(sides[-1].checkpoint)} on the right, equal prompts and "
         "seeds; drag to compare. These prompts were taken by their names, not by their pictures."
@@ -168,11 +186,15 @@ def _extremes(
     for word, prompts in (("gains", gained), ("losses", lost)):
         if prompts:
             cards = "".join(_slider(prompt, sides, names, metrics) for prompt in prompts)
-            parts.append(f"<h3>Largest {word} in {_show(title_of(metric))}</h3><div class=cards>{cards}</div>")
+            parts.append(
+                f"<h3>Largest {word} in {_show(title_of(metric))}</h3><div class=cards>{cards}</div>"
+            )
     return "".join(parts)
 
 
-def _slider(prompt: Prompt, sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]) -> str:
+def _slider(
+    prompt: Prompt, sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]
+) -> str:
     last = len(sides) - 1
     halves = "".join(
         f'<div class="pic {names[prompt.prompt_id]}s{place}" role=img aria-label="{_show(sides[place].label)}"></div>'
@@ -193,22 +215,36 @@ def _slider(prompt: Prompt, sides: Sequence[Side], names: Mapping[str, str], met
 
 
 def _grid(
-    shown: Sequence[Prompt], total: int, sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]
+    shown: Sequence[Prompt],
+    total: int,
+    sides: Sequence[Side],
+    names: Mapping[str, str],
+    metrics: Sequence[str],
 ) -> str:
     """The table of all prompts over all sides, with its choices of group and order."""
     groups = sorted({prompt.group for prompt in shown})
-    head = "".join(f"<th title='{_show(side.checkpoint)}'>{_show(side.label)}</th>" for side in sides)
+    head = "".join(
+        f"<th title='{_show(side.checkpoint)}'>{_show(side.label)}</th>" for side in sides
+    )
     rows = []
     for place, prompt in enumerate(shown):
-        data = "".join(f" data-change{n}='{prompt.changes.get(metric, 0):.6g}'" for n, metric in enumerate(metrics))
+        data = "".join(
+            f" data-change{n}='{prompt.changes.get(metric, 0):.6g}'"
+            for n, metric in enumerate(metrics)
+        )
         cells = "".join(_cell(prompt, number, side, names) for number, side in enumerate(sides))
         rows.append(
             f"<tr data-group={groups.index(prompt.group)} data-place={place}{data}><td>"
             f"<p class=ask>{_show(prompt.text, _MAX_TEXT)}</p><small class=muted>{_show(prompt.prompt_id)} · "
             f"{_show(prompt.group)}</small></td>{cells}</tr>"
         )
-    of_groups = "".join(f"<option value={number}>{_show(group)}</option>" for number, group in enumerate(groups))
-    orders = "".join(f"<option value={n}>{_show(title_of(m))}: gains first</option>" for n, m in enumerate(metrics))
+    of_groups = "".join(
+        f"<option value={number}>{_show(group)}</option>" for number, group in enumerate(groups)
+    )
+    orders = "".join(
+        f"<option value={n}>{_show(title_of(m))}: gains first</option>"
+        for n, m in enumerate(metrics)
+    )
     few = " few" if len(sides) <= _FEW else ""
     cut = f"{len(shown)} of {total} prompts. " if len(shown) < total else ""
     return (
@@ -223,7 +259,9 @@ def _cell(prompt: Prompt, place: int, side: Side, names: Mapping[str, str]) -> s
     if prompt.files[place] is None:
         return "<td><div class=gap>no picture</div></td>"
     name = f"{names[prompt.prompt_id]}s{place}"
-    scores = "<br>".join(f"{_show(title_of(m))} {prompt.scores[place][m]:.3f}" for m in prompt.scores[place])
+    scores = "<br>".join(
+        f"{_show(title_of(m))} {prompt.scores[place][m]:.3f}" for m in prompt.scores[place]
+    )
     return (
         f'<td><button class="pic {name}" data-name={name} style="{_shape(prompt)}" '
         f'title="{_show(side.label)}"></button><small class=muted>{scores}</small></td>'
@@ -235,7 +273,9 @@ def _groups(prompts: Sequence[Prompt], sides: Sequence[Side], metric: str) -> st
     head = "".join(f"<th class=number>{_show(side.label)}</th>" for side in sides)
     rows = []
     for group, count, means in group_means(prompts, metric):
-        cells = "".join(f"<td class=number>{'–' if mean is None else f'{mean:.4f}'}</td>" for mean in means)
+        cells = "".join(
+            f"<td class=number>{'–' if mean is None else f'{mean:.4f}'}</td>" for mean in means
+        )
         change = "" if means[0] is None or means[-1] is None else f"{means[-1] - means[0]:+.4f}"
         word = "up" if change.startswith("+") else "down"
         rows.append(
@@ -250,7 +290,9 @@ def _groups(prompts: Sequence[Prompt], sides: Sequence[Side], metric: str) -> st
 
 def _training(charts: Sequence[Chart], maps: Sequence[Map]) -> str:
     drawn = "".join(draw_chart(chart) for chart in charts)
-    return (f"<div class=charts>{drawn}</div>" if drawn else "") + "".join(draw_map(shown) for shown in maps)
+    return (f"<div class=charts>{drawn}</div>" if drawn else "") + "".join(
+        draw_map(shown) for shown in maps
+    )
 
 
 def _section_pictures(sections: Sequence[Section]) -> list[tuple[str, np.ndarray]]:
@@ -270,7 +312,9 @@ def _section(number: int, section: Section) -> str:
             for n, picture in enumerate(exhibit.pictures)
         )
         caption = _show(exhibit.caption, _MAX_TEXT)
-        cards.append(f"<figure><div class=several>{pictures}</div><figcaption>{caption}</figcaption></figure>")
+        cards.append(
+            f"<figure><div class=several>{pictures}</div><figcaption>{caption}</figcaption></figure>"
+        )
     return f"<p class=muted>{_show(section.text, 2 * _MAX_TEXT)}</p><div class=cards>{''.join(cards)}</div>"
 
 

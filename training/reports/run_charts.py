@@ -1,4 +1,5 @@
-"""From a run's event log to the charts of its report: losses over samples seen, and losses by timestep."""
+"""From a run's event log to the charts of its report: losses over samples seen, and losses by
+timestep."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,8 @@ _VALIDATION = {
 
 
 def loss_charts(events: Sequence[Event], marks: Sequence[int] = ()) -> list[Chart]:
-    """The plain loss on fixed lists of held-out and of training images, raw and averaged, and the training loss.
+    """The plain loss on fixed lists of held-out and of training images, raw and averaged, and the
+    training loss.
 
     Args:
         events: As `event_log.read_events` gives them; a run without validations has no first chart.
@@ -22,10 +24,15 @@ def loss_charts(events: Sequence[Event], marks: Sequence[int] = ()) -> list[Char
     validations = _of(events, "validation")
     plain = [Line(name=name, points=_points(validations, key)) for key, name in _VALIDATION.items()]
     steps = _points(_of(events, "step"), "loss")
-    trained = [Line(name="each step", points=steps, faint=True), Line(name="mean", points=thin(steps, _NUM_MEANS))]
+    trained = [
+        Line(name="each step", points=steps, faint=True),
+        Line(name="mean", points=thin(steps, _NUM_MEANS)),
+    ]
     charts = [
         Chart(
-            title="Plain loss, fixed noise and timesteps", lines=[line for line in plain if line.points], marks=marks
+            title="Plain loss, fixed noise and timesteps",
+            lines=[line for line in plain if line.points],
+            marks=marks,
         ),
         Chart(title="Training loss, as it is weighted", lines=trained, marks=marks),
     ]
@@ -33,7 +40,8 @@ def loss_charts(events: Sequence[Event], marks: Sequence[int] = ()) -> list[Char
 
 
 def timestep_map(events: Sequence[Event]) -> list[Map]:
-    """The loss of held-out images by range of timesteps over the validations; none before the second validation."""
+    """The loss of held-out images by range of timesteps over the validations; none before the
+    second validation."""
     validations = _of(events, "validation")
     names = sorted({name for event in validations for name in _by_bin(event)})
     if len(validations) < 2 or not names:

@@ -1,4 +1,5 @@
-"""What a report says of each prompt: its scores on every side, who won and who lost, and the means of each group."""
+"""What a report says of each prompt: its scores on every side, who won and who lost, and the means
+of each group."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -66,13 +67,16 @@ def title_of(metric: str) -> str:
 
 
 def judged_metrics(sides: Sequence[Side], verdicts: pl.DataFrame) -> list[str]:
-    """The metrics that verdicts were given on, CLIP score and aesthetic first; without verdicts those two, as far as
-    a side has them."""
+    """The metrics that verdicts were given on, CLIP score and aesthetic first; without verdicts
+    those two, as far as a side has them."""
     found = verdicts["metric"].unique().to_list() if verdicts.height else []
     if not found:
         had = {metric for side in sides for metric in side.metrics["metric"].unique().to_list()}
         found = [metric for metric in LEADING if metric in had]
-    return sorted(found, key=lambda metric: (LEADING.index(metric) if metric in LEADING else len(LEADING), metric))
+    return sorted(
+        found,
+        key=lambda metric: (LEADING.index(metric) if metric in LEADING else len(LEADING), metric),
+    )
 
 
 def collect(sides: Sequence[Side], metrics: Sequence[str]) -> list[Prompt]:
@@ -87,7 +91,9 @@ def collect(sides: Sequence[Side], metrics: Sequence[str]) -> list[Prompt]:
     about: dict[str, dict[str, object]] = {}
     for side in sides:
         rows = list(side.samples.iter_rows(named=True))
-        files.append({row["prompt_id"]: side.folder / row["file"] for row in rows if row["file"] is not None})
+        files.append(
+            {row["prompt_id"]: side.folder / row["file"] for row in rows if row["file"] is not None}
+        )
         for row in rows:
             about.setdefault(row["prompt_id"], row)
     prompts = []
@@ -116,28 +122,39 @@ def in_turn(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return [prompt for *_, prompt in sorted(placed, key=lambda item: item[:3])[:count]]
 
 
-def extremes(prompts: Sequence[Prompt], metric: str, count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The `count` prompts that gained most on a metric, and the `count` that lost most, the largest change first."""
-    changed = sorted((p for p in prompts if metric in p.changes), key=lambda p: (-p.changes[metric], p.prompt_id))
+def extremes(
+    prompts: Sequence[Prompt], metric: str, count: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The `count` prompts that gained most on a metric, and the `count` that lost most, the largest
+    change first."""
+    changed = sorted(
+        (p for p in prompts if metric in p.changes), key=lambda p: (-p.changes[metric], p.prompt_id)
+    )
     gained = [prompt for prompt in changed if prompt.changes[metric] > 0]
     lost = [prompt for prompt in changed if prompt.changes[metric] < 0]
     return gained[:count], lost[::-1][:count]
 
 
-def group_means(prompts: Sequence[Prompt], metric: str) -> list[tuple[str, int, tuple[float | None, ...]]]:
+def group_means(
+    prompts: Sequence[Prompt], metric: str
+) -> list[tuple[str, int, tuple[float | None, ...]]]:
     """Group, number of prompts, and the mean per side over those that have the score; `all` first.
 
     Where a group is the only one, it is `all`; which prompts that is, see `prompt_groups.counted`.
     """
     groups = sorted({prompt.group for prompt in prompts})
-    ids = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]}, schema={"prompt_id": pl.String})
+    ids = pl.DataFrame(
+        {"prompt_id": [prompt.prompt_id for prompt in prompts]}, schema={"prompt_id": pl.String}
+    )
     in_all = set(counted(ids)["prompt_id"])
     rows = []
     for group in [ALL, *(groups if len(groups) > 1 else [])]:
         own = [p for p in prompts if (p.prompt_id in in_all if group == ALL else p.group == group)]
         means = []
         for place in range(len(own[0].scores) if own else 0):
-            values = [prompt.scores[place][metric] for prompt in own if metric in prompt.scores[place]]
+            values = [
+                prompt.scores[place][metric] for prompt in own if metric in prompt.scores[place]
+            ]
             means.append(math.fsum(values) / len(values) if values else None)
         rows.append((group, len(own), tuple(means)))
     return rows
@@ -146,10 +163,16 @@ def group_means(prompts: Sequence[Prompt], metric: str) -> list[tuple[str, int, 
 def _scores(side: Side, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
     """Finite scores by prompt, the metrics in their order."""
     own = side.metrics.filter(
-        pl.col("prompt_id").is_not_null() & pl.col("metric").is_in(list(metrics)) & pl.col("value").is_finite()
+        pl.col("prompt_id").is_not_null()
+        & pl.col("metric").is_in(list(metrics))
+        & pl.col("value").is_finite()
     )
-    found = {(prompt_id, metric): value for prompt_id, metric, value in own.select(_KEYS).iter_rows()}
+    found = {
+        (prompt_id, metric): value for prompt_id, metric, value in own.select(_KEYS).iter_rows()
+    }
     return {
-        prompt_id: {metric: found[prompt_id, metric] for metric in metrics if (prompt_id, metric) in found}
+        prompt_id: {
+            metric: found[prompt_id, metric] for metric in metrics if (prompt_id, metric) in found
+        }
         for prompt_id in {prompt_id for prompt_id, _ in found}
     }

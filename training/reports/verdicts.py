@@ -15,7 +15,10 @@ _WORDS = {
 }  # fmt: skip
 _HEADS = (
     "<th>metric</th><th>prompts</th><th>verdict</th><th class=middle>95 % interval of the difference</th>"
-    + "".join(f"<th class=number>{name}</th>" for name in ("difference", "n", "before", "after", "p (Holm)", "wins"))
+    + "".join(
+        f"<th class=number>{name}</th>"
+        for name in ("difference", "n", "before", "after", "p (Holm)", "wins")
+    )
 )
 
 
@@ -39,7 +42,11 @@ def verdict_table(verdicts: pl.DataFrame) -> str:
     reach = _reach(verdicts)
     rows = []
     for row in in_order(verdicts):
-        needed = f"<br><small class=muted>{row['num_needed']:,} prompts would do</small>" if row["num_needed"] else ""
+        needed = (
+            f"<br><small class=muted>{row['num_needed']:,} prompts would do</small>"
+            if row["num_needed"]
+            else ""
+        )
         numbers = (
             f"{row['difference']:+.4f}", row["num_prompts"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
             f"{row['p_holm']:.2g}", f"{row['win_rate']:.0%}",
@@ -57,9 +64,12 @@ def verdict_table(verdicts: pl.DataFrame) -> str:
 
 
 def in_order(verdicts: pl.DataFrame) -> list[dict[str, object]]:
-    """Rows of table `verdicts`, those over all prompts first, CLIP score and aesthetic before other metrics."""
+    """Rows of table `verdicts`, those over all prompts first, CLIP score and aesthetic before other
+    metrics."""
     rows = verdicts.sort("group", "metric").to_dicts()
-    return sorted(rows, key=lambda row: (row["group"] != ALL, _place(str(row["metric"])), row["group"]))
+    return sorted(
+        rows, key=lambda row: (row["group"] != ALL, _place(str(row["metric"])), row["group"])
+    )
 
 
 def _place(metric: str) -> tuple[int, str]:
@@ -76,7 +86,9 @@ def _interval(row: Mapping[str, object]) -> str:
 
 
 def _bar(row: Mapping[str, object], reach: Mapping[str, float]) -> str:
-    low, middle, high, margin = (float(str(row[name])) for name in ("low", "difference", "high", "margin"))
+    low, middle, high, margin = (
+        float(str(row[name])) for name in ("low", "difference", "high", "margin")
+    )
     return interval_bar(low, middle, high, margin, reach[str(row["metric"])])
 
 

@@ -121,7 +121,9 @@ def _copy(source: Path, folder: Path, name: str = "") -> Path:
     return target
 
 
-def _copy_latents(inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, Any]]], target: Path) -> None:
+def _copy_latents(
+    inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, Any]]], target: Path
+) -> None:
     """Copy of each shard the generations that the run's epochs have pinned, and the one that the next epoch would pin.
 
     Raises:
@@ -154,7 +156,10 @@ def _copy_generation(generation: Generation, target: Path) -> None:
         DamageError: a file of it is gone.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*(entry.name for entry in generation.manifest.files), f"g{generation.number:04d}.json"):
+    for name in (
+        *(entry.name for entry in generation.manifest.files),
+        f"g{generation.number:04d}.json",
+    ):
         try:
             shutil.copyfile(generation.folder / name, target / name)
         except FileNotFoundError:
@@ -181,7 +186,9 @@ def _optional_packages(config: RunConfig) -> list[str]:
         if protocol is None:
             continue
         if protocol not in known_implementations:
-            raise ConfigError(f"latents_url={config.latents_url!r}: fsspec knows no protocol {protocol!r}")
+            raise ConfigError(
+                f"latents_url={config.latents_url!r}: fsspec knows no protocol {protocol!r}"
+            )
         found += _packages_of(known_implementations[protocol]["class"])
     return found
 
@@ -189,7 +196,9 @@ def _optional_packages(config: RunConfig) -> list[str]:
 def _packages_of(filesystem: str) -> list[str]:
     """What a class of fsspec's file systems needs beside fsspec: the extra of fsspec for it, else its own package."""
     extras = importlib.metadata.metadata("fsspec").get_all("Provides-Extra") or []
-    if extra := [name for name in extras if known_implementations.get(name, {}).get("class") == filesystem]:
+    if extra := [
+        name for name in extras if known_implementations.get(name, {}).get("class") == filesystem
+    ]:
         return [f"fsspec[{extra[0]}]"]
     module = filesystem.partition(".")[0]
     return [] if module == "fsspec" else [module.replace("_", "-")]

@@ -1,11 +1,14 @@
-"""`events.jsonl`: all that a run says about itself, one JSON object a line, flushed; the only source of tracking.
+"""`events.jsonl`: all that a run says about itself, one JSON object a line, flushed; the only
+source of tracking.
 
-Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with `started` (from the base
-model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped` or `failed`; an attempt that was killed has
-no such line. A `data` line says where the time of an interval went, a `compiled` line which graphs a batch needed, or
-a validation. A `resumed` line takes back every other kind of line before it that lies beyond its `samples_seen`, a
-second `started` takes back all of them: that part of the run is done again. Of two `validation` or `checkpoint` lines
-at the same `samples_seen` the later one counts: a resume may make up for a validation that a stop request dropped.
+Every line has `time_ms` (UTC), `event`, `attempt` and `samples_seen`. An attempt opens with
+`started` (from the base model) or `resumed` (from a checkpoint) and ends with `finished`, `stopped`
+or `failed`; an attempt that was killed has no such line. A `data` line says where the time of an
+interval went, a `compiled` line which graphs a batch needed, or a validation. A `resumed` line
+takes back every other kind of line before it that lies beyond its `samples_seen`, a second
+`started` takes back all of them: that part of the run is done again. Of two `validation` or
+`checkpoint` lines at the same `samples_seen` the later one counts: a resume may make up for a
+validation that a stop request dropped.
 """
 
 import json
@@ -77,7 +80,9 @@ def read_events(path: Path) -> list[Event]:
     for event in read_lines(path):
         if event["event"] in OPENINGS:
             limit = event["samples_seen"] if event["event"] == "resumed" else -1
-            kept = [old for old in kept if old["event"] not in _REPEATED or old["samples_seen"] <= limit]
+            kept = [
+                old for old in kept if old["event"] not in _REPEATED or old["samples_seen"] <= limit
+            ]
         elif event["event"] in ("validation", "checkpoint"):
             place = (event["event"], event["samples_seen"])
             kept = [old for old in kept if (old["event"], old["samples_seen"]) != place]
@@ -86,7 +91,8 @@ def read_events(path: Path) -> list[Event]:
 
 
 def has_finished(path: Path) -> bool:
-    """Whether the run came to its end: a stopped or failed one may go on. Reads the end of the log alone."""
+    """Whether the run came to its end: a stopped or failed one may go on. Reads the end of the log
+    alone."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -1,4 +1,5 @@
-"""Puts a run's last checkpoint into a folder that stands alone: model, card, report, licence, pictures."""
+"""Puts a run's last checkpoint into a folder that stands alone: model, card, report, licence,
+pictures."""
 
 import os
 import shutil
@@ -25,14 +26,19 @@ _LICENCES = ("license", "licence", "copying", "notice")
 
 
 def licence_files(base: Path) -> dict[str, Path]:
-    """The texts of a base model's licence, by name, sorted: they go with everything that is made from it.
+    """The texts of a base model's licence, by name, sorted: they go with everything that is made
+    from it.
 
     Args:
         base: A diffusers folder, or a single file with the folder of its configurations beside it.
     """
     folder = config_folder(base)
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: path for path in found if path.is_file() and path.name.lower().startswith(_LICENCES)}
+    return {
+        path.name: path
+        for path in found
+        if path.is_file() and path.name.lower().startswith(_LICENCES)
+    }
 
 
 def missing_licence(base: str, licence: str) -> str:
@@ -52,7 +58,8 @@ def assemble(
     texts: Mapping[str, str],
     copies: Mapping[str, Path],
 ) -> None:
-    """Fill a new release folder and rename it into place; an older one with the same name is replaced.
+    """Fill a new release folder and rename it into place; an older one with the same name is
+    replaced.
 
     Args:
         folder: `release/<run>`.
@@ -85,7 +92,14 @@ def table(folder: Path) -> pl.DataFrame:
     rows = []
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         name = path.relative_to(folder).as_posix()
-        rows.append({"file": name, "about": _about(name), "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        rows.append(
+            {
+                "file": name,
+                "about": _about(name),
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path),
+            }
+        )
     return pl.DataFrame(rows, schema=TABLES["release"].schema)
 
 

@@ -12,11 +12,11 @@ from training.runs.run_folder import STATE, Ready
 def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, state included, by the digests of all its files.
 
-    Returns:
-        Its folder, or None to begin from the base model; and a line for each newer one that is torn.
+    Returns: Its folder, or None to begin from the base model; and a line for each newer one that is
+        torn.
 
-    Raises:
-        TrainingError: a newer one is whole, but another version wrote it or its state was freed: to go on from an
+    Raises: TrainingError: a newer one is whole, but another version wrote it or its state was
+        freed: to go on from an
             older one would write over it.
     """
     torn = []
@@ -37,7 +37,8 @@ def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_version(path: Path) -> None:
-    """Refuse a checkpoint whose READY.json is whole, but not of this version; a torn one is left to others.
+    """Refuse a checkpoint whose READY.json is whole, but not of this version; a torn one is left to
+    others.
 
     Raises:
         TrainingError: names its format and keys.
@@ -49,7 +50,9 @@ def check_version(path: Path) -> None:
         values = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         return
-    if isinstance(values, dict) and (values.get("format") != run_folder.FORMAT or not needed <= set(values) <= names):
+    if isinstance(values, dict) and (
+        values.get("format") != run_folder.FORMAT or not needed <= set(values) <= names
+    ):
         raise TrainingError(
             f"{file} was written by another version of this code: format {values.get('format')!r} with keys "
             f"{sorted(values)}, this one reads format {run_folder.FORMAT} with {sorted(names)}; go on with the version "

@@ -13,12 +13,13 @@ from training.runs import run_folder
 _WANTED = "WANTED."
 
 
-def weights_to_keep(saved: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> set[int]:
+def weights_to_keep(
+    saved: Sequence[tuple[int, float | None]], config: CheckpointConfig
+) -> set[int]:
     """The checkpoints whose weights stay, by their samples_seen.
 
-    Args:
-        saved: samples_seen and validation loss of each, oldest first.
-        config: The newest `keep_last` stay, the first at or after each multiple of `keep_every_samples` (all for 0),
+    Args: saved: samples_seen and validation loss of each, oldest first. config: The newest
+        `keep_last` stay, the first at or after each multiple of `keep_every_samples` (all for 0),
             and the one with the lowest validation loss, of equal ones the oldest.
     """
     if not config.keep_every_samples:
@@ -34,9 +35,11 @@ def weights_to_keep(saved: Sequence[tuple[int, float | None]], config: Checkpoin
 
 
 def apply_retention(folder: Path, config: CheckpointConfig) -> list[int]:
-    """Free the optimizer's state of all but the newest checkpoints of a run, and remove those that no rule keeps.
+    """Free the optimizer's state of all but the newest checkpoints of a run, and remove those that
+    no rule keeps.
 
-    One that is being read, or that somebody wants, as an evaluation does or the champion is, is left for the next time.
+    One that is being read, or that somebody wants, as an evaluation does or the champion is, is
+    left for the next time.
 
     Returns:
         samples_seen of those that were removed.
@@ -44,7 +47,9 @@ def apply_retention(folder: Path, config: CheckpointConfig) -> list[int]:
     saved = [(path, run_folder.read_ready(path)) for path in run_folder.checkpoints(folder)]
     for path, _ in saved[: -config.keep_last]:
         shutil.rmtree(path / run_folder.STATE, ignore_errors=True)
-    kept = weights_to_keep([(ready.samples_seen, ready.validation_loss) for _, ready in saved], config)
+    kept = weights_to_keep(
+        [(ready.samples_seen, ready.validation_loss) for _, ready in saved], config
+    )
     removed = []
     for path, ready in saved:
         if ready.samples_seen not in kept and _remove(path):
@@ -76,7 +81,8 @@ def release(checkpoint: Path, purpose: str) -> None:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a checkpoint unless somebody reads or wants it; READY.json goes first, so that half of one is none."""
+    """Remove a checkpoint unless somebody reads or wants it; READY.json goes first, so that half of
+    one is none."""
     ready = path / run_folder.READY
     with ready.open("rb") as file:
         try:

@@ -1,4 +1,5 @@
-"""A run's folder: the names in it, what its launcher writes for the trainer, and which checkpoints are complete.
+"""A run's folder: the names in it, what its launcher writes for the trainer, and which checkpoints
+are complete.
 
 Free of torch, because the launcher, the sensors and the trainer share it.
 """
@@ -37,8 +38,8 @@ _YOUNGER = frozenset({"tag_vocabulary", "vae", "vae_digest", "num_left_out"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInputs:
-    """`inputs.json`: what a run is made from. Paths inside the workspace are stored relative to the run's folder, so
-    that both can be moved together; others as they are."""
+    """`inputs.json`: what a run is made from. Paths inside the workspace are stored relative to the
+    run's folder, so that both can be moved together; others as they are."""
 
     run: str
     """Name of the run."""
@@ -59,12 +60,14 @@ class RunInputs:
     base_digest: str
     """`weights.model_digest` of that folder."""
     vae: Path | None = None
-    """VAE that the latents were encoded with, where it is not the base model's own: checkpoints carry it."""
+    """VAE that the latents were encoded with, where it is not the base model's own: checkpoints
+    carry it."""
     vae_digest: str = ""
-    """`weights.model_digest` of the VAE that the latents must have been encoded with; empty in files of older
-    versions, whose latents are taken as they are."""
+    """`weights.model_digest` of the VAE that the latents must have been encoded with; empty in
+    files of older versions, whose latents are taken as they are."""
     tag_vocabulary: str = ""
-    """Digest of the workspace's table that `vocabulary` was taken from; empty in files of older versions."""
+    """Digest of the workspace's table that `vocabulary` was taken from; empty in files of older
+    versions."""
     num_left_out: int = 0
     """Forgotten images of the set that the run was told to go on without; more of them stop it."""
 
@@ -79,7 +82,9 @@ def write_inputs(folder: Path, inputs: RunInputs) -> None:
     for item in dataclasses.fields(inputs):
         value = getattr(inputs, item.name)
         if isinstance(value, Path):
-            value = os.path.relpath(value, folder) if value.is_relative_to(workspace) else str(value)
+            value = (
+                os.path.relpath(value, folder) if value.is_relative_to(workspace) else str(value)
+            )
         values[item.name] = value
     commit.write_json(folder / INPUTS, values)
 
@@ -126,10 +131,15 @@ def checked_training_set(inputs: RunInputs) -> Path:
 
 
 def repointed(
-    inputs: RunInputs, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None
+    inputs: RunInputs,
+    *,
+    training_sets: Path,
+    latents: Path,
+    base_model: Path | None,
+    vae: Path | None,
 ) -> RunInputs:
-    """The inputs of a run with the workspace's own files in place of those that are no longer where they were: it came
-    back from a bundle, or the workspace was moved.
+    """The inputs of a run with the workspace's own files in place of those that are no longer where
+    they were: it came back from a bundle, or the workspace was moved.
 
     Args:
         inputs: As they were written.
@@ -146,26 +156,35 @@ def repointed(
         "base_model": base_model,
         "vae": None if inputs.vae is None else vae,
     }
-    lost = {name: path for name, path in here.items() if path is not None and not getattr(inputs, name).exists()}
+    lost = {
+        name: path
+        for name, path in here.items()
+        if path is not None and not getattr(inputs, name).exists()
+    }
     return dataclasses.replace(inputs, **lost)  # type: ignore[arg-type]
 
 
 def _with_set(inputs: RunInputs, training_sets: Path) -> RunInputs:
-    """The inputs with the run's set as it is here: under its name, or under what `forgotten_stem` makes of it, because
-    images were forgotten while the run was elsewhere."""
+    """The inputs with the run's set as it is here: under its name, or under what `forgotten_stem`
+    makes of it, because images were forgotten while the run was elsewhere."""
     found = training_sets / inputs.training_set.name
     forgotten = sorted(training_sets.glob(f"{forgotten_stem(found)}-*.parquet"))
     if found.is_file() or not forgotten:
         return dataclasses.replace(inputs, training_set=found)
-    return dataclasses.replace(inputs, training_set=forgotten[0], training_set_sha256=commit.sha256_file(forgotten[0]))
+    return dataclasses.replace(
+        inputs, training_set=forgotten[0], training_set_sha256=commit.sha256_file(forgotten[0])
+    )
 
 
 def forgotten_stem(training_set: Path) -> str:
-    """What the name of a frozen set begins with after images of it were forgotten: `sdxl-1a2b3c4d.forgotten`."""
+    """What the name of a frozen set begins with after images of it were forgotten:
+    `sdxl-1a2b3c4d.forgotten`."""
     return training_set.stem.partition(".forgotten-")[0] + ".forgotten"
 
 
-def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None) -> bool:
+def adopt(
+    run: Path, *, training_sets: Path, latents: Path, base_model: Path | None, vae: Path | None
+) -> bool:
     """Write the inputs of a run as `repointed` has them.
 
     Returns:
@@ -175,7 +194,9 @@ def adopt(run: Path, *, training_sets: Path, latents: Path, base_model: Path | N
         DataError: the run was trained on a set that this workspace does not have.
     """
     before = read_inputs(run)
-    inputs = repointed(before, training_sets=training_sets, latents=latents, base_model=base_model, vae=vae)
+    inputs = repointed(
+        before, training_sets=training_sets, latents=latents, base_model=base_model, vae=vae
+    )
     if not inputs.training_set.is_file():
         raise DataError(
             f"run {inputs.run} was trained on set {inputs.fingerprint[:16]}, which is not in this workspace: "
@@ -192,11 +213,15 @@ def is_away(folder: Path) -> bool:
     if not path.exists():
         return False
     events = folder / EVENTS
-    return bool(json.loads(path.read_bytes())["event_bytes"] == (events.stat().st_size if events.exists() else 0))
+    return bool(
+        json.loads(path.read_bytes())["event_bytes"]
+        == (events.stat().st_size if events.exists() else 0)
+    )
 
 
 def bundled_latents(folder: Path) -> dict[str, list[int]]:
-    """Generations of latents, by shard, that were taken along with the bundle of a run; none where there is none."""
+    """Generations of latents, by shard, that were taken along with the bundle of a run; none where
+    there is none."""
     path = folder / BUNDLED
     return dict(json.loads(path.read_bytes()).get("latents", {})) if path.exists() else {}
 
@@ -239,7 +264,8 @@ class Ready:
     config: dict[str, Any]
     """The resolved RunConfig."""
     validation_owed: bool = False
-    """Whether a stop request dropped the validation of this checkpoint, so that a resume begins with it."""
+    """Whether a stop request dropped the validation of this checkpoint, so that a resume begins
+    with it."""
     format: int = FORMAT
 
 
@@ -256,19 +282,25 @@ def read_ready(folder: Path) -> Ready:
     """
     try:
         values = json.loads((folder / READY).read_bytes())
-        entries = {key: tuple(commit.Entry(**item) for item in values[key]) for key in ("files", "state_files")}
+        entries = {
+            key: tuple(commit.Entry(**item) for item in values[key])
+            for key in ("files", "state_files")
+        }
         ready = Ready(**{**values, **entries})
     except FileNotFoundError:
         raise DamageError(f"checkpoint {folder} has no {READY}: it was not finished") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamageError(f"checkpoint {folder}: {READY} is damaged ({error})") from None
     if ready.format != FORMAT:
-        raise DamageError(f"checkpoint {folder} has format {ready.format!r}, this version reads {FORMAT}")
+        raise DamageError(
+            f"checkpoint {folder} has format {ready.format!r}, this version reads {FORMAT}"
+        )
     return ready
 
 
 def check_checkpoint(folder: Path) -> Ready:
-    """Compare all files of a checkpoint with its READY.json; one whose `state/` was freed by retention is whole.
+    """Compare all files of a checkpoint with its READY.json; one whose `state/` was freed by
+    retention is whole.
 
     Raises:
         DamageError: names the first file that is gone, cut or changed.
@@ -280,9 +312,16 @@ def check_checkpoint(folder: Path) -> Ready:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Folders that are named as checkpoints of a run, whole or not, oldest first by their number."""
-    found = {path: path.name.removeprefix("samples_") for path in (folder / CHECKPOINTS).glob("samples_*")}
-    return sorted((path for path, number in found.items() if number.isdecimal()), key=lambda path: int(found[path]))
+    """Folders that are named as checkpoints of a run, whole or not, oldest first by their
+    number."""
+    found = {
+        path: path.name.removeprefix("samples_")
+        for path in (folder / CHECKPOINTS).glob("samples_*")
+    }
+    return sorted(
+        (path for path, number in found.items() if number.isdecimal()),
+        key=lambda path: int(found[path]),
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -298,7 +337,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def pinned_latents(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """Generations of latents that a run may read again: of every epoch from that of its oldest resumable checkpoint on.
+    """Generations of latents that a run may read again: of every epoch from that of its oldest
+    resumable checkpoint on.
 
     Returns:
         What each such epoch's file says, per shard `{"generation": 3, "digest": "..."}`.
@@ -306,4 +346,6 @@ def pinned_latents(folder: Path) -> list[dict[str, dict[str, Any]]]:
     clocks = sorted((folder / CHECKPOINTS).glob(f"samples_*/{STATE}/clock.json"))
     first = min((json.loads(path.read_bytes())["epoch"] for path in clocks), default=0)
     manifests = sorted(path for path in (folder / EPOCHS).glob("*.json") if path.stem.isdecimal())
-    return [json.loads(path.read_bytes())["latents"] for path in manifests if int(path.stem) >= first]
+    return [
+        json.loads(path.read_bytes())["latents"] for path in manifests if int(path.stem) >= first
+    ]

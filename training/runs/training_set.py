@@ -1,4 +1,5 @@
-"""Freezes what a run trains on: one row per sample, and a fingerprint that names the set for ever."""
+"""Freezes what a run trains on: one row per sample, and a fingerprint that names the set for
+ever."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,21 +28,28 @@ def freeze(selected: pl.DataFrame, assigned: pl.DataFrame, encoded: pl.DataFrame
     Raises:
         DataError: nothing is left to train on.
     """
-    kept = selected.filter(pl.col("kept")).join(encoded.select("image_id").unique(), on="image_id", how="semi")
+    kept = selected.filter(pl.col("kept")).join(
+        encoded.select("image_id").unique(), on="image_id", how="semi"
+    )
     samples = kept.join(
-        assigned.select("image_id", "bucket_height", "bucket_width", "padded"), on="image_id", how="inner"
+        assigned.select("image_id", "bucket_height", "bucket_width", "padded"),
+        on="image_id",
+        how="inner",
     )
     letterboxed = pl.lit([{"name": LETTERBOXED, "category": "meta"}], dtype=pl.List(TAG))
     samples = _turn_words(samples).with_columns(
         tags=pl.when("padded").then(pl.concat_list("tags", letterboxed)).otherwise("tags")
     )
     if samples.filter(pl.col("split") == "train").is_empty():
-        raise DataError(f"no training image is left: {selected['kept'].sum()} kept, {encoded.height} encoded")
+        raise DataError(
+            f"no training image is left: {selected['kept'].sum()} kept, {encoded.height} encoded"
+        )
     return TABLES["training_set"].conform(samples.select(list(TABLES["training_set"].columns)))
 
 
 def _turn_words(samples: pl.DataFrame) -> pl.DataFrame:
-    """Of mirrored images, `left` becomes `right` and the other way round, as whole words of tags and captions."""
+    """Of mirrored images, `left` becomes `right` and the other way round, as whole words of tags
+    and captions."""
     turned = samples.filter("flip").with_columns(
         pl.col("caption", "made_caption").map_elements(swap_sides, return_dtype=pl.String),
         pl.col("tags").map_elements(_turn_tags, return_dtype=pl.List(TAG)),
@@ -60,10 +68,11 @@ def _turn_tags(tags: pl.Series) -> list[dict[str, str]]:
 
 
 def blank(samples: pl.DataFrame, image_ids: Sequence[str]) -> pl.DataFrame:
-    """A frozen set in which some images are forgotten: of such a row the id, the shard and the place in the set stay.
+    """A frozen set in which some images are forgotten: of such a row the id, the shard and the
+    place in the set stay.
 
-    Its split is `forgotten`: it neither trains nor validates, and everything else that was derived from the image is
-    gone.
+    Its split is `forgotten`: it neither trains nor validates, and everything else that was derived
+    from the image is gone.
     """
     forgotten = pl.col("image_id").is_in(list(image_ids))
     empty: dict[str, Any] = {"split": FORGOTTEN, "stable": False}
@@ -93,7 +102,8 @@ def count_forgotten(training_set: Path) -> int:
 
 
 def require_whole(inputs: RunInputs) -> None:
-    """Check that a run that is to be trained lacks no images but those that it was told to go on without.
+    """Check that a run that is to be trained lacks no images but those that it was told to go on
+    without.
 
     Raises:
         DataError: more of its images were forgotten.

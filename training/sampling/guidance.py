@@ -1,7 +1,8 @@
-"""How the UNet's predictions for several readings of one picture become one: classifier-free and perturbed-attention.
+"""How the UNet's predictions for several readings of one picture become one: classifier-free and
+perturbed-attention.
 
-Readings follow each other along the batch: without the prompt, with it, and, where that is asked for, with it but with
-the self-attention of the middle block replaced by the identity.
+Readings follow each other along the batch: without the prompt, with it, and, where that is asked
+for, with it but with the self-attention of the middle block replaced by the identity.
 """
 
 import contextlib
@@ -29,12 +30,14 @@ def repeat_prompts(conditioning: torch.Tensor, config: SamplingConfig) -> torch.
 
 @contextlib.contextmanager
 def perturbed(unet: UNet2DConditionModel, config: SamplingConfig) -> Iterator[None]:
-    """Within, the UNet reads the last third of its batch without self-attention in the middle block, if so asked.
+    """Within, the UNet reads the last third of its batch without self-attention in the middle
+    block, if so asked.
 
     Raises:
         EvaluationError: the UNet's middle block has no self-attention.
 
-    Source: Ahn et al., arXiv:2403.17377, section 4.1 (identity attention map) and the appendix (the middle block).
+    Source: Ahn et al., arXiv:2403.17377, section 4.1 (identity attention map) and the appendix (the
+    middle block).
     """
     if not config.pag_scale:
         yield
@@ -42,7 +45,9 @@ def perturbed(unet: UNet2DConditionModel, config: SamplingConfig) -> Iterator[No
     layers = [
         module
         for name, module in unet.named_modules()
-        if name.startswith("mid_block.") and isinstance(module, Attention) and not module.is_cross_attention
+        if name.startswith("mid_block.")
+        and isinstance(module, Attention)
+        and not module.is_cross_attention
     ]
     if not layers:
         raise EvaluationError(
@@ -59,7 +64,9 @@ def perturbed(unet: UNet2DConditionModel, config: SamplingConfig) -> Iterator[No
             layer.set_processor(processor)
 
 
-def guide(prediction: torch.Tensor, config: SamplingConfig, factors: torch.Tensor | float = 1.0) -> torch.Tensor:
+def guide(
+    prediction: torch.Tensor, config: SamplingConfig, factors: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """One prediction `(B, ...)` of those of all readings `(num_readings * B, ...)`.
 
     Args:
@@ -67,7 +74,8 @@ def guide(prediction: torch.Tensor, config: SamplingConfig, factors: torch.Tenso
         config: Says how strong both guidances are.
         factors: Of the scale of classifier-free guidance, `(B, 1, 1, 1)` or one for all pictures.
 
-    Source: Ho and Salimans, arXiv:2207.12598, eq. 6; arXiv:2403.17377, eq. 16 (both guidances at once).
+    Source: Ho and Salimans, arXiv:2207.12598, eq. 6; arXiv:2403.17377, eq. 16 (both guidances at
+    once).
     """
     without, with_text, *rest = prediction.chunk(num_readings(config))
     guided = without + config.guidance_scale * factors * (with_text - without)

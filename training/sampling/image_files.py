@@ -1,4 +1,5 @@
-"""A checkpoint's pictures as files: reading them, and what is said of those that cannot be read or scored."""
+"""A checkpoint's pictures as files: reading them, and what is said of those that cannot be read or
+scored."""
 
 from pathlib import Path
 
@@ -27,18 +28,25 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(path, formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise EvaluationError(f"sample image {path} cannot be read ({error}): run `foundry verify --repair`") from error
+        raise EvaluationError(
+            f"sample image {path} cannot be read ({error}): run `foundry verify --repair`"
+        ) from error
 
 
 def read_or_explain(folder: Path, file: str | None) -> np.ndarray | str:
-    """A picture of ours as `(H, W, 3)` uint8, or in words that are equal on every machine why there is none."""
+    """A picture of ours as `(H, W, 3)` uint8, or in words that are equal on every machine why there
+    is none."""
     if file is None:
         return NOT_DRAWN
     try:
         return read_picture(folder / file)
     except EvaluationError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
-        return f"{file} {_MISSING}" if missing else f"{file} {_DAMAGED} ({type(error.__cause__).__name__})"
+        return (
+            f"{file} {_MISSING}"
+            if missing
+            else f"{file} {_DAMAGED} ({type(error.__cause__).__name__})"
+        )
 
 
 def read_if_there(folder: Path, file: str | None) -> np.ndarray | None:
@@ -48,7 +56,8 @@ def read_if_there(folder: Path, file: str | None) -> np.ndarray | None:
 
 
 def refusal(checkpoint: str, metrics: pl.DataFrame) -> str:
-    """Why no verdict can be given on a checkpoint, and what to do; empty where all of its pictures have scores.
+    """Why no verdict can be given on a checkpoint, and what to do; empty where all of its pictures
+    have scores.
 
     Args:
         checkpoint: Its name.

@@ -1,7 +1,9 @@
-"""Which prompt an image from elsewhere was made from: by prompt id, by what its file says of itself, or by its name.
+"""Which prompt an image from elsewhere was made from: by prompt id, by what its file says of
+itself, or by its name.
 
-The first of these that tells a row counts: the name is a prompt's id, or begins with one; the file holds the prompt, as
-A1111, its relatives and this package write it; a number in the name is that of the row, counted from 0.
+The first of these that tells a row counts: the name is a prompt's id, or begins with one; the file
+holds the prompt, as A1111, its relatives and this package write it; a number in the name is that of
+the row, counted from 0.
 """
 
 import hashlib
@@ -28,7 +30,9 @@ def own_file_stem(prompt_id: str) -> str:
     return hashlib.sha256(prompt_id.encode()).hexdigest()[:16]
 
 
-def rows_of(model: str, files: Sequence[Path], texts: Sequence[str], prompt_ids: Sequence[str]) -> list[int]:
+def rows_of(
+    model: str, files: Sequence[Path], texts: Sequence[str], prompt_ids: Sequence[str]
+) -> list[int]:
     """The row of the prompts that each image of one model was made from.
 
     Args:
@@ -40,19 +44,27 @@ def rows_of(model: str, files: Sequence[Path], texts: Sequence[str], prompt_ids:
     Raises:
         EvaluationError: nothing tells a file's row, or a number is none of a row; names the file.
     """
-    ids = {name: row for row, prompt_id in enumerate(prompt_ids) for name in (own_file_stem(prompt_id), prompt_id)}
+    ids = {
+        name: row
+        for row, prompt_id in enumerate(prompt_ids)
+        for name in (own_file_stem(prompt_id), prompt_id)
+    }
     said: dict[str, int] = {}
     for row, text in enumerate(texts):
         said.setdefault(_plain(text), row)
     rows = [_by_id(path.stem, ids) for path in files]
-    rows = [row if row is not None else _by_metadata(path, said) for row, path in zip(rows, files, strict=True)]
+    rows = [
+        row if row is not None else _by_metadata(path, said)
+        for row, path in zip(rows, files, strict=True)
+    ]
     left = [path for path, row in zip(files, rows, strict=True) if row is None]
     numbered = iter(_by_number(model, left, len(texts)))
     return [row if row is not None else next(numbered) for row in rows]
 
 
 def read_prompt(path: Path) -> str | None:
-    """The prompt inside an image file, without the networks that were added to it; None where there is none.
+    """The prompt inside an image file, without the networks that were added to it; None where there
+    is none.
 
     Reads headers only: text `parameters` of PNG, the user comment of other formats.
     """
@@ -79,8 +91,13 @@ def _plain(text: str) -> str:
 
 
 def _by_id(stem: str, ids: Mapping[str, int]) -> int | None:
-    """The row of the longest id that a name is, or begins with before something that is no part of a word."""
-    fitting = [name for name in ids if stem.startswith(name) and not stem[len(name) : len(name) + 1].isalnum()]
+    """The row of the longest id that a name is, or begins with before something that is no part of
+    a word."""
+    fitting = [
+        name
+        for name in ids
+        if stem.startswith(name) and not stem[len(name) : len(name) + 1].isalnum()
+    ]
     return ids[max(fitting, key=len)] if fitting else None
 
 
@@ -90,8 +107,9 @@ def _by_metadata(path: Path, said: Mapping[str, int]) -> int | None:
 
 
 def _by_number(model: str, files: Sequence[Path], count: int) -> list[int]:
-    """Rows by a number in the names: that after `prompt`; else the first one, or the last one where the first is the
-    same in all names and so belongs to the model. The model's own name in front does not count.
+    """Rows by a number in the names: that after `prompt`; else the first one, or the last one where
+    the first is the same in all names and so belongs to the model. The model's own name in front
+    does not count.
 
     Source: the last one after GhostReview's script, `int(name.split('-')[-1])`.
     """
@@ -100,7 +118,11 @@ def _by_number(model: str, files: Sequence[Path], count: int) -> list[int]:
         stem = path.stem.removeprefix(model)
         named = _NAMED_NUMBER.search(stem)
         found.append([int(number) for number in ([named[1]] if named else _NUMBER.findall(stem))])
-    is_models = len({numbers[0] for numbers in found if numbers}) == 1 < len({tuple(numbers) for numbers in found})
+    is_models = (
+        len({numbers[0] for numbers in found if numbers})
+        == 1
+        < len({tuple(numbers) for numbers in found})
+    )
     last_fits = all(numbers and numbers[-1] < count for numbers in found)
     place = -1 if is_models and last_fits else 0
     for path, numbers in zip(files, found, strict=True):

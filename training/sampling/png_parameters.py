@@ -1,4 +1,5 @@
-"""Writes pictures with all that made them inside, in the form that A1111, its relatives and Civitai write and read."""
+"""Writes pictures with all that made them inside, in the form that A1111, its relatives and Civitai
+write and read."""
 
 import hashlib
 import json
@@ -16,7 +17,11 @@ from training.sampling.schedulers import LABELS, SCHEDULE_LABELS
 _UPSCALERS: Mapping[Enlarge, str] = {
     "latent": "Latent", "latent_bicubic": "Latent (bicubic antialiased)", "pixels": "Lanczos",
 }  # fmt: skip
-_EMPHASIS: Mapping[PromptWeights, str] = {"off": "None", "plain": "No norm", "mean_restored": "Original"}
+_EMPHASIS: Mapping[PromptWeights, str] = {
+    "off": "None",
+    "plain": "No norm",
+    "mean_restored": "Original",
+}
 _HASH_LENGTH = 12
 
 
@@ -37,15 +42,20 @@ def parameters(
         clip_skip: Layer that was read; 1 is not mentioned.
         lora_hashes: `lora_hash` by name.
 
-    Returns:
-        Prompt, with its LoRAs, then a line of the negative prompt where there is one, then a line of settings.
+    Returns: Prompt, with its LoRAs, then a line of the negative prompt where there is one, then a
+        line of settings.
     """
     loras = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in config.loras)
     prompts = f"{text}{loras}" + (f"\nNegative prompt: {negative}" if negative else "")
     settings: dict[str, object] = {"Steps": config.num_steps, "Sampler": LABELS[config.sampler]}
     if config.sampler != "ddim":  # which has no choice of schedule there either
         settings["Schedule type"] = SCHEDULE_LABELS[config.schedule]
-    settings |= {"CFG scale": config.guidance_scale, "Seed": seed, "Size": f"{width}x{height}", "Model": model}
+    settings |= {
+        "CFG scale": config.guidance_scale,
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": model,
+    }
     if clip_skip > 1:
         settings["Clip skip"] = clip_skip
     if (second := config.second_pass) is not None:
@@ -68,13 +78,18 @@ def parameters(
     if config.sampler != "ddim":  # whose start A1111 always has so
         settings["SGM noise multiplier"] = True
     if lora_hashes:
-        settings["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
+        settings["Lora hashes"] = ", ".join(
+            f"{name}: {digest}" for name, digest in lora_hashes.items()
+        )
     settings |= {"Precision": config.precision, "RNG": "CPU"}
-    return f"{prompts}\n" + ", ".join(f"{name}: {_quote(value)}" for name, value in settings.items())
+    return f"{prompts}\n" + ", ".join(
+        f"{name}: {_quote(value)}" for name, value in settings.items()
+    )
 
 
 def lora_hash(path: Path) -> str:
-    """The hash by which A1111 and Civitai know a LoRA: of the tensors' bytes, behind the header of the file."""
+    """The hash by which A1111 and Civitai know a LoRA: of the tensors' bytes, behind the header of
+    the file."""
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_LENGTH]
@@ -83,7 +98,8 @@ def lora_hash(path: Path) -> str:
 def write_png(path: Path, picture: np.ndarray, text: str) -> None:
     """Write `(H, W, 3)` uint8 as PNG with `text` under the keyword `parameters`, atomically."""
     info = PngInfo()
-    # tEXt is Latin-1 by definition; anything else goes into iTXt, which the readers of these pictures know too.
+    # tEXt is Latin-1 by definition; anything else goes into iTXt, which the readers of these
+    # pictures know too.
     if text.isascii():
         info.add_text("parameters", text)
     else:

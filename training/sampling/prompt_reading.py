@@ -1,6 +1,8 @@
-"""Reads the prompts of a set as a protocol has them: which texts each pass shows, and what is refused or warned of.
+"""Reads the prompts of a set as a protocol has them: which texts each pass shows, and what is
+refused or warned of.
 
-Everything is read before a model is loaded, so that a prompt that cannot be drawn costs no sampling. Needs no torch.
+Everything is read before a model is loaded, so that a prompt that cannot be drawn costs no
+sampling. Needs no torch.
 """
 
 import re
@@ -15,7 +17,8 @@ from training.sampling.prompt_schedules import Parsed, Schedule, late_times, par
 from training.sampling.prompt_weights import ReadText, read_text, unread_marks
 
 _CALLS_A_STEP: Mapping[Sampler, int] = {"dpmpp_sde": 2}
-"""Of samplers that call the UNet more than once; the last step has one, but A1111 counts it as the others."""
+"""Of samplers that call the UNet more than once; the last step has one, but A1111 counts it as the
+others."""
 _AND = re.compile(r"\bAND\b")
 _LAST_NUMBER = re.compile(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))$")
 _TAG = re.compile(r"<\w+:[^>]+>")
@@ -47,15 +50,20 @@ def read(text: str, config: SamplingConfig, *, is_negative: bool = False) -> Rea
         config: Sampler and steps, which times refer to, and how prompts are read.
         is_negative: A negative has no weight at its end.
 
-    Raises:
-        EvaluationError: it cannot be drawn, or not with `prompt_syntax = "strict"`; does not name the prompt.
+    Raises: EvaluationError: it cannot be drawn, or not with `prompt_syntax = "strict"`; does not
+        name the prompt.
     """
     text, guidance, remarks = (text, 1.0, []) if is_negative else _take_weight(text)
     if _AND.search(text):
         if not is_negative:
-            raise EvaluationError("'AND' joins several prompts to one picture in A1111, which is not done here")
+            raise EvaluationError(
+                "'AND' joins several prompts to one picture in A1111, which is not done here"
+            )
         remarks.append("'AND' is a mere word in a negative prompt")
-    remarks += [f"{tag!r} is read as words: LoRAs are named in evaluation.sampling.loras" for tag in _TAG.findall(text)]
+    remarks += [
+        f"{tag!r} is read as words: LoRAs are named in evaluation.sampling.loras"
+        for tag in _TAG.findall(text)
+    ]
     parsed = parse(text)
     if parsed.undetermined:
         raise EvaluationError(
@@ -66,7 +74,9 @@ def read(text: str, config: SamplingConfig, *, is_negative: bool = False) -> Rea
     passes = [schedule(parsed, first, rules=config.prompt_times)]
     if second is not None:
         passes.append(schedule(parsed, first, second, rules=config.prompt_times))
-    texts = {text: read_text(text, config.prompt_weights) for entries in passes for _, text in entries}
+    texts = {
+        text: read_text(text, config.prompt_weights) for entries in passes for _, text in entries
+    }
     remarks += _letters(parsed)
     calls = f"{first} calls of the UNet" + (f" and {second} of the second pass" if second else "")
     late = late_times(parsed, first, second, config.prompt_times)
@@ -76,12 +86,15 @@ def read(text: str, config: SamplingConfig, *, is_negative: bool = False) -> Rea
     if config.prompt_weights == "off":
         remarks += _unread(parsed, texts)
     if remarks and config.prompt_syntax == "strict":
-        raise EvaluationError(f'{remarks[0]}; evaluation.sampling.prompt_syntax="strict" refuses that')
+        raise EvaluationError(
+            f'{remarks[0]}; evaluation.sampling.prompt_syntax="strict" refuses that'
+        )
     return Reading(passes=tuple(passes), texts=texts, guidance=guidance, remarks=tuple(remarks))
 
 
 def counted_calls(config: SamplingConfig) -> tuple[int, int | None]:
-    """Calls of the UNet that times count in the first pass and in the second, which may be none; as A1111 counts."""
+    """Calls of the UNet that times count in the first pass and in the second, which may be none; as
+    A1111 counts."""
     calls, second = _CALLS_A_STEP.get(config.sampler, 1), config.second_pass
     return config.num_steps * calls, None if second is None else second.num_steps * calls
 
@@ -126,7 +139,8 @@ def remarks(prompts: pl.DataFrame, readings: Readings) -> list[dict[str, object]
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text that nobody wrote as a prompt is one text to every reader, with the words that it has."""
+    """Whether a text that nobody wrote as a prompt is one text to every reader, with the words that
+    it has."""
     try:
         found = read(text, SamplingConfig(prompt_syntax="strict"))
     except EvaluationError:
@@ -135,17 +149,20 @@ def is_plain(text: str) -> bool:
 
 
 def _take_weight(text: str) -> tuple[str, float, list[str]]:
-    """A prompt without the number at its end, which A1111 takes for the weight of what AND would part, and without the
-    white space there; the number, and what is to be said of it."""
+    """A prompt without the number at its end, which A1111 takes for the weight of what AND would
+    part, and without the white space there; the number, and what is to be said of it."""
     text = text.rstrip()
     if not (number := _LAST_NUMBER.search(text)):
         return text, 1.0, []
-    remark = f"{number[0]!r} at the end is no text, but makes the guidance {number[1]} times as strong"
+    remark = (
+        f"{number[0]!r} at the end is no text, but makes the guidance {number[1]} times as strong"
+    )
     return text[: number.start()], float(number[1]), [remark]
 
 
 def _letters(parsed: Parsed) -> list[str]:
-    """Marks that are letters to the schedule, as far as they show: round brackets that are weights do not."""
+    """Marks that are letters to the schedule, as far as they show: round brackets that are weights
+    do not."""
     if parsed.literal:
         return [f"{parsed.literal} makes A1111 read every schedule of the prompt as letters"]
     opened: list[tuple[int, str]] = []
@@ -155,16 +172,26 @@ def _letters(parsed: Parsed) -> list[str]:
             opened.pop()
         else:
             (opened if entry[1] == "(" else alone).append(entry)
-    listed = ", ".join(f"{bracket!r} (character {place})" for place, bracket in sorted([*alone, *opened]))
-    return [f"{listed}: letters, as no [from:to:when], [a|b], [text] or (text:weight) is whole there"] if listed else []
+    listed = ", ".join(
+        f"{bracket!r} (character {place})" for place, bracket in sorted([*alone, *opened])
+    )
+    return (
+        [f"{listed}: letters, as no [from:to:when], [a|b], [text] or (text:weight) is whole there"]
+        if listed
+        else []
+    )
 
 
 def _unread(parsed: Parsed, texts: Iterable[str]) -> list[str]:
     """Marks of weights, where none are read, but for brackets that `_letters` has named."""
     named = {bracket for _, bracket in parsed.loose}
-    found = dict.fromkeys(mark for text in texts for mark in unread_marks(text) if mark not in named)
+    found = dict.fromkeys(
+        mark for text in texts for mark in unread_marks(text) if mark not in named
+    )
     if not found:
         return []
     listed = ", ".join(repr(mark) for mark in found)
     verb = "is" if len(found) == 1 else "are"
-    return [f'{listed} {verb} read as letters, because prompt_weights = "off" reads no weights and no BREAK']
+    return [
+        f'{listed} {verb} read as letters, because prompt_weights = "off" reads no weights and no BREAK'
+    ]

@@ -1,7 +1,9 @@
-"""Reads prompts whose words change while a picture is drawn: `[from:to:when]` and `[a|b]`, as A1111 reads them.
+"""Reads prompts whose words change while a picture is drawn: `[from:to:when]` and `[a|b]`, as A1111
+reads them.
 
-The behaviour is that of A1111's parser of November 2023, as measured on it: docs/sampling.md shows it by examples,
-docs/decisions/0011-prompt-schedules.md says what is followed and why. A prompt without such marks is one text.
+The behaviour is that of A1111's parser of November 2023, as measured on it: docs/sampling.md shows
+it by examples, docs/decisions/0011-prompt-schedules.md says what is followed and why. A prompt
+without such marks is one text.
 """
 
 import itertools
@@ -13,7 +15,8 @@ from training.config.evaluation import PromptEnds, PromptTimes
 from training.errors import EvaluationError
 
 Schedule = tuple[tuple[int, str], ...]
-"""Texts, each with the call of the UNet that it ends at. Ends rise to the number of calls that are counted."""
+"""Texts, each with the call of the UNet that it ends at. Ends rise to the number of calls that are
+counted."""
 
 _TOKEN = re.compile(r"\\.|[^\\\[\]():|]+|[\[\]():|]")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -62,20 +65,27 @@ def parse(prompt: str) -> Parsed:
         EvaluationError: brackets nest deeper than any reader goes.
     """
     tokens = _TOKEN.findall(prompt)
-    if "".join(tokens) != prompt:  # a backslash needs a character behind it, and a line break is none
+    if (
+        "".join(tokens) != prompt
+    ):  # a backslash needs a character behind it, and a line break is none
         return Parsed(nodes=(prompt,), literal="a backslash at its end or before a line break")
     places = [0, *itertools.accumulate(len(token) for token in tokens)]
     parser = _Parser(tokens)
     try:
         parser.run()
     except _LiteralError as error:
-        return Parsed(nodes=(prompt,), literal=f"'|' (character {places[error.token] + 1}) outside of any [a|b]")
+        return Parsed(
+            nodes=(prompt,),
+            literal=f"'|' (character {places[error.token] + 1}) outside of any [a|b]",
+        )
     loose = sorted(place for place in parser.loose if tokens[place] != ":")
     undetermined = parser.undetermined()
     return Parsed(
         nodes=tuple(parser.nodes),
         loose=tuple((places[place] + 1, tokens[place]) for place in loose),
-        undetermined="" if undetermined is None else "".join(tokens[parser.pairs[undetermined][0] : undetermined + 2]),
+        undetermined=""
+        if undetermined is None
+        else "".join(tokens[parser.pairs[undetermined][0] : undetermined + 2]),
     )
 
 
@@ -84,13 +94,12 @@ def schedule(
 ) -> Schedule:
     """The texts of one pass.
 
-    Args:
-        parsed: The prompt.
-        num_calls: Calls of the UNet that are counted in the first pass.
-        second_calls: None for the schedule of the first pass, for that of the second the calls counted in that.
-        rules: `new`: a number with a point is a fraction of the pass, 0 to 1 of the first and 1 to 2 of the second, and
-            one without is a step, counted through both. `old`: a number below 1 is a fraction, others are steps, and
-            both passes have the schedule of the first.
+    Args: parsed: The prompt. num_calls: Calls of the UNet that are counted in the first pass.
+        second_calls: None for the schedule of the first pass, for that of the second the calls
+        counted in that. rules: `new`: a number with a point is a fraction of the pass, 0 to 1 of
+        the first and 1 to 2 of the second, and
+            one without is a step, counted through both. `old`: a number below 1 is a fraction,
+            others are steps, and both passes have the schedule of the first.
 
     Raises:
         EvaluationError: a time is too large for a number.
@@ -108,7 +117,9 @@ def schedule(
         try:
             return min(total, int(value))
         except OverflowError:
-            raise EvaluationError(f"the time {when} in a schedule is too large for a number") from None
+            raise EvaluationError(
+                f"the time {when} in a schedule is too large for a number"
+            ) from None
 
     ends = {total}
     for node in _marks(parsed.nodes):
@@ -119,10 +130,8 @@ def schedule(
 def text_at(texts: Schedule, call: int, ends: PromptEnds) -> str:
     """The text that a call of the UNet sees, counted from 0.
 
-    Args:
-        texts: Of the pass.
-        call: Which.
-        ends: `a1111` compares an end, which counts from 1, with the number of the call, which counts from 0: the first
+    Args: texts: Of the pass. call: Which. ends: `a1111` compares an end, which counts from 1, with
+        the number of the call, which counts from 0: the first
             text has one call more than it says. `exact` gives it as many as it says.
 
     Returns:
@@ -132,7 +141,9 @@ def text_at(texts: Schedule, call: int, ends: PromptEnds) -> str:
     return next((text for end, text in texts if number <= end), texts[0][1])
 
 
-def late_times(parsed: Parsed, num_calls: int, second_calls: int | None, rules: PromptTimes) -> list[str]:
+def late_times(
+    parsed: Parsed, num_calls: int, second_calls: int | None, rules: PromptTimes
+) -> list[str]:
     """Times, as written, that lie beyond the last call of all passes."""
     further = 0 if second_calls is None or rules == "old" else second_calls
     late = []
@@ -164,7 +175,9 @@ def _write(nodes: Nodes, call: int, end_of: Callable[[str], int]) -> str:
         elif isinstance(node, Turns):
             written.append(_write(node.texts[(call - 1) % len(node.texts)], call, end_of))
         else:
-            written.append(_write(node.before if call <= end_of(node.when) else node.after, call, end_of))
+            written.append(
+                _write(node.before if call <= end_of(node.when) else node.after, call, end_of)
+            )
     return "".join(written)
 
 
@@ -188,7 +201,8 @@ class _Open:
 
 
 class _Parser:
-    """One pass over the tokens; a bracket without its partner makes letters of all brackets that are open around it."""
+    """One pass over the tokens; a bracket without its partner makes letters of all brackets that
+    are open around it."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = tokens
@@ -260,9 +274,10 @@ class _Parser:
     def undetermined(self) -> int | None:
         """The last token of a schedule that A1111 may take for a letter, or None.
 
-        To its grammar a run of brackets and colons may be letters together, however long, and which of two such runs it
-        takes depends on the hash seed of its process: the `]` of a schedule may become part of a run that begins with
-        it. Seen from the end of the prompt, `reached` holds all places where such a run may have begun.
+        To its grammar a run of brackets and colons may be letters together, however long, and which
+        of two such runs it takes depends on the hash seed of its process: the `]` of a schedule may
+        become part of a run that begins with it. Seen from the end of the prompt, `reached` holds
+        all places where such a run may have begun.
         """
         reached = {len(self.tokens)}
         for end in range(len(self.tokens), 0, -1):
@@ -273,7 +288,9 @@ class _Parser:
                     _, made = self.pairs.get(place, (place, ("",)))
                     if isinstance(made[0], Edit):
                         return place
-                    if self.tokens[place] not in ("[", "]", "(", ")", ":") or isinstance(made[0], Turns):
+                    if self.tokens[place] not in ("[", "]", "(", ")", ":") or isinstance(
+                        made[0], Turns
+                    ):
                         break
                     reached.add(place)
             else:

@@ -1,8 +1,10 @@
-"""Reads the weights that the UIs let people write into prompts, and applies them to what the text encoders say.
+"""Reads the weights that the UIs let people write into prompts, and applies them to what the text
+encoders say.
 
-`(a)` is 1.1 times as strong, `(a:1.5)` 1.5 times, `[a]` 1 / 1.1 times; they nest, and behind a backslash a bracket is a
-letter. The word BREAK begins a new chunk. Source: A1111's prompt syntax, measured on its parser, and its emphasis
-"Original" and "No norm"; docs/decisions/0009-prompt-weights.md says why no library does it.
+`(a)` is 1.1 times as strong, `(a:1.5)` 1.5 times, `[a]` 1 / 1.1 times; they nest, and behind a
+backslash a bracket is a letter. The word BREAK begins a new chunk. Source: A1111's prompt syntax,
+measured on its parser, and its emphasis "Original" and "No norm";
+docs/decisions/0009-prompt-weights.md says why no library does it.
 """
 
 import itertools
@@ -101,7 +103,10 @@ def read_text(text: str, mode: PromptWeights) -> ReadText:
             marks.update(range(len(letters) + 1, len(letters) + len(parts), 2))
             letters += parts
             weights += [_MARK[1] if place % 2 else 1.0 for place in range(len(parts))]
-    for bracket, factor in (("(", _ROUND), ("[", _SQUARE)):  # what is never closed reaches to the end
+    for bracket, factor in (
+        ("(", _ROUND),
+        ("[", _SQUARE),
+    ):  # what is never closed reaches to the end
         while opened[bracket]:
             close(bracket, factor)
     runs, num_words = [], 0
@@ -121,18 +126,28 @@ def _number(weight: str, piece: str) -> float:
 
 
 def unread_marks(text: str) -> list[str]:
-    """Marks that mode `off` reads as letters, each once. Single round brackets are none: many tags have some."""
+    """Marks that mode `off` reads as letters, each once. Single round brackets are none: many tags
+    have some."""
     return list(dict.fromkeys(match.group() for match in _UNREAD.finditer(text)))
 
 
-def token_weights(prompts: Sequence[Sequence[WeightedText]], tokenizer: "CLIPTokenizer", num_chunks: int) -> np.ndarray:
-    """Weights `(len(prompts), num_chunks, 77)` fp32 of the tokens that `tokens.tokenize_sections` makes of the texts.
+def token_weights(
+    prompts: Sequence[Sequence[WeightedText]], tokenizer: "CLIPTokenizer", num_chunks: int
+) -> np.ndarray:
+    """Weights `(len(prompts), num_chunks, 77)` fp32 of the tokens that `tokens.tokenize_sections`
+    makes of the texts.
 
-    A section is tokenized whole, so that its tokens are those of the prompt without marks; one that spans a mark has
-    the weight of its first character. BOS, EOS and pads have 1.
+    A section is tokenized whole, so that its tokens are those of the prompt without marks; one that
+    spans a mark has the weight of its first character. BOS, EOS and pads have 1.
     """
     texts = [section.text for sections in prompts for section in sections]
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=False,
+        verbose=False,
+        return_offsets_mapping=True,
+    )
     offsets = iter(encoded["offset_mapping"])
     out = np.ones((len(prompts), num_chunks, CHUNK_LENGTH), dtype=np.float32)
     for row, sections in enumerate(prompts):
@@ -144,7 +159,9 @@ def token_weights(prompts: Sequence[Sequence[WeightedText]], tokenizer: "CLIPTok
     return out
 
 
-def apply_weights(states: "torch.Tensor", weights: "torch.Tensor", *, restore_mean: bool) -> "torch.Tensor":
+def apply_weights(
+    states: "torch.Tensor", weights: "torch.Tensor", *, restore_mean: bool
+) -> "torch.Tensor":
     """Multiply what one encoder says of each token by the token's weight.
 
     Args:
@@ -155,9 +172,12 @@ def apply_weights(states: "torch.Tensor", weights: "torch.Tensor", *, restore_me
     Returns:
         `(B, n * 77, d)`; what pools the text stays unweighted, as in A1111.
     """
-    # Laid out alike, both means of a chunk without weights are sums in one order: it stays as it is, bit for bit.
+    # Laid out alike, both means of a chunk without weights are sums in one order: it stays as it
+    # is, bit for bit.
     chunks = states.unflatten(1, weights.shape[1:]).contiguous()  # (B, n, 77, d)
     weighted = chunks * weights[..., None]
     if restore_mean:
-        weighted = weighted * (chunks.mean(dim=(2, 3), keepdim=True) / weighted.mean(dim=(2, 3), keepdim=True))
+        weighted = weighted * (
+            chunks.mean(dim=(2, 3), keepdim=True) / weighted.mean(dim=(2, 3), keepdim=True)
+        )
     return weighted.flatten(1, 2)

@@ -1,9 +1,10 @@
-"""Draws a checkpoint's pictures of a prompt set: one generator per picture, so that no picture depends on the others.
+"""Draws a checkpoint's pictures of a prompt set: one generator per picture, so that no picture
+depends on the others.
 
-Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant there; what the UNet
-attends to may change from call to call. Noise is drawn on the CPU, one seed per picture, as ComfyUI does: equal on
-every device, and the same for every checkpoint. Latents, scheduler and guidance are fp32 in every precision; only the
-models compute in less.
+Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant
+there; what the UNet attends to may change from call to call. Noise is drawn on the CPU, one seed
+per picture, as ComfyUI does: equal on every device, and the same for every checkpoint. Latents,
+scheduler and guidance are fp32 in every precision; only the models compute in less.
 """
 
 import hashlib
@@ -55,21 +56,17 @@ def sample_folder(
     checkpoint: Path, name: str, prompts: pl.DataFrame, config: SamplingConfig, folder: Path, *,
     home: Path = Path(), device: str = "cpu", progress: Progress | None = None,
 ) -> pl.DataFrame:  # fmt: skip
-    """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its parameters inside.
+    """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its
+    parameters inside.
 
-    Args:
-        checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json where a run made it.
-        name: `<run>@<samples_seen>`, written into the pictures.
-        prompts: Rows of table `prompt_sets`.
-        config: How they are drawn.
-        folder: Where `<first 16 of SHA-256 of prompt_id>.png` go: an id may hold anything, a file name may not.
-        home: What relative paths of LoRAs start from.
-        device: Where the models run.
-        progress: Follows along.
+    Args: checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json
+        where a run made it. name: `<run>@<samples_seen>`, written into the pictures. prompts: Rows
+        of table `prompt_sets`. config: How they are drawn. folder: Where `<first 16 of SHA-256 of
+        prompt_id>.png` go: an id may hold anything, a file name may not. home: What relative paths
+        of LoRAs start from. device: Where the models run. progress: Follows along.
 
-    Returns:
-        Rows of table `sample_images`; height and width are those of the finished pictures. One that is not finite has
-        no file and no digest.
+    Returns: Rows of table `sample_images`; height and width are those of the finished pictures. One
+        that is not finite has no file and no digest.
 
     Raises:
         ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
@@ -86,7 +83,9 @@ def sample_folder(
     rows: list[dict[str, object]] = []
     for prompt_id, picture in sample(parts, prompts, config, clip_skip=layer, device=device):
         prompt = by_id[prompt_id]
-        size = final_size(Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae))
+        size = final_size(
+            Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae)
+        )
         row: dict[str, object] = {
             "prompt_id": prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
             "seed": prompt.seed, "height": size.height, "width": size.width,
@@ -94,7 +93,10 @@ def sample_folder(
         if picture is None:
             (folder / file_name(prompt_id)).unlink(missing_ok=True)
         else:
-            row |= {"file": file_name(prompt_id), "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
+            row |= {
+                "file": file_name(prompt_id),
+                "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+            }
             text = parameters(
                 prompt.text, prompt.negative, seed=prompt.seed, height=prompt.height, width=prompt.width, model=shown,
                 config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
@@ -103,33 +105,38 @@ def sample_folder(
         rows.append(row)
         if progress is not None and (len(rows) % config.batch_size == 0 or len(rows) == len(by_id)):
             progress(len(rows), len(by_id))
-    return TABLES["sample_images"].conform(pl.DataFrame(rows, schema=TABLES["sample_images"].schema))
+    return TABLES["sample_images"].conform(
+        pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
+    )
 
 
 def sample(
-    parts: PipelineParts, prompts: pl.DataFrame, config: SamplingConfig, *, clip_skip: int = 1, device: str = "cpu"
+    parts: PipelineParts,
+    prompts: pl.DataFrame,
+    config: SamplingConfig,
+    *,
+    clip_skip: int = 1,
+    device: str = "cpu",
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Draw one picture per prompt, batched by size and number of chunks.
 
-    Args:
-        parts: The model, fp32; the UNet is rounded in place where the precision is bf16.
-        prompts: Rows of table `prompt_sets`.
-        config: How they are drawn; its averaged weights, clip skip and LoRAs are the caller's to choose.
-        clip_skip: Layer of SD 1.x's text encoder, from the end.
+    Args: parts: The model, fp32; the UNet is rounded in place where the precision is bf16. prompts:
+        Rows of table `prompt_sets`. config: How they are drawn; its averaged weights, clip skip and
+        LoRAs are the caller's to choose. clip_skip: Layer of SD 1.x's text encoder, from the end.
         device: Where the model is.
 
-    Yields:
-        `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not finite, as a broken
-        checkpoint draws them. A picture follows from its prompt, size, seed, the weights and `config` without
-        `batch_size`; batches change it by rounding only.
+    Yields: `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not
+        finite, as a broken checkpoint draws them. A picture follows from its prompt, size, seed,
+        the weights and `config` without `batch_size`; batches change it by rounding only.
 
-    Raises:
-        EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or the checkpoint cannot be
+    Raises: EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or
+        the checkpoint cannot be
             sampled in this way.
     """
     rows, readings = _prompts(prompts), read_set(prompts, config)
     encoder = PromptEncoder(parts, readings, config, clip_skip=clip_skip, device=device)
-    # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range and three bits more.
+    # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range and
+    # three bits more.
     vae = Vae(parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32")
     _lay_out(parts, config, vae.device)
     _warn_of_plain(parts, config)
@@ -139,7 +146,9 @@ def sample(
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
             size = f"{odd[0].height}x{odd[0].width}"
-            raise EvaluationError(f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels")
+            raise EvaluationError(
+                f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels"
+            )
         with arithmetic(vae.device, vae.precision):
             latents = draw(parts, vae, encoder, batch, config)
         pictures = vae.decode_each(latents)
@@ -149,10 +158,17 @@ def sample(
 
 @torch.inference_mode()
 def draw(
-    parts: PipelineParts, vae: Vae, encoder: PromptEncoder, batch: Sequence[Prompt], config: SamplingConfig
+    parts: PipelineParts,
+    vae: Vae,
+    encoder: PromptEncoder,
+    batch: Sequence[Prompt],
+    config: SamplingConfig,
 ) -> torch.Tensor:
-    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and number of chunks, of both passes."""
-    passes = encoder.encode([prompt.negative for prompt in batch], [prompt.text for prompt in batch])
+    """Scaled latents `(B, C, H/scale, W/scale)` fp32 of prompts of one size and number of chunks,
+    of both passes."""
+    passes = encoder.encode(
+        [prompt.negative for prompt in batch], [prompt.text for prompt in batch]
+    )
     factors: torch.Tensor | float = 1.0
     if set(found := encoder.guidance([prompt.text for prompt in batch])) != {1.0}:
         factors = torch.tensor(found, device=vae.device)[:, None, None, None]
@@ -166,7 +182,9 @@ def draw(
         return generators, noise.to(vae.device)
 
     trained, family = parts.noise_scheduler_config, parts.family
-    scheduler = make_scheduler(config.sampler, config.schedule, trained, config.num_steps, family=family)
+    scheduler = make_scheduler(
+        config.sampler, config.schedule, trained, config.num_steps, family=family
+    )
     generators, noise = noise_of(size)
     start = starting_latents(scheduler, noise)
     latents = denoise(parts, passes[0], start, size, scheduler, generators, config, factors)
@@ -174,7 +192,12 @@ def draw(
         return latents
     size = final_size(size, second, vae.scale)
     scheduler = make_scheduler(
-        config.sampler, config.schedule, trained, second.num_steps, family=family, strength=second.strength
+        config.sampler,
+        config.schedule,
+        trained,
+        second.num_steps,
+        family=family,
+        strength=second.strength,
     )
     generators, noise = noise_of(size)
     latents = enlarge(latents, size, second.enlarge, vae)
@@ -200,8 +223,9 @@ def denoise(
     """
     device, dtype = latents.device, parts.unet.dtype
     readings = num_readings(config)
-    # As trained, for a picture that was neither shrunk nor cropped: original and target size are its own. In fp32, from
-    # which the UNet makes its sines before it rounds them, as with timesteps.
+    # As trained, for a picture that was neither shrunk nor cropped: original and target size are
+    # its own. In fp32, from which the UNet makes its sines before it rounds them, as with
+    # timesteps.
     sizes = torch.tensor([size] * (readings * len(latents)), device=device)
     time_ids = make_time_ids(sizes, torch.zeros_like(sizes), sizes)
     shown = added = hidden_states = None
@@ -210,10 +234,16 @@ def denoise(
             if (now := text.at(call)) is not shown:
                 shown, hidden_states = now, repeat_prompts(now.hidden_states, config).to(dtype)
                 if now.pooled is not None:
-                    added = {"text_embeds": repeat_prompts(now.pooled, config), "time_ids": time_ids}
+                    added = {
+                        "text_embeds": repeat_prompts(now.pooled, config),
+                        "time_ids": time_ids,
+                    }
             repeated = scheduler.scale_model_input(torch.cat([latents] * readings), timestep)
             prediction = parts.unet(
-                repeated.to(dtype), timestep.to(device), encoder_hidden_states=hidden_states, added_cond_kwargs=added
+                repeated.to(dtype),
+                timestep.to(device),
+                encoder_hidden_states=hidden_states,
+                added_cond_kwargs=added,
             ).sample.float()
             guided = guide(prediction, config, factors)
             latents = scheduler.step(guided, timestep, latents, generator=generators).prev_sample
@@ -226,11 +256,17 @@ def file_name(prompt_id: str) -> str:
 
 
 def _prompts(frame: pl.DataFrame) -> list[Prompt]:
-    return [Prompt(**row) for row in frame.select(Prompt.__slots__).sort("prompt_id").iter_rows(named=True)]
+    return [
+        Prompt(**row)
+        for row in frame.select(Prompt.__slots__).sort("prompt_id").iter_rows(named=True)
+    ]
 
 
-def _batches(prompts: list[Prompt], encoder: PromptEncoder, batch_size: int) -> Iterator[list[Prompt]]:
-    """Prompts of one size and one number of chunks, at most `batch_size` at a time, in order within their group."""
+def _batches(
+    prompts: list[Prompt], encoder: PromptEncoder, batch_size: int
+) -> Iterator[list[Prompt]]:
+    """Prompts of one size and one number of chunks, at most `batch_size` at a time, in order within
+    their group."""
     groups: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
         key = (prompt.height, prompt.width, encoder.num_chunks(prompt.text, prompt.negative))
@@ -241,7 +277,8 @@ def _batches(prompts: list[Prompt], encoder: PromptEncoder, batch_size: int) -> 
 
 
 def _lay_out(parts: PipelineParts, config: SamplingConfig, device: torch.device) -> None:
-    """Bring the UNet into the precision, and on a GPU into the memory format that its convolutions are fastest in."""
+    """Bring the UNet into the precision, and on a GPU into the memory format that its convolutions
+    are fastest in."""
     if config.precision == "bf16":
         parts.unet.bfloat16()
     if config.precision != "fp32" and device.type == "cuda":
@@ -249,9 +286,15 @@ def _lay_out(parts: PipelineParts, config: SamplingConfig, device: torch.device)
 
 
 def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
-    """SDXL's fine-tunes draw garbage on the plain schedule, bigASP's page says; DDIM and zero-SNR models want it."""
+    """SDXL's fine-tunes draw garbage on the plain schedule, bigASP's page says; DDIM and zero-SNR
+    models want it."""
     zero_snr = parts.noise_scheduler_config.get("rescale_betas_zero_snr")
-    if parts.family == "sdxl" and config.schedule == "plain" and config.sampler != "ddim" and not zero_snr:
+    if (
+        parts.family == "sdxl"
+        and config.schedule == "plain"
+        and config.sampler != "ddim"
+        and not zero_snr
+    ):
         warnings.warn(
             f'evaluation.sampling: sampler="{config.sampler}" with schedule="plain" often draws garbage with SDXL; '
             'take "karras" or "exponential"',
@@ -262,7 +305,9 @@ def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
 def _warn_of_cut(prompts: pl.DataFrame, parts: PipelineParts, config: SamplingConfig) -> None:
     cut = cut_prompts(prompts, parts.tokenizers[0], config)
     if cut:
-        named = ", ".join(f"{row['text']} of {row['prompt_id']!r} {row['tokens']}" for row in cut[:5])
+        named = ", ".join(
+            f"{row['text']} of {row['prompt_id']!r} {row['tokens']}" for row in cut[:5]
+        )
         limit = CHUNK_TOKENS * MAX_CHUNKS
         warnings.warn(
             f"{len(cut)} prompts or negatives have more than {limit} tokens, and what follows is not read: {named}"

@@ -1,4 +1,5 @@
-"""What a checkpoint's pictures follow from beside its weights and the prompts: averaged weights, clip skip, LoRA files.
+"""What a checkpoint's pictures follow from beside its weights and the prompts: averaged weights,
+clip skip, LoRA files.
 
 Free of torch, because Dagster asks for the digests whenever it looks at what is current.
 """
@@ -15,13 +16,15 @@ _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def model_folder(checkpoint: Path, config: SamplingConfig) -> Path:
-    """The folder that is drawn with: the averaged weights where they are asked for and there, else the checkpoint."""
+    """The folder that is drawn with: the averaged weights where they are asked for and there, else
+    the checkpoint."""
     averaged = checkpoint / _EMA_FOLDER
     return averaged if config.weights == "ema" and averaged.is_dir() else checkpoint
 
 
 def clip_skip(checkpoint: Path, config: SamplingConfig) -> int:
-    """The layer of SD 1.x's text encoder, from the end: as configured, else as the checkpoint's run had it, else 1."""
+    """The layer of SD 1.x's text encoder, from the end: as configured, else as the checkpoint's run
+    had it, else 1."""
     if config.clip_skip:
         return config.clip_skip
     if not (checkpoint / run_folder.READY).is_file():
@@ -30,7 +33,8 @@ def clip_skip(checkpoint: Path, config: SamplingConfig) -> int:
 
 
 def input_digests(checkpoint: Path, config: SamplingConfig, home: Path) -> dict[str, str]:
-    """Digests of what a stage's other inputs do not cover: the averaged weights that are used, and the LoRA files.
+    """Digests of what a stage's other inputs do not cover: the averaged weights that are used, and
+    the LoRA files.
 
     Args:
         checkpoint: Model folder or file.
@@ -43,7 +47,11 @@ def input_digests(checkpoint: Path, config: SamplingConfig, home: Path) -> dict[
     digests = {}
     if (folder := model_folder(checkpoint, config)) != checkpoint:
         files = run_folder.read_ready(checkpoint).files
-        mine = [[entry.name, entry.sha256] for entry in files if entry.name.startswith(f"{folder.name}/")]
+        mine = [
+            [entry.name, entry.sha256]
+            for entry in files
+            if entry.name.startswith(f"{folder.name}/")
+        ]
         digests["ema"] = commit.json_digest(mine)
     for lora in config.loras:
         digests[f"lora:{lora.path}"] = _lora_digest(home / lora.path)

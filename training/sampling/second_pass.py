@@ -1,8 +1,10 @@
-"""The second pass of two-pass sampling: how large the picture becomes, and what its first pass is enlarged by.
+"""The second pass of two-pass sampling: how large the picture becomes, and what its first pass is
+enlarged by.
 
-Latents enlarged as they are blur and need a strength of 0.5 and more to recover; through pixels they stay sharp.
-A1111's upscalers "Latent" and "Latent (bicubic antialiased)" are the first way, its "Lanczos" and the upscaling
-networks the second; ComfyUI has both as LatentUpscale and as decode, ImageScale and encode.
+Latents enlarged as they are blur and need a strength of 0.5 and more to recover; through pixels
+they stay sharp. A1111's upscalers "Latent" and "Latent (bicubic antialiased)" are the first way,
+its "Lanczos" and the upscaling networks the second; ComfyUI has both as LatentUpscale and as
+decode, ImageScale and encode.
 """
 
 import numpy as np
@@ -31,11 +33,9 @@ def final_size(size: Size, config: SecondPassConfig | None, vae_scale: int) -> S
 def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.Tensor:
     """Scaled latents of the enlarged pictures.
 
-    Args:
-        latents: `(B, C, h, w)` fp32, scaled.
-        size: Wanted, pixels; multiples of `vae.scale`.
-        how: In latents or through pixels.
-        vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn. Latents of a picture
+    Args: latents: `(B, C, h, w)` fp32, scaled. size: Wanted, pixels; multiples of `vae.scale`. how:
+        In latents or through pixels. vae: Decodes and encodes; the mean of what it encodes is
+        taken, so that nothing is drawn. Latents of a picture
             that is not finite become NaN.
     """
     height, width = size.height // vae.scale, size.width // vae.scale
@@ -47,7 +47,9 @@ def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.
     large = [
         np.zeros((*size, 3), dtype=np.uint8)
         if picture is None
-        else np.asarray(Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS))
+        else np.asarray(
+            Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS)
+        )
         for picture in pictures
     ]
     broken = torch.tensor([picture is None for picture in pictures], device=vae.device)

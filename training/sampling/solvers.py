@@ -1,7 +1,8 @@
-"""The two solvers that diffusers has wrong or not without torchsde, with the methods that its schedulers have.
+"""The two solvers that diffusers has wrong or not without torchsde, with the methods that its
+schedulers have.
 
-Noise levels are sigmas, of pictures in the form x = data + sigma * noise; diffusers' DPM solvers keep theirs divided by
-sqrt(1 + sigma^2).
+Noise levels are sigmas, of pictures in the form x = data + sigma * noise; diffusers' DPM solvers
+keep theirs divided by sqrt(1 + sigma^2).
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 class Dpmpp3mSde(DPMSolverMultistepScheduler):
     """DPM++ 3M SDE: diffusers' solver of order 3 with the sign of its third-order term mended.
 
-    diffusers 0.42 subtracts 1/2 where the integral of the second divided difference has + 1/2, and pictures get noisier
-    with more steps. A test holds the stock solver to being wrong: when it no longer is, this class can go.
+    diffusers 0.42 subtracts 1/2 where the integral of the second divided difference has + 1/2, and
+    pictures get noisier with more steps. A test holds the stock solver to being wrong: when it no
+    longer is, this class can go.
     """
 
     def multistep_dpm_solver_third_order_update(
@@ -30,10 +32,13 @@ class Dpmpp3mSde(DPMSolverMultistepScheduler):
     ) -> torch.Tensor:
         """One step from the last three estimates of the data, with fresh noise.
 
-        Source: k-diffusion's sampler of this name, which carries the third order of arXiv:2211.01095, appendix B, over
-        to the SDE. Like the code of that paper it gives the curvature half the weight that the integral has.
+        Source: k-diffusion's sampler of this name, which carries the third order of
+        arXiv:2211.01095, appendix B, over to the SDE. Like the code of that paper it gives the
+        curvature half the weight that the integral has.
         """
-        after, now, before, first = (self.sigmas[self.step_index + shift] for shift in (1, 0, -1, -2))
+        after, now, before, first = (
+            self.sigmas[self.step_index + shift] for shift in (1, 0, -1, -2)
+        )
         clean = 1 / (1 + after**2).sqrt()  # share of the data in the picture after the step
         h, h_0, h_1 = (now / after).log(), (before / now).log(), (first / before).log()
         m_0, m_1, m_2 = reversed(model_output_list[-3:])
@@ -50,17 +55,21 @@ class Dpmpp3mSde(DPMSolverMultistepScheduler):
 
 
 class DpmppSde:
-    """DPM++ SDE: each step looks at its geometric middle first, and calls the UNet twice but for the last.
+    """DPM++ SDE: each step looks at its geometric middle first, and calls the UNet twice but for
+    the last.
 
-    The noise of the half step is part of that of the whole step, as on one Brownian path. Source: Lu et al.,
-    arXiv:2211.01095, algorithm 1 (r = 1/2), with ancestral noise as in k-diffusion's sampler of this name.
+    The noise of the half step is part of that of the whole step, as on one Brownian path. Source:
+    Lu et al., arXiv:2211.01095, algorithm 1 (r = 1/2), with ancestral noise as in k-diffusion's
+    sampler of this name.
     """
 
     def __init__(self, sigmas: Sequence[float], prediction_type: str) -> None:
         """Walk down `sigmas`, of which the last is 0."""
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32)
         middles = (self.sigmas[:-2] * self.sigmas[1:-1]).sqrt()
-        self.levels = torch.cat([torch.stack([self.sigmas[:-2], middles], dim=1).flatten(), self.sigmas[-2:-1]])
+        self.levels = torch.cat(
+            [torch.stack([self.sigmas[:-2], middles], dim=1).flatten(), self.sigmas[-2:-1]]
+        )
         """Sigma of each call of the UNet, `(2 n - 1,)`."""
         self.timesteps = torch.empty(0)
         """Set by the maker: the trained timestep of each level."""
@@ -73,7 +82,9 @@ class DpmppSde:
         scaled: torch.Tensor = sample / (1 + self.levels[self._calls] ** 2).sqrt()
         return scaled
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """Latents as the first call is to see them."""
         return original_samples + self.sigmas[0] * noise
 
@@ -95,17 +106,25 @@ class DpmppSde:
             clean = sample / (1 + level**2) - model_output * (level / (1 + level**2).sqrt())
         if after == 0:
             return SchedulerOutput(prev_sample=clean)
-        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = randn_tensor(
+            sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+        )
         middle = (now * after).sqrt()
         if not in_the_middle:
             self._start, self._half_noise = sample, noise
             return SchedulerOutput(prev_sample=_ancestral(sample, clean, noise, now, middle))
-        noise = (self._half_noise * (now - middle).sqrt() + noise * (middle - after).sqrt()) / (now - after).sqrt()
+        noise = (self._half_noise * (now - middle).sqrt() + noise * (middle - after).sqrt()) / (
+            now - after
+        ).sqrt()
         return SchedulerOutput(prev_sample=_ancestral(self._start, clean, noise, now, after))
 
 
 def _ancestral(
-    sample: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, now: torch.Tensor, after: torch.Tensor
+    sample: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    now: torch.Tensor,
+    after: torch.Tensor,
 ) -> torch.Tensor:
     """From level `now` further down than to `after`, and up again with noise."""
     up = (after**2 * (now**2 - after**2) / now**2).sqrt()

@@ -1,4 +1,5 @@
-"""When files that are missing from a source mean that something is wrong: absence is not deletion."""
+"""When files that are missing from a source mean that something is wrong: absence is not
+deletion."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +29,8 @@ class Loss(NamedTuple):
 
 
 def losses(previous: pl.DataFrame, listed: pl.DataFrame, sources: Sequence[str]) -> list[Loss]:
-    """The sources that have lost most of what they had: all of it, or more than a fifth and ten or more.
+    """The sources that have lost most of what they had: all of it, or more than a fifth and ten or
+    more.
 
     Args:
         previous: `source_listing` so far; may be empty.
@@ -39,8 +41,14 @@ def losses(previous: pl.DataFrame, listed: pl.DataFrame, sources: Sequence[str])
     known = previous.filter(pl.col("gone_at").is_null()).select(key)
     found = []
     for source in sources:
-        before, now = known.filter(pl.col("source") == source), listed.select(key).filter(pl.col("source") == source)
-        missing, new = before.join(now, on=key, how="anti").height, now.join(before, on=key, how="anti").height
+        before, now = (
+            known.filter(pl.col("source") == source),
+            listed.select(key).filter(pl.col("source") == source),
+        )
+        missing, new = (
+            before.join(now, on=key, how="anti").height,
+            now.join(before, on=key, how="anti").height,
+        )
         many = missing >= MIN_MISSING and missing > MAX_MISSING_SHARE * before.height
         if missing and (many or missing == before.height):
             found.append(Loss(source, missing, before.height, new))

@@ -1,4 +1,5 @@
-"""Which files of a folder may be images, and which sidecars lie beside each, by names and links; no file is read."""
+"""Which files of a folder may be images, and which sidecars lie beside each, by names and links; no
+file is read."""
 
 import os
 import stat
@@ -29,7 +30,8 @@ class Status(NamedTuple):
     """File type bits of st_mode."""
     changed_ns: int
     inode: int
-    """With the time of change it tells a file that was replaced by one of equal size and modification time."""
+    """With the time of change it tells a file that was replaced by one of equal size and
+    modification time."""
 
 
 class Found(NamedTuple):
@@ -40,7 +42,8 @@ class Found(NamedTuple):
     status: Status
     """Of the file that is read: a link's own where it is not followed."""
     sidecars: tuple[tuple[bytes, Status, bytes], ...]
-    """Name relative to the root, status and real path of each, in the order of `sidecars.SUFFIXES`."""
+    """Name relative to the root, status and real path of each, in the order of
+    `sidecars.SUFFIXES`."""
 
 
 class Unused(NamedTuple):
@@ -59,7 +62,8 @@ class _Folder(NamedTuple):
 
     files: dict[bytes, Status]
     paths: dict[bytes, bytes]
-    """Where each file is read: the target of a link that is followed, else the link itself, which is refused."""
+    """Where each file is read: the target of a link that is followed, else the link itself, which
+    is refused."""
     links: set[bytes]
     """Links that are not followed and may mean images, whatever their name."""
     folders: list[tuple[bytes, bytes]]
@@ -70,9 +74,10 @@ class _Folder(NamedTuple):
 def walk(root: Path) -> Iterator[Found | Unused]:
     """Candidates below a folder, and what belongs to none, in no particular order.
 
-    A link is followed where it stays inside the folder; a linked folder once, and never one that holds the link. Any
-    other link to a folder or to something named like an image, and any pipe or device of such a name, is a candidate
-    all the same, so that it is rejected with a reason and does not just vanish. Folders are walked whatever their name.
+    A link is followed where it stays inside the folder; a linked folder once, and never one that
+    holds the link. Any other link to a folder or to something named like an image, and any pipe or
+    device of such a name, is a candidate all the same, so that it is rejected with a reason and
+    does not just vanish. Folders are walked whatever their name.
     """
     top = os.fsencode(os.path.realpath(root))
     waiting, followed = [(b"", top)], set[bytes]()
@@ -91,9 +96,14 @@ def walk(root: Path) -> Iterator[Found | Unused]:
 
 
 def _sort_entries(
-    entries: list["os.DirEntry[bytes]"], folder: bytes, real: bytes, top: bytes, followed: set[bytes]
+    entries: list["os.DirEntry[bytes]"],
+    folder: bytes,
+    real: bytes,
+    top: bytes,
+    followed: set[bytes],
 ) -> _Folder:
-    """The entries of the folder at `folder` below the root and at `real`; links are followed inside of `top`."""
+    """The entries of the folder at `folder` below the root and at `real`; links are followed inside
+    of `top`."""
     found = _Folder({}, {}, set(), [], [])
     for entry in entries:
         name, path = os.path.join(folder, entry.name), os.path.join(real, entry.name)
@@ -110,7 +120,9 @@ def _sort_entries(
             if target is not None and is_inside(leads_to, top) and not again:
                 status, path = target, leads_to
             elif is_folder or (target is None and not os.path.splitext(entry.name)[1]):
-                found.links.add(name)  # What leads nowhere and has no suffix was a folder, for all that is known.
+                found.links.add(
+                    name
+                )  # What leads nowhere and has no suffix was a folder, for all that is known.
             if is_folder:
                 followed.add(leads_to)
         if stat.S_ISDIR(status.st_mode):
@@ -118,7 +130,9 @@ def _sort_entries(
         else:
             kind = stat.S_IFMT(status.st_mode)
             found.paths[name] = path
-            found.files[name] = Status(status.st_size, status.st_mtime_ns, kind, status.st_ctime_ns, status.st_ino)
+            found.files[name] = Status(
+                status.st_size, status.st_mtime_ns, kind, status.st_ctime_ns, status.st_ino
+            )
     return found
 
 
@@ -136,13 +150,18 @@ def _candidates(folder: _Folder) -> Iterator[Found | Unused]:
         if name in folder.links:
             yield Found(name, status, ())
         elif os.fsdecode(os.path.splitext(name)[1]).lower() in IMAGE_SUFFIXES:
-            yield Found(name, status, tuple((side, folder.files[side], folder.paths[side]) for side in beside.of(name)))
+            yield Found(
+                name,
+                status,
+                tuple((side, folder.files[side], folder.paths[side]) for side in beside.of(name)),
+            )
     for name in beside.unmatched():
         yield Unused(name, "sidecar_unmatched", "no image of that name beside it")
 
 
 class _Sidecars:
-    """The sidecars of one folder, found whatever the case of their suffix and the Unicode form of their name."""
+    """The sidecars of one folder, found whatever the case of their suffix and the Unicode form of
+    their name."""
 
     def __init__(self, names: Iterable[bytes]) -> None:
         self._by_name: dict[tuple[str, str], list[bytes]] = {}
@@ -150,10 +169,13 @@ class _Sidecars:
         for name in names:
             stem, suffix = os.path.splitext(os.fsdecode(name))
             if suffix.lower() in sidecars.SUFFIXES:
-                self._by_name.setdefault((unicodedata.normalize("NFC", stem), suffix.lower()), []).append(name)
+                self._by_name.setdefault(
+                    (unicodedata.normalize("NFC", stem), suffix.lower()), []
+                ).append(name)
 
     def of(self, image: bytes) -> list[bytes]:
-        """Those of an image, in the order in which they are read: `a.txt`, `a.png.txt`, and so on for each suffix."""
+        """Those of an image, in the order in which they are read: `a.txt`, `a.png.txt`, and so on
+        for each suffix."""
         found = []
         for suffix in sidecars.SUFFIXES:
             for stem in (os.path.splitext(image)[0], image):
@@ -166,7 +188,9 @@ class _Sidecars:
 
     def unmatched(self) -> list[bytes]:
         """Those that no image asked for."""
-        return [name for names in self._by_name.values() for name in names if name not in self._used]
+        return [
+            name for names in self._by_name.values() for name in names if name not in self._used
+        ]
 
 
 def is_inside(path: bytes, folder: bytes) -> bool:

@@ -24,7 +24,8 @@ SUFFIXES = (".txt", ".caption", ".json")
 MAX_BYTES = 1_000_000
 """Largest sidecar that is read, bytes."""
 Words = Literal["auto", "tags", "captions"]
-"""What text sidecars hold: judged line by line (`.caption` is prose), or always the one or the other."""
+"""What text sidecars hold: judged line by line (`.caption` is prose), or always the one or the
+other."""
 
 _RATINGS = {
     **{name: name for name in ("general", "sensitive", "questionable", "explicit")},
@@ -90,9 +91,16 @@ def read(paths: list[Path], metadata: Metadata, words: Words = "auto") -> list[F
             continue
         try:
             if suffix == ".json":
-                flaws += [Flaw(path, "sidecar_malformed", problem) for problem in _take_json(text, metadata)]
+                flaws += [
+                    Flaw(path, "sidecar_malformed", problem)
+                    for problem in _take_json(text, metadata)
+                ]
             else:
-                _take_text(text, metadata, "captions" if suffix == ".caption" and words == "auto" else words)
+                _take_text(
+                    text,
+                    metadata,
+                    "captions" if suffix == ".caption" and words == "auto" else words,
+                )
         except RecursionError:
             flaws.append(Flaw(path, "sidecar_malformed", "nested too deeply"))
         except ValueError as error:
@@ -112,10 +120,11 @@ def _text(path: Path) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, in UTF-16 by its byte order mark or its zeros, or in Windows-1252 where that can be told.
+    """Text in UTF-8, in UTF-16 by its byte order mark or its zeros, or in Windows-1252 where that
+    can be told.
 
-    Windows-1252 is believed when no more than two bytes beyond ASCII stand together: longer runs are of another
-    alphabet, and reading them would make up words.
+    Windows-1252 is believed when no more than two bytes beyond ASCII stand together: longer runs
+    are of another alphabet, and reading them would make up words.
 
     Raises:
         ValueError: it is none of these.
@@ -186,17 +195,22 @@ def _take_json(text: str, metadata: Metadata) -> list[str]:
             setattr(metadata, "favourites" if key == "fav_count" else key, take(value))
         except ValueError as error:
             problems.append(f"{key} {error}")
-    return problems + _take_tags(content.get("tags"), metadata) + _take_tag_strings(content, metadata)
+    return (
+        problems + _take_tags(content.get("tags"), metadata) + _take_tag_strings(content, metadata)
+    )
 
 
 def _take_tag_strings(content: dict[str, Any], metadata: Metadata) -> list[str]:
-    """Tags as boorus' own records have them: names parted by spaces in `tag_string` and `tag_string_CATEGORY`."""
+    """Tags as boorus' own records have them: names parted by spaces in `tag_string` and
+    `tag_string_CATEGORY`."""
     problems = []
     for key in ("tag_string", *(f"tag_string_{category}" for category in CATEGORIES)):
         value = content.get(key)
         if isinstance(value, str) and _is_unicode(value):
             for name in clean(value).split():
-                metadata.add_tag(name, key.removeprefix("tag_string_") if key != "tag_string" else "general")
+                metadata.add_tag(
+                    name, key.removeprefix("tag_string_") if key != "tag_string" else "general"
+                )
         elif value is not None:
             problems.append(f"{key} must be a string of valid Unicode")
     return problems
@@ -212,7 +226,9 @@ def _take_tags(value: object, metadata: Metadata) -> list[str]:
     problems = []
     for category, listed in groups:
         names = wording.split_tags(listed) if isinstance(listed, str) else listed or []
-        if not isinstance(names, list) or not all(isinstance(name, str) and _is_unicode(name) for name in names):
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and _is_unicode(name) for name in names
+        ):
             problems.append("tags must be strings of valid Unicode")
             continue
         for name in names:

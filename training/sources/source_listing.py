@@ -1,6 +1,8 @@
-"""Which candidates a source holds, in a stable order, and which shard each of them belongs to for ever.
+"""Which candidates a source holds, in a stable order, and which shard each of them belongs to for
+ever.
 
-What looks like an image by its name is a candidate; whether it is one is decided by its bytes, in `images`.
+What looks like an image by its name is a candidate; whether it is one is decided by its bytes, in
+`images`.
 """
 
 import hashlib
@@ -21,7 +23,9 @@ from training.tables.schemas import TABLES, Reason
 if TYPE_CHECKING:
     from training.config.workspace import SourceConfig
 
-_LISTED = tuple(name for name in TABLES["source_listing"].columns if name not in ("shard", "gone_at"))
+_LISTED = tuple(
+    name for name in TABLES["source_listing"].columns if name not in ("shard", "gone_at")
+)
 _EXAMPLES = 3
 _UNUSED_WORDS = {
     Reason.SIDECAR_UNMATCHED: "sidecars without an image of their name",
@@ -64,23 +68,29 @@ def locate(root: Path, locator: str) -> Path:
 
 
 def readable(root: Path, locator: str) -> Path:
-    """Where the bytes of a candidate are read: its links resolved, as long as they stay inside the folder.
+    """Where the bytes of a candidate are read: its links resolved, as long as they stay inside the
+    folder.
 
-    Of a path that leads out, the link that does is returned, and `images.read_file` refuses it, as it does a link to no
-    file.
+    Of a path that leads out, the link that does is returned, and `images.read_file` refuses it, as
+    it does a link to no file.
     """
     path, top = locate(root, locator), os.fsencode(os.path.realpath(root))
     real = os.path.realpath(path)
     if is_inside(os.fsencode(real), top):
         return Path(real) if os.path.isfile(real) or not os.path.islink(path) else path
-    above = [folder for folder in reversed(path.parents) if folder.is_relative_to(root) and folder != root]
+    above = [
+        folder
+        for folder in reversed(path.parents)
+        if folder.is_relative_to(root) and folder != root
+    ]
     leads_out = (at for at in above if not is_inside(os.fsencode(os.path.realpath(at)), top))
     return next(leads_out, path)
 
 
 def encode_name(name: bytes) -> str:
-    """A path as clean printable text: bytes that are not are percent-encoded, and so is a percent sign that
-    would read as an encoded byte. `locate` turns it back; different paths give different texts.
+    """A path as clean printable text: bytes that are not are percent-encoded, and so is a percent
+    sign that would read as an encoded byte. `locate` turns it back; different paths give different
+    texts.
     """
     text = name.decode("utf-8", "surrogateescape")
     clean = []
@@ -94,7 +104,8 @@ def encode_name(name: bytes) -> str:
 
 
 def scan_digest(source: "SourceConfig", root: Path) -> str:
-    """SHA-256 over names, sizes, times and inodes of all candidates and sidecars, and the source's settings.
+    """SHA-256 over names, sizes, times and inodes of all candidates and sidecars, and the source's
+    settings.
 
     It changes whenever `list_folder` could give another result, and reads no file.
 
@@ -113,9 +124,8 @@ def scan_digest(source: "SourceConfig", root: Path) -> str:
 def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[Problem]]:
     """All candidates below a folder (see `folders.walk`) with what their sidecars say.
 
-    Returns:
-        `source_listing` without shard and gone_at, ordered by the bytes of the relative path; and what was not used of
-        sidecars and folders.
+    Returns: `source_listing` without shard and gone_at, ordered by the bytes of the relative path;
+        and what was not used of sidecars and folders.
 
     Raises:
         DataError: the folder is missing.
@@ -132,7 +142,9 @@ def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[
 def _walk(source: "SourceConfig", root: Path) -> tuple[list[Found], list[Problem]]:
     """Candidates by name, and what is of none."""
     if not root.is_dir():
-        raise DataError(f"source {source.name!r}: folder {root} is missing; sources.path must name a folder")
+        raise DataError(
+            f"source {source.name!r}: folder {root} is missing; sources.path must name a folder"
+        )
     candidates, problems = [], []
     for item in folders.walk(root):
         if isinstance(item, Found):
@@ -183,19 +195,24 @@ def num_with_words(listed: pl.DataFrame, sources: Sequence["SourceConfig"]) -> i
         for tag in source.tags:
             given.add_tag(tag)
         own = pl.col("tags").list.len() > len(given.tags)
-        count += listed.filter(pl.col("source") == source.name, own | pl.col("caption").is_not_null()).height
+        count += listed.filter(
+            pl.col("source") == source.name, own | pl.col("caption").is_not_null()
+        ).height
     return count
 
 
 def notes(num_candidates: int, num_with_words: int, unused: pl.DataFrame) -> list[str]:
-    """What a listing says to whoever started it: how many images have words, and which words were not used.
+    """What a listing says to whoever started it: how many images have words, and which words were
+    not used.
 
     Args:
         num_candidates: Files that are there now.
         num_with_words: Those of them with words.
         unused: The listing's rows of `rejected_images`.
     """
-    lines = [f"words: {num_with_words} of {num_candidates} image files have tags or a caption beside them"]
+    lines = [
+        f"words: {num_with_words} of {num_candidates} image files have tags or a caption beside them"
+    ]
     for reason, what in _UNUSED_WORDS.items():
         rows = unused.filter(pl.col("reason") == reason)
         if rows.height:
@@ -205,11 +222,15 @@ def notes(num_candidates: int, num_with_words: int, unused: pl.DataFrame) -> lis
             )
             lines.append(f"{what}: {rows.height}, such as {examples}")
     if unused.height:
-        lines.append("see them with `foundry sql \"from rejected_images where stage = 'source_listing'\"`")
+        lines.append(
+            "see them with `foundry sql \"from rejected_images where stage = 'source_listing'\"`"
+        )
     return lines
 
 
-def merge_listing(previous: pl.DataFrame, found: pl.DataFrame, *, shard_size: int, now: datetime) -> pl.DataFrame:
+def merge_listing(
+    previous: pl.DataFrame, found: pl.DataFrame, *, shard_size: int, now: datetime
+) -> pl.DataFrame:
     """The next `source_listing`: it only grows.
 
     Args:
@@ -218,9 +239,8 @@ def merge_listing(previous: pl.DataFrame, found: pl.DataFrame, *, shard_size: in
         shard_size: Candidates in a shard at most.
         now: Time of the listing, UTC: set where a candidate is missed for the first time.
 
-    Returns:
-        `source_listing`. A candidate keeps its shard. New ones fill their source's last shard, then open the
-        next; shards are numbered over all sources and hold one source each.
+    Returns: `source_listing`. A candidate keeps its shard. New ones fill their source's last shard,
+        then open the next; shards are numbered over all sources and hold one source each.
     """
     table = TABLES["source_listing"]
     key = list(table.key)
@@ -229,7 +249,9 @@ def merge_listing(previous: pl.DataFrame, found: pl.DataFrame, *, shard_size: in
     new = present.filter(pl.col("shard").is_null()).drop("shard")
     new = new.with_columns(_new_shards(previous, new, shard_size))
     gone = previous.join(found.select(key), on=key, how="anti")
-    gone = gone.with_columns(pl.col("gone_at").fill_null(pl.lit(now, dtype=table.schema["gone_at"])))
+    gone = gone.with_columns(
+        pl.col("gone_at").fill_null(pl.lit(now, dtype=table.schema["gone_at"]))
+    )
     here = pl.concat([present.filter(pl.col("shard").is_not_null()), new])
     here = here.with_columns(gone_at=pl.lit(None, dtype=table.schema["gone_at"]))
     return table.conform(pl.concat([here.select(list(table.columns)), gone]))

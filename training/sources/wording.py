@@ -5,7 +5,8 @@ import re
 _SEPARATORS = re.compile("[,\uff0c\u3001\uff64\u060c]")
 """Commas: ASCII, full-width, ideographic, half-width ideographic, Arabic."""
 _UNDERSCORED = re.compile(r"(?=\S*[^\W_]{2})\S*[^\W_]_+\S*[^\W_]\S*")
-"""A word that an underscore joins, such as `long_hair` or `saber_(fate)`; `^_^` and `o_o` are none."""
+"""A word that an underscore joins, such as `long_hair` or `saber_(fate)`; `^_^` and `o_o` are
+none."""
 _COUNT = re.compile(r"\d\+?(girl|boy|other)s?", re.IGNORECASE)
 """How boorus count people, such as `1girl` and `6+boys`."""
 _WIDE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -41,19 +42,24 @@ _MANY = 6
 def reads_as_sentence(line: str) -> bool:
     """Whether a line is a caption and not a list of tags.
 
-    It is one when one of its comma-separated parts has more than five words, or its last part has at least three and
-    ends in a full stop, question or exclamation mark, or its first part has at least three and begins with an article.
-    It is none when it is a list of tags between spaces; when it has six parts or more, does not end like a sentence,
-    and three of four parts have at most three words; or when a part of it is one word joined by underscores and none
-    has more than five. An underscore inside of a longer part proves nothing. In languages without spaces, words are
-    estimated from the number of letters.
+    It is one when one of its comma-separated parts has more than five words, or its last part has
+    at least three and ends in a full stop, question or exclamation mark, or its first part has at
+    least three and begins with an article. It is none when it is a list of tags between spaces;
+    when it has six parts or more, does not end like a sentence, and three of four parts have at
+    most three words; or when a part of it is one word joined by underscores and none has more than
+    five. An underscore inside of a longer part proves nothing. In languages without spaces, words
+    are estimated from the number of letters.
     """
     parts = [part for part in map(str.strip, _SEPARATORS.split(line)) if part]
     if not parts or _between_spaces(line):
         return False
     counts = [_num_words(part) for part in parts]
     ends = parts[-1].endswith(_ENDS)
-    if len(parts) >= _MANY and not ends and sum(count <= 3 for count in counts) >= 0.75 * len(parts):
+    if (
+        len(parts) >= _MANY
+        and not ends
+        and sum(count <= 3 for count in counts) >= 0.75 * len(parts)
+    ):
         return False
     if max(counts) > 5 or parts[-1].endswith(_FULL_STOP):
         return True
@@ -64,19 +70,29 @@ def reads_as_sentence(line: str) -> bool:
 
 
 def split_tags(line: str) -> list[str]:
-    """The tags of a list: parted by commas, lines, or, where words are joined by underscores, by spaces."""
+    """The tags of a list: parted by commas, lines, or, where words are joined by underscores, by
+    spaces."""
     names: list[str] = []
     for part in line.split("\n"):
-        names += part.split() if _between_spaces(part) else [name.strip() for name in _SEPARATORS.split(part)]
+        names += (
+            part.split()
+            if _between_spaces(part)
+            else [name.strip() for name in _SEPARATORS.split(part)]
+        )
     if names and names[-1].endswith(".") and _num_words(names[-1]) > 1:
         names[-1] = names[-1].rstrip(".")
     return [name for name in names if name]
 
 
 def _between_spaces(line: str) -> bool:
-    """Whether a line is a list as boorus write it: no commas, words that only tags have, none that sentences have."""
+    """Whether a line is a list as boorus write it: no commas, words that only tags have, none that
+    sentences have."""
     words = line.split()
-    if len(words) < 2 or _SEPARATORS.search(line) or any(word.lower() in _JOINING for word in words):
+    if (
+        len(words) < 2
+        or _SEPARATORS.search(line)
+        or any(word.lower() in _JOINING for word in words)
+    ):
         return False
     marks = sum(bool(_UNDERSCORED.fullmatch(word) or _COUNT.fullmatch(word)) for word in words)
     return marks >= 2 or 2 * marks >= len(words)

@@ -20,7 +20,8 @@ UTC = pl.Datetime("us", "UTC")
 
 
 class Reason(StrEnum):
-    """Why an image, or what lies beside it, is not used. A closed list: `rejected_images.reason` holds nothing else."""
+    """Why an image, or what lies beside it, is not used. A closed list: `rejected_images.reason`
+    holds nothing else."""
 
     GONE = "gone"
     NOT_A_FILE = "not_a_file"
@@ -57,7 +58,8 @@ class Column:
     dtype: pl.DataType | type[pl.DataType]
     about: str
     tolerance: float | None = None
-    """None: equal inputs give equal values on every machine. Else the largest allowed difference."""
+    """None: equal inputs give equal values on every machine. Else the largest allowed
+    difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ class Table:
         frame = frame.select(list(self.columns))
         for name, column in self.columns.items():
             if frame.schema[name] != column.dtype:
-                raise DataError(f"table {self.name}: column {name} is {frame.schema[name]}, must be {column.dtype}")
+                raise DataError(
+                    f"table {self.name}: column {name} is {frame.schema[name]}, must be {column.dtype}"
+                )
         if self.key:
             frame = frame.sort(self.key, nulls_last=True)
             keys = frame.select(self.key)
@@ -99,18 +103,23 @@ class Table:
                 keys.slice(1)
                 .select(
                     pl.all_horizontal(
-                        pl.col(name).eq_missing(keys[name].slice(0, max(len(keys) - 1, 0))) for name in self.key
+                        pl.col(name).eq_missing(keys[name].slice(0, max(len(keys) - 1, 0)))
+                        for name in self.key
                     )
                 )
                 .to_series()
             )
             if same.any():
                 twice = keys.row(same.arg_max() or 0)
-                raise DataError(f"table {self.name}: key {self.key} = {twice} appears more than once")
+                raise DataError(
+                    f"table {self.name}: key {self.key} = {twice} appears more than once"
+                )
         return frame.rechunk()
 
 
-def _c(dtype: pl.DataType | type[pl.DataType], about: str, tolerance: float | None = None) -> Column:
+def _c(
+    dtype: pl.DataType | type[pl.DataType], about: str, tolerance: float | None = None
+) -> Column:
     return Column(dtype, about, tolerance)
 
 
@@ -126,16 +135,22 @@ TABLES: dict[str, Table] = {
             ("source", "source_id"),
             {
                 "source": _c(pl.String, "name of the source in foundry.toml"),
-                "source_id": _c(pl.String, "identity within the source: the relative path, odd bytes percent-encoded"),
+                "source_id": _c(
+                    pl.String,
+                    "identity within the source: the relative path, odd bytes percent-encoded",
+                ),
                 "locator": _c(pl.String, "where the bytes are, relative to the source"),
                 "shard": _c(pl.String, "partition, given when first listed and kept"),
                 "bytes": _c(pl.Int64, "size when listed"),
                 "modified_ns": _c(
-                    pl.Int64, "modification time when listed, ns since 1970; only a reason to read again"
+                    pl.Int64,
+                    "modification time when listed, ns since 1970; only a reason to read again",
                 ),
                 "gone_at": _c(UTC, "when a listing first missed it; null while it is there"),
                 "tags": _c(pl.List(TAG), "the source's own tags, canonical form, with category"),
-                "rating": _c(pl.String, "general, sensitive, questionable, explicit; null when unknown"),
+                "rating": _c(
+                    pl.String, "general, sensitive, questionable, explicit; null when unknown"
+                ),
                 "favourites": _c(pl.Int64, "how many people marked it; null when unknown"),
                 "created_at": _c(UTC, "when it was published; null when unknown"),
                 "caption": _c(pl.String, "the source's own sentence"),
@@ -196,7 +211,9 @@ TABLES: dict[str, Table] = {
                     "CLS of the vision model's last hidden state before its last norm",
                     1e-3,
                 ),
-                "projection": _c(pl.List(pl.Float32), "projected image features, L2-normalised", 1e-4),
+                "projection": _c(
+                    pl.List(pl.Float32), "projected image features, L2-normalised", 1e-4
+                ),
             },
         ),
         Table(
@@ -206,7 +223,11 @@ TABLES: dict[str, Table] = {
             {
                 "image_id": _IMAGE_ID,
                 "model": _MODEL,
-                "tags": _c(pl.List(SCORED_TAG), "names above the floor with probability, sorted by name", 1e-3),
+                "tags": _c(
+                    pl.List(SCORED_TAG),
+                    "names above the floor with probability, sorted by name",
+                    1e-3,
+                ),
             },
         ),
         Table(
@@ -226,7 +247,9 @@ TABLES: dict[str, Table] = {
             {
                 "image_id": _IMAGE_ID,
                 "model": _MODEL,
-                "boxes": _c(pl.List(SCORED_BOX), "upright source pixels; empty: looked, none found", 0.5),
+                "boxes": _c(
+                    pl.List(SCORED_BOX), "upright source pixels; empty: looked, none found", 0.5
+                ),
             },
         ),
         Table(
@@ -238,7 +261,10 @@ TABLES: dict[str, Table] = {
                 "source": _c(pl.String, "name of the source"),
                 "source_id": _c(pl.String, "identity within the source"),
                 "image_id": _IMAGE_ID,
-                "kind": _c(pl.String, "what ties it to the one kept: exact, pixels or near; `kept` for the kept one"),
+                "kind": _c(
+                    pl.String,
+                    "what ties it to the one kept: exact, pixels or near; `kept` for the kept one",
+                ),
                 "kept": _c(pl.Boolean, "this one goes on"),
                 "why": _c(pl.String, "the rule that kept or dropped it"),
             },
@@ -265,7 +291,9 @@ TABLES: dict[str, Table] = {
                 "model": _c(pl.String, "`fitted` from this workspace's judgements, or `supplied`"),
                 "file": _c(pl.String, "safetensors with both heads, beside this table"),
                 "num_pairs": _c(pl.Int64, "judgements it was fitted on"),
-                "cut_points": _c(pl.List(pl.Float64), "eight ascending utilities that part scores 1-9", 1e-2),
+                "cut_points": _c(
+                    pl.List(pl.Float64), "eight ascending utilities that part scores 1-9", 1e-2
+                ),
                 "report": _c(
                     pl.String,
                     "JSON: pair accuracy, Kendall tau, junk precision and recall on held-out images",
@@ -325,11 +353,21 @@ TABLES: dict[str, Table] = {
                 "cluster": _c(pl.String, "duplicate group, or its own id: never parted by a split"),
                 "score": _c(pl.Int8, "quality 0-9", 1),
                 "tags": _c(pl.List(TAG), "canonical tags, sorted by name, of source and tagger"),
-                "caption": _c(pl.String, "the source's sentence, or several, a line each; null when it has none"),
-                "made_caption": _c(pl.String, "a model's sentence, or several, a line each; null when there is none"),
+                "caption": _c(
+                    pl.String,
+                    "the source's sentence, or several, a line each; null when it has none",
+                ),
+                "made_caption": _c(
+                    pl.String,
+                    "a model's sentence, or several, a line each; null when there is none",
+                ),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags of the source"),
                 "watermark": _c(pl.Boolean, "a watermark box above the threshold"),
-                "boxes": _c(pl.List(SCORED_BOX), "watermark boxes above the threshold, upright source pixels", 0.5),
+                "boxes": _c(
+                    pl.List(SCORED_BOX),
+                    "watermark boxes above the threshold, upright source pixels",
+                    0.5,
+                ),
                 "flip": _c(pl.Boolean, "mirror it when encoding"),
                 "crop_box": _c(BOX, "crop wished by the source"),
             },
@@ -374,7 +412,9 @@ TABLES: dict[str, Table] = {
                 "pad_top": _c(pl.Int32, "rows of padding above the resized image"),
                 "pad_left": _c(pl.Int32, "columns of padding on its left, before the mirroring"),
                 "flip": _c(pl.Boolean, "mirrored after the crop"),
-                "encoded_in": _c(pl.Int32, "generation that encoded it; an older one's row is copied as it is"),
+                "encoded_in": _c(
+                    pl.Int32, "generation that encoded it; an older one's row is copied as it is"
+                ),
             },
         ),
         Table(
@@ -390,8 +430,14 @@ TABLES: dict[str, Table] = {
                 "bucket_width": _c(pl.Int32, "px"),
                 "score": _c(pl.Int8, "quality 1-9"),
                 "tags": _c(pl.List(TAG), "canonical tags, sorted by name"),
-                "caption": _c(pl.String, "the source's sentence, or several, a line each; null when it has none"),
-                "made_caption": _c(pl.String, "a model's sentence, or several, a line each; null when there is none"),
+                "caption": _c(
+                    pl.String,
+                    "the source's sentence, or several, a line each; null when it has none",
+                ),
+                "made_caption": _c(
+                    pl.String,
+                    "a model's sentence, or several, a line each; null when there is none",
+                ),
                 "words": _c(pl.List(pl.String), "quality, rating and date tags"),
                 "boxes": _c(pl.List(SCORED_BOX), "watermark boxes, upright source pixels"),
                 "split": _c(
@@ -421,7 +467,8 @@ TABLES: dict[str, Table] = {
             ("statistic", "key"),
             {
                 "statistic": _c(
-                    pl.String, "num_tags, num_tokens, num_chunks, num_truncated, tag, kind, caption or spelling"
+                    pl.String,
+                    "num_tags, num_tokens, num_chunks, num_truncated, tag, kind, caption or spelling",
                 ),
                 "key": _c(pl.String, "value or tag"),
                 "count": _c(pl.Int64, "prompts"),
@@ -438,7 +485,9 @@ TABLES: dict[str, Table] = {
                 "folder": _c(pl.String, "folder under the run's checkpoints/"),
                 "digest": _c(pl.String, "SHA-256 over the weights"),
                 "training_set": _c(pl.String, "fingerprint of the set it was trained on"),
-                "validation_loss": _c(pl.Float64, "plain loss when it was saved; null before the first", 1e-4),
+                "validation_loss": _c(
+                    pl.Float64, "plain loss when it was saved; null before the first", 1e-4
+                ),
             },
         ),
         Table(
@@ -467,7 +516,10 @@ TABLES: dict[str, Table] = {
                 "seed": _c(pl.Int64, "seed of its own generator"),
                 "height": _c(pl.Int32, "px"),
                 "width": _c(pl.Int32, "px"),
-                "file": _c(pl.String, "PNG under sample_images/<checkpoint>/; null where the picture is not finite"),
+                "file": _c(
+                    pl.String,
+                    "PNG under sample_images/<checkpoint>/; null where the picture is not finite",
+                ),
                 "sha256": _c(pl.String, "of the decoded pixels", 0.0),
             },
         ),
@@ -484,8 +536,16 @@ TABLES: dict[str, Table] = {
                     "train_similarity, embedding or failed; or a column of the summary (docs/scores.md)",
                 ),
                 "value": _c(pl.Float64, "the number; null in `embedding` and `failed` rows", 1e-3),
-                "embedding": _c(pl.List(pl.Float32), "projected features of the picture, in `embedding` rows", 1e-4),
-                "image_id": _c(pl.String, "the training image nearest to the picture, in `train_similarity` rows", 0.0),
+                "embedding": _c(
+                    pl.List(pl.Float32),
+                    "projected features of the picture, in `embedding` rows",
+                    1e-4,
+                ),
+                "image_id": _c(
+                    pl.String,
+                    "the training image nearest to the picture, in `train_similarity` rows",
+                    0.0,
+                ),
                 "reason": _c(pl.String, "why the picture could not be scored, in `failed` rows"),
             },
         ),
@@ -495,7 +555,10 @@ TABLES: dict[str, Table] = {
             ("metric", "group"),
             {
                 "metric": _c(pl.String, "clip_score or aesthetic"),
-                "group": _c(pl.String, "prompts compared: a label, `all`, or `held-out half` for the best of many"),
+                "group": _c(
+                    pl.String,
+                    "prompts compared: a label, `all`, or `held-out half` for the best of many",
+                ),
                 "a": _c(pl.String, "checkpoint compared against"),
                 "b": _c(pl.String, "checkpoint judged"),
                 "num_prompts": _c(pl.Int64, "pairs"),
@@ -537,7 +600,8 @@ for _name in ("embeddings", "tags", "watermark_boxes"):
 
 
 def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
-    """Rows for `rejected_images`: each a dict with reason and any of source, source_id, image_id, value, limit, detail.
+    """Rows for `rejected_images`: each a dict with reason and any of source, source_id, image_id,
+    value, limit, detail.
 
     Raises:
         DataError: a reason outside of the closed list.
@@ -545,7 +609,9 @@ def rejections(stage: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     table = TABLES["rejected_images"]
     for row in rows:
         if row["reason"] not in set(Reason):
-            raise DataError(f"stage {stage}: reason {row['reason']!r} is not in the closed list {sorted(Reason)}")
+            raise DataError(
+                f"stage {stage}: reason {row['reason']!r} is not in the closed list {sorted(Reason)}"
+            )
     full = [
         {
             name: str(value) if (value := {**row, "stage": stage}.get(name)) is not None else None
@@ -572,9 +638,8 @@ PART_COLUMNS: Mapping[str, tuple[str, ...]] = {
 def part_values(table: str, part: str) -> dict[str, str | None]:
     """Values of a part's `PART_COLUMNS`; the run of a model without one is None.
 
-    Args:
-        table: Name of the table.
-        part: Name of the part: a checkpoint, a run, an encoding, `<encoding>|<shard>`, or a prompt set.
+    Args: table: Name of the table. part: Name of the part: a checkpoint, a run, an encoding,
+        `<encoding>|<shard>`, or a prompt set.
     """
     names = PART_COLUMNS.get(table, ())
     if names == ("checkpoint", "run"):
@@ -601,7 +666,9 @@ def markdown() -> str:
         lines += ["| column | type | meaning | tolerance |", "| --- | --- | --- | --- |"]
         for name, column in table.columns.items():
             tolerance = "" if column.tolerance is None else f"{column.tolerance:g}"
-            lines.append(f"| `{name}` | {str(column.dtype).replace('|', ' ')} | {column.about} | {tolerance} |")
+            lines.append(
+                f"| `{name}` | {str(column.dtype).replace('|', ' ')} | {column.about} | {tolerance} |"
+            )
     return "\n".join(lines) + "\n"
 
 

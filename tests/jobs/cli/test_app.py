@@ -12,7 +12,8 @@ from jobs.cli import app, shared
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`command("sql", ...)`: status, standard output and standard error of `foundry sql ...` in this process."""
+    """`command("sql", ...)`: status, standard output and standard error of `foundry sql ...` in
+    this process."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["foundry", *arguments])
@@ -74,7 +75,9 @@ def test_ctrl_c_while_following_says_that_the_trainer_goes_on(command, monkeypat
         f"stop it with `foundry train --home {tmp_path} --run one --stop`"
     )
     monkeypatch.setattr(torchrun, "is_running", lambda run: False)
-    assert app._train_interrupted(store, "one").startswith("the run has no checkpoint yet; go on with `foundry train")
+    assert app._train_interrupted(store, "one").startswith(
+        "the run has no checkpoint yet; go on with `foundry train"
+    )
 
 
 def test_ctrl_c_in_a_run_names_the_workspace(command, monkeypatch, tmp_path):
@@ -98,7 +101,9 @@ def test_ctrl_c_in_a_run_names_the_trainers_that_go_on(monkeypatch, tmp_path):
 
     home = tmp_path / "[v1] Bob's set"
     store = Store(home)
-    monkeypatch.setattr(Store, "keys", lambda self, scope: ["ended", "going"] if scope is Scope.RUN else [])
+    monkeypatch.setattr(
+        Store, "keys", lambda self, scope: ["ended", "going"] if scope is Scope.RUN else []
+    )
     monkeypatch.setattr(torchrun, "is_running", lambda folder: folder == store.run_folder("going"))
     said = app._run_interrupted(store)
     assert "the trainer of going goes on by itself" in said

@@ -1,4 +1,5 @@
-"""Whatever MLflow was away for arrives with the next call, once; and whoever calls is neither failed nor kept."""
+"""Whatever MLflow was away for arrives with the next call, once; and whoever calls is neither
+failed nor kept."""
 
 import json
 import logging
@@ -43,7 +44,8 @@ EVERYTHING = [
 
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory, empty_database):
-    """A workspace in which a run was trained, judged and released while MLflow was away; and the same, caught up."""
+    """A workspace in which a run was trained, judged and released while MLflow was away; and the
+    same, caught up."""
     home = tmp_path_factory.mktemp("owing") / "space"
     log_run(prepare_run(home, "demo"), "finished")
     (home / "foundry.toml").write_text("format = 1\n")
@@ -75,7 +77,9 @@ def sent(tmp_path, templates):
     """The workspace whose MLflow has everything."""
     home = shutil.copytree(templates[1], tmp_path / "sent" / "space")
     known = json.loads((home / "workspace.json").read_text())
-    commit.write_json(home / "workspace.json", known | {"home": str(home)})  # as if it had been moved
+    commit.write_json(
+        home / "workspace.json", known | {"home": str(home)}
+    )  # as if it had been moved
     return Store(home)
 
 
@@ -113,8 +117,18 @@ def evaluate(home, checkpoint, score):
                         "seed": 1, "file": path.name, "sha256": commit.sha256_file(path)})  # fmt: skip
         metrics.append({"prompt_id": prompt, "group": "all", "metric": "aesthetic", "value": score})
     metrics.append({"prompt_id": None, "group": None, "metric": "mean_LAIONScore", "value": score})
-    put(home, "sample_images", checkpoint, pl.DataFrame(samples, schema=TABLES["sample_images"].schema))
-    put(home, "eval_metrics", checkpoint, pl.DataFrame(metrics, schema=TABLES["eval_metrics"].schema))
+    put(
+        home,
+        "sample_images",
+        checkpoint,
+        pl.DataFrame(samples, schema=TABLES["sample_images"].schema),
+    )
+    put(
+        home,
+        "eval_metrics",
+        checkpoint,
+        pl.DataFrame(metrics, schema=TABLES["eval_metrics"].schema),
+    )
 
 
 def judge(home, checkpoint, word):
@@ -123,11 +137,18 @@ def judge(home, checkpoint, word):
         "mean_b": 0.3, "difference": 0.1, "low": 0.05, "high": 0.15, "p_value": 0.01, "p_holm": 0.02, "margin": 0.003,
         "win_rate": 0.7, "verdict": word, "num_needed": None,
     }  # fmt: skip
-    put(home, "verdicts", f"base~{checkpoint}", pl.DataFrame([row], schema=TABLES["verdicts"].schema))
+    put(
+        home,
+        "verdicts",
+        f"base~{checkpoint}",
+        pl.DataFrame([row], schema=TABLES["verdicts"].schema),
+    )
 
 
 def crown(home, checkpoint, sentence):
-    now = champion.Champion(checkpoint=checkpoint, digest="d", verdict=f"{BASE}~{checkpoint}", sentence=sentence)
+    now = champion.Champion(
+        checkpoint=checkpoint, digest="d", verdict=f"{BASE}~{checkpoint}", sentence=sentence
+    )
     champion.write(home, now)
 
 
@@ -139,14 +160,21 @@ def client_of(store):
 
 
 def arrived(store):
-    """What MLflow holds, read past the code that sent it, in a form that does not say when it was sent."""
+    """What MLflow holds, read past the code that sent it, in a form that does not say when it was
+    sent."""
     with sqlite3.connect(store.home / "mlflow.db") as database:
-        metrics = "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid)"
+        metrics = (
+            "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid)"
+        )
         found = sorted(database.execute(f"{metrics} where t.key = 'foundry.run'").fetchall())
         aliases = database.execute("select alias, version from registered_model_aliases").fetchall()
-        versions = sorted(database.execute("select version, description from model_versions").fetchall())
+        versions = sorted(
+            database.execute("select version, description from model_versions").fetchall()
+        )
     files = sorted(
-        path.name.partition("+timestamp")[0] for path in (store.home / "mlartifacts").rglob("*") if path.is_file()
+        path.name.partition("+timestamp")[0]
+        for path in (store.home / "mlartifacts").rglob("*")
+        if path.is_file()
     )
     (run,) = client_of(store).search_runs(["1"], "tags.`foundry.run` = 'demo'")
     return {
@@ -168,7 +196,9 @@ def test_all_that_is_owed_arrives_once_and_then_mlflow_is_left_alone(store, monk
         ("base.bbbbbbbb", "eval/aesthetic_mean", 0, 5.0), ("demo", "eval/aesthetic_mean", 40, 6.0),
         ("demo", "eval/aesthetic_mean", 120, 7.0),
     ]  # fmt: skip
-    assert [row[2:] for row in found["metrics"] if row[1] == "train/loss"] == [(n, 1 / n) for n in (40, 80, 120)]
+    assert [row[2:] for row in found["metrics"] if row[1] == "train/loss"] == [
+        (n, 1 / n) for n in (40, 80, 120)
+    ]
     assert found["tags"]["verdict.aesthetic"] == "better"
     assert f"\n\nVerdict: {NEW} against {BASE}" in found["tags"]["mlflow.note.content"]
     assert found["champion"] == ([("champion", 1)], [(1, "it is better")])
@@ -186,8 +216,16 @@ def test_all_that_is_owed_arrives_once_and_then_mlflow_is_left_alone(store, monk
 
 
 def test_a_base_that_drew_other_prompts_is_not_shown_as_the_beginning_of_a_run(store):
-    put(store.home, "sample_images", BASE, store.read("sample_images", parts=[BASE]), inputs={"prompts": "others"})
-    assert owes(Store(store.home)) == [name for name in EVERYTHING if not name.startswith("the base's pictures")]
+    put(
+        store.home,
+        "sample_images",
+        BASE,
+        store.read("sample_images", parts=[BASE]),
+        inputs={"prompts": "others"},
+    )
+    assert owes(Store(store.home)) == [
+        name for name in EVERYTHING if not name.startswith("the base's pictures")
+    ]
 
 
 def test_a_run_whose_inputs_cannot_be_read_holds_up_nothing_else(store, caplog):
@@ -224,7 +262,9 @@ def test_where_nothing_is_owed_mlflow_is_not_imported(tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_champion_that_was_crowned_while_mlflow_was_away_gets_its_alias_with_the_next_call(sent, monkeypatch, caplog):
+def test_a_champion_that_was_crowned_while_mlflow_was_away_gets_its_alias_with_the_next_call(
+    sent, monkeypatch, caplog
+):
     crown(sent.home, OLD, "it is best")
     with monkeypatch.context() as patch:
         patch.setattr(mlflow_calls, "connect", refuse)
@@ -235,7 +275,10 @@ def test_a_champion_that_was_crowned_while_mlflow_was_away_gets_its_alias_with_t
     assert arrived(sent)["champion"][0] == [("champion", 1)]
     assert owes(sent) == ["the champion"]
     assert catch_up(sent, LOG)
-    assert arrived(sent)["champion"] == ([("champion", 2)], [(1, "it is better"), (2, "it is best")])
+    assert arrived(sent)["champion"] == (
+        [("champion", 2)],
+        [(1, "it is better"), (2, "it is best")],
+    )
 
 
 def test_what_is_new_is_owed_and_nothing_else(sent):
@@ -247,7 +290,10 @@ def test_what_is_new_is_owed_and_nothing_else(sent):
     assert ("demo", "eval/aesthetic_mean", 120, 8.0) in found["metrics"]
     # The run says what was said of its newest checkpoint; each checkpoint what was said of it.
     assert found["tags"]["verdict.aesthetic"] == "better"
-    said = {model.name: model.tags.get("verdict.aesthetic") for model in client_of(sent).search_logged_models(["1"])}
+    said = {
+        model.name: model.tags.get("verdict.aesthetic")
+        for model in client_of(sent).search_logged_models(["1"])
+    }
     assert said == {"base-bbbbbbbb@0": None, OLD: "worse", NEW: "better"}
 
 
@@ -268,13 +314,17 @@ def test_another_address_is_owed_everything_and_an_absent_server_costs_one_attem
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (sent.home / "foundry.toml").write_text(f'format = 1\n[tracking]\nuri = "http://me:secret@127.0.0.1:{port}"\n')
+    (sent.home / "foundry.toml").write_text(
+        f'format = 1\n[tracking]\nuri = "http://me:secret@127.0.0.1:{port}"\n'
+    )
     away = Store(sent.home)
     began = time.monotonic()
     assert not catch_up(away, LOG)
     assert time.monotonic() - began < 10
     (warning,) = caplog.messages
-    assert warning.startswith(f"MLflow is owed {', '.join(EVERYTHING[:4])} and 5 more: MLflow at http://***@127.0.0.1")
+    assert warning.startswith(
+        f"MLflow is owed {', '.join(EVERYTHING[:4])} and 5 more: MLflow at http://***@127.0.0.1"
+    )
     assert owes(away) == EVERYTHING
 
 
@@ -284,7 +334,9 @@ def test_what_cannot_be_sent_holds_up_nothing_else(store, caplog):
     damaged.write_bytes(b"rotten")
     assert not catch_up(store, LOG)
     (warning,) = caplog.messages
-    assert warning.startswith(f"MLflow is owed scores of {OLD}: scores of {OLD} cannot be sent: {damaged} has 6 bytes")
+    assert warning.startswith(
+        f"MLflow is owed scores of {OLD}: scores of {OLD} cannot be sent: {damaged} has 6 bytes"
+    )
     assert owes(store) == [f"scores of {OLD}"]
     damaged.write_bytes(content)
     assert catch_up(store, LOG)
@@ -331,7 +383,8 @@ def test_a_death_at_any_call_leaves_every_row_once(store, sent, monkeypatch):
 
         def call(*args, **kwargs):
             result = method(*args, **kwargs)
-            # Each call of each kind is the last one of a process once; a repetition of it goes through.
+            # Each call of each kind is the last one of a process once; a repetition of it goes
+            # through.
             if (deed := (name, key(args, kwargs))) not in died_at:
                 died_at.add(deed)
                 raise Killed
@@ -353,7 +406,9 @@ def test_a_death_at_any_call_leaves_every_row_once(store, sent, monkeypatch):
     assert owes(store) == []
 
 
-def test_a_run_whose_end_was_not_sent_is_sent_by_a_foundry_run_that_has_nothing_to_do(store, monkeypatch):
+def test_a_run_whose_end_was_not_sent_is_sent_by_a_foundry_run_that_has_nothing_to_do(
+    store, monkeypatch
+):
     from jobs import pipeline
     from jobs.schedules import tracking_catch_up as schedule
 
@@ -368,7 +423,11 @@ def test_a_run_whose_end_was_not_sent_is_sent_by_a_foundry_run_that_has_nothing_
 
 
 def test_two_do_not_catch_up_at_once(store, monkeypatch, caplog):
-    monkeypatch.setattr(tracking_catch_up.commit, "lock", lambda path, what, old=commit.lock: old(path, what, wait_s=0))
+    monkeypatch.setattr(
+        tracking_catch_up.commit,
+        "lock",
+        lambda path, what, old=commit.lock: old(path, what, wait_s=0),
+    )
     with commit.lock(store.home / "locks" / "tracking.lock", "catching up"):
         assert not catch_up(store, LOG)
     assert "catching up MLflow with" in caplog.messages[0]
@@ -377,7 +436,8 @@ def test_two_do_not_catch_up_at_once(store, monkeypatch, caplog):
 
 
 def news(store):
-    """Let there be new scores and a new verdict; what MLflow shows of them once they have arrived."""
+    """Let there be new scores and a new verdict; what MLflow shows of them once they have
+    arrived."""
     evaluate(store.home, NEW, 8.0)
     judge(store.home, NEW, "worse")
     return ("demo", "eval/aesthetic_mean", 120, 8.0)
@@ -392,7 +452,10 @@ def test_an_experiment_that_was_deleted_on_its_page_comes_back_with_the_next_new
     assert owes(sent) == []
     (experiment,) = [item for item in client.search_experiments() if item.name == "space"]
     assert experiment.experiment_id == "1"
-    assert {run.data.tags["foundry.run"] for run in client.search_runs(["1"])} == {"demo", "base.bbbbbbbb"}
+    assert {run.data.tags["foundry.run"] for run in client.search_runs(["1"])} == {
+        "demo",
+        "base.bbbbbbbb",
+    }
     found = arrived(sent)
     assert point in found["metrics"]
     assert set(before["metrics"]) <= set(found["metrics"])
@@ -449,7 +512,9 @@ def test_a_moved_workspace_keeps_its_experiment_and_a_copy_makes_it_its_own(sent
 
 
 def test_a_runs_page_leads_to_its_report_and_to_the_run_of_dagster_that_trained_it(sent):
-    put(sent.home, "checkpoints", "demo", TABLES["checkpoints"].empty(), dagster_run="12345678-abcd")
+    put(
+        sent.home, "checkpoints", "demo", TABLES["checkpoints"].empty(), dagster_run="12345678-abcd"
+    )
     assert owes(sent) == ["the link from demo to Dagster"]
     assert catch_up(sent, LOG)
     (run,) = client_of(sent).search_runs(["1"], "tags.`foundry.run` = 'demo'")

@@ -45,7 +45,11 @@ def test_the_root_opens_on_the_runs_of_the_experiment_with_our_columns(home):
 
 def test_without_an_experiment_it_opens_on_the_list_of_them(home, tmp_path):
     lists = "#/experiments?workflowType=machine_learning"
-    for uri in (f"sqlite:///{tmp_path / 'none.db'}", f"sqlite:///{home / 'mlflow.db'}", "http://127.0.0.1:1"):
+    for uri in (
+        f"sqlite:///{tmp_path / 'none.db'}",
+        f"sqlite:///{home / 'mlflow.db'}",
+        "http://127.0.0.1:1",
+    ):
         assert script(told(PAGE, Tracking(uri=uri, experiment="other")))[2] == lists
     assert told("another page", workspace_tracking(home)) is None
 
@@ -54,7 +58,10 @@ def test_a_deleted_experiment_is_not_opened(home):
     from mlflow import MlflowClient
 
     MlflowClient(f"sqlite:///{home / 'mlflow.db'}").delete_experiment("1")
-    assert script(told(PAGE, workspace_tracking(home)))[2] == "#/experiments?workflowType=machine_learning"
+    assert (
+        script(told(PAGE, workspace_tracking(home)))[2]
+        == "#/experiments?workflowType=machine_learning"
+    )
 
 
 def test_only_the_page_itself_is_told(home, monkeypatch):

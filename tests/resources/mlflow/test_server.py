@@ -1,4 +1,5 @@
-"""A real MLflow server that is stopped, hung and killed while runs are forwarded: every row exactly once afterwards."""
+"""A real MLflow server that is stopped, hung and killed while runs are forwarded: every row exactly
+once afterwards."""
 
 import random
 import shutil
@@ -25,7 +26,8 @@ STEPS, EVERY = 1_200, 150
 
 
 class Trainer(threading.Thread):
-    """Writes an event log as fast as no trainer does, whatever MLflow does; measures how long a line takes."""
+    """Writes an event log as fast as no trainer does, whatever MLflow does; measures how long a
+    line takes."""
 
     def __init__(self, folder):
         super().__init__(daemon=True)
@@ -40,7 +42,9 @@ class Trainer(threading.Thread):
                 if step % EVERY == 1:
                     self.go_on.acquire()
                 began = time.monotonic()
-                log.write("step", samples_seen=step * 10, step=step, loss=1 / step, learning_rate=1e-4)
+                log.write(
+                    "step", samples_seen=step * 10, step=step, loss=1 / step, learning_rate=1e-4
+                )
                 if step % (EVERY // 2) == 0:
                     log.write("checkpoint", samples_seen=step * 10, checkpoint=f"demo@{step * 10}", seconds=0.2,
                               folder=f"checkpoints/samples_{step * 10:09d}", digest="d" * 64)  # fmt: skip
@@ -82,7 +86,8 @@ def test_a_server_stopped_hung_and_killed_loses_and_repeats_nothing(home, monkey
     failed = []
 
     def forward():
-        """Returns whether it came through; a server in trouble costs seconds and a TrackingError."""
+        """Returns whether it came through; a server in trouble costs seconds and a
+        TrackingError."""
         began = time.monotonic()
         try:
             tracking.forward(folder)
@@ -162,7 +167,9 @@ def test_all_that_is_sent_arrives_through_a_server(home):
     assert {"Curves", "Prompts beside runs", "Checkpoints", "Champion"} < links.keys()
     assert links["Curves"].startswith(f"{server.url}/#/experiments/")
     assert "viewStateShareKey=foundry-curves" in links["Curves"]
-    assert stored(home, "select name, version, description from model_versions") == [("shared", 1, said)]
+    assert stored(home, "select name, version, description from model_versions") == [
+        ("shared", 1, said)
+    ]
     assert stored(home, "select alias, version from registered_model_aliases") == [("champion", 1)]
     names = [path.name for path in (home / "mlartifacts").rglob("*") if path.is_file()]
     assert sum(name.endswith(".png") for name in names) == 4 * NUM_PICTURES

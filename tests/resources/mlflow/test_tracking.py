@@ -1,4 +1,5 @@
-"""Event logs and scores reach MLflow whole, once, with their own times; a tracker that is away costs seconds."""
+"""Event logs and scores reach MLflow whole, once, with their own times; a tracker that is away
+costs seconds."""
 
 import base64
 import json
@@ -22,7 +23,13 @@ from mlflow_world import prepare_run
 from PIL import Image
 
 from resources.mlflow import spool
-from resources.mlflow.tracking import NUM_PICTURES, Tracking, _due, choose_pictures, workspace_tracking
+from resources.mlflow.tracking import (
+    NUM_PICTURES,
+    Tracking,
+    _due,
+    choose_pictures,
+    workspace_tracking,
+)
 from training.errors import TrackingError
 from training.runs import run_folder
 from training.runs.event_log import EventLog, read_events
@@ -54,14 +61,24 @@ def run(home):
 
 
 def train(folder, opening, start, steps, ending=None, every=4):
-    """One attempt of a trainer in steps of 10 samples; a checkpoint and a validation after every fourth."""
+    """One attempt of a trainer in steps of 10 samples; a checkpoint and a validation after every
+    fourth."""
     with EventLog(folder / "events.jsonl") as log:
         log.write(opening, samples_seen=start, run="demo")
         for step in range(start // 10 + 1, start // 10 + 1 + steps):
             seen = step * 10
-            log.write("step", samples_seen=seen, step=step, loss=1 / step, learning_rate=1e-4, images_per_s=3.0)
+            log.write(
+                "step",
+                samples_seen=seen,
+                step=step,
+                loss=1 / step,
+                learning_rate=1e-4,
+                images_per_s=3.0,
+            )
             if step % every == 0:
-                log.write("validation", samples_seen=seen, loss=0.5 / step, stable_loss=None, seconds=0.1)
+                log.write(
+                    "validation", samples_seen=seen, loss=0.5 / step, stable_loss=None, seconds=0.1
+                )
                 name = f"samples_{seen:09d}"
                 log.write("checkpoint", samples_seen=seen, checkpoint=f"demo@{seen}", folder=f"checkpoints/{name}",
                           digest="d" * 64, validation_loss=None, seconds=0.2)  # fmt: skip
@@ -71,7 +88,8 @@ def train(folder, opening, start, steps, ending=None, every=4):
 
 
 def rows(home, table="metrics", run="%"):
-    """What the database holds on the runs so named, read past MLflow: (key, step, value, timestamp), sorted."""
+    """What the database holds on the runs so named, read past MLflow: (key, step, value,
+    timestamp), sorted."""
     named = "select run_uuid from tags where key = 'foundry.run' and value like ?"
     query = f"select key, step, value, timestamp from {table} where run_uuid in ({named})"
     with sqlite3.connect(home / "mlflow.db") as database:
@@ -137,7 +155,10 @@ def test_checkpoints_are_ready_models_whose_weights_stay_on_disk(home, run):
         assert str(model.status) == "READY"
         assert model.source_run_id == the_run(home).info.run_id
         assert model.params["checkpoint"] == model.name
-        assert model.tags["folder"] == f"demo/checkpoints/samples_{int(model.params['samples_seen']):09d}"
+        assert (
+            model.tags["folder"]
+            == f"demo/checkpoints/samples_{int(model.params['samples_seen']):09d}"
+        )
     assert the_run(home).info.status == "KILLED"
 
 
@@ -189,7 +210,8 @@ def test_a_log_that_is_sent_late_shows_the_run_as_it_happened_in_the_end(home, r
     cuts=st.lists(st.integers(1, 60), max_size=8),
 )
 def test_every_point_is_owed_once_however_the_log_is_cut(tmp_path_factory, attempts, cuts):
-    """The spool without MLflow: any history of resumes, read in any pieces, owes each (metric, step) once."""
+    """The spool without MLflow: any history of resumes, read in any pieces, owes each (metric,
+    step) once."""
     folder = tmp_path_factory.mktemp("run")
     seen = 0
     for number, (fresh, steps) in enumerate(attempts):
@@ -199,7 +221,9 @@ def test_every_point_is_owed_once_however_the_log_is_cut(tmp_path_factory, attem
     whole = (folder / "events.jsonl").read_bytes()
     wanted = {(key, step) for key, step, _, _ in expected(folder)}
     state, sent = spool.State(run_id="r"), []
-    ends = sorted({min(sum(cuts[: n + 1]) * 40, len(whole)) for n in range(len(cuts))} | {len(whole)})
+    ends = sorted(
+        {min(sum(cuts[: n + 1]) * 40, len(whole)) for n in range(len(cuts))} | {len(whole)}
+    )
     for end in ends:
         (folder / "events.jsonl").write_bytes(whole[:end])
         for chunk in spool.pending(folder, state):
@@ -287,7 +311,11 @@ while died < kills:
 
 def kill_forwarders(home, run, kills):
     train(run, "started", 0, 300, "finished", every=100)
-    subprocess.run([sys.executable, "-c", KILLER, str(home), str(kills)], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", KILLER, str(home), str(kills)],
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
     workspace_tracking(home).forward(run)
     assert rows(home) == expected(run)
     assert the_run(home).info.status == "FINISHED"
@@ -341,7 +369,11 @@ def test_two_forwarders_do_not_work_at_once(home, run):
             f"workspace_tracking(Path({str(home)!r})).forward(Path({str(run)!r}))"
         )
         result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3]
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[3],
         )
     assert "TrackingError" in result.stderr
     assert f"is held by pid {os.getpid()}" in result.stderr
@@ -361,7 +393,16 @@ def sampled(home, checkpoint, count=20, shift=0.0):
                     {**key, "metric": "aesthetic", "value": 5 + n / 10, "embedding": None},
                     {**key, "metric": "embedding", "value": None, "embedding": [1.0]}]  # fmt: skip
         samples.append(
-            {**key, "text": "t", "negative": "", "seed": n, "height": 40, "width": 64, "file": f"{n}.png", "sha256": ""}
+            {
+                **key,
+                "text": "t",
+                "negative": "",
+                "seed": n,
+                "height": 40,
+                "width": 64,
+                "file": f"{n}.png",
+                "sha256": "",
+            }
         )
     for name, value in {
         "25%_LAIONScore": 5.5,
@@ -369,7 +410,9 @@ def sampled(home, checkpoint, count=20, shift=0.0):
         "skew_LAIONScore": float("nan"),
         "Clipscore_mean": 0.3 + shift,
     }.items():
-        metrics.append({"prompt_id": None, "group": None, "metric": name, "value": value, "embedding": None})
+        metrics.append(
+            {"prompt_id": None, "group": None, "metric": name, "value": value, "embedding": None}
+        )
     return {
         "metrics": pl.DataFrame(metrics, schema=TABLES["eval_metrics"].schema),
         "samples": pl.DataFrame(samples, schema=TABLES["sample_images"].schema),
@@ -392,7 +435,11 @@ def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_pictures(home, run):
     for _ in range(2):
         tracking.log_evaluation("demo@40", **sampled(home, "demo@40"))
         tracking.log_evaluation("base.abc@0", **sampled(home, "base.abc@0"))
-    values = {key: (step, value) for key, step, value, _ in rows(home) if key.startswith("eval") and step == 40}
+    values = {
+        key: (step, value)
+        for key, step, value, _ in rows(home)
+        if key.startswith("eval") and step == 40
+    }
     assert values["eval/clip_score_mean"] == (40, 0.3)
     assert values["eval_spread/aesthetic_q25"] == (40, 5.5)
     assert values["eval_groups/clip_score caption"][1] == pytest.approx(
@@ -407,7 +454,9 @@ def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_pictures(home, run):
     info = the_run(home)
     assert info.data.tags["mlflow.loggedImages"] == "True"
     folder = info.info.artifact_uri.removeprefix("mlflow-artifacts:/")
-    pictures = [name for name in files_of(home) if name.startswith(folder) and name.endswith(".png")]
+    pictures = [
+        name for name in files_of(home) if name.startswith(folder) and name.endswith(".png")
+    ]
     assert len(pictures) == NUM_PICTURES
     assert all("/images/samples~p_" in name and "+step+40+timestamp+" in name for name in pictures)
     with Image.open(home / "mlartifacts" / pictures[0]) as image:
@@ -471,9 +520,14 @@ def test_a_copied_workspace_is_its_own(home, run, tmp_path):
 def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
     tracking = workspace_tracking(home)
     url = tracking.run_url("demo")
-    assert url == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}?workflowType=machine_learning"
+    assert (
+        url
+        == f"/mlflow/#/experiments/1/runs/{the_run(home).info.run_id}?workflowType=machine_learning"
+    )
     assert tracking.run_url("demo") == url
-    assert tracking.experiment_url().startswith("/mlflow/#/experiments/1/runs?compareRunsMode=CHART")
+    assert tracking.experiment_url().startswith(
+        "/mlflow/#/experiments/1/runs?compareRunsMode=CHART"
+    )
 
 
 def test_runs_differ_in_colour_and_are_called_by_names_that_people_know(home):
@@ -512,12 +566,20 @@ def test_the_options_in_which_runs_differ_are_parameters_of_all_of_them(home):
     assert sent["one"].keys() == {"num_samples", "learning_rate"}
     both = [the_run(home, name).data.params for name in ("one", "two")]
     assert [params["batch.global_batch_size"] for params in both] == ["64", "32"]
-    assert both[0].keys() == both[1].keys() == {"num_samples", "learning_rate", "batch.global_batch_size"}
-    view = json.loads(client_of(home).get_experiment("1").tags.get("mlflow.sharedViewState.foundry-runs", "{}"))
+    assert (
+        both[0].keys()
+        == both[1].keys()
+        == {"num_samples", "learning_rate", "batch.global_batch_size"}
+    )
+    view = json.loads(
+        client_of(home).get_experiment("1").tags.get("mlflow.sharedViewState.foundry-runs", "{}")
+    )
     assert not view
     tracking.views()
     tag = client_of(home).get_experiment("1").tags["mlflow.sharedViewState.foundry-runs"]
-    columns = json.loads(zlib.decompress(base64.b64decode(json.loads(tag)["state"][8:])))["selectedColumns"]
+    columns = json.loads(zlib.decompress(base64.b64decode(json.loads(tag)["state"][8:])))[
+        "selectedColumns"
+    ]
     assert columns[:2] == ["attributes.`Created`", "params.`batch.global_batch_size`"]
     assert len(columns) == 7
 
@@ -544,7 +606,9 @@ def test_a_checkpoint_is_shown_where_it_was_due(step, shown):
 def test_pictures_of_runs_with_other_batch_sizes_have_steps_in_common(home):
     tracking, shown = workspace_tracking(home), {}
     for name, batch, step in (("one", 32, 4_018), ("two", 64, 4_050)):
-        options = f"num_samples = 9001\n[batch]\nglobal_batch_size = {batch}\nmicro_batch_size = 32\n"
+        options = (
+            f"num_samples = 9001\n[batch]\nglobal_batch_size = {batch}\nmicro_batch_size = 32\n"
+        )
         folder = prepare_run(home, name, f"{options}[checkpoints]\nevery_samples = 4000\n")
         train(folder, "started", 0, 1, "finished")
         tracking.forward(folder)
@@ -562,7 +626,9 @@ def test_a_shared_server_keeps_workspaces_apart(tmp_path):
 
 
 def test_the_same_prompts_are_shown_for_every_checkpoint_and_every_group_has_some():
-    frame = pl.DataFrame({"prompt_id": [f"{n:03d}" for n in range(100)], "group": ["a"] * 96 + ["b"] * 4})
+    frame = pl.DataFrame(
+        {"prompt_id": [f"{n:03d}" for n in range(100)], "group": ["a"] * 96 + ["b"] * 4}
+    )
     chosen = choose_pictures(frame.sample(fraction=1, shuffle=True, seed=3), 8)
     assert sorted(chosen["prompt_id"]) == ["000", "001", "002", "003", "096", "097", "098", "099"]
 

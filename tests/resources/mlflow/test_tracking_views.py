@@ -48,7 +48,8 @@ def the_run(home, name):
 
 
 def shared(home):
-    """Key -> name and state of each view, read as MLflow's pages read them (facts/evaluation.md, section 4)."""
+    """Key -> name and state of each view, read as MLflow's pages read them (facts/evaluation.md,
+    section 4)."""
     found = {}
     for tag, value in experiment_tags(home).items():
         if tag.startswith(SHARE):
@@ -78,7 +79,8 @@ def evaluate(home, checkpoint, prompts=14, color=0, missing=(), seed=0):
 
 
 def table(home, run, name=None):
-    """Columns, and prompt -> paths of a run's table of pictures, by MLflow's own record of tables."""
+    """Columns, and prompt -> paths of a run's table of pictures, by MLflow's own record of
+    tables."""
     info = the_run(home, run)
     tables = [item["path"] for item in json.loads(info.data.tags["mlflow.loggedArtifacts"])]
     folder = home / "mlartifacts" / info.info.artifact_uri.removeprefix("mlflow-artifacts:/")
@@ -116,13 +118,23 @@ def test_views_are_written_once_and_linked(home):
 def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
     evaluate(home, "demo@40")
     (name, state) = shared(home)["foundry-pictures"]
-    (grid,) = [card for card in state["compareRunCharts"] if card["type"] == "IMAGE" and not card["deleted"]]
-    assert (name, grid["step"], len(grid["imageKeys"])) == ("Pictures, with a slider", 40, NUM_PICTURES)
+    (grid,) = [
+        card
+        for card in state["compareRunCharts"]
+        if card["type"] == "IMAGE" and not card["deleted"]
+    ]
+    assert (name, grid["step"], len(grid["imageKeys"])) == (
+        "Pictures, with a slider",
+        40,
+        NUM_PICTURES,
+    )
     assert grid["imageKeys"][0] == "samples/p00"
     assert all(len(value) < 5_000 for value in experiment_tags(home).values())
     for _, other in shared(home).values():
         hidden = [
-            card["imageKeys"] for card in other["compareRunCharts"] if card["type"] == "IMAGE" and card["deleted"]
+            card["imageKeys"]
+            for card in other["compareRunCharts"]
+            if card["type"] == "IMAGE" and card["deleted"]
         ]
         assert hidden == [[key] for key in grid["imageKeys"]]
     # What MLflow's pages write when a person overwrites a view.
@@ -133,7 +145,12 @@ def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
     assert experiment_tags(home)[SHARE + "foundry-pictures"] == mine
     client_of(home).set_experiment_tag("1", SHARE + "foundry-pictures", "damaged")
     workspace_tracking(home).views()
-    assert shared(home).keys() == {"foundry-runs", "foundry-pictures", "foundry-prompts", "foundry-curves"}
+    assert shared(home).keys() == {
+        "foundry-runs",
+        "foundry-pictures",
+        "foundry-prompts",
+        "foundry-curves",
+    }
 
 
 def test_the_grid_has_only_runs_with_pictures_of_its_prompts(home):
@@ -170,7 +187,10 @@ def test_another_mlflow_gets_links_without_views_and_an_absent_one_none(home, mo
         with monkeypatch.context() as patch:
             patch.setattr(mlflow_calls, "version", lambda uri, version=version: version)
             links = tracking.views()
-        assert links["Curves"] == "/mlflow/#/experiments/1/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        assert (
+            links["Curves"]
+            == "/mlflow/#/experiments/1/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        )
         assert not shared(home)
 
     def refuse(*arguments):
@@ -183,7 +203,10 @@ def test_another_mlflow_gets_links_without_views_and_an_absent_one_none(home, mo
     import mlflow
 
     assert KNOWN_VERSIONS[0] <= mlflow_calls.version("sqlite:///x") < KNOWN_VERSIONS[1]
-    assert ".".join(map(str, mlflow_calls.version("sqlite:///x"))) == mlflow.__version__.rpartition(".")[0]
+    assert (
+        ".".join(map(str, mlflow_calls.version("sqlite:///x")))
+        == mlflow.__version__.rpartition(".")[0]
+    )
 
 
 pictures = st.builds(
@@ -197,7 +220,11 @@ pictures = st.builds(
 @given(found=st.lists(pictures, max_size=6))
 def test_the_grid_opens_at_a_step_that_no_other_beats(found):
     state = views.views(found)["foundry-pictures"].state
-    (grid,) = [card for card in state["compareRunCharts"] if card["type"] == "IMAGE" and not card["deleted"]]
+    (grid,) = [
+        card
+        for card in state["compareRunCharts"]
+        if card["type"] == "IMAGE" and not card["deleted"]
+    ]
     if not found:
         assert grid["imageKeys"] == []
         return
@@ -222,7 +249,8 @@ def test_the_table_has_the_newest_pictures_of_each_prompt(home):
     evaluate(home, "demo@80", color=200)
     evaluate(home, "demo@40", color=10)  # sent again, late
     columns, cells, tables = table(home, "demo")
-    # One column of text and one of pictures: MLflow's view then groups by the one and compares the other by itself.
+    # One column of text and one of pictures: MLflow's view then groups by the one and compares the
+    # other by itself.
     assert columns == ["prompt", "newest"]
     assert list(cells)[:2] == ["p00: a 00", "p01: a 01"]
     assert len(cells) == NUM_PICTURES
@@ -258,7 +286,9 @@ def test_pictures_that_were_not_drawn_are_left_out(home):
     evaluate(home, "demo@40", prompts=3, missing=("01",))
     (home / "sample_images" / "demo@40" / "00.png").write_bytes(b"no picture")
     evaluate(home, "demo@80", prompts=3, missing=("01",))
-    shutil.copy(home / "sample_images" / "demo@80" / "02.png", home / "sample_images" / "demo@40" / "02.png")
+    shutil.copy(
+        home / "sample_images" / "demo@80" / "02.png", home / "sample_images" / "demo@40" / "02.png"
+    )
     assert list(table(home, "demo")[1]) == ["p00: a 00", "p02: a 02"]
     evaluate(home, "none@40", prompts=2, missing=("00", "01"))
     assert "mlflow.loggedImages" not in the_run(home, "none").data.tags
@@ -341,7 +371,11 @@ def test_a_death_at_any_call_leaves_a_champion_that_the_next_call_completes(home
                 break
     assert deaths == 8
     found, aliases = versions(home)
-    assert (found[2], aliases, len(found)) == (("new@80", "is better", "is better"), {"champion": 2}, 2)
+    assert (found[2], aliases, len(found)) == (
+        ("new@80", "is better", "is better"),
+        {"champion": 2},
+        2,
+    )
     assert the_run(home, "new").data.tags["foundry.champion"] == "at 80 samples"
     assert "foundry.champion" not in the_run(home, "old").data.tags
 

@@ -1,4 +1,5 @@
-"""The seeded views as people see them: three runs in a served workspace, each view opened in Chromium and looked at."""
+"""The seeded views as people see them: three runs in a served workspace, each view opened in
+Chromium and looked at."""
 
 import pytest
 from browser import Page, chromium, needs_chromium
@@ -19,12 +20,17 @@ HIGH = """return [...document.images].filter(e => e.complete && e.naturalWidth >
 LEFT = """return [...document.images].filter(e => e.closest('.ag-row')).map(e => [e.getBoundingClientRect(),
     e.closest('.ag-row').getBoundingClientRect()]).filter(([b, row]) => b.height >= 100 && row.height > 0)
     .map(([b, row]) => row.bottom - b.top - b.height / 2)"""
-"""Of each picture in a table, how much of its row is left below the upper half of its square, px."""
+"""Of each picture in a table, how much of its row is left below the upper half of its square,
+px."""
 FRAME = "return [...document.querySelectorAll('iframe')].length > 0"
 LINES = "return document.querySelectorAll('.scatterlayer path.js-line').length"
 
-ASSISTANT = {"mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true", "mlflow.assistant.panelOpen_v1": "false"}
-"""What the browser remembers of a person who has closed MLflow's assistant once; it takes a third of the page."""
+ASSISTANT = {
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "mlflow.assistant.panelOpen_v1": "false",
+}
+"""What the browser remembers of a person who has closed MLflow's assistant once; it takes a third
+of the page."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,9 @@ def page(views):
     with chromium(1600, 1000) as page:
         page.open(next(iter(views.values())).partition("/#")[0] + "/robots.txt")
         for name, value in ASSISTANT.items():
-            page.driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", name, value)
+            page.driver.execute_script(
+                "localStorage.setItem(arguments[0], arguments[1])", name, value
+            )
         yield page
 
 
@@ -61,11 +69,21 @@ def words(page: Page) -> str:
 
 
 def test_the_table_has_what_matters_and_the_best_run_first(page, views):
-    shown = look(page, views["Runs, best pictures first"], "4 matching runs", "two-colours", "Sort: eval/")
+    shown = look(
+        page, views["Runs, best pictures first"], "4 matching runs", "two-colours", "Sort: eval/"
+    )
     shown = shown.partition("Run Name")[2]
-    places = [shown.index(name) for name in ("two-colours", "first ", "slow-rate", "base model sdxl")]
+    places = [
+        shown.index(name) for name in ("two-colours", "first ", "slow-rate", "base model sdxl")
+    ]
     assert places == sorted(places)
-    for column in ("Created", "learning_rate", "foundry.champion", "verdict", "eval/aesthetic_mean"):
+    for column in (
+        "Created",
+        "learning_rate",
+        "foundry.champion",
+        "verdict",
+        "eval/aesthetic_mean",
+    ):
         assert column in shown
     assert "at 60000 samples" in shown
     assert shown.count("better") == 4
@@ -83,10 +101,17 @@ def test_the_root_opens_on_the_runs_without_tour_assistant_and_telemetry(views):
                 page.click("space")
             page.wait_for_text("two-colours", "foundry.champion", "verdict", "4 matching runs")
             assert "/runs?" in page.driver.current_url
-            for text in ("Welcome to MLflow", "Assistant", "shared view", "Overview", "UI telemetry"):
+            for text in (
+                "Welcome to MLflow",
+                "Assistant",
+                "shared view",
+                "Overview",
+                "UI telemetry",
+            ):
                 assert text not in page.text()
             offered = (
-                "return [...document.querySelectorAll('[data-assistant-ui]')].some(e => e.getClientRects().length)"
+                "return [...document.querySelectorAll('[data-assistant-ui]')]"
+                ".some(e => e.getClientRects().length)"
             )
             assert not page.driver.execute_script(offered)
         page.open("about:blank")
@@ -102,7 +127,10 @@ def test_a_runs_page_leads_to_its_report(views, page):
         """return [...document.querySelectorAll('a')]
             .filter(e => ['report', 'Dagster run 12345678'].includes(e.innerText)).map(e => e.href)"""
     )
-    assert [link.partition("/artifacts/")[2] for link in links] == ["evaluation/000060000/report.html", ""]
+    assert [link.partition("/artifacts/")[2] for link in links] == [
+        "evaluation/000060000/report.html",
+        "",
+    ]
     assert links[1].endswith("/dagster/runs/12345678-abcd")
     page.open("about:blank")
     page.open(links[0])
@@ -112,7 +140,10 @@ def test_a_runs_page_leads_to_its_report(views, page):
 def test_curves_of_runs_differ_in_colour(page, views):
     look(page, views["Curves"], "train (")
     strokes = "return [...document.querySelectorAll('.scatterlayer path.js-line')].map(e => e.style.stroke)"
-    wanted = {f"rgb{tuple(int(color[at : at + 2], 16) for at in (1, 3, 5))}" for color in COLORS[: len(RUNS) + 1]}
+    wanted = {
+        f"rgb{tuple(int(color[at : at + 2], 16) for at in (1, 3, 5))}"
+        for color in COLORS[: len(RUNS) + 1]
+    }
     page.wait(lambda: set(page.driver.execute_script(strokes)) == wanted, f"lines in {wanted}")
 
 
@@ -120,7 +151,10 @@ def test_curves_stand_in_sections_with_the_scores_first(page, views):
     look(page, views["Curves"], "eval (", "eval/clip_score_mean", "val (", "train (")
     page.wait(
         lambda: (
-            page.driver.execute_script("return document.querySelectorAll('.js-line, .scatterlayer path').length") > 6
+            page.driver.execute_script(
+                "return document.querySelectorAll('.js-line, .scatterlayer path').length"
+            )
+            > 6
         ),
         "lines",
     )
@@ -134,13 +168,17 @@ def test_curves_stand_in_sections_with_the_scores_first(page, views):
 
 
 def test_pictures_of_several_prompts_have_a_slider_of_steps(page, views):
-    shown = look(page, views["Pictures, with a slider"], "Image grid", "samples/caption-0", "3 matching runs")
+    shown = look(
+        page, views["Pictures, with a slider"], "Image grid", "samples/caption-0", "3 matching runs"
+    )
     assert all(name in shown for name in RUNS)
     page.wait(lambda: page.driver.execute_script(HIGH) >= 6, "two rows of three pictures")
     assert "No image logged" not in page.text()
     before = page.pictures(100)
     assert all("60000" in address for address in before)
-    box = page.driver.execute_script("return document.querySelector('input[role=spinbutton], [role=slider]') !== null")
+    box = page.driver.execute_script(
+        "return document.querySelector('input[role=spinbutton], [role=slider]') !== null"
+    )
     assert box
 
 
@@ -155,9 +193,20 @@ def test_each_prompt_stands_beside_all_runs_and_its_pictures_are_whole(page, vie
 
 def test_checkpoints_and_champion_are_linked(page, views):
     shown = look(page, views["Checkpoints"], "two-colours@60000", "base-sdxl@0")
-    assert sum(f"@{step}" in line for step in (20000, 40000, 60000) for line in page.text().splitlines()) == 9
+    assert (
+        sum(
+            f"@{step}" in line
+            for step in (20000, 40000, 60000)
+            for line in page.text().splitlines()
+        )
+        == 9
+    )
     shown = look(page, views["Champion"], "Version 2", "Version 1", "champion")
-    assert shown.index("Version 2") < shown.index("champion", shown.index("Version 2")) < shown.index("Version 1")
+    assert (
+        shown.index("Version 2")
+        < shown.index("champion", shown.index("Version 2"))
+        < shown.index("Version 1")
+    )
     assert "aesthetic (all): better" in shown
     page.click("Version 2")
     page.wait_for_text("Source Model", "two-colours@60000", "aesthetic (all): better")

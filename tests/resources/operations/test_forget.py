@@ -1,4 +1,5 @@
-"""What is forgotten leaves sets, latents and epochs; runs that saw it stay readable and go on only when told to."""
+"""What is forgotten leaves sets, latents and epochs; runs that saw it stay readable and go on only
+when told to."""
 
 import fcntl
 import json
@@ -29,7 +30,11 @@ def resumed(run, train):
 
 
 def losses(run):
-    return [event["loss"] for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "step"]
+    return [
+        event["loss"]
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] == "step"
+    ]
 
 
 def victim(run, split="train", shard="s000000"):
@@ -55,12 +60,20 @@ def test_latents_of_other_images_stay_what_they_are(make_run):
     old = {path.name for path in run.inputs.latents.rglob("g0001*")}
     done = maintenance.forget(store, [gone])
     assert done["generations"] == ["s000000 g0001"]
-    assert vectors(run) == {image_id: found for image_id, found in before.items() if image_id != gone}
-    named = {entry.name for path in run.inputs.latents.rglob("*.json") for entry in read_manifest(path).files}
+    assert vectors(run) == {
+        image_id: found for image_id, found in before.items() if image_id != gone
+    }
+    named = {
+        entry.name
+        for path in run.inputs.latents.rglob("*.json")
+        for entry in read_manifest(path).files
+    }
     kept = {path.name for path in run.inputs.latents.rglob("g0001*")} - {"g0001.json"}
     assert kept == named
     assert old - kept, "the files that held it are deleted"
-    assert maintenance.forget(store, [gone])["generations"] == [], "the same call again has nothing to do"
+    assert maintenance.forget(store, [gone])["generations"] == [], (
+        "the same call again has nothing to do"
+    )
 
 
 def test_a_frozen_set_keeps_the_id_alone(make_run):
@@ -80,7 +93,9 @@ def test_a_frozen_set_keeps_the_id_alone(make_run):
         "boxes": [],
     }
     assert row == dict.fromkeys(frame.columns) | kept
-    assert frame.filter(pl.col("image_id") != gone).equals(run.rows.filter(pl.col("image_id") != gone))
+    assert frame.filter(pl.col("image_id") != gone).equals(
+        run.rows.filter(pl.col("image_id") != gone)
+    )
     assert not run.inputs.training_set.exists()
     assert inputs.fingerprint == run.inputs.fingerprint, "the name of what it was trained on"
     samples = Samples(inputs.training_set)
@@ -96,14 +111,20 @@ def test_a_resume_refuses_and_goes_on_without_it_when_told_to(make_run, train, s
     store, gone = Store(run.folder.parents[1]), victim(run, split)
     done = maintenance.forget(store, [gone])
     assert (done["runs"], done["unfinished"]) == (["demo"], ["demo"])
-    with pytest.raises(DataError, match=r"run demo: 1 images of its training set were forgotten .*--without-forgotten"):
+    with pytest.raises(
+        DataError,
+        match=r"run demo: 1 images of its training set were forgotten .*--without-forgotten",
+    ):
         resumed(run, train)
     assert leave_out_forgotten(store, "demo") == 1
     seen = []
 
     def watch(trainer):
         make = trainer.dataset.batch
-        trainer.dataset.batch = lambda rows, epoch: (made := make(rows, epoch), seen.extend(made.image_ids))[0]
+        trainer.dataset.batch = lambda rows, epoch: (
+            made := make(rows, epoch),
+            seen.extend(made.image_ids),
+        )[0]
 
     run.inputs = run_folder.read_inputs(run.folder)
     assert train(run, prepare=watch) == "finished"
@@ -120,7 +141,9 @@ def test_a_step_all_of_whose_images_were_forgotten_is_passed(make_run, train):
     run = make_run(**{"num_samples": 24, "batch.global_batch_size": 1, "batch.micro_batch_size": 1})
     assert train(run, stop_at=5) == "stopped"
     epoch = run.folder / run_folder.EPOCHS
-    order = read_order(epoch / "0.npz", json.loads((epoch / "0.json").read_text())["order"]["sha256"])
+    order = read_order(
+        epoch / "0.npz", json.loads((epoch / "0.json").read_text())["order"]["sha256"]
+    )
     store, row = Store(run.folder.parents[1]), int(order.samples[10])
     maintenance.forget(store, [run.rows["image_id"][row]])
     leave_out_forgotten(store, "demo")
@@ -128,7 +151,9 @@ def test_a_step_all_of_whose_images_were_forgotten_is_passed(make_run, train):
     assert len(losses(run)) == 24
 
 
-def test_a_run_that_never_saw_it_goes_on_to_the_same_bits(make_run, train, tiny_sdxl, tmp_path, unbroken):
+def test_a_run_that_never_saw_it_goes_on_to_the_same_bits(
+    make_run, train, tiny_sdxl, tmp_path, unbroken
+):
     seen = make_run("seen")  # writes latents of all images
     rows = seen.rows.filter(pl.col("image_id") != victim(seen))
     run = build_run(tmp_path, tiny_sdxl, "unseen", {}, rows=rows)
@@ -144,7 +169,9 @@ def test_a_run_in_training_keeps_its_images(make_run):
     run = make_run()
     with (run.folder / run_folder.LOCK).open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="run demo is being trained on one of these images: stop it"):
+        with pytest.raises(
+            ConfigError, match="run demo is being trained on one of these images: stop it"
+        ):
             maintenance.forget(Store(run.folder.parents[1]), [victim(run)])
     assert vectors(run).keys() == set(run.rows["image_id"])
 
@@ -157,7 +184,11 @@ def test_a_run_that_was_away_meanwhile_is_adopted_with_the_set_that_forgot(make_
     back = tmp_path / "bundle" / "runs" / "demo" / run_folder.INPUTS
     values = json.loads(back.read_text())
     (run.folder / run_folder.INPUTS).write_text(json.dumps(values))
-    places = {"training_sets": now.training_set.parent, "latents": now.latents, "base_model": now.base_model}
+    places = {
+        "training_sets": now.training_set.parent,
+        "latents": now.latents,
+        "base_model": now.base_model,
+    }
     assert run_folder.adopt(run.folder, vae=None, **places)
     assert run_folder.read_inputs(run.folder).training_set == now.training_set
     run_folder.checked_training_set(run_folder.read_inputs(run.folder))
@@ -180,19 +211,30 @@ def test_an_order_without_some_rows_keeps_all_others_in_their_steps(sizes, seed)
     assert shorter.num_steps == order.num_steps
     for step in range(order.num_steps):
         expected = [
-            [row for row in micro if not out[row]] for micro in map(np.ndarray.tolist, order.micro_batches(step))
+            [row for row in micro if not out[row]]
+            for micro in map(np.ndarray.tolist, order.micro_batches(step))
         ]
-        assert [micro.tolist() for micro in shorter.micro_batches(step)] == [micro for micro in expected if micro]
+        assert [micro.tolist() for micro in shorter.micro_batches(step)] == [
+            micro for micro in expected if micro
+        ]
 
 
 def test_what_no_manifest_names_goes_too(make_run):
-    """Sets of earlier selections, unfinished batches, and what `verify --repair` put aside, readable or not."""
+    """Sets of earlier selections, unfinished batches, and what `verify --repair` put aside,
+    readable or not."""
     run = make_run()
     home, gone = run.folder.parents[1], victim(run)
     others = run.rows.filter(pl.col("image_id") != gone)
-    stale = [home / "tables" / "tags" / "old.parquet", home / "tables" / "tags" / "s.partial" / "x" / "0.parquet"]
+    stale = [
+        home / "tables" / "tags" / "old.parquet",
+        home / "tables" / "tags" / "s.partial" / "x" / "0.parquet",
+    ]
     folder = home / "quarantine" / "now" / "latents" / "tiny" / "s000000"
-    stale += [folder / "g0001-aaaa.parquet", folder / "g0001-8x8-bbbb.safetensors", folder / "g0001.json"]
+    stale += [
+        folder / "g0001-aaaa.parquet",
+        folder / "g0001-8x8-bbbb.safetensors",
+        folder / "g0001.json",
+    ]
     kept = [home / "tables" / "tags" / "other.parquet", folder / "g0002-8x8-bbbb.safetensors"]
     for path in (*stale, *kept):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +252,10 @@ def test_what_no_manifest_names_goes_too(make_run):
 def test_forgetting_waits_for_no_foundry_run(make_run):
     run = make_run()
     home = run.folder.parents[1]
-    with lock(home / "locks" / "foundry-run.lock", "x"), pytest.raises(LockedError, match="`foundry run` in"):
+    with (
+        lock(home / "locks" / "foundry-run.lock", "x"),
+        pytest.raises(LockedError, match="`foundry run` in"),
+    ):
         maintenance.forget(Store(home), [victim(run)])
     assert not (home / "forget.txt").exists()
 

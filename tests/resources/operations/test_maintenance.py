@@ -1,4 +1,5 @@
-"""What `verify` sees of a workspace, and that `gc` removes what killed writers left: on parts committed by hand."""
+"""What `verify` sees of a workspace, and that `gc` removes what killed writers left: on parts
+committed by hand."""
 
 import itertools
 import shutil
@@ -28,7 +29,8 @@ IMAGES = Stage(
     config=lambda config, key: config.decode,
 )
 SHARD = "s000000"
-# Of these, DuckDB and Polars take the first three for patterns; the neighbours are what those would match.
+# Of these, DuckDB and Polars take the first three for patterns; the neighbours are what those would
+# match.
 ODD = {
     "[v1] set": "v set",
     "x*": "xyz",
@@ -45,7 +47,13 @@ def commit_two_of(home, sizes):
     home.mkdir(parents=True, exist_ok=True)
     (home / "foundry.toml").write_text(CONFIG)
     rows = [
-        {"source": "a", "source_id": f"{i}.jpg", "locator": f"{i}.jpg", "shard": SHARD, "bytes": size}
+        {
+            "source": "a",
+            "source_id": f"{i}.jpg",
+            "locator": f"{i}.jpg",
+            "shard": SHARD,
+            "bytes": size,
+        }
         for i, size in enumerate(sizes)
     ]
     store = Store(home)
@@ -53,8 +61,12 @@ def commit_two_of(home, sizes):
     store.commit(LISTING, "all", listed, store.basis(LISTING, "all"), seconds=0)
     store = Store(home)
     row = {"source": "a", "source_id": "0.jpg", "image_id": "0" * 64, "bytes": sizes[0]}
-    rejected = rejections("raw_images", [{"source": "a", "source_id": "1.jpg", "reason": "empty_file"}])
-    made = Made(frame=pl.DataFrame([row], schema=TABLES["raw_images"].schema), rejected=rejected, rows_in=2)
+    rejected = rejections(
+        "raw_images", [{"source": "a", "source_id": "1.jpg", "reason": "empty_file"}]
+    )
+    made = Made(
+        frame=pl.DataFrame([row], schema=TABLES["raw_images"].schema), rejected=rejected, rows_in=2
+    )
     store.commit(IMAGES, SHARD, made, store.basis(IMAGES, SHARD), seconds=0)
     return Store(home)
 
@@ -67,22 +79,37 @@ def store(tmp_path):
 
 
 def found(store):
-    return {(problem.kind, problem.path.relative_to(store.home).as_posix()) for problem in maintenance.verify(store)}
+    return {
+        (problem.kind, problem.path.relative_to(store.home).as_posix())
+        for problem in maintenance.verify(store)
+    }
 
 
 def contents(home):
     return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("style", [".tmp-1-{}", ".tmp-1-{}.tmp"], ids=["of an older version", "of this one"])
+@pytest.mark.parametrize(
+    "style", [".tmp-1-{}", ".tmp-1-{}.tmp"], ids=["of an older version", "of this one"]
+)
 def test_what_a_killed_writer_left_is_counted_and_read_by_nobody(store, style):
     before = query(store, "select count(*) from raw_images").item()
     left = set()
-    for path in [path for path in store.home.rglob("*") if path.is_file() and path.suffix != ".toml"]:
+    for path in [
+        path for path in store.home.rglob("*") if path.is_file() and path.suffix != ".toml"
+    ]:
         copy = path.with_name(style.format(path.name))
         shutil.copy(path, copy)
         left.add(("orphan", copy.relative_to(store.home).as_posix()))
-    for name in ("runs/r/checkpoints", "runs/r/epochs", "release", "mlartifacts", "sample_images/r@1", "labels", "."):
+    for name in (
+        "runs/r/checkpoints",
+        "runs/r/epochs",
+        "release",
+        "mlartifacts",
+        "sample_images/r@1",
+        "labels",
+        ".",
+    ):
         for number, suffix in enumerate((".json", ".duckdb.wal", ".db-journal", "")):
             path = store.home / name / style.format(f"{number}{suffix}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,19 +136,24 @@ def test_rejections_that_a_manifest_names_must_be_there(store):
     damaged = ("damage", f"tables/raw_images/{SHARD}.json")
     manifest.unlink()
     assert damaged in found(store)
-    # Those of another attempt: a kill between the two commits leaves them, and the next run makes both.
+    # Those of another attempt: a kill between the two commits leaves them, and the next run makes
+    # both.
     manifest.write_bytes(kept)
     other = Store(store.home)
     config, basis = other.section(IMAGES, SHARD), other.basis(IMAGES, SHARD)
     for inputs, expected in (({}, set()), (basis["inputs"], {damaged})):
         empty = TABLES["rejected_images"].empty()
-        other.commit_rejected("raw_images", 1, SHARD, empty, config=config, basis={**basis, "inputs": inputs})
+        other.commit_rejected(
+            "raw_images", 1, SHARD, empty, config=config, basis={**basis, "inputs": inputs}
+        )
         assert {problem for problem in found(other) if problem[0] == "damage"} == expected
 
 
 def test_lost_rejections_are_made_again_with_their_stage(store):
     manifest = store.manifest_path("rejected_images", f"raw_images.{SHARD}")
-    (manifest.parent / store.manifest("rejected_images", f"raw_images.{SHARD}").files[0].name).write_bytes(b"")
+    (
+        manifest.parent / store.manifest("rejected_images", f"raw_images.{SHARD}").files[0].name
+    ).write_bytes(b"")
     maintenance.repair(store, maintenance.verify(store))
     assert Store(store.home).stale(IMAGES) == [SHARD]
     assert found(Store(store.home)) == set()
@@ -135,11 +167,16 @@ def test_a_manifest_under_another_name_is_no_other_part(store):
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_workspace_below_any_path_reads_its_own_files(tmp_path, name):
-    stores = [commit_two_of(tmp_path / folder / "w", sizes) for folder, sizes in ((name, (1, 2)), (ODD[name], (3, 4)))]
+    stores = [
+        commit_two_of(tmp_path / folder / "w", sizes)
+        for folder, sizes in ((name, (1, 2)), (ODD[name], (3, 4)))
+    ]
     for store, size in zip(stores, (1, 3), strict=True):
         assert store.read("raw_images", ["bytes"])["bytes"].to_list() == [size]
         assert query(store, "select bytes from raw_images").rows() == [(size,)]
-        assert query(store, "select * from source_listing").columns == list(TABLES["source_listing"].columns)
+        assert query(store, "select * from source_listing").columns == list(
+            TABLES["source_listing"].columns
+        )
     shutil.rmtree(tmp_path / name / "w" / "tables")
     # What is not there is not read from next door either, past the check of its digest.
     assert query(Store(tmp_path / name / "w"), "select * from raw_images").is_empty()
@@ -148,7 +185,11 @@ def test_a_workspace_below_any_path_reads_its_own_files(tmp_path, name):
 def test_a_query_writes_nothing_and_changes_nothing(store):
     before = contents(store.home)
     assert query(store, "select count(*) from raw_images").item() == 1
-    for statement in ("drop view raw_images", "create table x as select 1", "delete from latent_generations"):
+    for statement in (
+        "drop view raw_images",
+        "create table x as select 1",
+        "delete from latent_generations",
+    ):
         with pytest.raises(commit.PipelineError, match=r"^sql: \w+ would change tables"):
             query(store, statement)
     assert contents(store.home) == before

@@ -19,7 +19,8 @@ from training.runs.event_log import read_events
 
 @pytest.fixture
 def store(make_run, tmp_path):
-    """A workspace whose only latents are the tiny run's: encoding `tiny`, two shards, generation 1."""
+    """A workspace whose only latents are the tiny run's: encoding `tiny`, two shards, generation
+    1."""
     run = make_run()
     toml = tmp_path / "foundry.toml"
     toml.write_text('format = 1\n[encodings.tiny]\ncrop = "random"\n')
@@ -82,7 +83,8 @@ def test_a_file_that_two_generations_name_stays(store, write_generation):
 def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store, write_generation, train):
     run, store = store
 
-    # 22 training samples an epoch, 48 in all: stopped in the second epoch, after the checkpoint at 24.
+    # 22 training samples an epoch, 48 in all: stopped in the second epoch, after the checkpoint at
+    # 24.
     def renew(trainer):
         for number in (2, 3):
             add(run, write_generation, "s000000", number)
@@ -95,7 +97,8 @@ def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store
     add(run, write_generation, "s000000", 4)
     assert {pin["s000000"]["generation"] for pin in run_folder.pinned_latents(run.folder)} == {3}
     generations.collect(store, min_age_s=0)
-    # 3 is pinned by the epoch of the last checkpoint; 1 and 2 belong to no epoch that can come back.
+    # 3 is pinned by the epoch of the last checkpoint; 1 and 2 belong to no epoch that can come
+    # back.
     assert numbers(store) == [("s000000", 3), ("s000000", 4), ("s000001", 1)]
     assert train(run) == "finished"
     generations.collect(store, min_age_s=0)
@@ -112,7 +115,8 @@ def test_an_older_generation_stays_for_a_set_that_the_newer_ones_do_not_cover(st
 def test_what_a_bundle_took_along_stays_until_the_run_has_finished(
     store, write_generation, train, monkeypatch, tmp_path
 ):
-    """The run pins generation 1 on the other machine; here it becomes the last but one meanwhile."""
+    """The run pins generation 1 on the other machine; here it becomes the last but one
+    meanwhile."""
     run, store = store
     monkeypatch.setattr(bundles.pipeline, "bring_up_to_date", lambda *_, **__: [])
     bundles.write(store.home, run.folder.name, tmp_path / "bundle", started=lambda *_: None)

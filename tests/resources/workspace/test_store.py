@@ -292,7 +292,8 @@ vae = "models/better"
     assert store.vae_of_run("better", "base") == folder / "better"
     with pytest.raises(ModelError, match=r"folder .*models/base is missing"):
         store.vae_digest("own")
-    # A single file holds a VAE of its own, but latents were encoded with the one in the folder beside it.
+    # A single file holds a VAE of its own, but latents were encoded with the one in the folder
+    # beside it.
     (store.home / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n')
     assert fresh(store).vae_of_run("own", "base") == folder / "base" / "vae"
 
