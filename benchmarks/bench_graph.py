@@ -61,8 +61,8 @@ def no_op_stage() -> None:
         create(home, sources=[str(pictures)], preset="demo", tiny=False)
         config = home / "foundry.toml"
         config.write_text(config.read_text().replace("format = 1", "format = 1\nshard_size = 1", 1))
+        from assets.registry import STAGES
         from jobs import pipeline
-        from jobs.definitions import STAGES
 
         began = time.monotonic()
         pipeline.bring_up_to_date(home, select="raw_images")

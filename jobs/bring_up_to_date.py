@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 from pydantic import Field
 
+from jobs import pipeline
 from resources.workspace.store import Store
 
 
@@ -29,7 +30,6 @@ def bring_stages_up_to_date(
 ) -> None:
     """Every stale stage in order, a run of its own for each; the log tells which, why, and what
     came of it."""
-    from jobs import pipeline
 
     def started(stage: str, num_partitions: int, reasons: Sequence[str]) -> None:
         plural = "" if num_partitions == 1 else f", {num_partitions} partitions"

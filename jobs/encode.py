@@ -6,9 +6,14 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.partitions import mirror
+from assets.registry import STAGES
+from jobs.pipeline import execute
+from resources.instance import instance as open_instance
 from resources.workspace import generations
 from resources.workspace.generations import DEADLINE_TAG, REENCODE_TAG
 from resources.workspace.store import Store
+from training.errors import ConfigError, DataError
 
 JOB = dg.define_asset_job(
     "encode",
@@ -47,12 +52,6 @@ def reencode(
         ConfigError: there is no such encoding.
         DataError: nothing is encoded yet.
     """
-    from assets.partitions import mirror
-    from jobs.definitions import STAGES
-    from jobs.pipeline import execute
-    from resources.instance import instance as open_instance
-    from training.errors import ConfigError, DataError
-
     store = Store(home)
     if encoding is not None and encoding not in store.config.encodings:
         raise ConfigError(

@@ -13,8 +13,9 @@ from pathlib import Path
 import dagster as dg
 
 from assets import currency, verdicts
+from assets.definitions import GRAPH
 from assets.partitions import mirror
-from jobs.definitions import STAGES, defs
+from assets.registry import STAGES
 from resources.graph import Scope, Stage
 from resources.instance import instance as open_instance
 from resources.mlflow.catch_up import catch_up
@@ -101,7 +102,7 @@ def bring_up_to_date(
                 verdicts.crown(
                     Store(home), logging.getLogger(__name__)
                 )  # a kill may have come between the two
-        currency.report(instance, Store(home), defs.resolve_asset_graph())
+        currency.report(instance, Store(home), GRAPH.resolve_asset_graph())
     with explain_disk(home):
         rebuild(store)
         catch_up(store, logging.getLogger(__name__))
@@ -114,7 +115,7 @@ def status(home: Path, select: str | None = None) -> list[StageStatus]:
     Raises:
         ConfigError: the selection is wrong, or matches nothing.
     """
-    graph = defs.resolve_asset_graph()
+    graph = GRAPH.resolve_asset_graph()
     parents = {
         name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}
         for name in STAGES
@@ -142,7 +143,7 @@ def _require_a_picture(store: Store) -> None:
 
 def selected(select: str | None, *, only: bool) -> Iterator[list[Stage]]:
     """The chosen stages in the order of the graph; those that one body makes come together."""
-    graph = defs.resolve_asset_graph()
+    graph = GRAPH.resolve_asset_graph()
     chosen = set(STAGES)
     if select is not None:
         for part in select.split(","):
@@ -254,7 +255,7 @@ def execute(
             partition = keys[0]
         else:
             tags |= {RANGE_START: keys[0], RANGE_END: keys[-1]}
-    job = defs.resolve_implicit_global_asset_job_def()
+    job = GRAPH.resolve_implicit_global_asset_job_def()
     try:
         job.execute_in_process(
             instance=instance,

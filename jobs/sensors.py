@@ -7,6 +7,7 @@ import time
 import dagster as dg
 
 from assets import currency, raw_images
+from assets.definitions import GRAPH
 from assets.partitions import checkpoints, mirror
 from assets.registry import STAGES
 from jobs import automation, evaluate
@@ -130,7 +131,6 @@ def _attempt(instance: dg.DagsterInstance, store: Store, checkpoint: str) -> str
 )
 def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
     """Report what changed since Dagster last heard of it; where that takes long, less often."""
-    from jobs.definitions import defs
 
     if time.time() < float(context.cursor or 0):
         return dg.SkipReason("the last look took long: waiting before the next")
@@ -141,7 +141,7 @@ def staleness(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store
         mirror(
             context.instance, store, remove=False
         )  # somebody may be naming a new run in the launch dialog
-    num_events = currency.report(context.instance, store, defs.resolve_asset_graph())
+    num_events = currency.report(context.instance, store, GRAPH.resolve_asset_graph())
     context.update_cursor(str(time.time() + REST * (time.monotonic() - started)))
     return dg.SkipReason(f"reported {num_events} changes" if num_events else "nothing has changed")
 

@@ -217,7 +217,7 @@ def _signals() -> Iterator[list[int]]:
 def _code_server(home: Path, ports: Ports, code_socket: Path) -> None:
     from dagster._cli.api import grpc_command
 
-    from resources.guard import LOCATION
+    from resources.applications import LOCATION
     from resources.instance import instance
 
     with instance(home):
@@ -238,7 +238,7 @@ def _code_server(home: Path, ports: Ports, code_socket: Path) -> None:
 
 
 def _webserver(home: Path, ports: Ports, code_socket: Path) -> None:
-    from resources.guard import dagster_application
+    from resources.applications import dagster_application
 
     _wait_for(code_socket)
     with dagster_application(code_socket, ports.dagster, mlflow_port=ports.mlflow) as application:
@@ -250,7 +250,7 @@ def _daemon(home: Path, ports: Ports, code_socket: Path) -> None:
     from dagster._daemon.controller import daemon_controller_from_instance
     from dagster._utils.interrupts import capture_interrupts, setup_interrupt_handlers
 
-    from resources.guard import code_location
+    from resources.applications import code_location
 
     _wait_for(code_socket)
     setup_interrupt_handlers()
@@ -266,7 +266,7 @@ def _daemon(home: Path, ports: Ports, code_socket: Path) -> None:
 
 
 def _mlflow(home: Path, ports: Ports, code_socket: Path) -> None:
-    from resources.guard import mlflow_application
+    from resources.applications import mlflow_application
 
     _run_uvicorn(mlflow_application(home, ports.mlflow, dagster_port=ports.dagster), ports.mlflow)
 

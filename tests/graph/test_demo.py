@@ -34,7 +34,7 @@ def test_every_candidate_is_accounted_for(demo):
 
 
 def test_every_stage_is_made_and_shown(demo):
-    from jobs.definitions import STAGES
+    from assets.registry import STAGES
 
     store = Store(demo)
     for name, stage in STAGES.items():

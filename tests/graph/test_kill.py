@@ -73,6 +73,32 @@ def check_rows(found, expected, in_work):
         assert rows == distinct or expected[name][0] != expected[name][1], name
 
 
+def look_at(killed, expected, stage):
+    """What a reader finds of a workspace whose stage was just killed: nothing damaged, nothing
+    half, nothing twice."""
+    damaged = [
+        problem.detail
+        for problem in maintenance.verify(Store(killed.home))
+        if problem.kind == "damage"
+    ]
+    assert damaged == [], killed.points()[-1]
+    check_rows(count_rows(killed.home), expected, {"rejected_images", *stage.split(",")})
+
+
+def kill_at(killed, point, before, stage, expected):
+    """Kill at a point that only an undisturbed attempt comes by, from the workspace as it was
+    before the stage, and go on."""
+    shutil.rmtree(killed.home)
+    shutil.copytree(before, killed.home, symlinks=True)
+    killed.kill = True
+    if not killed.attempt(stage, only=point):
+        look_at(killed, expected, stage)
+        killed.kill = False
+        assert killed.attempt(stage)
+        killed.kill = True
+    assert count_rows(killed.home) == expected, point
+
+
 def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
     """Kill at all points until time is up, look at the workspace after each, and compare with an
     undisturbed run."""
@@ -80,20 +106,20 @@ def walk_and_compare(folder, tiny, *, every, limit_s=LIMIT_S):
     whole = started(folder / "whole", tiny, every=every, kill=False)
     killed = started(folder / "killed", tiny, every=every)
     for stage in STAGES:
+        passed = len(whole.points())
         assert whole.attempt(stage)
         expected = count_rows(whole.home)
+        before = killed.home.with_name("before")
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.copytree(killed.home, before, symlinks=True)
         killed.kill = time.monotonic() < end
         while not killed.attempt(stage):
-            last = killed.points()[-1]
-            damaged = [
-                problem.detail
-                for problem in maintenance.verify(Store(killed.home))
-                if problem.kind == "damage"
-            ]
-            assert damaged == [], last
-            check_rows(count_rows(killed.home), expected, {"rejected_images", *stage.split(",")})
+            look_at(killed, expected, stage)
             killed.kill = time.monotonic() < end
         assert count_rows(killed.home) == expected
+        for point in whole.points()[passed:] if every else ():
+            if point not in killed.points() and time.monotonic() < end:
+                kill_at(killed, point, before, stage, expected)
     assert digests(killed.home) == digests(whole.home)
     maintenance.collect_garbage(Store(killed.home), min_age_s=0)
     assert maintenance.verify(Store(killed.home)) == []

@@ -85,7 +85,7 @@ def test_large_photographs_fit_into_two_gigabytes(photos):
 
 
 def test_all_stages_are_made(photos):
-    from jobs.definitions import STAGES
+    from assets.registry import STAGES
 
     home, _ = photos
     store = Store(home)

@@ -137,7 +137,7 @@ def test_the_schedule_asks_for_the_oldest_shards_within_its_time(small_copy, age
 
 def test_a_run_whose_time_is_over_leaves_its_shard(small_copy):
     from assets.partitions import mirror
-    from jobs.definitions import STAGES
+    from assets.registry import STAGES
     from jobs.pipeline import execute
 
     store = Store(small_copy)

@@ -16,7 +16,7 @@ import pytest
 from browser import chromium, needs_chromium
 from graph_tools import foundry, shorten
 
-from jobs.definitions import STAGES
+from assets.registry import STAGES
 
 pytestmark = needs_chromium
 

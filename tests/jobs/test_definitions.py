@@ -1,7 +1,5 @@
-"""The one Definitions: complete, described, ordered, light to import; and the layers import one
-way."""
+"""The one Definitions: complete, described, ordered, light to import."""
 
-import ast
 import importlib
 import subprocess
 import sys
@@ -9,6 +7,8 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+
+from assets.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
@@ -48,7 +48,7 @@ def test_the_graph_changes_only_on_purpose(definitions):
     for key in graph.get_all_asset_keys():
         found.setdefault(graph.get(key).group_name, set()).add(key.to_user_string())
     assert found == GROUPS | FOLLOWED
-    assert set(definitions.STAGES) == set().union(*GROUPS.values())
+    assert set(STAGES) == set().union(*GROUPS.values())
     assert {key.to_user_string() for key in graph.external_asset_keys} == set().union(
         *FOLLOWED.values()
     )
@@ -58,7 +58,7 @@ def test_every_asset_says_what_it_is_and_can_fail_a_check(definitions):
     graph = definitions.defs.resolve_asset_graph()
     checked = {check.asset_key for check in graph.asset_check_keys}
     assert {check.asset_key for check in graph.asset_check_keys if check.name == "current"} == {
-        dg.AssetKey(name) for name in definitions.STAGES
+        dg.AssetKey(name) for name in STAGES
     }
     for key in graph.materializable_asset_keys:
         node = graph.get(key)
@@ -72,11 +72,11 @@ def test_every_asset_says_what_it_is_and_can_fail_a_check(definitions):
 
 def test_stages_come_after_what_they_read(definitions):
     graph = definitions.defs.resolve_asset_graph()
-    order = list(definitions.STAGES)
+    order = list(STAGES)
     for place, name in enumerate(order):
         parents = {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}
         assert {parent for parent in parents if "/" not in parent} <= set(order[:place]), name
-        read = {reads.table for reads in definitions.STAGES[name].reads}
+        read = {reads.table for reads in STAGES[name].reads}
         assert read <= parents, f"{name} reads {read - parents}, which Dagster does not know of"
 
 
@@ -93,7 +93,7 @@ def test_every_setting_is_named_as_it_stands_in_foundry_toml(definitions):
     )
     keys = {"encoding": "sdxl", "encoding_shard": "sdxl|s000000", "prompt_set": "standard"}
     written = toml.flatten(toml.dump(config))
-    for stage in definitions.STAGES.values():
+    for stage in STAGES.values():
         key = keys.get(stage.scope.value, "all")
         section = stage.config(config, key)
         for name, value in toml.flatten(
@@ -117,48 +117,9 @@ def test_importing_the_graph_leaves_the_heavy_libraries_out():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_library_imports_without_dagster_and_mlflow():
-    code = (
-        "import sys, pkgutil, importlib\n"
-        "for name in ('dagster', 'mlflow', 'assets', 'resources', 'jobs'): sys.modules[name] = None\n"
-        "import training\n"
-        "for module in pkgutil.walk_packages(training.__path__, 'training.'): importlib.import_module(module.name)\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd="/")
-
-
-def test_the_data_core_imports_without_torch():
-    code = (
-        "import sys, pkgutil, importlib\n"
-        "for name in ('torch', 'transformers', 'diffusers'): sys.modules[name] = None\n"
-        "import training.data\n"
-        "for module in pkgutil.walk_packages(training.data.__path__, 'training.data.'):\n"
-        "    importlib.import_module(module.name)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
-
-
 @pytest.mark.parametrize("name", ["assets", "demo", "jobs", "resources", "training"])
 def test_top_level_names_are_ours(name):
     assert Path(importlib.import_module(name).__file__).is_relative_to(ROOT)
-
-
-@pytest.mark.parametrize(
-    ("layer", "above"), [("training", {"resources", "assets", "jobs", "demo"}), ("resources", {"assets", "jobs"}),
-                         ("assets", {"jobs"}), ("demo", {"resources", "assets", "jobs"})]
-)  # fmt: skip
-def test_imports_point_one_way(layer, above):
-    for path in (ROOT / layer).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else (
-                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])  # fmt: skip
-            assert not above & {name.partition(".")[0] for name in names}, f"{path} imports {names}"
-
-
-def test_no_postponed_annotations():
-    for layer in ("assets", "jobs", "resources", "training", "demo"):
-        for path in (ROOT / layer).rglob("*.py"):
-            assert "from __future__ import annotations" not in path.read_text("utf-8"), path
 
 
 def test_a_command_that_loads_the_graph_torch_and_duckdb_ends_in_silence():

@@ -63,7 +63,9 @@ class _Hook:
     every: bool
     """Whether each change is a point of its own; else those of one kind are one."""
     done: frozenset[str] | None
-    """Points at which an attempt was killed; None to kill at none."""
+    """Points at which an attempt was killed; None to kill at none of them."""
+    only: str
+    """The one point to kill at, whatever was killed before; empty for none."""
     journal: int
     """Descriptor that points are written to: the one that is killed at, or all of them."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -86,9 +88,10 @@ class _Hook:
         if not target.startswith(f"{self.home}{os.sep}"):
             return
         point = self.point(call, os.path.relpath(target, self.home))
-        if self.done is None or point not in self.done:
+        killing = point == self.only or (self.done is not None and point not in self.done)
+        if killing or (self.done is None and not self.only):
             os.write(self.journal, f"{point}\n".encode())
-        if self.done is not None and point not in self.done:
+        if killing:
             if call == "open" and ".tmp-" in target:
                 with contextlib.suppress(OSError):
                     os.mknod(target)  # after it was opened, and before anything was written
@@ -124,13 +127,16 @@ def _pattern(relative: str) -> str:
 
 
 def kill_at_new_points(
-    home: Path, stage: str, journal: Path, *, every: bool, kill: bool = True
+    home: Path, stage: str, journal: Path, *, every: bool, kill: bool = True, only: str = ""
 ) -> None:
-    """Kill this process at its first point that the journal does not hold, and write it there; or
-    just write all."""
-    done = frozenset(journal.read_text().splitlines() if journal.exists() else ()) if kill else None
+    """Kill this process at its first point that the journal does not hold, or at the point `only`,
+    and write it there; or just write all."""
+    done = None
+    if kill and not only:
+        done = frozenset(journal.read_text().splitlines() if journal.exists() else ())
     handle = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    sys.addaudithook(_Hook(home=home, stage=stage, every=every, done=done, journal=handle))
+    hook = _Hook(home=home, stage=stage, every=every, done=done, only=only, journal=handle)
+    sys.addaudithook(hook)
 
 
 @contextlib.contextmanager
@@ -143,7 +149,7 @@ def _nothing_kept(home: Path) -> Iterator[Any]:
         yield instance
 
 
-def _attempt(home: Path, stage: str, every: bool, kill: bool, journal: Path) -> None:
+def _attempt(home: Path, stage: str, every: bool, kill: bool, only: str, journal: Path) -> None:
     """The body of an attempt's process."""
     from jobs import pipeline
     from resources import torchrun
@@ -166,7 +172,7 @@ def _attempt(home: Path, stage: str, every: bool, kill: bool, journal: Path) -> 
         not every
     ):  # a run of Dagster's costs as much as a stage's work, and what it writes is Dagster's own
         pipeline.open_instance = _nothing_kept
-    kill_at_new_points(home, stage, journal, every=every, kill=kill)
+    kill_at_new_points(home, stage, journal, every=every, kill=kill, only=only)
     select = None if stage == "all" else stage
     pipeline.bring_up_to_date(home, select=select, only=select is not None)
 
@@ -188,10 +194,11 @@ class Walk:
         """What the journal holds."""
         return self.journal.read_text().splitlines() if self.journal.exists() else []
 
-    def attempt(self, stage: str) -> bool:
-        """Attempt a stage; whether it came to its end."""
+    def attempt(self, stage: str, only: str = "") -> bool:
+        """Attempt a stage, killed at its first new point or at the point `only`; whether it came to
+        its end."""
         process = WARM.Process(
-            target=_attempt, args=(self.home, stage, self.every, self.kill, self.journal)
+            target=_attempt, args=(self.home, stage, self.every, self.kill, only, self.journal)
         )
         process.start()
         process.join()
