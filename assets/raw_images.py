@@ -20,7 +20,8 @@ from training.images.decoding import Facts
 from training.progress import track
 from training.sources import absence
 from training.sources import source_listing as sources
-from training.tables.schemas import TABLES, Reason, rejections
+from training.tables.schemas import TABLES, rejections
+from training.tables.table import Reason
 
 
 def _scan(store: Store, key: str) -> dict[str, str]:

@@ -50,7 +50,8 @@ from training.runs.run_folder import (
     write_inputs,
 )
 from training.runs.training_set import blank
-from training.tables.schemas import TABLES, Reason, rejections
+from training.tables.schemas import TABLES, rejections
+from training.tables.table import Reason
 
 DAY_S = 86_400
 QUARANTINE = "quarantine"

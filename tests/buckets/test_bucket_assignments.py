@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from training.buckets import bucket_assignments, crops, plans
 from training.buckets.geometry import Size
 from training.buckets.plans import BucketConfig, UpCropConfig, plan
-from training.tables.schemas import TABLES, Reason, rejections
+from training.tables.schemas import TABLES, rejections
+from training.tables.table import Reason
 
 
 def frame(sizes):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from training.curation import tags
 from training.errors import DataError
-from training.tables.schemas import SCORED_TAG, TABLES, TAG
+from training.tables.schemas import TABLES
+from training.tables.table import SCORED_TAG, TAG
 
 
 @pytest.mark.parametrize(

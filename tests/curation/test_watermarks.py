@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.curation import watermarks
-from training.tables.schemas import SCORED_BOX, TABLES
+from training.tables.schemas import TABLES
+from training.tables.table import SCORED_BOX
 
 
 def box(confidence, y0=0.0):

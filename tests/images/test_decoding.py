@@ -15,7 +15,7 @@ from scipy.fft import dctn
 
 from training.config.workspace import DecodeConfig
 from training.images import decoding
-from training.tables.schemas import Reason
+from training.tables.table import Reason
 
 CONFIG = DecodeConfig()
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 180, 60), (50, 60, 220), (120, 120, 120)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from training.errors import DataError
-from training.tables.schemas import TABLES, Reason, markdown, rejections
+from training.tables.schemas import TABLES, markdown, rejections
+from training.tables.table import Reason
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tables.md"
 

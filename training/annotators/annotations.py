@@ -9,7 +9,7 @@ import polars as pl
 
 from training.config.workspace import AnnotateConfig, DecodeConfig
 from training.images.decode_pool import DecodePool, Rejection
-from training.tables.schemas import SCORED_BOX, SCORED_TAG, Reason
+from training.tables.table import SCORED_BOX, SCORED_TAG, Reason
 
 ANNOTATORS = ("clip", "tagger", "detector")
 """Names under [models]; each fills its own table."""

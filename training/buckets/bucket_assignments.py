@@ -10,7 +10,8 @@ import polars as pl
 from training import seeds
 from training.buckets.geometry import Size
 from training.buckets.plans import BucketConfig, UpCropConfig, follows_picture, plan
-from training.tables.schemas import TABLES, Reason
+from training.tables.schemas import TABLES
+from training.tables.table import Reason
 
 _TIE = 1e-12
 """Distances of shapes that differ by less differ by rounding only."""

@@ -6,7 +6,8 @@ import polars as pl
 from training.config.workspace import SelectionConfig, TagConfig
 from training.curation import captions as captions_
 from training.curation import splits, tags, watermarks
-from training.tables.schemas import SCORED_BOX, TABLES, TAG
+from training.tables.schemas import TABLES
+from training.tables.table import SCORED_BOX, TAG
 
 RULES = (
     "gone",

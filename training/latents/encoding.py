@@ -23,7 +23,8 @@ from training.images.decode_pool import DecodePool, Rejection
 from training.images.saliency import importance
 from training.latents.files import BucketWriter, Generation, LatentFile
 from training.progress import report
-from training.tables.schemas import TABLES, Reason
+from training.tables.schemas import TABLES
+from training.tables.table import Reason
 
 if TYPE_CHECKING:
     from training.models.vae import Vae

@@ -11,7 +11,8 @@ from training.commit import column_digests, logical_digest, read_parquet
 from training.curation.tags import LETTERBOXED, swap_sides
 from training.errors import DataError
 from training.runs.run_folder import RunInputs
-from training.tables.schemas import TABLES, TAG
+from training.tables.schemas import TABLES
+from training.tables.table import TAG
 
 FORGOTTEN = "forgotten"
 """Split of a row whose image was forgotten after the set was frozen."""

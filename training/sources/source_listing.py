@@ -18,7 +18,8 @@ import polars as pl
 from training.errors import DataError
 from training.sources import folders, sidecars
 from training.sources.folders import Found, is_inside
-from training.tables.schemas import TABLES, Reason
+from training.tables.schemas import TABLES
+from training.tables.table import Reason
 
 if TYPE_CHECKING:
     from training.config.workspace import SourceConfig
