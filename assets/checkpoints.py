@@ -96,9 +96,9 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
 
     A run that was trained elsewhere and copied back is pointed to this workspace's files.
 
-    Raises: DataError: the encoding has no training set yet, the run that came back has another one,
-        or images of its set
-            were forgotten.
+    Raises:
+        DataError: the encoding has no training set yet, the run that came back has another one, or
+            images of its set were forgotten.
     """
     from training.curation import vocabulary
     from training.prompts.samples import Samples

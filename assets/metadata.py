@@ -115,8 +115,9 @@ def partition_keys(
 ) -> list[str]:
     """The partitions that a run is about; `all` of a whole table.
 
-    Raises: DataError: the run names none though the stage has partitions, or one that the workspace
-        does not have.
+    Raises:
+        DataError: the run names none though the stage has partitions, or one that the workspace
+            does not have.
     """
     if stage.scope is Scope.ALL:
         return ["all"]

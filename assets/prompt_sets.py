@@ -75,8 +75,9 @@ def prompt_sets(
 def _make(store: Store, key: str) -> pl.DataFrame:
     """The set's prompts, none of which a training image has as a caption or as its tags.
 
-    Raises: EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt
-        cannot be drawn.
+    Raises:
+        EvaluationError: the set cannot be made, or it is that of the evaluation and a prompt cannot
+            be drawn.
     """
     config = store.config.prompt_sets[key]
     selected = store.read("selected_images", prompt_building.HELD_OUT)
@@ -129,9 +130,9 @@ def _is_in_style(store: Store, key: str) -> bool:
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:
     """Sizes of the bucket plan of the set's encoding.
 
-    Raises: ConfigError: it names no encoding though there are several, or one that is not there, or
-        whose plan follows
-            each picture.
+    Raises:
+        ConfigError: it names no encoding though there are several, or one that is not there, or
+            whose plan follows each picture.
     """
     name, known = store.config.prompt_sets[key].encoding, sorted(store.config.encodings)
     name = name or (known[0] if len(known) == 1 else "")

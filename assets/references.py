@@ -56,9 +56,13 @@ def gather(
 ) -> References:
     """All that is there of what checkpoint `key` is compared with; nothing for the base.
 
-    Args: store: The workspace. stage: `eval_metrics`. What it has committed of the base's pictures
-        is taken from there while it is current. key: The checkpoint. networks: Look at the base's
-        pictures where nothing current is committed. batch_size: Pictures at a time.
+    Args:
+        store: The workspace.
+        stage: `eval_metrics`. What it has committed of the base's pictures is taken from there
+            while it is current.
+        key: The checkpoint.
+        networks: Look at the base's pictures where nothing current is committed.
+        batch_size: Pictures at a time.
 
     Raises:
         DataError: embeddings of its training images were made by another CLIP.

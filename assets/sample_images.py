@@ -109,8 +109,9 @@ def sample_images(
 def prompts_of(store: Store) -> pl.DataFrame:
     """The prompt set of the workspace's evaluation.
 
-    Raises: DataError: there is none of that name, it is not committed yet, or no prompt could be
-        made for it.
+    Raises:
+        DataError: there is none of that name, it is not committed yet, or no prompt could be made
+            for it.
     """
     name = store.config.evaluation.prompt_set
     if store.manifest("prompt_sets", name) is None:

@@ -187,10 +187,12 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
     Against the base that is `base~b`, else `a~b`; the held-out half against the base stands in
     `a~b` alone, so that no row is there twice.
 
-    Args: store: The workspace. a: Checkpoint compared against. b: Checkpoint judged. one_of_many:
-        It was chosen among several, so the held-out half of the prompts is judged as well. Whoever
-        does
-            not ask for that half is content with a verdict that has it.
+    Args:
+        store: The workspace.
+        a: Checkpoint compared against.
+        b: Checkpoint judged.
+        one_of_many: It was chosen among several, so the held-out half of the prompts is judged as
+            well. Whoever does not ask for that half is content with a verdict that has it.
 
     Raises:
         DataError: one of them has no scores.

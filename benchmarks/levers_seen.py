@@ -173,8 +173,10 @@ CHECKS: dict[str, Check] = {
 def contradiction(name: str, seen: Evidence) -> str:
     """What shows that a lever does not act; empty where it is seen to act.
 
-    Args: name: The lever's; `micro-batch N` as well. Other names are of variants without a lever of
-        their own. seen: In a step of the variant that has it.
+    Args:
+        name: The lever's; `micro-batch N` as well. Other names are of variants without a lever of
+            their own.
+        seen: In a step of the variant that has it.
     """
     flash = sum(seen.operations[kernel] for kernel in FLASH) / seen.num_micro_steps
     if flash < seen.num_attentions:

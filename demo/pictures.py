@@ -245,12 +245,16 @@ def write_aliases(
 def judge_pairs(rows: list[Row], count: int, seed: int) -> list[dict[str, str]]:
     """Pairwise judgements of a patient rater who sees true quality through slight noise.
 
-    Args: rows: Truth of the world's files; good pictures and junk are judged, each image once under
-        its id. count: Judgements to make: 84 % among good pictures, the rest with junk on one side
-        or on both. seed: Names the world.
+    Args:
+        rows: Truth of the world's files; good pictures and junk are judged, each image once under
+            its id.
+        count: Judgements to make: 84 % among good pictures, the rest with junk on one side or on
+            both.
+        seed: Names the world.
 
-    Returns: One JSON-ready object per judgement: pair_id, a, b, outcome (a, b, tie, both_junk,
-        skip), rater, source, created_at.
+    Returns:
+        One JSON-ready object per judgement: pair_id, a, b, outcome (a, b, tie, both_junk, skip),
+        rater, source, created_at.
     """
     usable = {
         row["image_id"]: row["quality"]

@@ -231,8 +231,10 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
 def adopt(store: Store, folder: Path) -> str:
     """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
 
-    Raises: DamageError: the folder is unfinished or damaged. EvaluationError: they are of a
-        checkpoint that is not here, or were drawn otherwise than this workspace does.
+    Raises:
+        DamageError: the folder is unfinished or damaged.
+        EvaluationError: they are of a checkpoint that is not here, or were drawn otherwise than
+            this workspace does.
     """
     from training.evaluation import remote_sampling
 

@@ -1,4 +1,5 @@
-"""The one `Definitions`: every asset, check, job, schedule and sensor of the code location `foundry`."""
+"""The one `Definitions`: every asset, check, job, schedule and sensor of the code location
+`foundry`."""
 
 import dagster as dg
 

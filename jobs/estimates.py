@@ -155,9 +155,11 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
         config: What it is, or would be.
         hardware: Where it is to train.
 
-    Raises: ModelError: the base model is missing or of another family than the recipe's.
+    Raises:
+        ModelError: the base model is missing or of another family than the recipe's.
         ConfigError: an option that the model does not have, an unknown card, or rates that cannot
-        be used. TrainingError: the model's noise schedule has steps that the loss cannot teach.
+            be used.
+        TrainingError: the model's noise schedule has steps that the loss cannot teach.
         DataError: images of the set have no latents, or none trains.
     """
     rates, folder = hardware.resolve(), base_of(store, run, config)

@@ -38,16 +38,19 @@ def import_latents(
     """Make a first generation of the latents in `folder`; a run of `latents` encodes what is
     missing.
 
-    Args: store: The workspace; its `bucket_assignments` of the encoding must be there. encoding:
-        Has the same buckets, and a VAE of the same latents, as the trainer that made the files.
-        folder: Searched with all that is below it. kind: Format of the files. index: CSV
-        `file,source_id` for files whose names do not follow from their pictures'; else kohya's
-        names must,
-            relative to `folder` as the pictures' are to their source.
+    Args:
+        store: The workspace; its `bucket_assignments` of the encoding must be there.
+        encoding: Has the same buckets, and a VAE of the same latents, as the trainer that made the
+            files.
+        folder: Searched with all that is below it.
+        kind: Format of the files.
+        index: CSV `file,source_id` for files whose names do not follow from their pictures'; else
+            kohya's names must, relative to `folder` as the pictures' are to their source.
 
-    Raises: ConfigError: no such encoding, folder or index, or bigASP's files without an index.
+    Raises:
+        ConfigError: no such encoding, folder or index, or bigASP's files without an index.
         DataError: there are latents already, no file fits any image, or the files are not of these
-        pictures and VAE.
+            pictures and VAE.
     """
     from training.models.vae import Vae
 

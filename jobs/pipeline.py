@@ -63,9 +63,10 @@ def bring_up_to_date(
 ) -> list[Outcome]:
     """Bring the selected stages, and unless `only` all that they follow from, up to date.
 
-    Args: home: The workspace. select: Dagster's selection syntax (`latents`, `raw_images+`,
-        `group:curate`), several joined by commas;
-            None for everything.
+    Args:
+        home: The workspace.
+        select: Dagster's selection syntax (`latents`, `raw_images+`, `group:curate`), several
+            joined by commas; None for everything.
         only: Leave stale stages upstream of the selection alone.
         max_minutes: Start no further partition after this.
         run: Of all training runs, only this one.
@@ -74,9 +75,10 @@ def bring_up_to_date(
         started: Called for each stage that has work, before it begins: its name, partitions, and
             why they are stale.
 
-    Raises: LockedError: another `foundry run` works on this workspace. PipelineError: a stage
-        failed; what was committed before stays. An external model that fails stops nothing: its
-            outcome says why.
+    Raises:
+        LockedError: another `foundry run` works on this workspace.
+        PipelineError: a stage failed; what was committed before stays. An external model that fails
+            stops nothing: its outcome says why.
     """
     store = Store(home)
     _ = store.config

@@ -43,8 +43,9 @@ def hold(
         gives_way: Take no card that anybody else waits for: for work that can be done at any time.
         say: Told for whom we wait, once for each holder.
 
-    Yields: torch's name of the card, `cuda:0`; `cpu` at once, without importing torch, where there
-        is no card.
+    Yields:
+        torch's name of the card, `cuda:0`; `cpu` at once, without importing torch, where there is
+        no card.
 
     Raises:
         ConfigError: there are cards, and `[devices]` names none of them.
@@ -73,8 +74,9 @@ def hold_for_trainer(
         num_cards: One per rank.
         say: Told for whom we wait.
 
-    Yields: The cards for CUDA_VISIBLE_DEVICES, and the descriptors to pass on; both empty where
-        there is no card.
+    Yields:
+        The cards for CUDA_VISIBLE_DEVICES, and the descriptors to pass on; both empty where there
+        is no card.
 
     Raises:
         ConfigError: `[devices] train` allows fewer cards than the run has ranks.

@@ -20,10 +20,12 @@ def run(
 ) -> Iterator[Result]:
     """Yield `worker(*arguments, device)(batch)` for every batch, in the order of the batches.
 
-    Args: worker: Class (or function) that loads its models once and is then called with batches;
-        importable by name. arguments: What it is made from, before the device. batches: Work; each
-        goes to one worker whole. devices: One worker per entry; a single entry works in this
-        process.
+    Args:
+        worker: Class (or function) that loads its models once and is then called with batches;
+            importable by name.
+        arguments: What it is made from, before the device.
+        batches: Work; each goes to one worker whole.
+        devices: One worker per entry; a single entry works in this process.
     """
     if len(devices) == 1:
         ready = worker(*arguments, devices[0])

@@ -1,5 +1,5 @@
-"""Each workspace's own Dagster instance: where its settings are written, how it is opened, and the proof that the
-instance at hand belongs to the workspace at hand."""
+"""Each workspace's own Dagster instance: where its settings are written, how it is opened, and the
+proof that the instance at hand belongs to the workspace at hand."""
 
 import contextlib
 import os
@@ -70,13 +70,15 @@ def dagster_home(home: Path) -> Path:
 
 
 def write_instance(home: Path) -> None:
-    """Write the workspace's `dagster/dagster.yaml`; storage keys are left out, so that it lies beside the file."""
+    """Write the workspace's `dagster/dagster.yaml`; storage keys are left out, so that it lies
+    beside the file."""
     write_bytes(dagster_home(home) / "dagster.yaml", WORKSPACE_YAML.encode())
 
 
 @contextlib.contextmanager
 def instance(home: Path) -> Iterator[dg.DagsterInstance]:
-    """Open the workspace's instance; inside, DAGSTER_HOME and FOUNDRY_HOME of this process name the workspace.
+    """Open the workspace's instance; inside, DAGSTER_HOME and FOUNDRY_HOME of this process name the
+    workspace.
 
     Raises:
         WorkspaceError: `dagster.yaml` is missing, or places storage outside the workspace.
@@ -103,7 +105,8 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def _upgrade(path: Path) -> None:
-    """Let the instance of a workspace from before 0.2 use our run coordinator; what people changed stays."""
+    """Let the instance of a workspace from before 0.2 use our run coordinator; what people changed
+    stays."""
     text = path.read_text("utf-8")
     if (upgraded := text.replace(_DAGSTERS_COORDINATOR, _OUR_COORDINATOR)) != text:
         with contextlib.suppress(OSError):  # a read-only workspace is served as it is
@@ -111,7 +114,8 @@ def _upgrade(path: Path) -> None:
 
 
 def check_instance(opened: dg.DagsterInstance, home: Path) -> None:
-    """Refuse an instance that keeps its runs outside the workspace; one that keeps nothing mixes nothing.
+    """Refuse an instance that keeps its runs outside the workspace; one that keeps nothing mixes
+    nothing.
 
     Raises:
         WorkspaceError: names where the instance keeps its runs and where the workspace is.

@@ -195,9 +195,12 @@ def start_or_attach(
 ) -> TrainerHandle:
     """Start the trainer of a run, or attach to the one that runs.
 
-    Args: folder: Has `config.toml` and `inputs.json`. num_processes: Ranks on this machine, when it
-        is started. cards: What CUDA_VISIBLE_DEVICES becomes; empty leaves it as it is. locks:
-        Descriptors that the process inherits, and with them the cards, for as long as it lives.
+    Args:
+        folder: Has `config.toml` and `inputs.json`.
+        num_processes: Ranks on this machine, when it is started.
+        cards: What CUDA_VISIBLE_DEVICES becomes; empty leaves it as it is.
+        locks: Descriptors that the process inherits, and with them the cards, for as long as it
+            lives.
     """
     if is_running(folder):
         return TrainerHandle(folder, None, _attempt_offset(folder / run_folder.EVENTS))

@@ -137,8 +137,9 @@ def query(store: Store, sql: str) -> pl.DataFrame:
     """Run one statement that reads over the committed tables; nothing is written for it, not in the
     workspace either.
 
-    Raises: ConfigError: DuckDB refuses the statement, with its own first line, or it would change a
-        table.
+    Raises:
+        ConfigError: DuckDB refuses the statement, with its own first line, or it would change a
+            table.
     """
     import duckdb
 

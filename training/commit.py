@@ -84,8 +84,9 @@ def temporary(
         folder: Where it lies until then, on the same file system; beside `path` by default.
         beside: Endings of what a database writes beside its file.
 
-    Raises: WorkspaceError: the place is full or cannot be written to; the message names `path` and
-        what to do.
+    Raises:
+        WorkspaceError: the place is full or cannot be written to; the message names `path` and what
+            to do.
     """
     folder = path.parent if folder is None else folder
     short = os.fsdecode(os.fsencode(path.name)[:200])

@@ -41,9 +41,10 @@ def build(
         origin: File that the values came from, for error messages.
         prefix: Dotted path of `values` inside the file.
 
-    Raises: ConfigError: an unknown key (with the nearest known one), a missing key, a value of
-        another type, or a
-            rule of the dataclass; the message names the key and, when known, file and line.
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key, a value of another
+            type, or a rule of the dataclass; the message names the key and, when known, file and
+            line.
     """
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]

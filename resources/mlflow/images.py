@@ -50,9 +50,13 @@ def put(
 ) -> dict[str, str]:
     """Write pictures and, for the newest checkpoint of its run, the table of prompts.
 
-    Args: run: The checkpoint's run. step: The checkpoint's samples_seen. chosen: Rows of table
-        `sample_images`; a picture that was not drawn or cannot be read is left out. folder: Where
-        their files are. write: Writes one artifact; the same name again replaces it.
+    Args:
+        run: The checkpoint's run.
+        step: The checkpoint's samples_seen.
+        chosen: Rows of table `sample_images`; a picture that was not drawn or cannot be read is
+            left out.
+        folder: Where their files are.
+        write: Writes one artifact; the same name again replaces it.
 
     Returns:
         Tags that the run needs.

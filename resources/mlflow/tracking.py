@@ -58,8 +58,10 @@ _STATUS = {
 def workspace_tracking(home: Path, uri: str = "") -> "Tracking":
     """The tracker of a workspace: its own `mlflow.db`, or the one that `[tracking] uri` names.
 
-    Args: home: The workspace; experiments are named after its folder, on a shared server with the
-        workspace's id. uri: MLflow tracking URI; empty for the workspace's own.
+    Args:
+        home: The workspace; experiments are named after its folder, on a shared server with the
+            workspace's id.
+        uri: MLflow tracking URI; empty for the workspace's own.
     """
     home = home.resolve()
     own, known = not uri, workspace_id(home)
@@ -117,11 +119,13 @@ class Tracking:
         Args:
             folder: The run's folder; its name is the run's.
 
-        Returns: The number of metrics sent. Killed at any point, the next call goes on without a
-            loss or a repetition.
+        Returns:
+            The number of metrics sent. Killed at any point, the next call goes on without a loss or
+            a repetition.
 
-        Raises: TrackingError: MLflow is away, hung or refuses, or another process forwards this
-            run; nothing is lost.
+        Raises:
+            TrackingError: MLflow is away, hung or refuses, or another process forwards this run;
+                nothing is lost.
         """
         sent = 0
         what = f"forwarding of run {folder.name}"
@@ -187,8 +191,11 @@ class Tracking:
         """Write a verdict over all prompts as tags of the judged checkpoint's run and LoggedModel,
         and all of it as the run's description, unless a person has written one.
 
-        Args: checkpoint: The judged one. rows: Of table `verdicts`; none where there is no verdict,
-            and then MLflow has none any more. note: Why there is none.
+        Args:
+            checkpoint: The judged one.
+            rows: Of table `verdicts`; none where there is no verdict, and then MLflow has none any
+                more.
+            note: Why there is none.
 
         Raises:
             TrackingError: MLflow is away, hung or refuses.
@@ -274,8 +281,9 @@ class Tracking:
         """Name -> address of the views of this experiment, which are written where they are missing
         or out of date.
 
-        Returns: None at all when MLflow is away; addresses of MLflow's own pages where views cannot
-            be written.
+        Returns:
+            None at all when MLflow is away; addresses of MLflow's own pages where views cannot be
+            written.
         """
         try:
             with calls.explained(f"views of {self.experiment}"):

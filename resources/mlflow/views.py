@@ -154,8 +154,10 @@ def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
 def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict[str, View]:
     """All views by their key.
 
-    Args: pictures: Those of the experiment's runs; without any, only the views of pictures are
-        poorer. params: Names of the parameters in which runs differ: the first columns.
+    Args:
+        pictures: Those of the experiment's runs; without any, only the views of pictures are
+            poorer.
+        params: Names of the parameters in which runs differ: the first columns.
     """
     prompt_set, keys, step = _most_common(pictures)
     # MLflow adds a card for each picture that has none of its own, so those are there, but deleted.

@@ -346,13 +346,17 @@ def forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     """Remove every row and latent derived from the images, keep their ids so that they never
     return, list runs that saw them. Whatever ends it, the same call again completes it.
 
-    Returns: `parts` rewritten, `generations` of latents rewritten, `sources` files of folder
-        sources (read where they lie, so the user deletes them), `runs` whose training set held one,
-        and those of them that are `unfinished`.
+    Returns:
+        `parts` rewritten, `generations` of latents rewritten, `sources` files of folder sources
+        (read where they lie, so the user deletes them), `runs` whose training set held one, and
+        those of them that are `unfinished`.
 
-    Raises: ConfigError: an id is no SHA-256, or a run that trains on one of the images is being
-        trained. LockedError: `foundry run` works on this workspace. DamageError: a table, a set or
-        a manifest is damaged; after `foundry verify --repair` the same call completes.
+    Raises:
+        ConfigError: an id is no SHA-256, or a run that trains on one of the images is being
+            trained.
+        LockedError: `foundry run` works on this workspace.
+        DamageError: a table, a set or a manifest is damaged; after `foundry verify --repair` the
+            same call completes.
     """
     for image_id in image_ids:
         if len(image_id) != 64 or set(image_id) - set("0123456789abcdef"):

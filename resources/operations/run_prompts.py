@@ -50,8 +50,11 @@ def base_of(store: Store, run: str, config: RunConfig) -> Path:
 def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:
     """Makes a run's prompts as its trainer does.
 
-    Args: store: The workspace. config: Of the run. frozen: What the run was frozen with; None reads
-        the workspace's tables, as the first launch will freeze them.
+    Args:
+        store: The workspace.
+        config: Of the run.
+        frozen: What the run was frozen with; None reads the workspace's tables, as the first launch
+            will freeze them.
 
     Raises:
         DataError: nothing is frozen, and the encoding has no training set yet.
@@ -84,8 +87,9 @@ def example_prompts(
 ) -> tuple[list[MadePrompt], list[str], str]:
     """Prompts of the first images that train in a run, as epoch 0 makes them.
 
-    Returns: The prompts; with `tell_sizes`, a line for each image of the sizes and the crop that
-        the model is told; and a line that says what was read.
+    Returns:
+        The prompts; with `tell_sizes`, a line for each image of the sizes and the crop that the
+        model is told; and a line that says what was read.
 
     Raises:
         ConfigError: there is no such run.

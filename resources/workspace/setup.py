@@ -119,9 +119,9 @@ def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -
 def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
     """Fix a run's configuration from a recipe.
 
-    Raises: ConfigError: no such recipe, a wrong key or value, an encoding or a base that the
-        workspace does not have, or
-            a started run with other values.
+    Raises:
+        ConfigError: no such recipe, a wrong key or value, an encoding or a base that the workspace
+            does not have, or a started run with other values.
     """
     config, store = _recipe_config(recipe, assignments, tiny=tiny), Store(home)
     if _begun_with(store.run_folder(check_run_name(run))) is None:

@@ -128,8 +128,10 @@ class Store:
     def config(self) -> WorkspaceConfig:
         """The workspace's foundry.toml.
 
-        Raises: WorkspaceError: there is no workspace here, its path cannot be used, or a newer
-            version made it. ConfigError: a key or value is wrong.
+        Raises:
+            WorkspaceError: there is no workspace here, its path cannot be used, or a newer version
+                made it.
+            ConfigError: a key or value is wrong.
         """
         check_home(self.home)
         path = self.home / CONFIG_FILE
@@ -753,9 +755,13 @@ class Store:
         """Yield the frame of every batch in order; those that an earlier, killed attempt finished
         are read back.
 
-        Args: table: What is being made. key: Its partition. identity: Digest of everything the
-            frames follow from; finished batches of another identity are dropped. batches: All
-            batches, in order. run: Works off the batches it is given, in order.
+        Args:
+            table: What is being made.
+            key: Its partition.
+            identity: Digest of everything the frames follow from; finished batches of another
+                identity are dropped.
+            batches: All batches, in order.
+            run: Works off the batches it is given, in order.
         """
         folder = self._partial_folder(table, key)
         mine = folder / identity[:16]

@@ -27,7 +27,8 @@ from training.runs.event_log import read_events
 
 
 class SlowFileSystem(LocalFileSystem):
-    """A disk far away: `slow:///path`. Latent files wait for `gate`; `asked` lists them in order."""
+    """A disk far away: `slow:///path`. Latent files wait for `gate`; `asked` lists them in
+    order."""
 
     protocol = "slow"
     cachable = False
@@ -87,7 +88,8 @@ def test_the_highest_generation_that_holds_all_images_is_chosen(make_run, write_
 def test_a_generation_whose_files_are_not_all_there_is_passed_over_and_named(
     make_run, write_generation
 ):
-    """As while a plain copy is under way in whatever order: the one before it is read until the last byte is there."""
+    """As while a plain copy is under way in whatever order: the one before it is read until the
+    last byte is there."""
     run = make_run()
     manifest = write_generation(run.inputs.latents / "s000000", 2, rows_of(run, "s000000"))
     ids = rows_of(run, "s000000")["image_id"].to_list()
@@ -251,7 +253,8 @@ for number in (2, 3):
 
 
 def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_path):
-    """Two processes and a plain copy between their folders; the run spans three generations and its log names them."""
+    """Two processes and a plain copy between their folders; the run spans three generations and its
+    log names them."""
     run = make_run("long", num_samples=1_000_000, **{"validation.every_samples": 1_000_000})
     events = run.folder / run_folder.EVENTS
     trainer = subprocess.Popen([sys.executable, "-m", "training.loop.run", run.folder])

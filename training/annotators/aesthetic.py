@@ -2,8 +2,7 @@
 photographs between 4 and 7.
 
 The published network has five linear layers and, at inference, nothing between them: it is folded
-into one affine map.
-Source: christophschuhmann/improved-aesthetic-predictor (Apache-2.0),
+into one affine map. Source: christophschuhmann/improved-aesthetic-predictor (Apache-2.0),
 `sac+logos+ava1-l14-linearMSE`.
 """
 
@@ -57,8 +56,9 @@ class Aesthetic:
     def load(cls, folder: Path, device: str | torch.device) -> "Aesthetic":
         """Load and fold the five layers.
 
-        Raises: ModelError: The file is missing, or holds other layers (the ReLU variant has other
-            numbers).
+        Raises:
+            ModelError: The file is missing, or holds other layers (the ReLU variant has other
+                numbers).
         """
         weights.require(
             folder,

@@ -139,7 +139,8 @@ class Detector:
             boxes: `(B, P, 4)`, (cx, cy, w, h) relative to the padded square.
             sizes: (height, width) of each source image in pixels.
 
-        Returns: Per image the boxes above the floor that touch the picture, clamped to it, overlaps
+        Returns:
+            Per image the boxes above the floor that touch the picture, clamped to it, overlaps
             removed.
         """
         return [

@@ -203,7 +203,8 @@ def fit_utility(
         ids_b: Image ids of the second ones.
         seed: Decides the split, the first weights and the order.
 
-    Returns: The head and its report: numbers of pairs, `held_out_accuracy` (ties left out),
+    Returns:
+        The head and its report: numbers of pairs, `held_out_accuracy` (ties left out),
         `held_out_tau` ((agreeing - disagreeing) / judged pairs), `held_out_loss`, `epochs`.
         Measures are None where no pair is left.
 
@@ -264,8 +265,9 @@ def fit_junk(
         ids: Image ids.
         seed: Decides the split, the first weights and the order.
 
-    Returns: The head and its report: numbers of images, `held_out_precision` and `held_out_recall`
-        at probability 0.5 (None where the held-out images give no denominator), `epochs`.
+    Returns:
+        The head and its report: numbers of images, `held_out_precision` and `held_out_recall` at
+        probability 0.5 (None where the held-out images give no denominator), `epochs`.
 
     Raises:
         DataError: One of the two classes is empty.
@@ -320,8 +322,9 @@ def _fit(
 ) -> tuple[ScalarHead, int, ScalarHead | None]:
     """Find the best number of epochs on the held-out rows, then train on all rows for as long.
 
-    Returns: The head trained on all rows, the epochs, and the head that never saw a held-out row
-        (None without such rows).
+    Returns:
+        The head trained on all rows, the epochs, and the head that never saw a held-out row (None
+        without such rows).
     """
     everything = torch.arange(len(held))
     if held.all() or not held.any():

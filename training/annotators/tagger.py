@@ -171,8 +171,9 @@ def build(config: dict[str, Any]) -> JoyTagViT:
     """The network with fresh weights for JoyTag's own `config.json` (`class` and constructor
     arguments).
 
-    Raises: ModelError: A key is missing or unknown, or asks for a variant that JoyTag's release
-        does not use.
+    Raises:
+        ModelError: A key is missing or unknown, or asks for a variant that JoyTag's release does
+            not use.
     """
     if config.get("class") != "ViT":
         raise ModelError(

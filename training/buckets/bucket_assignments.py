@@ -33,15 +33,16 @@ def assign(
     or with `allow_upscale` enlarged to the nearest of all. The picture is then resized until it
     just covers its bucket; or, by `up_crop`, until it fits in.
 
-    Args: images: Columns image_id, shard, height, width: upright source size in pixels; and with
-        `up_crop` a list of
-            tag names.
+    Args:
+        images: Columns image_id, shard, height, width: upright source size in pixels; and with
+            `up_crop` a list of tag names.
         config: Plan, its options and scale.
         up_crop: Which pictures are padded instead of cropped; None for none.
         seed: Keys which of the eligible ones are padded.
 
-    Returns: Rows of `bucket_assignments`, and rows for `rejections` with reason
-        `smaller_than_bucket` or `no_bucket`.
+    Returns:
+        Rows of `bucket_assignments`, and rows for `rejections` with reason `smaller_than_bucket` or
+        `no_bucket`.
 
     Source: bigASP's page: the best fit that is not larger than the picture in any dimension.
     """

@@ -44,10 +44,12 @@ def place(
     `resized` says what it is resized to: then it may overhang along both, which are chosen one
     after the other.
 
-    Args: original: Upright source size, px. bucket: Target size, px. mode: `random` draws the
-        offset from (generation, image_id); `centre` halves the overhang, rounded down;
-            `subject` draws as `random` does, among the offsets that keep 98 % of the importance
-            that the best keeps.
+    Args:
+        original: Upright source size, px.
+        bucket: Target size, px.
+        mode: `random` draws the offset from (generation, image_id); `centre` halves the overhang,
+            rounded down; `subject` draws as `random` does, among the offsets that keep 98 % of the
+            importance that the best keeps.
         seed: Keys the draw.
         generation: Encoding pass: each pass crops anew.
         image_id: SHA-256 of the source.
@@ -61,8 +63,9 @@ def place(
         resized: What it is resized to, at least its bucket's size; None for the smallest size that
             covers the bucket.
 
-    Returns: A placement that covers the bucket, none of its sides shorter; or, padded, one that
-        lies within it with none longer.
+    Returns:
+        A placement that covers the bucket, none of its sides shorter; or, padded, one that lies
+        within it with none longer.
 
     Raises:
         DataError: the picture would have to grow, or `subject` has no importance to go by.

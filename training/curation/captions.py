@@ -15,8 +15,9 @@ def from_sources(listing: pl.DataFrame, raw_images: pl.DataFrame) -> pl.DataFram
         listing: Columns source, source_id, caption.
         raw_images: Columns source, source_id, image_id.
 
-    Returns: `captions` with model `sidecar`, a row for each image: the sentence of its first
-        candidate that has one, null when none has.
+    Returns:
+        `captions` with model `sidecar`, a row for each image: the sentence of its first candidate
+        that has one, null when none has.
     """
     joined = raw_images.select("source", "source_id", "image_id").join(
         listing.select("source", "source_id", "caption"), on=["source", "source_id"], how="left"
@@ -36,8 +37,9 @@ def choose(captions: pl.DataFrame) -> pl.DataFrame:
     Args:
         captions: Rows of `captions`, of any models; empty sentences count as none.
 
-    Returns: Columns image_id, caption (the source's own, null when it has none), made_caption (of
-        the first model by name that has one); images without a sentence are absent.
+    Returns:
+        Columns image_id, caption (the source's own, null when it has none), made_caption (of the
+        first model by name that has one); images without a sentence are absent.
     """
     present = captions.filter(pl.col("caption").str.strip_chars() != "").sort("model")
     own = pl.col("model") == SIDECAR

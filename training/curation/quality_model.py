@@ -38,10 +38,12 @@ def fit(
     """Fit utility and junk heads on judgements, or take the supplied ones where there are fewer
     than `min_pairs`.
 
-    Args: pairs: pair_id, a, b, outcome; judgements on images that are gone are left out.
+    Args:
+        pairs: pair_id, a, b, outcome; judgements on images that are gone are left out.
         embeddings: image_id and vector, one row per image: also the pool that the cut points are
-        frozen on. config: From how many judgements on, and the shares of scores 1-9. supplied:
-        Folder of the heads to fall back on.
+            frozen on.
+        config: From how many judgements on, and the shares of scores 1-9.
+        supplied: Folder of the heads to fall back on.
 
     Raises:
         ModelError: the supplied heads read embeddings of another width.
@@ -117,10 +119,14 @@ def score_table(
 ) -> pl.DataFrame:
     """Rows of `quality_scores`.
 
-    Args: raw: image_id, height, width, bytes and low-level measures, in the order of the other
-        arguments. utility: `(N,)`. junk: Junk probability `(N,)`. aesthetic: LAION aesthetic score
-        per image. cuts: Frozen cut points of scores 1-9. config: Junk threshold and the shares that
-        the cut points stand for.
+    Args:
+        raw: image_id, height, width, bytes and low-level measures, in the order of the other
+            arguments.
+        utility: `(N,)`.
+        junk: Junk probability `(N,)`.
+        aesthetic: LAION aesthetic score per image.
+        cuts: Frozen cut points of scores 1-9.
+        config: Junk threshold and the shares that the cut points stand for.
     """
     return raw.select(
         "image_id",

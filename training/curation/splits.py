@@ -34,9 +34,9 @@ def assign(
     both. When none of those is kept any more, the others train: what was held out is gone, and what
     trained has been seen.
 
-    Args: images: Columns image_id, cluster, kept, source_split (train, validation or null). Images
-        that are not
-            kept only tell where their cluster went before.
+    Args:
+        images: Columns image_id, cluster, kept, source_split (train, validation or null). Images
+            that are not kept only tell where their cluster went before.
         num_validation: Images held out at most.
         num_stable: Training images on the stable list at most.
         seed: Keys both orders.

@@ -278,8 +278,9 @@ def vocabulary(
         blacklist: As `resolve_all`.
         pieces: What a tokenizer makes of each tag, all at once; None leaves the column null.
 
-    Returns: `tag_vocabulary`. A tag's category is the one that most of its images say; the first by
-        name on a tie.
+    Returns:
+        `tag_vocabulary`. A tag's category is the one that most of its images say; the first by name
+        on a tie.
     """
     long = _long(source_tags, tagger_tags, threshold, aliases, blacklist)
     counted = long.group_by("name").agg(

@@ -44,7 +44,7 @@ def from_tables(
     """What a workspace's table says of the tags and words of a training set.
 
     A tag that the table lacks was turned with its mirrored picture: it is of the category of its
-        other side.
+    other side.
 
     Args:
         tag_vocabulary: Columns tag, category, aliases.

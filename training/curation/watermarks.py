@@ -11,8 +11,9 @@ def above(watermark_boxes: pl.DataFrame, threshold: float) -> pl.DataFrame:
         watermark_boxes: Rows of `watermark_boxes`, of one or several models; upright source pixels.
         threshold: Confidence from which a box counts.
 
-    Returns: Columns image_id, boxes (most confident first), watermark (whether there is one): a row
-        for each image that was looked at.
+    Returns:
+        Columns image_id, boxes (most confident first), watermark (whether there is one): a row for
+        each image that was looked at.
     """
     confidence = pl.element().struct.field("confidence")
     merged = watermark_boxes.group_by("image_id").agg(

@@ -87,8 +87,9 @@ class Rates:
 def read_rates(path: Path) -> Rates:
     """Rates that a benchmark has measured; what it did not measure keeps its default.
 
-    Raises: ConfigError: the file is none that a benchmark writes, or a rate in it is unknown or
-        impossible.
+    Raises:
+        ConfigError: the file is none that a benchmark writes, or a rate in it is unknown or
+            impossible.
     """
     try:
         values = json.loads(path.read_text("utf-8"))

@@ -18,10 +18,13 @@ _FORMAT = 1
 def due(saved: Sequence[int], *, interval: int, every: int, num_samples: int) -> list[int]:
     """The checkpoints of a run that are to be evaluated, by their samples_seen.
 
-    Args: saved: samples_seen of those that are there, oldest first; a stopped run has some between
-        the intervals. interval: Samples between checkpoints; each that is the first at or after a
-        multiple has that number. every: Every so many-th number is evaluated, number 1 and the end
-        of the run always. num_samples: At which the run ends.
+    Args:
+        saved: samples_seen of those that are there, oldest first; a stopped run has some between
+            the intervals.
+        interval: Samples between checkpoints; each that is the first at or after a multiple has
+            that number.
+        every: Every so many-th number is evaluated, number 1 and the end of the run always.
+        num_samples: At which the run ends.
     """
     found, before = [], 0
     for samples_seen in saved:

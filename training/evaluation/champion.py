@@ -78,8 +78,11 @@ def choose(champion: Scores, challengers: Sequence[Scores], margins: Mapping[str
     """Of several challengers the one with the greatest gain over the champion on the first half of
     the prompts.
 
-    Args: champion: Whom they challenge. challengers: At least one. margins: Metric -> difference
-        that matters, the unit in which gains of unlike metrics are added.
+    Args:
+        champion: Whom they challenge.
+        challengers: At least one.
+        margins: Metric -> difference that matters, the unit in which gains of unlike metrics are
+            added.
     """
 
     def gain(side: Scores) -> float:

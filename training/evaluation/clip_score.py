@@ -62,13 +62,19 @@ def score(
 ) -> pl.DataFrame:
     """Score a checkpoint's pictures.
 
-    Args: samples: Rows of table `sample_images`. folder: Where their files are. clip: Encodes each
-        picture and each distinct prompt once. aesthetic: Reads CLIP's embeddings. batch_size:
-        Pictures at a time. scorers: Further scorers by the name of their metric. references: What
-        the pictures are compared with as a whole; without any, their look alone is told.
+    Args:
+        samples: Rows of table `sample_images`.
+        folder: Where their files are.
+        clip: Encodes each picture and each distinct prompt once.
+        aesthetic: Reads CLIP's embeddings.
+        batch_size: Pictures at a time.
+        scorers: Further scorers by the name of their metric.
+        references: What the pictures are compared with as a whole; without any, their look alone is
+            told.
 
-    Returns: Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt,
-        not scaled, not clamped), `aesthetic`, the further scorers, the measures of `overbaked`,
+    Returns:
+        Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not
+        scaled, not clamped), `aesthetic`, the further scorers, the measures of `overbaked`,
         `train_similarity` and `embedding`; for a picture that was not drawn, is missing or
         unreadable, or has a score that is not finite one row `failed` with the reason instead; and
         the summary as rows without a prompt, over the pictures that count in a verdict over all
@@ -110,8 +116,9 @@ def look(
         networks: Clip, aesthetic head and further scorers.
         batch_size: Pictures held and encoded at a time.
 
-    Returns: Scores of all that could be scored: a picture with any score that is not finite is
-        among the failures.
+    Returns:
+        Scores of all that could be scored: a picture with any score that is not finite is among the
+        failures.
     """
     failures: dict[int, str] = {}
     rows: list[int] = []

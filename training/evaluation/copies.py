@@ -64,10 +64,13 @@ def summarise(samples: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[
     """How near a checkpoint's pictures are to its training images, beside pictures that cannot be
     copies.
 
-    Args: samples: `(N,)` cosines with the nearest training image. baselines: The same of
-        `validation` images and of the `base` model's pictures; those that are there.
+    Args:
+        samples: `(N,)` cosines with the nearest training image.
+        baselines: The same of `validation` images and of the `base` model's pictures; those that
+            are there.
 
-    Returns: `train_similarity_p50`, `_p95`, `_max`; the same of each baseline under
+    Returns:
+        `train_similarity_p50`, `_p95`, `_max`; the same of each baseline under
         `train_similarity_<baseline>_…`; and where there are validation images the share of pictures
         above their p95 (about 5 % without copying) and above their maximum.
     """

@@ -85,9 +85,10 @@ def read_prompts(path: Path) -> Prompts:
     """Read a CSV with a column `Prompts`, or `text` as prompt files have it, and perhaps
     `prompt_id`.
 
-    Raises: EvaluationError: it is missing, no UTF-8 or no CSV; the column is missing; a line has
-        too few or too many
-            fields, no prompt, or an id that is empty or there already. Names file and line.
+    Raises:
+        EvaluationError: it is missing, no UTF-8 or no CSV; the column is missing; a line has too
+            few or too many fields, no prompt, or an id that is empty or there already. Names file
+            and line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")

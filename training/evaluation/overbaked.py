@@ -133,8 +133,9 @@ def summarise(own: Levels, base: Levels | None, training: Levels | None) -> dict
     """Means of the measures and the share of letter boxes, of a checkpoint, its base and training
     pictures.
 
-    Returns: `saturation_mean`, … and `border_share`; the same with `_base` and `_train` for those
-        that are there; and `overbaked_index` where both are.
+    Returns:
+        `saturation_mean`, … and `border_share`; the same with `_base` and `_train` for those that
+        are there; and `overbaked_index` where both are.
     """
     found: dict[str, float] = {}
     for suffix, levels in (("", own), ("_base", base), ("_train", training)):
@@ -171,8 +172,9 @@ def last_before_alarm(summaries: Sequence[tuple[str, Mapping[str, float]]]) -> s
     Args:
         summaries: Checkpoint and its summary, in the order of training.
 
-    Returns: The last checkpoint of all without an alarm; None where the first raises one, or there
-        is none.
+    Returns:
+        The last checkpoint of all without an alarm; None where the first raises one, or there is
+        none.
     """
     last = None
     for checkpoint, summary in summaries:

@@ -45,18 +45,21 @@ def from_validation(
     """Build a prompt set from held-out images: their tags as the recipe orders them, their
     captions, or both.
 
-    Args: selected: Of table `selected_images`, with the columns `HELD_OUT`. sizes: Sizes of the
-        bucket plan; each prompt gets the one nearest to its image's shape. num_prompts: At most
-        this many. style: How an image becomes a prompt. previous: The set as it was built before in
-        this style: its prompts stay as long as their image is held out and
-            no training image has their text, so that a growing data set does not change what
-            checkpoints are judged by.
+    Args:
+        selected: Of table `selected_images`, with the columns `HELD_OUT`.
+        sizes: Sizes of the bucket plan; each prompt gets the one nearest to its image's shape.
+        num_prompts: At most this many.
+        style: How an image becomes a prompt.
+        previous: The set as it was built before in this style: its prompts stay as long as their
+            image is held out and no training image has their text, so that a growing data set does
+            not change what checkpoints are judged by.
 
-    Returns: Rows of table `prompt_sets`, without those whose caption or tags a training image has
-        too; choice, tags and order follow from the image's id, so that more images change few
-        prompts. Texts that a UI reads otherwise than they stand (`:)`, `16:9` at the end, AND) are
-        left out. Groups are `caption`, `caption_and_tags` and `tags`. Empty where no held-out image
-        has a text of its own.
+    Returns:
+        Rows of table `prompt_sets`, without those whose caption or tags a training image has too;
+        choice, tags and order follow from the image's id, so that more images change few prompts.
+        Texts that a UI reads otherwise than they stand (`:)`, `16:9` at the end, AND) are left out.
+        Groups are `caption`, `caption_and_tags` and `tags`. Empty where no held-out image has a
+        text of its own.
     """
     held_out = selected.filter(pl.col("split") == "validation").sort("image_id")
     candidates = []
@@ -118,8 +121,9 @@ def read_parti(path: Path, sizes: Sequence[Size]) -> pl.DataFrame:
     A prompt's id follows from its text, so that inserting a line moves no other prompt; its group
     is the category.
 
-    Raises: EvaluationError: no prompt, or a line with too few fields or an empty prompt; names file
-        and line.
+    Raises:
+        EvaluationError: no prompt, or a line with too few fields or an empty prompt; names file and
+            line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")

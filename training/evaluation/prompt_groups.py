@@ -110,8 +110,10 @@ def negative_prompt(name_or_text: str) -> str:
 def group_prompts(group: str, known_words: Collection[str] = ()) -> list[tuple[str, str]]:
     """The prompts of a group as `(prompt_id, text)`; an id follows from group and text alone.
 
-    Args: group: One of `PROMPT_GROUPS`. known_words: Tags and aliases of the data set, in any
-        spelling; `unknown_words` leaves them out.
+    Args:
+        group: One of `PROMPT_GROUPS`.
+        known_words: Tags and aliases of the data set, in any spelling; `unknown_words` leaves them
+            out.
 
     Raises:
         EvaluationError: the data set knows too many of the rare words to make the group.

@@ -38,17 +38,17 @@ def seed_of(prompt_id: str) -> int:
 def read_prompts(path: Path) -> pl.DataFrame:
     """Read a prompt set from a UTF-8 CSV file with a header.
 
-    Args: path: Columns prompt_id, text, height, width (pixels); negative and group may be missing,
-        which means no
-            negative prompt and the group `general`.
+    Args:
+        path: Columns prompt_id, text, height, width (pixels); negative and group may be missing,
+            which means no negative prompt and the group `general`.
 
     Returns:
         Rows of table `prompt_sets`, sorted by prompt_id.
 
-    Raises: EvaluationError: the file is missing, empty or no CSV; a column is missing or unknown;
-        an id is empty or
-            repeats; a text is empty; a side is no multiple of 8 between 8 and 8192. Names file and
-            line.
+    Raises:
+        EvaluationError: the file is missing, empty or no CSV; a column is missing or unknown; an id
+            is empty or repeats; a text is empty; a side is no multiple of 8 between 8 and 8192.
+            Names file and line.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")

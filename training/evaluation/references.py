@@ -62,8 +62,9 @@ class References:
             levels: Their measures, `(N,)` each.
             counts: `(N,)` bool: which pictures the summary is over.
 
-        Returns: The summaries of `overbaked`, `copies` and `distances`, as far as there is
-            something to compare with, and the nearest training image of every picture.
+        Returns:
+            The summaries of `overbaked`, `copies` and `distances`, as far as there is something to
+            compare with, and the nearest training image of every picture.
         """
         base = self.base if self.base is not None and len(self.base.embeddings) else None
         measured = self.training.levels if self.training is not None else None

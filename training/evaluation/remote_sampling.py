@@ -115,8 +115,10 @@ def draw(
         device: Where the models run.
         progress: Follows along.
 
-    Raises: EvaluationError: the prompt file or one of its prompts cannot be used, or `out` is in
-        the way. ModelError: the checkpoint is incomplete.
+    Raises:
+        EvaluationError: the prompt file or one of its prompts cannot be used, or `out` is in the
+            way.
+        ModelError: the checkpoint is incomplete.
     """
     from training.sampling.sampling import sample_folder
 

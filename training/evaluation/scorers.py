@@ -96,8 +96,9 @@ class Hps:
     def load(cls, folder: Path, device: str | torch.device) -> "Hps":
         """Load the published weights, as safetensors under open_clip's names, into a `CLIPModel`.
 
-        Raises: ModelError: Files are missing, or the weights are of another architecture than
-            config.json.
+        Raises:
+            ModelError: Files are missing, or the weights are of another architecture than
+                config.json.
         """
         weights.require(
             folder,

@@ -29,8 +29,9 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
         clip_scores: `(N,)`, pooled over prompts.
         aesthetic_scores: `(N,)`.
 
-    Returns: One number per name in `COLUMNS`; NaN where a statistic is not defined (the deviation
-        of one score, the skewness of equal ones) or a score is NaN.
+    Returns:
+        One number per name in `COLUMNS`; NaN where a statistic is not defined (the deviation of one
+        score, the skewness of equal ones) or a score is NaN.
     """
     scores = np.asarray(aesthetic_scores, dtype=np.float64)
     clip = np.asarray(clip_scores, dtype=np.float64)

@@ -66,15 +66,18 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
         b: The checkpoint judged.
         margins: Metric (`clip_score`, `aesthetic`) -> difference that matters in practice.
 
-    Returns: Rows of table `verdicts`, one per metric and group: `better` and `worse` when Holm's
-        test over the metrics of the group holds at 5 % and the mean difference reaches the margin;
+    Returns:
+        Rows of table `verdicts`, one per metric and group: `better` and `worse` when Holm's test
+        over the metrics of the group holds at 5 % and the mean difference reaches the margin;
         `same` when the 95 % interval lies within the margin on both sides; `unclear` otherwise,
         with the number of prompts that would decide; and `too_few_prompts` below 30. `all` leaves
         the shipped groups out where there are other prompts. Where a group is the only one, it is
         `all`.
 
-    Raises: FailedPicturesError: a picture of either has no scores. EvaluationError: the protocols
-        differ, a prompt has a score on one side only, or a score is not finite.
+    Raises:
+        FailedPicturesError: a picture of either has no scores.
+        EvaluationError: the protocols differ, a prompt has a score on one side only, or a score is
+            not finite.
     """
     _refuse_unlike(a, b)
     if failed := [text for side in (a, b) if (text := refusal(side.checkpoint, side.metrics))]:

@@ -101,9 +101,10 @@ class DecodePool:
     ) -> Iterator[np.ndarray | Rejection]:
         """Decode each file.
 
-        Args: paths: Files. image_ids: What the bytes of each must hash to; a file that was replaced
-            since is rejected as
-                `changed_while_read`. None: not checked.
+        Args:
+            paths: Files.
+            image_ids: What the bytes of each must hash to; a file that was replaced since is
+                rejected as `changed_while_read`. None: not checked.
 
         Returns:
             (H, W, 3) uint8 upright sRGB, or why not, in order.

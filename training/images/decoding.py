@@ -148,8 +148,9 @@ def one_line(words: object) -> str:
 def read_file(path: Path, config: "DecodeConfig") -> bytes:
     """The bytes of a regular file; a link is not followed.
 
-    Raises: Unusable: gone, a link, no regular file, not readable, empty, too large, or changed
-        while it was read.
+    Raises:
+        Unusable: gone, a link, no regular file, not readable, empty, too large, or changed while it
+            was read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -303,8 +304,10 @@ def _dpi(image: Image.Image) -> float | None:
 def _to_rgb(image: Image.Image, *, zero_is_white: bool) -> Image.Image:
     """Any mode as RGB: sRGB colours, blended on white.
 
-    Args: image: Loaded. zero_is_white: The TIFF says that 0 means white. Pillow turns 8 bits by
-        itself, and leaves 16 as they are.
+    Args:
+        image: Loaded.
+        zero_is_white: The TIFF says that 0 means white. Pillow turns 8 bits by itself, and leaves
+            16 as they are.
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):

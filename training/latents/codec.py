@@ -24,7 +24,8 @@ def encode(bits: np.ndarray) -> tuple[np.ndarray, bytes]:
     Args:
         bits: uint16, any shape.
 
-    Returns: uint8 of that shape, mantissa in the high seven bits and sign in the lowest; and a zstd
+    Returns:
+        uint8 of that shape, mantissa in the high seven bits and sign in the lowest; and a zstd
         frame of as many bytes.
     """
     rotated = (bits << np.uint16(1)) | (bits >> np.uint16(15))
@@ -44,8 +45,9 @@ def decode(mantissa: np.ndarray, frames: Sequence[bytes | memoryview]) -> np.nda
     Returns:
         `(B, ...)` uint16.
 
-    Raises: ValueError: a frame is no zstd frame, or holds another number of exponents than its
-        mantissa plane.
+    Raises:
+        ValueError: a frame is no zstd frame, or holds another number of exponents than its mantissa
+            plane.
     """
     decompressor, size = zstandard.ZstdDecompressor(), mantissa[0].size if len(mantissa) else 0
     planes = np.empty((len(mantissa), size), dtype=np.uint8)

@@ -131,9 +131,10 @@ def encode_shard(pictures: Sequence[Picture], job: EncodeJob) -> EncodedShard:
         pictures: The shard's kept images that have a bucket.
         job: How, and where to.
 
-    Returns: Rows and files: one or more files per bucket and list, of copied and of encoded rows,
-        each in the order of their ids. On out-of-memory the whole shard starts again at half the
-        batch size, so that equal inputs give equal batches.
+    Returns:
+        Rows and files: one or more files per bucket and list, of copied and of encoded rows, each
+        in the order of their ids. On out-of-memory the whole shard starts again at half the batch
+        size, so that equal inputs give equal batches.
 
     Raises:
         ModelError: bf16 was asked for, and costs quality.

@@ -95,9 +95,11 @@ def write_kohya(
 ) -> None:
     """Write what sd-scripts caches for a picture.
 
-    Args: file: Open for writing. latents: `(C, H/8, W/8)` fp32, scaled. placement: Its own; sizes
-        are written width first, as the format has them, and the crop in pixels of the resized
-            picture, as training means it: of a mirrored one as it is seen.
+    Args:
+        file: Open for writing.
+        latents: `(C, H/8, W/8)` fp32, scaled.
+        placement: Its own; sizes are written width first, as the format has them, and the crop in
+            pixels of the resized picture, as training means it: of a mirrored one as it is seen.
         scaling_factor: Taken out again.
     """
     top, left = placement.seen_crop
@@ -157,8 +159,11 @@ def read_bigasp(path: Path, original: Size) -> Foreign:
 def fit(foreign: Foreign, wanted: Placement, scale: int) -> Placement | Refusal:
     """The placement that a file was made by, if it is one of the encoding's own.
 
-    Args: foreign: What was read. wanted: Original size, bucket and resized size of the picture in
-        the encoding, with its centred crop. scale: Pixels per latent along a side.
+    Args:
+        foreign: What was read.
+        wanted: Original size, bucket and resized size of the picture in the encoding, with its
+            centred crop.
+        scale: Pixels per latent along a side.
     """
     if wanted.flip or wanted.padded:
         return Refusal.MIRRORED_OR_PADDED

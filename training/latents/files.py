@@ -238,8 +238,9 @@ class LatentFile:
         Returns:
             Latents and log-variance (None where not stored), uint16 `(B, 4, H/8, W/8)`.
 
-        Raises: DamageError: the bytes do not match the manifest's digest, or the table names a row
-            that is not there.
+        Raises:
+            DamageError: the bytes do not match the manifest's digest, or the table names a row that
+                is not there.
         """
         if self._map is None:
             self.check()

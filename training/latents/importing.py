@@ -40,11 +40,15 @@ NUM_CHECKED = 4
 def find_files(folder: Path, kind: Format, index: Path | None) -> dict[str, Path]:
     """Files by the picture that they are of: its source_id, or that without its suffix.
 
-    Args: folder: Searched with all that is below it. kind: Format of the files. index: CSV with
-        columns `file` (relative to `folder`) and `source_id`; without it kohya's file names tell.
+    Args:
+        folder: Searched with all that is below it.
+        kind: Format of the files.
+        index: CSV with columns `file` (relative to `folder`) and `source_id`; without it kohya's
+            file names tell.
 
-    Raises: ConfigError: no such folder, bigASP's files without an index, or an index that cannot be
-        read.
+    Raises:
+        ConfigError: no such folder, bigASP's files without an index, or an index that cannot be
+            read.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
@@ -133,9 +137,9 @@ class LatentImport:
         Returns:
             Mean absolute difference, 0-255; 0 where no picture could be read.
 
-        Raises: DataError: nothing was taken over; or they differ by more than latents and their own
-            crops do, being of
-                another VAE, another scale or other pictures.
+        Raises:
+            DataError: nothing was taken over; or they differ by more than latents and their own
+                crops do, being of another VAE, another scale or other pictures.
         """
         import torch
 

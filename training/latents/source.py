@@ -33,9 +33,11 @@ class LatentSource:
     def __init__(self, folder: Path, url: str = "", vae_digest: str = "") -> None:
         """Name the place.
 
-        Args: folder: The workspace's `latents/<encoding>`; with `url` the local folder that files
-            are fetched into. url: Where they come from; empty for `folder` itself. vae_digest:
-            Digest of the VAE that must have encoded them; empty for any.
+        Args:
+            folder: The workspace's `latents/<encoding>`; with `url` the local folder that files are
+                fetched into.
+            url: Where they come from; empty for `folder` itself.
+            vae_digest: Digest of the VAE that must have encoded them; empty for any.
 
         Raises:
             DataError: fsspec does not know the address, or the folder cannot be listed.
@@ -57,8 +59,9 @@ class LatentSource:
     ) -> tuple[Generation | None, int, list[str]]:
         """The highest whole generation that holds all `image_ids`.
 
-        Returns: The generation and 0, or None and how many images the best one lacks; and a line
-            for every higher one that another VAE encoded or whose files are not all there, as while
+        Returns:
+            The generation and 0, or None and how many images the best one lacks; and a line for
+            every higher one that another VAE encoded or whose files are not all there, as while
             another machine copies them.
         """
         folder, wanted = self.folder / shard, set(image_ids)
@@ -83,8 +86,9 @@ class LatentSource:
         """A latent file, fetched if need be; the same object, with its map, until `keep` lets it
         go.
 
-        Raises: DamageError: it is gone, cut or foreign; its digest is compared before its first row
-            is read.
+        Raises:
+            DamageError: it is gone, cut or foreign; its digest is compared before its first row is
+                read.
         """
         key, folder = (shard, entry), self.folder / shard
         if key in self._files:

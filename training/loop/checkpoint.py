@@ -267,8 +267,9 @@ def check_same_run(checkpoint: Path, config: RunConfig, inputs: RunInputs) -> No
     """Refuse to go on with another run's checkpoint, or another set or other values than it was
     made with.
 
-    Raises: TrainingError: names the difference; intervals, retention, layout and the number of
-        ranks may change.
+    Raises:
+        TrainingError: names the difference; intervals, retention, layout and the number of ranks
+            may change.
     """
     ready = run_folder.read_ready(checkpoint)
     if ready.run != inputs.run:

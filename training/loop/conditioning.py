@@ -15,9 +15,11 @@ def make_time_ids(
 ) -> torch.Tensor:
     """SDXL's size and crop conditioning, `(B, 6)` fp32, height before width.
 
-    Args: original_size: `(B, 2)` upright source size, pixels. crop_top_left: `(B, 2)` rows and
-        columns cut off, pixels of the resized image; of a mirrored one as it is seen. target_size:
-        `(B, 2)` the bucket, pixels.
+    Args:
+        original_size: `(B, 2)` upright source size, pixels.
+        crop_top_left: `(B, 2)` rows and columns cut off, pixels of the resized image; of a mirrored
+            one as it is seen.
+        target_size: `(B, 2)` the bucket, pixels.
 
     Source: SDXL report, arXiv:2307.01952, section 2.2. Never rounded to 16 bits: 1,023 is no
     bfloat16.
@@ -41,10 +43,15 @@ def predict(
     """The UNet's prediction `(B, 4, h, w)` for noised latents; gradients flow where parameters ask
     for them.
 
-    Args: parts: The model. noised: `(B, 4, h, w)`. timesteps: `(B,)` int64. ids: Token ids `(B, n,
-        77)` per text encoder. time_ids: `(B, 6)` fp32; SD 1.x, which has no such input, ignores
-        them. clip_skip: Layer of SD 1.x's text encoder, from the end. zeroed: `(B,)` bool, samples
-        that read zeros in place of their text; size and crop are told all the same.
+    Args:
+        parts: The model.
+        noised: `(B, 4, h, w)`.
+        timesteps: `(B,)` int64.
+        ids: Token ids `(B, n, 77)` per text encoder.
+        time_ids: `(B, 6)` fp32; SD 1.x, which has no such input, ignores them.
+        clip_skip: Layer of SD 1.x's text encoder, from the end.
+        zeroed: `(B,)` bool, samples that read zeros in place of their text; size and crop are told
+            all the same.
     """
     if parts.family == "sd1":
         text = encode_sd1(parts.text_encoders[0], ids[0], clip_skip)

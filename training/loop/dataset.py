@@ -118,9 +118,13 @@ class Dataset:
     ) -> None:
         """Take a set.
 
-        Args: training_set: `training_set`, or its file: then other processes can help with a
-            million prompts. vocabulary: Of its tags, as frozen with the run. latents: Of its
-            encoding. config: Prompts, loss and seed of the run. tokenizers: One per text encoder.
+        Args:
+            training_set: `training_set`, or its file: then other processes can help with a million
+                prompts.
+            vocabulary: Of its tags, as frozen with the run.
+            latents: Of its encoding.
+            config: Prompts, loss and seed of the run.
+            tokenizers: One per text encoder.
             scaling_factor: Of the run's VAE; latents scaled otherwise are refused.
 
         Raises:
@@ -168,8 +172,9 @@ class Dataset:
     def pin_latents(self) -> tuple[Pins, list[str]]:
         """For each shard the highest whole generation that holds all of the set's images of it.
 
-        Returns: The pins, and a line for every generation that was passed over: its files are not
-            all there, or another VAE encoded it.
+        Returns:
+            The pins, and a line for every generation that was passed over: its files are not all
+            there, or another VAE encoded it.
 
         Raises:
             DataError: images of the set have no latents; the message counts them.
@@ -205,9 +210,10 @@ class Dataset:
     def use_latents(self, pins: Pins) -> None:
         """Read the generations that an epoch is pinned to; batches come from them from now on.
 
-        Raises: DataError: a generation was replaced since it was pinned, an image lies in another
-            bucket than the set
-                says, or the latents are scaled by another factor than the run's VAE scales by.
+        Raises:
+            DataError: a generation was replaced since it was pinned, an image lies in another
+                bucket than the set says, or the latents are scaled by another factor than the run's
+                VAE scales by.
             DamageError: a table or latent file is damaged.
         """
         frames, self._files, self.pins = [], list[tuple[str, Entry]](), pins

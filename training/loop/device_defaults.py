@@ -47,8 +47,9 @@ def resolve(config: RunConfig, device: Device, recorded: Mapping[str, Any]) -> R
         device: The one that trains.
         recorded: What the run came to at its first step, by dotted key; empty before it.
 
-    Raises: ConfigError: the device lacks the precision that the config or the record names, or
-        cannot be compiled for.
+    Raises:
+        ConfigError: the device lacks the precision that the config or the record names, or cannot
+            be compiled for.
     """
     suitable: dict[str, Any] = {
         "precision": "fp32",

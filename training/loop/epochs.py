@@ -36,10 +36,14 @@ def prepare_epoch(
 ) -> tuple[Pins, list[str]]:
     """Write order and pins of an epoch unless they are there; called by one process.
 
-    Args: folder: Of the run. epoch: Number of the epoch. dataset: What the run trains on. config:
-        Of the run. fingerprint: Of its set. num_left_out: Images of the set that were forgotten
-        since; an epoch that was written with more of them goes on
-            in its order without them.
+    Args:
+        folder: Of the run.
+        epoch: Number of the epoch.
+        dataset: What the run trains on.
+        config: Of the run.
+        fingerprint: Of its set.
+        num_left_out: Images of the set that were forgotten since; an epoch that was written with
+            more of them goes on in its order without them.
 
     Returns:
         The pinned generations, and a line for each that was passed over because it is not whole.

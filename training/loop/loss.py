@@ -34,9 +34,11 @@ def mse_per_sample(
 ) -> torch.Tensor:
     """Mean squared error of each sample, `(B,)` fp32.
 
-    Args: prediction: `(B, 4, h, w)`, any floating type. target: `(B, 4, h, w)` fp32. mask: Weight
-        of each latent pixel, `(B, 1, h, w)` in [0, 1], or None for all 1. The sum is divided by the
-            mask's own area, so that a masked sample counts as much as any other.
+    Args:
+        prediction: `(B, 4, h, w)`, any floating type.
+        target: `(B, 4, h, w)` fp32.
+        mask: Weight of each latent pixel, `(B, 1, h, w)` in [0, 1], or None for all 1. The sum is
+            divided by the mask's own area, so that a masked sample counts as much as any other.
     """
     error = (prediction.float() - target).square()  # (B, 4, h, w)
     if mask is None:
@@ -65,8 +67,9 @@ def timestep_weights(
         prediction_type: What the UNet predicts.
         rules_version: Of the run.
 
-    Raises: TrainingError: the schedule ends without signal, and `min_snr` would never learn its
-        last step.
+    Raises:
+        TrainingError: the schedule ends without signal, and `min_snr` would never learn its last
+            step.
 
     Source: min-SNR arXiv:2303.09556 section 3.4, debiased arXiv:2310.08442, P2 arXiv:2204.00227;
     what they leave open for v is decided in docs/decisions/0013.

@@ -56,11 +56,16 @@ class Meters:
     ) -> dict[str, float]:
         """Count a step.
 
-        Args: size: Its samples, over all ranks. seconds: How long it took. waited_s: How long this
-            rank waited for batches meanwhile. flops: What its forward and backward passes take at
-            least, over all ranks; recomputation is not counted. samples_seen: The clock after it.
+        Args:
+            size: Its samples, over all ranks.
+            seconds: How long it took.
+            waited_s: How long this rank waited for batches meanwhile.
+            flops: What its forward and backward passes take at least, over all ranks; recomputation
+                is not counted.
+            samples_seen: The clock after it.
 
-        Returns: Fields of the step's line in the log: images_per_s and eta_s over the last steps,
+        Returns:
+            Fields of the step's line in the log: images_per_s and eta_s over the last steps,
             data_wait as a share, memory_bytes at most so far, and mfu (model FLOPs utilization)
             where the device's peak is known.
 

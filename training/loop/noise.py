@@ -18,9 +18,9 @@ from training.seeds import Purpose
 def alphas_cumprod(noise_scheduler_config: Mapping[str, Any]) -> torch.Tensor:
     """The share of signal left at each timestep, `(T,)` fp32, from a diffusers scheduler config.
 
-    Raises: TrainingError: the schedule ends without any signal, and the model predicts the noise:
-        such a step has
-            nothing to learn from, and its min-SNR weight is 0/0.
+    Raises:
+        TrainingError: the schedule ends without any signal, and the model predicts the noise: such
+            a step has nothing to learn from, and its min-SNR weight is 0/0.
     """
     from diffusers import DDPMScheduler
 

@@ -64,13 +64,15 @@ def make_order(
 ) -> EpochOrder:
     """Shuffle within each (bucket, chunks) group, cut micro-batches, shuffle those, fill steps.
 
-    Args: buckets: `(N, 2)` heights and widths of the samples' buckets, pixels. num_chunks: `(N,)`
-        text chunks of the samples' prompts in this epoch. seed: The run's. epoch: Number of the
-        epoch; with the seed it keys every shuffle. micro_batch_size: Samples per micro-batch, at
-        most; remainders stay as short ones. global_batch_size: Samples per step; a micro-batch that
-        would overshoot is split. windows: `(N,)` part of the epoch, 0, 1, ..., that each sample
-        belongs to: every shuffle stays within a part.
-            None for one part.
+    Args:
+        buckets: `(N, 2)` heights and widths of the samples' buckets, pixels.
+        num_chunks: `(N,)` text chunks of the samples' prompts in this epoch.
+        seed: The run's.
+        epoch: Number of the epoch; with the seed it keys every shuffle.
+        micro_batch_size: Samples per micro-batch, at most; remainders stay as short ones.
+        global_batch_size: Samples per step; a micro-batch that would overshoot is split.
+        windows: `(N,)` part of the epoch, 0, 1, ..., that each sample belongs to: every shuffle
+            stays within a part. None for one part.
     """
     keys = (
         (buckets[:, 0].astype(np.int64) << 40) | (buckets[:, 1].astype(np.int64) << 8) | num_chunks

@@ -38,9 +38,9 @@ def quick_imports(*, freeze: bool = False) -> Iterator[None]:
     """Imports inside of the context defer the modules above and are not interrupted by the garbage
     collector.
 
-    Args: freeze: Never look for garbage among what was imported, which is half a second each time;
-        for a process of which
-            that is the beginning.
+    Args:
+        freeze: Never look for garbage among what was imported, which is half a second each time;
+            for a process of which that is the beginning.
     """
     finder = _Finder()
     was_enabled = gc.isenabled()

@@ -24,10 +24,12 @@ def check_trainable(folder: Path, model: ModelConfigs, config: RunConfig, num_ra
         config: Of the run.
         num_ranks: That the run has.
 
-    Raises: ModelError: the model is of another family than the recipe's, or its noise schedule is
-        not known. ConfigError: an option that the model, the schedule, the ranks or this machine
-        does not have. TrainingError: the model's noise schedule has steps that the loss cannot
-        teach.
+    Raises:
+        ModelError: the model is of another family than the recipe's, or its noise schedule is not
+            known.
+        ConfigError: an option that the model, the schedule, the ranks or this machine does not
+            have.
+        TrainingError: the model's noise schedule has steps that the loss cannot teach.
     """
     if config.family not in ("any", model.family):
         raise ModelError(

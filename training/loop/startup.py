@@ -63,10 +63,13 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     """Load the newest whole checkpoint, or the base model, and the training set; called by all
     ranks.
 
-    Raises: ConfigError: a rule between options that only the model or the number of ranks decides.
+    Raises:
+        ConfigError: a rule between options that only the model or the number of ranks decides.
         TrainingError: the checkpoint belongs to another set or config, or other machines see
-        another run folder. ModelError: the base model or the VAE is not the one that `inputs.json`
-        names, or cannot be loaded. DamageError: the training set's file is gone or changed.
+            another run folder.
+        ModelError: the base model or the VAE is not the one that `inputs.json` names, or cannot be
+            loaded.
+        DamageError: the training set's file is gone or changed.
         DataError: nothing to train on, or images of the set were forgotten.
     """
     resumed, torn = ranks.from_first(lambda: find_resumable(folder))

@@ -36,9 +36,9 @@ def inspect(model: Path) -> dict[str, Any]:
     """Family, prediction type and number of parameters (UNet and text encoders) of a diffusers
     folder or single file.
 
-    Raises: ModelError: it is no Stable Diffusion 1.x or SDXL with safetensors weights, or a file
-        whose folder of
-            configurations is missing.
+    Raises:
+        ModelError: it is no Stable Diffusion 1.x or SDXL with safetensors weights, or a file whose
+            folder of configurations is missing.
     """
     if model.suffix == SUFFIX:
         return _inspect_file(model)

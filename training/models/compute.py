@@ -34,10 +34,11 @@ def apply_compute(
     Attention always runs in `scaled_dot_product_attention`, whose kernel torch chooses for the
     device.
 
-    Args: parts: The model, on its device; changed in place, names of parameters stay. config:
-        Blocks to recompute, memory format, compilation; resolved. micro_batch_size: Of the run:
-        `whole` compiles whole micro-batches alone, since remainders have every smaller
-            size and would each have a graph; None for all sizes.
+    Args:
+        parts: The model, on its device; changed in place, names of parameters stay.
+        config: Blocks to recompute, memory format, compilation; resolved.
+        micro_batch_size: Of the run: `whole` compiles whole micro-batches alone, since remainders
+            have every smaller size and would each have a graph; None for all sizes.
         backend: What compiles graphs, by torch's name.
 
     Raises:

@@ -66,9 +66,9 @@ def add_loras(parts: PipelineParts, loras: Sequence[tuple[Path, float]]) -> None
         parts: The model.
         loras: Files and the factors of what they add; 0 changes nothing, 1 adds what was trained.
 
-    Raises: ModelError: a file is missing, is no LoRA, or has keys or shapes that fit no layer of
-        this model; the model is
-            then as the files before left it.
+    Raises:
+        ModelError: a file is missing, is no LoRA, or has keys or shapes that fit no layer of this
+            model; the model is then as the files before left it.
     """
     modules = {
         f"{part}.{name}": module
@@ -100,8 +100,9 @@ def read_lora(path: Path, names: Mapping[str, str]) -> dict[str, LoraLayer]:
         path: A .safetensors file.
         names: Module by part and flat name, from `_known_names`.
 
-    Raises: ModelError: it cannot be read, or some of its keys fit no layer; the message counts them
-        and names the first.
+    Raises:
+        ModelError: it cannot be read, or some of its keys fit no layer; the message counts them and
+            names the first.
     """
     if not path.is_file():
         raise ModelError(f"LoRA {path} does not exist")

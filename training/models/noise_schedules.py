@@ -27,9 +27,11 @@ def change_schedule(
 ) -> dict[str, Any]:
     """A noise scheduler's config with another prediction type or schedule.
 
-    Args: noise_scheduler_config: The base model's. prediction_type: What the UNet is to predict;
-        `base` for what it does. zero_terminal_snr: Rescale the schedule so that its last step holds
-        no signal; False leaves it as it is.
+    Args:
+        noise_scheduler_config: The base model's.
+        prediction_type: What the UNet is to predict; `base` for what it does.
+        zero_terminal_snr: Rescale the schedule so that its last step holds no signal; False leaves
+            it as it is.
 
     Raises:
         ConfigError: the last step holds no signal and the noise is to be predicted.
@@ -65,8 +67,10 @@ def check_last_step(schedule: Mapping[str, Any], loss: LossConfig) -> None:
         schedule: A diffusers scheduler config.
         loss: Of the run.
 
-    Raises: ModelError: diffusers has no such schedule. TrainingError: the step holds no signal, and
-        the model predicts the noise, or `min_snr` gives it no weight.
+    Raises:
+        ModelError: diffusers has no such schedule.
+        TrainingError: the step holds no signal, and the model predicts the noise, or `min_snr`
+            gives it no weight.
     """
     if (curve := schedule.get("beta_schedule", "linear")) not in _CURVES and not schedule.get(
         "trained_betas"

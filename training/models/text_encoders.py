@@ -87,8 +87,11 @@ def encode_sd1(encoder: CLIPTextModel, ids: torch.Tensor, clip_skip: int = 1) ->
     """Encode chunks for SD 1.x: hidden states `clip_skip` layers from the end, through the final
     norm.
 
-    Args: encoder: CLIP ViT-L's text model. ids: `(B, n, 77)` int64. clip_skip: 1 takes the last
-        layer, as the base model does; 2 the one before, as NovelAI's family does.
+    Args:
+        encoder: CLIP ViT-L's text model.
+        ids: `(B, n, 77)` int64.
+        clip_skip: 1 takes the last layer, as the base model does; 2 the one before, as NovelAI's
+            family does.
     """
     batch, chunks, length = ids.shape
     out = encoder(ids.flatten(0, 1), output_hidden_states=True)

@@ -57,10 +57,13 @@ def tokenize(
 ) -> list[TokenizedPrompt]:
     """Tokenize prompts and cut each into chunks of 77 ids.
 
-    Args: prompts: The texts; one may be empty. tokenizer: The encoder's own: its pad id differs
-        between SDXL's two (EOS for the first, 0 for the second). max_chunks: Tokens beyond `75 *
-        max_chunks` are cut and counted. min_chunks: Empty chunks are added up to this number, to
-        pair a short negative with a long prompt.
+    Args:
+        prompts: The texts; one may be empty.
+        tokenizer: The encoder's own: its pad id differs between SDXL's two (EOS for the first, 0
+            for the second).
+        max_chunks: Tokens beyond `75 * max_chunks` are cut and counted.
+        min_chunks: Empty chunks are added up to this number, to pair a short negative with a long
+            prompt.
 
     Returns:
         One entry per prompt, in order.

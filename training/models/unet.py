@@ -68,9 +68,9 @@ class PipelineParts:
 def load_pipeline_parts(model: Path, device: str | torch.device) -> PipelineParts:
     """Load a model and check that its parts belong together.
 
-    Args: model: A diffusers folder, which has `model_index.json` and a folder per part, all weights
-        as safetensors; or a
-            single .safetensors file, see `base_model`.
+    Args:
+        model: A diffusers folder, which has `model_index.json` and a folder per part, all weights
+            as safetensors; or a single .safetensors file, see `base_model`.
         device: Where the modules go.
 
     Raises:
@@ -133,8 +133,9 @@ def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineP
         vae: In fp32.
         origin: Names the VAE in messages.
 
-    Raises: ModelError: it has another scaling factor or number of channels than the model's own,
-        which the UNet reads.
+    Raises:
+        ModelError: it has another scaling factor or number of channels than the model's own, which
+            the UNet reads.
     """
     own, other = parts.vae.config.scaling_factor, vae.config.scaling_factor
     if own != other:
@@ -214,11 +215,14 @@ def save_diffusers_folder(
 ) -> None:
     """Write a complete model folder that diffusers' pipelines of the family load.
 
-    Args: parts: The model; it is left as it is, weights are cast on their way to the file. folder:
-        Created where missing. Files are not synced: the caller commits the folder by renaming it.
+    Args:
+        parts: The model; it is left as it is, weights are cast on their way to the file.
+        folder: Created where missing. Files are not synced: the caller commits the folder by
+            renaming it.
         dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the
-        latter. overrides: Weights to write in place of the modules' own, by part and name
-        (`unet.conv_in.weight`).
+            latter.
+        overrides: Weights to write in place of the modules' own, by part and name
+            (`unet.conv_in.weight`).
 
     Raises:
         ModelError: The parts do not fit together, or a finite weight leaves the range of `dtype`.

@@ -56,9 +56,11 @@ class Vae:
     ) -> None:
         """Take a model to a device.
 
-        Args: model: In fp32. device: Where it works. precision: Of encoding, and of decoding unless
-            it is bf16, which decodes in fp32. `tf32` is fp32 on a device
-                without TF32.
+        Args:
+            model: In fp32.
+            device: Where it works.
+            precision: Of encoding, and of decoding unless it is bf16, which decodes in fp32. `tf32`
+                is fp32 on a device without TF32.
             tile_above_px: Images of more pixels are encoded in overlapping tiles; None for never.
 
         Raises:
@@ -214,9 +216,9 @@ class Vae:
         """Refuse bf16 where it costs quality: encode images both ways, decode both, compare with
         the images.
 
-        Raises: ModelError: the reconstruction through bf16 is worse than through fp32 by more than
-            5 % and a quarter of a
-                level, or not finite. The message gives both errors.
+        Raises:
+            ModelError: the reconstruction through bf16 is worse than through fp32 by more than 5 %
+                and a quarter of a level, or not finite. The message gives both errors.
         """
         batch, errors = self.preprocess(images), {}
         asked = self.precision

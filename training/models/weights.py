@@ -79,8 +79,9 @@ def model_digest(model: Path) -> str:
 
     Files that decide nothing (READMEs, pickles, images, hidden files) are left out.
 
-    Args: model: A folder, or a single .safetensors file, to which the configs in the folder of its
-        name belong.
+    Args:
+        model: A folder, or a single .safetensors file, to which the configs in the folder of its
+            name belong.
 
     Raises:
         ModelError: There are no weights or configuration.

@@ -26,8 +26,11 @@ class Ema:
     ) -> None:
         """Move the shadows of some weights after a step.
 
-        Args: weights: By name, after the step. num_samples: Of the step. steps_before: Steps that
-            were averaged before this one, for the warm-up; None for no warm-up.
+        Args:
+            weights: By name, after the step.
+            num_samples: Of the step.
+            steps_before: Steps that were averaged before this one, for the warm-up; None for no
+                warm-up.
 
         Source: diffusers' EMAModel and OneTrainer. After the first step diffusers keeps nothing of
         where the average began, this a tenth, which is below 1 % from the third step on.

@@ -46,10 +46,13 @@ class Gradients:
         gradient, which is added in fp32 and let go: a gradient of another type than its parameter
         is nothing that graphs can be made of.
 
-        Args: parameters: The trained ones, in an order that all ranks share. device: Where they
-            are. ranks: Of the run; None for one. mode: How ranks' gradients are summed.
+        Args:
+            parameters: The trained ones, in an order that all ranks share.
+            device: Where they are.
+            ranks: Of the run; None for one.
+            mode: How ranks' gradients are summed.
             slice_numbers: Gradients in one message, at most, but for those of a single larger
-            parameter.
+                parameter.
         """
         self._parameters, self._ranks, self._mode, self._slice = (
             list(parameters),

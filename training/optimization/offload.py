@@ -51,8 +51,11 @@ def copy_in_slices(
 ) -> dict[str, torch.Tensor]:
     """Contiguous copies of tensors, through buffers that are filled by turns.
 
-    Args: tensors: Of any type and layout. slices: Buffers `(N,)` uint8. mark: Called after each
-        begun copy to a buffer; the buffer may be read once its mark is reached.
+    Args:
+        tensors: Of any type and layout.
+        slices: Buffers `(N,)` uint8.
+        mark: Called after each begun copy to a buffer; the buffer may be read once its mark is
+            reached.
     """
     copies: dict[str, torch.Tensor] = {}
     under_way = deque[tuple[torch.Tensor, torch.Tensor, Mark]]()

@@ -28,8 +28,9 @@ def make_optimizer(
         config: Name, peak rates and decay.
         weights: The trained ones in fp32, by name; `unet.` opens those of the UNet.
 
-    Raises: ConfigError: an option that the optimizer does not take, or a library or device that it
-        needs is not there.
+    Raises:
+        ConfigError: an option that the optimizer does not take, or a library or device that it
+            needs is not there.
 
     Source: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235, Lion arXiv:2302.06675, Prodigy
     arXiv:2306.06101.
@@ -60,9 +61,10 @@ def make_optimizer(
 def schedule_factor(config: OptimizerConfig, samples: float, num_samples: int) -> float:
     """The share of its peak that a rate has at a point of the run, in [0, 1].
 
-    Args: config: Shape and warm-up. samples: Samples trained on; the trainer asks for the middle of
-        a step, so that neither the first step nor
-            the last has a rate of 0.
+    Args:
+        config: Shape and warm-up.
+        samples: Samples trained on; the trainer asks for the middle of a step, so that neither the
+            first step nor the last has a rate of 0.
         num_samples: Length of the run.
     """
     if samples < config.warmup_samples:
@@ -76,9 +78,9 @@ def schedule_factor(config: OptimizerConfig, samples: float, num_samples: int) -
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     """Give each group its peak rate times `factor`.
 
-    Returns: The rates by the log's names, `learning_rate` of the UNet and
-        `text_encoder_learning_rate` where it has weights; Prodigy's are the ones that it has come
-        to.
+    Returns:
+        The rates by the log's names, `learning_rate` of the UNet and `text_encoder_learning_rate`
+        where it has weights; Prodigy's are the ones that it has come to.
     """
     names = {UNET: "learning_rate", TEXT_ENCODERS: "text_encoder_learning_rate"}
     rates = {}
@@ -94,15 +96,16 @@ def optimizer_state(
     """All that steps change in an optimizer; numbers become 0-d tensors.
 
     Nothing is computed on the device: it would be done behind the mark that `Offload` waits for,
-        and read before.
+    and read before.
 
     Args:
         optimizer: From `make_optimizer`.
         named: The weights that it steps, by name.
 
-    Returns: `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first
-        step. The optimizer's own tensors, of any layout, some of them twice: `Offload.copy` makes
-        what safetensors can hold of them.
+    Returns:
+        `<key>.<weight>` per weight and `<key>.<group>` per group; nothing before the first step.
+        The optimizer's own tensors, of any layout, some of them twice: `Offload.copy` makes what
+        safetensors can hold of them.
     """
     tensors = {
         f"{key}.{name}": _tensor(value)
@@ -157,8 +160,9 @@ def step_groups(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
     """Names of the weights in groups, which are stepped one after the other: of the UNet, then of
     the text encoders.
 
-    Args: weights: By name; `unet.` opens those of the UNet. A group has some 64 million numbers, or
-        one larger weight.
+    Args:
+        weights: By name; `unet.` opens those of the UNet. A group has some 64 million numbers, or
+            one larger weight.
     """
     groups: list[list[str]] = []
     for part in (True, False):

@@ -81,9 +81,14 @@ def write(
     nothing but a comma parts are two pieces where the second begins with a letter or digit of
     ASCII, else one.
 
-    Args: chosen: The tags. interrupted: Those of them, by number in T, that a caption follows: they
-        have a comma and a space always. names: Of the set. extras: Takes what is no form of a name.
-        config: The recipe. draws: Of these samples.
+    Args:
+        chosen: The tags.
+        interrupted: Those of them, by number in T, that a caption follows: they have a comma and a
+            space always.
+        names: Of the set.
+        extras: Takes what is no form of a name.
+        config: The recipe.
+        draws: Of these samples.
     """
     spelled, exchanged = _exchange(chosen, names, config, draws)
     drawn = draws.per_sample(PerSample.SPELLING)

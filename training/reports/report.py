@@ -69,13 +69,19 @@ def render(
 ) -> str:  # fmt: skip
     """Write the report.
 
-    Args: title: Headline. sides: Checkpoints from left to right, at least two; sliders, changes and
-        verdicts are first against last. verdicts: Rows of table `verdicts`; may be empty. facts: A
-        line of small print each. charts: Curves of the run. maps: Maps of change, such as the
-        losses by timestep. sections: What else is to be shown, after all that.
+    Args:
+        title: Headline.
+        sides: Checkpoints from left to right, at least two; sliders, changes and verdicts are first
+            against last.
+        verdicts: Rows of table `verdicts`; may be empty.
+        facts: A line of small print each.
+        charts: Curves of the run.
+        maps: Maps of change, such as the losses by timestep.
+        sections: What else is to be shown, after all that.
 
-    Returns: An HTML page of at most 10 MB; everything that comes from data is escaped, long texts
-        are cut.
+    Returns:
+        An HTML page of at most 10 MB; everything that comes from data is escaped, long texts are
+        cut.
     """
     assert len(sides) >= 2, "a report compares"
     sides = spread(sides)

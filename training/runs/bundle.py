@@ -1,8 +1,8 @@
 """A training run as one folder for a machine that has neither Dagster nor MLflow, and its way back.
 
-The folder holds config, training set, latents, base model or newest checkpoint, and `start.sh`; it needs this package's
-wheel and what `requirements.txt` names. Its `runs/<run>` copied back over the workspace's is the run, as if it had been
-trained there.
+The folder holds config, training set, latents, base model or newest checkpoint, and `start.sh`; it
+needs this package's wheel and what `requirements.txt` names. Its `runs/<run>` copied back over the
+workspace's is the run, as if it had been trained there.
 """
 
 import dataclasses
@@ -63,7 +63,8 @@ def write_bundle(run: Path, target: Path) -> int:
     """Write a run with all that it needs into a new folder, all or nothing.
 
     Args:
-        run: The run's folder, with its inputs; a run that was stopped goes on in the bundle where it stands.
+        run: The run's folder, with its inputs; a run that was stopped goes on in the bundle where
+            it stands.
         target: Must not exist, or be empty.
 
     Returns:
@@ -111,7 +112,8 @@ def write_bundle(run: Path, target: Path) -> int:
 
 
 def _copy(source: Path, folder: Path, name: str = "") -> Path:
-    """Copy a file or folder into a folder, which is made where missing; nothing where there is no source."""
+    """Copy a file or folder into a folder, which is made where missing; nothing where there is no
+    source."""
     target = folder / (name or source.name)
     folder.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
@@ -124,7 +126,8 @@ def _copy(source: Path, folder: Path, name: str = "") -> Path:
 def _copy_latents(
     inputs: RunInputs, pins: Iterable[Mapping[str, Mapping[str, Any]]], target: Path
 ) -> None:
-    """Copy of each shard the generations that the run's epochs have pinned, and the one that the next epoch would pin.
+    """Copy of each shard the generations that the run's epochs have pinned, and the one that the
+    next epoch would pin.
 
     Raises:
         DataError: no generation holds all images of the set.
@@ -169,7 +172,8 @@ def _copy_generation(generation: Generation, target: Path) -> None:
 
 
 def _requirements(config: RunConfig) -> str:
-    """The packages that the run imports, without local tags: pinned to the versions that are installed here.
+    """The packages that the run imports, without local tags: pinned to the versions that are
+    installed here.
 
     Raises:
         ConfigError: `latents_url` is of a protocol that fsspec does not know.
@@ -179,7 +183,8 @@ def _requirements(config: RunConfig) -> str:
 
 
 def _optional_packages(config: RunConfig) -> list[str]:
-    """What only the options of a run need: its 8-bit optimizer, and where its latents are fetched from."""
+    """What only the options of a run need: its 8-bit optimizer, and where its latents are fetched
+    from."""
     found = ["bitsandbytes"] if config.optimizer.name in EIGHT_BIT else []
     for url in config.latents_url.split("::"):
         protocol = fsspec.core.split_protocol(url)[0]
@@ -194,7 +199,8 @@ def _optional_packages(config: RunConfig) -> list[str]:
 
 
 def _packages_of(filesystem: str) -> list[str]:
-    """What a class of fsspec's file systems needs beside fsspec: the extra of fsspec for it, else its own package."""
+    """What a class of fsspec's file systems needs beside fsspec: the extra of fsspec for it, else
+    its own package."""
     extras = importlib.metadata.metadata("fsspec").get_all("Provides-Extra") or []
     if extra := [
         name for name in extras if known_implementations.get(name, {}).get("class") == filesystem

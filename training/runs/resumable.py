@@ -12,12 +12,13 @@ from training.runs.run_folder import STATE, Ready
 def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, state included, by the digests of all its files.
 
-    Returns: Its folder, or None to begin from the base model; and a line for each newer one that is
+    Returns:
+        Its folder, or None to begin from the base model; and a line for each newer one that is
         torn.
 
-    Raises: TrainingError: a newer one is whole, but another version wrote it or its state was
-        freed: to go on from an
-            older one would write over it.
+    Raises:
+        TrainingError: a newer one is whole, but another version wrote it or its state was freed: to
+            go on from an older one would write over it.
     """
     torn = []
     for path in reversed(run_folder.checkpoint_folders(folder)):

@@ -18,9 +18,11 @@ def weights_to_keep(
 ) -> set[int]:
     """The checkpoints whose weights stay, by their samples_seen.
 
-    Args: saved: samples_seen and validation loss of each, oldest first. config: The newest
-        `keep_last` stay, the first at or after each multiple of `keep_every_samples` (all for 0),
-            and the one with the lowest validation loss, of equal ones the oldest.
+    Args:
+        saved: samples_seen and validation loss of each, oldest first.
+        config: The newest `keep_last` stay, the first at or after each multiple of
+            `keep_every_samples` (all for 0), and the one with the lowest validation loss, of equal
+            ones the oldest.
     """
     if not config.keep_every_samples:
         return {samples_seen for samples_seen, _ in saved}

@@ -42,8 +42,9 @@ def parameters(
         clip_skip: Layer that was read; 1 is not mentioned.
         lora_hashes: `lora_hash` by name.
 
-    Returns: Prompt, with its LoRAs, then a line of the negative prompt where there is one, then a
-        line of settings.
+    Returns:
+        Prompt, with its LoRAs, then a line of the negative prompt where there is one, then a line
+        of settings.
     """
     loras = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in config.loras)
     prompts = f"{text}{loras}" + (f"\nNegative prompt: {negative}" if negative else "")

@@ -30,9 +30,10 @@ def cut_prompts(
         tokenizer: Of either text encoder.
         config: Says how marks in prompts are read: they are no tokens.
 
-    Returns: Rows `prompt_id`, `text` (`prompt` or `negative`), `tokens` and how many of these are
-        `not read`, by prompt_id; of a prompt that changes while it is drawn, for the text that
-        loses most.
+    Returns:
+        Rows `prompt_id`, `text` (`prompt` or `negative`), `tokens` and how many of these are `not
+        read`, by prompt_id; of a prompt that changes while it is drawn, for the text that loses
+        most.
     """
     readings = read_set(prompts, config)
     rows: list[dict[str, object]] = []
@@ -60,9 +61,11 @@ class PassText:
     ) -> None:
         """Hold the texts of a pass.
 
-        Args: encoded: Of all distinct texts, `(T, n * 77, d)`. schedules: Per reading, negatives
-            first: its schedule, and the row in `encoded` of each of its texts. ends: How ends are
-            compared with calls.
+        Args:
+            encoded: Of all distinct texts, `(T, n * 77, d)`.
+            schedules: Per reading, negatives first: its schedule, and the row in `encoded` of each
+                of its texts.
+            ends: How ends are compared with calls.
         """
         self._encoded, self._schedules, self._ends = encoded, schedules, ends
         self._rows: tuple[int, ...] = ()
@@ -97,12 +100,17 @@ class PromptEncoder:
     ) -> None:
         """Check what is asked of the text encoders before the first picture is drawn.
 
-        Args: parts: The model. readings: Every prompt and negative that will be asked for. config:
-            Says how prompts are read. clip_skip: Layer of SD 1.x's text encoder, from the end; SDXL
-            has no choice and reads its own. device: Where the encoders are.
+        Args:
+            parts: The model.
+            readings: Every prompt and negative that will be asked for.
+            config: Says how prompts are read.
+            clip_skip: Layer of SD 1.x's text encoder, from the end; SDXL has no choice and reads
+                its own.
+            device: Where the encoders are.
 
-        Raises: EvaluationError: SDXL is asked for another layer, or SD 1.x for one that it does not
-            have.
+        Raises:
+            EvaluationError: SDXL is asked for another layer, or SD 1.x for one that it does not
+                have.
         """
         if parts.family == "sdxl" and config.clip_skip > 1:
             raise EvaluationError(

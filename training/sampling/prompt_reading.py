@@ -50,8 +50,9 @@ def read(text: str, config: SamplingConfig, *, is_negative: bool = False) -> Rea
         config: Sampler and steps, which times refer to, and how prompts are read.
         is_negative: A negative has no weight at its end.
 
-    Raises: EvaluationError: it cannot be drawn, or not with `prompt_syntax = "strict"`; does not
-        name the prompt.
+    Raises:
+        EvaluationError: it cannot be drawn, or not with `prompt_syntax = "strict"`; does not name
+            the prompt.
     """
     text, guidance, remarks = (text, 1.0, []) if is_negative else _take_weight(text)
     if _AND.search(text):

@@ -94,12 +94,14 @@ def schedule(
 ) -> Schedule:
     """The texts of one pass.
 
-    Args: parsed: The prompt. num_calls: Calls of the UNet that are counted in the first pass.
+    Args:
+        parsed: The prompt.
+        num_calls: Calls of the UNet that are counted in the first pass.
         second_calls: None for the schedule of the first pass, for that of the second the calls
-        counted in that. rules: `new`: a number with a point is a fraction of the pass, 0 to 1 of
-        the first and 1 to 2 of the second, and
-            one without is a step, counted through both. `old`: a number below 1 is a fraction,
-            others are steps, and both passes have the schedule of the first.
+            counted in that.
+        rules: `new`: a number with a point is a fraction of the pass, 0 to 1 of the first and 1 to
+            2 of the second, and one without is a step, counted through both. `old`: a number below
+            1 is a fraction, others are steps, and both passes have the schedule of the first.
 
     Raises:
         EvaluationError: a time is too large for a number.
@@ -130,9 +132,12 @@ def schedule(
 def text_at(texts: Schedule, call: int, ends: PromptEnds) -> str:
     """The text that a call of the UNet sees, counted from 0.
 
-    Args: texts: Of the pass. call: Which. ends: `a1111` compares an end, which counts from 1, with
-        the number of the call, which counts from 0: the first
-            text has one call more than it says. `exact` gives it as many as it says.
+    Args:
+        texts: Of the pass.
+        call: Which.
+        ends: `a1111` compares an end, which counts from 1, with the number of the call, which
+            counts from 0: the first text has one call more than it says. `exact` gives it as many
+            as it says.
 
     Returns:
         The first text where the call lies beyond the last end: there A1111 begins anew.

@@ -59,14 +59,21 @@ def sample_folder(
     """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its
     parameters inside.
 
-    Args: checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json
-        where a run made it. name: `<run>@<samples_seen>`, written into the pictures. prompts: Rows
-        of table `prompt_sets`. config: How they are drawn. folder: Where `<first 16 of SHA-256 of
-        prompt_id>.png` go: an id may hold anything, a file name may not. home: What relative paths
-        of LoRAs start from. device: Where the models run. progress: Follows along.
+    Args:
+        checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json where
+            a run made it.
+        name: `<run>@<samples_seen>`, written into the pictures.
+        prompts: Rows of table `prompt_sets`.
+        config: How they are drawn.
+        folder: Where `<first 16 of SHA-256 of prompt_id>.png` go: an id may hold anything, a file
+            name may not.
+        home: What relative paths of LoRAs start from.
+        device: Where the models run.
+        progress: Follows along.
 
-    Returns: Rows of table `sample_images`; height and width are those of the finished pictures. One
-        that is not finite has no file and no digest.
+    Returns:
+        Rows of table `sample_images`; height and width are those of the finished pictures. One that
+        is not finite has no file and no digest.
 
     Raises:
         ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
@@ -120,18 +127,22 @@ def sample(
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Draw one picture per prompt, batched by size and number of chunks.
 
-    Args: parts: The model, fp32; the UNet is rounded in place where the precision is bf16. prompts:
-        Rows of table `prompt_sets`. config: How they are drawn; its averaged weights, clip skip and
-        LoRAs are the caller's to choose. clip_skip: Layer of SD 1.x's text encoder, from the end.
+    Args:
+        parts: The model, fp32; the UNet is rounded in place where the precision is bf16.
+        prompts: Rows of table `prompt_sets`.
+        config: How they are drawn; its averaged weights, clip skip and LoRAs are the caller's to
+            choose.
+        clip_skip: Layer of SD 1.x's text encoder, from the end.
         device: Where the model is.
 
-    Yields: `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not
+    Yields:
+        `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not
         finite, as a broken checkpoint draws them. A picture follows from its prompt, size, seed,
         the weights and `config` without `batch_size`; batches change it by rounding only.
 
-    Raises: EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or
-        the checkpoint cannot be
-            sampled in this way.
+    Raises:
+        EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or the
+            checkpoint cannot be sampled in this way.
     """
     rows, readings = _prompts(prompts), read_set(prompts, config)
     encoder = PromptEncoder(parts, readings, config, clip_skip=clip_skip, device=device)

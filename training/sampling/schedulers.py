@@ -59,9 +59,8 @@ def starting_latents(scheduler: SamplingScheduler, noise: Any) -> Any:
     by every sampler.
 
     Of data + sigma * noise that is sqrt(1 + sigma^2) times the noise, with data of variance 1 what
-    training ends at.
-    Source: x_T ~ N(0, 1) of arXiv:2006.11239, 2010.02502 and 2211.01095; ComfyUI, Stability AI's
-    code of SDXL, and A1111 with its option "SGM noise multiplier";
+    training ends at. Source: x_T ~ N(0, 1) of arXiv:2006.11239, 2010.02502 and 2211.01095; ComfyUI,
+    Stability AI's code of SDXL, and A1111 with its option "SGM noise multiplier";
     docs/decisions/0012-start-noise.md.
     """
     return noise / scheduler.scale_model_input(noise.new_ones(()), scheduler.timesteps[0])
@@ -86,12 +85,16 @@ def make_scheduler(
     """A scheduler with its timesteps set; it holds the state of one batch's pass, so make one for
     each.
 
-    Args: sampler: Its name in the configuration. schedule: Where its steps lie.
+    Args:
+        sampler: Its name in the configuration.
+        schedule: Where its steps lie.
         noise_scheduler_config: `scheduler_config.json` of the checkpoint: betas, prediction type,
-        zero terminal SNR. num_steps: Steps taken. family: `sdxl` or `sd1`; Align Your Steps has a
-        table for each. strength: Share of the schedule that is walked, its end: a schedule of
-        `num_steps / strength` steps is laid out
-            and its last `num_steps` are taken, as A1111's hires fix and ComfyUI's `denoise` do.
+            zero terminal SNR.
+        num_steps: Steps taken.
+        family: `sdxl` or `sd1`; Align Your Steps has a table for each.
+        strength: Share of the schedule that is walked, its end: a schedule of `num_steps /
+            strength` steps is laid out and its last `num_steps` are taken, as A1111's hires fix and
+            ComfyUI's `denoise` do.
 
     Raises:
         EvaluationError: the checkpoint's schedule cannot be sampled from, or not with this one.

@@ -33,10 +33,12 @@ def final_size(size: Size, config: SecondPassConfig | None, vae_scale: int) -> S
 def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.Tensor:
     """Scaled latents of the enlarged pictures.
 
-    Args: latents: `(B, C, h, w)` fp32, scaled. size: Wanted, pixels; multiples of `vae.scale`. how:
-        In latents or through pixels. vae: Decodes and encodes; the mean of what it encodes is
-        taken, so that nothing is drawn. Latents of a picture
-            that is not finite become NaN.
+    Args:
+        latents: `(B, C, h, w)` fp32, scaled.
+        size: Wanted, pixels; multiples of `vae.scale`.
+        how: In latents or through pixels.
+        vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn.
+            Latents of a picture that is not finite become NaN.
     """
     height, width = size.height // vae.scale, size.width // vae.scale
     if how == "latent":

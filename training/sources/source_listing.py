@@ -125,8 +125,9 @@ def scan_digest(source: "SourceConfig", root: Path) -> str:
 def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[Problem]]:
     """All candidates below a folder (see `folders.walk`) with what their sidecars say.
 
-    Returns: `source_listing` without shard and gone_at, ordered by the bytes of the relative path;
-        and what was not used of sidecars and folders.
+    Returns:
+        `source_listing` without shard and gone_at, ordered by the bytes of the relative path; and
+        what was not used of sidecars and folders.
 
     Raises:
         DataError: the folder is missing.
@@ -240,8 +241,9 @@ def merge_listing(
         shard_size: Candidates in a shard at most.
         now: Time of the listing, UTC: set where a candidate is missed for the first time.
 
-    Returns: `source_listing`. A candidate keeps its shard. New ones fill their source's last shard,
-        then open the next; shards are numbered over all sources and hold one source each.
+    Returns:
+        `source_listing`. A candidate keeps its shard. New ones fill their source's last shard, then
+        open the next; shards are numbered over all sources and hold one source each.
     """
     table = TABLES["source_listing"]
     key = list(table.key)

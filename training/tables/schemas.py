@@ -60,8 +60,10 @@ PART_COLUMNS: Mapping[str, tuple[str, ...]] = {
 def part_values(table: str, part: str) -> dict[str, str | None]:
     """Values of a part's `PART_COLUMNS`; the run of a model without one is None.
 
-    Args: table: Name of the table. part: Name of the part: a checkpoint, a run, an encoding,
-        `<encoding>|<shard>`, or a prompt set.
+    Args:
+        table: Name of the table.
+        part: Name of the part: a checkpoint, a run, an encoding, `<encoding>|<shard>`, or a prompt
+            set.
     """
     names = PART_COLUMNS.get(table, ())
     if names == ("checkpoint", "run"):
