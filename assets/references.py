@@ -253,11 +253,8 @@ def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:
                 placement = crops.place(
                     size,
                     buckets[image_id],
-                    mode="centre",
-                    seed=0,
-                    generation=0,
-                    image_id=image_id,
-                    upscale=True,
+                    image_id,
+                    crops.CropPolicy(mode="centre", seed=0, generation=0, upscale=True),
                 )
                 measures.append(overbaked.measure(crops.apply(pixels, placement)))
     return overbaked.collect(measures)

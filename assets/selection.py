@@ -63,10 +63,8 @@ def selected_images(
 
     def make(key: str) -> Made:
         tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
-        tagger_tags = tables.pop("tags")
         frame = select(
-            **tables,
-            tagger_tags=tagger_tags,
+            tables,
             aliases=read_aliases(store),
             tag_config=store.config.tags,
             config=store.config.selection,

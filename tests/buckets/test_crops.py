@@ -29,10 +29,16 @@ def test_a_placement_covers_the_bucket_and_stays_inside(bucket, margin, mode, se
     original = Size(bucket.height + margin[0], bucket.width + margin[1])
     importance = np.random.default_rng(seed).random((7, 5), dtype=np.float32)
     p = crops.place(
-        original, bucket, mode=mode, seed=seed, generation=0, image_id="a",
-        crop_box=None if box is None else box_of(original, box), avoid=[box_of(original, item) for item in avoid],
-        importance=importance,
-    )  # fmt: skip
+        original,
+        bucket,
+        "a",
+        crops.CropPolicy(mode=mode, seed=seed, generation=0),
+        crops.CropTarget(
+            crop_box=None if box is None else box_of(original, box),
+            avoid=[box_of(original, item) for item in avoid],
+            importance=importance,
+        ),
+    )
     assert p.resized.height == bucket.height or p.resized.width == bucket.width
     assert 0 <= p.crop_top <= p.resized.height - bucket.height
     assert 0 <= p.crop_left <= p.resized.width - bucket.width
@@ -55,12 +61,9 @@ def test_a_padded_picture_lies_whole_in_the_middle_of_its_bucket(bucket, size, u
     p = crops.place(
         Size(*size),
         bucket,
-        mode="random",
-        seed=0,
-        generation=0,
-        image_id="a",
-        padded=True,
-        upscale=upscale,
+        "a",
+        crops.CropPolicy(mode="random", seed=0, generation=0, upscale=upscale),
+        crops.CropTarget(padded=True),
     )
     assert p.resized.height <= bucket.height
     assert p.resized.width <= bucket.width
@@ -81,10 +84,8 @@ def test_the_random_crop_is_keyed_by_generation_and_image():
         p = crops.place(
             Size(600, 900),
             Size(128, 128),
-            mode="random",
-            seed=seed,
-            generation=generation,
-            image_id=image_id,
+            image_id,
+            crops.CropPolicy(mode="random", seed=seed, generation=generation),
         )
         return p.crop_top, p.crop_left
 
@@ -97,7 +98,9 @@ def test_the_random_crop_is_keyed_by_generation_and_image():
 def test_random_crops_reach_both_ends_of_the_slack():
     original, bucket = Size(128, 132), Size(128, 128)
     lefts = {
-        crops.place(original, bucket, mode="random", seed=0, generation=g, image_id="a").crop_left
+        crops.place(
+            original, bucket, "a", crops.CropPolicy(mode="random", seed=0, generation=g)
+        ).crop_left
         for g in range(80)
     }
     assert lefts == {0, 1, 2, 3, 4}
@@ -105,7 +108,7 @@ def test_random_crops_reach_both_ends_of_the_slack():
 
 def test_centre_halves_the_overhang():
     p = crops.place(
-        Size(256, 301), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+        Size(256, 301), Size(128, 128), "a", crops.CropPolicy(mode="centre", seed=0, generation=0)
     )
     assert p == Placement(Size(256, 301), Size(128, 151), 0, 11, Size(128, 128), False)
 
@@ -114,7 +117,11 @@ def test_a_crop_box_wins_and_is_kept_inside_when_it_fits():
     original, bucket = Size(256, 800), Size(128, 128)
     box = Box(100, 600, 120, 660)
     p = crops.place(
-        original, bucket, mode="random", seed=0, generation=3, image_id="a", crop_box=box
+        original,
+        bucket,
+        "a",
+        crops.CropPolicy(mode="random", seed=0, generation=3),
+        crops.CropTarget(crop_box=box),
     )
     mapped = crops.map_box(box, p)
     assert mapped is not None
@@ -125,7 +132,10 @@ def test_a_crop_box_wins_and_is_kept_inside_when_it_fits():
 def test_growing_is_refused():
     with pytest.raises(DataError, match="127x500 px is smaller than its bucket of 128x128"):
         crops.place(
-            Size(127, 500), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+            Size(127, 500),
+            Size(128, 128),
+            "a",
+            crops.CropPolicy(mode="centre", seed=0, generation=0),
         )
 
 
@@ -149,12 +159,9 @@ def test_conditioning_inverts_to_the_source_pixel(bucket, margin, generation, fl
     p = crops.place(
         original,
         bucket,
-        mode="random",
-        seed=1,
-        generation=generation,
-        image_id="a",
-        flip=flip,
-        padded=padded,
+        "a",
+        crops.CropPolicy(mode="random", seed=1, generation=generation, flip=flip),
+        crops.CropTarget(padded=padded),
     )
     cut = crops.apply(pixels, p)
     assert cut.shape == (*bucket, 3)
@@ -189,7 +196,7 @@ def test_pixels_are_those_of_pillows_lanczos():
 
 def test_a_picture_of_another_size_is_refused():
     p = crops.place(
-        Size(200, 300), Size(128, 128), mode="centre", seed=0, generation=0, image_id="a"
+        Size(200, 300), Size(128, 128), "a", crops.CropPolicy(mode="centre", seed=0, generation=0)
     )
     with pytest.raises(DataError, match="300x200"):
         crops.apply(np.zeros((300, 200, 3), np.uint8), p)
@@ -205,9 +212,16 @@ def test_a_picture_of_another_size_is_refused():
 def test_a_picture_that_keeps_its_size_is_cut_along_both_sides(bucket, over, mode, box, generation):
     own = Size(bucket.height + over[0], bucket.width + over[1])
     p = crops.place(
-        own, bucket, mode=mode, seed=0, generation=generation, image_id="a", resized=own,
-        crop_box=None if box is None else box_of(own, box), importance=np.ones((7, 5), np.float32),
-    )  # fmt: skip
+        own,
+        bucket,
+        "a",
+        crops.CropPolicy(mode=mode, seed=0, generation=generation),
+        crops.CropTarget(
+            resized=own,
+            crop_box=None if box is None else box_of(own, box),
+            importance=np.ones((7, 5), np.float32),
+        ),
+    )
     assert p.resized == own
     assert 0 <= p.crop_top <= over[0]
     assert 0 <= p.crop_left <= over[1]
@@ -225,7 +239,13 @@ def test_random_crops_along_both_sides_reach_all_corners():
     corners = {
         (p.crop_top, p.crop_left)
         for p in (
-            crops.place(own, bucket, mode="random", seed=0, generation=g, image_id="a", resized=own)
+            crops.place(
+                own,
+                bucket,
+                "a",
+                crops.CropPolicy(mode="random", seed=0, generation=g),
+                crops.CropTarget(resized=own),
+            )
             for g in range(200)
         )
     }
@@ -242,12 +262,9 @@ def test_a_mapped_box_is_where_the_pixels_are(bucket, generation, flip, padded):
     p = crops.place(
         original,
         bucket,
-        mode="random",
-        seed=2,
-        generation=generation,
-        image_id="b",
-        flip=flip,
-        padded=padded,
+        "b",
+        crops.CropPolicy(mode="random", seed=2, generation=generation, flip=flip),
+        crops.CropTarget(padded=padded),
     )
     mapped = crops.map_box(box, p)
     assert mapped is not None
@@ -267,9 +284,12 @@ def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen
 ):
     original = Size(bucket.height + margin[0], bucket.width + margin[1])
     p = crops.place(
-        original, bucket, mode="random", seed=3, generation=generation, image_id="c", flip=flip, padded=padded,
-        resized=original if cut else None,
-    )  # fmt: skip
+        original,
+        bucket,
+        "c",
+        crops.CropPolicy(mode="random", seed=3, generation=generation, flip=flip),
+        crops.CropTarget(padded=padded, resized=original if cut else None),
+    )
     # One pixel of the resized picture, so that nothing is blurred: the marker lies in the middle of
     # what is kept.
     row, column = (
@@ -309,11 +329,9 @@ def test_padding_is_grey_on_both_sides_and_nowhere_else():
     p = crops.place(
         Size(200, 100),
         Size(128, 96),
-        mode="random",
-        seed=0,
-        generation=0,
-        image_id="a",
-        padded=True,
+        "a",
+        crops.CropPolicy(mode="random", seed=0, generation=0),
+        crops.CropTarget(padded=True),
     )
     assert p == Placement(
         Size(200, 100), Size(128, 64), 0, 0, Size(128, 96), False, pad_top=0, pad_left=16
@@ -333,11 +351,9 @@ def test_a_watermark_is_kept_out_where_the_slack_allows_it():
             p = crops.place(
                 original,
                 bucket,
-                mode=mode,
-                seed=0,
-                generation=generation,
-                image_id="a",
-                avoid=[mark],
+                "a",
+                crops.CropPolicy(mode=mode, seed=0, generation=generation),
+                crops.CropTarget(avoid=[mark]),
             )
             assert crops.map_box(mark, p) is None
             seen.add(p.crop_left)
@@ -347,14 +363,22 @@ def test_a_watermark_is_kept_out_where_the_slack_allows_it():
     wide = Box(0, 0, 20, 320)  # unavoidable: everything is as good as anything
     free = {
         crops.place(
-            original, bucket, mode="random", seed=0, generation=g, image_id="a", avoid=[wide]
+            original,
+            bucket,
+            "a",
+            crops.CropPolicy(mode="random", seed=0, generation=g),
+            crops.CropTarget(avoid=[wide]),
         ).crop_left
         for g in range(40)
     }
     assert max(free) - min(free) > 150
     big_and_small = [Box(0, 0, 128, 100), Box(0, 280, 16, 320)]
     p = crops.place(
-        original, bucket, mode="centre", seed=0, generation=0, image_id="a", avoid=big_and_small
+        original,
+        bucket,
+        "a",
+        crops.CropPolicy(mode="centre", seed=0, generation=0),
+        crops.CropTarget(avoid=big_and_small),
     )
     assert [crops.map_box(box, p) for box in big_and_small] == [None, None]
     assert p.crop_left == 100
@@ -376,11 +400,9 @@ def test_what_stands_out_stays_in_the_crop():
             p = crops.place(
                 original,
                 bucket,
-                mode="subject",
-                seed=0,
-                generation=generation,
-                image_id="a",
-                importance=importance,
+                "a",
+                crops.CropPolicy(mode="subject", seed=0, generation=generation),
+                crops.CropTarget(importance=importance),
             )
             offsets.add((p.crop_top, p.crop_left))
             mapped = crops.map_box(box, p)
@@ -388,11 +410,16 @@ def test_what_stands_out_stays_in_the_crop():
             area = (box.y1 - box.y0) * (box.x1 - box.x0) * scale * scale
             assert (mapped.y1 - mapped.y0) * (mapped.x1 - mapped.x0) > 0.9 * area
         assert len(offsets) > 1, "generations still differ"
-        centre = crops.place(original, bucket, mode="centre", seed=0, generation=0, image_id="a")
+        centre = crops.place(
+            original, bucket, "a", crops.CropPolicy(mode="centre", seed=0, generation=0)
+        )
         assert crops.map_box(box, centre) is None
     with pytest.raises(DataError, match="needs the picture's importance map"):
         crops.place(
-            Size(600, 200), Size(128, 128), mode="subject", seed=0, generation=0, image_id="a"
+            Size(600, 200),
+            Size(128, 128),
+            "a",
+            crops.CropPolicy(mode="subject", seed=0, generation=0),
         )
 
 
@@ -400,10 +427,7 @@ def test_upscaling_covers_the_bucket_when_it_is_allowed():
     p = crops.place(
         Size(60, 90),
         Size(128, 128),
-        mode="centre",
-        seed=0,
-        generation=0,
-        image_id="a",
-        upscale=True,
+        "a",
+        crops.CropPolicy(mode="centre", seed=0, generation=0, upscale=True),
     )
     assert (p.resized, p.crop_left) == (Size(128, 192), 32)

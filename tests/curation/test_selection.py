@@ -40,26 +40,29 @@ class World:
             return {"source": "s", "source_id": name, "locator": name}
 
         ids = {name: row["image_id"] for name, row in self.raw.items()}
-        return selection.select(
-            source_listing=table(
+        tables = {
+            "source_listing": table(
                 "source_listing", [{**key(n), "shard": "s000000", "bytes": 1, **r} for n, r in self.listing.items()]
             ),
-            raw_images=table("raw_images", [{**key(n), **r} for n, r in self.raw.items()]),
-            duplicate_groups=table("duplicate_groups", self.groups),
-            quality_scores=table("quality_scores", [{"image_id": ids[n], **r} for n, r in self.scores.items()]),
-            tagger_tags=table("tags", [{"image_id": ids[n], "model": "m", "tags": t} for n, t in self.tagger.items()]),
-            captions=table(
+            "raw_images": table("raw_images", [{**key(n), **r} for n, r in self.raw.items()]),
+            "duplicate_groups": table("duplicate_groups", self.groups),
+            "quality_scores": table("quality_scores", [{"image_id": ids[n], **r} for n, r in self.scores.items()]),
+            "tags": table("tags", [{"image_id": ids[n], "model": "m", "tags": t} for n, t in self.tagger.items()]),
+            "captions": table(
                 "captions",
                 [{"image_id": ids[n], "model": "sidecar", "caption": c} for n, c in self.captions.items()],
             ),
-            watermark_boxes=table(
+            "watermark_boxes": table(
                 "watermark_boxes", [{"image_id": ids[n], "model": "m", "boxes": b} for n, b in self.boxes.items()]
             ),
+        }  # fmt: skip
+        return selection.select(
+            tables,
             aliases=tags.Aliases(to_tag={"circle": "round"}),
             tag_config=tag_config,
             config=SelectionConfig(**rules),
             previous=previous,
-        )  # fmt: skip
+        )
 
 
 def row(selected, name):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from training.buckets.geometry import Size
 from training.config.evaluation import LoraConfig, SamplingConfig
 from training.errors import EvaluationError
 from training.evaluation import external_images, prompt_sets
@@ -78,7 +79,7 @@ def test_the_prompt_that_a1111_writes_into_a_file_is_read(tmp_path, suffix, row)
 @pytest.mark.parametrize("row", range(len(TEXTS)))
 def test_the_prompt_that_we_write_is_read(tmp_path, row):
     config = SamplingConfig(loras=(LoraConfig(path="a.safetensors"),))
-    said = parameters(TEXTS[row], "", seed=1, height=8, width=8, model="m", config=config)
+    said = parameters(TEXTS[row], "", seed=1, size=Size(8, 8), model="m", config=config)
     write_png(tmp_path / "any name.png", PIXELS, said)
     assert rows(tmp_path, "any name.png") == [row]
 

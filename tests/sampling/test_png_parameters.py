@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from training.buckets.geometry import Size
 from training.config.evaluation import LoraConfig, SamplingConfig, SecondPassConfig
 from training.sampling.png_parameters import lora_hash, parameters, write_png
 
@@ -37,8 +38,7 @@ def test_a_plain_picture_is_read_back():
         "a cat, (red)",
         "blurry,\nbad",
         seed=3,
-        height=1216,
-        width=832,
+        size=Size(1216, 832),
         model="run@12",
         config=config,
     )
@@ -60,7 +60,7 @@ def test_all_that_was_done_is_read_back():
     )  # fmt: skip
     hashes = {"ink": "0123456789ab", "soft": "ba9876543210"}
     text = parameters(
-        "cat", "", seed=9, height=1024, width=1024, model="my: model, v2", config=config, clip_skip=2,
+        "cat", "", seed=9, size=Size(1024, 1024), model="my: model, v2", config=config, clip_skip=2,
         lora_hashes=hashes,
     )  # fmt: skip
     prompt, negative, settings = read(text)
@@ -82,9 +82,7 @@ def test_all_that_was_done_is_read_back():
 def test_emphasis_is_named_as_a1111_names_it(mode, said):
     config = SamplingConfig(prompt_weights=mode)
     assert (
-        read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2][
-            "Emphasis"
-        ]
+        read(parameters("x", "", seed=0, size=Size(8, 8), model="m", config=config))[2]["Emphasis"]
         == said
     )
 
@@ -93,7 +91,7 @@ def test_emphasis_is_named_as_a1111_names_it(mode, said):
 def test_upscalers_are_named_as_a1111_names_them(how, said):
     config = SamplingConfig(second_pass=SecondPassConfig(enlarge=how))
     assert (
-        read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2][
+        read(parameters("x", "", seed=0, size=Size(8, 8), model="m", config=config))[2][
             "Hires upscaler"
         ]
         == said
@@ -102,7 +100,7 @@ def test_upscalers_are_named_as_a1111_names_them(how, said):
 
 def test_ddim_has_no_type_of_schedule_and_one_start_everywhere():
     config = SamplingConfig(sampler="ddim", schedule="plain")
-    settings = read(parameters("x", "", seed=0, height=8, width=8, model="m", config=config))[2]
+    settings = read(parameters("x", "", seed=0, size=Size(8, 8), model="m", config=config))[2]
     assert settings["Sampler"] == "DDIM"
     assert "Schedule type" not in settings
     assert "SGM noise multiplier" not in settings
@@ -116,7 +114,7 @@ def test_how_prompts_are_read_is_said_in_a1111s_words_where_it_has_some():
         prompt_syntax="strict", prompt_times="old", prompt_ends="exact", prompt_weights="plain"
     )
     text, negative, settings = read(
-        parameters(prompt, "[x:3]", seed=0, height=8, width=8, model="m", config=config)
+        parameters(prompt, "[x:3]", seed=0, size=Size(8, 8), model="m", config=config)
     )
     assert (text, negative) == (prompt, "[x:3]")
     wanted = {
@@ -126,7 +124,7 @@ def test_how_prompts_are_read_is_said_in_a1111s_words_where_it_has_some():
     }
     assert wanted.items() <= settings.items()
     settings = read(
-        parameters(prompt, "", seed=0, height=8, width=8, model="m", config=SamplingConfig())
+        parameters(prompt, "", seed=0, size=Size(8, 8), model="m", config=SamplingConfig())
     )[2]
     assert settings.keys().isdisjoint(
         {"Old prompt editing timelines", "Prompt ends", "Align Your Steps"}

@@ -6,6 +6,7 @@ disagree.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,47 +22,62 @@ _KEPT_SHARE = 0.98
 """Of the importance that the best crop keeps: what any crop must keep to be drawn."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropPolicy:
+    """How the part of an image that goes into its bucket is chosen."""
+
+    mode: Literal["random", "centre", "subject"]
+    """`random` draws the offset from (generation, image_id); `centre` halves the overhang, rounded
+    down; `subject` draws as `random` does, among the offsets that keep 98 % of the importance that
+    the best keeps."""
+    seed: int
+    """Keys the draw."""
+    generation: int
+    """Encoding pass: each pass crops anew."""
+    flip: bool = False
+    """Mirror left to right after the crop."""
+    upscale: bool = False
+    """The image may grow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CropTarget:
+    """What one image asks of its crop."""
+
+    crop_box: Box | None = None
+    """Part of the source that matters, upright source px. It wins over `mode` and `avoid`: the crop
+    lies as near to the box's centre as the image's borders allow."""
+    avoid: Sequence[Box] = ()
+    """Boxes of upright source px of which as little as possible may lie in the crop."""
+    importance: np.ndarray | None = None
+    """`(h, w)` over the upright source, for `subject`."""
+    padded: bool = False
+    """Fit the whole image into the bucket, in its middle, instead of cropping."""
+    resized: Size | None = None
+    """What it is resized to, at least its bucket's size; None for the smallest size that covers the
+    bucket."""
+
+
 def place(
     original: Size,
     bucket: Size,
-    *,
-    mode: Literal["random", "centre", "subject"],
-    seed: int,
-    generation: int,
     image_id: str,
-    flip: bool = False,
-    crop_box: Box | None = None,
-    avoid: Sequence[Box] = (),
-    importance: np.ndarray | None = None,
-    padded: bool = False,
-    upscale: bool = False,
-    resized: Size | None = None,
+    policy: CropPolicy,
+    target: CropTarget = CropTarget(),
 ) -> Placement:
     """Resize a picture until it just covers its bucket, and choose which part of the overhang to
     cut; or pad it.
 
     The resized picture equals the bucket along one side, so the crop moves along the other, unless
-    `resized` says what it is resized to: then it may overhang along both, which are chosen one
+    `target.resized` says what it is resized to: then it may overhang along both, which are chosen one
     after the other.
 
     Args:
         original: Upright source size, px.
         bucket: Target size, px.
-        mode: `random` draws the offset from (generation, image_id); `centre` halves the overhang,
-            rounded down; `subject` draws as `random` does, among the offsets that keep 98 % of the
-            importance that the best keeps.
-        seed: Keys the draw.
-        generation: Encoding pass: each pass crops anew.
-        image_id: SHA-256 of the source.
-        flip: Mirror left to right after the crop.
-        crop_box: Part of the source that matters, upright source px. It wins over `mode` and
-            `avoid`: the crop lies as near to the box's centre as the picture's borders allow.
-        avoid: Boxes of upright source px of which as little as possible may lie in the crop.
-        importance: `(h, w)` over the upright source, for `subject`.
-        padded: Fit the whole picture into the bucket, in its middle, instead of cropping.
-        upscale: The picture may grow.
-        resized: What it is resized to, at least its bucket's size; None for the smallest size that
-            covers the bucket.
+        image_id: SHA-256 of the source, which keys the draw.
+        policy: What holds for all images of a pass.
+        target: What holds for this one.
 
     Returns:
         A placement that covers the bucket, none of its sides shorter; or, padded, one that lies
@@ -73,14 +89,19 @@ def place(
     Source: bigASP's encode-vaes.py (cover, int(x * scale + 0.5), random offset); SDXL report,
     arXiv:2307.01952, section 2.2 (crop in pixels of the resized image).
     """
-    if mode == "subject" and crop_box is None and importance is None and not padded:
+    if (
+        policy.mode == "subject"
+        and target.crop_box is None
+        and target.importance is None
+        and not target.padded
+    ):
         raise DataError(f"image {image_id}: crop mode 'subject' needs the picture's importance map")
-    if padded:
-        resized = contain(original, bucket, upscale=upscale)
+    if target.padded:
+        resized = contain(original, bucket, upscale=policy.upscale)
         top, left = (bucket.height - resized.height) // 2, (bucket.width - resized.width) // 2
-        return Placement(original, resized, 0, 0, bucket, flip, pad_top=top, pad_left=left)
-    resized = resized or cover(original, bucket, upscale=upscale)
-    rng = seeds.generator(seed, seeds.Purpose.CROP, generation, image_id)
+        return Placement(original, resized, 0, 0, bucket, policy.flip, pad_top=top, pad_left=left)
+    resized = target.resized or cover(original, bucket, upscale=policy.upscale)
+    rng = seeds.generator(policy.seed, seeds.Purpose.CROP, policy.generation, image_id)
     offsets = [0, 0]
     for axis in (0, 1):
         slack, side, scale = (
@@ -90,23 +111,23 @@ def place(
         )
         if slack == 0:
             continue
-        if crop_box is not None:
-            centre = (crop_box[axis] + crop_box[axis + 2]) / 2 * scale
+        if target.crop_box is not None:
+            centre = (target.crop_box[axis] + target.crop_box[axis + 2]) / 2 * scale
             offsets[axis] = min(max(round(centre - side / 2), 0), slack)
             continue
         allowed = np.arange(slack + 1)
-        if mode == "subject":
-            assert importance is not None
-            kept = _kept(importance.sum(axis=1 - axis), resized[axis], side, allowed)
+        if policy.mode == "subject":
+            assert target.importance is not None
+            kept = _kept(target.importance.sum(axis=1 - axis), resized[axis], side, allowed)
             allowed = allowed[kept >= _KEPT_SHARE * kept.max()]
-        if avoid:
-            inside = _overlap(avoid, axis, scale, side, allowed)
+        if target.avoid:
+            inside = _overlap(target.avoid, axis, scale, side, allowed)
             allowed = allowed[inside <= inside.min() + 1e-6]
-        if mode == "centre":
+        if policy.mode == "centre":
             offsets[axis] = int(allowed[np.argmin(np.abs(allowed - slack // 2))])
         else:
             offsets[axis] = int(allowed[rng.randrange(len(allowed))])
-    return Placement(original, resized, offsets[0], offsets[1], bucket, flip)
+    return Placement(original, resized, offsets[0], offsets[1], bucket, policy.flip)
 
 
 def cover(original: Size, bucket: Size, *, upscale: bool = False) -> Size:

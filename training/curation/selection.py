@@ -1,6 +1,8 @@
 """Which images go on, and the rule that dropped each of the others; with all that training will
 read of them."""
 
+from collections.abc import Mapping
+
 import polars as pl
 
 from training.config.workspace import SelectionConfig, TagConfig
@@ -33,14 +35,8 @@ RATING_WORDS = {
 
 
 def select(
+    tables: Mapping[str, pl.DataFrame],
     *,
-    source_listing: pl.DataFrame,
-    raw_images: pl.DataFrame,
-    duplicate_groups: pl.DataFrame,
-    quality_scores: pl.DataFrame,
-    tagger_tags: pl.DataFrame,
-    captions: pl.DataFrame,
-    watermark_boxes: pl.DataFrame,
     aliases: tags.Aliases,
     tag_config: TagConfig,
     config: SelectionConfig,
@@ -52,13 +48,8 @@ def select(
     gone; tags are joined over all of its candidates.
 
     Args:
-        source_listing: The table.
-        raw_images: The table, all shards.
-        duplicate_groups: The table.
-        quality_scores: The table, all shards.
-        tagger_tags: `tags`, all shards and models.
-        captions: The table, all shards and models.
-        watermark_boxes: The table, all shards and models.
+        tables: `source_listing`, `raw_images`, `duplicate_groups`, `quality_scores`, `tags`,
+            `captions` and `watermark_boxes` by name, with all shards and models.
         aliases: Alias table.
         tag_config: Threshold and blacklist.
         config: The rules.
@@ -67,6 +58,9 @@ def select(
     Returns:
         `selected_images`: one row per image_id of `raw_images`.
     """
+    raw_images, source_listing, tagger_tags = (
+        tables["raw_images"], tables["source_listing"], tables["tags"],
+    )  # fmt: skip
     frame = _images(source_listing, raw_images)
     source_tags = raw_images.join(source_listing, on=["source", "source_id"]).select(
         "image_id", "tags"
@@ -78,15 +72,17 @@ def select(
         aliases=aliases,
         blacklist=tag_config.blacklist,
     )
-    looked_at = watermarks.above(watermark_boxes, config.watermark_threshold)
+    looked_at = watermarks.above(tables["watermark_boxes"], config.watermark_threshold)
     frame = (
         frame.join(
-            quality_scores.select("image_id", "score", "bytes_per_pixel"), on="image_id", how="left"
+            tables["quality_scores"].select("image_id", "score", "bytes_per_pixel"),
+            on="image_id",
+            how="left",
         )
         .join(resolved, on="image_id", how="left")
-        .join(captions_.choose(captions), on="image_id", how="left")
+        .join(captions_.choose(tables["captions"]), on="image_id", how="left")
         .join(looked_at, on="image_id", how="left")
-        .join(_duplicates(duplicate_groups), on="image_id", how="left")
+        .join(_duplicates(tables["duplicate_groups"]), on="image_id", how="left")
     )
     tagged = pl.col("image_id").is_in(tagger_tags["image_id"].unique().implode())
     frame = frame.with_columns(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from training.buckets.crops import apply, place
+from training.buckets.crops import CropPolicy, CropTarget, apply, place
 from training.buckets.geometry import Box, Placement, Size
 from training.commit import Entry
 from training.config.workspace import DecodeConfig, EncodingConfig
@@ -260,12 +260,24 @@ def _place(
     looks = encoding.crop == "subject" and picture.crop_box is None and not picture.padded
     limit = encoding.avoid_watermarks
     return place(
-        picture.original, picture.bucket, mode=encoding.crop, seed=encoding.seed, generation=generation,
-        image_id=picture.image_id, flip=picture.flip, crop_box=picture.crop_box, padded=picture.padded,
-        avoid=[box for box, confidence in picture.watermarks if limit and confidence >= limit],
-        importance=importance(pixels) if looks and pixels is not None else None,
-        upscale=encoding.buckets.allow_upscale, resized=picture.resized,
-    )  # fmt: skip
+        picture.original,
+        picture.bucket,
+        picture.image_id,
+        CropPolicy(
+            mode=encoding.crop,
+            seed=encoding.seed,
+            generation=generation,
+            flip=picture.flip,
+            upscale=encoding.buckets.allow_upscale,
+        ),
+        CropTarget(
+            crop_box=picture.crop_box,
+            padded=picture.padded,
+            avoid=[box for box, confidence in picture.watermarks if limit and confidence >= limit],
+            importance=importance(pixels) if looks and pixels is not None else None,
+            resized=picture.resized,
+        ),
+    )
 
 
 Crop = tuple[Picture, np.ndarray, Placement]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from training.buckets.crops import apply, place
+from training.buckets.crops import CropPolicy, CropTarget, apply, place
 from training.buckets.geometry import Placement
 from training.commit import Entry
 from training.config.workspace import DecodeConfig, EncodingConfig
@@ -183,9 +183,12 @@ class LatentImport:
         except DataError:
             return Refusal.UNREADABLE
         wanted = place(
-            picture.original, picture.bucket, mode="centre", seed=0, generation=1, image_id=picture.image_id,
-            flip=picture.flip, padded=picture.padded, upscale=True, resized=picture.resized,
-        )  # fmt: skip
+            picture.original,
+            picture.bucket,
+            picture.image_id,
+            CropPolicy(mode="centre", seed=0, generation=1, flip=picture.flip, upscale=True),
+            CropTarget(padded=picture.padded, resized=picture.resized),
+        )
         placement = formats.fit(foreign, wanted, self.vae.scale)
         return placement if isinstance(placement, Refusal) else (foreign, placement)
 

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from training import commit
+from training.buckets.geometry import Size
 from training.config.evaluation import Enlarge, PromptWeights, SamplingConfig
 from training.sampling.schedulers import LABELS, SCHEDULE_LABELS
 
@@ -26,7 +27,7 @@ _HASH_LENGTH = 12
 
 
 def parameters(
-    text: str, negative: str, *, seed: int, height: int, width: int, model: str, config: SamplingConfig,
+    text: str, negative: str, *, seed: int, size: Size, model: str, config: SamplingConfig,
     clip_skip: int = 1, lora_hashes: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
     """The generation parameters of a picture.
@@ -35,8 +36,7 @@ def parameters(
         text: Prompt.
         negative: Negative prompt; may be empty.
         seed: Of the picture's own generator.
-        height: Of the first pass, as these programs have it.
-        width: Of the first pass.
+        size: Of the first pass, as these programs have it.
         model: Name of the checkpoint.
         config: All that holds for every picture.
         clip_skip: Layer that was read; 1 is not mentioned.
@@ -54,7 +54,7 @@ def parameters(
     settings |= {
         "CFG scale": config.guidance_scale,
         "Seed": seed,
-        "Size": f"{width}x{height}",
+        "Size": f"{size.width}x{size.height}",
         "Model": model,
     }
     if clip_skip > 1:

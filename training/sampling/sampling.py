@@ -105,7 +105,7 @@ def sample_folder(
                 "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
             }
             text = parameters(
-                prompt.text, prompt.negative, seed=prompt.seed, height=prompt.height, width=prompt.width, model=shown,
+                prompt.text, prompt.negative, seed=prompt.seed, size=Size(prompt.height, prompt.width), model=shown,
                 config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
             )  # fmt: skip
             write_png(folder / file_name(prompt_id), picture, text)

@@ -288,10 +288,10 @@ def test_a_death_at_any_call_loses_and_repeats_nothing(home, run, monkeypatch, a
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from resources import tracking_spool
+from resources.mlflow import spool
 from resources.mlflow.tracking import workspace_tracking
 home, kills = Path(sys.argv[1]), int(sys.argv[2])
-tracking_spool.MAX_METRICS = 130
+spool.MAX_METRICS = 130
 import mlflow, mlflow.store.tracking.sqlalchemy_store
 rng = random.Random(kills)
 died = 0
