@@ -15,7 +15,8 @@ prompt_sets = dg.DynamicPartitionsDefinition(name="prompt_sets")
 runs = dg.DynamicPartitionsDefinition(name="runs")
 checkpoints = dg.DynamicPartitionsDefinition(name="checkpoints")
 
-_UNFINISHED = [status for status in dg.DagsterRunStatus if status not in FINISHED_STATUSES]
+UNFINISHED = [status for status in dg.DagsterRunStatus if status not in FINISHED_STATUSES]
+"""States of a run of Dagster that waits or works."""
 
 DYNAMIC = {
     Scope.SHARD: shards,
@@ -43,9 +44,7 @@ def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -
             instance.add_dynamic_partitions(definition.name, new)
         unknown = sorted(known - wanted) if remove else []
         if unknown and scope is Scope.RUN:
-            launched = instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
-            unknown = [
-                name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)
-            ]
+            launched = instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+            unknown = [name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)]
         for name in unknown:
             instance.delete_dynamic_partition(definition.name, name)

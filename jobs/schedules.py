@@ -3,14 +3,10 @@ anew, which is not."""
 
 import dagster as dg
 
+from assets.partitions import UNFINISHED
 from jobs.encode import REENCODE_JOB, reencode_requests
 from resources.mlflow.catch_up import catch_up, owes
 from resources.workspace.store import Store
-
-_UNFINISHED = (
-    dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-)  # fmt: skip
 
 
 @dg.op
@@ -50,11 +46,8 @@ def tracking_catch_up(store: dg.ResourceParam[Store]) -> dg.RunRequest | dg.Skip
 def reencode_latents(
     context: dg.ScheduleEvaluationContext, store: dg.ResourceParam[Store]
 ) -> list[dg.RunRequest] | dg.SkipReason:
-    """Request a run for each shard whose latents are old enough, unless earlier requests still
-    wait."""
-    waiting = context.instance.get_runs_count(
-        dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=list(_UNFINISHED))
-    )
+    """Request a run for each shard whose latents are old enough, unless earlier requests still wait."""
+    waiting = context.instance.get_runs_count(dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=UNFINISHED))
     if waiting:
         return dg.SkipReason(f"{waiting} runs of an earlier hour still wait or work")
     requests = reencode_requests(store, context.scheduled_execution_time.timestamp())
