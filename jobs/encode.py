@@ -52,11 +52,15 @@ def reencode(
         ConfigError: there is no such encoding.
         DataError: nothing is encoded yet.
     """
+    from assets.partitions import mirror
+    from jobs.definitions import STAGES
+    from jobs.pipeline import execute
+    from resources.instance import instance as open_instance
+    from training.errors import DataError
+
     store = Store(home)
-    if encoding is not None and encoding not in store.config.encodings:
-        raise ConfigError(
-            f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}"
-        )
+    if encoding is not None:
+        store.config.encoding(encoding)
     chosen = [item.part for item in generations.oldest(store, encoding, num_shards=num_shards)]
     if not chosen:
         raise DataError("no latents are encoded yet: run `foundry run --select latents` first")

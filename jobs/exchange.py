@@ -7,12 +7,12 @@ from pathlib import Path
 from assets import latents
 from resources.workspace.store import Made, Store
 from training import commit
-from training.errors import ConfigError, DataError
-from training.latents import exchange as formats
-from training.latents.encoding import placement_of
-from training.latents.files import from_bfloat16, generations, read_generation
-from training.latents.importing import Format, LatentImport, find_files
-from training.models.base_model import config_folder
+from training.base_model import config_folder
+from training.data import latent_exchange as formats
+from training.data.latent_files import from_bfloat16, generations, read_generation
+from training.errors import DataError
+from training.latent_import import Format, LatentImport, find_files
+from training.latents import placement_of
 from training.progress import track
 
 _ROWS_AT_A_TIME = 64
@@ -54,7 +54,7 @@ def import_latents(
     """
     from training.models.vae import Vae
 
-    _check_encoding(store, encoding)
+    config = store.config.encoding(encoding)
     files = find_files(folder, kind, index)
     present = [part for part in store.parts("latents") if part.startswith(f"{encoding}|")]
     if present:
@@ -69,7 +69,7 @@ def import_latents(
     names = dict(store.read("selected_images", ["image_id", "source_id"]).iter_rows())
     shards = store.read("bucket_assignments", ["shard"], [encoding])["shard"].unique().sort()
     work = LatentImport(
-        files=files, kind=kind, encoding=store.config.encodings[encoding],
+        files=files, kind=kind, encoding=config,
         vae=Vae.load(store.vae_folder(encoding), "cpu"), vae_digest=store.vae_digest(encoding),
     )  # fmt: skip
     made = {}
@@ -113,7 +113,7 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
         ConfigError: no such encoding.
         DataError: it has no latents, or a picture's name leads out of `folder`.
     """
-    _check_encoding(store, encoding)
+    store.config.encoding(encoding)
     parts = [part for part in store.parts("latents") if part.startswith(f"{encoding}|")]
     if not parts:
         raise DataError(
@@ -149,10 +149,3 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
                         formats.write_kohya(opened, values, placement, factor)
                     written += 1
     return written
-
-
-def _check_encoding(store: Store, encoding: str) -> None:
-    if encoding not in store.config.encodings:
-        raise ConfigError(
-            f"--encoding {encoding!r} must be one of {sorted(store.config.encodings)}"
-        )

@@ -52,7 +52,7 @@ def test_the_next_generation_crops_anew_and_makes_nothing_stale(small_copy):
     )
     refused = foundry("latents", "reencode", "--home", small_copy, "--encoding", "sd1", check=False)
     assert refused.returncode == 2
-    assert "--encoding 'sd1' must be one of ['sdxl']" in refused.stderr
+    assert "foundry.toml has no [encodings.sd1]; there are: sdxl" in refused.stderr
 
 
 def test_a_changed_selection_copies_what_is_encoded_already(small_copy):

@@ -342,9 +342,7 @@ class WorkspaceConfig:
         """
         if name not in self.encodings:
             known = ", ".join(sorted(self.encodings)) or "none"
-            raise ConfigError(
-                f"foundry.toml has no [encodings.{name}], which a run trains on; there are: {known}"
-            )
+            raise ConfigError(f"foundry.toml has no [encodings.{name}]; there are: {known}")
         return self.encodings[name]
 
     def __post_init__(self) -> None:

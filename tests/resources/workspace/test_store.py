@@ -328,4 +328,4 @@ def test_an_encoding_that_was_renamed_in_foundry_toml_is_named(store):
     known = ", ".join(sorted(store.config.encodings)) or "none"
     with pytest.raises(ConfigError) as refused:
         store.vae_folder("renamed")
-    assert str(refused.value) == f"foundry.toml has no [encodings.renamed], which a run trains on; there are: {known}"
+    assert str(refused.value) == f"foundry.toml has no [encodings.renamed]; there are: {known}"
