@@ -102,10 +102,12 @@ def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     if basis is None:
         missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
         return (f"waits for {' and '.join(dict.fromkeys(missing))}",)
+    section = store.section(stage, key)
     if manifest is None:
-        return ("not made yet",)
+        missing = [label for label, digest in basis["inputs"].items() if digest == "absent" and section.get(label)]
+        return tuple(f"{_input_name(stage, label, section)} is missing" for label in missing) or ("not made yet",)
     found = [*_versions(manifest, basis), *_settings(store, stage, key, manifest)]
-    found += [*_models(store, stage, key, manifest, basis), *_inputs(stage, manifest, basis)]
+    found += [*_models(store, stage, key, manifest, basis), *_inputs(stage, section, manifest, basis)]
     found += [f"file {name} is missing" for name in store.missing_files(manifest)]
     return tuple(found)
 
@@ -143,16 +145,21 @@ def _models(store: Store, stage: Stage, key: str, manifest: Manifest, basis: Map
             yield f"model {name} ({store.model_name(name, stage.encoding(key))}) changed"
 
 
-def _inputs(stage: Stage, manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
-    labels = {reads.label: reads for reads in stage.reads}
+def _input_name(stage: Stage, label: str, section: Mapping[str, Any]) -> str:
+    """What people call an input: a table, or a file by the name that the settings give it."""
+    table, _, rest = label.partition(":")
+    if label in {reads.label for reads in stage.reads} or label in TABLES or rest.partition(":")[0] in set(Per):
+        return table
+    words, value = label.replace(":", " ").replace("_", " "), section.get(label)
+    return f"{words} {value}" if isinstance(value, str) and value else words
+
+
+def _inputs(stage: Stage, section: Mapping[str, Any], manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
     before, after = manifest.inputs, basis["inputs"]
     for label in sorted(before.keys() | after.keys()):
         if before.get(label) == after.get(label):
             continue
-        table, _, rest = label.partition(":")
-        per = rest.partition(":")[0]
-        is_table = label in labels or label in TABLES or per in set(Per)
-        name = table if is_table else label.replace(":", " ").replace("_", " ")
+        name = _input_name(stage, label, section)
         if after.get(label) == "absent":
             yield f"{name} is missing"
         elif label not in before:

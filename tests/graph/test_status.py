@@ -139,6 +139,20 @@ def test_a_table_or_its_content_deleted_by_hand(kind):
     assert found["selected_images"] == "stale: waits for duplicate_groups"
 
 
+def test_a_prompt_file_that_is_missing_is_named_whether_or_not_the_set_was_made_before(kind):
+    (kind / "prompts.csv").rename(kind / "kept.csv")
+    assert stale(kind)["prompt_sets"] == "stale: file prompts.csv is missing"
+    with (kind / "foundry.toml").open("a") as config:
+        config.write('\n[prompt_sets.parti]\nfile = "PartiPrompts.tsv"\n')
+    shutil.rmtree(kind / "tables" / "prompt_sets")
+    found = stale(kind)["prompt_sets"]
+    assert "file prompts.csv is missing" in found
+    assert "file PartiPrompts.tsv is missing" in found
+    assert "not made yet" not in found
+    (kind / "kept.csv").rename(kind / "prompts.csv")
+    assert "not made yet" in stale(kind)["prompt_sets"]
+
+
 def test_what_a_person_and_a_script_read(kind):
     set_value(kind, "min_score = 1", "min_score = 3")
     lines = foundry("status", "--home", kind).stdout.splitlines()
