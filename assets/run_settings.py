@@ -32,6 +32,16 @@ class RunSettings(dg.Config):
     )
 
 
+class TrainSettings(RunSettings):
+    """What the dialog of `checkpoints` asks besides."""
+
+    without_forgotten: bool = Field(
+        default=False,
+        description="Go on without those images of the run's training set that were forgotten since it began, as "
+        "`foundry train --without-forgotten` does; else such a run is refused.",
+    )
+
+
 def configure(store: Store, run: str, settings: RunSettings) -> None:
     """Fix the configuration of a new run, as `foundry train` does; nothing for one that has its
     own.
