@@ -238,31 +238,31 @@ def digest(
     ] = None,
 ) -> None:
     """Print logical digests, or compare two workspaces within the tolerance of each column."""
-    from resources.operations import maintenance
+    from jobs import console
+    from resources import upkeep
 
     store = open_store(home)
-    if run is not None:
-        found = maintenance.run_digests(store, run)
-    elif against is None:
-        found = maintenance.digests(store, table)
-    else:
-        lines = maintenance.differences(store, Store(against.expanduser().resolve()), table)
+    if against is not None and run is None:
+        with console.progress():
+            lines = upkeep.differences(store, Store(against.expanduser().resolve()), table)
         print("\n".join(lines) or "equal")
         raise typer.Exit(1 if lines else 0)
+    with console.progress():
+        found = upkeep.digests(store, table) if run is None else upkeep.run_digests(store, run)
     for name, value in found.items():
         print(f"{value}  {name}")
 
 
 @app.command()
 def gc(home: Home = None) -> None:
-    """Delete what no manifest names and is older than a day, and generations of latents that nobody
-    reads any more."""
-    from resources.operations import maintenance
-    from resources.workspace import generations
+    """Delete what no manifest names and is older than a day, and generations of latents that nobody reads any more."""
+    from jobs import console
+    from resources import generations, upkeep
 
     store = open_store(home)
-    replaced, latent_bytes = generations.collect(store)
-    removed, num_bytes = maintenance.collect_garbage(store)
+    with console.progress():
+        replaced, latent_bytes = generations.collect(store)
+        removed, num_bytes = upkeep.collect_garbage(store)
     print(f"removed {len(removed)} files, {num_bytes / 1e6:.1f} MB")
     print(f"removed {len(replaced)} generations of latents, {latent_bytes / 1e6:.1f} MB")
 
@@ -272,13 +272,13 @@ def forget(
     image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None
 ) -> None:
     """Remove every row and latent derived from images, for ever."""
-    from resources.operations import maintenance
+    from jobs import console
+    from resources import upkeep
 
     store = open_store(home)
-    done = maintenance.forget(store, image_id)
-    print(
-        f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents"
-    )
+    with console.progress():
+        done = upkeep.forget(store, image_id)
+    print(f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents")
     for name in done["sources"]:
         print(f"the file itself lies in your folder, delete it there: {name}")
     print(f"runs that saw one of them: {', '.join(done['runs']) or 'none'}")

@@ -202,7 +202,8 @@ def orphans(store: Store) -> list[Path]:
     """Files under tables/ and latents/ that no manifest and no run names, and everywhere what
     killed writers left."""
     named: set[Path] = set()
-    for path in manifest_paths(store):
+    paths = list(manifest_paths(store))
+    for path in track(paths, "manifests", len(paths)):
         named.add(path)
         named.update(_content(path))
     named.update(training_sets_in_use(store))
@@ -249,7 +250,7 @@ def collect_garbage(store: Store, *, min_age_s: float = DAY_S) -> tuple[list[Pat
     """Delete orphans and partial batches older than a day; return them and their bytes."""
     removed, total = [], 0
     candidates = orphans(store) + sorted((store.home / "tables").glob("*/*.partial"))
-    for path in candidates:
+    for path in track(candidates, "files", len(candidates)):
         if not path.exists() or time.time() - path.stat().st_mtime < min_age_s:
             continue
         files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
@@ -270,12 +271,12 @@ def digests(store: Store, table: str | None = None) -> dict[str, str]:
     """
     if table is not None and table not in TABLES:
         raise ConfigError(f"--table {table!r}: there are {', '.join(sorted(TABLES))}")
+    parts = [(name, part) for name in ([table] if table else sorted(TABLES)) for part in store.parts(name)]
     found = {}
-    for name in [table] if table else sorted(TABLES):
-        for part in store.parts(name):
-            manifest = store.manifest(name, part)
-            assert manifest is not None
-            found[f"{name} {part}"] = manifest.digest
+    for name, part in track(parts, "parts", len(parts)):
+        manifest = store.manifest(name, part)
+        assert manifest is not None
+        found[f"{name} {part}"] = manifest.digest
     return found
 
 
@@ -296,7 +297,8 @@ def differences(store: Store, other: Store, table: str | None = None) -> list[st
     mine, theirs = digests(store, table), digests(other, table)
     lines = [f"{name}: only in {store.home}" for name in sorted(mine.keys() - theirs.keys())]
     lines += [f"{name}: only in {other.home}" for name in sorted(theirs.keys() - mine.keys())]
-    for name in sorted(mine.keys() & theirs.keys()):
+    both = sorted(mine.keys() & theirs.keys())
+    for name in track(both, "parts compared", len(both)):
         if mine[name] != theirs[name]:
             owner, _, part = name.partition(" ")
             lines.extend(
@@ -388,10 +390,8 @@ def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     lines = sorted(known | set(image_ids))
     write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
     _forget_in_frozen_sets(store, runs, image_ids)
-    for path in (
-        *manifest_paths(store),
-        *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json")),
-    ):
+    paths = [*manifest_paths(store), *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json"))]
+    for path in track(paths, "parts", len(paths)):
         manifest = read_manifest(path)
         assert manifest is not None
         if manifest.table == "latents":
@@ -483,20 +483,19 @@ def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
     content, quarantine."""
     named = {path.parent / name for path in manifest_paths(store) for name in _names(path)}
     named |= training_sets_in_use(store)
-    for top in ("tables", "latents", QUARANTINE):
-        for path in sorted((store.home / top).rglob("*.parquet")):
-            if path in named or path.parent.name == "rejected_images":
+    tops = [store.home / top for top in ("tables", "latents", QUARANTINE)]
+    paths = [(top, path) for top in tops for path in sorted(top.rglob("*.parquet")) if path not in named]
+    for top, path in track(paths, "leftovers", len(paths)):
+        if path.parent.name == "rejected_images":
+            continue
+        try:
+            if not _holds(path, image_ids):
                 continue
-            try:
-                if not _holds(path, image_ids):
-                    continue
-            except (pl.exceptions.PolarsError, OSError):
-                pass  # nobody can tell, and nobody reads it
-            latents = path.name.partition("-")[0] if re.match(r"g\d{4,}-", path.name) else ""
-            for other in (
-                path.parent.glob(f"{latents}*") if latents and top == QUARANTINE else [path]
-            ):
-                other.unlink()
+        except (pl.exceptions.PolarsError, OSError):
+            pass  # nobody can tell, and nobody reads it
+        latents = path.name.partition("-")[0] if re.match(r"g\d{4,}-", path.name) else ""
+        for other in path.parent.glob(f"{latents}*") if latents and top.name == QUARANTINE else [path]:
+            other.unlink()
 
 
 def _names(manifest: Path) -> list[str]:

@@ -14,9 +14,10 @@ from training.runs import run_folder
 from training.commit import Entry, read_manifest, sync_folder
 from training.latents.files import generations
 from training.errors import DamageError
-from training.runs.event_log import has_finished
-from training.latents.source import LatentSource
-from training.runs.training_set import shards_of
+from training.event_log import has_finished
+from training.latent_source import LatentSource
+from training.progress import track
+from training.training_set import shards_of
 
 REENCODE_TAG = "foundry/reencode"
 """Tag of a run that writes the next generation although the present one is current."""
@@ -130,7 +131,8 @@ def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
     """
     needed = set(_needed(store))
     removed, total = [], 0
-    for item in listed(store):
+    found = listed(store)
+    for item in track(found, "generations", len(found)):
         folder = store.table_folder("latents", item.part)
         path = folder / f"g{item.generation:04d}.json"
         if item.current or path in needed or (part is not None and item.part != part):

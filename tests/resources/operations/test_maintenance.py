@@ -1,18 +1,21 @@
 """What `verify` sees of a workspace, and that `gc` removes what killed writers left: on parts
 committed by hand."""
 
+import contextlib
 import itertools
 import shutil
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
-from resources.graph import Per, Reads, Scope, Stage
-from resources.operations import maintenance
+from jobs import cli, console
+from resources import upkeep
+from resources.stages import Per, Reads, Scope, Stage
+from resources.store import Made, Store
 from resources.warehouse import query
-from resources.workspace.store import Made, Store
-from training import commit
-from training.tables.schemas import TABLES, rejections
+from training import commit, progress
+from training.data.tables import TABLES, rejections
 
 CONFIG = """
 format = 1
@@ -203,3 +206,35 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(store):
         flipped[place] ^= 1 << bit
         with pytest.raises(commit.DamageError):
             commit.parse_manifest(bytes(flipped), "m")
+
+
+@pytest.mark.parametrize(
+    ("command", "counted"),
+    [
+        (["verify"], {"parts", "manifests"}),
+        (["digest"], {"parts"}),
+        (["digest", "--against", "OTHER"], {"parts", "parts compared"}),
+        (["gc"], {"manifests", "files"}),
+        (["forget", "0" * 64], {"parts", "leftovers"}),
+    ],
+)
+def test_maintenance_reports_its_progress_to_bars_and_logs(store, tmp_path, monkeypatch, command, counted):
+    (store.home / "tables" / "raw_images" / "left.parquet").write_bytes(b"no manifest names me")
+    other = commit_two_of(tmp_path / "other", (12, 11))
+    heard = {}
+
+    @contextlib.contextmanager
+    def shown():
+        unlisten = progress.listen(lambda what, done, total, note: heard.setdefault(what, []).append((done, total)))
+        yield
+        unlisten()
+
+    monkeypatch.setattr(console, "progress", shown)
+    words = [str(other.home) if word == "OTHER" else word for word in command]
+    done = CliRunner().invoke(cli.app, [*words, "--home", str(store.home)])
+    assert done.exit_code in (0, 1), done.output  # 1: two workspaces differ
+    assert counted <= heard.keys()
+    for reports in (heard[what] for what in counted):
+        total = reports[0][1]
+        assert total > 0
+        assert list(dict.fromkeys(reports)) == [(number, total) for number in range(total + 1)]
