@@ -127,7 +127,10 @@ def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [({}, "1 images of its training set were forgotten"), ({"without_forgotten": True}, "run new stopped at 0 samples")],
+    [
+        ({}, "1 images of its training set were forgotten"),
+        ({"without_forgotten": True}, "run new stopped at 0 samples"),
+    ],
 )
 def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(small_copy, monkeypatch, asked, words):
     """The trainer itself is left out: `tests/test_forget.py` proves what it does with such a set."""
