@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +33,9 @@ from training.runs.run_folder import is_away
 
 if TYPE_CHECKING:
     from jobs.comparison import Comparison
+
+_WRAPPED = 16
+"""Least width of a column that wraps: longer words are folded."""
 
 
 class _RateColumn(ProgressColumn):
@@ -92,12 +96,31 @@ def _table(first: str, *others: str, gap: int = 2) -> Table:
     return table
 
 
+def _show(table: Table, console: Console) -> None:
+    """Print a table, or where the terminal is too narrow for it each row as lines with the names of their columns."""
+    columns = table.columns
+    needed = [
+        max(console.measure(cell).maximum for cell in (column.header, *column.cells)) if column.no_wrap else _WRAPPED
+        for column in columns
+    ]
+    gap = max(table.padding)
+    if sum(needed) + gap * (len(columns) - 1) <= console.width:
+        console.print(table)
+        return
+    for first, *others in zip(*(column.cells for column in columns), strict=True):
+        if str(first):
+            console.print(first)
+        for column, cell in zip(columns[1:], others, strict=True):
+            if str(cell):
+                console.print(Padding(Text.assemble(f"{column.header}: ", cell), (0, 0, 0, 2)))
+
+
 def status(found: Sequence[StageStatus], *, why: bool) -> None:
     """One line a stage: how many partitions are stale, why, and the expected time; then what to
     run."""
     console = Console()
     table = _table("stage", "stale")
-    table.add_column("reason")
+    table.add_column("reason", overflow="fold")
     table.add_column("time", justify="right", no_wrap=True)
     for item in found:
         counted = (
@@ -115,7 +138,7 @@ def status(found: Sequence[StageStatus], *, why: bool) -> None:
         if why:
             for partition in item.stale:
                 table.add_row("", "", Text(f"{partition.key}: {'; '.join(partition.reasons)}"), "")
-    console.print(table)
+    _show(table, console)
     stale = [item for item in found if item.stale]
     known = sum(item.seconds or 0 for item in stale)
     unknown = [item.stage for item in stale if item.seconds is None]
@@ -154,7 +177,7 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
             item.stage, made, str(item.rows_in or ""), str(item.rows_out), str(item.rows_rejected or ""),
             f"{item.seconds:.1f}" if item.num_made else "",
         )  # fmt: skip
-    console.print(table)
+    _show(table, console)
     made_now = sum(outcome.num_made for outcome in outcomes)
     if not made_now and not any(outcome.failed for outcome in outcomes):
         console.print("everything selected is up to date: nothing was done")
@@ -222,7 +245,7 @@ def _verdict_tables(frame: pl.DataFrame, names: tuple[str, str], console: Consol
                 Text(f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"),
                 row["verdict"].replace("too_few_prompts", "too few").replace("_", " "),
             )  # fmt: skip
-        console.print(table)
+        _show(table, console)
 
 
 def _champion(store: Store, console: Console) -> None:
