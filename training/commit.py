@@ -473,7 +473,7 @@ def check_entry(folder: Path, entry: Entry, *, whole: bool = True) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise DamageError(f"{path} is gone; run `foundry verify --repair`") from None
+        raise DamageError(f"{path} is missing; run `foundry verify --repair`") from None
     if found != entry.bytes:
         raise DamageError(
             f"{path} has {found} bytes, its manifest says {entry.bytes}; run `foundry verify --repair`"

@@ -183,7 +183,7 @@ def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):
     (folder / "model" / "unet.safetensors").write_text("model/unet.safetensorZ")
     (problem,) = evaluation.damage()
     assert problem.files == (folder / "README.md", folder / "model" / "unet.safetensors")
-    assert f"{folder / 'README.md'} is gone" in problem.detail
+    assert f"{folder / 'README.md'} is missing" in problem.detail
 
 
 def test_a_release_leaves_gaps_where_pictures_are_broken(evaluation):

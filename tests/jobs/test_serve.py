@@ -225,7 +225,7 @@ def test_kill_9_of_up_takes_children_and_runs_along(both):
         os.kill(up.process.pid, signal.SIGKILL)
         wait_until(lambda: not up.processes(), 20)
         health = opened.run_launcher.check_run_worker_health(run)
-        assert (health.status.name, health.msg) == ("NOT_FOUND", "its code server is gone")
+        assert (health.status.name, health.msg) == ("NOT_FOUND", "its code server has ended")
         assert not sockets.exists()
 
 

@@ -266,7 +266,7 @@ def test_older_checkpoints_keep_their_weights_and_a_true_ready_file(make_run, tr
         assert {entry.name for entry in ready.files} <= present
         assert run_folder.check_checkpoint(folder) == ready
     (folders[-1] / "state" / "clock.json").unlink()
-    with pytest.raises(DamageError, match=r"clock\.json is gone"):
+    with pytest.raises(DamageError, match=r"clock\.json is missing"):
         run_folder.check_checkpoint(folders[-1])
 
 

@@ -248,7 +248,7 @@ class Dataset:
         if len(wrong) or needed["row"].null_count():
             raise DataError(
                 f"latents: {len(wrong)} images lie in another bucket than the training set says and "
-                f"{needed['row'].null_count()} are gone: rebuild training_set and latents together"
+                f"{needed['row'].null_count()} are missing: rebuild training_set and latents together"
             )
         if len(needed) < len(joined):
             joined = joined.with_columns(pl.col("number", "row", *_GEOMETRY).fill_null(0))

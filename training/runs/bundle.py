@@ -167,7 +167,7 @@ def _copy_generation(generation: Generation, target: Path) -> None:
             shutil.copyfile(generation.folder / name, target / name)
         except FileNotFoundError:
             raise DamageError(
-                f"{generation.folder / name} is gone, which generation {generation.number} names and the run reads"
+                f"{generation.folder / name} is missing, which generation {generation.number} names and the run reads"
             ) from None
 
 
