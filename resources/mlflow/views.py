@@ -36,8 +36,10 @@ _OURS = "foundry"
 """Marks what we wrote: MLflow leaves it out when a person overwrites a view."""
 _MAX_RUNS = 100
 _CREATED = {"attributes.`Created`": 125}
+_BEST = "metrics.`eval/clip_score_mean`"
+"""What runs are sorted by, the highest first: the first of the metrics that decide over the champion by default."""
 _COLUMNS = {
-    "metrics.`eval/aesthetic_mean`": 150, "metrics.`eval/clip_score_mean`": 155, "metrics.`val/stable_loss`": 125,
+    "metrics.`eval/clip_score_mean`": 155, "metrics.`eval/aesthetic_mean`": 150, "metrics.`val/stable_loss`": 125,
     "tags.`foundry.champion`": 140, "tags.`verdict`": 235,
 }  # fmt: skip
 """Columns of the runs' table and their widths, px; MLflow groups them by kind, in this order. All
@@ -50,7 +52,7 @@ _SECTIONS = ("eval", "val", "train", "val_t", "perf", "progress", "eval_groups",
 """Sections of curves, by how often they are looked at. MLflow itself sorts them by the alphabet."""
 _OPEN = frozenset({"eval", "val", "train"})
 _CURVES = (
-    "eval/aesthetic_mean", "eval/clip_score_mean", "val/stable_loss", "val/loss", "train/loss", "train/grad_norm",
+    "eval/clip_score_mean", "eval/aesthetic_mean", "val/stable_loss", "val/loss", "train/loss", "train/grad_norm",
     "train/learning_rate", "perf/images_per_s", "progress/eta_s",
 )  # fmt: skip
 """The first charts of their sections; MLflow puts those of all other metrics behind them."""
@@ -220,7 +222,7 @@ def _state(
         for name in names
     ]  # fmt: skip
     return {
-        "searchFilter": "", "orderByKey": "metrics.`eval/aesthetic_mean`", "orderByAsc": False, "startTime": "ALL",
+        "searchFilter": "", "orderByKey": _BEST, "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", **(facets or {}),
         "selectedColumns": list(columns), "columnOrder": list(columns), "columnWidths": columns,
         "runsHiddenMode": "FIRST_10_RUNS", "viewMaximized": False, "runListHidden": False, "groupBy": None,

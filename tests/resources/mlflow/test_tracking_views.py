@@ -18,7 +18,7 @@ from resources.mlflow import scores, views
 from resources.mlflow.tracking import NUM_PICTURES, Tracking, workspace_tracking
 from resources.mlflow.views import KNOWN_VERSIONS, Pictures
 from training.errors import TrackingError
-from training.tables.schemas import TABLES
+from training.evaluation_config import VerdictConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 SHARE = "mlflow.sharedViewState."
@@ -99,7 +99,7 @@ def test_views_are_written_once_and_linked(home):
     for key, (name, state) in written.items():
         assert f"viewStateShareKey={key}&" in links[name]
         assert links[name].startswith("/mlflow/#/experiments/1/runs?compareRunsMode=")
-        assert state["orderByKey"] == "metrics.`eval/aesthetic_mean`"
+        assert state["orderByKey"] == f"metrics.`eval/{VerdictConfig().deciding[0]}_mean`"
         assert state["orderByAsc"] is False
         sections = {section["uuid"] for section in state["compareRunSections"]}
         assert all(
