@@ -12,12 +12,12 @@ from assets.metadata import describe, materialize
 from assets.partitions import mirror, runs
 from assets.run_settings import TrainSettings, configure, is_new
 from resources import devices, torchrun
-from resources.run_files import own_files
-from resources.stages import Scope, Stage
-from resources.store import Made, Store
-from resources.tracking import Tracking, workspace_tracking
-from resources.tracking_catch_up import catch_up
-from resources.workspace import leave_out_forgotten
+from resources.graph import Scope, Stage
+from resources.mlflow.catch_up import catch_up
+from resources.mlflow.tracking import Tracking, workspace_tracking
+from resources.workspace.run_files import own_files
+from resources.workspace.setup import leave_out_forgotten
+from resources.workspace.store import Made, Store
 from training.commit import lock
 from training.config.run import RunConfig
 from training.errors import ConfigError, DataError, TrackingError, TrainingError
@@ -67,7 +67,9 @@ def checkpoints(
     def make(key: str) -> Made:
         configure(store, key, config)
         if config.without_forgotten:
-            context.log.info(f"run {key} goes on without {leave_out_forgotten(store, key)} forgotten images")
+            context.log.info(
+                f"run {key} goes on without {leave_out_forgotten(store, key)} forgotten images"
+            )
         folder = store.run_folder(key)
         if is_away(folder):
             raise ConfigError(

@@ -45,6 +45,8 @@ def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -
         unknown = sorted(known - wanted) if remove else []
         if unknown and scope is Scope.RUN:
             launched = instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
-            unknown = [name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)]
+            unknown = [
+                name for name in unknown if all(run.tags.get(PARTITION) != name for run in launched)
+            ]
         for name in unknown:
             instance.delete_dynamic_partition(definition.name, name)

@@ -280,8 +280,14 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
         return None
     sides = _challengers(store, titleholder, fresh, log)
     if not sides:
-        hint = "" if store.is_there(now.checkpoint) else "; its weights are missing: remove champion.json to begin anew"
-        log.warning(f"the champion {now.checkpoint} stays, for none of {', '.join(fresh)} can challenge it{hint}")
+        hint = (
+            ""
+            if store.is_there(now.checkpoint)
+            else "; its weights are missing: remove champion.json to begin anew"
+        )
+        log.warning(
+            f"the champion {now.checkpoint} stays, for none of {', '.join(fresh)} can challenge it{hint}"
+        )
         return None
     best = champion.choose(titleholder, sides, store.config.evaluation.verdicts.margins)
     many = len(sides) > 1 or bool(now.challenged)

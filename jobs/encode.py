@@ -13,7 +13,7 @@ from resources.instance import instance as open_instance
 from resources.workspace import generations
 from resources.workspace.generations import DEADLINE_TAG, REENCODE_TAG
 from resources.workspace.store import Store
-from training.errors import ConfigError, DataError
+from training.errors import DataError
 
 JOB = dg.define_asset_job(
     "encode",
@@ -52,12 +52,6 @@ def reencode(
         ConfigError: there is no such encoding.
         DataError: nothing is encoded yet.
     """
-    from assets.partitions import mirror
-    from jobs.definitions import STAGES
-    from jobs.pipeline import execute
-    from resources.instance import instance as open_instance
-    from training.errors import DataError
-
     store = Store(home)
     if encoding is not None:
         store.config.encoding(encoding)

@@ -7,12 +7,12 @@ from pathlib import Path
 from assets import latents
 from resources.workspace.store import Made, Store
 from training import commit
-from training.base_model import config_folder
-from training.data import latent_exchange as formats
-from training.data.latent_files import from_bfloat16, generations, read_generation
 from training.errors import DataError
-from training.latent_import import Format, LatentImport, find_files
-from training.latents import placement_of
+from training.latents import exchange as formats
+from training.latents.encoding import placement_of
+from training.latents.files import from_bfloat16, generations, read_generation
+from training.latents.importing import Format, LatentImport, find_files
+from training.models.base_model import config_folder
 from training.progress import track
 
 _ROWS_AT_A_TIME = 64

@@ -47,7 +47,9 @@ def reencode_latents(
     context: dg.ScheduleEvaluationContext, store: dg.ResourceParam[Store]
 ) -> list[dg.RunRequest] | dg.SkipReason:
     """Request a run for each shard whose latents are old enough, unless earlier requests still wait."""
-    waiting = context.instance.get_runs_count(dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=UNFINISHED))
+    waiting = context.instance.get_runs_count(
+        dg.RunsFilter(job_name=REENCODE_JOB.name, statuses=UNFINISHED)
+    )
     if waiting:
         return dg.SkipReason(f"{waiting} runs of an earlier hour still wait or work")
     requests = reencode_requests(store, context.scheduled_execution_time.timestamp())

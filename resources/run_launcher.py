@@ -60,7 +60,9 @@ def report_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     for run in instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES)):
         if HOLDER_TAG not in run.tags or holder_pid(run) is not None:
             continue
-        message = f"the process that carried out this run ({HOLDER_TAG}={run.tags[HOLDER_TAG]}) has ended"
+        message = (
+            f"the process that carried out this run ({HOLDER_TAG}={run.tags[HOLDER_TAG]}) has ended"
+        )
         if run.status is dg.DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, message)
         else:
@@ -87,7 +89,9 @@ class FoundryRunLauncher(DefaultRunLauncher):
         if HOLDER_TAG in run.tags:
             if pid := holder_pid(run):
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(pid))
-            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"its process {run.tags[HOLDER_TAG]} has ended")
+            return CheckRunHealthResult(
+                WorkerStatus.NOT_FOUND, f"its process {run.tags[HOLDER_TAG]} has ended"
+            )
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:
             return CheckRunHealthResult(
@@ -100,7 +104,9 @@ class FoundryRunLauncher(DefaultRunLauncher):
         except DagsterUserCodeUnreachableError as error:
             cause = error.__cause__
             if isinstance(cause, grpc.Call) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return CheckRunHealthResult(WorkerStatus.RUNNING, "its code server is slow to answer")
+                return CheckRunHealthResult(
+                    WorkerStatus.RUNNING, "its code server is slow to answer"
+                )
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server has ended")
         if deserialize_value(answer, CanCancelExecutionResult).can_cancel:
             return CheckRunHealthResult(WorkerStatus.RUNNING)

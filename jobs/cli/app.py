@@ -238,8 +238,8 @@ def digest(
     ] = None,
 ) -> None:
     """Print logical digests, or compare two workspaces within the tolerance of each column."""
-    from jobs import console
-    from resources import upkeep
+    from jobs.cli import console
+    from resources.operations import maintenance as upkeep
 
     store = open_store(home)
     if against is not None and run is None:
@@ -256,8 +256,9 @@ def digest(
 @app.command()
 def gc(home: Home = None) -> None:
     """Delete what no manifest names and is older than a day, and generations of latents that nobody reads any more."""
-    from jobs import console
-    from resources import generations, upkeep
+    from jobs.cli import console
+    from resources.operations import maintenance as upkeep
+    from resources.workspace import generations
 
     store = open_store(home)
     with console.progress():
@@ -272,13 +273,15 @@ def forget(
     image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None
 ) -> None:
     """Remove every row and latent derived from images, for ever."""
-    from jobs import console
-    from resources import upkeep
+    from jobs.cli import console
+    from resources.operations import maintenance as upkeep
 
     store = open_store(home)
     with console.progress():
         done = upkeep.forget(store, image_id)
-    print(f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents")
+    print(
+        f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents"
+    )
     for name in done["sources"]:
         print(f"the file itself lies in your folder, delete it there: {name}")
     print(f"runs that saw one of them: {', '.join(done['runs']) or 'none'}")

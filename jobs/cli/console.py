@@ -100,7 +100,9 @@ def _show(table: Table, console: Console) -> None:
     """Print a table, or where the terminal is too narrow for it each row as lines with the names of their columns."""
     columns = table.columns
     needed = [
-        max(console.measure(cell).maximum for cell in (column.header, *column.cells)) if column.no_wrap else _WRAPPED
+        max(console.measure(cell).maximum for cell in (column.header, *column.cells))
+        if column.no_wrap
+        else _WRAPPED
         for column in columns
     ]
     gap = max(table.padding)

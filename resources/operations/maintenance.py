@@ -271,7 +271,11 @@ def digests(store: Store, table: str | None = None) -> dict[str, str]:
     """
     if table is not None and table not in TABLES:
         raise ConfigError(f"--table {table!r}: there are {', '.join(sorted(TABLES))}")
-    parts = [(name, part) for name in ([table] if table else sorted(TABLES)) for part in store.parts(name)]
+    parts = [
+        (name, part)
+        for name in ([table] if table else sorted(TABLES))
+        for part in store.parts(name)
+    ]
     found = {}
     for name, part in track(parts, "parts", len(parts)):
         manifest = store.manifest(name, part)
@@ -484,7 +488,9 @@ def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
     named = {path.parent / name for path in manifest_paths(store) for name in _names(path)}
     named |= training_sets_in_use(store)
     tops = [store.home / top for top in ("tables", "latents", QUARANTINE)]
-    paths = [(top, path) for top in tops for path in sorted(top.rglob("*.parquet")) if path not in named]
+    paths = [
+        (top, path) for top in tops for path in sorted(top.rglob("*.parquet")) if path not in named
+    ]
     for top, path in track(paths, "leftovers", len(paths)):
         if path.parent.name == "rejected_images":
             continue
@@ -494,7 +500,9 @@ def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
         except (pl.exceptions.PolarsError, OSError):
             pass  # nobody can tell, and nobody reads it
         latents = path.name.partition("-")[0] if re.match(r"g\d{4,}-", path.name) else ""
-        for other in path.parent.glob(f"{latents}*") if latents and top.name == QUARANTINE else [path]:
+        for other in (
+            path.parent.glob(f"{latents}*") if latents and top.name == QUARANTINE else [path]
+        ):
             other.unlink()
 
 

@@ -14,10 +14,10 @@ from training.runs import run_folder
 from training.commit import Entry, read_manifest, sync_folder
 from training.latents.files import generations
 from training.errors import DamageError
-from training.event_log import has_finished
-from training.latent_source import LatentSource
+from training.runs.event_log import has_finished
+from training.latents.source import LatentSource
 from training.progress import track
-from training.training_set import shards_of
+from training.runs.training_set import shards_of
 
 REENCODE_TAG = "foundry/reencode"
 """Tag of a run that writes the next generation although the present one is current."""

@@ -251,7 +251,10 @@ def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplo
     assert unevaluated.store.stale(verdicts.VERDICTS) == []
     assert crown(unevaluated).checkpoint == "named@1500"
     told = " ".join(caplog.messages)
-    assert "run@1000 does not challenge the champion named@1500: named@1500 and run@1000 cannot be compared" in told
+    assert (
+        "run@1000 does not challenge the champion named@1500: named@1500 and run@1000 cannot be compared"
+        in told
+    )
     assert "can challenge it; its weights are missing: remove champion.json to begin anew" in told
     (unevaluated.home / champion.FILE).unlink()
     assert crown(unevaluated).checkpoint == "run@1000"

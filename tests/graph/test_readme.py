@@ -14,10 +14,10 @@ import typer
 from graph_tools import foundry, make_short
 
 from jobs.cli import app
-from resources.store import Store
 from resources.workspace import configure_run
-from training import run_folder
-from training.cost import RATES_FORMAT
+from resources.workspace.store import Store
+from training.estimates.cost import RATES_FORMAT
+from training.runs import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -107,7 +107,8 @@ NAMED = {
 }  # fmt: skip
 """Spans that name a command and leave out what it needs: its help is asked for instead."""
 SHORT = "demo --set num_samples=16" + "".join(
-    f" --set {key}=16" for key in ("batch.global_batch_size", "batch.micro_batch_size", "optimizer.warmup_samples")
+    f" --set {key}=16"
+    for key in ("batch.global_batch_size", "batch.micro_batch_size", "optimizer.warmup_samples")
 )
 FILLED = {
     "A": "base", "B": "demo", "first": "base", "second": "demo", "N": "demo", "NAME": "demo", "R": SHORT,
@@ -125,7 +126,11 @@ FILLED_ON = {
 
 def forms(command):
     """A command without what its brackets hold, and with it."""
-    return list(dict.fromkeys([" ".join(re.sub(r"\[[^]]*\]", "", command).split()), re.sub(r"[][]", "", command)]))
+    return list(
+        dict.fromkeys(
+            [" ".join(re.sub(r"\[[^]]*\]", "", command).split()), re.sub(r"[][]", "", command)]
+        )
+    )
 
 
 def stand_ins(folder):
@@ -136,7 +141,9 @@ def stand_ins(folder):
     shutil.copytree(next((home / "sample_images").glob("demo@*")), folder / "grids" / "demo")
     shutil.copy(home / "prompts.csv", folder / "prompts.csv")
     (folder / "written.txt").write_text("a red star, five points\na blob\n")
-    (folder / "rates.json").write_text(json.dumps({"format": RATES_FORMAT, "rates": {"training": 12.0}}))
+    (folder / "rates.json").write_text(
+        json.dumps({"format": RATES_FORMAT, "rates": {"training": 12.0}})
+    )
 
 
 def exported_latents(folder):
@@ -158,7 +165,9 @@ def trained_elsewhere(folder):
     """The run of the bundle, trained and copied back."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     bundle, run = folder / FILLED["DIR"], folder / "workspace" / "runs" / "away"
-    subprocess.run([bundle / "start.sh"], env={**os.environ, "PATH": path}, capture_output=True, check=True)
+    subprocess.run(
+        [bundle / "start.sh"], env={**os.environ, "PATH": path}, capture_output=True, check=True
+    )
     shutil.rmtree(run)
     shutil.copytree(bundle / "runs" / "away", run)
 
@@ -187,7 +196,9 @@ def test_every_command_of_the_documents_works(page, small_copy, tmp_path):
     image_id = Store(small_copy).read("selected_images", ["image_id"])["image_id"][0]
     saved = run_folder.checkpoints(small_copy / "runs" / "demo")[-1]
     filled = FILLED | {"ID…": image_id, "samples_000501760": str(saved)} | FILLED_ON.get(page, {})
-    for command in dict.fromkeys(command for name, command in documented(pages="*.md") if name == page):
+    for command in dict.fromkeys(
+        command for name, command in documented(pages="*.md") if name == page
+    ):
         if command in ELSEWHERE:
             continue
         if command in NAMED:
@@ -196,5 +207,7 @@ def test_every_command_of_the_documents_works(page, small_copy, tmp_path):
         BEFORE.get((page, command), lambda folder: None)(tmp_path)
         for form in forms(command):
             words = " ".join(filled.get(word, word) for word in form.split()[1:])
-            assert not any(word.isupper() for word in words.split()), f"`{command}`: nothing stands for its placeholder"
+            assert not any(word.isupper() for word in words.split()), (
+                f"`{command}`: nothing stands for its placeholder"
+            )
             foundry(*shlex.split(words.replace("~", str(tmp_path))), folder=tmp_path)

@@ -15,12 +15,12 @@ from graph_tools import foundry
 from assets import checkpoints
 from assets.partitions import mirror
 from jobs.definitions import defs
-from resources import upkeep
 from resources.instance import instance as open_instance
-from resources.store import Store
+from resources.operations import maintenance
 from resources.workspace import configure_run
-from training.event_log import read_events
-from training.run_folder import EVENTS, INPUTS, LOCK, read_config
+from resources.workspace.store import Store
+from training.runs.event_log import read_events
+from training.runs.run_folder import EVENTS, INPUTS, LOCK, read_config
 
 SMALL = (
     "prompts.max_chunks=1", "batch.global_batch_size=8", "batch.micro_batch_size=8", "optimizer.warmup_samples=8",
@@ -132,14 +132,18 @@ def test_a_bundle_is_trained_elsewhere_and_adopted(small_copy, tmp_path):
         ({"without_forgotten": True}, "run new stopped at 0 samples"),
     ],
 )
-def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(small_copy, monkeypatch, asked, words):
+def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(
+    small_copy, monkeypatch, asked, words
+):
     """The trainer itself is left out: `tests/test_forget.py` proves what it does with such a set."""
     store = Store(small_copy)
     configure_run(small_copy, "new", "demo", [])
     checkpoints.prepare(store, "new", read_config(store.run_folder("new")))
-    upkeep.forget(store, [store.read("training_set", ["image_id"])["image_id"][0]])
+    maintenance.forget(store, [store.read("training_set", ["image_id"])["image_id"][0]])
     monkeypatch.setenv("FOUNDRY_HOME", str(small_copy))
-    monkeypatch.setattr(checkpoints, "follow", lambda *arguments: {"event": "stopped", "samples_seen": 0})
+    monkeypatch.setattr(
+        checkpoints, "follow", lambda *arguments: {"event": "stopped", "samples_seen": 0}
+    )
     with open_instance(small_copy) as instance:
         mirror(instance, Store(small_copy))
         done = defs.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -149,5 +153,7 @@ def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(small_copy,
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
         )  # fmt: skip
-    error = next(event for event in done.all_events if event.is_step_failure).step_failure_data.error
+    error = next(
+        event for event in done.all_events if event.is_step_failure
+    ).step_failure_data.error
     assert words in (error.cause or error).message

@@ -259,5 +259,5 @@ def test_ctrl_c_leaves_nothing_but_the_trainer(both):
             run.status is not dg.DagsterRunStatus.FAILURE
         ):  # killed on a busy machine before it said so
             health = opened.run_launcher.check_run_worker_health(run)
-            assert (health.status.name, health.msg) == ("NOT_FOUND", "its code server is gone")
+            assert (health.status.name, health.msg) == ("NOT_FOUND", "its code server has ended")
     assert (up.home / "locks" / "up.lock").read_text() == ""

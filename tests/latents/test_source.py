@@ -166,7 +166,9 @@ def test_files_arrive_in_the_order_of_training_while_it_goes_on(make_run):
     SlowFileSystem.gate.set()
     waiting.join()
     source._thread.join()
-    numbers = dataset._places[np.concatenate([dataset.validation_rows, dataset.stable_rows, order.samples]), 0]
+    numbers = dataset._places[
+        np.concatenate([dataset.validation_rows, dataset.stable_rows, order.samples]), 0
+    ]
     wanted = [dataset._files[number][1].name for number in dict.fromkeys(numbers.tolist())]
     urgent = dataset._files[dataset._places[order.samples[-1], 0]][1].name
     assert [name for name in SlowFileSystem.asked if name != urgent] == [
@@ -259,10 +261,19 @@ def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_
     log names them."""
     run = make_run("long", num_samples=1_000_000, **{"validation.every_samples": 1_000_000})
     events = run.folder / run_folder.EVENTS
-    trainer, copier = subprocess.Popen([sys.executable, "-m", "training.run", run.folder]), None
+    trainer, copier = (
+        subprocess.Popen([sys.executable, "-m", "training.loop.run", run.folder]),
+        None,
+    )
     try:
         wait_for(lambda: any(event["event"] == "epoch" for event in read_events(events)), trainer)
-        arguments = [Path(__file__).parent, tmp_path / "away", run.inputs.latents, run.inputs.training_set, events]
+        arguments = [
+            Path(__file__).parent,
+            tmp_path / "away",
+            run.inputs.latents,
+            run.inputs.training_set,
+            events,
+        ]
         copier = subprocess.Popen([sys.executable, "-c", COPIER, *map(str, arguments)])
         wait_for(lambda: copier.poll() is not None, trainer)
         assert copier.returncode == 0

@@ -131,7 +131,9 @@ def test_the_launch_dialog_shows_recipes_and_defaults():
         }
         assert recipe.default_value == "as_configured"
         assert all(field.description for field in fields.values())
-        assert set(fields) == {"recipe", "set", "tiny"} | ({"without_forgotten"} if asset == "checkpoints" else set())
+        assert set(fields) == {"recipe", "set", "tiny"} | (
+            {"without_forgotten"} if asset == "checkpoints" else set()
+        )
 
 
 def test_an_older_workspace_gets_our_coordinator_and_keeps_what_people_changed(home):

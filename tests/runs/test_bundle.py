@@ -115,7 +115,9 @@ def test_a_generation_that_the_run_has_pinned_must_be_there(
     shard = run.inputs.latents / "s000000"
     write_generation(shard, 2, run.rows.filter(pl.col("shard") == shard.name))
     next(shard.glob("g0001-*.safetensors")).unlink()
-    with pytest.raises(DamageError, match=r"g0001-.*\.safetensors is missing, which generation 1 names"):
+    with pytest.raises(
+        DamageError, match=r"g0001-.*\.safetensors is missing, which generation 1 names"
+    ):
         bundle.write_bundle(run.folder, tmp_path / "bundle")
     (shard / "g0001.json").unlink()
     with pytest.raises(DamageError, match=r"has no generation 1; it has \[2\]"):

@@ -180,8 +180,12 @@ def read_order(path: Path, sha256: str) -> EpochOrder:
         DamageError: the file is gone or is not the one that was written.
     """
     if not path.is_file() or commit.sha256_file(path) != sha256:
-        raise DamageError(f"{path} is missing or changed, expected SHA-256 {sha256[:16]}; remove it and its .json")
-    return EpochOrder(**{name: _map(path, name) for name in ("samples", "micro_starts", "step_starts")})
+        raise DamageError(
+            f"{path} is missing or changed, expected SHA-256 {sha256[:16]}; remove it and its .json"
+        )
+    return EpochOrder(
+        **{name: _map(path, name) for name in ("samples", "micro_starts", "step_starts")}
+    )
 
 
 def _map(path: Path, name: str) -> np.ndarray:

@@ -134,8 +134,8 @@ def test_a_bar_fits_80_columns_with_its_counts(monkeypatch, capsys):
 @pytest.mark.parametrize("width", [20, 30, 45, 60, 80, 200])
 @pytest.mark.parametrize("why", [False, True])
 def test_status_shows_every_cell_at_any_width(monkeypatch, capsys, width, why):
-    from jobs import console
-    from resources.staleness import StageStatus, StalePartition
+    from jobs.cli import console
+    from resources.workspace.staleness import StageStatus, StalePartition
 
     changed = StalePartition(
         "sdxl|s000007", ("[selection] min_score 1 → 3", "model tagger (demo:models/tagger) changed")
@@ -152,7 +152,14 @@ def test_status_shows_every_cell_at_any_width(monkeypatch, capsys, width, why):
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= width
     said = "".join(said.split())
-    for cell in ("source_listing", "bucket_assignments", "prompt_statistics", "embeddings", "1 of 10", "3 min"):
+    for cell in (
+        "source_listing",
+        "bucket_assignments",
+        "prompt_statistics",
+        "embeddings",
+        "1 of 10",
+        "3 min",
+    ):
         assert "".join(cell.split()) in said
     if width < 46 or width >= 120:  # else a reason is wrapped beside the other columns
         for cell in ("min_score 1 → 3; model tagger", "may follow bucket_assignments", error):
@@ -162,10 +169,12 @@ def test_status_shows_every_cell_at_any_width(monkeypatch, capsys, width, why):
 
 
 @pytest.mark.parametrize("width", [30, 80])
-def test_the_summary_of_a_run_loses_no_column_on_a_narrow_terminal(monkeypatch, capsys, tmp_path, width):
-    from jobs import console
+def test_the_summary_of_a_run_loses_no_column_on_a_narrow_terminal(
+    monkeypatch, capsys, tmp_path, width
+):
+    from jobs.cli import console
     from jobs.pipeline import Outcome
-    from resources.store import Store
+    from resources.workspace.store import Store
 
     (tmp_path / "foundry.toml").write_text("format = 1\n")
     outcome = Outcome(
@@ -175,5 +184,14 @@ def test_the_summary_of_a_run_loses_no_column_on_a_narrow_terminal(monkeypatch, 
     monkeypatch.setenv("COLUMNS", str(width))
     console.summary(Store(tmp_path), [outcome], 0.0)
     said = " ".join(capsys.readouterr().out.split())
-    for cell in ("bucket_assignments", "12 of 34", "56001", "56002", "78", "9.5", "rows in", "rejected"):
+    for cell in (
+        "bucket_assignments",
+        "12 of 34",
+        "56001",
+        "56002",
+        "78",
+        "9.5",
+        "rows in",
+        "rejected",
+    ):
         assert cell in said

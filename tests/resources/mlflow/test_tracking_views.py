@@ -17,8 +17,9 @@ from resources.mlflow import calls as mlflow_calls
 from resources.mlflow import scores, views
 from resources.mlflow.tracking import NUM_PICTURES, Tracking, workspace_tracking
 from resources.mlflow.views import KNOWN_VERSIONS, Pictures
+from training.config.evaluation import VerdictConfig
 from training.errors import TrackingError
-from training.evaluation_config import VerdictConfig
+from training.tables.schemas import TABLES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 SHARE = "mlflow.sharedViewState."

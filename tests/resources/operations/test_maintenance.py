@@ -9,13 +9,14 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from jobs import cli, console
-from resources import upkeep
-from resources.stages import Per, Reads, Scope, Stage
-from resources.store import Made, Store
+from jobs import cli
+from jobs.cli import console
+from resources.graph import Per, Reads, Scope, Stage
+from resources.operations import maintenance
 from resources.warehouse import query
+from resources.workspace.store import Made, Store
 from training import commit, progress
-from training.data.tables import TABLES, rejections
+from training.tables.schemas import TABLES, rejections
 
 CONFIG = """
 format = 1
@@ -218,14 +219,18 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(store):
         (["forget", "0" * 64], {"parts", "leftovers"}),
     ],
 )
-def test_maintenance_reports_its_progress_to_bars_and_logs(store, tmp_path, monkeypatch, command, counted):
+def test_maintenance_reports_its_progress_to_bars_and_logs(
+    store, tmp_path, monkeypatch, command, counted
+):
     (store.home / "tables" / "raw_images" / "left.parquet").write_bytes(b"no manifest names me")
     other = commit_two_of(tmp_path / "other", (12, 11))
     heard = {}
 
     @contextlib.contextmanager
     def shown():
-        unlisten = progress.listen(lambda what, done, total, note: heard.setdefault(what, []).append((done, total)))
+        unlisten = progress.listen(
+            lambda what, done, total, note: heard.setdefault(what, []).append((done, total))
+        )
         yield
         unlisten()
 
