@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resources import torchrun
-from training.commit import lock
+from training.commit import full_disk, lock
 from training.errors import ConfigError, PipelineError
 
 HOST = "127.0.0.1"
@@ -112,11 +112,11 @@ class _Children:
         """Which child has ended by itself and what it said last, or None."""
         for name, process in self._running.items():
             if (status := process.poll()) is not None:
+                said = f"{name} ended by itself (status {status}), so all is stopped"
+                if full := full_disk(self._home):  # so that its log may lack the reason
+                    return f"{said}: {full}"
                 lines = self._log(name).read_text(errors="replace").splitlines()[-LAST_LINES:]
-                said = [
-                    f"{name} ended by itself (status {status}), so all is stopped; {self._log(name)} ends with:"
-                ]
-                return "\n  ".join(said + lines)
+                return "\n  ".join([f"{said}; {self._log(name)} ends with:", *lines])
         return None
 
     def _log(self, name: str) -> Path:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from resources import devices
+from training import run_folder
+from training.commit import full_disk
 from training.errors import TrainingError
 from training.runs import run_folder
 from training.runs.event_log import ENDINGS, OPENINGS, Event, has_finished, parse_line
@@ -144,7 +146,9 @@ class TrainerHandle:
         if self._last is not None and self._last["event"] in ENDINGS:
             return self._last
         samples_seen = 0 if self._last is None else self._last["samples_seen"]
-        reason = f"the trainer ended without a last line; see {self.folder / run_folder.OUTPUT}{self._output_tail()}"
+        reason = full_disk(self.folder) or (
+            f"the trainer ended without a last line; see {self.folder / run_folder.OUTPUT}{self._output_tail()}"
+        )
         return {"event": "failed", "samples_seen": samples_seen, "reason": reason}
 
     def stop(self) -> Event:

@@ -4,6 +4,7 @@ equal digests."""
 import errno
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -284,3 +285,13 @@ def test_a_manifest_that_is_none_is_named(tmp_path, text, words):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(DamageError, match=words):
         commit.read_manifest(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(("free", "said"), [(4096, True), (2**30, False)])
+def test_what_sqlite_says_of_a_full_disk_is_told_from_other_faults(tmp_path, monkeypatch, free, said):
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = commit.disk_trouble(sqlite3.OperationalError("disk I/O error"), tmp_path)
+    line = f"no space left on device while writing {tmp_path}; free some space and run the same command again"
+    assert (message is not None and message.startswith(line)) is said
+    assert commit.full_disk(tmp_path) == message

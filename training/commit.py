@@ -55,8 +55,11 @@ _WORDS = {
     "read-only file system": errno.EROFS,
     "attempt to write a readonly database": errno.EROFS,
 }
-"""How libraries say it, among them SQLite, that keep nothing of the system's error but its
-words."""
+"""How libraries say it, among them SQLite, that keep nothing of the system's error but its words."""
+_SQLITE_TROUBLE = "disk i/o error"
+"""What SQLite says, among other reasons, where the memory that its readers share cannot grow."""
+_FULL_BYTES = 65_536
+"""A disk with less is full: SQLite asks for 32 KiB at a time."""
 _ROW_GROUP = 131_072
 """Rows of a Parquet row group: what is read at once."""
 _DICTIONARY_BYTES = 8_000_000
@@ -175,20 +178,36 @@ def disk_trouble(error: BaseException, path: object) -> str | None:
         if number is None:
             text = str(link).lower()
             number = next((number for words, number in _WORDS.items() if words in text), None)
-        if number in (
-            errno.EACCES,
-            errno.EPERM,
-        ):  # perhaps of what is read, and not of what is written
+            if number is None and _SQLITE_TROUBLE in text and full_disk(path):
+                number = errno.ENOSPC
+        if number in (errno.EACCES, errno.EPERM):  # perhaps of what is read, and not of what is written
             where = f": {getattr(link, 'filename', None) or path}"
         else:
             where = f" while writing {path}"
         if number in _DISK_TROUBLE:
-            return (
-                f"{os.strerror(number).lower()}{where}; {_DISK_TROUBLE[number]} and run the same command again: "
-                "everything committed so far is kept"
-            )
+            return _what_to_do(number, where)
         link = link.__cause__ or link.__context__
     return None
+
+
+def _what_to_do(number: int, where: str) -> str:
+    return (
+        f"{os.strerror(number).lower()}{where}; {_DISK_TROUBLE[number]} and run the same command again: "
+        "everything committed so far is kept"
+    )
+
+
+def full_disk(path: object) -> str | None:
+    """The line of `disk_trouble` where the disk of `path` has no space left; None where it has, or is not known.
+
+    For errors that do not say what they come from: SQLite's, and those of a process that could not even write its last
+    words.
+    """
+    try:
+        free = shutil.disk_usage(str(path)).free
+    except OSError:
+        return None
+    return _what_to_do(errno.ENOSPC, f" while writing {path}") if free < _FULL_BYTES else None
 
 
 @contextlib.contextmanager

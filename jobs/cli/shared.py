@@ -18,6 +18,7 @@ Home = Annotated[
 
 
 _kept: list[Callable[[], str]] = []
+_opened: list[Path] = []
 
 
 def if_interrupted(say: Callable[[], str]) -> None:
@@ -30,9 +31,15 @@ def interrupted() -> str:
     return _kept[-1]() if _kept else "what is committed stays; run the same command again"
 
 
+def opened() -> Path | None:
+    """The workspace that this process's command works on, as soon as it is known."""
+    return _opened[-1] if _opened else None
+
+
 def open_store(home: Path | None, *, quiet: bool = False) -> Store:
     """The workspace of a command; says which."""
     store = Store(find_home(home))
+    _opened.append(store.home)
     _ = store.config
     if not quiet:
         print(f"workspace {store.home}", file=sys.stderr)

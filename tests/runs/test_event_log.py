@@ -1,9 +1,11 @@
 import json
 import math
+import resource
 
 import pytest
 
-from training.runs.event_log import EventLog, read_events, read_lines
+from training.errors import WorkspaceError
+from training.event_log import EventLog, read_events, read_lines
 
 
 def attempt(path, opening, samples_seen, steps, ending=None):
@@ -89,3 +91,23 @@ def test_not_a_number_is_no_json(tmp_path):
 
 def test_a_missing_log_is_empty(tmp_path):
     assert read_events(tmp_path / "none.jsonl") == []
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    """A limit on the size of files stops a write within a line, as a disk does that is full."""
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log.write("started", samples_seen=0)
+        before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        for room in range(40):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+            try:
+                with pytest.raises(
+                    WorkspaceError, match=r"file too large while writing .*events\.jsonl; raise the limit"
+                ):
+                    log.write("step", samples_seen=8)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert path.read_bytes() == before
+        log.write("step", samples_seen=8)
+    assert [event["event"] for event in read_events(path)] == ["started", "step"]

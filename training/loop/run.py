@@ -16,11 +16,10 @@ import threading
 import traceback
 from pathlib import Path
 
-from training import commit
-from training.errors import ConfigError, PipelineError
-from training.loop.quick_imports import quick_imports
-from training.runs import run_folder
-from training.runs.event_log import EventLog, read_events
+from training import commit, run_folder
+from training.errors import ConfigError, PipelineError, WorkspaceError
+from training.event_log import EventLog, read_events
+from training.quick_imports import quick_imports
 
 WAIT = "--wait"
 _MAX_PATH_BYTES = 4096
@@ -75,7 +74,10 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             reason = _reason(error)
             if log is not None:
-                log.write("failed", samples_seen=_samples_seen(folder), reason=reason)
+                with contextlib.suppress(
+                    WorkspaceError
+                ):  # no space left: whoever waits for this process sees that, too
+                    log.write("failed", samples_seen=_samples_seen(folder), reason=reason)
             if not isinstance(error, PipelineError):
                 traceback.print_exc()
             print(f"training failed: {reason}", file=sys.stderr)

@@ -12,9 +12,12 @@ validation that a stop request dropped.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Self
+
+from training.commit import explain_disk
 
 OPENINGS = frozenset({"started", "resumed"})
 ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -32,12 +35,17 @@ class EventLog:
         """Open for appending; a torn last line, which a kill leaves, is closed off."""
         self.attempt = 1 + sum(event["event"] in OPENINGS for event in read_lines(path))
         torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        self._file = path.open("ab", buffering=0)
         if torn:
-            self._file.write("\n")
+            self._append(b"\n")
 
     def write(self, event: str, *, samples_seen: int, **values: Any) -> None:
-        """Append one line and flush it; values are plain JSON, never NaN or infinite."""
+        """Append one line, whole or not at all; values are plain JSON, never NaN or infinite.
+
+        Raises:
+            WorkspaceError: there is no space left for it.
+        """
         line = {
             "time_ms": time.time_ns() // 1_000_000,
             "event": event,
@@ -45,8 +53,17 @@ class EventLog:
             "samples_seen": samples_seen,
             **values,
         }
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def _append(self, data: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        with explain_disk(self.path):
+            try:
+                while data:  # of which a full disk takes a part
+                    data = data[self._file.write(data) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
 
     def __enter__(self) -> Self:
         """Itself."""
