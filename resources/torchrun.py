@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO
 
 from resources import devices
-from training import run_folder
 from training.commit import full_disk
 from training.errors import TrainingError
 from training.runs import run_folder

@@ -288,7 +288,9 @@ def test_a_manifest_that_is_none_is_named(tmp_path, text, words):
 
 
 @pytest.mark.parametrize(("free", "said"), [(4096, True), (2**30, False)])
-def test_what_sqlite_says_of_a_full_disk_is_told_from_other_faults(tmp_path, monkeypatch, free, said):
+def test_what_sqlite_says_of_a_full_disk_is_told_from_other_faults(
+    tmp_path, monkeypatch, free, said
+):
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = commit.disk_trouble(sqlite3.OperationalError("disk I/O error"), tmp_path)

@@ -180,7 +180,10 @@ def disk_trouble(error: BaseException, path: object) -> str | None:
             number = next((number for words, number in _WORDS.items() if words in text), None)
             if number is None and _SQLITE_TROUBLE in text and full_disk(path):
                 number = errno.ENOSPC
-        if number in (errno.EACCES, errno.EPERM):  # perhaps of what is read, and not of what is written
+        if number in (
+            errno.EACCES,
+            errno.EPERM,
+        ):  # perhaps of what is read, and not of what is written
             where = f": {getattr(link, 'filename', None) or path}"
         else:
             where = f" while writing {path}"

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs import cli_evaluation
-from jobs.cli_shared import Home, if_interrupted, interrupted, open_store, opened
-from resources.store import Store
+from jobs.cli import evaluation
+from jobs.cli.shared import Home, if_interrupted, interrupted, open_store, opened
+from resources.workspace.store import Store
 from training.commit import disk_trouble
 from training.config.run import BatchConfig
 from training.errors import ConfigError, PipelineError
@@ -55,7 +55,9 @@ def main() -> None:
         print(f"foundry: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        message = disk_trouble(error, getattr(error, "filename", None) or opened() or "the workspace")
+        message = disk_trouble(
+            error, getattr(error, "filename", None) or opened() or "the workspace"
+        )
         if message is None:
             raise
         print(f"foundry: {message}", file=sys.stderr)

@@ -14,7 +14,7 @@ import typer
 from graph_tools import foundry, make_short
 
 from jobs.cli import app
-from resources.workspace import configure_run
+from resources.workspace.setup import configure_run
 from resources.workspace.store import Store
 from training.estimates.cost import RATES_FORMAT
 from training.runs import run_folder

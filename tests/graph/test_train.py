@@ -17,7 +17,7 @@ from assets.partitions import mirror
 from jobs.definitions import defs
 from resources.instance import instance as open_instance
 from resources.operations import maintenance
-from resources.workspace import configure_run
+from resources.workspace.setup import configure_run
 from resources.workspace.store import Store
 from training.runs.event_log import read_events
 from training.runs.run_folder import EVENTS, INPUTS, LOCK, read_config

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from training.errors import WorkspaceError
-from training.event_log import EventLog, read_events, read_lines
+from training.runs.event_log import EventLog, read_events, read_lines
 
 
 def attempt(path, opening, samples_seen, steps, ending=None):
@@ -103,7 +103,8 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
             try:
                 with pytest.raises(
-                    WorkspaceError, match=r"file too large while writing .*events\.jsonl; raise the limit"
+                    WorkspaceError,
+                    match=r"file too large while writing .*events\.jsonl; raise the limit",
                 ):
                     log.write("step", samples_seen=8)
             finally:

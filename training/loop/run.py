@@ -16,10 +16,11 @@ import threading
 import traceback
 from pathlib import Path
 
-from training import commit, run_folder
+from training import commit
 from training.errors import ConfigError, PipelineError, WorkspaceError
-from training.event_log import EventLog, read_events
-from training.quick_imports import quick_imports
+from training.loop.quick_imports import quick_imports
+from training.runs import run_folder
+from training.runs.event_log import EventLog, read_events
 
 WAIT = "--wait"
 _MAX_PATH_BYTES = 4096
