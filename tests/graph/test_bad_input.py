@@ -4,6 +4,7 @@ non-zero status."""
 import json
 import os
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -211,6 +212,52 @@ def test_a_full_disk(empty, mounted, free):
     filler.unlink()
     foundry("run", "--home", home, "--select", "raw_images")
     assert foundry("verify", "--home", home).stdout.startswith("0 damaged, 0 orphans")
+
+
+NEW_RUN = (
+    "train", "--run", "new", "--recipe", "demo", "--set", "num_samples=32", "--set", "optimizer.warmup_samples=8",
+    "--set", "batch.global_batch_size=8", "--set", "batch.micro_batch_size=8", "--set", "prompts.max_chunks=1",
+    "--set", "checkpoints.every_samples=8",
+)  # fmt: skip
+FULL = [
+    (("evaluate",), 8_000, ()),
+    ((*NEW_RUN, "--bundle", "bundle"), 8_000, ("runs/new/config.toml",)),
+    ((*NEW_RUN, "--bundle", "bundle"), 600_000, ("bundle",)),
+    (NEW_RUN, 600_000, ("run new failed at", "checkpoints/samples_")),  # the trainer's own process
+]
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_work_goes_on(small, mounted):
+    """Each command that writes much: one line that names the place, nothing left lying, and it goes on afterwards."""
+    disk = mounted("-t", "tmpfs", "-o", "size=400m", "none")
+    home, filler = disk / "w", disk / "filler"
+    shutil.copytree(small, home, symlinks=True)
+
+    def fill(free):
+        filler.write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free))
+
+    for command, free, words in FULL:
+        if command == ("evaluate",):
+            shutil.rmtree(home / "tables" / "sample_images")
+        here = [str(disk / word) if word == "bundle" else word for word in command]
+        fill(free)
+        done = foundry(*here, "--home", home, check=False)
+        one_line(done, "no space left on device while writing", str(disk), "free some space", *words)
+        assert leftovers(disk) == [], command
+        filler.unlink()
+    fill(8_000)
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = ("--port", one.getsockname()[1], "--mlflow-port", two.getsockname()[1])
+    done = foundry("up", *ports, "--home", home, check=False)
+    assert done.returncode == 1
+    assert f"so all is stopped: no space left on device while writing {home}; free some space" in done.stderr
+    assert leftovers(disk) == []
+    filler.unlink()
+    foundry("run", "--home", home)
+    assert foundry("verify", "--home", home).stdout.startswith("0 damaged")
 
 
 def test_a_workspace_that_cannot_be_written_to(empty, mounted):
