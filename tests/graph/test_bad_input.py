@@ -243,7 +243,9 @@ def test_a_full_disk_while_work_goes_on(small, mounted):
         here = [str(disk / word) if word == "bundle" else word for word in command]
         fill(free)
         done = foundry(*here, "--home", home, check=False)
-        one_line(done, "no space left on device while writing", str(disk), "free some space", *words)
+        one_line(
+            done, "no space left on device while writing", str(disk), "free some space", *words
+        )
         assert leftovers(disk) == [], command
         filler.unlink()
     fill(8_000)
@@ -253,7 +255,10 @@ def test_a_full_disk_while_work_goes_on(small, mounted):
         ports = ("--port", one.getsockname()[1], "--mlflow-port", two.getsockname()[1])
     done = foundry("up", *ports, "--home", home, check=False)
     assert done.returncode == 1
-    assert f"so all is stopped: no space left on device while writing {home}; free some space" in done.stderr
+    assert (
+        f"so all is stopped: no space left on device while writing {home}; free some space"
+        in done.stderr
+    )
     assert leftovers(disk) == []
     filler.unlink()
     foundry("run", "--home", home)
