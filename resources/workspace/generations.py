@@ -10,12 +10,12 @@ from pathlib import Path
 import polars as pl
 
 from resources.workspace.store import Store
-from training.runs import run_folder
 from training.commit import Entry, read_manifest, sync_folder
-from training.latents.files import generations
 from training.errors import DamageError
-from training.runs.event_log import has_finished
+from training.latents.files import generations
 from training.latents.source import LatentSource
+from training.runs import run_folder
+from training.runs.event_log import has_finished
 from training.runs.training_set import shards_of
 
 REENCODE_TAG = "foundry/reencode"
@@ -68,7 +68,9 @@ def listed(store: Store) -> list[Encoded]:
                     shard=shard,
                     generation=number,
                     current=number == numbers[-1],
-                    encoded_at=datetime.strptime(manifest.provenance["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC),
+                    encoded_at=datetime.strptime(
+                        manifest.provenance["time"], "%Y-%m-%dT%H:%M:%SZ"
+                    ).replace(tzinfo=UTC),
                     images=manifest.rows,
                     num_bytes=sum(entry.bytes for entry in manifest.files),
                 )
@@ -83,13 +85,23 @@ def table(store: Store) -> pl.DataFrame:
         "encoded_at": pl.Datetime("us", "UTC"), "images": pl.Int64, "bytes": pl.Int64,
     }  # fmt: skip
     rows = [
-        (item.encoding, item.shard, item.generation, item.current, item.encoded_at, item.images, item.num_bytes)
+        (
+            item.encoding,
+            item.shard,
+            item.generation,
+            item.current,
+            item.encoded_at,
+            item.images,
+            item.num_bytes,
+        )
         for item in listed(store)
     ]
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, min_age_s: float = 0.0) -> list[Encoded]:
+def oldest(
+    store: Store, encoding: str | None = None, *, num_shards: int = 0, min_age_s: float = 0.0
+) -> list[Encoded]:
     """The current generations to encode anew, the oldest first.
 
     Args:
@@ -105,14 +117,18 @@ def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, mi
         old = [
             item
             for item in listed(store)
-            if item.current and item.encoding == name and (now - item.encoded_at).total_seconds() >= min_age_s
+            if item.current
+            and item.encoding == name
+            and (now - item.encoded_at).total_seconds() >= min_age_s
         ]
         old.sort(key=lambda item: (item.encoded_at, item.generation, item.shard))
         chosen += old[: num_shards or None]
     return chosen
 
 
-def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S) -> tuple[list[Path], int]:
+def collect(
+    store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
+) -> tuple[list[Path], int]:
     """Remove generations that nobody needs any more: manifest first, then content.
 
     Kept are the current one of each shard; what the current epoch or a kept checkpoint of an

@@ -14,7 +14,10 @@ from training.errors import DamageError
 def known(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     """Rows that the stage would make again: committed or kept ones of equal code, model and
     settings."""
-    frames = [store.read(stage.name, parts=[]), *(_rows(store, item, key) for item in (stage, _kept(stage)))]
+    frames = [
+        store.read(stage.name, parts=[]),
+        *(_rows(store, item, key) for item in (stage, _kept(stage))),
+    ]
     return pl.concat(frames).unique("image_id", keep="first", maintain_order=True)
 
 
@@ -40,7 +43,9 @@ def _rows(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     part = stage.part(key)
     try:
         manifest = store.manifest(stage.name, part)
-        return store.read(stage.name, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else [])
+        return store.read(
+            stage.name, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else []
+        )
     except DamageError:  # What is damaged is made again.
         return store.read(stage.name, parts=[])
 

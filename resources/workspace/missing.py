@@ -7,9 +7,9 @@ from typing import Any
 
 from resources.workspace.store import Store
 from training.commit import write_json
+from training.errors import ConfigError, DataError
 from training.sources import source_listing
 from training.sources.absence import Loss
-from training.errors import ConfigError, DataError
 
 FILE = "missing.json"
 """Of a workspace: per source the digest of the listing that was refused or accepted; not there
@@ -29,7 +29,9 @@ def accept(store: Store, names: Sequence[str]) -> None:
     configured = {source.name: source for source in store.config.sources}
     for name in names:
         if name not in configured:
-            raise ConfigError(f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}")
+            raise ConfigError(
+                f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}"
+            )
         digest = source_listing.scan_digest(configured[name], store.source_root(name))
         entries = _read(store)
         if entries.get(name, {}).get("digest", digest) == digest:

@@ -50,13 +50,18 @@ def _in_pictures(store: Store, part: str) -> Damage | None:
     if not found:
         return None
     first = next(iter(found.values()))
-    return Damage(f"{len(found)} of {rows.height} pictures in {folder}, such as: {first}; {_MEND}", tuple(found))
+    return Damage(
+        f"{len(found)} of {rows.height} pictures in {folder}, such as: {first}; {_MEND}",
+        tuple(found),
+    )
 
 
 def _in_scores(store: Store, part: str) -> Damage | None:
     """Scores that are missing for want of a picture: drawn again it is equal, so that nothing else
     would tell."""
-    rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(pl.col("metric") == FAILED)
+    rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(
+        pl.col("metric") == FAILED
+    )
     reasons = [reason for reason in rows["reason"] if can_be_drawn_again(reason)]
     if not reasons:
         return None
@@ -66,7 +71,9 @@ def _in_scores(store: Store, part: str) -> Damage | None:
 def _in_release(store: Store, part: str) -> Damage | None:
     """Files of a release that are not as they were made."""
     folder, found = store.home / "release" / part, {}
-    for file, num_bytes, sha256 in store.read("release", ["file", "bytes", "sha256"], [part]).iter_rows():
+    for file, num_bytes, sha256 in store.read(
+        "release", ["file", "bytes", "sha256"], [part]
+    ).iter_rows():
         try:
             check_entry(folder, Entry(name=file, bytes=num_bytes, sha256=sha256))
         except DamageError as error:

@@ -10,8 +10,8 @@ from resources.graph import Per, Stage
 from resources.workspace.store import Store
 from training import toml
 from training.commit import Manifest
-from training.tables.schemas import TABLES
 from training.errors import PipelineError
+from training.tables.schemas import TABLES
 
 MAX_VALUE_CHARS = 60
 """A value in a reason is cut after this."""
@@ -49,7 +49,11 @@ class StageStatus:
             return f"cannot be judged: {self.error}"
         if not self.stale:
             return "current" if self.num_partitions else "no partition yet"
-        counted = f"{len(self.stale)} of {self.num_partitions} partitions stale" if self.num_partitions > 1 else "stale"
+        counted = (
+            f"{len(self.stale)} of {self.num_partitions} partitions stale"
+            if self.num_partitions > 1
+            else "stale"
+        )
         return f"{counted}: {'; '.join(grouped(self.stale))}"
 
 
@@ -74,7 +78,9 @@ def status_of(store: Store, stage: Stage) -> StageStatus:
     return StageStatus(stage.name, len(keys), stale, _expected_seconds(store, stage, len(stale)))
 
 
-def status(store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[str]]) -> list[StageStatus]:
+def status(
+    store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[str]]
+) -> list[StageStatus]:
     """The state of every stage, in order.
 
     Args:
@@ -92,7 +98,9 @@ def status(store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[
         if one.stale or one.error:
             unsettled.add(name)
         follows = tuple(other for other in stages if other in upstream[name] & unsettled)
-        found.append(StageStatus(name, one.num_partitions, one.stale, one.seconds, follows, one.error))
+        found.append(
+            StageStatus(name, one.num_partitions, one.stale, one.seconds, follows, one.error)
+        )
     return found
 
 
@@ -100,7 +108,9 @@ def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     """Why a stale partition is stale; empty for one that is current."""
     manifest, basis = store.manifest(stage.name, stage.part(key)), store.basis(stage, key)
     if basis is None:
-        missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
+        missing = [
+            reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None
+        ]
         return (f"waits for {' and '.join(dict.fromkeys(missing))}",)
     if manifest is None:
         return ("not made yet",)
@@ -137,7 +147,9 @@ def _written(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 1]}…"
 
 
-def _models(store: Store, stage: Stage, key: str, manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
+def _models(
+    store: Store, stage: Stage, key: str, manifest: Manifest, basis: Mapping[str, Any]
+) -> Iterator[str]:
     for name, digest in basis["models"].items():
         if manifest.models.get(name) != digest:
             yield f"model {name} ({store.model_name(name, stage.encoding(key))}) changed"
@@ -168,5 +180,9 @@ def _expected_seconds(store: Store, stage: Stage, num_stale: int) -> float | Non
     if not num_stale:
         return 0.0
     manifests = (store.manifest(stage.name, stage.part(key)) for key in store.keys(stage.scope))
-    seconds = [manifest.report["seconds"] for manifest in manifests if manifest and manifest.report.get("seconds")]
+    seconds = [
+        manifest.report["seconds"]
+        for manifest in manifests
+        if manifest and manifest.report.get("seconds")
+    ]
     return num_stale * sum(seconds) / len(seconds) if seconds else None

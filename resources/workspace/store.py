@@ -19,9 +19,6 @@ import polars as pl
 
 from resources.graph import Per, Reads, Scope, Stage
 from training import toml
-from training.runs import retention
-from training.models.base_model import SUFFIX, config_folder, require_file
-from training.names import check_name
 from training.commit import (
     Entry,
     Manifest,
@@ -41,13 +38,23 @@ from training.commit import (
     write_parquet,
 )
 from training.config.workspace import FORMAT, WorkspaceConfig
-from training.tables.schemas import TABLES
 from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
 from training.evaluation.candidates import RIVAL, due, read_rivals
+from training.models.base_model import SUFFIX, config_folder, require_file
+from training.names import check_name
+from training.runs import retention
 from training.runs.event_log import has_finished
-from training.runs.run_folder import CONFIG, EVENTS, READY, checkpoint_folder, read_config, read_ready
+from training.runs.run_folder import (
+    CONFIG,
+    EVENTS,
+    READY,
+    checkpoint_folder,
+    read_config,
+    read_ready,
+)
 from training.runs.run_folder import checkpoints as ready_checkpoints
+from training.tables.schemas import TABLES
 
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +99,9 @@ def check_home(home: Path) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise WorkspaceError(f"the path of a workspace must be UTF-8, {os.fsencode(home)!r} is not") from None
+        raise WorkspaceError(
+            f"the path of a workspace must be UTF-8, {os.fsencode(home)!r} is not"
+        ) from None
     if found := _NO_PATH.search(text):
         raise WorkspaceError(
             f"the path of a workspace must hold no ?, %, backslash or control character, {text!r} holds {found[0]!r}; "
@@ -179,7 +188,9 @@ class Store:
             raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {source!r}")
         root = (self.home / Path(config.path).expanduser()).resolve()
         if not root.is_dir():
-            raise DataError(f"source {source!r}: {root} is not a folder; mend its path in {self.home / CONFIG_FILE}")
+            raise DataError(
+                f"source {source!r}: {root} is not a folder; mend its path in {self.home / CONFIG_FILE}"
+            )
         return root
 
     def resource_path(self, name: str) -> Path:
@@ -203,7 +214,9 @@ class Store:
         return path
 
     def _missing_model(self, key: str, name: str, path: Path, repository: str | None) -> ModelError:
-        fetch = f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
+        fetch = (
+            f"fetch it with `hf download {repository} --local-dir {path}`, " if repository else ""
+        )
         return ModelError(
             f"[models] {key} = {name!r}: folder {path} is missing; {fetch}set the key in "
             f"{self.home / CONFIG_FILE}, or start with `foundry init --preset demo`, which needs no weights"
@@ -243,7 +256,10 @@ class Store:
     def parts(self, table: str) -> list[str]:
         """Names of all committed parts of a table, sorted."""
         if table == "latents":
-            found = {path.parent for path in (self.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json")}
+            found = {
+                path.parent
+                for path in (self.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json")
+            }
             return sorted(f"{path.parent.name}|{path.name}" for path in found)
         return [path.stem for path in manifests(self.home / "tables" / table)]
 
@@ -257,7 +273,9 @@ class Store:
         """
         manifest = self.manifest(table, part)
         if manifest is None:
-            raise DataError(f"table {table} has no part {part!r} yet; run `foundry run --select {table}`")
+            raise DataError(
+                f"table {table} has no part {part!r} yet; run `foundry run --select {table}`"
+            )
         entry = manifest.files[0]
         folder = self.table_folder(table, part)
         if (path := folder / entry.name) not in self._checked:
@@ -280,14 +298,20 @@ class Store:
     # --- reading
     # -----------------------------------------------------------------------------------------------
 
-    def read(self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None) -> pl.DataFrame:
+    def read(
+        self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None
+    ) -> pl.DataFrame:
         """Rows of the given parts (default: all), sorted by the table's key; null in columns
         younger than a part."""
         schema = TABLES[table].schema
         names = list(columns) or list(schema)
         wanted = self.parts(table) if parts is None else list(parts)
         frames = [_read_columns(self.table_file(table, part), names, schema) for part in wanted]
-        return pl.concat(frames) if frames else pl.DataFrame(schema={name: schema[name] for name in names})
+        return (
+            pl.concat(frames)
+            if frames
+            else pl.DataFrame(schema={name: schema[name] for name in names})
+        )
 
     def read_slice(self, stage: Stage, table: str, key: str) -> pl.DataFrame:
         """Exactly the slice of `table` that the stage declares to read for partition `key`."""
@@ -332,13 +356,19 @@ class Store:
             case Scope.ENCODING:
                 return sorted(self.config.encodings)
             case Scope.ENCODING_SHARD:
-                return [f"{name}|{shard}" for name in sorted(self.config.encodings) for shard in self.shards()]
+                return [
+                    f"{name}|{shard}"
+                    for name in sorted(self.config.encodings)
+                    for shard in self.shards()
+                ]
             case Scope.MODEL:
                 return ["base"]
             case Scope.PROMPT_SET:
                 return sorted(self.config.prompt_sets)
             case Scope.RUN:
-                return sorted(path.parent.name for path in (self.home / "runs").glob("*/config.toml"))
+                return sorted(
+                    path.parent.name for path in (self.home / "runs").glob("*/config.toml")
+                )
             case Scope.CHECKPOINT:
                 return self.checkpoints_to_evaluate()
 
@@ -389,7 +419,11 @@ class Store:
         """Runs whose checkpoints are committed; a run whose folder was removed since, or that is
         trained anew, is none of them."""
         folders = {run: self.run_folder(run) for run in self.parts("checkpoints")}
-        return [run for run, path in folders.items() if (path / CONFIG).is_file() and has_finished(path / EVENTS)]
+        return [
+            run
+            for run, path in folders.items()
+            if (path / CONFIG).is_file() and has_finished(path / EVENTS)
+        ]
 
     def is_of_run(self, checkpoint: str) -> bool:
         """Whether a checkpoint is a run's, and no base model or rival."""
@@ -421,7 +455,9 @@ class Store:
         try:
             retention.want(self.checkpoint_folder(checkpoint), purpose)
         except FileNotFoundError:
-            raise DataError(f"checkpoint {checkpoint} is not there any more: its run's retention removed it") from None
+            raise DataError(
+                f"checkpoint {checkpoint} is not there any more: its run's retention removed it"
+            ) from None
 
     def let_go(self, checkpoint: str, purpose: str) -> None:
         """End what `keep` began."""
@@ -466,7 +502,9 @@ class Store:
         if rival := self.rival_path(checkpoint):
             return rival
         if not samples.isdigit() or run.startswith("base."):
-            raise DataError(f"{checkpoint!r} is no checkpoint of this workspace (<run>@<samples_seen>)")
+            raise DataError(
+                f"{checkpoint!r} is no checkpoint of this workspace (<run>@<samples_seen>)"
+            )
         return checkpoint_folder(self.run_folder(run), int(samples))
 
     def checkpoint_digest(self, checkpoint: str) -> str:
@@ -541,14 +579,20 @@ class Store:
         path = self._attempts_file(stage, key)
         try:
             found = json.loads(path.read_bytes())
-            return int(found["attempts"]) if found["basis"] == json_digest(self.basis(stage, key)) else 0
+            return (
+                int(found["attempts"])
+                if found["basis"] == json_digest(self.basis(stage, key))
+                else 0
+            )
         except (OSError, ValueError, KeyError):
             return 0
 
     def begin(self, stage: Stage, key: str, basis: Mapping[str, Any]) -> None:
         """Count an attempt at a partition, before its work begins; `commit` forgets it."""
         attempts = self.attempts(stage, key) + 1
-        write_json(self._attempts_file(stage, key), {"basis": json_digest(basis), "attempts": attempts})
+        write_json(
+            self._attempts_file(stage, key), {"basis": json_digest(basis), "attempts": attempts}
+        )
 
     def _attempts_file(self, stage: Stage, key: str) -> Path:
         return self.home / "cache" / "attempts" / f"{stage.name}.{stage.part(key)}.json"
@@ -606,7 +650,11 @@ class Store:
         """Folder of an encoding's VAE; None where it is that of the model that the run starts from
         itself."""
         folder = self.vae_folder(encoding)
-        return None if folder == self.resource_path(self.config.models.base_named(base).path) / "vae" else folder
+        return (
+            None
+            if folder == self.resource_path(self.config.models.base_named(base).path) / "vae"
+            else folder
+        )
 
     def vae_digest(self, encoding: str) -> str:
         """Digest of an encoding's VAE.
@@ -626,15 +674,21 @@ class Store:
         times."""
         if str(folder) not in self._model_digests:
             files = [folder, *config_folder(folder).rglob("*")]
-            stamp = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file())
-            memo_path = self.home / "cache" / "models" / f"{json_digest([str(folder), stamp])[:16]}.json"
+            stamp = sorted(
+                (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()
+            )
+            memo_path = (
+                self.home / "cache" / "models" / f"{json_digest([str(folder), stamp])[:16]}.json"
+            )
             try:
                 digest = str(json.loads(memo_path.read_bytes())["digest"])
             except (OSError, ValueError, KeyError):
                 from training.models.weights import model_digest  # takes torch along, for seconds
 
                 digest = model_digest(folder)
-                with contextlib.suppress(WorkspaceError):  # where nothing can be written, it is digested each time
+                with contextlib.suppress(
+                    WorkspaceError
+                ):  # where nothing can be written, it is digested each time
                     write_json(memo_path, {"folder": str(folder), "digest": digest})
             self._model_digests[str(folder)] = digest
         return self._model_digests[str(folder)]
@@ -649,7 +703,9 @@ class Store:
         with lock(path, f"{table} {part} in {self.home}"):
             yield
 
-    def commit(self, stage: Stage, key: str, made: Made, basis: Mapping[str, Any], seconds: float) -> Manifest:
+    def commit(
+        self, stage: Stage, key: str, made: Made, basis: Mapping[str, Any], seconds: float
+    ) -> Manifest:
         """Write content, then replace the manifest of partition `key`.
 
         Raises:
@@ -666,7 +722,9 @@ class Store:
         config = self.section(stage, key)
         rejected = {}
         if made.rejected is not None:
-            rejected = self.commit_rejected(stage.name, stage.version, key, made.rejected, config=config, basis=basis)
+            rejected = self.commit_rejected(
+                stage.name, stage.version, key, made.rejected, config=config, basis=basis
+            )
         folder = self.table_folder(stage.name, part)
         stem, path = part, folder / f"{part}.json"
         if stage.name == "latents":
@@ -799,7 +857,9 @@ def git_revision() -> str:
     return done.stdout.strip()
 
 
-def _read_columns(path: Path, names: Sequence[str], schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+def _read_columns(
+    path: Path, names: Sequence[str], schema: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
     """Columns of a part; those that it lacks, because an older version wrote it, are null."""
     there = parquet_columns(path)
     frame = read_parquet(path, [name for name in names if name in there])

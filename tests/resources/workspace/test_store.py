@@ -11,7 +11,14 @@ from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import query
 from resources.workspace.store import Made, Store, find_home
 from training.commit import commit_manifest, write_parquet
-from training.errors import ConfigError, DamageError, DataError, LockedError, ModelError, WorkspaceError
+from training.errors import (
+    ConfigError,
+    DamageError,
+    DataError,
+    LockedError,
+    ModelError,
+    WorkspaceError,
+)
 from training.tables.schemas import TABLES
 
 CONFIG = """
@@ -74,12 +81,21 @@ def test_a_part_that_an_older_version_wrote_has_nulls_in_younger_columns(store):
 def listing(**changes):
     """Four candidates in two shards; `changes` are columns by name."""
     rows = [
-        {"source": "a", "source_id": f"{i}.jpg", "locator": f"{i}.jpg", "shard": f"s00000{i // 2}", "bytes": 10 + i}
+        {
+            "source": "a",
+            "source_id": f"{i}.jpg",
+            "locator": f"{i}.jpg",
+            "shard": f"s00000{i // 2}",
+            "bytes": 10 + i,
+        }
         for i in range(4)
     ]
     frame = pl.DataFrame(rows, schema=TABLES["source_listing"].schema)
     return frame.with_columns(
-        **{name: pl.Series(name, values, dtype=frame.schema[name]) for name, values in changes.items()}
+        **{
+            name: pl.Series(name, values, dtype=frame.schema[name])
+            for name, values in changes.items()
+        }
     )
 
 
@@ -161,7 +177,10 @@ def test_rows_must_add_up(store):
     [
         (pictures("s000000").drop("dpi"), "missing"),
         (pictures("s000000").with_columns(extra=1), "extra"),
-        (pictures("s000000").with_columns(pl.col("dpi").cast(pl.String)), "dpi is String, must be Float64"),
+        (
+            pictures("s000000").with_columns(pl.col("dpi").cast(pl.String)),
+            "dpi is String, must be Float64",
+        ),
         (pl.concat([pictures("s000000")] * 2), "appears more than once"),
     ],
 )
@@ -262,7 +281,9 @@ def test_the_base_model_may_be_a_single_file_with_its_configurations_beside_it(t
     with pytest.raises(ModelError, match=r"photo.safetensors does not exist"):
         store.model_path("base")
     path.write_bytes(b"weights")
-    with pytest.raises(ModelError, match=r"models/photo with its configurations and tokenizers is missing"):
+    with pytest.raises(
+        ModelError, match=r"models/photo with its configurations and tokenizers is missing"
+    ):
         store.model_path("base")
     (tmp_path / "models" / "photo").mkdir()
     index = tmp_path / "models" / "photo" / "model_index.json"
@@ -294,7 +315,9 @@ vae = "models/better"
         store.vae_digest("own")
     # A single file holds a VAE of its own, but latents were encoded with the one in the folder
     # beside it.
-    (store.home / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n')
+    (store.home / "foundry.toml").write_text(
+        CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n'
+    )
     assert fresh(store).vae_of_run("own", "base") == folder / "base" / "vae"
 
 
@@ -302,8 +325,13 @@ vae = "models/better"
 def test_sql_tells_checkpoints_runs_encodings_and_shards_apart(store, value):
     names = ["demo@4", value]
     for number, name in enumerate(names):
-        for table, columns in (("eval_metrics", {"metric": "clip_score"}), ("sample_images", {"text": "a cat"})):
-            row = {"prompt_id": "p", **columns} | ({"value": float(number)} if table == "eval_metrics" else {})
+        for table, columns in (
+            ("eval_metrics", {"metric": "clip_score"}),
+            ("sample_images", {"text": "a cat"}),
+        ):
+            row = {"prompt_id": "p", **columns} | (
+                {"value": float(number)} if table == "eval_metrics" else {}
+            )
             frame = pl.DataFrame([row], schema=TABLES[table].schema)
             commit(store, Stage(name=table, version=1, scope=Scope.CHECKPOINT), name, frame)
     run = "demo" if value.startswith("demo") else None
@@ -317,8 +345,15 @@ def test_sql_tells_the_placements_of_encodings_apart(store):
     row = dict.fromkeys(TABLES["bucket_assignments"].schema) | {"image_id": "a" * 64}
     for encoding in ("sdxl", "sdxl.2"):
         frame = pl.DataFrame([row], schema=TABLES["bucket_assignments"].schema)
-        commit(store, Stage(name="bucket_assignments", version=1, scope=Scope.ENCODING), encoding, frame)
-    found = query(fresh(store), "select encoding, count(*) from bucket_assignments group by 1 order by 1")
+        commit(
+            store,
+            Stage(name="bucket_assignments", version=1, scope=Scope.ENCODING),
+            encoding,
+            frame,
+        )
+    found = query(
+        fresh(store), "select encoding, count(*) from bucket_assignments group by 1 order by 1"
+    )
     assert found.rows() == [("sdxl", 1), ("sdxl.2", 1)]
     columns = query(fresh(store), "select * from latents").columns
     assert columns[:2] == ["encoding", "shard"], "also while there are none"
@@ -328,4 +363,7 @@ def test_an_encoding_that_was_renamed_in_foundry_toml_is_named(store):
     known = ", ".join(sorted(store.config.encodings)) or "none"
     with pytest.raises(ConfigError) as refused:
         store.vae_folder("renamed")
-    assert str(refused.value) == f"foundry.toml has no [encodings.renamed], which a run trains on; there are: {known}"
+    assert (
+        str(refused.value)
+        == f"foundry.toml has no [encodings.renamed], which a run trains on; there are: {known}"
+    )
