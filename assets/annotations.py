@@ -17,10 +17,11 @@ from resources.warehouse import rebuild
 from resources.workspace import kept_rows
 from resources.workspace.store import Made, Store
 from training.annotators.annotations import ROWS, Annotator, failures
-from training.commit import Manifest, json_digest
+from training.commit import json_digest
 from training.curation.captions import from_sources
 from training.errors import DataError
 from training.images import figures
+from training.manifests import Manifest
 from training.progress import track
 from training.tables.schemas import rejections
 

@@ -20,12 +20,12 @@ from resources.workspace.store import Made, Store
 from training import progress, toml
 from training.buckets.geometry import Box, Size
 from training.buckets.plans import follows_picture
-from training.commit import Manifest
 from training.errors import DamageError
 from training.images import figures
 from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
 from training.latents.files import Generation, read_generation
 from training.latents.files import generations as numbers_of
+from training.manifests import Manifest
 from training.tables.schemas import rejections
 
 if TYPE_CHECKING:

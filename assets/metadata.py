@@ -12,8 +12,9 @@ from assets import followed
 from resources.graph import Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace.store import Made, Store
-from training.commit import Manifest, json_digest
+from training.commit import json_digest
 from training.errors import DataError
+from training.manifests import Manifest
 from training.tables.schemas import TABLES
 
 OWNER = "team:foundry"

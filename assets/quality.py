@@ -12,10 +12,10 @@ from assets.partitions import shards
 from assets.raw_images import thumbnails
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace.store import Made, Store, file_digest
-from training.commit import Entry, write_named
 from training.curation import quality_model as quality
 from training.curation import quality_scores as scores
 from training.images import figures
+from training.manifests import Entry, write_named
 from training.tables.schemas import TABLES
 
 NUM_GALLERY = 10

@@ -14,13 +14,13 @@ from resources.graph import Stage
 from resources.workspace.store import Store
 from training.buckets import crops
 from training.buckets.geometry import Size
-from training.commit import read_parquet
 from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
 from training.images.decode_pool import DecodePool
+from training.manifests import read_parquet
 from training.runs.run_folder import INPUTS, RunInputs, read_inputs
 from training.sampling.image_files import read_if_there, read_or_explain
 from training.sources import source_listing

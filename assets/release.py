@@ -16,9 +16,10 @@ from resources.graph import Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import choose_pictures
 from resources.workspace.store import Made, Store, file_digest, git_revision
-from training.commit import json_digest, read_parquet, write_bytes
+from training.commit import json_digest, write_bytes
 from training.errors import DataError
 from training.images import figures
+from training.manifests import read_parquet
 from training.models.base_model import inspect
 from training.reports import contact_sheet
 from training.reports.model_card import Card, Picture

@@ -15,7 +15,6 @@ from resources.workspace.setup import require_named, require_run
 from resources.workspace.store import Store
 from training import toml
 from training.buckets.plans import plan
-from training.commit import Manifest
 from training.config.run import RunConfig
 from training.errors import DataError
 from training.estimates.cost import (
@@ -35,6 +34,7 @@ from training.latents.source import LatentSource
 from training.loop.device_defaults import Device, has_auto, read_record, resolve
 from training.loop.order import EpochOrder, assign_windows, make_order
 from training.loop.requirements import check_trainable
+from training.manifests import Manifest
 from training.runs.run_folder import read_config
 from training.tables.schemas import TABLES
 

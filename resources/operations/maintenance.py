@@ -17,23 +17,25 @@ from resources.workspace.named_files import find_damage
 from resources.workspace.store import Store
 from training.commit import (
     TEMPORARY_PREFIX,
-    Manifest,
-    check_entry,
     column_digests,
-    commit_manifest,
     lock,
     logical_digest,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
+from training.errors import ConfigError, DamageError
+from training.latents.files import generations, read_generation, write_without
+from training.manifests import (
+    Manifest,
+    check_entry,
+    commit_manifest,
     manifests,
     parquet_columns,
     read_manifest,
     read_parquet,
-    sync_folder,
-    write_bytes,
-    write_json,
     write_parquet,
 )
-from training.errors import ConfigError, DamageError
-from training.latents.files import generations, read_generation, write_without
 from training.progress import track
 from training.runs.event_log import has_finished
 from training.runs.run_folder import (

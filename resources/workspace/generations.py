@@ -10,10 +10,11 @@ from pathlib import Path
 import polars as pl
 
 from resources.workspace.store import Store
-from training.commit import Entry, read_manifest, sync_folder
+from training.commit import sync_folder
 from training.errors import DamageError
 from training.latents.files import generations
 from training.latents.source import LatentSource
+from training.manifests import Entry, read_manifest
 from training.runs import run_folder
 from training.runs.event_log import has_finished
 from training.runs.training_set import shards_of

@@ -7,8 +7,8 @@ import polars as pl
 
 from resources.graph import Stage
 from resources.workspace.store import Made, Store
-from training.commit import Manifest
 from training.errors import DamageError
+from training.manifests import Manifest
 
 
 def known(store: Store, stage: Stage, key: str) -> pl.DataFrame:

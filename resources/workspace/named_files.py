@@ -9,8 +9,8 @@ from typing import NamedTuple
 import polars as pl
 
 from resources.workspace.store import Store
-from training.commit import Entry, Manifest, check_entry
 from training.errors import DamageError
+from training.manifests import Entry, Manifest, check_entry
 from training.sampling.image_files import FAILED, can_be_drawn_again, read_or_explain
 
 _MEND = "run `foundry verify --repair`"

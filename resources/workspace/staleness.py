@@ -9,8 +9,8 @@ from typing import Any
 from resources.graph import Per, Stage
 from resources.workspace.store import Store
 from training import toml
-from training.commit import Manifest
 from training.errors import PipelineError
+from training.manifests import Manifest
 from training.tables.schemas import TABLES
 
 MAX_VALUE_CHARS = 60

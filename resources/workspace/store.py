@@ -20,27 +20,29 @@ import polars as pl
 from resources.graph import Per, Reads, Scope, Stage
 from training import toml
 from training.commit import (
-    Entry,
-    Manifest,
     atomic_file,
-    check_entry,
     column_digests,
-    commit_manifest,
     json_digest,
     lock,
     logical_digest,
-    manifests,
-    parquet_columns,
-    read_manifest,
-    read_parquet,
     sha256_file,
     write_json,
-    write_parquet,
 )
 from training.config.workspace import FORMAT, WorkspaceConfig
 from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
 from training.evaluation.candidates import RIVAL, due, read_rivals
+from training.manifests import (
+    Entry,
+    Manifest,
+    check_entry,
+    commit_manifest,
+    manifests,
+    parquet_columns,
+    read_manifest,
+    read_parquet,
+    write_parquet,
+)
 from training.models.base_model import SUFFIX, config_folder, require_file
 from training.names import check_name
 from training.runs import retention

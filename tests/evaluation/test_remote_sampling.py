@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from assets import sample_images
 from jobs import comparison
 from resources.workspace.store import Made, Store
-from training import commit, toml
+from training import manifests, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError, ModelError
 from training.evaluation import candidates, prompt_sets, remote_sampling
@@ -146,7 +146,7 @@ def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, t
         pl.when(failed).then(None).otherwise(pl.col(name)).alias(name)
         for name in ("file", "sha256")
     ]
-    entry = commit.write_parquet(tmp_path / "out", "failed", samples.with_columns(columns))
+    entry = manifests.write_parquet(tmp_path / "out", "failed", samples.with_columns(columns))
     rows = remote_sampling.bring_home(
         tmp_path / "out", replace(record, samples=entry), tmp_path / "home"
     )

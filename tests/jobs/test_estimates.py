@@ -23,7 +23,7 @@ from jobs.cli import app as cli
 from jobs.cli.app import app
 from resources import torchrun
 from resources.workspace.store import Store
-from training import commit
+from training import commit, manifests
 from training.config import recipes
 from training.config.run import (
     BatchConfig,
@@ -48,11 +48,11 @@ def put(store, table, part, frame):
     """Commit a table as a stage would, as far as a reader can tell."""
     folder, frame = store.table_folder(table, part), TABLES[table].conform(frame)
     digests = commit.column_digests(frame)
-    manifest = commit.Manifest(
-        table=table, part=part, version=1, files=(commit.write_parquet(folder, part, frame),), rows=frame.height,
+    manifest = manifests.Manifest(
+        table=table, part=part, version=1, files=(manifests.write_parquet(folder, part, frame),), rows=frame.height,
         digest=commit.logical_digest(digests, frame.height), columns=digests,
     )  # fmt: skip
-    commit.commit_manifest(folder / f"{part}.json", manifest)
+    manifests.commit_manifest(folder / f"{part}.json", manifest)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from assets.checkpoints import prepare as launch
 from resources.graph import Scope, Stage
 from resources.workspace.setup import configure_run, resolve_run
 from resources.workspace.store import Made, Store
-from training import commit
+from training import commit, manifests
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.loop import startup
@@ -226,11 +226,11 @@ def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, ke
     for shard in ("s000000", "s000001"):
         folder = run.inputs.latents / shard
         rows = run.rows.filter(pl.col("shard") == shard)
-        manifest = commit.read_manifest(folder / "g0001.json")
+        manifest = manifests.read_manifest(folder / "g0001.json")
         table = pl.read_parquet(folder / manifest.files[0].name)
-        entry = commit.write_parquet(folder, "g0001", table.head(len(rows) - 2))
+        entry = manifests.write_parquet(folder, "g0001", table.head(len(rows) - 2))
         files = (entry, *manifest.files[1:])
-        commit.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
+        manifests.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
     assert main([str(run.folder)]) == 1
     (event,) = read_events(run.folder / run_folder.EVENTS)
     assert event["event"] == "failed"

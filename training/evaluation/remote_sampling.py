@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
@@ -44,7 +44,7 @@ class Record:
     """The resolved SamplingConfig."""
     further: dict[str, str]
     """Digests of averaged weights and LoRAs, where they were used."""
-    samples: commit.Entry
+    samples: manifests.Entry
     """The table of pictures."""
     format: int = _FORMAT
 
@@ -147,7 +147,7 @@ def draw(
         prompts=digest(frame),
         sampling=toml.dump(sampling),
         further=input_digests(checkpoint, sampling, prompts.parent),
-        samples=commit.write_parquet(out, "samples", samples),
+        samples=manifests.write_parquet(out, "samples", samples),
     )
     commit.write_json(out / RECORD, asdict(record))
     return record
@@ -161,7 +161,7 @@ def read_record(folder: Path) -> Record:
     """
     try:
         values = json.loads((folder / RECORD).read_bytes())
-        record = Record(**{**values, "samples": commit.Entry(**values["samples"])})
+        record = Record(**{**values, "samples": manifests.Entry(**values["samples"])})
     except FileNotFoundError:
         raise DamageError(
             f"{folder} has no {RECORD}: its pictures were not drawn to the end"
@@ -184,8 +184,8 @@ def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
     """
     from training.sampling.image_files import read_picture
 
-    commit.check_entry(folder, record.samples)
-    samples = TABLES["sample_images"].conform(commit.read_parquet(folder / record.samples.name))
+    manifests.check_entry(folder, record.samples)
+    samples = TABLES["sample_images"].conform(manifests.read_parquet(folder / record.samples.name))
     drawn = samples.filter(pl.col("file").is_not_null())
     for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
         picture = read_picture(folder / PICTURES / file)

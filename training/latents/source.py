@@ -13,8 +13,7 @@ from pathlib import Path
 
 import fsspec
 
-from training import commit
-from training.commit import Entry
+from training import commit, manifests
 from training.errors import DamageError, DataError
 from training.latents.files import (
     Generation,
@@ -23,6 +22,7 @@ from training.latents.files import (
     manifest_number,
     read_generation,
 )
+from training.manifests import Entry
 
 _ATTEMPTS = 3
 
@@ -88,7 +88,7 @@ class LatentSource:
         """
         key, folder = (shard, entry), self.folder / shard
         if key in self._files:
-            commit.check_entry(folder, entry, whole=False)
+            manifests.check_entry(folder, entry, whole=False)
         else:
             self.fetch(shard, entry)
             self._files.setdefault(key, LatentFile(folder, entry, checked=key in self._fetched))
@@ -185,7 +185,7 @@ class LatentSource:
         if target.is_file():
             return
         content = self._fs.cat_file(f"{self._root}/{shard}/{target.name}")
-        manifest = commit.parse_manifest(content, f"{self.url}/{shard}/{target.name}")
+        manifest = manifests.parse_manifest(content, f"{self.url}/{shard}/{target.name}")
         for entry in manifest.files:
             if entry.name.endswith(".parquet"):
                 self.fetch(shard, entry)

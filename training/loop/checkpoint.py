@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
 from training.errors import ConfigError, DamageError, TrainingError
@@ -339,7 +339,7 @@ def _write_state(folder: Path, snapshot: Snapshot) -> None:
     (folder / _CLOCK).write_text(json.dumps(clock, indent=1, sort_keys=True) + "\n")
 
 
-def _weights_digest(files: Sequence[commit.Entry]) -> str:
+def _weights_digest(files: Sequence[manifests.Entry]) -> str:
     """Over the trained model alone: configs name the versions of libraries, and the average is
     another model."""
     weights = (entry for entry in files if entry.name.endswith(".safetensors"))
@@ -352,10 +352,10 @@ def _weights_digest(files: Sequence[commit.Entry]) -> str:
     )
 
 
-def _entries(folder: Path, prefix: str = "") -> tuple[commit.Entry, ...]:
+def _entries(folder: Path, prefix: str = "") -> tuple[manifests.Entry, ...]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
-        commit.Entry(
+        manifests.Entry(
             name=prefix + path.relative_to(folder).as_posix(),
             sha256=commit.sha256_file(path),
             bytes=path.stat().st_size,

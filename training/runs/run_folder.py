@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.config import older_runs
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError
@@ -249,9 +249,9 @@ class Ready:
     checkpoint: str
     """`<run>@<samples_seen>`."""
     samples_seen: int
-    files: tuple[commit.Entry, ...]
+    files: tuple[manifests.Entry, ...]
     """Weights, configs and tokenizers: the diffusers folder, and `ema/` where there is one."""
-    state_files: tuple[commit.Entry, ...]
+    state_files: tuple[manifests.Entry, ...]
     """What a resume needs besides; removed when the checkpoint is no longer among the last."""
     digest: str
     """SHA-256 over names and digests of the weights among `files`, the averaged ones aside."""
@@ -283,7 +283,7 @@ def read_ready(folder: Path) -> Ready:
     try:
         values = json.loads((folder / READY).read_bytes())
         entries = {
-            key: tuple(commit.Entry(**item) for item in values[key])
+            key: tuple(manifests.Entry(**item) for item in values[key])
             for key in ("files", "state_files")
         }
         ready = Ready(**{**values, **entries})
@@ -307,7 +307,7 @@ def check_checkpoint(folder: Path) -> Ready:
     """
     ready = read_ready(folder)
     for entry in (*ready.files, *(ready.state_files if (folder / STATE).exists() else ())):
-        commit.check_entry(folder, entry)
+        manifests.check_entry(folder, entry)
     return ready
 
 

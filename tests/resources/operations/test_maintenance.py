@@ -11,7 +11,8 @@ from resources.graph import Per, Reads, Scope, Stage
 from resources.operations import maintenance
 from resources.warehouse import query
 from resources.workspace.store import Made, Store
-from training import commit
+from training import commit, manifests
+from training.errors import DamageError
 from training.tables.schemas import TABLES, rejections
 
 CONFIG = """
@@ -197,9 +198,9 @@ def test_a_query_writes_nothing_and_changes_nothing(store):
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(store):
     content = store.manifest_path("raw_images", SHARD).read_bytes()
-    commit.parse_manifest(content, "m")
+    manifests.parse_manifest(content, "m")
     for place, bit in itertools.product(range(len(content)), range(8)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
-        with pytest.raises(commit.DamageError):
-            commit.parse_manifest(bytes(flipped), "m")
+        with pytest.raises(DamageError):
+            manifests.parse_manifest(bytes(flipped), "m")

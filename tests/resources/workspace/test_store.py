@@ -10,7 +10,6 @@ import pytest
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import query
 from resources.workspace.store import Made, Store, find_home
-from training.commit import commit_manifest, write_parquet
 from training.errors import (
     ConfigError,
     DamageError,
@@ -19,6 +18,7 @@ from training.errors import (
     ModelError,
     WorkspaceError,
 )
+from training.manifests import commit_manifest, write_parquet
 from training.tables.schemas import TABLES
 
 CONFIG = """
