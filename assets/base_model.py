@@ -6,7 +6,8 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, models
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.models.base_model import checkpoint_name, inspect
 from training.tables.schemas import TABLES
 
@@ -20,13 +21,13 @@ def base_model(
     """The model folder that runs start from: family, size, digest, and its name as a checkpoint."""
 
     def make(key: str) -> Made:
-        digest = store.model_digest(key)
+        digest = store.models.digest(key)
         row = {
             "name": key,
             "checkpoint": checkpoint_name(digest),
             "digest": digest,
             "parents": [],
-            **inspect(store.model_path(key)),
+            **inspect(store.models.path(key)),
         }
         numbers = {
             "parameters (millions)": round(row["num_parameters"] / 1e6, 2),

@@ -13,7 +13,8 @@ from assets.partitions import checkpoints
 from resources import devices
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.tracking import workspace_tracking
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.evaluation import overbaked, summary
 from training.images import figures
 
@@ -21,7 +22,7 @@ from training.images import figures
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the further scorers, and of what the pictures are compared with."""
     scorers = {
-        f"scorer:{name}": store.model_digest(name)
+        f"scorer:{name}": store.models.digest(name)
         for name in store.config.evaluation.scoring.scorers
     }
     return scorers | references.digests(store, key)
@@ -65,19 +66,19 @@ def eval_metrics(
         from training.evaluation.clip_score import Networks, score
 
         samples, config = (
-            store.read_slice(METRICS, "sample_images", key),
+            store.slices.read(METRICS, "sample_images", key),
             store.config.evaluation.scoring,
         )
         with devices.hold("evaluate", store.config.devices, store.home) as device:
-            clip = Clip.load(store.model_path("clip"), device)
-            aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
+            clip = Clip.load(store.models.path("clip"), device)
+            aesthetic = Aesthetic.load(store.models.path("aesthetic"), device)
             further = scorers.load(
-                {name: store.model_path(name) for name in config.scorers}, device
+                {name: store.models.path(name) for name in config.scorers}, device
             )
             networks = Networks(clip=clip, aesthetic=aesthetic)
             compared = references.gather(store, METRICS, key, networks, config.batch_size)
             frame = score(
-                samples, store.sample_folder(key), clip, aesthetic,
+                samples, store.paths.sample_folder(key), clip, aesthetic,
                 batch_size=config.batch_size, scorers=further, references=compared,
             )  # fmt: skip
         return Made(frame=frame, report=_report(store, key, frame, samples))
@@ -167,7 +168,7 @@ def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, obj
     """What alarms in this checkpoint, and the last one of its run before the alarm."""
     run = key.rpartition("@")[0]
     summaries = {key: summed}
-    for part in store.parts("eval_metrics"):
+    for part in store.tables.parts("eval_metrics"):
         if part.rpartition("@")[0] == run and part != key:
             summaries[part] = _summary(
                 store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])

@@ -40,7 +40,7 @@ def digests(store: Store, key: str) -> dict[str, str]:
     The set is the run's own, by its fingerprint: images that come and go later do not make scores
     stale. Embeddings need no digest, they follow from the images and from CLIP.
     """
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     if key == base:
         return {}
     manifest = store.manifest("sample_images", base) if base else None
@@ -63,12 +63,12 @@ def gather(
     Raises:
         DataError: embeddings of its training images were made by another CLIP.
     """
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     if key == base:
         return References()
     pictures = None
     if base is not None and store.manifest("sample_images", base) is not None:
-        current = store.is_current(stage, base)
+        current = store.currency.is_current(stage, base)
         pictures = (
             _seen_before(store, base)
             if current
@@ -80,7 +80,7 @@ def gather(
 
 def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
     """Image id and file of those `images` (image_id, shard) whose source is still there, by id."""
-    shards = set(images["shard"].to_list()) & set(store.parts("raw_images"))
+    shards = set(images["shard"].to_list()) & set(store.tables.parts("raw_images"))
     raw = store.read("raw_images", ["image_id", "source", "locator"], sorted(shards))
     rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique(
         "image_id", keep="first"
@@ -88,7 +88,7 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
     roots: dict[str, Path] = {}
     for name in rows["source"].unique().to_list():
         try:
-            roots[name] = store.source_root(name)
+            roots[name] = store.paths.source_root(name)
         except (ConfigError, DataError):  # removed since the training: its pictures cannot be shown
             continue
     kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
@@ -109,7 +109,7 @@ def training_images(store: Store, key: str) -> pl.DataFrame | None:
         return None
     columns = ["image_id", "shard", "split", "bucket_height", "bucket_width"]
     images = read_parquet(inputs.training_set, columns)
-    return images.filter(~pl.col("image_id").is_in(list(store.forgotten())))
+    return images.filter(~pl.col("image_id").is_in(list(store.tables.forgotten())))
 
 
 class Pair(NamedTuple):
@@ -151,7 +151,7 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
     ids = [image_id for *_, image_id in chosen]
     with DecodePool(store.config.decode) as pool:
         pixels = list(pool.pixels([files[image_id] for image_id in ids], ids))
-    folder = store.sample_folder(key)
+    folder = store.paths.sample_folder(key)
     return [
         Pair(prompt_id, value, image_id, picture, image)
         for (prompt_id, value, image_id), image in zip(chosen, pixels, strict=True)
@@ -189,7 +189,7 @@ def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: in
     from training.evaluation.clip_score import look
 
     samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))
-    pictures = (read_or_explain(store.sample_folder(base), file) for file in samples["file"])
+    pictures = (read_or_explain(store.paths.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     return BasePictures(
         embeddings=seen.embeddings,
@@ -202,7 +202,7 @@ def _training_images(store: Store, key: str) -> TrainingImages:
     assert images is not None
     return TrainingImages(
         images=images,
-        embeddings_of=partial(_embeddings, store, store.model_digest("clip")),
+        embeddings_of=partial(_embeddings, store, store.models.digest("clip")),
         levels=_levels(store, images.filter(pl.col("split") == "train")),
     )
 

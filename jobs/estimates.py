@@ -162,7 +162,7 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
     """
     rates, folder = hardware.resolve(), base_of(store, run, config)
     card, num_ranks = find_gpu(rates.gpu), hardware.num_gpus
-    recorded = read_record(store.run_folder(run))
+    recorded = read_record(store.paths.run_folder(run))
     left = has_auto(config)
     config = resolve(config, _device(card), recorded or {})
     model = read_model_configs(folder)
@@ -291,7 +291,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
         DataError: nothing is ingested yet.
     """
     require_run(store, run)
-    config = read_config(store.run_folder(run))
+    config = read_config(store.paths.run_folder(run))
     num_images = _rows(store, "raw_images")
     if not num_images:
         raise DataError(
@@ -304,7 +304,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
     }
     stored["embeddings"] = 0.0
     for table in TABLES:
-        for part in store.parts(table):
+        for part in store.tables.parts(table):
             for entry in _manifest(store, table, part).files:
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
@@ -322,7 +322,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
 
 
 def _rows(store: Store, table: str) -> int:
-    return sum(_manifest(store, table, part).rows for part in store.parts(table))
+    return sum(_manifest(store, table, part).rows for part in store.tables.parts(table))
 
 
 def _manifest(store: Store, table: str, part: str) -> Manifest:

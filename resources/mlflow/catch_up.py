@@ -22,6 +22,7 @@ from training import commit
 from training.errors import ConfigError, TrackingError
 from training.evaluation import champion
 from training.models.base_model import checkpoint_name
+from training.names import CheckpointName
 from training.runs import release as releasing
 from training.runs.run_folder import EVENTS, read_inputs
 
@@ -155,14 +156,14 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
             str(path.stat().st_size),
             partial(tracking.forward, path.parent),
         )
-    for run in store.parts("checkpoints"):
+    for run in store.tables.parts("checkpoints"):
         manifest = store.manifest("checkpoints", run)
         if manifest is not None and (
             dagster_run := str(manifest.provenance.get("dagster_run", ""))
         ):
             send = partial(tracking.log_dagster_run, run, dagster_run)
             yield _Item(f"the link from {run} to Dagster", dagster_run, send)
-    for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
+    for checkpoint in sorted(store.tables.parts("eval_metrics"), key=_age):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
         yield _Item(
             f"scores of {checkpoint}",
@@ -176,13 +177,13 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
         )
     verdicts: dict[str, list[str]] = {}
     for part in sorted(
-        (part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age
+        (part for part in store.tables.parts("verdicts") if part.startswith(_BASE)), key=_age
     ):
         verdicts.setdefault(_age(part)[0].removeprefix(_BASE), []).append(part)
     for run, parts in verdicts.items():
         digest = commit.json_digest([_digest(store, "verdicts", part) for part in parts])
         yield _Item(f"verdicts on {run}", digest, partial(_send_verdicts, store, tracking, parts))
-    for run in store.parts("release"):
+    for run in store.tables.parts("release"):
         yield _Item(
             f"the report of {run}",
             _digest(store, "release", run),
@@ -197,15 +198,15 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
 def _bases(store: Store) -> dict[str, str]:
     """Run -> its base model as a checkpoint, where the base drew the same prompts as a checkpoint
     of the run."""
-    drawn, found = store.parts("sample_images"), {}
+    drawn, found = store.tables.parts("sample_images"), {}
     for checkpoint in drawn:
         run = _age(checkpoint)[0]
-        if not store.is_of_run(checkpoint):
+        if not CheckpointName.parse(checkpoint).is_of_run:
             continue
         with contextlib.suppress(
             ConfigError
         ):  # the run's own log cannot be sent then, and says why
-            base = checkpoint_name(read_inputs(store.run_folder(run)).base_digest)
+            base = checkpoint_name(read_inputs(store.paths.run_folder(run)).base_digest)
             if base in drawn and _prompts(store, base) == _prompts(store, checkpoint):
                 found[run] = base
     return found
@@ -234,13 +235,13 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
         checkpoint,
         metrics=store.read("eval_metrics", parts=[checkpoint]),
         samples=store.read("sample_images", parts=[checkpoint] if drawn else []),
-        folder=store.sample_folder(checkpoint),
+        folder=store.paths.sample_folder(checkpoint),
     )
 
 
 def _send_base_pictures(store: Store, tracking: Tracking, run: str, base: str) -> None:
     tracking.log_base_pictures(
-        run, store.read("sample_images", parts=[base]), store.sample_folder(base)
+        run, store.read("sample_images", parts=[base]), store.paths.sample_folder(base)
     )
 
 
@@ -259,7 +260,7 @@ def _send_report(store: Store, tracking: Tracking, run: str) -> None:
         store.home / "release" / run / releasing.REPORT,
     )
     tracking.log_file(checkpoint, report.name, report.read_bytes())
-    if (sheet := store.sheet_file(run)).is_file():
+    if (sheet := store.paths.sheet_file(run)).is_file():
         tracking.log_file(checkpoint, "contact_sheet.jpg", sheet.read_bytes())
 
 

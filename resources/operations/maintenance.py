@@ -153,7 +153,7 @@ def _check_rejected(store: Store, path: Path, manifest: Manifest) -> None:
             f"{path} names rejected_images {part}, whose manifest is missing; {_MEND}"
         )
     for entry in rejected.files:
-        check_entry(store.table_folder("rejected_images", part), entry)
+        check_entry(store.tables.folder("rejected_images", part), entry)
     if rejected.digest != digest and rejected.basis == manifest.basis:
         raise DamageError(
             f"{path} names rejected_images {part} with digest {digest[:16]}, it has {rejected.digest[:16]}; {_MEND}"
@@ -273,7 +273,7 @@ def digests(store: Store, table: str | None = None) -> dict[str, str]:
         raise ConfigError(f"--table {table!r}: there are {', '.join(sorted(TABLES))}")
     found = {}
     for name in [table] if table else sorted(TABLES):
-        for part in store.parts(name):
+        for part in store.tables.parts(name):
             manifest = store.manifest(name, part)
             assert manifest is not None
             found[f"{name} {part}"] = manifest.digest
@@ -286,9 +286,9 @@ def run_digests(store: Store, run: str) -> dict[str, str]:
     Raises:
         ConfigError: the run has no checkpoint.
     """
-    found = [read_ready(folder) for folder in checkpoints(store.run_folder(run))]
+    found = [read_ready(folder) for folder in checkpoints(store.paths.run_folder(run))]
     if not found:
-        raise ConfigError(f"run {run!r} has no checkpoint under {store.run_folder(run)}")
+        raise ConfigError(f"run {run!r} has no checkpoint under {store.paths.run_folder(run)}")
     return {ready.checkpoint: ready.digest for ready in found}
 
 
@@ -369,9 +369,11 @@ def forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
 def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {"parts": [], "generations": [], "sources": []}
     result["runs"] = runs = _runs_that_saw(store, image_ids)
-    result["unfinished"] = [run for run in runs if not has_finished(store.run_folder(run) / EVENTS)]
+    result["unfinished"] = [
+        run for run in runs if not has_finished(store.paths.run_folder(run) / EVENTS)
+    ]
     if training := [
-        run for run in result["unfinished"] if torchrun.is_running(store.run_folder(run))
+        run for run in result["unfinished"] if torchrun.is_running(store.paths.run_folder(run))
     ]:
         raise ConfigError(
             f"run {training[0]} is being trained on one of these images: stop it with `foundry train --run "
@@ -381,7 +383,7 @@ def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
         pl.col("image_id").is_in(image_ids)
     )
     result["sources"] = [f"{source}: {source_id}" for source, source_id, _ in located.iter_rows()]
-    known = store.forgotten()
+    known = store.tables.forgotten()
     lines = sorted(known | set(image_ids))
     write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
     _forget_in_frozen_sets(store, runs, image_ids)
@@ -424,7 +426,7 @@ def _forget_in_frozen_sets(store: Store, runs: list[str], image_ids: list[str]) 
     is a new name, to which the runs are pointed; what nobody names any more goes with the
     leftovers."""
     for run in runs:
-        folder = store.run_folder(run)
+        folder = store.paths.run_folder(run)
         inputs = read_inputs(folder)
         old = checked_training_set(inputs)
         frame = read_parquet(old)
@@ -541,14 +543,14 @@ def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> d
     what the stage's manifest says of it."""
     part = f"raw_images.{manifest.part}"
     known = store.read(
-        "rejected_images", parts=[part] if part in store.parts("rejected_images") else []
+        "rejected_images", parts=[part] if part in store.tables.parts("rejected_images") else []
     )
     rows: list[dict[str, object]] = [
         {**row, "reason": Reason.FORGOTTEN}
         for row in gone.select("source", "source_id", "image_id").iter_rows(named=True)
     ]
     rejected = pl.concat([known, rejections("raw_images", rows)])
-    return store.commit_rejected(
+    return store.writer.commit_rejected(
         "raw_images",
         manifest.version,
         manifest.part,

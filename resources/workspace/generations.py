@@ -53,9 +53,9 @@ def listed(store: Store) -> list[Encoded]:
     """All committed generations, by encoding, shard and number; damaged manifests are left to
     `verify`."""
     found = []
-    for part in store.parts("latents"):
+    for part in store.tables.parts("latents"):
         encoding, _, shard = part.partition("|")
-        folder = store.table_folder("latents", part)
+        folder = store.tables.folder("latents", part)
         numbers = generations(folder)
         for number in numbers:
             try:
@@ -148,7 +148,7 @@ def collect(
     needed = set(_needed(store))
     removed, total = [], 0
     for item in listed(store):
-        folder = store.table_folder("latents", item.part)
+        folder = store.tables.folder("latents", item.part)
         path = folder / f"g{item.generation:04d}.json"
         if item.current or path in needed or (part is not None and item.part != part):
             continue

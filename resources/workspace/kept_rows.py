@@ -6,7 +6,8 @@ from dataclasses import replace
 import polars as pl
 
 from resources.graph import Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.errors import DamageError
 from training.manifests import Manifest
 
@@ -29,10 +30,10 @@ def keep(store: Store, stage: Stage, key: str, rows: pl.DataFrame) -> None:
     kept = _kept(stage)
     before = _rows(store, kept, key)
     after = pl.concat([before, rows]).unique("image_id", keep="first", maintain_order=True)
-    after = after.filter(~pl.col("image_id").is_in(list(store.forgotten())))
-    basis = store.basis(stage, key)
+    after = after.filter(~pl.col("image_id").is_in(list(store.tables.forgotten())))
+    basis = store.currency.basis(stage, key)
     if basis is not None and after.height > before.height:
-        store.commit(kept, key, Made(frame=after), {**basis, "inputs": {}}, seconds=0.0)
+        store.writer.commit(kept, key, Made(frame=after), {**basis, "inputs": {}}, seconds=0.0)
 
 
 def _kept(stage: Stage) -> Stage:
@@ -51,10 +52,10 @@ def _rows(store: Store, stage: Stage, key: str) -> pl.DataFrame:
 
 
 def _is_equal(store: Store, stage: Stage, key: str, manifest: Manifest) -> bool:
-    basis = store.basis(stage, key)
+    basis = store.currency.basis(stage, key)
     return (
         basis is not None
         and manifest.version == stage.version
         and dict(manifest.models) == basis["models"]
-        and dict(manifest.config) == dict(store.section(stage, key))
+        and dict(manifest.config) == dict(stage.section(store.config, key))
     )

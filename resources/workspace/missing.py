@@ -32,7 +32,7 @@ def accept(store: Store, names: Sequence[str]) -> None:
             raise ConfigError(
                 f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}"
             )
-        digest = source_listing.scan_digest(configured[name], store.source_root(name))
+        digest = source_listing.scan_digest(configured[name], store.paths.source_root(name))
         entries = _read(store)
         if entries.get(name, {}).get("digest", digest) == digest:
             _write(store, {**entries, name: {"digest": digest, "accepted": True}})
@@ -47,7 +47,9 @@ def require_accepted(store: Store, losses: Sequence[Loss]) -> None:
     configured = {source.name: source for source in store.config.sources}
     refused = []
     for loss in losses:
-        digest = source_listing.scan_digest(configured[loss.source], store.source_root(loss.source))
+        digest = source_listing.scan_digest(
+            configured[loss.source], store.paths.source_root(loss.source)
+        )
         entry = {"digest": digest, "accepted": True}
         if _read(store).get(loss.source) != entry:
             _write(store, {**_read(store), loss.source: {**entry, "accepted": False}})

@@ -38,7 +38,7 @@ def find_damage(store: Store, manifest: Manifest) -> Damage | None:
 
 def _in_pictures(store: Store, part: str) -> Damage | None:
     """Pictures that are not as they were drawn."""
-    folder = store.sample_folder(part)
+    folder = store.paths.sample_folder(part)
     rows = store.read("sample_images", ["file", "sha256"], [part]).drop_nulls()
     found = {}
     for file, sha256 in rows.iter_rows():

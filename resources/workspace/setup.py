@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from resources.graph import Scope
-from resources.workspace.store import CODE_ROOT, CONFIG_FILE, Store, check_home
+from resources.workspace.paths import CODE_ROOT, CONFIG_FILE, check_home
+from resources.workspace.store import Store
 from resources.workspace.workspace_id import workspace_id
 from training import toml
 from training.commit import explain_disk, lock, write_bytes
@@ -86,7 +87,7 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     Raises:
         ConfigError: the run was started or bundled with other values; the message lists them.
     """
-    folder = Store(home).run_folder(check_run_name(run))
+    folder = Store(home).paths.run_folder(check_run_name(run))
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
         recorded = _begun_with(folder)
         config = _kept(folder, recorded, config)
@@ -138,7 +139,7 @@ def configure_run(
             a started run with other values.
     """
     config, store = _recipe_config(recipe, assignments, tiny=tiny), Store(home)
-    if _begun_with(store.run_folder(check_run_name(run))) is None:
+    if _begun_with(store.paths.run_folder(check_run_name(run))) is None:
         require_named(store, config)
     write_run(home, run, config)
 
@@ -154,10 +155,10 @@ def resolve_run(
     """
     if recipe is None:
         require_run(store, run)
-        return read_config(store.run_folder(run))
+        return read_config(store.paths.run_folder(run))
     config, folder = (
         _recipe_config(recipe, assignments, tiny=tiny),
-        store.run_folder(check_run_name(run)),
+        store.paths.run_folder(check_run_name(run)),
     )
     recorded = _begun_with(folder)
     if recorded is None:
@@ -191,7 +192,7 @@ def leave_out_forgotten(store: Store, run: str) -> int:
         ConfigError: the run has not been started.
     """
     require_run(store, run)
-    folder = store.run_folder(run)
+    folder = store.paths.run_folder(run)
     with lock(store.home / "locks" / f"run.{run}.lock", f"run {run} in {store.home}"):
         inputs = read_inputs(folder)
         count = count_forgotten(inputs.training_set)
@@ -206,8 +207,8 @@ def require_run(store: Store, run: str) -> None:
     Raises:
         ConfigError: it is not; the message lists those that are.
     """
-    if not (store.run_folder(run) / CONFIG).is_file():
-        known = ", ".join(store.keys(Scope.RUN)) or "none"
+    if not (store.paths.run_folder(run) / CONFIG).is_file():
+        known = ", ".join(store.currency.keys(Scope.RUN)) or "none"
         raise ConfigError(
             f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}"
         )

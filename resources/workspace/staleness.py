@@ -30,7 +30,7 @@ class StalePartition:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """What `store.stale` says of a stage, with the reasons and what the work will cost."""
+    """What `store.currency.stale` says of a stage, with the reasons and what the work will cost."""
 
     stage: str
     num_partitions: int
@@ -71,8 +71,10 @@ def grouped(stale: Sequence[StalePartition]) -> list[str]:
 def status_of(store: Store, stage: Stage) -> StageStatus:
     """The state of one stage; what stands in the way of judging it becomes its `error`."""
     try:
-        keys = store.keys(stage.scope)
-        stale = tuple(StalePartition(key, reasons(store, stage, key)) for key in store.stale(stage))
+        keys = store.currency.keys(stage.scope)
+        stale = tuple(
+            StalePartition(key, reasons(store, stage, key)) for key in store.currency.stale(stage)
+        )
     except PipelineError as error:
         return StageStatus(stage.name, 0, (), None, error=" ".join(str(error).split()))
     return StageStatus(stage.name, len(keys), stale, _expected_seconds(store, stage, len(stale)))
@@ -106,17 +108,17 @@ def status(
 
 def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     """Why a stale partition is stale; empty for one that is current."""
-    manifest, basis = store.manifest(stage.name, stage.part(key)), store.basis(stage, key)
+    manifest, basis = store.manifest(stage.name, stage.part(key)), store.currency.basis(stage, key)
     if basis is None:
         missing = [
-            reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None
+            reads.table for reads in stage.reads if store.slices.digest(stage, reads, key) is None
         ]
         return (f"waits for {' and '.join(dict.fromkeys(missing))}",)
     if manifest is None:
         return ("not made yet",)
     found = [*_versions(manifest, basis), *_settings(store, stage, key, manifest)]
     found += [*_models(store, stage, key, manifest, basis), *_inputs(stage, manifest, basis)]
-    found += [f"file {name} is missing" for name in store.missing_files(manifest)]
+    found += [f"file {name} is missing" for name in store.currency.missing_files(manifest)]
     return tuple(found)
 
 
@@ -127,7 +129,7 @@ def _versions(manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
 
 def _settings(store: Store, stage: Stage, key: str, manifest: Manifest) -> Iterator[str]:
     """Settings that differ, as people write them in foundry.toml."""
-    before, after = toml.flatten(manifest.config), toml.flatten(store.section(stage, key))
+    before, after = toml.flatten(manifest.config), toml.flatten(stage.section(store.config, key))
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name, _ABSENT), after.get(name, _ABSENT)
         if old != new and _written(old) != _written(new):
@@ -152,7 +154,7 @@ def _models(
 ) -> Iterator[str]:
     for name, digest in basis["models"].items():
         if manifest.models.get(name) != digest:
-            yield f"model {name} ({store.model_name(name, stage.encoding(key))}) changed"
+            yield f"model {name} ({store.models.name_of(name, stage.encoding(key))}) changed"
 
 
 def _inputs(stage: Stage, manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +181,9 @@ def _expected_seconds(store: Store, stage: Stage, num_stale: int) -> float | Non
     """The mean time of the parts that are committed, times the stale ones."""
     if not num_stale:
         return 0.0
-    manifests = (store.manifest(stage.name, stage.part(key)) for key in store.keys(stage.scope))
+    manifests = (
+        store.manifest(stage.name, stage.part(key)) for key in store.currency.keys(stage.scope)
+    )
     seconds = [
         manifest.report["seconds"]
         for manifest in manifests

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from assets import sample_images
 from jobs import comparison
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import manifests, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError, ModelError
@@ -94,7 +95,7 @@ def home(tmp_path, prompts, monkeypatch):
     for stage, key, frame in (
         (BASE, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema)), (PROMPTS, "standard", prompts)
     ):  # fmt: skip
-        store.commit(stage, key, Made(frame=frame), {"inputs": {}, "models": {}}, seconds=0)
+        store.writer.commit(stage, key, Made(frame=frame), {"inputs": {}, "models": {}}, seconds=0)
     return store
 
 
@@ -133,8 +134,8 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
         comparison.adopt(home, drawn)
     candidates.add_rival(home.home, "other", model)
     assert comparison.adopt(home, drawn) == "rival.other@0"
-    assert home.is_current(sample_images.STAGE, "rival.other@0")
-    assert len(list(home.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
+    assert home.currency.is_current(sample_images.STAGE, "rival.other@0")
+    assert len(list(home.paths.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
 
 
 def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, tmp_path):

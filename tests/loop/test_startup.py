@@ -13,7 +13,8 @@ from tiny_runs import TinyRun, training_rows
 from assets.checkpoints import prepare as launch
 from resources.graph import Scope, Stage
 from resources.workspace.setup import configure_run, resolve_run
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import commit, manifests
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
@@ -174,15 +175,15 @@ vae = "models/better"
     for encoding, carried in (("own", None), ("better", vae)):
         stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
         made = Made(frame=training_rows(4, 1))
-        store.commit(stage, encoding, made, {"inputs": {}, "models": {}}, seconds=0)
+        store.writer.commit(stage, encoding, made, {"inputs": {}, "models": {}}, seconds=0)
         launch(store, encoding, RunConfig(encoding=encoding))
-        inputs = run_folder.read_inputs(store.run_folder(encoding))
+        inputs = run_folder.read_inputs(store.paths.run_folder(encoding))
         assert (inputs.vae, inputs.vae_digest) == (carried, model_digest(carried or base / "vae"))
     # A run that comes back from a bundle needs no base model any more.
     shutil.rmtree(base)
-    change_inputs(TinyRun(store.run_folder("better"), None, None, None), vae="nowhere")
+    change_inputs(TinyRun(store.paths.run_folder("better"), None, None, None), vae="nowhere")
     launch(store, "better", RunConfig(encoding="better"))
-    assert run_folder.read_inputs(store.run_folder("better")).vae == vae
+    assert run_folder.read_inputs(store.paths.run_folder("better")).vae == vae
 
 
 def test_another_vae_than_recorded_is_refused_before_the_first_step(make_run, train, other_vae):
@@ -270,11 +271,11 @@ vae = "models/other/vae"
 """)
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(
+    store.writer.commit(
         stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
     )
     launch(store, "one", RunConfig(encoding="own", base="other"))
-    inputs = run_folder.read_inputs(store.run_folder("one"))
+    inputs = run_folder.read_inputs(store.paths.run_folder("one"))
     assert (inputs.base_model, inputs.base_digest, inputs.vae) == (other, model_digest(other), None)
     with pytest.raises(
         ModelError, match=r"\[models\] bases\.gone\.path = 'models/gone': folder .* is missing"
@@ -310,10 +311,10 @@ def test_a_started_run_keeps_its_base_when_foundry_toml_names_it_no_more(tiny_sd
     )
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(
+    store.writer.commit(
         stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
     )
     launch(store, "one", RunConfig(encoding="own", base="other"))
     config.write_text("format = 1\n[encodings.own]\n")
     launch(Store(tmp_path), "one", RunConfig(encoding="own", base="other"))
-    assert run_folder.read_inputs(store.run_folder("one")).base_model == tiny_sdxl
+    assert run_folder.read_inputs(store.paths.run_folder("one")).base_model == tiny_sdxl

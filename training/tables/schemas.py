@@ -70,6 +70,8 @@ class Table:
     row: str
     key: tuple[str, ...]
     columns: Mapping[str, Column]
+    has_generations: bool = False
+    """Whether a new commit of a part adds a generation and leaves the older ones."""
 
     @property
     def schema(self) -> pl.Schema:
@@ -416,6 +418,7 @@ TABLES: dict[str, Table] = {
                     pl.Int32, "generation that encoded it; an older one's row is copied as it is"
                 ),
             },
+            has_generations=True,
         ),
         Table(
             "training_set",

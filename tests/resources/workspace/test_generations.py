@@ -25,7 +25,7 @@ def store(make_run, tmp_path):
     toml = tmp_path / "foundry.toml"
     toml.write_text('format = 1\n[encodings.tiny]\ncrop = "random"\n')
     store = Store(tmp_path)
-    assert store.parts("latents") == ["tiny|s000000", "tiny|s000001"]
+    assert store.tables.parts("latents") == ["tiny|s000000", "tiny|s000001"]
     return run, store
 
 
