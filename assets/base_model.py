@@ -8,7 +8,8 @@ from assets.partitions import mirror, models
 from resources.graph import Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
-from training.models.base_model import checkpoint_name, inspect
+from training.models.base_model import inspect
+from training.names import CheckpointName
 from training.tables.schemas import TABLES
 
 STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
@@ -24,7 +25,7 @@ def base_model(
         digest = store.models.digest(key)
         row = {
             "name": key,
-            "checkpoint": checkpoint_name(digest),
+            "checkpoint": str(CheckpointName.of_base(digest)),
             "digest": digest,
             "parents": [],
             **inspect(store.models.path(key)),

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import dagster as dg
 import polars as pl
 
-from assets.verdicts import VERDICTS
 from resources.workspace import generations
 from resources.workspace.store import Store
 from training.evaluation.prompt_building import TEXTS, trained_texts
 from training.evaluation.prompt_sets import overlap
 from training.latents.files import MAX_RECONSTRUCTION_ERROR
+from training.names import ShardKey, VerdictName
 
 MIN_USABLE_SHARE = 0.5
 MAX_JUNK_SHARE = 0.5
@@ -336,7 +336,9 @@ def all_samples_encoded(store: Store) -> Finding:
     missing = 0
     for part in store.tables.parts("training_set"):
         samples = store.read("training_set", ["image_id"], [part])
-        encoded = [name for name in store.tables.parts("latents") if name.startswith(f"{part}|")]
+        encoded = [
+            name for name in store.tables.parts("latents") if ShardKey.parse(name).encoding == part
+        ]
         missing += samples.join(
             store.read("latents", ["image_id"], encoded), on="image_id", how="anti"
         ).height
@@ -427,7 +429,7 @@ def every_picture_scored(store: Store) -> Finding:
 def nothing_got_worse(store: Store) -> Finding:
     """No checkpoint is worse than its base on any metric over all prompts."""
     against_base = [
-        part for part in store.tables.parts("verdicts") if part.startswith(VERDICTS.prefix)
+        part for part in store.tables.parts("verdicts") if VerdictName.parse(part).is_against_base
     ]
     frame = store.read("verdicts", parts=against_base)
     frame = frame.filter((pl.col("group") == "all") & (pl.col("verdict") == "worse"))

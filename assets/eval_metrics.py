@@ -17,6 +17,7 @@ from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.evaluation import overbaked, summary
 from training.images import figures
+from training.names import CheckpointName
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
@@ -93,7 +94,9 @@ def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) 
         "group", "metric"
     )
     failed = frame.filter(pl.col("metric") == "failed").join(samples, on="prompt_id").head(20)
-    url = workspace_tracking(store.home, store.config.tracking.uri).run_url(key.partition("@")[0])
+    url = workspace_tracking(store.home, store.config.tracking.uri).run_url(
+        CheckpointName.parse(key).run
+    )
     clip_scores = frame.filter(pl.col("metric") == "clip_score")["value"].to_list()
     headlines = ("num_failed", *summary.COLUMNS, "aesthetic_std_within", "overbaked_index")
     further = [f"{name}_mean" for name in store.config.evaluation.scoring.scorers]
@@ -166,14 +169,14 @@ def _looks(summed: Mapping[str, float]) -> list[dict[str, object]]:
 
 def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, object]:
     """What alarms in this checkpoint, and the last one of its run before the alarm."""
-    run = key.rpartition("@")[0]
+    run = CheckpointName.parse(key).run
     summaries = {key: summed}
     for part in store.tables.parts("eval_metrics"):
-        if part.rpartition("@")[0] == run and part != key:
+        if CheckpointName.parse(part).run == run and part != key:
             summaries[part] = _summary(
                 store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])
             )
-    ordered = sorted(summaries.items(), key=lambda item: int(item[0].rpartition("@")[2]))
+    ordered = sorted(summaries.items(), key=lambda item: CheckpointName.parse(item[0]))
     if not any(overbaked.alarms(one) for one in summaries.values()):
         return {}
     return {

@@ -27,6 +27,7 @@ from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_s
 from training.latents.files import Generation, read_generation
 from training.latents.files import generations as numbers_of
 from training.manifests import Manifest
+from training.names import GenerationName, OwnedPart, ShardKey
 from training.tables.schemas import rejections
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ STAGE = Stage(
             Per.ROWS,
         ),
     ),
-    config=lambda config, key: config.encodings[key.partition("|")[0]],
+    config=lambda config, key: config.encodings[ShardKey.parse(key).encoding],
     settings="encodings.{encoding}",
     models=("vae",),
     others=_read_by_some,
@@ -142,7 +143,7 @@ def latents(
             rows_in=len(chosen),
             files=shard.files,
             report={
-                "generation": f"g{number:04d}",
+                "generation": str(GenerationName(number)),
                 **_report(shard, number, encoding.batch_size, seconds),
             },
         )
@@ -238,9 +239,7 @@ def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
     shown."""
     shard = STAGE.shard(key)
     parts = [
-        part
-        for part in store.tables.parts("watermark_boxes")
-        if part == shard or part.startswith(f"{shard}.")
+        part for part in store.tables.parts("watermark_boxes") if OwnedPart.owner_of(part) == shard
     ]
     rows = store.read("watermark_boxes", ["image_id", "boxes"], parts).unique(
         "image_id", keep="first"

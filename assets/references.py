@@ -21,6 +21,7 @@ from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
 from training.images.decode_pool import DecodePool
 from training.manifests import read_parquet
+from training.names import CheckpointName
 from training.runs.run_folder import INPUTS, RunInputs, read_inputs
 from training.sampling.image_files import read_if_there, read_or_explain
 from training.sources import source_listing
@@ -162,7 +163,7 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
 
 def _inputs(store: Store, key: str) -> RunInputs | None:
     """What the run of a checkpoint was made from; None for models that were not trained here."""
-    folder = store.home / "runs" / key.rpartition("@")[0]
+    folder = store.home / "runs" / CheckpointName.parse(key).run
     if not (folder / INPUTS).is_file():
         return None
     inputs = read_inputs(folder)

@@ -23,6 +23,7 @@ from training.errors import DataError
 from training.images import figures
 from training.manifests import read_parquet
 from training.models.base_model import inspect
+from training.names import VerdictName
 from training.reports import contact_sheet
 from training.reports.model_card import Card, Picture
 from training.runs import release as releasing
@@ -45,7 +46,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
         return {"checkpoint": "absent"}
     base = store.checkpoints.base() or "base"
     tables = [
-        ("verdicts", f"base~{last}"),
+        ("verdicts", str(VerdictName.against_base(last))),
         *(("eval_metrics", name) for name in (base, *evaluated(store, key))),
     ]
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
@@ -179,7 +180,7 @@ def render_card(
         run_facts=card_facts.summarise_run(read_lines(folder / EVENTS)),
         evaluation=store.config.evaluation,
         summaries=[(name, summary_of(store, name)) for name in shown(store, run, last)],
-        verdicts=store.read("verdicts", parts=[f"base~{last}"]),
+        verdicts=store.read("verdicts", parts=[str(VerdictName.against_base(last))]),
         pictures=pictures,
     )
     words = vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256)

@@ -24,7 +24,7 @@ from training.commit import lock
 from training.config.workspace import WorkspaceConfig
 from training.errors import DataError, EvaluationError, FailedPicturesError
 from training.evaluation import champion
-from training.names import CheckpointName
+from training.names import CheckpointName, VerdictName
 from training.runs import retention, run_folder
 from training.tables.schemas import TABLES
 
@@ -41,7 +41,7 @@ def _base_scores(store: Store, key: str) -> dict[str, str]:
 
 def _pair_scores(store: Store, key: str) -> dict[str, str]:
     """Digests of both sides' scores."""
-    found = {name: store.manifest("eval_metrics", name) for name in key.split("~")}
+    found = {name: store.manifest("eval_metrics", name) for name in VerdictName.parse(key)}
     return {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
 
 
@@ -60,7 +60,7 @@ VERDICTS = Stage(
     settings="evaluation.verdicts",
     models=("clip", "aesthetic"),
     others=_base_scores,
-    prefix="base~",
+    prefix=str(VerdictName.against_base("")),
 )
 CHAMPION = "champion"
 """Under which the champion is kept from retention."""
@@ -204,7 +204,7 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
         scores_of(store, b),
         store.config.evaluation.verdicts.margins,
     )
-    against_base, pair = a == store.checkpoints.base(), f"{a}~{b}"
+    against_base, pair = a == store.checkpoints.base(), str(VerdictName(a, b))
     stage, key = (
         (VERDICTS, b)
         if against_base and not one_of_many

@@ -26,7 +26,7 @@ from training.commit import lock, write_bytes
 from training.config.workspace import DevicesConfig
 from training.errors import DataError, EvaluationError, PipelineError
 from training.evaluation import candidates, champion
-from training.names import CheckpointName
+from training.names import EXTERNAL, CheckpointName, VerdictName
 from training.progress import report
 from training.runs.run_folder import READY, read_ready
 from training.runs.run_folder import checkpoints as ready_checkpoints
@@ -62,8 +62,8 @@ def resolve(store: Store, name: str) -> str:
         if now is None:
             raise DataError("there is no champion yet: run `foundry evaluate`")
         name = now.checkpoint
-    elif name.startswith(candidates.RIVAL) or name in candidates.read_rivals(store.home):
-        name = f"{candidates.RIVAL}{name.removeprefix(candidates.RIVAL).removesuffix('@0')}@0"
+    elif name.startswith(EXTERNAL) or name in candidates.read_rivals(store.home):
+        name = str(CheckpointName.of_external(name.removeprefix(EXTERNAL).removesuffix("@0")))
     elif "@" not in name:
         saved = ready_checkpoints(store.paths.run_folder(name))
         if not saved:
@@ -163,7 +163,7 @@ def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Compari
     evaluate(home, names, started=started)
     store = Store(home)
     rows = store.read("verdicts", parts=[verdicts.judge_pair(store, *names)])
-    path = store.home / FOLDER / f"{'~'.join(names)}.html"
+    path = store.home / FOLDER / f"{VerdictName(*names)}.html"
     write_bytes(path, render(store, names, rows).encode())
     rebuild(store)
     return Comparison(a=names[0], b=names[1], verdicts=rows, report=path)
@@ -218,7 +218,9 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
     run: here it may be the base or a rival.
     """
     base = store.checkpoints.base()
-    rivals = [f"{candidates.RIVAL}{rival}@0" for rival in candidates.read_rivals(store.home)]
+    rivals = [
+        str(CheckpointName.of_external(rival)) for rival in candidates.read_rivals(store.home)
+    ]
     for key in [name, *([base] if base else []), *rivals]:
         with contextlib.suppress(
             DataError

@@ -14,6 +14,7 @@ from training.latents.encoding import placement_of
 from training.latents.files import from_bfloat16, generations, read_generation
 from training.latents.importing import Format, LatentImport, find_files
 from training.models.base_model import config_folder
+from training.names import ShardKey
 from training.progress import track
 
 _ROWS_AT_A_TIME = 64
@@ -54,7 +55,9 @@ def import_latents(
 
     _check_encoding(store, encoding)
     files = find_files(folder, kind, index)
-    present = [part for part in store.tables.parts("latents") if part.startswith(f"{encoding}|")]
+    present = [
+        part for part in store.tables.parts("latents") if ShardKey.parse(part).encoding == encoding
+    ]
     if present:
         raise DataError(
             f"encoding {encoding!r} has latents already ({present[0]}): import into an encoding of its own, "
@@ -71,7 +74,7 @@ def import_latents(
         vae=Vae.load(store.models.vae_folder(encoding), "cpu"), vae_digest=store.models.vae_digest(encoding),
     )  # fmt: skip
     made = {}
-    keys = [f"{encoding}|{shard}" for shard in shards]
+    keys = [str(ShardKey(encoding, shard)) for shard in shards]
     for key in track(keys, "shards", len(keys)):
         frame, entries = work.shard(
             store.tables.folder("latents", key), latents.pictures(store, key), names
@@ -112,7 +115,9 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
         DataError: it has no latents, or a picture's name leads out of `folder`.
     """
     _check_encoding(store, encoding)
-    parts = [part for part in store.tables.parts("latents") if part.startswith(f"{encoding}|")]
+    parts = [
+        part for part in store.tables.parts("latents") if ShardKey.parse(part).encoding == encoding
+    ]
     if not parts:
         raise DataError(
             f"encoding {encoding!r} has no latents: run `foundry run --select latents` first"

@@ -245,9 +245,11 @@ def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[st
     else singly."""
     if one_by_one or stage.scope not in (Scope.SHARD, Scope.ENCODING_SHARD):
         return [[key] for key in keys]
+    if stage.scope is Scope.SHARD:
+        return [keys]
     groups: dict[str, list[str]] = {}
     for key in keys:
-        groups.setdefault(key.rpartition("|")[0], []).append(key)
+        groups.setdefault(stage.encoding(key), []).append(key)
     return list(groups.values())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from training import toml
 from training.config.workspace import WorkspaceConfig
-from training.names import EncodedShard, OwnedPart
+from training.names import OwnedPart, ShardKey
 
 
 class Scope(StrEnum):
@@ -109,11 +109,11 @@ class Stage:
 
     def shard(self, key: str) -> str:
         """The shard of a partition key (`sdxl|s000012` -> `s000012`)."""
-        return EncodedShard.parse(key).shard if self._by_encoding_and_shard else key
+        return ShardKey.parse(key).shard if self._by_encoding_and_shard else key
 
     def encoding(self, key: str) -> str:
         """The encoding of a partition key (`sdxl|s000012` -> `sdxl`)."""
-        return EncodedShard.parse(key).encoding if self._by_encoding_and_shard else key
+        return ShardKey.parse(key).encoding if self._by_encoding_and_shard else key
 
     @property
     def _by_encoding_and_shard(self) -> bool:

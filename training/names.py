@@ -139,7 +139,7 @@ class GenerationName(NamedTuple):
         return f"{self}.json"
 
 
-class EncodedShard(NamedTuple):
+class ShardKey(NamedTuple):
     """`sdxl|s000012`: the partition of a table per encoding and shard."""
 
     encoding: str

@@ -27,6 +27,7 @@ from resources.graph import Scope
 from resources.workspace.staleness import StageStatus, grouped
 from resources.workspace.store import Store
 from training.evaluation import champion, verdict
+from training.names import VerdictName
 from training.progress import listen, told
 from training.runs.run_folder import is_away
 
@@ -183,8 +184,13 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
 
 def _verdicts(store: Store, console: Console) -> None:
     """Base against fine-tuned, once there is a verdict."""
-    last = [store.checkpoints.last(run) for run in store.checkpoints.finished_runs()]
-    parts = [part for name in last if (part := f"base~{name}") in store.tables.parts("verdicts")]
+    runs = store.checkpoints.finished_runs()
+    last = [name for run in runs if (name := store.checkpoints.last(run))]
+    parts = [
+        part
+        for name in last
+        if (part := str(VerdictName.against_base(name))) in store.tables.parts("verdicts")
+    ]
     if not parts:
         return
     _against_base(store, parts, ("base", "fine-tuned"), console)
@@ -208,7 +214,7 @@ def _against_base(
         if (
             manifest is not None
             and not manifest.rows
-            and part != f"base~{store.checkpoints.base()}"
+            and VerdictName.parse(part).b != store.checkpoints.base()
         ):
             console.print(manifest.report["numbers"]["note"], soft_wrap=True, markup=False)
 
@@ -239,7 +245,11 @@ def _champion(store: Store, console: Console) -> None:
 def evaluated(store: Store, names: Sequence[str]) -> None:
     """Verdicts of checkpoints against the base, and the champion."""
     console = Console()
-    parts = [part for name in names if (part := f"base~{name}") in store.tables.parts("verdicts")]
+    parts = [
+        part
+        for name in names
+        if (part := str(VerdictName.against_base(name))) in store.tables.parts("verdicts")
+    ]
     _against_base(store, parts, ("base", "judged"), console)
     _champion(store, console)
 

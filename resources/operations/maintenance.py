@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from resources import torchrun
+from resources.workspace.layouts import all_manifests, layout_of
 from resources.workspace.named_files import find_damage
 from resources.workspace.store import Store
 from training.commit import (
@@ -30,12 +31,12 @@ from training.manifests import (
     Manifest,
     check_entry,
     commit_manifest,
-    manifests,
     parquet_columns,
     read_manifest,
     read_parquet,
     write_parquet,
 )
+from training.names import GenerationName
 from training.progress import track
 from training.runs.event_log import has_finished
 from training.runs.run_folder import (
@@ -74,19 +75,12 @@ class Problem:
     """Damaged files that are named by rows of the part and not by its manifest."""
 
 
-def manifest_paths(store: Store) -> Iterator[Path]:
-    """Every manifest of the workspace: all tables, all generations of latents."""
-    for folder in sorted((store.home / "tables").glob("*/")):
-        yield from manifests(folder)
-    yield from sorted((store.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json"))
-
-
 def verify(store: Store) -> list[Problem]:
     """Compare every committed file with its manifest in full, each manifest with its own digest and
     with what it names elsewhere, and images and releases with the rows that name them; find files
     that no manifest names, and what killed writers left behind."""
     problems: list[Problem] = []
-    paths = list(manifest_paths(store))
+    paths = list(all_manifests(store.home))
     for path in track(paths, "parts", len(paths)):
         try:
             manifest = read_manifest(path)
@@ -125,10 +119,7 @@ def _check_place(path: Path, manifest: Manifest) -> None:
     Raises:
         DamageError: names both parts.
     """
-    if manifest.table == "latents":
-        here = ("latents", f"{path.parent.parent.name}|{path.parent.name}")
-    else:
-        here = (path.parent.name, path.stem)
+    here = layout_of(manifest.table).part_at(path)
     if here != (manifest.table, manifest.part):
         raise DamageError(
             f"manifest {path} is that of {manifest.table} {manifest.part}, and not of {' '.join(here)}; {_MEND}"
@@ -203,7 +194,7 @@ def orphans(store: Store) -> list[Path]:
     """Files under tables/ and latents/ that no manifest and no run names, and everywhere what
     killed writers left."""
     named: set[Path] = set()
-    for path in manifest_paths(store):
+    for path in all_manifests(store.home):
         named.add(path)
         named.update(_content(path))
     named.update(training_sets_in_use(store))
@@ -388,7 +379,7 @@ def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
     _forget_in_frozen_sets(store, runs, image_ids)
     for path in (
-        *manifest_paths(store),
+        *all_manifests(store.home),
         *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json")),
     ):
         manifest = read_manifest(path)
@@ -447,7 +438,7 @@ def _forget_latents(
 
     One that cannot be read is deleted as a whole: the next run encodes the shard again.
     """
-    folder, number = path.parent, int(path.stem[1:])
+    folder, number = path.parent, GenerationName.parse(path.stem).number
     try:
         generation = read_generation(folder, number)
         if not generation.table()["image_id"].is_in(image_ids).any():
@@ -480,7 +471,7 @@ def _forget_latents(
 def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
     """Delete what no manifest names and still holds one of the images: unfinished batches, old
     content, quarantine."""
-    named = {path.parent / name for path in manifest_paths(store) for name in _names(path)}
+    named = {path.parent / name for path in all_manifests(store.home) for name in _names(path)}
     named |= training_sets_in_use(store)
     for top in ("tables", "latents", QUARANTINE):
         for path in sorted((store.home / top).rglob("*.parquet")):

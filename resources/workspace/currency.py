@@ -16,7 +16,7 @@ from resources.workspace.tables import Tables
 from training.commit import json_digest, write_json
 from training.errors import PipelineError
 from training.manifests import Manifest
-from training.names import EncodedShard
+from training.names import ShardKey
 from training.runs.event_log import has_finished
 from training.runs.run_folder import EVENTS, READY, checkpoint_folder
 
@@ -44,7 +44,7 @@ class Currency:
                 return sorted(self.paths.config.encodings)
             case Scope.ENCODING_SHARD:
                 encodings, listed = sorted(self.paths.config.encodings), self.tables.shards()
-                return [str(EncodedShard(name, shard)) for name in encodings for shard in listed]
+                return [str(ShardKey(name, shard)) for name in encodings for shard in listed]
             case Scope.MODEL:
                 return ["base"]
             case Scope.PROMPT_SET:

@@ -15,6 +15,7 @@ from training.errors import DamageError
 from training.latents.files import generations
 from training.latents.source import LatentSource
 from training.manifests import Entry, read_manifest
+from training.names import GenerationName, ShardKey
 from training.runs import run_folder
 from training.runs.event_log import has_finished
 from training.runs.training_set import shards_of
@@ -46,7 +47,7 @@ class Encoded:
     @property
     def part(self) -> str:
         """The partition, `<encoding>|<shard>`."""
-        return f"{self.encoding}|{self.shard}"
+        return str(ShardKey(self.encoding, self.shard))
 
 
 def listed(store: Store) -> list[Encoded]:
@@ -54,12 +55,12 @@ def listed(store: Store) -> list[Encoded]:
     `verify`."""
     found = []
     for part in store.tables.parts("latents"):
-        encoding, _, shard = part.partition("|")
+        encoding, shard = ShardKey.parse(part)
         folder = store.tables.folder("latents", part)
         numbers = generations(folder)
         for number in numbers:
             try:
-                manifest = read_manifest(folder / f"g{number:04d}.json")
+                manifest = read_manifest(folder / GenerationName(number).manifest)
             except DamageError:
                 continue
             assert manifest is not None
@@ -149,11 +150,11 @@ def collect(
     removed, total = [], 0
     for item in listed(store):
         folder = store.tables.folder("latents", item.part)
-        path = folder / f"g{item.generation:04d}.json"
+        path = folder / GenerationName(item.generation).manifest
         if item.current or path in needed or (part is not None and item.part != part):
             continue
         successor = min(number for number in generations(folder) if number > item.generation)
-        if time.time() - (folder / f"g{successor:04d}.json").stat().st_mtime < min_age_s:
+        if time.time() - (folder / GenerationName(successor).manifest).stat().st_mtime < min_age_s:
             continue
         manifest = read_manifest(path)
         assert manifest is not None
@@ -170,7 +171,7 @@ def collect(
 
 
 def _files(folder: Path, number: int) -> tuple[Entry, ...]:
-    manifest = read_manifest(folder / f"g{number:04d}.json")
+    manifest = read_manifest(folder / GenerationName(number).manifest)
     return () if manifest is None else manifest.files
 
 
@@ -182,12 +183,14 @@ def _needed(store: Store) -> Iterator[Path]:
         inputs = run_folder.read_inputs(path.parent)
         for pins in run_folder.pinned_latents(path.parent):
             for shard, pin in pins.items():
-                yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
+                yield inputs.latents / shard / GenerationName(pin["generation"]).manifest
         for shard, numbers in run_folder.bundled_latents(path.parent).items():
-            yield from (inputs.latents / shard / f"g{number:04d}.json" for number in numbers)
+            yield from (
+                inputs.latents / shard / GenerationName(number).manifest for number in numbers
+            )
         samples = shards_of(inputs.training_set)
         source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
         for (shard,), rows in samples.group_by("shard"):
             generation, _, _ = source.choose(str(shard), rows["image_id"].to_list())
             if generation is not None:
-                yield generation.folder / f"g{generation.number:04d}.json"
+                yield generation.folder / generation.name.manifest

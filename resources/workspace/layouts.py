@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.manifests import manifests
-from training.names import EncodedShard, GenerationName
+from training.names import GenerationName, ShardKey
 from training.tables.schemas import TABLES
 
 
@@ -58,7 +58,7 @@ class _Generations:
     """`<table>/<encoding>/<shard>/g0003.json`: a new commit adds a generation."""
 
     def folder(self, home: Path, table: str, part: str) -> Path:
-        key = EncodedShard.parse(part)
+        key = ShardKey.parse(part)
         return home / table / key.encoding / key.shard
 
     def manifest(self, folder: Path, part: str) -> Path:
@@ -73,7 +73,7 @@ class _Generations:
 
     def part_at(self, manifest: Path) -> tuple[str, str]:
         shard = manifest.parent
-        return shard.parents[1].name, str(EncodedShard(shard.parent.name, shard.name))
+        return shard.parents[1].name, str(ShardKey(shard.parent.name, shard.name))
 
     def stem(self, part: str, report: Mapping[str, Any]) -> str:
         return str(report["generation"])

@@ -10,7 +10,7 @@ from resources.graph import Per, Reads, Stage
 from resources.workspace.tables import Tables
 from training.commit import column_digests, json_digest, logical_digest
 from training.manifests import Manifest
-from training.names import EncodedShard, OwnedPart
+from training.names import OwnedPart, ShardKey
 from training.tables.schemas import TABLES
 
 
@@ -63,7 +63,7 @@ class Slices:
                 return [part for part in parts if part == stage.encoding(key)]
             case Per.ENCODING_ALL:
                 encoding = stage.encoding(key)
-                return [part for part in parts if EncodedShard.parse(part).encoding == encoding]
+                return [part for part in parts if ShardKey.parse(part).encoding == encoding]
 
     def _rows_digest(self, manifest: Manifest, reads: Reads, shard: str) -> str:
         """Digest of one shard's rows of a whole table; all shards are digested in one pass and

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from training import commit
 from training.errors import ConfigError, DamageError
-from training.names import check_name
+from training.names import CheckpointName, check_name
 
 FILE = "rivals.json"
-RIVAL = "rival."
-"""Begins the names of rivals as checkpoints, `rival.<name>@0`, and of no run."""
 _FORMAT = 1
 
 
@@ -64,7 +62,7 @@ def add_rival(home: Path, name: str, model: Path) -> str:
     if rivals.get(name, str(model)) != str(model):
         raise ConfigError(f"rival {name!r} is {rivals[name]} already; choose another name")
     _write(home, {**rivals, name: str(model)})
-    return f"{RIVAL}{name}@0"
+    return str(CheckpointName.of_external(name))
 
 
 def remove_rival(home: Path, name: str) -> None:

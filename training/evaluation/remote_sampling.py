@@ -19,7 +19,8 @@ from training import commit, manifests, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
-from training.models.base_model import SUFFIX, checkpoint_name
+from training.models.base_model import SUFFIX
+from training.names import CheckpointName
 from training.runs import run_folder
 from training.sampling.prompt_reading import read_set
 from training.sampling.sampling_inputs import input_digests
@@ -95,7 +96,7 @@ def identify(checkpoint: Path) -> tuple[str, str]:
         ready = run_folder.check_checkpoint(checkpoint)
         return ready.checkpoint, ready.digest
     weights = model_digest(checkpoint)
-    return checkpoint_name(weights), weights
+    return str(CheckpointName.of_base(weights)), weights
 
 
 def draw(

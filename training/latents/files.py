@@ -11,7 +11,6 @@ bfloat16 is kept as its 16 bits in uint16, because NumPy has no such type;
 
 import dataclasses
 import json
-import re
 import struct
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +25,7 @@ from training import commit, manifests
 from training.buckets.geometry import Size
 from training.errors import DamageError, DataError
 from training.latents import codec as latent_codec
+from training.names import GenerationName
 from training.tables.schemas import TABLES
 
 LATENTS = "latents"
@@ -40,7 +40,6 @@ _DTYPES = {1: "U8", 2: "BF16", 8: "I64"}
 _STORED = {"U8": "<u1", "BF16": "<u2", "I64": "<i8"}
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 1 << 20
-_MANIFEST_NAME = re.compile(r"g(\d{4,})\.json")
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -133,7 +132,7 @@ class BucketWriter:
     def _flush(self) -> None:
         arrays = _stored(self._rows, self.codec)
         metadata = {**self.metadata, "codec": self.codec}
-        stem = f"g{self.generation:04d}-{self.bucket}"
+        stem = f"{GenerationName(self.generation)}-{self.bucket}"
         entry = manifests.write_named(
             self.folder, stem, ".safetensors", lambda path: _write(path, arrays, metadata)
         )
@@ -374,6 +373,11 @@ class Generation:
     manifest: manifests.Manifest
     """Its commit."""
 
+    @property
+    def name(self) -> GenerationName:
+        """`g0003`."""
+        return GenerationName(self.number)
+
     def table(self) -> pl.DataFrame:
         """The rows of the table `latents`.
 
@@ -442,7 +446,7 @@ def write_without(generation: Generation, image_ids: Collection[str]) -> manifes
         kept = kept.update(places, on="image_id")
     kept = TABLES["latents"].conform(kept)
     digests = commit.column_digests(kept)
-    first = manifests.write_parquet(folder, f"g{generation.number:04d}", kept)
+    first = manifests.write_parquet(folder, str(generation.name), kept)
     return dataclasses.replace(
         generation.manifest,
         files=(first, *entries),
@@ -458,15 +462,8 @@ def generations(folder: Path) -> list[int]:
     none."""
     if not folder.is_dir():
         return []
-    return sorted(
-        number for path in folder.iterdir() if (number := manifest_number(path.name)) is not None
-    )
-
-
-def manifest_number(name: str) -> int | None:
-    """The generation whose manifest has this file name; None for any other file."""
-    match = _MANIFEST_NAME.fullmatch(name)
-    return int(match[1]) if match else None
+    names = (GenerationName.of_manifest(path.name) for path in folder.iterdir())
+    return sorted(name.number for name in names if name)
 
 
 def read_generation(folder: Path, number: int) -> Generation:
@@ -475,7 +472,7 @@ def read_generation(folder: Path, number: int) -> Generation:
     Raises:
         DamageError: there is no such manifest, or it is damaged.
     """
-    manifest = manifests.read_manifest(folder / f"g{number:04d}.json")
+    manifest = manifests.read_manifest(folder / GenerationName(number).manifest)
     if manifest is None:
         raise DamageError(f"{folder} has no generation {number}; it has {generations(folder)}")
     return Generation(folder=folder, number=number, manifest=manifest)

@@ -19,10 +19,10 @@ from training.latents.files import (
     Generation,
     LatentFile,
     generations,
-    manifest_number,
     read_generation,
 )
 from training.manifests import Entry
+from training.names import GenerationName
 
 _ATTEMPTS = 3
 
@@ -162,7 +162,7 @@ class LatentSource:
         if not self._vae_digest or found == self._vae_digest:
             return ""
         return (
-            f"{generation.folder.name} g{generation.number:04d} was encoded with VAE {found[:16]}, the run's is "
+            f"{generation.folder.name} {generation.name} was encoded with VAE {found[:16]}, the run's is "
             f"{self._vae_digest[:16]}"
         )
 
@@ -177,11 +177,11 @@ class LatentSource:
             str(path).rpartition("/")[2]
             for path in self._fs.ls(f"{self._root}/{shard}", detail=False)
         )
-        return sorted(number for name in names if (number := manifest_number(name)) is not None)
+        return sorted(found.number for name in names if (found := GenerationName.of_manifest(name)))
 
     def _fetch_manifest(self, shard: str, number: int) -> None:
         """Fetch a generation's table, and then its manifest."""
-        target = self.folder / shard / f"g{number:04d}.json"
+        target = self.folder / shard / GenerationName(number).manifest
         if target.is_file():
             return
         content = self._fs.cat_file(f"{self._root}/{shard}/{target.name}")
@@ -199,5 +199,5 @@ def _incomplete(generation: Generation) -> str:
         found = path.stat().st_size if path.is_file() else None
         if found != entry.bytes:
             state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
-            return f"{generation.folder.name} g{generation.number:04d} is not whole: {path} {state}"
+            return f"{generation.folder.name} {generation.name} is not whole: {path} {state}"
     return ""

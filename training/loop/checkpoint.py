@@ -24,6 +24,7 @@ from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
 from training.errors import ConfigError, DamageError, TrainingError
 from training.models.unet import PipelineParts, read_weights, save_diffusers_folder
+from training.names import CheckpointName
 from training.optimization.ema import Ema
 from training.optimization.offload import Offload
 from training.optimization.optim import optimizer_state, restore_optimizer
@@ -223,7 +224,7 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
         _write_state(temporary / STATE, snapshot)
         ready = Ready(
             run=inputs.run,
-            checkpoint=f"{inputs.run}@{clock.samples_seen}",
+            checkpoint=str(CheckpointName(inputs.run, clock.samples_seen)),
             samples_seen=clock.samples_seen,
             files=files,
             state_files=_entries(temporary / STATE, prefix=f"{STATE}/"),

@@ -10,7 +10,7 @@ from enum import StrEnum
 import polars as pl
 
 from training.errors import DataError
-from training.names import RESERVED
+from training.names import CheckpointName, ShardKey
 
 BOX = pl.Struct(dict.fromkeys(("y0", "x0", "y1", "x1"), pl.Float64))
 SCORED_BOX = pl.Struct(dict.fromkeys(("y0", "x0", "y1", "x1", "confidence"), pl.Float64))
@@ -646,9 +646,11 @@ def part_values(table: str, part: str) -> dict[str, str | None]:
     """
     names = PART_COLUMNS.get(table, ())
     if names == ("checkpoint", "run"):
-        run = None if part.startswith(RESERVED) else part.rpartition("@")[0]
-        return {"checkpoint": part, "run": run}
-    return dict(zip(names, part.split("|"), strict=True)) if names else {}
+        name = CheckpointName.parse(part)
+        return {"checkpoint": part, "run": name.run if name.is_of_run else None}
+    if len(names) > 1:
+        return dict(zip(names, ShardKey.parse(part), strict=True))
+    return dict.fromkeys(names, part)
 
 
 def markdown() -> str:
