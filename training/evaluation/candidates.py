@@ -1,13 +1,13 @@
 """Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models
 made by others."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from training import commit
-from training.errors import ConfigError, DamageError
+from training.errors import ConfigError
 from training.names import CheckpointName, check_name
+from training.records import read_record, write_record
 
 FILE = "rivals.json"
 _FORMAT = 1
@@ -37,18 +37,14 @@ def read_rivals(home: Path) -> dict[str, str]:
     Raises:
         DamageError: rivals.json cannot be read.
     """
-    path = home / FILE
-    try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != _FORMAT:
-            raise DamageError(
-                f"{path} has format {values['format']!r}, this version reads {_FORMAT}"
-            )
+
+    def build(values: dict[str, Any]) -> dict[str, str]:
         return {name: str(home / model) for name, model in sorted(values["rivals"].items())}
+
+    try:
+        return read_record(home / FILE, _FORMAT, build)
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamageError(f"{path} is damaged: {error!r}") from None
 
 
 def add_rival(home: Path, name: str, model: Path) -> str:
@@ -85,4 +81,4 @@ def _write(home: Path, rivals: dict[str, str]) -> None:
         name: str(Path(path).relative_to(home)) if name in inside else path
         for name, path in rivals.items()
     }
-    commit.write_json(home / FILE, {"format": _FORMAT, "rivals": named})
+    write_record(home / FILE, _FORMAT, {"rivals": named})
