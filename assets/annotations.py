@@ -15,12 +15,14 @@ from resources import devices, engine
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace import kept_rows
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.annotators.annotations import ROWS, Annotator, failures
-from training.commit import Manifest, json_digest
+from training.commit import json_digest
 from training.curation.captions import from_sources
 from training.errors import DataError
 from training.images import figures
+from training.manifests import Manifest
 from training.progress import track
 from training.tables.schemas import rejections
 
@@ -98,15 +100,15 @@ def _bring_up_to_date(
 ) -> list[tuple[Stage, Manifest]]:
     """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its
     pictures."""
-    with store.writing("annotations", key):
-        bases = {stage.name: store.basis(stage, key) for stage in wanted}
+    with store.writer.holding("annotations", key):
+        bases = {stage.name: store.currency.basis(stage, key) for stage in wanted}
         if None in bases.values():
             raise DataError(
                 f"annotations {key}: raw_images {key} is not committed yet; run that first"
             )
-        stale = [stage for stage in wanted if not store.is_current(stage, key)]
+        stale = [stage for stage in wanted if not store.currency.is_current(stage, key)]
         for stage in stale:
-            store.begin(stage, key, bases[stage.name] or {})
+            store.currency.begin(stage, key, bases[stage.name] or {})
         started = time.monotonic()
         made: dict[str, Made] = {}
         if networks := [stage for stage in stale if stage in NETWORKS]:
@@ -116,13 +118,13 @@ def _bring_up_to_date(
         for stage in stale:
             basis = bases[stage.name]
             assert basis is not None
-            manifest = store.commit(
+            manifest = store.writer.commit(
                 stage, key, made[stage.name], basis, seconds=time.monotonic() - started
             )
             context.log.info(
                 f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}"
             )
-        store.clear_partial("annotations", key)
+        store.writer.clear_partial("annotations", key)
         found = [(stage, store.manifest(stage.name, stage.part(key))) for stage in wanted]
         return [(stage, manifest) for stage, manifest in found if manifest is not None]
 
@@ -131,12 +133,12 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     """Run the networks of `stages` over a shard, batch by batch; finished batches survive a
     kill."""
     pictures = (
-        store.read_slice(EMBEDDINGS, "raw_images", key)
+        store.slices.read(EMBEDDINGS, "raw_images", key)
         .unique("image_id", keep="first")
         .sort("image_id")
     )
     config = store.config
-    models = {stage.model: store.model_path(stage.model) for stage in stages}
+    models = {stage.model: store.models.path(stage.model) for stage in stages}
     known = {stage.name: kept_rows.known(store, stage, key) for stage in stages}
     done_before = set.intersection(*(set(rows["image_id"]) for rows in known.values()))
     fresh = pictures.filter(~pl.col("image_id").is_in(list(done_before)))
@@ -144,12 +146,13 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     size = config.annotate.batch_size
     batches = [work[start : start + size] for start in range(0, len(work), size)]
     identity = json_digest(
-        [[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()]
+        [[stage.name, store.currency.basis(stage, key)] for stage in stages]
+        + [fresh["image_id"].to_list()]
     )
     worker = partial(Annotator, models, config.annotate, config.decode)
     with devices.hold("annotate", config.devices, store.home) as device:
         run = partial(engine.run, worker, (), devices=[device])
-        done = store.resume_batches("annotations", key, identity, batches, run)
+        done = store.writer.resume_batches("annotations", key, identity, batches, run)
         rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
     rejected = rejections("annotations", failures(rows))
     good = rows.filter(pl.col("failure").is_null())
@@ -227,8 +230,8 @@ def _report(
 
 def _captions(store: Store, key: str) -> Made:
     """Captions of a shard as its sidecars have them."""
-    raw = store.read_slice(CAPTIONS, "raw_images", key)
-    frame = from_sources(store.read_slice(CAPTIONS, "source_listing", key), raw)
+    raw = store.slices.read(CAPTIONS, "raw_images", key)
+    frame = from_sources(store.slices.read(CAPTIONS, "source_listing", key), raw)
     return Made(
         frame=frame,
         rows_in=raw["image_id"].n_unique(),

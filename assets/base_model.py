@@ -6,8 +6,10 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import mirror, models
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store
-from training.models.base_model import checkpoint_name, inspect
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training.models.base_model import inspect
+from training.names import CheckpointName
 from training.tables.schemas import TABLES
 
 STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
@@ -20,13 +22,13 @@ def base_model(
     """The model folder that runs start from: family, size, digest, and its name as a checkpoint."""
 
     def make(key: str) -> Made:
-        digest = store.model_digest(key)
+        digest = store.models.digest(key)
         row = {
             "name": key,
-            "checkpoint": checkpoint_name(digest),
+            "checkpoint": str(CheckpointName.of_base(digest)),
             "digest": digest,
             "parents": [],
-            **inspect(store.model_path(key)),
+            **inspect(store.models.path(key)),
         }
         numbers = {
             "parameters (millions)": round(row["num_parameters"] / 1e6, 2),

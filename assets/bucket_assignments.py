@@ -6,7 +6,8 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import encodings
 from resources.graph import Reads, Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import toml
 from training.buckets.bucket_assignments import assign, nothing_fits, report
 from training.errors import DataError
@@ -39,7 +40,7 @@ def bucket_assignments(
 
     def make(key: str) -> Made:
         encoding = store.config.encodings[key]
-        kept = store.read_slice(STAGE, "selected_images", key).filter(pl.col("kept")).drop("kept")
+        kept = store.slices.read(STAGE, "selected_images", key).filter(pl.col("kept")).drop("kept")
         kept = kept.with_columns(pl.col("tags").list.eval(pl.element().struct.field("name")))
         placed, rejected = assign(kept, encoding.buckets, encoding.up_crop, seed=encoding.seed)
         if kept.height and placed.is_empty():

@@ -17,7 +17,8 @@ from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import Tracking, workspace_tracking
 from resources.workspace.run_files import own_files
 from resources.workspace.setup import leave_out_forgotten
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.commit import lock
 from training.config.run import RunConfig
 from training.errors import ConfigError, DataError, TrackingError, TrainingError
@@ -70,7 +71,7 @@ def checkpoints(
             context.log.info(
                 f"run {key} goes on without {leave_out_forgotten(store, key)} forgotten images"
             )
-        folder = store.run_folder(key)
+        folder = store.paths.run_folder(key)
         if is_away(folder):
             raise ConfigError(
                 f"run {key} was bundled to be trained elsewhere: copy its folder back, or remove {folder / BUNDLED} to "
@@ -108,7 +109,7 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
     from training.curation import vocabulary
     from training.prompts.samples import Samples
 
-    folder = store.run_folder(key)
+    folder = store.paths.run_folder(key)
     if (folder / INPUTS).exists():
         adopt(folder, **own_files(store, run))
         if not has_finished(folder / EVENTS):
@@ -123,22 +124,22 @@ def prepare(store: Store, key: str, run: RunConfig) -> None:
             f"run {key}: encoding {run.encoding!r} has no training set; run `foundry run` first"
         )
     with lock(store.home / "locks" / f"run.{key}.lock", f"run {key}"):
-        samples = Samples(store.table_file("training_set", run.encoding))
+        samples = Samples(store.tables.file("training_set", run.encoding))
         words = vocabulary.from_tables(
             store.read("tag_vocabulary"), samples.tag_names, samples.word_names
         )
         inputs = RunInputs(
             run=key,
-            training_set=store.table_file("training_set", run.encoding),
+            training_set=store.tables.file("training_set", run.encoding),
             training_set_sha256=manifest.files[0].sha256,
             fingerprint=manifest.digest,
             vocabulary=folder / VOCABULARY,
             vocabulary_sha256=vocabulary.write(folder / VOCABULARY, words),
             latents=store.home / "latents" / run.encoding,
-            base_model=store.base_path(run.base),
-            base_digest=store.base_digest(run.base),
-            vae=store.vae_of_run(run.encoding, run.base),
-            vae_digest=store.vae_digest(run.encoding),
+            base_model=store.models.base_path(run.base),
+            base_digest=store.models.base_digest(run.base),
+            vae=store.models.vae_of_run(run.encoding, run.base),
+            vae_digest=store.models.vae_digest(run.encoding),
             tag_vocabulary=known.digest if known else "absent",
         )
         write_inputs(folder, inputs)

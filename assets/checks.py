@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import dagster as dg
 import polars as pl
 
-from assets.verdicts import VERDICTS
 from resources.workspace import generations
 from resources.workspace.store import Store
 from training.evaluation.prompt_building import TEXTS, trained_texts
 from training.evaluation.prompt_sets import overlap
 from training.latents.files import MAX_RECONSTRUCTION_ERROR
+from training.names import ShardKey, VerdictName
 
 MIN_USABLE_SHARE = 0.5
 MAX_JUNK_SHARE = 0.5
@@ -57,7 +57,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def _report_numbers(store: Store, table: str) -> list[Mapping[str, Any]]:
-    manifests = [store.manifest(table, part) for part in store.parts(table)]
+    manifests = [store.manifest(table, part) for part in store.tables.parts(table)]
     return [manifest.report.get("numbers", {}) for manifest in manifests if manifest is not None]
 
 
@@ -90,7 +90,7 @@ def mostly_usable(store: Store) -> Finding:
 def every_candidate_accounted_for(store: Store) -> Finding:
     """Candidates = accepted + rejected, exactly, in every shard that was read."""
     listed = store.read("source_listing", ["source", "source_id", "shard"])
-    read = listed.filter(pl.col("shard").is_in(store.parts("raw_images")))
+    read = listed.filter(pl.col("shard").is_in(store.tables.parts("raw_images")))
     accepted = store.read("raw_images", ["source", "source_id"])
     rejected = store.read("rejected_images", ["stage", "source", "source_id"]).filter(
         pl.col("stage") == "raw_images"
@@ -259,7 +259,7 @@ def resized_fills_bucket(store: Store) -> Finding:
     """The resized picture covers its bucket, or lies within it where it is padded; never enlarged
     unless allowed."""
     wrong = images = 0
-    for name in store.parts("bucket_assignments"):
+    for name in store.tables.parts("bucket_assignments"):
         frame = store.read("bucket_assignments", parts=[name])
         low, high = pl.min_horizontal, pl.max_horizontal
         gaps = [
@@ -301,7 +301,7 @@ def generations_hold_all(store: Store) -> Finding:
     rejected = store.read(
         "rejected_images",
         ["stage"],
-        [p for p in store.parts("rejected_images") if p.startswith("latents.")],
+        [p for p in store.tables.parts("rejected_images") if p.startswith("latents.")],
     )
     placed = store.read("bucket_assignments", ["image_id"]).height
     held = sum(item.images for item in encoded.values())
@@ -334,9 +334,11 @@ def generations_hold_all(store: Store) -> Finding:
 def all_samples_encoded(store: Store) -> Finding:
     """Every sample has latents."""
     missing = 0
-    for part in store.parts("training_set"):
+    for part in store.tables.parts("training_set"):
         samples = store.read("training_set", ["image_id"], [part])
-        encoded = [name for name in store.parts("latents") if name.startswith(f"{part}|")]
+        encoded = [
+            name for name in store.tables.parts("latents") if ShardKey.parse(name).encoding == part
+        ]
         missing += samples.join(
             store.read("latents", ["image_id"], encoded), on="image_id", how="anti"
         ).height
@@ -358,7 +360,7 @@ def prompts_not_cut(store: Store) -> Finding:
 def base_unchanged(store: Store) -> Finding:
     """The folder still holds the weights that were recorded."""
     recorded = store.read("base_model", ["digest"], ["base"])["digest"][0]
-    found = store.model_digest("base")
+    found = store.models.digest("base")
     return Finding(
         recorded == found,
         "digest of the folder is the recorded one",
@@ -389,7 +391,9 @@ def validation_improves(store: Store) -> Finding:
 @_check("prompt_sets", error=True)
 def prompts_never_trained(store: Store) -> Finding:
     """No evaluation prompt is a caption or the tags of a training image."""
-    trained = (store.read("training_set", TEXTS, [part]) for part in store.parts("training_set"))
+    trained = (
+        store.read("training_set", TEXTS, [part]) for part in store.tables.parts("training_set")
+    )
     found = overlap(
         store.read("prompt_sets"), itertools.chain.from_iterable(map(trained_texts, trained))
     )
@@ -402,7 +406,7 @@ def pictures_not_blank(store: Store) -> Finding:
     """Sample images are not all one picture: equal pixels for different prompts mean a dead
     model."""
     frame = pl.concat([store.read("sample_images", ["sha256"], [part]).drop_nulls().with_columns(part=pl.lit(part))
-                       for part in store.parts("sample_images")])  # fmt: skip
+                       for part in store.tables.parts("sample_images")])  # fmt: skip
     repeated = int(frame.is_duplicated().sum())
     return Finding(repeated == 0, "no two pictures of a checkpoint are equal", {"equal": repeated})
 
@@ -411,7 +415,7 @@ def pictures_not_blank(store: Store) -> Finding:
 def every_picture_scored(store: Store) -> Finding:
     """Each sample image has a finite CLIP score."""
     unscored = 0
-    for part in store.parts("eval_metrics"):
+    for part in store.tables.parts("eval_metrics"):
         scores = store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])
         good = scores.filter((pl.col("metric") == "clip_score") & pl.col("value").is_finite())
         pictures = store.read("sample_images", ["prompt_id"], [part])
@@ -424,7 +428,9 @@ def every_picture_scored(store: Store) -> Finding:
 @_check("verdicts")
 def nothing_got_worse(store: Store) -> Finding:
     """No checkpoint is worse than its base on any metric over all prompts."""
-    against_base = [part for part in store.parts("verdicts") if part.startswith(VERDICTS.prefix)]
+    against_base = [
+        part for part in store.tables.parts("verdicts") if VerdictName.parse(part).is_against_base
+    ]
     frame = store.read("verdicts", parts=against_base)
     frame = frame.filter((pl.col("group") == "all") & (pl.col("verdict") == "worse"))
     worse = [f"{b} ({metric})" for b, metric in frame.select("b", "metric").iter_rows()]
@@ -435,7 +441,7 @@ def nothing_got_worse(store: Store) -> Finding:
 def release_complete(store: Store) -> Finding:
     """Every file of a release is there with the size recorded."""
     missing = []
-    for part in store.parts("release"):
+    for part in store.tables.parts("release"):
         for file, num_bytes in store.read("release", ["file", "bytes"], [part]).iter_rows():
             path = store.home / "release" / part / file
             if not path.is_file() or path.stat().st_size != num_bytes:

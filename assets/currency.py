@@ -1,4 +1,4 @@
-"""What `store.stale` says, shown in Dagster: a check `current` per stage, and settings and models
+"""What `store.currency.stale` says, shown in Dagster: a check `current` per stage, and settings and models
 as assets.
 
 Dagster compares versions itself for whole tables only, and by more than a stage reads. So the store
@@ -156,11 +156,11 @@ def _settings(store: Store, table: str) -> tuple[str, dict[str, dg.MetadataValue
 def _model(store: Store, name: str) -> tuple[str, dict[str, dg.MetadataValue]]:
     encodings = sorted(store.config.encodings) if name == "vae" else [""]
     folders = dg.MetadataValue.text(
-        ", ".join(dict.fromkeys(store.model_name(name, one) for one in encodings))
+        ", ".join(dict.fromkeys(store.models.name_of(name, one) for one in encodings))
     )
     try:
         digests = [
-            store.vae_digest(one) if name == "vae" else store.model_digest(name)
+            store.models.vae_digest(one) if name == "vae" else store.models.digest(name)
             for one in encodings
         ]
     except PipelineError as error:

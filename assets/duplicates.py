@@ -5,7 +5,8 @@ import dagster as dg
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from resources.graph import Reads, Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.curation.duplicates import find_groups
 
 COLUMNS = (
@@ -24,7 +25,7 @@ def duplicate_groups(
     """One row per candidate that is a copy of another, and which one of each group goes on."""
 
     def make(key: str) -> Made:
-        raw = store.read_slice(STAGE, "raw_images", key)
+        raw = store.slices.read(STAGE, "raw_images", key)
         groups = find_groups(raw)
         kinds = groups["kind"].value_counts(sort=True, name="n")
         examples = groups.join(

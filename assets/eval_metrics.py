@@ -13,15 +13,17 @@ from assets.partitions import checkpoints
 from resources import devices
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.tracking import workspace_tracking
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.evaluation import overbaked, summary
 from training.images import figures
+from training.names import CheckpointName
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the further scorers, and of what the pictures are compared with."""
     scorers = {
-        f"scorer:{name}": store.model_digest(name)
+        f"scorer:{name}": store.models.digest(name)
         for name in store.config.evaluation.scoring.scorers
     }
     return scorers | references.digests(store, key)
@@ -65,19 +67,19 @@ def eval_metrics(
         from training.evaluation.clip_score import Networks, score
 
         samples, config = (
-            store.read_slice(METRICS, "sample_images", key),
+            store.slices.read(METRICS, "sample_images", key),
             store.config.evaluation.scoring,
         )
         with devices.hold("evaluate", store.config.devices, store.home) as device:
-            clip = Clip.load(store.model_path("clip"), device)
-            aesthetic = Aesthetic.load(store.model_path("aesthetic"), device)
+            clip = Clip.load(store.models.path("clip"), device)
+            aesthetic = Aesthetic.load(store.models.path("aesthetic"), device)
             further = scorers.load(
-                {name: store.model_path(name) for name in config.scorers}, device
+                {name: store.models.path(name) for name in config.scorers}, device
             )
             networks = Networks(clip=clip, aesthetic=aesthetic)
             compared = references.gather(store, METRICS, key, networks, config.batch_size)
             frame = score(
-                samples, store.sample_folder(key), clip, aesthetic,
+                samples, store.paths.sample_folder(key), clip, aesthetic,
                 batch_size=config.batch_size, scorers=further, references=compared,
             )  # fmt: skip
         return Made(frame=frame, report=_report(store, key, frame, samples))
@@ -92,7 +94,9 @@ def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) 
         "group", "metric"
     )
     failed = frame.filter(pl.col("metric") == "failed").join(samples, on="prompt_id").head(20)
-    url = workspace_tracking(store.home, store.config.tracking.uri).run_url(key.partition("@")[0])
+    url = workspace_tracking(store.home, store.config.tracking.uri).run_url(
+        CheckpointName.parse(key).run
+    )
     clip_scores = frame.filter(pl.col("metric") == "clip_score")["value"].to_list()
     headlines = ("num_failed", *summary.COLUMNS, "aesthetic_std_within", "overbaked_index")
     further = [f"{name}_mean" for name in store.config.evaluation.scoring.scorers]
@@ -165,14 +169,14 @@ def _looks(summed: Mapping[str, float]) -> list[dict[str, object]]:
 
 def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, object]:
     """What alarms in this checkpoint, and the last one of its run before the alarm."""
-    run = key.rpartition("@")[0]
+    run = CheckpointName.parse(key).run
     summaries = {key: summed}
-    for part in store.parts("eval_metrics"):
-        if part.rpartition("@")[0] == run and part != key:
+    for part in store.tables.parts("eval_metrics"):
+        if CheckpointName.parse(part).run == run and part != key:
             summaries[part] = _summary(
                 store.read("eval_metrics", ["prompt_id", "metric", "value"], [part])
             )
-    ordered = sorted(summaries.items(), key=lambda item: int(item[0].rpartition("@")[2]))
+    ordered = sorted(summaries.items(), key=lambda item: CheckpointName.parse(item[0]))
     if not any(overbaked.alarms(one) for one in summaries.values()):
         return {}
     return {

@@ -16,16 +16,18 @@ from assets.raw_images import image_path
 from resources import devices
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace import generations
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import progress, toml
 from training.buckets.geometry import Box, Size
 from training.buckets.plans import follows_picture
-from training.commit import Manifest
 from training.errors import DamageError
 from training.images import figures
 from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
 from training.latents.files import Generation, read_generation
 from training.latents.files import generations as numbers_of
+from training.manifests import Manifest
+from training.names import GenerationName, OwnedPart, ShardKey
 from training.tables.schemas import rejections
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
     """Boxes decide latents only where crops avoid them: elsewhere new boxes make nothing stale."""
     if not store.config.encodings[STAGE.encoding(key)].avoid_watermarks:
         return {}
-    digest = store.slice_digest(STAGE, _BOXES, key)
+    digest = store.slices.digest(STAGE, _BOXES, key)
     return {_BOXES.label: digest or "none"}
 
 
@@ -45,7 +47,7 @@ def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
     bucket."""
     found = dict(_watermarks_read(store, key))
     if follows_picture(store.config.encodings[STAGE.encoding(key)].buckets):
-        found[_SIZES.label] = store.slice_digest(STAGE, _SIZES, key) or "none"
+        found[_SIZES.label] = store.slices.digest(STAGE, _SIZES, key) or "none"
     return found
 
 
@@ -69,7 +71,7 @@ STAGE = Stage(
             Per.ROWS,
         ),
     ),
-    config=lambda config, key: config.encodings[key.partition("|")[0]],
+    config=lambda config, key: config.encodings[ShardKey.parse(key).encoding],
     settings="encodings.{encoding}",
     models=("vae",),
     others=_read_by_some,
@@ -108,7 +110,7 @@ def latents(
     def make(key: str) -> Made:
         encoding = store.config.encodings[STAGE.encoding(key)]
         chosen = pictures(store, key)
-        folder = store.table_folder("latents", key)
+        folder = store.tables.folder("latents", key)
         number = max(numbers_of(folder), default=0) + 1
         say = context.log.info
         reusable = [] if anew else _reusable(store, key)
@@ -122,9 +124,9 @@ def latents(
                     generation=number,
                     encoding=encoding,
                     decode=store.config.decode,
-                    vae_digest=store.vae_digest(STAGE.encoding(key)),
+                    vae_digest=store.models.vae_digest(STAGE.encoding(key)),
                     load_vae=lambda: _load_vae(
-                        store.vae_folder(STAGE.encoding(key)),
+                        store.models.vae_folder(STAGE.encoding(key)),
                         device,
                         encoding.precision,
                         encoding.tile_above_px,
@@ -141,7 +143,7 @@ def latents(
             rows_in=len(chosen),
             files=shard.files,
             report={
-                "generation": f"g{number:04d}",
+                "generation": str(GenerationName(number)),
                 **_report(shard, number, encoding.batch_size, seconds),
             },
         )
@@ -170,8 +172,8 @@ def _reusable(store: Store, key: str) -> list[Generation]:
     Empty where the current one's rows are not what would be made now: by equal code, VAE and crop
     policy.
     """
-    basis = store.basis(STAGE, key)
-    folder = store.table_folder("latents", key)
+    basis = store.currency.basis(STAGE, key)
+    folder = store.tables.folder("latents", key)
     found: list[Generation] = []
     for number in reversed(numbers_of(folder)):
         try:
@@ -201,8 +203,8 @@ def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, An
 
 def pictures(store: Store, key: str) -> list[Picture]:
     """The kept images of a shard that have a bucket."""
-    assigned = store.read_slice(STAGE, "bucket_assignments", key)
-    chosen = store.read_slice(STAGE, "selected_images", key)
+    assigned = store.slices.read(STAGE, "bucket_assignments", key)
+    chosen = store.slices.read(STAGE, "selected_images", key)
     marked, sizes = _boxes(store, key), _sizes(store, key)
     return [
         Picture(
@@ -237,9 +239,7 @@ def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
     shown."""
     shard = STAGE.shard(key)
     parts = [
-        part
-        for part in store.parts("watermark_boxes")
-        if part == shard or part.startswith(f"{shard}.")
+        part for part in store.tables.parts("watermark_boxes") if OwnedPart.owner_of(part) == shard
     ]
     rows = store.read("watermark_boxes", ["image_id", "boxes"], parts).unique(
         "image_id", keep="first"

@@ -11,9 +11,11 @@ import dagster as dg
 from assets import followed
 from resources.graph import Scope, Stage
 from resources.warehouse import rebuild
-from resources.workspace.store import Made, Store
-from training.commit import Manifest, json_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training.commit import json_digest
 from training.errors import DataError
+from training.manifests import Manifest
 from training.tables.schemas import TABLES
 
 OWNER = "team:foundry"
@@ -126,10 +128,10 @@ def partition_keys(
         if context.has_partition_key or context.has_partition_key_range
         else []
     )
-    unknown = [key for key in keys if not store.has_key(stage.scope, key) and not new(key)]
+    unknown = [key for key in keys if not store.currency.has_key(stage.scope, key) and not new(key)]
     if keys and not unknown:
         return keys
-    known = store.keys(stage.scope)
+    known = store.currency.keys(stage.scope)
     listed = ", ".join(known[:MAX_KEYS_LISTED]) + (
         f" and {n} more" if (n := len(known) - MAX_KEYS_LISTED) > 0 else ""
     )
@@ -154,24 +156,24 @@ def bring_up_to_date(
 ) -> Manifest:
     """The committed manifest of one partition, made now if it is stale or `again` asks for it."""
     part = stage.part(key)
-    with store.writing(stage.name, part):
-        manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
-        if manifest is not None and store.agrees(manifest, basis) and not again:
+    with store.writer.holding(stage.name, part):
+        manifest, basis = store.manifest(stage.name, part), store.currency.basis(stage, key)
+        if manifest is not None and store.currency.agrees(manifest, basis) and not again:
             context.log.info(f"{stage.name} {key}: current, nothing to do")
             return manifest
         if basis is None:
             missing = [
                 reads.table
                 for reads in stage.reads
-                if store.slice_digest(stage, reads, key) is None
+                if store.slices.digest(stage, reads, key) is None
             ]
             raise DataError(
                 f"{stage.name} {key}: nothing is committed in {', '.join(missing)} yet; run that first"
             )
-        store.begin(stage, key, basis)
+        store.currency.begin(stage, key, basis)
         started = time.monotonic()
         made = make(key)
-        manifest = store.commit(stage, key, made, basis, seconds=time.monotonic() - started)
+        manifest = store.writer.commit(stage, key, made, basis, seconds=time.monotonic() - started)
         context.log.info(f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}")
         return manifest
 
@@ -199,7 +201,7 @@ def shown(manifest: Manifest, store: Store, *, partitioned: bool) -> dict[str, A
     if report.get("seconds") is not None:
         metadata["seconds"] = report["seconds"]
     if manifest.files:
-        folder = store.table_folder(manifest.table, manifest.part)
+        folder = store.tables.folder(manifest.table, manifest.part)
         metadata["file"] = dg.MetadataValue.path(str(folder / manifest.files[0].name))
     return metadata
 

@@ -36,10 +36,10 @@ def mirror(instance: dg.DagsterInstance, store: Store, *, remove: bool = True) -
     """
     for scope, definition in DYNAMIC.items():
         assert definition.name is not None
-        wanted = set(store.keys(scope))
+        wanted = set(store.currency.keys(scope))
         known = set(instance.get_dynamic_partitions(definition.name))
         if scope is Scope.CHECKPOINT:
-            wanted |= {name for name in known if store.has_key(scope, name)}
+            wanted |= {name for name in known if store.currency.has_key(scope, name)}
         if new := sorted(wanted - known):
             instance.add_dynamic_partitions(definition.name, new)
         unknown = sorted(known - wanted) if remove else []

@@ -6,7 +6,9 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import prompt_sets as prompt_set_partitions
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store, file_digest
+from resources.workspace.paths import file_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.buckets import plans
 from training.buckets.geometry import Size
 from training.commit import json_digest
@@ -24,7 +26,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     words."""
     config, found = store.config.prompt_sets[key], {}
     if config.file:
-        found["file"] = file_digest(store.resource_path(config.file))
+        found["file"] = file_digest(store.paths.resource(config.file))
     tables: dict[str, tuple[str, ...]] = {"selected_images": prompt_building.HELD_OUT}
     if UNKNOWN_WORDS in config.groups:
         tables["tag_vocabulary"] = VOCABULARY
@@ -82,7 +84,7 @@ def _make(store: Store, key: str) -> pl.DataFrame:
     config = store.config.prompt_sets[key]
     selected = store.read("selected_images", prompt_building.HELD_OUT)
     if config.file:
-        path = store.resource_path(config.file)
+        path = store.paths.resource(config.file)
         is_parti = path.is_file() and prompt_building.is_parti(path)
         frame = (
             prompt_building.read_parti(path, _sizes(store, key)) if is_parti else read_prompts(path)
@@ -124,7 +126,7 @@ def _is_in_style(store: Store, key: str) -> bool:
     manifest = store.manifest("prompt_sets", key)
     if manifest is None or manifest.version != STAGE.version:
         return False
-    return bool(manifest.config["prompts"] == store.section(STAGE, key)["prompts"])
+    return bool(manifest.config["prompts"] == STAGE.section(store.config, key)["prompts"])
 
 
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:

@@ -7,7 +7,9 @@ from assets.metadata import describe, materialize
 from assets.partitions import runs
 from assets.run_settings import RunSettings, configure
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store, file_digest
+from resources.workspace.paths import file_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.config.run import PromptConfig
 from training.images import figures
 from training.prompts import prompt_statistics as counted
@@ -24,7 +26,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     frozen with, or before its first launch those of the tables."""
     from resources.operations.run_prompts import frozen_inputs
 
-    folder, frozen = store.run_folder(key), frozen_inputs(store, key)
+    folder, frozen = store.paths.run_folder(key), frozen_inputs(store, key)
     config = read_config(folder)
     if frozen is not None:
         count = count_forgotten(frozen.training_set)
@@ -41,7 +43,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
         "tag_vocabulary": words,
     }
     if config.base != "base":  # whose tokenizers it reads
-        found["base"] = frozen.base_digest if frozen else store.base_digest(config.base)
+        found["base"] = frozen.base_digest if frozen else store.models.base_digest(config.base)
     return found
 
 
@@ -74,7 +76,7 @@ def prompt_statistics(
     def make(key: str) -> Made:
         from resources.operations.run_prompts import frozen_inputs, prompt_maker
 
-        run = read_config(store.run_folder(key))
+        run = read_config(store.paths.run_folder(key))
         maker = prompt_maker(store, run, frozen_inputs(store, key))
         train = maker.samples.train_rows
         made = maker.make(train[:MAX_SAMPLES].tolist(), 0)

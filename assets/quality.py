@@ -11,11 +11,13 @@ from assets.metadata import describe, materialize
 from assets.partitions import shards
 from assets.raw_images import thumbnails
 from resources.graph import Per, Reads, Scope, Stage
-from resources.workspace.store import Made, Store, file_digest
-from training.commit import Entry, write_named
+from resources.workspace.paths import file_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.curation import quality_model as quality
 from training.curation import quality_scores as scores
 from training.images import figures
+from training.manifests import Entry, write_named
 from training.tables.schemas import TABLES
 
 NUM_GALLERY = 10
@@ -95,16 +97,16 @@ def quality_model(
     and their report."""
 
     def make(key: str) -> Made:
-        pairs = store.read_slice(MODEL, "quality_pairs", key)
+        pairs = store.slices.read(MODEL, "quality_pairs", key)
         embeddings = (
-            store.read_slice(MODEL, "embeddings", key)
+            store.slices.read(MODEL, "embeddings", key)
             .unique("image_id", keep="first")
             .sort("image_id")
         )
         fitted = quality.fit(
-            pairs, embeddings, store.config.quality, supplied=store.model_path("quality_head")
+            pairs, embeddings, store.config.quality, supplied=store.models.path("quality_head")
         )
-        folder = store.table_folder("quality_model", "all")
+        folder = store.tables.folder("quality_model", "all")
         entry: Entry = write_named(folder, "all", ".safetensors", fitted.save)
         row = {
             "model": fitted.origin,
@@ -135,20 +137,20 @@ def quality_scores(
     def make(key: str) -> Made:
         from training.annotators.aesthetic import Aesthetic
 
-        model = store.read_slice(SCORES, "quality_model", key).row(0, named=True)
-        embeddings = store.read_slice(SCORES, "embeddings", key).sort("image_id")
+        model = store.slices.read(SCORES, "quality_model", key).row(0, named=True)
+        embeddings = store.slices.read(SCORES, "embeddings", key).sort("image_id")
         raw = (
-            store.read_slice(SCORES, "raw_images", key)
+            store.slices.read(SCORES, "raw_images", key)
             .unique("image_id", keep="first")
             .sort("image_id")
         )
         heads = quality.load(
-            store.table_folder("quality_model", "all") / model["file"], model["cut_points"]
+            store.tables.folder("quality_model", "all") / model["file"], model["cut_points"]
         )
         utility, junk = quality.judge(heads, embeddings)
         projections = np.array(embeddings["projection"].to_list(), dtype=np.float32)
         aesthetic = (
-            Aesthetic.load(store.model_path("aesthetic"), "cpu")(projections)
+            Aesthetic.load(store.models.path("aesthetic"), "cpu")(projections)
             if len(projections)
             else []
         )

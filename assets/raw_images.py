@@ -12,7 +12,8 @@ from assets.metadata import describe, materialize
 from assets.partitions import mirror, shards
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace import missing
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.errors import DataError
 from training.images import figures
 from training.images.decode_pool import DecodePool
@@ -27,7 +28,7 @@ from training.tables.table import Reason
 def _scan(store: Store, key: str) -> dict[str, str]:
     """Digests of what the sources hold now."""
     return {
-        f"source:{source.name}": sources.scan_digest(source, store.source_root(source.name))
+        f"source:{source.name}": sources.scan_digest(source, store.paths.source_root(source.name))
         for source in store.config.sources
     }
 
@@ -67,7 +68,7 @@ def source_listing(
     def make(key: str) -> Made:
         found, unused = [], []
         for source in store.config.sources:
-            frame, problems = sources.list_folder(source, store.source_root(source.name))
+            frame, problems = sources.list_folder(source, store.paths.source_root(source.name))
             found.append(frame)
             unused += [sources.rejection(source.name, problem) for problem in problems]
         previous = store.read("source_listing")
@@ -81,7 +82,9 @@ def source_listing(
         )
         if merged.is_empty():
             folders = (
-                ", ".join(str(store.source_root(source.name)) for source in store.config.sources)
+                ", ".join(
+                    str(store.paths.source_root(source.name)) for source in store.config.sources
+                )
                 or "none"
             )
             raise DataError(
@@ -122,7 +125,7 @@ def raw_images(
     reason."""
 
     def make(key: str) -> Made:
-        candidates = store.read_slice(RAW_IMAGES, "source_listing", key)
+        candidates = store.slices.read(RAW_IMAGES, "source_listing", key)
         accepted, rejected = read_candidates(store, candidates)
         frame = pl.DataFrame(accepted, schema=TABLES["raw_images"].schema)
         return Made(
@@ -146,7 +149,7 @@ def read_candidates(
     order."""
     accepted: list[dict[str, object]] = []
     rejected: list[dict[str, object]] = []
-    forgotten = store.forgotten()
+    forgotten = store.tables.forgotten()
     present = candidates.filter(pl.col("gone_at").is_null())
     for row in candidates.filter(pl.col("gone_at").is_not_null()).iter_rows(named=True):
         rejected.append(
@@ -169,7 +172,7 @@ def read_candidates(
 
 def image_path(store: Store, row: dict[str, object]) -> Path:
     """Where the bytes of a candidate lie."""
-    return sources.readable(store.source_root(str(row["source"])), str(row["locator"]))
+    return sources.readable(store.paths.source_root(str(row["source"])), str(row["locator"]))
 
 
 def _identity(row: dict[str, object]) -> dict[str, object]:

@@ -14,13 +14,14 @@ from resources.graph import Stage
 from resources.workspace.store import Store
 from training.buckets import crops
 from training.buckets.geometry import Size
-from training.commit import read_parquet
 from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
 from training.images.decode_pool import DecodePool
+from training.manifests import read_parquet
+from training.names import CheckpointName
 from training.runs.run_folder import INPUTS, RunInputs, read_inputs
 from training.sampling.image_files import read_if_there, read_or_explain
 from training.sources import source_listing
@@ -40,7 +41,7 @@ def digests(store: Store, key: str) -> dict[str, str]:
     The set is the run's own, by its fingerprint: images that come and go later do not make scores
     stale. Embeddings need no digest, they follow from the images and from CLIP.
     """
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     if key == base:
         return {}
     manifest = store.manifest("sample_images", base) if base else None
@@ -67,12 +68,12 @@ def gather(
     Raises:
         DataError: embeddings of its training images were made by another CLIP.
     """
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     if key == base:
         return References()
     pictures = None
     if base is not None and store.manifest("sample_images", base) is not None:
-        current = store.is_current(stage, base)
+        current = store.currency.is_current(stage, base)
         pictures = (
             _seen_before(store, base)
             if current
@@ -84,7 +85,7 @@ def gather(
 
 def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
     """Image id and file of those `images` (image_id, shard) whose source is still there, by id."""
-    shards = set(images["shard"].to_list()) & set(store.parts("raw_images"))
+    shards = set(images["shard"].to_list()) & set(store.tables.parts("raw_images"))
     raw = store.read("raw_images", ["image_id", "source", "locator"], sorted(shards))
     rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique(
         "image_id", keep="first"
@@ -92,7 +93,7 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
     roots: dict[str, Path] = {}
     for name in rows["source"].unique().to_list():
         try:
-            roots[name] = store.source_root(name)
+            roots[name] = store.paths.source_root(name)
         except (ConfigError, DataError):  # removed since the training: its pictures cannot be shown
             continue
     kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
@@ -113,7 +114,7 @@ def training_images(store: Store, key: str) -> pl.DataFrame | None:
         return None
     columns = ["image_id", "shard", "split", "bucket_height", "bucket_width"]
     images = read_parquet(inputs.training_set, columns)
-    return images.filter(~pl.col("image_id").is_in(list(store.forgotten())))
+    return images.filter(~pl.col("image_id").is_in(list(store.tables.forgotten())))
 
 
 class Pair(NamedTuple):
@@ -155,7 +156,7 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
     ids = [image_id for *_, image_id in chosen]
     with DecodePool(store.config.decode) as pool:
         pixels = list(pool.pixels([files[image_id] for image_id in ids], ids))
-    folder = store.sample_folder(key)
+    folder = store.paths.sample_folder(key)
     return [
         Pair(prompt_id, value, image_id, picture, image)
         for (prompt_id, value, image_id), image in zip(chosen, pixels, strict=True)
@@ -166,7 +167,7 @@ def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame
 
 def _inputs(store: Store, key: str) -> RunInputs | None:
     """What the run of a checkpoint was made from; None for models that were not trained here."""
-    folder = store.home / "runs" / key.rpartition("@")[0]
+    folder = store.home / "runs" / CheckpointName.parse(key).run
     if not (folder / INPUTS).is_file():
         return None
     inputs = read_inputs(folder)
@@ -193,7 +194,7 @@ def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: in
     from training.evaluation.clip_score import look
 
     samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))
-    pictures = (read_or_explain(store.sample_folder(base), file) for file in samples["file"])
+    pictures = (read_or_explain(store.paths.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     return BasePictures(
         embeddings=seen.embeddings,
@@ -206,7 +207,7 @@ def _training_images(store: Store, key: str) -> TrainingImages:
     assert images is not None
     return TrainingImages(
         images=images,
-        embeddings_of=partial(_embeddings, store, store.model_digest("clip")),
+        embeddings_of=partial(_embeddings, store, store.models.digest("clip")),
         levels=_levels(store, images.filter(pl.col("split") == "train")),
     )
 

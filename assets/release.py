@@ -15,11 +15,15 @@ from assets.release_report import evaluated, render_report, shown, sides, summar
 from resources.graph import Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import choose_pictures
-from resources.workspace.store import Made, Store, file_digest, git_revision
-from training.commit import json_digest, read_parquet, write_bytes
+from resources.workspace.paths import file_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made, git_revision
+from training.commit import json_digest, write_bytes
 from training.errors import DataError
 from training.images import figures
+from training.manifests import read_parquet
 from training.models.base_model import inspect
+from training.names import VerdictName
 from training.reports import contact_sheet
 from training.reports.model_card import Card, Picture
 from training.runs import release as releasing
@@ -37,24 +41,24 @@ NUM_IN_CARD = 3
 def _inputs(store: Store, key: str) -> dict[str, str]:
     """Digests of the last checkpoint, of the scores of all that its report shows, its verdict, and
     the licence."""
-    last = store.last_checkpoint(key)
+    last = store.checkpoints.last(key)
     if last is None:
         return {"checkpoint": "absent"}
-    base = store.base_checkpoint() or "base"
+    base = store.checkpoints.base() or "base"
     tables = [
-        ("verdicts", f"base~{last}"),
+        ("verdicts", str(VerdictName.against_base(last))),
         *(("eval_metrics", name) for name in (base, *evaluated(store, key))),
     ]
     found = {f"{table}:{part}": store.manifest(table, part) for table, part in tables}
     digests = {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
     texts = {name: file_digest(path) for name, path in _licences(store, key).items()}
-    is_named = read_config(store.run_folder(key)).base != "base"
+    is_named = read_config(store.paths.run_folder(key)).base != "base"
     named = (
         {"base": json_digest(_base(store, key))} if is_named else {}
     )  # of the other one the settings tell
-    count = count_forgotten(read_inputs(store.run_folder(key)).training_set)
+    count = count_forgotten(read_inputs(store.paths.run_folder(key)).training_set)
     forgotten = {"forgotten images": str(count)} if count else {}
-    own = {"checkpoint": store.checkpoint_digest(last), "licence": json_digest(texts)}
+    own = {"checkpoint": store.checkpoints.digest(last), "licence": json_digest(texts)}
     return {**own, **digests, **named, **forgotten}
 
 
@@ -87,12 +91,12 @@ def release(
     and pictures."""
 
     def make(key: str) -> Made:
-        last = store.last_checkpoint(key)
+        last = store.checkpoints.last(key)
         if last is None:
             raise DataError(
                 f"release {key}: the run has no finished checkpoint; run `foundry train --run {key}`"
             )
-        folder, model = store.home / "release" / key, store.checkpoint_folder(last)
+        folder, model = store.home / "release" / key, store.checkpoints.folder(last)
         licences, pictures = _licences(store, key), _card_pictures(store, last)
         card, tags = render_card(
             store, key, last, list(licences), [picture for picture, _ in pictures]
@@ -110,12 +114,12 @@ def release(
             model_files=[entry.name for entry in read_ready(model).files],
             texts=texts,
             copies={
-                releasing.CONFIG: store.run_folder(key) / CONFIG,
+                releasing.CONFIG: store.paths.run_folder(key) / CONFIG,
                 **licences,
                 **{picture.file: path for picture, path in pictures},
             },
         )
-        write_bytes(store.sheet_file(key), _sheet(store, key, last))
+        write_bytes(store.paths.sheet_file(key), _sheet(store, key, last))
         return Made(
             frame=releasing.table(folder),
             report={
@@ -138,7 +142,7 @@ def _clock(store: Store, run: str) -> dict[str, object]:
     """How long the run took: for people, and not for the card, which equal runs have alike."""
     from training.reports import card_facts
 
-    facts = card_facts.summarise_run(read_lines(store.run_folder(run) / EVENTS))
+    facts = card_facts.summarise_run(read_lines(store.paths.run_folder(run) / EVENTS))
     return {
         "hours": facts.hours,
         "attempts": facts.num_attempts,
@@ -153,8 +157,8 @@ def render_card(
     from training.curation import vocabulary
     from training.reports import card_facts, model_card
 
-    model = inspect(store.checkpoint_folder(last))
-    folder, (base, license_name) = store.run_folder(run), _base(store, run)
+    model = inspect(store.checkpoints.folder(last))
+    folder, (base, license_name) = store.paths.run_folder(run), _base(store, run)
     inputs, config = read_inputs(folder), read_config(folder)
     facts = card_facts.count_set(read_parquet(inputs.training_set))
     card = Card(
@@ -165,7 +169,7 @@ def render_card(
         license_name=license_name,
         license_files=licences,
         lineage={
-            "weights": store.checkpoint_digest(last),
+            "weights": store.checkpoints.digest(last),
             "training set": inputs.fingerprint,
             "base model": inputs.base_digest,
             "configuration": file_digest(folder / CONFIG),
@@ -176,7 +180,7 @@ def render_card(
         run_facts=card_facts.summarise_run(read_lines(folder / EVENTS)),
         evaluation=store.config.evaluation,
         summaries=[(name, summary_of(store, name)) for name in shown(store, run, last)],
-        verdicts=store.read("verdicts", parts=[f"base~{last}"]),
+        verdicts=store.read("verdicts", parts=[str(VerdictName.against_base(last))]),
         pictures=pictures,
     )
     words = vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256)
@@ -195,7 +199,10 @@ def _base(store: Store, run: str) -> tuple[str, str]:
     """Name and licence of the model that a run began from; foundry.toml may name another one as its
     base by now."""
     models = store.config.models
-    inputs, config = read_inputs(store.run_folder(run)), read_config(store.run_folder(run))
+    inputs, config = (
+        read_inputs(store.paths.run_folder(run)),
+        read_config(store.paths.run_folder(run)),
+    )
     known = config.base == "base" or config.base in models.bases
     return inputs.base_model.name, models.base_named(
         config.base
@@ -206,7 +213,7 @@ def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
     """A few sample images for the card, of each group in turn, with the files that they come
     from."""
     found: list[tuple[Picture, Path]] = []
-    folder, samples = store.sample_folder(last), store.read("sample_images", parts=[last])
+    folder, samples = store.paths.sample_folder(last), store.read("sample_images", parts=[last])
     for row in choose_pictures(samples, NUM_IN_CARD).iter_rows(named=True):
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", row["prompt_id"])[:60]
         file = f"{releasing.PICTURES}/{len(found) + 1}-{name}.png"
@@ -223,7 +230,7 @@ def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
 def _grid(store: Store, last: str) -> str:
     """Base and checkpoint side by side for a few prompts, as Markdown; black where there is no
     picture."""
-    before, after = sides(store, [store.base_checkpoint() or "", last])
+    before, after = sides(store, [store.checkpoints.base() or "", last])
     both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
     rows = choose_pictures(both, NUM_SHOWN)
     pictures, captions = [], []

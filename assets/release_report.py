@@ -9,6 +9,7 @@ from assets import references
 from assets.verdicts import scores_of
 from resources.workspace.store import Store
 from training.errors import DataError
+from training.names import CheckpointName, VerdictName
 from training.reports import report
 from training.reports.overfitting import score_charts, sentences
 from training.reports.report import Exhibit, Section
@@ -26,7 +27,7 @@ def sides(store: Store, names: Sequence[str]) -> list[Side]:
             checkpoint=name,
             samples=store.read("sample_images", parts=[name]),
             metrics=store.read("eval_metrics", parts=[name]),
-            folder=store.sample_folder(name),
+            folder=store.paths.sample_folder(name),
         )
         for name in names
     ]
@@ -34,15 +35,15 @@ def sides(store: Store, names: Sequence[str]) -> list[Side]:
 
 def evaluated(store: Store, run: str) -> list[str]:
     """A run's checkpoints with scores, oldest first."""
-    names = [name for name in store.parts("eval_metrics") if name.rpartition("@")[0] == run]
-    return sorted(names, key=lambda name: int(name.rpartition("@")[2]))
+    names = (CheckpointName.parse(name) for name in store.tables.parts("eval_metrics"))
+    return [str(name) for name in sorted(names) if name.run == run]
 
 
 def shown(store: Store, run: str, last: str) -> list[str]:
     """The base and checkpoints of the run up to the last, as far as they were drawn and scored as
     the last one was."""
     protocol = scores_of(store, last).protocol
-    names = [store.base_checkpoint() or ""]
+    names = [store.checkpoints.base() or ""]
     for name in evaluated(store, run):
         try:
             alike = scores_of(store, name).protocol == protocol
@@ -62,9 +63,9 @@ def summary_of(store: Store, checkpoint: str) -> dict[str, float]:
 def render_report(store: Store, run: str, last: str) -> str:
     """The run's report as one HTML page."""
     names = shown(store, run, last)
-    folder = store.run_folder(run)
+    folder = store.paths.run_folder(run)
     events = read_events(folder / EVENTS)
-    marks = [int(name.rpartition("@")[2]) for name in names[1:]]
+    marks = [CheckpointName.parse(name).samples_seen for name in names[1:]]
     inputs = read_inputs(folder)
     forgotten = count_forgotten(inputs.training_set)
     facts = {
@@ -80,7 +81,7 @@ def render_report(store: Store, run: str, last: str) -> str:
     return report.render(
         f"Run {run}",
         sides(store, names),
-        store.read("verdicts", parts=[f"base~{last}"]),
+        store.read("verdicts", parts=[str(VerdictName.against_base(last))]),
         facts,
         charts=[*loss_charts(events, marks), *score_charts(summaries)],
         maps=timestep_map(events),

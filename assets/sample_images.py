@@ -11,10 +11,12 @@ from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
 from resources import devices
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.errors import DataError, PipelineError
 from training.images import figures
 from training.models.base_model import config_folder
+from training.names import CheckpointName
 from training.progress import report
 from training.runs.retention import reading
 from training.runs.run_folder import READY
@@ -34,11 +36,11 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     prompts = manifest.digest if manifest else "absent"
     try:
         further = input_digests(
-            store.checkpoint_folder(key), store.config.evaluation.sampling, store.home
+            store.checkpoints.folder(key), store.config.evaluation.sampling, store.home
         )
-        return {"checkpoint": store.checkpoint_digest(key), "prompts": prompts, **further}
+        return {"checkpoint": store.checkpoints.digest(key), "prompts": prompts, **further}
     except PipelineError:
-        if not store.is_external(key):
+        if not CheckpointName.parse(key).is_external:
             raise
         return {
             "checkpoint": "absent",
@@ -77,7 +79,7 @@ def sample_images(
 
         prompts, sampling = prompts_of(store), store.config.evaluation.sampling
         odd = remarks(prompts, read_set(prompts, sampling))
-        folder, model = store.sample_folder(key), store.checkpoint_folder(key)
+        folder, model = store.paths.sample_folder(key), store.checkpoints.folder(key)
         # A checkpoint of a run that is still training is not to be removed while it is read.
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
         with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
@@ -102,7 +104,7 @@ def sample_images(
 
     result = materialize(context, store, STAGE, make)
     for key in context.partition_keys:
-        store.let_go(key, WANTED_BY)
+        store.checkpoints.let_go(key, WANTED_BY)
     return result
 
 

@@ -8,7 +8,8 @@ from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from assets.tags import aliases_digest, read_aliases
 from resources.graph import Reads, Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.curation.selection import funnel, select
 from training.images import figures
 
@@ -62,7 +63,7 @@ def selected_images(
     boxes."""
 
     def make(key: str) -> Made:
-        tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
+        tables = {reads.table: store.slices.read(STAGE, reads.table, key) for reads in STAGE.reads}
         frame = select(
             tables,
             aliases=read_aliases(store),

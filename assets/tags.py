@@ -5,14 +5,16 @@ import dagster as dg
 
 from assets.metadata import describe, materialize
 from resources.graph import Reads, Scope, Stage
-from resources.workspace.store import Made, Store, file_digest
+from resources.workspace.paths import file_digest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.curation.tags import Aliases, load_aliases, vocabulary
 
 
 def aliases_digest(store: Store, key: str) -> dict[str, str]:
     """Digest of the alias table, an input that is no table of ours."""
     name = store.config.tags.aliases
-    return {"aliases": file_digest(store.resource_path(name)) if name else "none"}
+    return {"aliases": file_digest(store.paths.resource(name)) if name else "none"}
 
 
 STAGE = Stage(
@@ -34,7 +36,7 @@ STAGE = Stage(
 def read_aliases(store: Store) -> Aliases:
     """The workspace's alias table, resolved."""
     name = store.config.tags.aliases
-    return load_aliases(store.resource_path(name)) if name else Aliases()
+    return load_aliases(store.paths.resource(name)) if name else Aliases()
 
 
 @dg.asset(**describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", "tags"]))
@@ -46,14 +48,14 @@ def tag_vocabulary(
     def make(key: str) -> Made:
         from training.models.text_encoders import load_tokenizer
 
-        tokenizer = load_tokenizer(store.model_path("clip"))
+        tokenizer = load_tokenizer(store.models.path("clip"))
         config = store.config.tags
         raw, listing = (
-            store.read_slice(STAGE, table, key) for table in ("raw_images", "source_listing")
+            store.slices.read(STAGE, table, key) for table in ("raw_images", "source_listing")
         )
         frame = vocabulary(
             raw.join(listing, on=["source", "source_id"]).select("image_id", "tags"),
-            store.read_slice(STAGE, "tags", key),
+            store.slices.read(STAGE, "tags", key),
             threshold=config.threshold,
             aliases=read_aliases(store),
             blacklist=config.blacklist,

@@ -6,7 +6,8 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import encodings
 from resources.graph import Per, Reads, Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.images import figures
 from training.runs.training_set import freeze
 
@@ -45,7 +46,7 @@ def training_set(
     carry."""
 
     def make(key: str) -> Made:
-        tables = {reads.table: store.read_slice(STAGE, reads.table, key) for reads in STAGE.reads}
+        tables = {reads.table: store.slices.read(STAGE, reads.table, key) for reads in STAGE.reads}
         frame = freeze(tables["selected_images"], tables["bucket_assignments"], tables["latents"])
         splits = frame["split"].value_counts(name="n").sort("split")
         lengths = frame["tags"].list.len().to_list()

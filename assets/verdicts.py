@@ -17,12 +17,14 @@ from assets.partitions import checkpoints
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import workspace_tracking
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import toml
 from training.commit import lock
 from training.config.workspace import WorkspaceConfig
 from training.errors import DataError, EvaluationError, FailedPicturesError
 from training.evaluation import champion
+from training.names import CheckpointName, VerdictName
 from training.runs import retention, run_folder
 from training.tables.schemas import TABLES
 
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
 
 def _base_scores(store: Store, key: str) -> dict[str, str]:
     """Digest of the base model's scores, which every verdict compares with."""
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     manifest = store.manifest("eval_metrics", base) if base else None
     return {"base": manifest.digest if manifest else "absent"}
 
 
 def _pair_scores(store: Store, key: str) -> dict[str, str]:
     """Digests of both sides' scores."""
-    found = {name: store.manifest("eval_metrics", name) for name in key.split("~")}
+    found = {name: store.manifest("eval_metrics", name) for name in VerdictName.parse(key)}
     return {name: manifest.digest if manifest else "absent" for name, manifest in found.items()}
 
 
@@ -58,7 +60,7 @@ VERDICTS = Stage(
     settings="evaluation.verdicts",
     models=("clip", "aesthetic"),
     others=_base_scores,
-    prefix="base~",
+    prefix=str(VerdictName.against_base("")),
 )
 CHAMPION = "champion"
 """Under which the champion is kept from retention."""
@@ -99,7 +101,7 @@ def judge(store: Store, key: str) -> Made:
     """
     from training.evaluation.verdict import compare
 
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     if base is None or store.manifest("eval_metrics", base) is None:
         raise DataError(
             f"verdicts {key}: the base model {base or ''} has no eval_metrics yet; run that first"
@@ -158,7 +160,7 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
             f"checkpoint {checkpoint} has no scores yet: run `foundry evaluate {checkpoint}`"
         )
     drawn = next(reads.label for reads in METRICS.reads if reads.table == "sample_images")
-    if metrics.inputs[drawn] != store.slice_digest(METRICS, METRICS.reads[0], checkpoint):
+    if metrics.inputs[drawn] != store.slices.digest(METRICS, METRICS.reads[0], checkpoint):
         raise DataError(
             f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first"
         )
@@ -204,22 +206,22 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
         scores_of(store, b),
         store.config.evaluation.verdicts.margins,
     )
-    against_base, pair = a == store.base_checkpoint(), f"{a}~{b}"
+    against_base, pair = a == store.checkpoints.base(), str(VerdictName(a, b))
     stage, key = (
         (VERDICTS, b)
         if against_base and not one_of_many
         else (_pairs(one_of_many=one_of_many), pair)
     )
     part = stage.part(key)
-    with store.writing(stage.name, part):
-        manifest, basis = store.manifest(stage.name, part), store.basis(stage, key)
+    with store.writer.holding(stage.name, part):
+        manifest, basis = store.manifest(stage.name, part), store.currency.basis(stage, key)
         assert basis is not None, "both have scores"
-        serving = (basis, store.basis(_pairs(one_of_many=True), pair))
+        serving = (basis, store.currency.basis(_pairs(one_of_many=True), pair))
         if manifest is None or not manifest.rows or manifest.basis not in serving:
             started = time.monotonic()
             frame = champion.challenge(ours, theirs, margins, one_of_many=one_of_many)
             made = _made(champion.decisive(frame) if against_base and one_of_many else frame)
-            store.commit(stage, key, made, basis, seconds=time.monotonic() - started)
+            store.writer.commit(stage, key, made, basis, seconds=time.monotonic() - started)
     return part
 
 
@@ -230,9 +232,13 @@ def crown(store: Store, log: logging.Logger) -> None:
     Each challenger's verdict against the champion is committed before `champion.json` moves; MLflow
     follows. Whoever is killed on the way leaves the old champion, and the next call begins again.
     """
-    if not store.parts("verdicts"):
+    if not store.tables.parts("verdicts"):
         return
-    if waiting := [name for name in store.stale(VERDICTS) if not store.is_external(name)]:
+    if waiting := [
+        name
+        for name in store.currency.stale(VERDICTS)
+        if not CheckpointName.parse(name).is_external
+    ]:
         log.info(f"the champion waits for verdicts on {', '.join(waiting)}")
         return
     with lock(store.home / "locks" / "champion.lock", f"the champion of {store.home}"):
@@ -241,17 +247,17 @@ def crown(store: Store, log: logging.Logger) -> None:
         if (after := _contest(store, now, log)) is None:
             return
         if after.checkpoint != now.checkpoint:
-            store.keep(after.checkpoint, CHAMPION)
+            store.checkpoints.keep(after.checkpoint, CHAMPION)
         champion.write(store.home, after)
         _keep_only(store, after.checkpoint)
 
 
 def _reigning(store: Store) -> champion.Champion:
     """The champion; the present base model while nothing has been better."""
-    base, now = store.base_checkpoint(), champion.read(store.home)
+    base, now = store.checkpoints.base(), champion.read(store.home)
     assert base is not None, "verdicts have a base"
     if now is None or (not now.verdict and now.checkpoint != base):
-        return champion.Champion(checkpoint=base, digest=store.checkpoint_digest(base))
+        return champion.Champion(checkpoint=base, digest=store.checkpoints.digest(base))
     return now
 
 
@@ -260,15 +266,17 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
     if nobody could."""
     from training.evaluation.verdict import sentence
 
-    found = {name: store.manifest("eval_metrics", name) for name in store.parts("eval_metrics")}
+    found = {
+        name: store.manifest("eval_metrics", name) for name in store.tables.parts("eval_metrics")
+    }
     ours = {
         name: manifest.digest
         for name, manifest in found.items()
-        if manifest is not None and store.is_of_run(name)
+        if manifest is not None and CheckpointName.parse(name).is_of_run
     }
     ours.pop(now.checkpoint, None)
     fresh = [name for name in sorted(ours) if ours[name] != now.challenged.get(name)]
-    if gone := [name for name in fresh if not store.is_there(name)]:
+    if gone := [name for name in fresh if not store.checkpoints.exists(name)]:
         log.info(f"{', '.join(gone)} cannot challenge the champion: retention removed the weights")
         fresh = [name for name in fresh if name not in gone]
     if not fresh:
@@ -282,7 +290,7 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
     if not sides:
         hint = (
             ""
-            if store.is_there(now.checkpoint)
+            if store.checkpoints.exists(now.checkpoint)
             else "; its weights are missing: remove champion.json to begin anew"
         )
         log.warning(
@@ -302,7 +310,7 @@ def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champ
     said = "; ".join(sentence(row) for row in champion.decisive(rows).iter_rows(named=True))
     if champion.wins(rows, store.config.evaluation.verdicts.deciding):
         log.info(f"new champion {best.checkpoint}: {said}")
-        digest = store.checkpoint_digest(best.checkpoint)
+        digest = store.checkpoints.digest(best.checkpoint)
         now = replace(now, checkpoint=best.checkpoint, digest=digest, verdict=part, sentence=said)
     else:
         log.info(f"{now.checkpoint} stays champion against {best.checkpoint}: {said}")
@@ -330,11 +338,11 @@ def _challengers(
 
 def _keep_only(store: Store, checkpoint: str) -> None:
     """Keep the champion from retention, and let go of all that were champion before."""
-    if store.is_there(checkpoint):
-        store.keep(checkpoint, CHAMPION)
-    kept = store.checkpoint_folder(checkpoint)
-    for run in store.keys(Scope.RUN):
-        for folder in run_folder.checkpoints(store.run_folder(run)):
+    if store.checkpoints.exists(checkpoint):
+        store.checkpoints.keep(checkpoint, CHAMPION)
+    kept = store.checkpoints.folder(checkpoint)
+    for run in store.currency.keys(Scope.RUN):
+        for folder in run_folder.checkpoints(store.paths.run_folder(run)):
             if folder != kept:
                 retention.release(folder, CHAMPION)
 

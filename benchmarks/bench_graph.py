@@ -68,11 +68,11 @@ def no_op_stage() -> None:
         pipeline.bring_up_to_date(home, select="raw_images")
         first = time.monotonic() - began
         store = Store(home)
-        assert len(store.shards()) == NUM_SHARDS
+        assert len(store.tables.shards()) == NUM_SHARDS
         began = time.monotonic()
         with pipeline.open_instance(home) as instance:
             stage = STAGES["raw_images"]
-            pipeline.execute(instance, [stage], store.keys(stage.scope))
+            pipeline.execute(instance, [stage], store.currency.keys(stage.scope))
         again = time.monotonic() - began
         began = time.monotonic()
         pipeline.bring_up_to_date(home, select="raw_images")

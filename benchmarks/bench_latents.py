@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from training import commit
+from training import manifests
 from training.buckets import bucket_assignments
 from training.buckets.geometry import Size
 from training.buckets.plans import BucketConfig
@@ -209,7 +209,7 @@ def write_hollow_shard(folder: Path, number: int) -> None:
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + num_bytes)
-        entries.append(commit.Entry(name=name, bytes=8 + len(text) + num_bytes, sha256="0" * 64))
+        entries.append(manifests.Entry(name=name, bytes=8 + len(text) + num_bytes, sha256="0" * 64))
         rows = np.arange(ROWS_PER_FILE) + (number * FILES_PER_SHARD + place) * ROWS_PER_FILE
         digests = [hashlib.sha256(str(row).encode()).hexdigest() for row in rows.tolist()]
         tables.append(
@@ -222,10 +222,10 @@ def write_hollow_shard(folder: Path, number: int) -> None:
         for name, dtype in schema.items()
         if name not in frame
     ]
-    table = commit.write_parquet(
+    table = manifests.write_parquet(
         folder, "g0001", frame.with_columns(others).select(list(schema)).cast(schema)
     )
-    manifest = commit.Manifest(
+    manifest = manifests.Manifest(
         table="latents",
         part=f"sdxl|{folder.name}",
         version=1,
@@ -233,17 +233,17 @@ def write_hollow_shard(folder: Path, number: int) -> None:
         rows=frame.height,
         digest="0",
     )
-    commit.commit_manifest(folder / "g0001.json", manifest)
+    manifests.commit_manifest(folder / "g0001.json", manifest)
 
 
 READER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from training import commit
+from training import commit, manifests
 from training.latents.files import LatentFile
 folder, total, seconds = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-files = [LatentFile(folder, commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size))
+files = [LatentFile(folder, manifests.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size))
          for path in sorted(folder.glob("*.safetensors"))]
 rng, done, began = np.random.default_rng(0), 0, time.perf_counter()
 while done < total and time.perf_counter() - began < seconds:

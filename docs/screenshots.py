@@ -185,7 +185,7 @@ def before_after(home: Path, name: str) -> None:
     """Base against fine-tuned for prompts with the new concept, two prompts a row."""
     store = Store(home)
     last = str(store.read("checkpoints", parts=[name]).sort("samples_seen")["checkpoint"][-1])
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     assert base is not None, "the base model is not recorded"
     samples = [
         store.read("sample_images", parts=[key]).filter(pl.col("group") == "star")
@@ -201,7 +201,7 @@ def before_after(home: Path, name: str) -> None:
             title=row["prompt_id"],
             text=row["text"],
             pictures=[
-                read_picture(store.sample_folder(key) / row[file])
+                read_picture(store.paths.sample_folder(key) / row[file])
                 for key, file in ((base, "file"), (last, "after"))
             ],
         )

@@ -10,8 +10,10 @@ from dagster._core.definitions.events import AssetKeyPartitionKey
 
 from assets.registry import STAGES
 from resources.graph import Scope
-from resources.workspace.store import Store, find_home
+from resources.workspace.paths import find_home
+from resources.workspace.store import Store
 from training.errors import PipelineError
+from training.names import CheckpointName
 from training.runs.run_folder import is_away
 
 MAX_ATTEMPTS = 3
@@ -28,17 +30,18 @@ def _stale(home: Path, name: str, tick: object) -> frozenset[str]:
     """
     store, stage = Store(home), STAGES[name]
     try:
-        keys = store.stale(stage)
+        keys = store.currency.stale(stage)
         if stage.scope is Scope.CHECKPOINT:
             keys = [
                 key
                 for key in keys
-                if not store.is_external(key) or store.basis(stage, key) is not None
+                if not CheckpointName.parse(key).is_external
+                or store.currency.basis(stage, key) is not None
             ]
         return frozenset(
             key
             for key in keys
-            if stage.scope is not Scope.RUN or not is_away(store.run_folder(key))
+            if stage.scope is not Scope.RUN or not is_away(store.paths.run_folder(key))
         )
     except PipelineError:
         return frozenset()
@@ -68,7 +71,7 @@ class _StoreCondition(dg.AutomationCondition):
 
 
 class IsStale(_StoreCondition):
-    """Partitions that `store.stale` names."""
+    """Partitions that `store.currency.stale` names."""
 
     @property
     def name(self) -> str:
@@ -88,10 +91,10 @@ class HoldsUp(_StoreCondition):
         return "stale, and of no external model"
 
     def _keys(self, name: str, tick: object) -> frozenset[str]:
-        store = Store(find_home())
-        return frozenset(
-            key for key in _stale(store.home, name, tick) if not store.is_external(key)
-        )
+        keys = _stale(find_home(), name, tick)
+        if STAGES[name].scope is not Scope.CHECKPOINT:
+            return keys
+        return frozenset(key for key in keys if not CheckpointName.parse(key).is_external)
 
 
 class WasTried(_StoreCondition):
@@ -105,7 +108,9 @@ class WasTried(_StoreCondition):
     def _keys(self, name: str, tick: object) -> frozenset[str]:
         store, stage = Store(find_home()), STAGES[name]
         stale = _stale(store.home, name, tick)
-        return frozenset(key for key in stale if store.attempts(stage, key) >= MAX_ATTEMPTS)
+        return frozenset(
+            key for key in stale if store.currency.attempts(stage, key) >= MAX_ATTEMPTS
+        )
 
 
 CONDITION = (

@@ -31,7 +31,7 @@ def write(home: Path, run: str, target: Path, *, started: pipeline.Started) -> i
     from training.runs.bundle import write_bundle
 
     store = Store(home)
-    folder = store.run_folder(run)
+    folder = store.paths.run_folder(run)
     if has_finished(folder / EVENTS) or torchrun.is_running(folder):
         state = "has finished" if has_finished(folder / EVENTS) else "is being trained here"
         raise ConfigError(

@@ -19,12 +19,14 @@ from resources.instance import instance as open_instance
 from resources.mlflow.catch_up import catch_up
 from resources.warehouse import rebuild
 from resources.workspace.staleness import StalePartition, grouped, reasons
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import toml
 from training.commit import lock, write_bytes
 from training.config.workspace import DevicesConfig
 from training.errors import DataError, EvaluationError, PipelineError
 from training.evaluation import candidates, champion
+from training.names import EXTERNAL, CheckpointName, VerdictName
 from training.progress import report
 from training.runs.run_folder import READY, read_ready
 from training.runs.run_folder import checkpoints as ready_checkpoints
@@ -52,7 +54,7 @@ def resolve(store: Store, name: str) -> str:
         DataError: there is no such checkpoint.
     """
     if name == "base":
-        if base := store.base_checkpoint():
+        if base := store.checkpoints.base():
             return base
         raise DataError("the base model is not recorded yet: run `foundry run --select base_model`")
     if name == "champion":
@@ -60,16 +62,16 @@ def resolve(store: Store, name: str) -> str:
         if now is None:
             raise DataError("there is no champion yet: run `foundry evaluate`")
         name = now.checkpoint
-    elif name.startswith(candidates.RIVAL) or name in candidates.read_rivals(store.home):
-        name = f"{candidates.RIVAL}{name.removeprefix(candidates.RIVAL).removesuffix('@0')}@0"
+    elif name.startswith(EXTERNAL) or name in candidates.read_rivals(store.home):
+        name = str(CheckpointName.of_external(name.removeprefix(EXTERNAL).removesuffix("@0")))
     elif "@" not in name:
-        saved = ready_checkpoints(store.run_folder(name))
+        saved = ready_checkpoints(store.paths.run_folder(name))
         if not saved:
             raise DataError(f"run {name!r} has no checkpoint")
         return read_ready(saved[-1]).checkpoint
-    if not store.is_there(name):
+    if not store.checkpoints.exists(name):
         raise DataError(
-            f"checkpoint {name} is not there (any more): {store.checkpoint_folder(name)}"
+            f"checkpoint {name} is not there (any more): {store.checkpoints.folder(name)}"
         )
     return name
 
@@ -92,9 +94,9 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
     """
     pipeline.bring_up_to_date(home, select="base_model,prompt_sets", only=True, started=started)
     store = Store(home)
-    base = store.base_checkpoint()
+    base = store.checkpoints.base()
     assert base is not None, "bring_up_to_date has recorded it"
-    chosen = [resolve(store, name) for name in names] or store.checkpoints_to_evaluate(
+    chosen = [resolve(store, name) for name in names] or store.checkpoints.to_evaluate(
         training=True
     )
     keys = list(dict.fromkeys([base, *chosen]))
@@ -108,7 +110,9 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
         failed: dict[str, str] = {}
         for stage in STAGES:
             stale = [
-                key for key in keys if key not in failed and not Store(home).is_current(stage, key)
+                key
+                for key in keys
+                if key not in failed and not Store(home).currency.is_current(stage, key)
             ]
             if stale:
                 found = [StalePartition(key, reasons(Store(home), stage, key)) for key in stale]
@@ -118,7 +122,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
                     pipeline.execute(instance, [stage], [key])
                 except Exception as error:  # what comes from outside may fail in any way
                     if key == base or not (
-                        isinstance(error, PipelineError) or store.is_external(key)
+                        isinstance(error, PipelineError) or CheckpointName.parse(key).is_external
                     ):
                         raise  # nothing can be judged without the base
                     failed[key] = pipeline.reason_of(error)
@@ -159,7 +163,7 @@ def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Compari
     evaluate(home, names, started=started)
     store = Store(home)
     rows = store.read("verdicts", parts=[verdicts.judge_pair(store, *names)])
-    path = store.home / FOLDER / f"{'~'.join(names)}.html"
+    path = store.home / FOLDER / f"{VerdictName(*names)}.html"
     write_bytes(path, render(store, names, rows).encode())
     rebuild(store)
     return Comparison(a=names[0], b=names[1], verdicts=rows, report=path)
@@ -213,16 +217,18 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
     Elsewhere a model without a run is called a base, and one of another workspace's runs by that
     run: here it may be the base or a rival.
     """
-    base = store.base_checkpoint()
-    rivals = [f"{candidates.RIVAL}{rival}@0" for rival in candidates.read_rivals(store.home)]
+    base = store.checkpoints.base()
+    rivals = [
+        str(CheckpointName.of_external(rival)) for rival in candidates.read_rivals(store.home)
+    ]
     for key in [name, *([base] if base else []), *rivals]:
         with contextlib.suppress(
             DataError
         ):  # no name of this workspace, or a rival whose model is gone
-            folder = store.checkpoint_folder(key)
+            folder = store.checkpoints.folder(key)
             ready = (folder / READY).is_file()
             if folder.exists() and digest == (
-                read_ready(folder).digest if ready else store.checkpoint_digest(key)
+                read_ready(folder).digest if ready else store.checkpoints.digest(key)
             ):
                 return key
     return None
@@ -245,7 +251,7 @@ def adopt(store: Store, folder: Path) -> str:
             f"{folder} holds pictures of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "
             f"or rival of {store.home} has these"
         )
-    basis = store.basis(stage, key)
+    basis = store.currency.basis(stage, key)
     assert basis is not None, "pictures read no table by slices"
     here = {
         "prompts": (basis["inputs"]["prompts"], record.prompts),
@@ -261,10 +267,12 @@ def adopt(store: Store, folder: Path) -> str:
         raise EvaluationError(
             f"{folder} was drawn otherwise than this workspace would: {'; '.join(unlike)}"
         )
-    with store.writing(stage.name, key):
-        samples = remote_sampling.bring_home(folder, record, store.sample_folder(key))
-        store.commit(stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0)
-    store.let_go(key, sample_images.WANTED_BY)
+    with store.writer.holding(stage.name, key):
+        samples = remote_sampling.bring_home(folder, record, store.paths.sample_folder(key))
+        store.writer.commit(
+            stage, key, Made(frame=samples, rows_in=samples.height), basis, seconds=0.0
+        )
+    store.checkpoints.let_go(key, sample_images.WANTED_BY)
     with open_instance(store.home) as instance:
         _name_partitions(instance, store, [key])
     rebuild(store)

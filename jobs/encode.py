@@ -14,6 +14,7 @@ from resources.workspace import generations
 from resources.workspace.generations import DEADLINE_TAG, REENCODE_TAG
 from resources.workspace.store import Store
 from training.errors import DataError
+from training.names import GenerationName
 
 JOB = dg.define_asset_job(
     "encode",
@@ -80,7 +81,7 @@ def reencode_requests(store: Store, tick_s: float) -> list[dg.RunRequest]:
     return [
         dg.RunRequest(
             partition_key=item.part,
-            run_key=f"reencode:{item.part}:g{item.generation:04d}:{deadline}",
+            run_key=f"reencode:{item.part}:{GenerationName(item.generation)}:{deadline}",
             tags={REENCODE_TAG: "true", DEADLINE_TAG: deadline},
         )
         for item in generations.oldest(

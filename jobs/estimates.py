@@ -15,7 +15,6 @@ from resources.workspace.setup import require_named, require_run
 from resources.workspace.store import Store
 from training import toml
 from training.buckets.plans import plan
-from training.commit import Manifest
 from training.config.run import RunConfig
 from training.errors import DataError
 from training.estimates.cost import (
@@ -35,6 +34,7 @@ from training.latents.source import LatentSource
 from training.loop.device_defaults import Device, has_auto, read_record, resolve
 from training.loop.order import EpochOrder, assign_windows, make_order
 from training.loop.requirements import check_trainable
+from training.manifests import Manifest
 from training.runs.run_folder import read_config
 from training.tables.schemas import TABLES
 
@@ -164,7 +164,7 @@ def dry_run(store: Store, run: str, config: RunConfig, hardware: Hardware) -> li
     """
     rates, folder = hardware.resolve(), base_of(store, run, config)
     card, num_ranks = find_gpu(rates.gpu), hardware.num_gpus
-    recorded = read_record(store.run_folder(run))
+    recorded = read_record(store.paths.run_folder(run))
     left = has_auto(config)
     config = resolve(config, _device(card), recorded or {})
     model = read_model_configs(folder)
@@ -293,7 +293,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
         DataError: nothing is ingested yet.
     """
     require_run(store, run)
-    config = read_config(store.run_folder(run))
+    config = read_config(store.paths.run_folder(run))
     num_images = _rows(store, "raw_images")
     if not num_images:
         raise DataError(
@@ -306,7 +306,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
     }
     stored["embeddings"] = 0.0
     for table in TABLES:
-        for part in store.parts(table):
+        for part in store.tables.parts(table):
             for entry in _manifest(store, table, part).files:
                 kind = "embeddings" if table == "embeddings" else "tables"
                 stored["latents" if entry.name.endswith(".safetensors") else kind] += entry.bytes
@@ -324,7 +324,7 @@ def workspace_work(store: Store, run: str) -> tuple[Workload, dict[str, float], 
 
 
 def _rows(store: Store, table: str) -> int:
-    return sum(_manifest(store, table, part).rows for part in store.parts(table))
+    return sum(_manifest(store, table, part).rows for part in store.tables.parts(table))
 
 
 def _manifest(store: Store, table: str, part: str) -> Manifest:

@@ -16,7 +16,7 @@ JOB = dg.define_asset_job(
 
 def is_evaluated(store: Store, checkpoint: str) -> bool:
     """Whether pictures, scores and verdict of a checkpoint are those that would be made now."""
-    return all(store.is_current(stage, checkpoint) for stage in STAGES)
+    return all(store.currency.is_current(stage, checkpoint) for stage in STAGES)
 
 
 def keep(store: Store, checkpoint: str) -> None:
@@ -25,5 +25,5 @@ def keep(store: Store, checkpoint: str) -> None:
     Raises:
         DataError: retention was faster.
     """
-    if not store.is_current(sample_images.STAGE, checkpoint):
-        store.keep(checkpoint, sample_images.WANTED_BY)
+    if not store.currency.is_current(sample_images.STAGE, checkpoint):
+        store.checkpoints.keep(checkpoint, sample_images.WANTED_BY)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from assets import latents
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import commit
 from training.errors import DataError
 from training.latents import exchange as formats
@@ -13,6 +14,7 @@ from training.latents.encoding import placement_of
 from training.latents.files import from_bfloat16, generations, read_generation
 from training.latents.importing import Format, LatentImport, find_files
 from training.models.base_model import config_folder
+from training.names import ShardKey
 from training.progress import track
 
 _ROWS_AT_A_TIME = 64
@@ -56,7 +58,9 @@ def import_latents(
 
     config = store.config.encoding(encoding)
     files = find_files(folder, kind, index)
-    present = [part for part in store.parts("latents") if part.startswith(f"{encoding}|")]
+    present = [
+        part for part in store.tables.parts("latents") if ShardKey.parse(part).encoding == encoding
+    ]
     if present:
         raise DataError(
             f"encoding {encoding!r} has latents already ({present[0]}): import into an encoding of its own, "
@@ -70,13 +74,13 @@ def import_latents(
     shards = store.read("bucket_assignments", ["shard"], [encoding])["shard"].unique().sort()
     work = LatentImport(
         files=files, kind=kind, encoding=config,
-        vae=Vae.load(store.vae_folder(encoding), "cpu"), vae_digest=store.vae_digest(encoding),
+        vae=Vae.load(store.models.vae_folder(encoding), "cpu"), vae_digest=store.models.vae_digest(encoding),
     )  # fmt: skip
     made = {}
-    keys = [f"{encoding}|{shard}" for shard in shards]
+    keys = [str(ShardKey(encoding, shard)) for shard in shards]
     for key in track(keys, "shards", len(keys)):
         frame, entries = work.shard(
-            store.table_folder("latents", key), latents.pictures(store, key), names
+            store.tables.folder("latents", key), latents.pictures(store, key), names
         )
         if frame.height:
             report = {"generation": "g0001", "numbers": {"imported": frame.height}}
@@ -85,7 +89,7 @@ def import_latents(
     for key, item in made.items():
         # Without inputs it is never current: the next run copies these rows, and encodes what is
         # missing.
-        store.commit(
+        store.writer.commit(
             latents.STAGE,
             key,
             item,
@@ -114,17 +118,17 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
         DataError: it has no latents, or a picture's name leads out of `folder`.
     """
     store.config.encoding(encoding)
-    parts = [part for part in store.parts("latents") if part.startswith(f"{encoding}|")]
+    parts = [part for part in store.tables.parts("latents") if part.startswith(f"{encoding}|")]
     if not parts:
         raise DataError(
             f"encoding {encoding!r} has no latents: run `foundry run --select latents` first"
         )
     named = store.read("selected_images", ["image_id", "source", "source_id"])
     names = {image_id: (source, source_id) for image_id, source, source_id in named.iter_rows()}
-    sdxl = (config_folder(store.model_path("base")) / "text_encoder_2").is_dir()
+    sdxl = (config_folder(store.models.path("base")) / "text_encoder_2").is_dir()
     written = 0
     for part in track(parts, "shards", len(parts)):
-        shard = store.table_folder("latents", part)
+        shard = store.tables.folder("latents", part)
         generation = read_generation(shard, max(generations(shard)))
         files = generation.open_files()
         for (name,), rows in generation.table().group_by("file", maintain_order=True):

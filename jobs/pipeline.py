@@ -29,6 +29,7 @@ from resources.workspace.store import Store
 from training import toml
 from training.commit import explain_disk, lock
 from training.errors import ConfigError, DataError, PipelineError
+from training.names import CheckpointName
 from training.runs.run_folder import is_away
 
 Started = Callable[[str, int, Sequence[str]], None]
@@ -132,7 +133,10 @@ def _require_a_picture(store: Store) -> None:
     Raises:
         DataError: says how many candidates there are and why they were rejected.
     """
-    if not store.stale(STAGES["raw_images"]) and store.read("raw_images", ["image_id"]).is_empty():
+    if (
+        not store.currency.stale(STAGES["raw_images"])
+        and store.read("raw_images", ["image_id"]).is_empty()
+    ):
         rejected = store.read("rejected_images", ["stage", "reason"]).filter(stage="raw_images")
         reasons = ", ".join(
             f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows()
@@ -187,13 +191,18 @@ def _run_body(
     """Run one body over the stale partitions of its stages, but those in `without`."""
     begin = time.monotonic()
     stale = {
-        stage.name: [key for key in store.stale(stage) if key not in without] for stage in stages
+        stage.name: [key for key in store.currency.stale(stage) if key not in without]
+        for stage in stages
     }
     if stages[0].scope is Scope.RUN:
         here = (
             [run]
             if run
-            else [key for key in store.keys(Scope.RUN) if not is_away(store.run_folder(key))]
+            else [
+                key
+                for key in store.currency.keys(Scope.RUN)
+                if not is_away(store.paths.run_folder(key))
+            ]
         )
         stale = {name: [key for key in keys if key in here] for name, keys in stale.items()}
     keys = sorted(set().union(*stale.values()))
@@ -214,7 +223,10 @@ def _run_body(
             try:
                 execute(instance, chosen, batch)
             except Exception as error:
-                if chosen[0].scope is not Scope.CHECKPOINT or not store.is_external(batch[0]):
+                if (
+                    chosen[0].scope is not Scope.CHECKPOINT
+                    or not CheckpointName.parse(batch[0]).is_external
+                ):
                     raise
                 failed[batch[0]] = reason_of(error)
     seconds = time.monotonic() - begin
@@ -236,9 +248,11 @@ def _batches(stage: Stage, keys: list[str], *, one_by_one: bool) -> list[list[st
     else singly."""
     if one_by_one or stage.scope not in (Scope.SHARD, Scope.ENCODING_SHARD):
         return [[key] for key in keys]
+    if stage.scope is Scope.SHARD:
+        return [keys]
     groups: dict[str, list[str]] = {}
     for key in keys:
-        groups.setdefault(key.rpartition("|")[0], []).append(key)
+        groups.setdefault(stage.encoding(key), []).append(key)
     return list(groups.values())
 
 
@@ -281,7 +295,7 @@ def _outcome(
     failed: dict[str, str],
 ) -> Outcome:
     """Numbers of a stage from its committed manifests."""
-    keys = store.keys(stage.scope)
+    keys = store.currency.keys(stage.scope)
     outcome = Outcome(
         stage=stage.name,
         num_made=len([key for key in stale if key not in left]),

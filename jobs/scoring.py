@@ -39,10 +39,10 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
 
         def load() -> Networks:
             return Networks(
-                clip=Clip.load(store.model_path("clip"), device),
-                aesthetic=Aesthetic.load(store.model_path("aesthetic"), device),
+                clip=Clip.load(store.models.path("clip"), device),
+                aesthetic=Aesthetic.load(store.models.path("aesthetic"), device),
                 scorers=scorers.load(
-                    {name: store.model_path(name) for name in config.scorers}, device
+                    {name: store.models.path(name) for name in config.scorers}, device
                 ),
             )
 
@@ -52,7 +52,7 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
             out,
             load,
             digests={
-                name: store.model_digest(name) for name in ("clip", "aesthetic", *config.scorers)
+                name: store.models.digest(name) for name in ("clip", "aesthetic", *config.scorers)
             },
             decode=store.config.decode,
             batch_size=config.batch_size,

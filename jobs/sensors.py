@@ -41,8 +41,8 @@ def new_images(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
     """Request a listing when what the sources hold is not what was listed."""
-    basis = store.basis(raw_images.LISTING, "all")
-    if not store.stale(raw_images.LISTING) or basis is None:
+    basis = store.currency.basis(raw_images.LISTING, "all")
+    if not store.currency.stale(raw_images.LISTING) or basis is None:
         return dg.SkipReason("the sources hold what was listed")
     inputs = "+".join(sorted(digest[:8] for digest in basis["inputs"].values()))
     return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"listing:{inputs}")])
@@ -62,15 +62,15 @@ def new_checkpoint(
     What is evaluated is done; what fails is tried `MAX_ATTEMPTS` times, and anew when something
     about it changes.
     """
-    if (base := store.base_checkpoint()) is None:
+    if (base := store.checkpoints.base()) is None:
         return dg.SkipReason(
             "the base model is not recorded yet: `foundry run --select base_model`"
         )
     attempts: dict[str, str | None] = {}
     left = []
-    for name in store.checkpoints_to_evaluate(training=True):
+    for name in store.checkpoints.to_evaluate(training=True):
         try:
-            store.checkpoint_folder(
+            store.checkpoints.folder(
                 name
             )  # an external model that is missing is not worth three runs
             evaluate.keep(store, name)
@@ -110,8 +110,8 @@ def _attempt(instance: dg.DagsterInstance, store: Store, checkpoint: str) -> str
     follows from, the base's scores too, and a number: another base, a mended setting and new scores
     are tried afresh.
     """
-    base = store.manifest("eval_metrics", store.base_checkpoint() or "")
-    bases = [store.basis(stage, checkpoint) for stage in evaluate.STAGES]
+    base = store.manifest("eval_metrics", store.checkpoints.base() or "")
+    bases = [store.currency.basis(stage, checkpoint) for stage in evaluate.STAGES]
     identity = json_digest([base.digest if base else "absent", *bases])[:16]
     runs = instance.get_runs(
         dg.RunsFilter(job_name=evaluate.JOB.name, tags={PARTITION: checkpoint})

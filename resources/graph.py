@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from training import toml
 from training.config.workspace import WorkspaceConfig
-
-if TYPE_CHECKING:
-    from resources.workspace.store import Store
+from training.names import OwnedPart, ShardKey
 
 
 class Scope(StrEnum):
@@ -64,7 +63,7 @@ def nothing(config: WorkspaceConfig, key: str) -> Any:
     return {}
 
 
-def no_others(store: "Store", key: str) -> Mapping[str, str]:
+def no_others(store: Any, key: str) -> Mapping[str, str]:
     """For stages whose inputs are all tables."""
     return {}
 
@@ -86,8 +85,9 @@ class Stage:
     partition's."""
     models: tuple[str, ...] = ()
     """Keys under [models] whose weights it runs; `vae` is that of the partition's encoding."""
-    others: Callable[["Store", str], Mapping[str, str]] = no_others
-    """Digests of inputs that are no tables: folders, files people made, runs."""
+    others: Callable[[Any, str], Mapping[str, str]] = no_others
+    """Digests of inputs that are no tables: folders, files people made, runs. Given the `Store`,
+    which this module does not know: it is made of what is declared here."""
     model: str = ""
     """For tables with rows per model: the model whose rows this stage writes."""
     prefix: str = ""
@@ -95,7 +95,13 @@ class Stage:
 
     def part(self, key: str) -> str:
         """Name of the part that holds the partition `key`."""
-        return f"{self.prefix}{key}.{self.model}" if self.model else f"{self.prefix}{key}"
+        name = f"{self.prefix}{key}"
+        return str(OwnedPart(name, self.model)) if self.model else name
+
+    def section(self, config: WorkspaceConfig, key: str) -> Any:
+        """The section of the configuration that a partition follows from, as plain values."""
+        section = self.config(config, key)
+        return section if isinstance(section, Mapping) else toml.dump(section)
 
     def settings_of(self, key: str) -> str:
         """Where in foundry.toml the section of a partition stands (`encodings.sdxl`)."""
@@ -103,8 +109,12 @@ class Stage:
 
     def shard(self, key: str) -> str:
         """The shard of a partition key (`sdxl|s000012` -> `s000012`)."""
-        return key.rpartition("|")[2]
+        return ShardKey.parse(key).shard if self._by_encoding_and_shard else key
 
     def encoding(self, key: str) -> str:
         """The encoding of a partition key (`sdxl|s000012` -> `sdxl`)."""
-        return key.partition("|")[0]
+        return ShardKey.parse(key).encoding if self._by_encoding_and_shard else key
+
+    @property
+    def _by_encoding_and_shard(self) -> bool:
+        return self.scope is Scope.ENCODING_SHARD

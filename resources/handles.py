@@ -6,7 +6,8 @@ from typing import Any
 import dagster as dg
 
 from resources.instance import check_instance
-from resources.workspace.store import Store, find_home
+from resources.workspace.paths import find_home
+from resources.workspace.store import Store
 
 
 @dg.resource

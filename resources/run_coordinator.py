@@ -10,8 +10,9 @@ from dagster._core.definitions.partitions.context import partition_loading_conte
 from dagster._core.run_coordinator import QueuedRunCoordinator, SubmitRunContext
 from dagster._serdes import ConfigurableClassData
 
+from resources.workspace.paths import find_home
 from resources.workspace.setup import AS_CONFIGURED, resolve_run
-from resources.workspace.store import Store, find_home
+from resources.workspace.store import Store
 from training.errors import ConfigError, DataError, PipelineError
 
 PARTITION = "dagster/partition"

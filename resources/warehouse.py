@@ -59,7 +59,7 @@ def _create(connection: "duckdb.DuckDBPyConnection", store: Store) -> None:
 def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -> str:
     """The rows of all parts; where keys recur from part to part, with the columns that tell a row's
     part."""
-    parts = store.parts(table)
+    parts = store.tables.parts(table)
     told = PART_COLUMNS.get(table, ())
     if not parts:
         types = dict.fromkeys(told, pl.String()) | dict(TABLES[table].schema)
@@ -67,7 +67,7 @@ def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -
             f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types.items()
         )
         return f"select {columns} where false"
-    files = [store.table_file(table, part) for part in parts]
+    files = [store.tables.file(table, part) for part in parts]
     listed = ", ".join(map(_exactly, files))
     if not told:
         return f"select * from read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"

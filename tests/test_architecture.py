@@ -16,7 +16,17 @@ ROOMS = (
     "curation", "prompts", "runs", "sources", "loop", "sampling", "evaluation", "reports",
 )  # fmt: skip
 """Folders of `training/`: each imports itself, those before it, and the modules at the root."""
-AT_THE_ROOT = {"__init__", "commit", "errors", "names", "progress", "seeds", "toml"}
+AT_THE_ROOT = {
+    "__init__",
+    "commit",
+    "errors",
+    "manifests",
+    "names",
+    "progress",
+    "records",
+    "seeds",
+    "toml",
+}
 WITH_TENSORS = {"annotators", "models", "optimization", "loop", "sampling", "evaluation"}
 """Rooms some of whose modules import torch; all others handle images, tables and files alone."""
 MAX_MODULE, MAX_FUNCTION, MAX_PARAMETERS = 450, 70, 8

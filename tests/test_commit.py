@@ -18,7 +18,7 @@ from graph_tools import WARM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import commit
+from training import commit, manifests
 from training.errors import DamageError, LockedError, WorkspaceError
 
 
@@ -32,11 +32,11 @@ def write_toy(folder, generation, style="committed", journal=None):
 
 def committed_version(folder):
     """The committed version, checked in full; None when nothing is committed."""
-    manifest = commit.read_manifest(folder / "t.json")
+    manifest = manifests.read_manifest(folder / "t.json")
     if manifest is None:
         return None
     for entry in manifest.files:
-        commit.check_entry(folder, entry)
+        manifests.check_entry(folder, entry)
     frame = pl.read_parquet(folder / manifest.files[0].name)
     assert commit.logical_digest(commit.column_digests(frame), frame.height) == manifest.digest
     assert frame["x"][0] == manifest.version
@@ -84,27 +84,27 @@ def test_no_reader_takes_a_temporary_file_for_its_own(tmp_path, name):
         assert temporary.name.startswith(commit.TEMPORARY_PREFIX)
         assert temporary.suffix == ".tmp"
         assert temporary.parent == tmp_path
-        assert commit.manifests(tmp_path) == []
+        assert manifests.manifests(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_manifest_without_a_digest_of_its_own_is_read(tmp_path):
-    entry = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
-    manifest = commit.Manifest(
+    entry = manifests.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
+    manifest = manifests.Manifest(
         table="t", part="t", version=1, files=(entry,), rows=1, digest="d", report={10: 1, 9: 2}
     )
-    commit.commit_manifest(tmp_path / "t.json", manifest)
-    new = commit.read_manifest(tmp_path / "t.json")
+    manifests.commit_manifest(tmp_path / "t.json", manifest)
+    new = manifests.read_manifest(tmp_path / "t.json")
     old = {
         key: value
         for key, value in json.loads((tmp_path / "t.json").read_bytes()).items()
         if "sha256" not in key
     }
     commit.write_json(tmp_path / "old.json", old | {"format": 1})
-    assert commit.read_manifest(tmp_path / "old.json") == new
+    assert manifests.read_manifest(tmp_path / "old.json") == new
     commit.write_json(tmp_path / "none.json", old)
     with pytest.raises(DamageError, match="does not match its own"):
-        commit.read_manifest(tmp_path / "none.json")
+        manifests.read_manifest(tmp_path / "none.json")
 
 
 TROUBLE = {
@@ -162,15 +162,15 @@ def test_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, monkeypatch
     ):
         commit.write_bytes(tmp_path / "a", b"new")
     with pytest.raises(WorkspaceError, match="no space left"):
-        commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
+        manifests.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
     assert (tmp_path / "a").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_damage_is_named(tmp_path, damage):
-    entry = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1, 2, 3]}))
-    commit.check_entry(tmp_path, entry)
+    entry = manifests.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1, 2, 3]}))
+    manifests.check_entry(tmp_path, entry)
     path = tmp_path / entry.name
     data = bytearray(path.read_bytes())
     if damage == "gone":
@@ -181,12 +181,12 @@ def test_damage_is_named(tmp_path, damage):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(DamageError, match=entry.name):
-        commit.check_entry(tmp_path, entry)
+        manifests.check_entry(tmp_path, entry)
 
 
 def test_other_content_gets_another_name(tmp_path):
-    first = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
-    second = commit.write_parquet(tmp_path, "t", pl.DataFrame({"x": [2]}))
+    first = manifests.write_parquet(tmp_path, "t", pl.DataFrame({"x": [1]}))
+    second = manifests.write_parquet(tmp_path, "t", pl.DataFrame({"x": [2]}))
     assert first.name != second.name
     assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}
 
@@ -284,7 +284,7 @@ def test_digest_of_a_known_table_stays(tmp_path):
 def test_a_manifest_that_is_none_is_named(tmp_path, text, words):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(DamageError, match=words):
-        commit.read_manifest(tmp_path / "t.json")
+        manifests.read_manifest(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize(("free", "said"), [(4096, True), (2**30, False)])

@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 
 from assets import checks, prompt_sets, sample_images, training_set
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.evaluation.prompt_sets import make_frame
 from training.tables.schemas import TABLES
 
@@ -17,7 +18,7 @@ def finding(store, name):
 
 
 def commit(store, stage, key, frame):
-    store.commit(stage, key, Made(frame=frame), BASIS, seconds=0)
+    store.writer.commit(stage, key, Made(frame=frame), BASIS, seconds=0)
 
 
 @pytest.fixture

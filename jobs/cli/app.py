@@ -133,8 +133,8 @@ def _run_interrupted(store: Store) -> str:
 
     home = shlex.quote(str(store.home))
     said = f"what is committed stays; go on with `foundry run --home {home}`"
-    for run in store.keys(Scope.RUN):
-        if torchrun.is_running(store.run_folder(run)):
+    for run in store.currency.keys(Scope.RUN):
+        if torchrun.is_running(store.paths.run_folder(run)):
             command = f"`foundry train --home {home} --run {run} --stop`"
             said += f"; the trainer of {run} goes on by itself, stop it with {command}"
     return said
@@ -350,7 +350,7 @@ def train(
         raise ConfigError(f"--world-size {world_size} must be at least 1: one rank for each card")
     store = open_store(home)
     if stop:
-        folder = store.run_folder(run)
+        folder = store.paths.run_folder(run)
         if not torchrun.is_running(folder):
             print(f"run {run}: no trainer is running")
             return
@@ -386,7 +386,7 @@ def train(
             f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back"
         )
         return
-    started, folder = time.monotonic(), store.run_folder(run)
+    started, folder = time.monotonic(), store.paths.run_folder(run)
     if_interrupted(lambda: _train_interrupted(store, run))
     with torchrun.standing_by(folder, read_config(folder).num_processes):
         from jobs import pipeline
@@ -405,7 +405,7 @@ def _train_interrupted(store: Store, run: str) -> str:
     from training.runs.run_folder import checkpoints
 
     folder, command = (
-        store.run_folder(run),
+        store.paths.run_folder(run),
         f"`foundry train --home {shlex.quote(str(store.home))} --run {run}",
     )
     if torchrun.is_running(folder):
@@ -543,7 +543,7 @@ def latents_reencode(
 
     store = open_store(home)
     with console.progress() as announce:
-        announce("latents", shards or len(store.parts("latents")), ["encoded anew"])
+        announce("latents", shards or len(store.tables.parts("latents")), ["encoded anew"])
         done, left = encode.reencode(
             store.home, encoding=encoding, num_shards=shards, max_minutes=max_minutes
         )

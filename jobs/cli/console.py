@@ -28,6 +28,7 @@ from resources.graph import Scope
 from resources.workspace.staleness import StageStatus, grouped
 from resources.workspace.store import Store
 from training.evaluation import champion, verdict
+from training.names import VerdictName
 from training.progress import listen, told
 from training.runs.run_folder import is_away
 
@@ -196,8 +197,8 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
             )
         for key, reason in item.failed.items():
             console.print(f"{key} is not evaluated: {reason}", markup=False)
-    for run in store.keys(Scope.RUN):
-        if is_away(store.run_folder(run)):
+    for run in store.currency.keys(Scope.RUN):
+        if is_away(store.paths.run_folder(run)):
             console.print(
                 f"run {run} is away: it was bundled to be trained elsewhere, and is not trained here"
             )
@@ -208,8 +209,13 @@ def summary(store: Store, outcomes: list[Outcome], seconds: float) -> None:
 
 def _verdicts(store: Store, console: Console) -> None:
     """Base against fine-tuned, once there is a verdict."""
-    last = [store.last_checkpoint(run) for run in store.finished_runs()]
-    parts = [part for name in last if (part := f"base~{name}") in store.parts("verdicts")]
+    runs = store.checkpoints.finished_runs()
+    last = [name for run in runs if (name := store.checkpoints.last(run))]
+    parts = [
+        part
+        for name in last
+        if (part := str(VerdictName.against_base(name))) in store.tables.parts("verdicts")
+    ]
     if not parts:
         return
     _against_base(store, parts, ("base", "fine-tuned"), console)
@@ -230,7 +236,11 @@ def _against_base(
     _verdict_tables(store.read("verdicts", parts=parts), names, console)
     for part in parts:
         manifest = store.manifest("verdicts", part)
-        if manifest is not None and not manifest.rows and part != f"base~{store.base_checkpoint()}":
+        if (
+            manifest is not None
+            and not manifest.rows
+            and VerdictName.parse(part).b != store.checkpoints.base()
+        ):
             console.print(manifest.report["numbers"]["note"], soft_wrap=True, markup=False)
 
 
@@ -260,7 +270,11 @@ def _champion(store: Store, console: Console) -> None:
 def evaluated(store: Store, names: Sequence[str]) -> None:
     """Verdicts of checkpoints against the base, and the champion."""
     console = Console()
-    parts = [part for name in names if (part := f"base~{name}") in store.parts("verdicts")]
+    parts = [
+        part
+        for name in names
+        if (part := str(VerdictName.against_base(name))) in store.tables.parts("verdicts")
+    ]
     _against_base(store, parts, ("base", "judged"), console)
     _champion(store, console)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from resources.workspace.store import Store, find_home
+from resources.workspace.paths import find_home
+from resources.workspace.store import Store
 
 Home = Annotated[
     Path | None,

@@ -21,7 +21,7 @@ from resources.workspace.store import Store
 from training import commit
 from training.errors import ConfigError, TrackingError
 from training.evaluation import champion
-from training.models.base_model import checkpoint_name
+from training.names import CheckpointName, VerdictName
 from training.runs import release as releasing
 from training.runs.run_folder import EVENTS, read_inputs
 
@@ -29,7 +29,6 @@ NOTE = "tracking.json"
 PATIENCE_S = 5.0
 """How long failures may take in all before the rest waits for the next call: what MLflow refuses at
 once holds up nothing else, a hung server is waited for once."""
-_BASE = "base~"
 """Begins the parts of table `verdicts` that compare with the base."""
 _NUM_NAMED = 4
 """How many of the things that are owed a warning names."""
@@ -155,14 +154,14 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
             str(path.stat().st_size),
             partial(tracking.forward, path.parent),
         )
-    for run in store.parts("checkpoints"):
+    for run in store.tables.parts("checkpoints"):
         manifest = store.manifest("checkpoints", run)
         if manifest is not None and (
             dagster_run := str(manifest.provenance.get("dagster_run", ""))
         ):
             send = partial(tracking.log_dagster_run, run, dagster_run)
             yield _Item(f"the link from {run} to Dagster", dagster_run, send)
-    for checkpoint in sorted(store.parts("eval_metrics"), key=_age):
+    for checkpoint in sorted(store.tables.parts("eval_metrics"), key=CheckpointName.parse):
         digests = [_digest(store, table, checkpoint) for table in ("eval_metrics", "sample_images")]
         yield _Item(
             f"scores of {checkpoint}",
@@ -175,14 +174,15 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
             f"the base's pictures beside {run}", _digest(store, "sample_images", base), send
         )
     verdicts: dict[str, list[str]] = {}
-    for part in sorted(
-        (part for part in store.parts("verdicts") if part.startswith(_BASE)), key=_age
-    ):
-        verdicts.setdefault(_age(part)[0].removeprefix(_BASE), []).append(part)
+    pairs = (VerdictName.parse(part) for part in store.tables.parts("verdicts"))
+    judged = sorted(CheckpointName.parse(pair.b) for pair in pairs if pair.is_against_base)
+    for name in judged:
+        part = str(VerdictName.against_base(str(name)))
+        verdicts.setdefault(name.run, []).append(part)
     for run, parts in verdicts.items():
         digest = commit.json_digest([_digest(store, "verdicts", part) for part in parts])
         yield _Item(f"verdicts on {run}", digest, partial(_send_verdicts, store, tracking, parts))
-    for run in store.parts("release"):
+    for run in store.tables.parts("release"):
         yield _Item(
             f"the report of {run}",
             _digest(store, "release", run),
@@ -197,17 +197,18 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
 def _bases(store: Store) -> dict[str, str]:
     """Run -> its base model as a checkpoint, where the base drew the same prompts as a checkpoint
     of the run."""
-    drawn, found = store.parts("sample_images"), {}
+    drawn, found = store.tables.parts("sample_images"), {}
     for checkpoint in drawn:
-        run = _age(checkpoint)[0]
-        if not store.is_of_run(checkpoint):
+        name = CheckpointName.parse(checkpoint)
+        if not name.is_of_run:
             continue
         with contextlib.suppress(
             ConfigError
         ):  # the run's own log cannot be sent then, and says why
-            base = checkpoint_name(read_inputs(store.run_folder(run)).base_digest)
+            digest = read_inputs(store.paths.run_folder(name.run)).base_digest
+            base = str(CheckpointName.of_base(digest))
             if base in drawn and _prompts(store, base) == _prompts(store, checkpoint):
-                found[run] = base
+                found[name.run] = base
     return found
 
 
@@ -215,12 +216,6 @@ def _prompts(store: Store, checkpoint: str) -> str | None:
     """Digest of the prompts that a checkpoint's pictures were drawn of."""
     manifest = store.manifest("sample_images", checkpoint)
     return manifest.inputs.get("prompts") if manifest else None
-
-
-def _age(part: str) -> tuple[str, int]:
-    """Run and samples_seen of a part that is named `<run>@<samples_seen>`."""
-    run, _, samples_seen = part.rpartition("@")
-    return run, int(samples_seen)
 
 
 def _digest(store: Store, table: str, part: str) -> str:
@@ -234,13 +229,13 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
         checkpoint,
         metrics=store.read("eval_metrics", parts=[checkpoint]),
         samples=store.read("sample_images", parts=[checkpoint] if drawn else []),
-        folder=store.sample_folder(checkpoint),
+        folder=store.paths.sample_folder(checkpoint),
     )
 
 
 def _send_base_pictures(store: Store, tracking: Tracking, run: str, base: str) -> None:
     tracking.log_base_pictures(
-        run, store.read("sample_images", parts=[base]), store.sample_folder(base)
+        run, store.read("sample_images", parts=[base]), store.paths.sample_folder(base)
     )
 
 
@@ -248,7 +243,7 @@ def _send_verdicts(store: Store, tracking: Tracking, parts: list[str]) -> None:
     for part in parts:
         manifest = store.manifest("verdicts", part)
         note = str(manifest.report.get("numbers", {}).get("note", "")) if manifest else ""
-        tracking.log_verdict(part.removeprefix(_BASE), store.read("verdicts", parts=[part]), note)
+        tracking.log_verdict(VerdictName.parse(part).b, store.read("verdicts", parts=[part]), note)
 
 
 def _send_report(store: Store, tracking: Tracking, run: str) -> None:
@@ -259,7 +254,7 @@ def _send_report(store: Store, tracking: Tracking, run: str) -> None:
         store.home / "release" / run / releasing.REPORT,
     )
     tracking.log_file(checkpoint, report.name, report.read_bytes())
-    if (sheet := store.sheet_file(run)).is_file():
+    if (sheet := store.paths.sheet_file(run)).is_file():
         tracking.log_file(checkpoint, "contact_sheet.jpg", sheet.read_bytes())
 
 

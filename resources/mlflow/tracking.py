@@ -31,6 +31,7 @@ from resources.workspace.workspace_id import workspace_id
 from training import commit
 from training.errors import TrackingError
 from training.evaluation import verdict
+from training.names import CheckpointName
 from training.runs import run_folder
 from training.runs.release import REPORT
 
@@ -159,7 +160,7 @@ class Tracking:
         Raises:
             TrackingError: MLflow is away, hung or refuses.
         """
-        name, step = _parts(checkpoint)
+        name, step = CheckpointName.parse(checkpoint)
         with calls.explained(f"scores of {checkpoint} are not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
             run = self._run(client, name)
@@ -202,7 +203,7 @@ class Tracking:
         """
         with calls.explained(f"verdict on {checkpoint} is not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
-            run = self._run(client, _parts(checkpoint)[0])
+            run = self._run(client, CheckpointName.parse(checkpoint).run)
             model = self._model(client, run, checkpoint, {})
             overall = rows.filter(pl.col("group") == verdict.ALL).select("metric", "verdict")
             tags = {f"{_VERDICT}{metric}": word for metric, word in overall.iter_rows()}
@@ -249,7 +250,7 @@ class Tracking:
         Raises:
             TrackingError: MLflow is away, hung or refuses.
         """
-        run_name, step = _parts(checkpoint)
+        run_name, step = CheckpointName.parse(checkpoint)
         with calls.explained(f"{name} of {checkpoint} is not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
             run, path = self._run(client, run_name), f"evaluation/{step:09d}/{name}"
@@ -270,7 +271,7 @@ class Tracking:
         """
         with calls.explained(f"champion {checkpoint} is not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
-            run = self._run(client, _parts(checkpoint)[0])
+            run = self._run(client, CheckpointName.parse(checkpoint).run)
             name = registry.registered_name(self.experiment)
             with calls.as_default(self.uri):
                 registry.crown(
@@ -388,7 +389,7 @@ class Tracking:
         found = client.search_logged_models(
             [run.info.experiment_id], filter_string=model_filter, max_results=1, order_by=order
         )
-        step = _parts(checkpoint)[1]
+        step = CheckpointName.parse(checkpoint).samples_seen
         params = {"checkpoint": checkpoint, "samples_seen": str(step)}
         model = found[0] if found else client.create_logged_model(
             run.info.experiment_id, name=name, source_run_id=run.info.run_id, params=params, model_type="checkpoint"
@@ -536,10 +537,3 @@ def _due(tags: Mapping[str, str], step: int) -> int:
         return step
     marks = [mark for mark in (step // every * every, end) if 0 < mark <= step < mark + batch]
     return max(marks, default=step)
-
-
-def _parts(checkpoint: str) -> tuple[str, int]:
-    """Run and samples_seen of `<run>@<samples_seen>`."""
-    run, _, step = checkpoint.rpartition("@")
-    assert run, f"{checkpoint} is no checkpoint"
-    return run, int(step)

@@ -13,27 +13,30 @@ from typing import Any
 import polars as pl
 
 from resources import torchrun
+from resources.workspace.layouts import all_manifests, layout_of
 from resources.workspace.named_files import find_damage
 from resources.workspace.store import Store
 from training.commit import (
     TEMPORARY_PREFIX,
-    Manifest,
-    check_entry,
     column_digests,
-    commit_manifest,
     lock,
     logical_digest,
-    manifests,
-    parquet_columns,
-    read_manifest,
-    read_parquet,
     sync_folder,
     write_bytes,
     write_json,
-    write_parquet,
 )
 from training.errors import ConfigError, DamageError
 from training.latents.files import generations, read_generation, write_without
+from training.manifests import (
+    Manifest,
+    check_entry,
+    commit_manifest,
+    parquet_columns,
+    read_manifest,
+    read_parquet,
+    write_parquet,
+)
+from training.names import GenerationName
 from training.progress import track
 from training.runs.event_log import has_finished
 from training.runs.run_folder import (
@@ -73,19 +76,12 @@ class Problem:
     """Damaged files that are named by rows of the part and not by its manifest."""
 
 
-def manifest_paths(store: Store) -> Iterator[Path]:
-    """Every manifest of the workspace: all tables, all generations of latents."""
-    for folder in sorted((store.home / "tables").glob("*/")):
-        yield from manifests(folder)
-    yield from sorted((store.home / "latents").glob("*/*/g[0-9][0-9][0-9][0-9].json"))
-
-
 def verify(store: Store) -> list[Problem]:
     """Compare every committed file with its manifest in full, each manifest with its own digest and
     with what it names elsewhere, and images and releases with the rows that name them; find files
     that no manifest names, and what killed writers left behind."""
     problems: list[Problem] = []
-    paths = list(manifest_paths(store))
+    paths = list(all_manifests(store.home))
     for path in track(paths, "parts", len(paths)):
         try:
             manifest = read_manifest(path)
@@ -124,10 +120,7 @@ def _check_place(path: Path, manifest: Manifest) -> None:
     Raises:
         DamageError: names both parts.
     """
-    if manifest.table == "latents":
-        here = ("latents", f"{path.parent.parent.name}|{path.parent.name}")
-    else:
-        here = (path.parent.name, path.stem)
+    here = layout_of(manifest.table).part_at(path)
     if here != (manifest.table, manifest.part):
         raise DamageError(
             f"manifest {path} is that of {manifest.table} {manifest.part}, and not of {' '.join(here)}; {_MEND}"
@@ -152,7 +145,7 @@ def _check_rejected(store: Store, path: Path, manifest: Manifest) -> None:
             f"{path} names rejected_images {part}, whose manifest is missing; {_MEND}"
         )
     for entry in rejected.files:
-        check_entry(store.table_folder("rejected_images", part), entry)
+        check_entry(store.tables.folder("rejected_images", part), entry)
     if rejected.digest != digest and rejected.basis == manifest.basis:
         raise DamageError(
             f"{path} names rejected_images {part} with digest {digest[:16]}, it has {rejected.digest[:16]}; {_MEND}"
@@ -202,7 +195,7 @@ def orphans(store: Store) -> list[Path]:
     """Files under tables/ and latents/ that no manifest and no run names, and everywhere what
     killed writers left."""
     named: set[Path] = set()
-    paths = list(manifest_paths(store))
+    paths = list(all_manifests(store.home))
     for path in track(paths, "manifests", len(paths)):
         named.add(path)
         named.update(_content(path))
@@ -274,7 +267,7 @@ def digests(store: Store, table: str | None = None) -> dict[str, str]:
     parts = [
         (name, part)
         for name in ([table] if table else sorted(TABLES))
-        for part in store.parts(name)
+        for part in store.tables.parts(name)
     ]
     found = {}
     for name, part in track(parts, "parts", len(parts)):
@@ -290,9 +283,9 @@ def run_digests(store: Store, run: str) -> dict[str, str]:
     Raises:
         ConfigError: the run has no checkpoint.
     """
-    found = [read_ready(folder) for folder in checkpoints(store.run_folder(run))]
+    found = [read_ready(folder) for folder in checkpoints(store.paths.run_folder(run))]
     if not found:
-        raise ConfigError(f"run {run!r} has no checkpoint under {store.run_folder(run)}")
+        raise ConfigError(f"run {run!r} has no checkpoint under {store.paths.run_folder(run)}")
     return {ready.checkpoint: ready.digest for ready in found}
 
 
@@ -378,9 +371,11 @@ def forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
 def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {"parts": [], "generations": [], "sources": []}
     result["runs"] = runs = _runs_that_saw(store, image_ids)
-    result["unfinished"] = [run for run in runs if not has_finished(store.run_folder(run) / EVENTS)]
+    result["unfinished"] = [
+        run for run in runs if not has_finished(store.paths.run_folder(run) / EVENTS)
+    ]
     if training := [
-        run for run in result["unfinished"] if torchrun.is_running(store.run_folder(run))
+        run for run in result["unfinished"] if torchrun.is_running(store.paths.run_folder(run))
     ]:
         raise ConfigError(
             f"run {training[0]} is being trained on one of these images: stop it with `foundry train --run "
@@ -390,11 +385,14 @@ def _forget(store: Store, image_ids: list[str]) -> dict[str, list[str]]:
         pl.col("image_id").is_in(image_ids)
     )
     result["sources"] = [f"{source}: {source_id}" for source, source_id, _ in located.iter_rows()]
-    known = store.forgotten()
+    known = store.tables.forgotten()
     lines = sorted(known | set(image_ids))
     write_bytes(store.home / "forget.txt", ("\n".join(lines) + "\n").encode())
     _forget_in_frozen_sets(store, runs, image_ids)
-    paths = [*manifest_paths(store), *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json"))]
+    paths = [
+        *all_manifests(store.home),
+        *sorted(store.home.glob(f"runs/*/{FETCHED}/*/g[0-9]*.json")),
+    ]
     for path in track(paths, "parts", len(paths)):
         manifest = read_manifest(path)
         assert manifest is not None
@@ -431,7 +429,7 @@ def _forget_in_frozen_sets(store: Store, runs: list[str], image_ids: list[str]) 
     is a new name, to which the runs are pointed; what nobody names any more goes with the
     leftovers."""
     for run in runs:
-        folder = store.run_folder(run)
+        folder = store.paths.run_folder(run)
         inputs = read_inputs(folder)
         old = checked_training_set(inputs)
         frame = read_parquet(old)
@@ -452,7 +450,7 @@ def _forget_latents(
 
     One that cannot be read is deleted as a whole: the next run encodes the shard again.
     """
-    folder, number = path.parent, int(path.stem[1:])
+    folder, number = path.parent, GenerationName.parse(path.stem).number
     try:
         generation = read_generation(folder, number)
         if not generation.table()["image_id"].is_in(image_ids).any():
@@ -485,7 +483,7 @@ def _forget_latents(
 def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
     """Delete what no manifest names and still holds one of the images: unfinished batches, old
     content, quarantine."""
-    named = {path.parent / name for path in manifest_paths(store) for name in _names(path)}
+    named = {path.parent / name for path in all_manifests(store.home) for name in _names(path)}
     named |= training_sets_in_use(store)
     tops = [store.home / top for top in ("tables", "latents", QUARANTINE)]
     paths = [
@@ -551,14 +549,14 @@ def _reject_forgotten(store: Store, manifest: Manifest, gone: pl.DataFrame) -> d
     what the stage's manifest says of it."""
     part = f"raw_images.{manifest.part}"
     known = store.read(
-        "rejected_images", parts=[part] if part in store.parts("rejected_images") else []
+        "rejected_images", parts=[part] if part in store.tables.parts("rejected_images") else []
     )
     rows: list[dict[str, object]] = [
         {**row, "reason": Reason.FORGOTTEN}
         for row in gone.select("source", "source_id", "image_id").iter_rows(named=True)
     ]
     rejected = pl.concat([known, rejections("raw_images", rows)])
-    return store.commit_rejected(
+    return store.writer.commit_rejected(
         "raw_images",
         manifest.version,
         manifest.part,

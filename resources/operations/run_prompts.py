@@ -34,7 +34,7 @@ from training.runs.run_folder import (
 
 def frozen_inputs(store: Store, run: str) -> RunInputs | None:
     """What a run was frozen with at its first launch, where it lies now; None before that."""
-    folder = store.run_folder(run)
+    folder = store.paths.run_folder(run)
     if not (folder / INPUTS).exists():
         return None
     return repointed(read_inputs(folder), **own_files(store, read_config(folder)))
@@ -44,7 +44,7 @@ def base_of(store: Store, run: str, config: RunConfig) -> Path:
     """The model that a run starts from: one that was launched keeps its own, whatever foundry.toml
     names by now."""
     frozen = frozen_inputs(store, run)
-    return store.base_path(config.base) if frozen is None else frozen.base_model
+    return store.models.base_path(config.base) if frozen is None else frozen.base_model
 
 
 def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> PromptMaker:
@@ -62,8 +62,8 @@ def prompt_maker(store: Store, config: RunConfig, frozen: RunInputs | None) -> P
     """
     if frozen is None:
         samples, base = (
-            Samples(store.table_file("training_set", config.encoding)),
-            store.base_path(config.base),
+            Samples(store.tables.file("training_set", config.encoding)),
+            store.models.base_path(config.base),
         )
         known = vocabulary.from_tables(
             store.read("tag_vocabulary"), samples.tag_names, samples.word_names
@@ -97,7 +97,7 @@ def example_prompts(
         DamageError: what it was frozen with is gone or damaged.
     """
     require_run(store, run)
-    config, frozen = read_config(store.run_folder(run)), frozen_inputs(store, run)
+    config, frozen = read_config(store.paths.run_folder(run)), frozen_inputs(store, run)
     maker = prompt_maker(store, config, frozen)
     train = maker.samples.train_rows
     rows = train[:num_prompts]
@@ -121,7 +121,7 @@ def _told_sizes(
 ) -> list[str]:
     """What a model is told of these rows beside their prompts in epoch 0, by the latents that it
     reads, or would."""
-    folder, image_ids = store.run_folder(run), samples.image_ids.take(rows)
+    folder, image_ids = store.paths.run_folder(run), samples.image_ids.take(rows)
     latents = store.home / "latents" / config.encoding if frozen is None else frozen.latents
     latents = folder / FETCHED if config.latents_url else latents
     pinned = folder / EPOCHS / "0.json"

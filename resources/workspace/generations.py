@@ -10,13 +10,15 @@ from pathlib import Path
 import polars as pl
 
 from resources.workspace.store import Store
-from training.runs import run_folder
-from training.commit import Entry, read_manifest, sync_folder
-from training.latents.files import generations
+from training.commit import sync_folder
 from training.errors import DamageError
-from training.runs.event_log import has_finished
+from training.latents.files import generations
 from training.latents.source import LatentSource
+from training.manifests import Entry, read_manifest
+from training.names import GenerationName, ShardKey
 from training.progress import track
+from training.runs import run_folder
+from training.runs.event_log import has_finished
 from training.runs.training_set import shards_of
 
 REENCODE_TAG = "foundry/reencode"
@@ -46,20 +48,20 @@ class Encoded:
     @property
     def part(self) -> str:
         """The partition, `<encoding>|<shard>`."""
-        return f"{self.encoding}|{self.shard}"
+        return str(ShardKey(self.encoding, self.shard))
 
 
 def listed(store: Store) -> list[Encoded]:
     """All committed generations, by encoding, shard and number; damaged manifests are left to
     `verify`."""
     found = []
-    for part in store.parts("latents"):
-        encoding, _, shard = part.partition("|")
-        folder = store.table_folder("latents", part)
+    for part in store.tables.parts("latents"):
+        encoding, shard = ShardKey.parse(part)
+        folder = store.tables.folder("latents", part)
         numbers = generations(folder)
         for number in numbers:
             try:
-                manifest = read_manifest(folder / f"g{number:04d}.json")
+                manifest = read_manifest(folder / GenerationName(number).manifest)
             except DamageError:
                 continue
             assert manifest is not None
@@ -69,7 +71,9 @@ def listed(store: Store) -> list[Encoded]:
                     shard=shard,
                     generation=number,
                     current=number == numbers[-1],
-                    encoded_at=datetime.strptime(manifest.provenance["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC),
+                    encoded_at=datetime.strptime(
+                        manifest.provenance["time"], "%Y-%m-%dT%H:%M:%SZ"
+                    ).replace(tzinfo=UTC),
                     images=manifest.rows,
                     num_bytes=sum(entry.bytes for entry in manifest.files),
                 )
@@ -84,13 +88,23 @@ def table(store: Store) -> pl.DataFrame:
         "encoded_at": pl.Datetime("us", "UTC"), "images": pl.Int64, "bytes": pl.Int64,
     }  # fmt: skip
     rows = [
-        (item.encoding, item.shard, item.generation, item.current, item.encoded_at, item.images, item.num_bytes)
+        (
+            item.encoding,
+            item.shard,
+            item.generation,
+            item.current,
+            item.encoded_at,
+            item.images,
+            item.num_bytes,
+        )
         for item in listed(store)
     ]
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, min_age_s: float = 0.0) -> list[Encoded]:
+def oldest(
+    store: Store, encoding: str | None = None, *, num_shards: int = 0, min_age_s: float = 0.0
+) -> list[Encoded]:
     """The current generations to encode anew, the oldest first.
 
     Args:
@@ -106,14 +120,18 @@ def oldest(store: Store, encoding: str | None = None, *, num_shards: int = 0, mi
         old = [
             item
             for item in listed(store)
-            if item.current and item.encoding == name and (now - item.encoded_at).total_seconds() >= min_age_s
+            if item.current
+            and item.encoding == name
+            and (now - item.encoded_at).total_seconds() >= min_age_s
         ]
         old.sort(key=lambda item: (item.encoded_at, item.generation, item.shard))
         chosen += old[: num_shards or None]
     return chosen
 
 
-def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S) -> tuple[list[Path], int]:
+def collect(
+    store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
+) -> tuple[list[Path], int]:
     """Remove generations that nobody needs any more: manifest first, then content.
 
     Kept are the current one of each shard; what the current epoch or a kept checkpoint of an
@@ -133,12 +151,12 @@ def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
     removed, total = [], 0
     found = listed(store)
     for item in track(found, "generations", len(found)):
-        folder = store.table_folder("latents", item.part)
+        folder = store.tables.folder("latents", item.part)
         path = folder / f"g{item.generation:04d}.json"
         if item.current or path in needed or (part is not None and item.part != part):
             continue
         successor = min(number for number in generations(folder) if number > item.generation)
-        if time.time() - (folder / f"g{successor:04d}.json").stat().st_mtime < min_age_s:
+        if time.time() - (folder / GenerationName(successor).manifest).stat().st_mtime < min_age_s:
             continue
         manifest = read_manifest(path)
         assert manifest is not None
@@ -155,7 +173,7 @@ def collect(store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
 
 
 def _files(folder: Path, number: int) -> tuple[Entry, ...]:
-    manifest = read_manifest(folder / f"g{number:04d}.json")
+    manifest = read_manifest(folder / GenerationName(number).manifest)
     return () if manifest is None else manifest.files
 
 
@@ -167,12 +185,14 @@ def _needed(store: Store) -> Iterator[Path]:
         inputs = run_folder.read_inputs(path.parent)
         for pins in run_folder.pinned_latents(path.parent):
             for shard, pin in pins.items():
-                yield inputs.latents / shard / f"g{pin['generation']:04d}.json"
+                yield inputs.latents / shard / GenerationName(pin["generation"]).manifest
         for shard, numbers in run_folder.bundled_latents(path.parent).items():
-            yield from (inputs.latents / shard / f"g{number:04d}.json" for number in numbers)
+            yield from (
+                inputs.latents / shard / GenerationName(number).manifest for number in numbers
+            )
         samples = shards_of(inputs.training_set)
         source = LatentSource(inputs.latents, vae_digest=inputs.vae_digest)
         for (shard,), rows in samples.group_by("shard"):
             generation, _, _ = source.choose(str(shard), rows["image_id"].to_list())
             if generation is not None:
-                yield generation.folder / f"g{generation.number:04d}.json"
+                yield generation.folder / generation.name.manifest

@@ -6,15 +6,19 @@ from dataclasses import replace
 import polars as pl
 
 from resources.graph import Stage
-from resources.workspace.store import Made, Store
-from training.commit import Manifest
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.errors import DamageError
+from training.manifests import Manifest
 
 
 def known(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     """Rows that the stage would make again: committed or kept ones of equal code, model and
     settings."""
-    frames = [store.read(stage.name, parts=[]), *(_rows(store, item, key) for item in (stage, _kept(stage)))]
+    frames = [
+        store.read(stage.name, parts=[]),
+        *(_rows(store, item, key) for item in (stage, _kept(stage))),
+    ]
     return pl.concat(frames).unique("image_id", keep="first", maintain_order=True)
 
 
@@ -26,10 +30,10 @@ def keep(store: Store, stage: Stage, key: str, rows: pl.DataFrame) -> None:
     kept = _kept(stage)
     before = _rows(store, kept, key)
     after = pl.concat([before, rows]).unique("image_id", keep="first", maintain_order=True)
-    after = after.filter(~pl.col("image_id").is_in(list(store.forgotten())))
-    basis = store.basis(stage, key)
+    after = after.filter(~pl.col("image_id").is_in(list(store.tables.forgotten())))
+    basis = store.currency.basis(stage, key)
     if basis is not None and after.height > before.height:
-        store.commit(kept, key, Made(frame=after), {**basis, "inputs": {}}, seconds=0.0)
+        store.writer.commit(kept, key, Made(frame=after), {**basis, "inputs": {}}, seconds=0.0)
 
 
 def _kept(stage: Stage) -> Stage:
@@ -40,16 +44,18 @@ def _rows(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     part = stage.part(key)
     try:
         manifest = store.manifest(stage.name, part)
-        return store.read(stage.name, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else [])
+        return store.read(
+            stage.name, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else []
+        )
     except DamageError:  # What is damaged is made again.
         return store.read(stage.name, parts=[])
 
 
 def _is_equal(store: Store, stage: Stage, key: str, manifest: Manifest) -> bool:
-    basis = store.basis(stage, key)
+    basis = store.currency.basis(stage, key)
     return (
         basis is not None
         and manifest.version == stage.version
         and dict(manifest.models) == basis["models"]
-        and dict(manifest.config) == dict(store.section(stage, key))
+        and dict(manifest.config) == dict(stage.section(store.config, key))
     )

@@ -7,9 +7,9 @@ from typing import Any
 
 from resources.workspace.store import Store
 from training.commit import write_json
+from training.errors import ConfigError, DataError
 from training.sources import source_listing
 from training.sources.absence import Loss
-from training.errors import ConfigError, DataError
 
 FILE = "missing.json"
 """Of a workspace: per source the digest of the listing that was refused or accepted; not there
@@ -29,8 +29,10 @@ def accept(store: Store, names: Sequence[str]) -> None:
     configured = {source.name: source for source in store.config.sources}
     for name in names:
         if name not in configured:
-            raise ConfigError(f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}")
-        digest = source_listing.scan_digest(configured[name], store.source_root(name))
+            raise ConfigError(
+                f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}"
+            )
+        digest = source_listing.scan_digest(configured[name], store.paths.source_root(name))
         entries = _read(store)
         if entries.get(name, {}).get("digest", digest) == digest:
             _write(store, {**entries, name: {"digest": digest, "accepted": True}})
@@ -45,7 +47,9 @@ def require_accepted(store: Store, losses: Sequence[Loss]) -> None:
     configured = {source.name: source for source in store.config.sources}
     refused = []
     for loss in losses:
-        digest = source_listing.scan_digest(configured[loss.source], store.source_root(loss.source))
+        digest = source_listing.scan_digest(
+            configured[loss.source], store.paths.source_root(loss.source)
+        )
         entry = {"digest": digest, "accepted": True}
         if _read(store).get(loss.source) != entry:
             _write(store, {**_read(store), loss.source: {**entry, "accepted": False}})

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import polars as pl
 
 from resources.workspace.store import Store
-from training.commit import Entry, Manifest, check_entry
 from training.errors import DamageError
+from training.manifests import Entry, Manifest, check_entry
 from training.sampling.image_files import FAILED, can_be_drawn_again, read_or_explain
 
 _MEND = "run `foundry verify --repair`"
@@ -38,7 +38,7 @@ def find_damage(store: Store, manifest: Manifest) -> Damage | None:
 
 def _in_pictures(store: Store, part: str) -> Damage | None:
     """Pictures that are not as they were drawn."""
-    folder = store.sample_folder(part)
+    folder = store.paths.sample_folder(part)
     rows = store.read("sample_images", ["file", "sha256"], [part]).drop_nulls()
     found = {}
     for file, sha256 in rows.iter_rows():
@@ -50,13 +50,18 @@ def _in_pictures(store: Store, part: str) -> Damage | None:
     if not found:
         return None
     first = next(iter(found.values()))
-    return Damage(f"{len(found)} of {rows.height} pictures in {folder}, such as: {first}; {_MEND}", tuple(found))
+    return Damage(
+        f"{len(found)} of {rows.height} pictures in {folder}, such as: {first}; {_MEND}",
+        tuple(found),
+    )
 
 
 def _in_scores(store: Store, part: str) -> Damage | None:
     """Scores that are missing for want of a picture: drawn again it is equal, so that nothing else
     would tell."""
-    rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(pl.col("metric") == FAILED)
+    rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(
+        pl.col("metric") == FAILED
+    )
     reasons = [reason for reason in rows["reason"] if can_be_drawn_again(reason)]
     if not reasons:
         return None
@@ -66,7 +71,9 @@ def _in_scores(store: Store, part: str) -> Damage | None:
 def _in_release(store: Store, part: str) -> Damage | None:
     """Files of a release that are not as they were made."""
     folder, found = store.home / "release" / part, {}
-    for file, num_bytes, sha256 in store.read("release", ["file", "bytes", "sha256"], [part]).iter_rows():
+    for file, num_bytes, sha256 in store.read(
+        "release", ["file", "bytes", "sha256"], [part]
+    ).iter_rows():
         try:
             check_entry(folder, Entry(name=file, bytes=num_bytes, sha256=sha256))
         except DamageError as error:

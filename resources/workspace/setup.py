@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from resources.graph import Scope
-from resources.workspace.store import CODE_ROOT, CONFIG_FILE, Store, check_home
+from resources.workspace.paths import CODE_ROOT, CONFIG_FILE, check_home
+from resources.workspace.store import Store
 from resources.workspace.workspace_id import workspace_id
 from training import toml
-from training.config import older_runs
-from training.config import recipes
-from training.names import check_run_name
 from training.commit import explain_disk, lock, write_bytes
-from training.errors import ConfigError, WorkspaceError
+from training.config import older_runs, recipes
 from training.config.run import FREE_KEYS, RunConfig
+from training.errors import ConfigError, WorkspaceError
+from training.names import check_run_name
 from training.runs.run_folder import CONFIG, EVENTS, is_away, read_config, read_inputs, write_inputs
 from training.runs.training_set import count_forgotten
 
@@ -36,11 +36,17 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
     from resources import instance  # Dagster, which runs are estimated without
 
     if (home / CONFIG_FILE).exists():
-        raise WorkspaceError(f"{home} is a workspace already ({CONFIG_FILE} exists); edit that file, or choose another")
+        raise WorkspaceError(
+            f"{home} is a workspace already ({CONFIG_FILE} exists); edit that file, or choose another"
+        )
     check_home(home)
     for source in sources:
-        if any("\ud800" <= character <= "\udfff" for character in source):  # bytes that are no UTF-8
-            raise ConfigError(f"--source {os.fsencode(source)!r}: a path in {CONFIG_FILE} must be UTF-8")
+        if any(
+            "\ud800" <= character <= "\udfff" for character in source
+        ):  # bytes that are no UTF-8
+            raise ConfigError(
+                f"--source {os.fsencode(source)!r}: a path in {CONFIG_FILE} must be UTF-8"
+            )
         if not Path(source).expanduser().is_dir():
             raise ConfigError(f"--source {source}: not a folder")
     shrink = tiny_rules(preset, tiny=tiny)
@@ -49,7 +55,9 @@ def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) ->
             raise ConfigError("name at least one --source FOLDER, or take --preset demo")
         text = recipes.plain_workspace_toml(sources, tiny=shrink, home=home)
     else:
-        text = recipes.workspace_toml(recipes.recipe_path(RECIPES, preset), sources, tiny=shrink, home=home)
+        text = recipes.workspace_toml(
+            recipes.recipe_path(RECIPES, preset), sources, tiny=shrink, home=home
+        )
     with explain_disk(home):
         home.mkdir(parents=True, exist_ok=True)
         if preset == "demo" and not sources:
@@ -79,7 +87,7 @@ def write_run(home: Path, run: str, config: RunConfig) -> None:
     Raises:
         ConfigError: the run was started or bundled with other values; the message lists them.
     """
-    folder = Store(home).run_folder(check_run_name(run))
+    folder = Store(home).paths.run_folder(check_run_name(run))
     with lock(home / "locks" / f"run.{run}.lock", f"run {run} in {home}"):
         recorded = _begun_with(folder)
         config = _kept(folder, recorded, config)
@@ -105,8 +113,13 @@ def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -
         return config
     started = (folder / EVENTS).exists()
     config = older_runs.as_begun(config, recorded)
-    before, after = (toml.flatten(toml.dump(one)) for one in (older_runs.build(recorded, folder / CONFIG), config))
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    before, after = (
+        toml.flatten(toml.dump(one))
+        for one in (older_runs.build(recorded, folder / CONFIG), config)
+    )
+    changed = sorted(
+        key for key in before.keys() | after.keys() if before.get(key) != after.get(key)
+    )
     if fixed := [key for key in changed if not key.startswith(FREE_KEYS)]:
         listed = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in fixed)
         raise ConfigError(
@@ -116,7 +129,9 @@ def _kept(folder: Path, recorded: Mapping[str, Any] | None, config: RunConfig) -
     return config
 
 
-def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False) -> None:
+def configure_run(
+    home: Path, run: str, recipe: str, assignments: list[str], *, tiny: bool = False
+) -> None:
     """Fix a run's configuration from a recipe.
 
     Raises:
@@ -124,12 +139,14 @@ def configure_run(home: Path, run: str, recipe: str, assignments: list[str], *, 
             does not have, or a started run with other values.
     """
     config, store = _recipe_config(recipe, assignments, tiny=tiny), Store(home)
-    if _begun_with(store.run_folder(check_run_name(run))) is None:
+    if _begun_with(store.paths.run_folder(check_run_name(run))) is None:
         require_named(store, config)
     write_run(home, run, config)
 
 
-def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[str], *, tiny: bool) -> RunConfig:
+def resolve_run(
+    store: Store, run: str, recipe: str | None, assignments: list[str], *, tiny: bool
+) -> RunConfig:
     """The configuration that a launch would fix, or without a recipe the one that the run has;
     writes nothing.
 
@@ -138,8 +155,11 @@ def resolve_run(store: Store, run: str, recipe: str | None, assignments: list[st
     """
     if recipe is None:
         require_run(store, run)
-        return read_config(store.run_folder(run))
-    config, folder = _recipe_config(recipe, assignments, tiny=tiny), store.run_folder(check_run_name(run))
+        return read_config(store.paths.run_folder(run))
+    config, folder = (
+        _recipe_config(recipe, assignments, tiny=tiny),
+        store.paths.run_folder(check_run_name(run)),
+    )
     recorded = _begun_with(folder)
     if recorded is None:
         require_named(store, config)
@@ -159,7 +179,9 @@ def require_named(store: Store, config: RunConfig) -> None:
 
 
 def _recipe_config(recipe: str, assignments: list[str], *, tiny: bool) -> RunConfig:
-    return recipes.run_config(recipes.recipe_path(RECIPES, recipe), assignments, tiny=tiny_rules(recipe, tiny=tiny))
+    return recipes.run_config(
+        recipes.recipe_path(RECIPES, recipe), assignments, tiny=tiny_rules(recipe, tiny=tiny)
+    )
 
 
 def leave_out_forgotten(store: Store, run: str) -> int:
@@ -170,7 +192,7 @@ def leave_out_forgotten(store: Store, run: str) -> int:
         ConfigError: the run has not been started.
     """
     require_run(store, run)
-    folder = store.run_folder(run)
+    folder = store.paths.run_folder(run)
     with lock(store.home / "locks" / f"run.{run}.lock", f"run {run} in {store.home}"):
         inputs = read_inputs(folder)
         count = count_forgotten(inputs.training_set)
@@ -185,6 +207,8 @@ def require_run(store: Store, run: str) -> None:
     Raises:
         ConfigError: it is not; the message lists those that are.
     """
-    if not (store.run_folder(run) / CONFIG).is_file():
-        known = ", ".join(store.keys(Scope.RUN)) or "none"
-        raise ConfigError(f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}")
+    if not (store.paths.run_folder(run) / CONFIG).is_file():
+        known = ", ".join(store.currency.keys(Scope.RUN)) or "none"
+        raise ConfigError(
+            f"run {run!r} has no configuration; name a --recipe, or one of the runs: {known}"
+        )

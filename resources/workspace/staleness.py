@@ -9,9 +9,9 @@ from typing import Any
 from resources.graph import Per, Stage
 from resources.workspace.store import Store
 from training import toml
-from training.commit import Manifest
-from training.tables.schemas import TABLES
 from training.errors import PipelineError
+from training.manifests import Manifest
+from training.tables.schemas import TABLES
 
 MAX_VALUE_CHARS = 60
 """A value in a reason is cut after this."""
@@ -30,7 +30,7 @@ class StalePartition:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """What `store.stale` says of a stage, with the reasons and what the work will cost."""
+    """What `store.currency.stale` says of a stage, with the reasons and what the work will cost."""
 
     stage: str
     num_partitions: int
@@ -49,7 +49,11 @@ class StageStatus:
             return f"cannot be judged: {self.error}"
         if not self.stale:
             return "current" if self.num_partitions else "no partition yet"
-        counted = f"{len(self.stale)} of {self.num_partitions} partitions stale" if self.num_partitions > 1 else "stale"
+        counted = (
+            f"{len(self.stale)} of {self.num_partitions} partitions stale"
+            if self.num_partitions > 1
+            else "stale"
+        )
         return f"{counted}: {'; '.join(grouped(self.stale))}"
 
 
@@ -67,14 +71,18 @@ def grouped(stale: Sequence[StalePartition]) -> list[str]:
 def status_of(store: Store, stage: Stage) -> StageStatus:
     """The state of one stage; what stands in the way of judging it becomes its `error`."""
     try:
-        keys = store.keys(stage.scope)
-        stale = tuple(StalePartition(key, reasons(store, stage, key)) for key in store.stale(stage))
+        keys = store.currency.keys(stage.scope)
+        stale = tuple(
+            StalePartition(key, reasons(store, stage, key)) for key in store.currency.stale(stage)
+        )
     except PipelineError as error:
         return StageStatus(stage.name, 0, (), None, error=" ".join(str(error).split()))
     return StageStatus(stage.name, len(keys), stale, _expected_seconds(store, stage, len(stale)))
 
 
-def status(store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[str]]) -> list[StageStatus]:
+def status(
+    store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[str]]
+) -> list[StageStatus]:
     """The state of every stage, in order.
 
     Args:
@@ -92,23 +100,36 @@ def status(store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[
         if one.stale or one.error:
             unsettled.add(name)
         follows = tuple(other for other in stages if other in upstream[name] & unsettled)
-        found.append(StageStatus(name, one.num_partitions, one.stale, one.seconds, follows, one.error))
+        found.append(
+            StageStatus(name, one.num_partitions, one.stale, one.seconds, follows, one.error)
+        )
     return found
 
 
 def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     """Why a stale partition is stale; empty for one that is current."""
-    manifest, basis = store.manifest(stage.name, stage.part(key)), store.basis(stage, key)
+    manifest, basis = store.manifest(stage.name, stage.part(key)), store.currency.basis(stage, key)
     if basis is None:
-        missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
+        missing = [
+            reads.table for reads in stage.reads if store.slices.digest(stage, reads, key) is None
+        ]
         return (f"waits for {' and '.join(dict.fromkeys(missing))}",)
-    section = store.section(stage, key)
+    section = stage.section(store.config, key)
     if manifest is None:
-        missing = [label for label, digest in basis["inputs"].items() if digest == "absent" and section.get(label)]
-        return tuple(f"{_input_name(stage, label, section)} is missing" for label in missing) or ("not made yet",)
+        missing = [
+            label
+            for label, digest in basis["inputs"].items()
+            if digest == "absent" and section.get(label)
+        ]
+        return tuple(f"{_input_name(stage, label, section)} is missing" for label in missing) or (
+            "not made yet",
+        )
     found = [*_versions(manifest, basis), *_settings(store, stage, key, manifest)]
-    found += [*_models(store, stage, key, manifest, basis), *_inputs(stage, section, manifest, basis)]
-    found += [f"file {name} is missing" for name in store.missing_files(manifest)]
+    found += [
+        *_models(store, stage, key, manifest, basis),
+        *_inputs(stage, section, manifest, basis),
+    ]
+    found += [f"file {name} is missing" for name in store.currency.missing_files(manifest)]
     return tuple(found)
 
 
@@ -119,7 +140,7 @@ def _versions(manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
 
 def _settings(store: Store, stage: Stage, key: str, manifest: Manifest) -> Iterator[str]:
     """Settings that differ, as people write them in foundry.toml."""
-    before, after = toml.flatten(manifest.config), toml.flatten(store.section(stage, key))
+    before, after = toml.flatten(manifest.config), toml.flatten(stage.section(store.config, key))
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name, _ABSENT), after.get(name, _ABSENT)
         if old != new and _written(old) != _written(new):
@@ -139,22 +160,30 @@ def _written(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 1]}…"
 
 
-def _models(store: Store, stage: Stage, key: str, manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
+def _models(
+    store: Store, stage: Stage, key: str, manifest: Manifest, basis: Mapping[str, Any]
+) -> Iterator[str]:
     for name, digest in basis["models"].items():
         if manifest.models.get(name) != digest:
-            yield f"model {name} ({store.model_name(name, stage.encoding(key))}) changed"
+            yield f"model {name} ({store.models.name_of(name, stage.encoding(key))}) changed"
 
 
 def _input_name(stage: Stage, label: str, section: Mapping[str, Any]) -> str:
     """What people call an input: a table, or a file by the name that the settings give it."""
     table, _, rest = label.partition(":")
-    if label in {reads.label for reads in stage.reads} or label in TABLES or rest.partition(":")[0] in set(Per):
+    if (
+        label in {reads.label for reads in stage.reads}
+        or label in TABLES
+        or rest.partition(":")[0] in set(Per)
+    ):
         return table
     words, value = label.replace(":", " ").replace("_", " "), section.get(label)
     return f"{words} {value}" if isinstance(value, str) and value else words
 
 
-def _inputs(stage: Stage, section: Mapping[str, Any], manifest: Manifest, basis: Mapping[str, Any]) -> Iterator[str]:
+def _inputs(
+    stage: Stage, section: Mapping[str, Any], manifest: Manifest, basis: Mapping[str, Any]
+) -> Iterator[str]:
     before, after = manifest.inputs, basis["inputs"]
     for label in sorted(before.keys() | after.keys()):
         if before.get(label) == after.get(label):
@@ -174,6 +203,12 @@ def _expected_seconds(store: Store, stage: Stage, num_stale: int) -> float | Non
     """The mean time of the parts that are committed, times the stale ones."""
     if not num_stale:
         return 0.0
-    manifests = (store.manifest(stage.name, stage.part(key)) for key in store.keys(stage.scope))
-    seconds = [manifest.report["seconds"] for manifest in manifests if manifest and manifest.report.get("seconds")]
+    manifests = (
+        store.manifest(stage.name, stage.part(key)) for key in store.currency.keys(stage.scope)
+    )
+    seconds = [
+        manifest.report["seconds"]
+        for manifest in manifests
+        if manifest and manifest.report.get("seconds")
+    ]
     return num_stale * sum(seconds) / len(seconds) if seconds else None

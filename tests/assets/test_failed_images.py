@@ -57,7 +57,7 @@ class Evaluation:
         self.world.save(run, *clocks)
         for clock in clocks:
             (self.world.folder(f"{run}@{clock}") / "tokenizer").symlink_to(
-                self.store.model_path("base") / "tokenizer"
+                self.store.models.path("base") / "tokenizer"
             )
 
     def materialize(self, asset, *keys):
@@ -80,7 +80,7 @@ class Evaluation:
         return self.world.store
 
     def picture(self, key, number):
-        return self.store.sample_folder(key) / f"{number}.png"
+        return self.store.paths.sample_folder(key) / f"{number}.png"
 
     def verdict(self, key):
         """Words of the verdict against the base, and its note."""
@@ -122,7 +122,7 @@ def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluati
     )
     assert "4 of 4 pictures of run@2000 have no scores" in evaluation.verdict("run@2000")[1]
     assert evaluation.verdict("run@3000") == (["too_few_prompts"] * 2, "")
-    assert store.stale(verdicts.VERDICTS) == []
+    assert store.currency.stale(verdicts.VERDICTS) == []
     assert evaluation.damage() == []
 
 
@@ -165,7 +165,7 @@ def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_wh
         "3.png",
     ]
     assert sorted(path.name for path in cut.parent.iterdir()) == ["1.png", "2.png"]
-    assert evaluation.store.stale(sample_images.STAGE) == [base]
+    assert evaluation.store.currency.stale(sample_images.STAGE) == [base]
 
 
 def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):

@@ -8,7 +8,7 @@ import pytest
 from judged_world import World
 
 from assets import sample_images, verdicts
-from resources.workspace.store import Store
+from resources.workspace.checkpoints import Checkpoints
 from training.errors import FailedPicturesError
 from training.evaluation import champion
 
@@ -20,7 +20,7 @@ MARK = "WANTED.champion"
 def world(tmp_path, monkeypatch):
     """A run of three checkpoints beside the base, which alone is scored."""
     monkeypatch.setattr(
-        "resources.workspace.store.git_revision", lambda: ""
+        "resources.workspace.writer.git_revision", lambda: ""
     )  # a process for each commit
     world = World(tmp_path / "workspace")
     world.save("run", 1000, 2000, 3000)
@@ -124,7 +124,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
     world.score("run@2000", world.values(0.8, 2))
     for name in ("run@2000", "run@3000"):
         world.judge(name)
-    owner = {"keep": Store, "write": champion}.get(step, verdicts)
+    owner = {"keep": Checkpoints, "write": champion}.get(step, verdicts)
     call = getattr(owner, step)
     for number in range(1, 10):
         deaths = iter([False] * (number - 1) + [True])
@@ -144,7 +144,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
                 break
         now = champion.read(world.home)
         assert now.checkpoint in ("run@1000", "run@3000")
-        assert now.verdict in world.store.parts("verdicts")
+        assert now.verdict in world.store.tables.parts("verdicts")
         assert world.folder(now.checkpoint).name in marked(world)
     now = crown(world)
     assert (now.checkpoint, now.verdict) == ("run@3000", "run@1000~run@3000")
@@ -185,7 +185,7 @@ def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobod
     noted = world.store.manifest("verdicts", "base~run@2000")
     assert noted.rows == 0
     assert "3 of 64 pictures of run@2000 have no scores" in noted.report["numbers"]["note"]
-    assert world.store.stale(verdicts.VERDICTS) == []
+    assert world.store.currency.stale(verdicts.VERDICTS) == []
     now = crown(world)
     assert (now.checkpoint, sorted(now.challenged)) == ("run@1000", ["run@1000", "run@3000"])
     assert "run@2000 does not challenge the champion" in caplog.text
@@ -193,7 +193,7 @@ def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobod
         verdicts.judge_pair(world.store, world.base, "run@2000")
     # Mended, it is judged as any other.
     world.score("run@2000", world.values(2.0, 2))
-    assert world.store.stale(verdicts.VERDICTS) == ["run@2000"]
+    assert world.store.currency.stale(verdicts.VERDICTS) == ["run@2000"]
     world.judge("run@2000")
     assert crown(world).checkpoint == "run@2000"
 
@@ -209,7 +209,7 @@ def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_th
         world.evaluate(f"named@{clock}", 0.0, seed=10 + number)
     world.draw("named@1500", "again")
     assert (
-        world.store.stale(verdicts.VERDICTS) == []
+        world.store.currency.stale(verdicts.VERDICTS) == []
     )  # 1500 lies between the intervals and was evaluated by name
     now = crown(world)
     assert (now.checkpoint, sorted(now.challenged)) == (
@@ -229,7 +229,7 @@ def unevaluated(world):
     world.save("named", 1000, 1500, 3000)
     for clock, gain in ((1000, 0.0), (1500, 1.0), (3000, 0.0)):
         world.evaluate(f"named@{clock}", gain, seed=clock)
-    assert "named@1500" not in world.store.checkpoints_to_evaluate()
+    assert "named@1500" not in world.store.checkpoints.to_evaluate()
     assert crown(world).checkpoint == "named@1500"
     world.write_config("num_steps = 4", "num_steps = 5")
     for name in (world.base, "run@1000", "run@2000", "run@3000", "named@1000", "named@3000"):
@@ -239,7 +239,7 @@ def unevaluated(world):
 
 def test_the_champion_is_evaluated_with_the_others(unevaluated, caplog):
     caplog.set_level("INFO")
-    assert unevaluated.store.stale(sample_images.STAGE) == ["named@1500"]
+    assert unevaluated.store.currency.stale(sample_images.STAGE) == ["named@1500"]
     assert crown(unevaluated).checkpoint == "named@1500"
     assert "the champion waits for verdicts on named@1500" in caplog.text
     unevaluated.evaluate("named@1500", 1.0, seed=3)
@@ -248,7 +248,7 @@ def test_the_champion_is_evaluated_with_the_others(unevaluated, caplog):
 
 def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplog):
     shutil.rmtree(unevaluated.folder("named@1500"))
-    assert unevaluated.store.stale(verdicts.VERDICTS) == []
+    assert unevaluated.store.currency.stale(verdicts.VERDICTS) == []
     assert crown(unevaluated).checkpoint == "named@1500"
     told = " ".join(caplog.messages)
     assert (

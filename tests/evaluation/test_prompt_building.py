@@ -13,7 +13,8 @@ from prompt_table import make_prompts, repeated
 
 from assets import prompt_sets as prompt_sets_asset
 from resources.graph import Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.buckets.geometry import Size
 from training.config import recipes
 from training.config.evaluation import PROMPT_GROUPS, HeldOutPromptsConfig, PromptSetConfig
@@ -370,8 +371,8 @@ def test_a_set_is_written_anew_when_its_style_changes_and_stays_when_images_come
         return Store(tmp_path)
 
     def commit(stage, key, frame, opened):
-        basis = opened.basis(stage, key)
-        opened.commit(stage, key, Made(frame=frame), basis, seconds=0)
+        basis = opened.currency.basis(stage, key)
+        opened.writer.commit(stage, key, Made(frame=frame), basis, seconds=0)
         return frame
 
     def images(count):

@@ -14,7 +14,8 @@ from assets import references
 from assets.annotations import EMBEDDINGS
 from assets.eval_metrics import METRICS
 from assets.raw_images import RAW_IMAGES
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.annotators.aesthetic import Aesthetic
 from training.annotators.clip import Clip
 from training.commit import sha256_file
@@ -29,7 +30,7 @@ BASIS = {"inputs": {}, "models": {}}
 
 def commit(store, stage, key, frame, **models):
     schema = TABLES[stage.name].schema
-    store.commit(
+    store.writer.commit(
         stage,
         key,
         Made(frame=pl.DataFrame(frame, schema=schema)),
@@ -78,7 +79,7 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
             {"image_id": i, "model": "clip", "vector": v, "projection": v}
             for i, v in zip(own, seen, strict=True)
         ]
-        commit(store, EMBEDDINGS, shard, vectors, clip=store.model_digest("clip"))
+        commit(store, EMBEDDINGS, shard, vectors, clip=store.models.digest("clip"))
     row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
            "prediction_type": "epsilon", "parents": []}  # fmt: skip
     from assets.base_model import STAGE
@@ -100,7 +101,7 @@ def pictures(store, key, seed=0, ids=("p0", "p1", "p2")):
 
     rows, rng = [], np.random.default_rng(seed)
     for number, prompt_id in enumerate(ids):
-        path = store.sample_folder(key) / f"{number}.png"
+        path = store.paths.sample_folder(key) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(path)
         rows.append({"prompt_id": prompt_id, "text": "a cat", "negative": "", "group": "g", "seed": seed,
@@ -172,21 +173,23 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
     base = "base.abc@0"
     pictures(store, base)
     pictures(store, KEY, seed=2)
-    (store.sample_folder(base) / "1.png").unlink()
+    (store.paths.sample_folder(base) / "1.png").unlink()
 
     def scored(key):
         clip = CountingClip.load(clip_folder, "cpu")
         compared = references.gather(
             store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
         )
-        samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
+        samples, folder = store.read("sample_images", parts=[key]), store.paths.sample_folder(key)
         frame = score(samples, folder, clip, networks.aesthetic, batch_size=2, references=compared)
         return frame, clip.pictures, clip.texts
 
     looked, *count = scored(KEY)
     assert count == [5, 2]
     own, *_ = scored(base)
-    store.commit(METRICS, base, Made(frame=own), store.basis(METRICS, base), seconds=0)
+    store.writer.commit(
+        METRICS, base, Made(frame=own), store.currency.basis(METRICS, base), seconds=0
+    )
     read, *count = scored(KEY)
     assert count == [3, 1]
     assert read.equals(looked)  # to the bit
@@ -203,7 +206,7 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
     base, shipped = "base.abc@0", [prompt_id for prompt_id, _ in group_prompts("hands")[:2]]
 
     def scored(key, compared):
-        samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
+        samples, folder = store.read("sample_images", parts=[key]), store.paths.sample_folder(key)
         return score(
             samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared
         )
@@ -213,7 +216,7 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
         pictures(store, base, ids=ids)
         if committed:
             made = Made(frame=scored(base, references.References()))
-            store.commit(METRICS, base, made, store.basis(METRICS, base), seconds=0)
+            store.writer.commit(METRICS, base, made, store.currency.basis(METRICS, base), seconds=0)
         pictures(store, KEY, seed=2, ids=ids)
         found.append(scored(KEY, references.gather(store, METRICS, KEY, networks, batch_size=2)))
     alone, both = found
@@ -232,32 +235,32 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
 def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
     pictures(store, KEY)
     pictures(store, "base.abc@0")
-    before = store.basis(METRICS, KEY)
+    before = store.currency.basis(METRICS, KEY)
     assert before["inputs"]["training_set"] == "f" * 16
     # Images, their embeddings and the present selection come and go.
     commit(store, EMBEDDINGS, "s000000", [], clip="x")
     commit(store, RAW_IMAGES, "s000001", [])
-    assert Store(store.home).basis(METRICS, KEY) == before
+    assert Store(store.home).currency.basis(METRICS, KEY) == before
     pictures(store, "base.abc@0", seed=1)
-    assert Store(store.home).basis(METRICS, KEY) != before
+    assert Store(store.home).currency.basis(METRICS, KEY) != before
     pictures(store, "base.abc@0")
-    assert Store(store.home).basis(METRICS, KEY) == before
-    folder = store.run_folder(RUN)
+    assert Store(store.home).currency.basis(METRICS, KEY) == before
+    folder = store.paths.run_folder(RUN)
     run_folder.write_inputs(
         folder, dataclasses.replace(run_folder.read_inputs(folder), fingerprint="e" * 16)
     )
-    assert Store(store.home).basis(METRICS, KEY) != before
+    assert Store(store.home).currency.basis(METRICS, KEY) != before
 
 
 def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
     pictures(store, KEY)
-    before = store.basis(METRICS, KEY)
+    before = store.currency.basis(METRICS, KEY)
     path = store.home / "foundry.toml"
     path.write_text(path.read_text() + '\n[evaluation.scoring]\nscorers = ["pickscore"]\n')
     text = path.read_text().replace("[models]", f'[models]\npickscore = "{clip_folder}"')
     path.write_text(text)
-    after = Store(store.home).basis(METRICS, KEY)
-    assert after["inputs"]["scorer:pickscore"] == store.model_digest("clip")
+    after = Store(store.home).currency.basis(METRICS, KEY)
+    assert after["inputs"]["scorer:pickscore"] == store.models.digest("clip")
     assert after["config"] != before["config"]
 
 
@@ -298,13 +301,13 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     pictures(store, KEY, seed=2)
     images = references.training_images(store, KEY).filter(pl.col("split") == "train")
     image_id, path = references.located(store, images)[0]
-    Image.open(path).save(store.sample_folder(KEY) / "1.png")
-    (store.sample_folder(KEY) / "2.png").unlink()
+    Image.open(path).save(store.paths.sample_folder(KEY) / "1.png")
+    (store.paths.sample_folder(KEY) / "2.png").unlink()
     samples = store.read("sample_images", parts=[KEY])
     compared = references.gather(store, METRICS, KEY, networks, batch_size=2)
     frame = score(
         samples,
-        store.sample_folder(KEY),
+        store.paths.sample_folder(KEY),
         networks.clip,
         networks.aesthetic,
         batch_size=2,
@@ -333,7 +336,7 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is
     # the base's: no alarm.
     assert "alarm" not in report["numbers"]
-    (store.sample_folder(KEY) / "1.png").write_bytes(b"lost since it was scored")
+    (store.paths.sample_folder(KEY) / "1.png").write_bytes(b"lost since it was scored")
     assert [pair.prompt_id for pair in references.closest(store, KEY, frame, samples)] == ["p0"]
 
 
@@ -358,7 +361,7 @@ def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):
     own = images.filter(pl.col("shard") == "s000000")["image_id"].to_list()[:2]
     rows = [{"image_id": own[0], "model": "clip", "vector": vector, "projection": vector},
             {"image_id": own[1], "model": "clip", "vector": vector, "projection": [float("nan")] * 12}]  # fmt: skip
-    commit(store, EMBEDDINGS, "s000000", rows, clip=store.model_digest("clip"))
+    commit(store, EMBEDDINGS, "s000000", rows, clip=store.models.digest("clip"))
     found = references.gather(Store(store.home), METRICS, KEY, networks, batch_size=2)
     blocks = dict(zip(("s000000", "s000001"), found.training.embeddings_of(images), strict=True))
     assert blocks["s000000"][0] == [own[0]]

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from assets import sample_images
 from jobs import comparison
-from resources.workspace.store import Made, Store
-from training import commit, toml
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training import manifests, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError, ModelError
 from training.evaluation import candidates, prompt_sets, remote_sampling
@@ -94,7 +95,7 @@ def home(tmp_path, prompts, monkeypatch):
     for stage, key, frame in (
         (BASE, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema)), (PROMPTS, "standard", prompts)
     ):  # fmt: skip
-        store.commit(stage, key, Made(frame=frame), {"inputs": {}, "models": {}}, seconds=0)
+        store.writer.commit(stage, key, Made(frame=frame), {"inputs": {}, "models": {}}, seconds=0)
     return store
 
 
@@ -133,8 +134,8 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
         comparison.adopt(home, drawn)
     candidates.add_rival(home.home, "other", model)
     assert comparison.adopt(home, drawn) == "rival.other@0"
-    assert home.is_current(sample_images.STAGE, "rival.other@0")
-    assert len(list(home.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
+    assert home.currency.is_current(sample_images.STAGE, "rival.other@0")
+    assert len(list(home.paths.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
 
 
 def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, tmp_path):
@@ -146,7 +147,7 @@ def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, t
         pl.when(failed).then(None).otherwise(pl.col(name)).alias(name)
         for name in ("file", "sha256")
     ]
-    entry = commit.write_parquet(tmp_path / "out", "failed", samples.with_columns(columns))
+    entry = manifests.write_parquet(tmp_path / "out", "failed", samples.with_columns(columns))
     rows = remote_sampling.bring_home(
         tmp_path / "out", replace(record, samples=entry), tmp_path / "home"
     )

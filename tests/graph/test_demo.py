@@ -38,8 +38,8 @@ def test_every_stage_is_made_and_shown(demo):
 
     store = Store(demo)
     for name, stage in STAGES.items():
-        assert store.keys(stage.scope), name
-        assert store.stale(stage) == [], name
+        assert store.currency.keys(stage.scope), name
+        assert store.currency.stale(stage) == [], name
     printed = (demo / "first_run.txt").read_text()
     assert "paired by prompt" in printed
     assert "fine-tuned" in printed
@@ -86,7 +86,7 @@ def test_duplicates_are_found_and_split_as_one(demo, truth):
 def test_the_fine_tune_learned_the_concept(whole_demo):
     """On prompts and seeds that nothing was tuned on."""
     store = Store(whole_demo)
-    verdicts = store.read("verdicts", parts=[f"base~{store.last_checkpoint('demo')}"])
+    verdicts = store.read("verdicts", parts=[f"base~{store.checkpoints.last('demo')}"])
     scores = verdicts.filter(pl.col("metric") == "clip_score")
     assert dict(scores.select("group", "verdict").iter_rows())["star"] == "better"
     # The first recipe lost 0.047 here; this one came to +0.006 and -0.005 with two seeds, give or

@@ -40,7 +40,7 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
     assert last in foundry("evaluate", "--home", small_copy, "--adopt", away / "out").stdout
     assert digests(small_copy) == before
     assert len(list((small_copy / "sample_images" / last).glob("*.png"))) == 6
-    assert not Store(small_copy).stale(sample_images.STAGE)
+    assert not Store(small_copy).currency.stale(sample_images.STAGE)
     assert not list(model.glob("WANTED.evaluation"))
 
     record = json.loads((away / "out" / RECORD).read_text())
@@ -62,7 +62,7 @@ def test_a_rival_is_judged_beside_ours_and_any_two_compare(small_copy, tmp_path)
     page = small_copy / "comparisons" / f"{last}~rival.other@0.html"
     assert str(page) in done.replace("\n", "")
     assert "<svg" in page.read_text() or "data:image" in page.read_text()
-    assert f"{last}~rival.other@0" in Store(small_copy).parts("verdicts")
+    assert f"{last}~rival.other@0" in Store(small_copy).tables.parts("verdicts")
     with pytest.raises(DataError, match="demo@77 is not there"):
         comparison.resolve(Store(small_copy), "demo@77")
     for name in ("base", "champion"):

@@ -66,7 +66,9 @@ def test_forgotten_images_leave_every_table_and_never_return(small_copy):
     assert set(rejected["reason"]) == {"forgotten"}
     left = [path for path in small_copy.rglob("*.parquet") if gone in path_ids(path)]
     (frozen,) = [path for path in left if path.parent.name != "rejected_images"]
-    assert frozen == read_inputs(store.run_folder("demo")).training_set, "which the run is told of"
+    assert frozen == read_inputs(store.paths.run_folder("demo")).training_set, (
+        "which the run is told of"
+    )
     (row,) = pl.read_parquet(frozen).filter(pl.col("image_id") == gone).iter_rows(named=True)
     assert (row["split"], row["tags"], row["caption"], row["height"]) == (
         "forgotten",
@@ -79,7 +81,7 @@ def test_forgotten_images_leave_every_table_and_never_return(small_copy):
 def test_runs_reports_and_releases_stay_readable_after_forgetting(small_copy):
     """A run was trained on the image, and a picture of its report is nearest to it."""
     store = Store(small_copy)
-    last = store.last_checkpoint("demo")
+    last = store.checkpoints.last("demo")
     nearest = (
         store.read("eval_metrics", parts=[last]).drop_nulls("image_id").sort("value")["image_id"]
     )

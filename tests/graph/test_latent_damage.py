@@ -61,7 +61,7 @@ def test_damage_is_noticed_and_moved_out_of_the_way(small_copy, damage):
     (moved,) = maintenance.repair(store, problems)
     assert (moved.parent / path.name).is_file()
     assert not list(shard(small_copy).glob("g0001*"))
-    assert store.stale(latents.STAGE) == ["sdxl|s000000"]
+    assert store.currency.stale(latents.STAGE) == ["sdxl|s000000"]
 
 
 def test_the_damaged_shard_alone_is_encoded_again(small, small_copy):
@@ -112,7 +112,7 @@ def test_another_vae_makes_its_latents_anew_and_their_files_tell_its_scale(small
     first = read_generation(shard(small_copy), 1)
     factor = {file.metadata["scaling_factor"] for file in first.open_files().values()}
     other = small_copy / "models" / "other_vae"
-    shutil.copytree(Store(small_copy).vae_folder("sdxl"), other)
+    shutil.copytree(Store(small_copy).models.vae_folder("sdxl"), other)
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
     config = small_copy / "foundry.toml"

@@ -28,7 +28,7 @@ def moved(small_copy, tmp_path):
 
 
 def test_every_command_works_in_a_moved_workspace(moved, small, tmp_path):
-    last = Store(moved).last_checkpoint("demo")
+    last = Store(moved).checkpoints.last("demo")
     home = ("--home", moved)
     assert "everything is up to date" in foundry("status", *home).stdout
     assert "nothing was done" in foundry("run", *home).stdout

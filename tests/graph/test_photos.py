@@ -90,10 +90,10 @@ def test_all_stages_are_made(photos):
     home, _ = photos
     store = Store(home)
     for name, stage in STAGES.items():
-        assert store.stale(stage) == [], name
+        assert store.currency.stale(stage) == [], name
     assert store.read("eval_metrics").height
     query = "select count(*) n from sample_images"
-    prompts, sampled = store.read("prompt_sets").height, len(store.parts("sample_images"))
+    prompts, sampled = store.read("prompt_sets").height, len(store.tables.parts("sample_images"))
     assert sampled == 3
     found = json.loads(foundry("sql", "--home", home, "--format", "jsonl", query).stdout)["n"]
     assert found == prompts * sampled

@@ -23,11 +23,11 @@ def test_a_run_whose_folder_was_removed_is_trained_anew(small_copy):
     assert "run 'demo' has no configuration" in refused.stderr
     folder.mkdir()
     (folder / CONFIG).write_text(SMALL_RUN)
-    assert Store(small_copy).stale(STAGE) == ["demo"]
+    assert Store(small_copy).currency.stale(STAGE) == ["demo"]
     foundry("train", "--run", "demo", "--home", small_copy)
     assert has_finished(folder / EVENTS)
     assert [path.name for path in checkpoints(folder)] == names
-    assert Store(small_copy).stale(STAGE) == []
+    assert Store(small_copy).currency.stale(STAGE) == []
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_refused_by_name(small_copy):

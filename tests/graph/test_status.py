@@ -1,5 +1,5 @@
 """`foundry status`, the check `current`, Dagster's own column and `keep_current` say what
-`store.stale` says."""
+`store.currency.stale` says."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def kind(small_copy, monkeypatch):
 
 
 def source_of(home):
-    return Store(home).source_root(Store(home).config.sources[0].name)
+    return Store(home).paths.source_root(Store(home).config.sources[0].name)
 
 
 def own_source(home, tmp_path):
@@ -79,7 +79,7 @@ def test_a_setting_of_an_encoding_names_its_table(kind):
 
 def test_a_model_folder_replaced(kind, tmp_path):
     model = tmp_path / "tagger"
-    shutil.copytree(Store(kind).model_path("tagger"), model)
+    shutil.copytree(Store(kind).models.path("tagger"), model)
     set_value(kind, 'tagger = "demo:models/tagger"', f'tagger = "{model}"')
     assert stale(kind) == {}  # other place, same weights
     with next(model.glob("*.safetensors")).open("r+b") as file:
@@ -256,7 +256,7 @@ def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
         for _ in range(automation.MAX_ATTEMPTS):
             assert set(requested(kind, instance)) == {"selected_images"}
             store = Store(kind)
-            store.begin(stage, "all", store.basis(stage, "all"))
+            store.currency.begin(stage, "all", store.currency.basis(stage, "all"))
         assert requested(kind, instance) == {}
         set_value(kind, "min_score = 3", "min_score = 4")
         assert set(requested(kind, instance)) == {"selected_images"}
@@ -274,7 +274,7 @@ def test_an_external_model_that_fails_holds_up_no_release(kind):
         assert set(requested(kind, instance)) == {"sample_images", "release"}
         for _ in range(automation.MAX_ATTEMPTS):
             store = Store(kind)
-            store.begin(stage, key, store.basis(stage, key))
+            store.currency.begin(stage, key, store.currency.basis(stage, key))
         assert set(requested(kind, instance)) == {"release"}
 
 

@@ -138,7 +138,7 @@ def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(
     """The trainer itself is left out: `tests/test_forget.py` proves what it does with such a set."""
     store = Store(small_copy)
     configure_run(small_copy, "new", "demo", [])
-    checkpoints.prepare(store, "new", read_config(store.run_folder("new")))
+    checkpoints.prepare(store, "new", read_config(store.paths.run_folder("new")))
     maintenance.forget(store, [store.read("training_set", ["image_id"])["image_id"][0]])
     monkeypatch.setenv("FOUNDRY_HOME", str(small_copy))
     monkeypatch.setattr(

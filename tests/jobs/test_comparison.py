@@ -19,7 +19,7 @@ DRAW, SCORE, JUDGE = (stage.name for stage in evaluate.STAGES)
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A run of two checkpoints; stages are done by hand, and fail where `world.broken` says so."""
-    monkeypatch.setattr("resources.workspace.store.git_revision", lambda: "")
+    monkeypatch.setattr("resources.workspace.writer.git_revision", lambda: "")
     monkeypatch.setattr(pipeline, "bring_up_to_date", lambda *arguments, **keywords: [])
     monkeypatch.setattr(comparison, "open_instance", lambda home: contextlib.nullcontext())
     for name in ("_name_partitions", "rebuild", "catch_up"):
@@ -36,7 +36,7 @@ def world(tmp_path, monkeypatch):
         if stage.name == DRAW:
             world.drawn_with.append((key, kept(world)))
             world.draw(key)
-            world.store.let_go(key, "evaluation")
+            world.store.checkpoints.let_go(key, "evaluation")
         elif stage.name == SCORE:
             world.score(key, world.values(seed=len(key)), world.failed.get(key, 0))
         else:
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_cannot_be_evaluated_does_not_stop_the_others(world, s
     world.broken[stage, "run@1000"] = ModelError("unet has no weights")
     with pytest.raises(EvaluationError, match="run@1000 is not evaluated: unet has no weights"):
         comparison.evaluate(world.home, **QUIET)
-    assert world.store.parts("verdicts") == [f"base~{world.base}", "base~run@2000"]
+    assert world.store.tables.parts("verdicts") == [f"base~{world.base}", "base~run@2000"]
     world.broken = {(stage, world.base): ModelError("the base has no weights")}
     (world.home / "tables" / stage / f"{'base~' * (stage == JUDGE)}{world.base}.json").unlink()
     with pytest.raises(ModelError, match=r"^the base has no weights"):
@@ -109,7 +109,7 @@ def test_an_external_model_that_fails_in_any_way_stops_no_evaluation(world, how)
     with pytest.raises(EvaluationError) as failure:
         comparison.evaluate(world.home, **QUIET)
     assert str(failure.value) == f"{key} is not evaluated: {' '.join(reason.split())}"
-    assert {"base~run@1000", "base~run@2000"} <= set(world.store.parts("verdicts"))
+    assert {"base~run@1000", "base~run@2000"} <= set(world.store.tables.parts("verdicts"))
     assert champion.read(world.home) is not None, "the champion waits for no external model"
 
 
@@ -125,7 +125,11 @@ def test_an_external_model_that_fails_does_not_stop_foundry_run(world, how):
         assert outcome.num_made == (3 if key in failed else 4)
         assert outcome.unfinished == []
     assert failed == {key: " ".join(reason.split())}
-    assert world.store.parts("verdicts") == [f"base~{world.base}", "base~run@1000", "base~run@2000"]
+    assert world.store.tables.parts("verdicts") == [
+        f"base~{world.base}",
+        "base~run@1000",
+        "base~run@2000",
+    ]
 
 
 def test_a_checkpoint_that_fails_stops_foundry_run_as_ever(world):
@@ -140,10 +144,10 @@ def test_status_of_a_workspace_whose_external_model_is_missing(world):
     key, model = add_external(world)
     for name in (world.base, key):
         world.draw(name)
-    assert key not in world.store.stale(evaluate.STAGES[0])
+    assert key not in world.store.currency.stale(evaluate.STAGES[0])
     (model / "model_index.json").unlink()
     model.rmdir()
-    assert key in world.store.stale(evaluate.STAGES[0])
+    assert key in world.store.currency.stale(evaluate.STAGES[0])
     assert reasons(world.store, evaluate.STAGES[0], key) == ("checkpoint is missing",)
 
 
@@ -170,9 +174,9 @@ def test_a_comparison_of_failed_pictures_is_refused_and_one_with_the_base_uses_i
     assert (found.a, found.b) == (world.base, "run@1000")
     assert found.verdicts["group"].unique().to_list() == ["all"]
     assert found.report.read_text() == "page"
-    assert [part for part in world.store.parts("verdicts") if part.endswith("~run@1000")] == [
-        "base~run@1000"
-    ]
+    assert [
+        part for part in world.store.tables.parts("verdicts") if part.endswith("~run@1000")
+    ] == ["base~run@1000"]
 
 
 def test_a_champion_that_is_gone_is_named(world):

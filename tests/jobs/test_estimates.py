@@ -23,7 +23,7 @@ from jobs.cli import app as cli
 from jobs.cli.app import app
 from resources import torchrun
 from resources.workspace.store import Store
-from training import commit
+from training import commit, manifests
 from training.config import recipes
 from training.config.run import (
     BatchConfig,
@@ -46,13 +46,13 @@ HARDWARE = estimates.Hardware(num_gpus=2, gpu="H200", dollars_per_hour=3.0, rate
 
 def put(store, table, part, frame):
     """Commit a table as a stage would, as far as a reader can tell."""
-    folder, frame = store.table_folder(table, part), TABLES[table].conform(frame)
+    folder, frame = store.tables.folder(table, part), TABLES[table].conform(frame)
     digests = commit.column_digests(frame)
-    manifest = commit.Manifest(
-        table=table, part=part, version=1, files=(commit.write_parquet(folder, part, frame),), rows=frame.height,
+    manifest = manifests.Manifest(
+        table=table, part=part, version=1, files=(manifests.write_parquet(folder, part, frame),), rows=frame.height,
         digest=commit.logical_digest(digests, frame.height), columns=digests,
     )  # fmt: skip
-    commit.commit_manifest(folder / f"{part}.json", manifest)
+    manifests.commit_manifest(folder / f"{part}.json", manifest)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_what_is_left_to_the_device_is_told_and_a_started_run_keeps_its_own(work
     rest = 'compute.channels_last = true, compute.compile = "blocks"'
     assert line("H200") == f'auto, on H200: precision = "bf16_amp", {rest}'
     assert line("V100") == f'auto, on V100: precision = "fp16_amp", {rest}'
-    folder = workspace.run_folder("one")
+    folder = workspace.paths.run_folder("one")
     folder.mkdir(parents=True)
     values = {"precision": "fp32", "compute.channels_last": False, "compute.compile": False}
     commit.write_json(folder / "resolved.json", {"format": 1, "device": "cpu", "values": values})
@@ -261,7 +261,7 @@ def test_a_block_that_the_model_does_not_have_is_told_before_weights_are_loaded(
 
 
 def test_the_bill_of_a_workspace_reads_its_tables(workspace):
-    folder = workspace.run_folder("one")
+    folder = workspace.paths.run_folder("one")
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(recipes.run_toml(CONFIG))
     with pytest.raises(DataError, match="no images yet"):
@@ -294,7 +294,7 @@ def test_the_bill_of_a_workspace_reads_its_tables(workspace):
 
 def configure(store, **changes):
     """Give the workspace a run `one` that is not started."""
-    folder = store.run_folder("one")
+    folder = store.paths.run_folder("one")
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(recipes.run_toml(dataclasses.replace(CONFIG, **changes)))
     return folder
@@ -418,7 +418,7 @@ def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_wa
     )
 
     made_before = statistics()
-    folder = workspace.run_folder("one")
+    folder = workspace.paths.run_folder("one")
     checkpoints.prepare(workspace, "one", read_config(folder))
     write_inputs(
         folder, dataclasses.replace(read_inputs(folder), vae_digest="")

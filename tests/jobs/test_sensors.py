@@ -23,7 +23,7 @@ def instance():
 @pytest.fixture
 def world(tmp_path, monkeypatch, instance):
     """A run that is still training and has two checkpoints; nothing is evaluated."""
-    monkeypatch.setattr("resources.workspace.store.git_revision", lambda: "")
+    monkeypatch.setattr("resources.workspace.writer.git_revision", lambda: "")
     instance.wipe()
     world = World(tmp_path / "workspace")
     world.save("run", 1000, 2000, ended=False)

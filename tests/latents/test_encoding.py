@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from training import commit, toml
+from training import manifests, toml
 from training.buckets import crops
 from training.buckets.geometry import Box, Placement, Size
 from training.buckets.plans import BucketConfig
@@ -68,8 +68,8 @@ def encode(tmp_path, vae):
             ),
         )  # fmt: skip
         frame = TABLES["latents"].conform(shard.frame)
-        entry = commit.write_parquet(tmp_path, f"g{number:04d}", frame)
-        manifest = commit.Manifest(
+        entry = manifests.write_parquet(tmp_path, f"g{number:04d}", frame)
+        manifest = manifests.Manifest(
             table="latents",
             part="s",
             version=1,
@@ -77,7 +77,7 @@ def encode(tmp_path, vae):
             rows=frame.height,
             digest=f"{number}",
         )
-        commit.commit_manifest(tmp_path / f"g{number:04d}.json", manifest)
+        manifests.commit_manifest(tmp_path / f"g{number:04d}.json", manifest)
         return shard, read_generation(tmp_path, number)
 
     return run

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from training import commit
+from training import commit, manifests
 from training.buckets.geometry import Size
 from training.errors import DamageError, DataError
 from training.latents.files import (
@@ -91,7 +91,9 @@ def test_files_written_by_safetensors_are_read(tmp_path):
     latents = torch.randn((3, *SHAPE)).to(torch.bfloat16)
     save_file({"latents": latents}, tmp_path / "foreign.safetensors")
     path = tmp_path / "foreign.safetensors"
-    entry = commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+    entry = manifests.Entry(
+        name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size
+    )
     file = LatentFile(tmp_path, entry)
     assert not file.has_log_variance
     rows, nothing = file.gather([2, 0, 2])
@@ -165,7 +167,9 @@ def test_a_file_whose_header_does_not_account_for_its_size_is_damage(tmp_path):
     writer, _ = write(tmp_path, 5)
     path = tmp_path / writer.entries[0].name
     damage_grown(path)
-    entry = commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+    entry = manifests.Entry(
+        name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size
+    )
     with pytest.raises(DamageError, match="bytes by its header"):
         LatentFile(tmp_path, entry)
 
@@ -223,13 +227,13 @@ def commit_generation(folder, number, image_ids):
         }
         for image_id in image_ids
     ]
-    entry = commit.write_parquet(
+    entry = manifests.write_parquet(
         folder, f"g{number:04d}", pl.DataFrame(rows, schema=TABLES["latents"].schema)
     )
-    manifest = commit.Manifest(
+    manifest = manifests.Manifest(
         table="latents", part="s", version=1, files=(entry,), rows=len(rows), digest=f"d{number}"
     )
-    commit.commit_manifest(folder / f"g{number:04d}.json", manifest)
+    manifests.commit_manifest(folder / f"g{number:04d}.json", manifest)
 
 
 def test_two_files_that_changed_places_are_noticed(tmp_path, codec):
@@ -245,7 +249,9 @@ def test_two_files_that_changed_places_are_noticed(tmp_path, codec):
 def rebuilt(path):
     """The file as it is now, under a manifest that agrees with it: only its content can be
     wrong."""
-    return commit.Entry(name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size)
+    return manifests.Entry(
+        name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size
+    )
 
 
 def test_frames_and_offsets_that_are_wrong_though_the_digest_is_right_are_damage(tmp_path):

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import commit
+from training import commit, manifests
 from training.errors import DamageError, DataError
 from training.latents.source import LatentSource
 from training.loop.order import assign_windows, make_order
@@ -63,8 +63,8 @@ def test_latents_of_another_vae_are_passed_over(make_run, write_generation, othe
     rows = rows_of(run, "s000000")
     write_generation(run.inputs.latents / "s000000", 2, rows)
     path = run.inputs.latents / "s000000" / "g0002.json"
-    commit.commit_manifest(
-        path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64})
+    manifests.commit_manifest(
+        path, dataclasses.replace(manifests.read_manifest(path), models={"vae": "e" * 64})
     )
     ids, digest = rows["image_id"].to_list(), run.inputs.vae_digest
     assert LatentSource(run.inputs.latents).choose("s000000", ids)[0].number == 2

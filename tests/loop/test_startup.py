@@ -13,8 +13,9 @@ from tiny_runs import TinyRun, training_rows
 from assets.checkpoints import prepare as launch
 from resources.graph import Scope, Stage
 from resources.workspace.setup import configure_run, resolve_run
-from resources.workspace.store import Made, Store
-from training import commit
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training import commit, manifests
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
 from training.loop import startup
@@ -174,15 +175,15 @@ vae = "models/better"
     for encoding, carried in (("own", None), ("better", vae)):
         stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
         made = Made(frame=training_rows(4, 1))
-        store.commit(stage, encoding, made, {"inputs": {}, "models": {}}, seconds=0)
+        store.writer.commit(stage, encoding, made, {"inputs": {}, "models": {}}, seconds=0)
         launch(store, encoding, RunConfig(encoding=encoding))
-        inputs = run_folder.read_inputs(store.run_folder(encoding))
+        inputs = run_folder.read_inputs(store.paths.run_folder(encoding))
         assert (inputs.vae, inputs.vae_digest) == (carried, model_digest(carried or base / "vae"))
     # A run that comes back from a bundle needs no base model any more.
     shutil.rmtree(base)
-    change_inputs(TinyRun(store.run_folder("better"), None, None, None), vae="nowhere")
+    change_inputs(TinyRun(store.paths.run_folder("better"), None, None, None), vae="nowhere")
     launch(store, "better", RunConfig(encoding="better"))
-    assert run_folder.read_inputs(store.run_folder("better")).vae == vae
+    assert run_folder.read_inputs(store.paths.run_folder("better")).vae == vae
 
 
 def test_another_vae_than_recorded_is_refused_before_the_first_step(make_run, train, other_vae):
@@ -226,11 +227,11 @@ def test_the_entry_point_logs_why_it_failed_and_says_so_in_one_line(make_run, ke
     for shard in ("s000000", "s000001"):
         folder = run.inputs.latents / shard
         rows = run.rows.filter(pl.col("shard") == shard)
-        manifest = commit.read_manifest(folder / "g0001.json")
+        manifest = manifests.read_manifest(folder / "g0001.json")
         table = pl.read_parquet(folder / manifest.files[0].name)
-        entry = commit.write_parquet(folder, "g0001", table.head(len(rows) - 2))
+        entry = manifests.write_parquet(folder, "g0001", table.head(len(rows) - 2))
         files = (entry, *manifest.files[1:])
-        commit.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
+        manifests.commit_manifest(folder / "g0001.json", dataclasses.replace(manifest, files=files))
     assert main([str(run.folder)]) == 1
     (event,) = read_events(run.folder / run_folder.EVENTS)
     assert event["event"] == "failed"
@@ -270,11 +271,11 @@ vae = "models/other/vae"
 """)
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(
+    store.writer.commit(
         stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
     )
     launch(store, "one", RunConfig(encoding="own", base="other"))
-    inputs = run_folder.read_inputs(store.run_folder("one"))
+    inputs = run_folder.read_inputs(store.paths.run_folder("one"))
     assert (inputs.base_model, inputs.base_digest, inputs.vae) == (other, model_digest(other), None)
     with pytest.raises(
         ModelError, match=r"\[models\] bases\.gone\.path = 'models/gone': folder .* is missing"
@@ -310,10 +311,10 @@ def test_a_started_run_keeps_its_base_when_foundry_toml_names_it_no_more(tiny_sd
     )
     store = Store(tmp_path)
     stage = Stage(name="training_set", version=1, scope=Scope.ENCODING)
-    store.commit(
+    store.writer.commit(
         stage, "own", Made(frame=training_rows(4, 1)), {"inputs": {}, "models": {}}, seconds=0
     )
     launch(store, "one", RunConfig(encoding="own", base="other"))
     config.write_text("format = 1\n[encodings.own]\n")
     launch(Store(tmp_path), "one", RunConfig(encoding="own", base="other"))
-    assert run_folder.read_inputs(store.run_folder("one")).base_model == tiny_sdxl
+    assert run_folder.read_inputs(store.paths.run_folder("one")).base_model == tiny_sdxl

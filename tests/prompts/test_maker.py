@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompt_table import table
 
-from training import commit
+from training import manifests
 from training.config.run import PromptConfig
 from training.curation.vocabulary import Vocabulary
 from training.errors import DataError, PipelineError
@@ -250,7 +250,7 @@ def test_columns_give_back_the_rows_of_the_table(tmp_path):
             {"tags": ["b", "c"], "stable": True},
         ]
     )
-    entry = commit.write_parquet(tmp_path, "set", frame)
+    entry = manifests.write_parquet(tmp_path, "set", frame)
     for source in (tmp_path / entry.name, frame):
         samples = Samples(source)
         assert list(samples.image_ids) == frame["image_id"].to_list() == samples.image_ids[:]

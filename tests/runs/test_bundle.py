@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from training import commit
+from training import manifests
 from training.errors import ConfigError, DamageError, DataError
 from training.latents.files import generations
 from training.runs import bundle, run_folder
@@ -176,8 +176,8 @@ def test_latents_of_another_vae_are_not_bundled(make_run, other_vae, tmp_path):
     run = make_run()
     other_vae(run)
     path = run.inputs.latents / "s000001" / "g0001.json"
-    commit.commit_manifest(
-        path, dataclasses.replace(commit.read_manifest(path), models={"vae": "e" * 64})
+    manifests.commit_manifest(
+        path, dataclasses.replace(manifests.read_manifest(path), models={"vae": "e" * 64})
     )
     with pytest.raises(
         DataError, match=r"13 images of shard s000001 .*g0001 was encoded with VAE eeee"

@@ -14,7 +14,8 @@ from tiny_sampling import prompt_frame
 from assets import prompt_sets as prompt_sets_asset
 from assets import selection
 from resources.workspace.setup import RECIPES
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training import toml
 from training.config import recipes
 from training.config.evaluation import PROMPT_GROUPS, SamplingConfig, SecondPassConfig
@@ -220,7 +221,9 @@ def store(tmp_path):
         'file = "prompts.csv"\n[evaluation.sampling]\nprompt_syntax = "strict"\n'
     )
     store, empty = Store(tmp_path), pl.DataFrame(schema=TABLES["selected_images"].schema)
-    store.commit(selection.STAGE, "all", Made(frame=empty), {"inputs": {}, "models": {}}, seconds=0)
+    store.writer.commit(
+        selection.STAGE, "all", Made(frame=empty), {"inputs": {}, "models": {}}, seconds=0
+    )
     return store
 
 

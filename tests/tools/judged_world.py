@@ -5,7 +5,8 @@ import numpy as np
 import polars as pl
 
 from assets import base_model, checkpoints, eval_metrics, prompt_sets, sample_images, verdicts
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.runs import run_folder
 from training.runs.run_folder import Ready
 from training.tables.schemas import TABLES
@@ -48,7 +49,7 @@ class World:
         self.write_config()
         row = {
             "name": "base",
-            "checkpoint": f"base.{self.store.model_digest('base')[:8]}@0",
+            "checkpoint": f"base.{self.store.models.digest('base')[:8]}@0",
             "digest": "d",
         }
         self._commit(
@@ -63,7 +64,7 @@ class World:
         self._commit(
             prompt_sets.STAGE, "standard", pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema)
         )
-        self.base = self.store.base_checkpoint()
+        self.base = self.store.checkpoints.base()
 
     @property
     def store(self):
@@ -77,7 +78,7 @@ class World:
 
     def save(self, run, *clocks, ended=True):
         """Write checkpoints of a run, as its trainer does."""
-        folder = self.store.run_folder(run)
+        folder = self.store.paths.run_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / run_folder.CONFIG).write_text(RUN)
         for clock in clocks:
@@ -96,7 +97,7 @@ class World:
                 f'{{"event": "finished", "samples_seen": {max(clocks)}}}\n'
             )
             basis = {"inputs": {}, "models": {}}
-            self.store.commit(
+            self.store.writer.commit(
                 checkpoints.STAGE,
                 run,
                 Made(frame=TABLES["checkpoints"].empty()),
@@ -106,7 +107,7 @@ class World:
 
     def folder(self, checkpoint):
         """A checkpoint's folder."""
-        return self.store.checkpoint_folder(checkpoint)
+        return self.store.checkpoints.folder(checkpoint)
 
     def draw(self, checkpoint, content=""):
         """Commit pictures of a checkpoint, whose files are not there."""
@@ -134,9 +135,9 @@ class World:
 
     def judge(self, checkpoint):
         """Commit the verdict against the base, as the stage does."""
-        self.store.commit(
+        self.store.writer.commit(
             verdicts.VERDICTS, checkpoint, verdicts.judge(self.store, checkpoint),
-            self.store.basis(verdicts.VERDICTS, checkpoint), seconds=0.0,
+            self.store.currency.basis(verdicts.VERDICTS, checkpoint), seconds=0.0,
         )  # fmt: skip
 
     def evaluate(self, checkpoint, gain=0.0, failed=0, seed=0):
@@ -151,4 +152,6 @@ class World:
 
     def _commit(self, stage, key, frame):
         store = self.store
-        store.commit(stage, key, Made(frame=frame), store.basis(stage, key), seconds=0.0)
+        store.writer.commit(
+            stage, key, Made(frame=frame), store.currency.basis(stage, key), seconds=0.0
+        )

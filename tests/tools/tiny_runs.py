@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.buckets.geometry import Size
 from training.config import recipes
 from training.config.run import RunConfig
@@ -159,13 +159,13 @@ def commit_generation(
                 }
             )  # fmt: skip
     frame = TABLES["latents"].conform(pl.DataFrame(table, schema=TABLES["latents"].schema))
-    entries.insert(0, commit.write_parquet(folder, f"g{number:04d}", frame))
-    manifest = commit.Manifest(
+    entries.insert(0, manifests.write_parquet(folder, f"g{number:04d}", frame))
+    manifest = manifests.Manifest(
         table="latents", part=folder.name, version=1, files=tuple(entries), rows=len(frame),
         digest=commit.logical_digest(commit.column_digests(frame), len(frame)),
         provenance={"time": f"2026-01-{number:02d}T00:00:00Z"},
     )  # fmt: skip
-    commit.commit_manifest(folder / f"g{number:04d}.json", manifest)
+    manifests.commit_manifest(folder / f"g{number:04d}.json", manifest)
     return manifest
 
 
@@ -190,7 +190,7 @@ def build_run(workspace, base_model, name, changes, rows=None, **latents):
 
     rows = training_rows(22, 5) if rows is None else rows
     table = workspace / "tables" / "training_set"
-    entry = commit.write_parquet(table, "tiny.f", rows)
+    entry = manifests.write_parquet(table, "tiny.f", rows)
     for shard in SHARDS:
         folder = workspace / "latents" / "tiny" / shard
         if not folder.exists():
@@ -254,8 +254,8 @@ def other_vae(tmp_path):
         vae.save_pretrained(folder)
         digest = model_digest(folder)
         for path in run.inputs.latents.glob("*/g0001.json"):
-            commit.commit_manifest(
-                path, dataclasses.replace(commit.read_manifest(path), models={"vae": digest})
+            manifests.commit_manifest(
+                path, dataclasses.replace(manifests.read_manifest(path), models={"vae": digest})
             )
         run.inputs = dataclasses.replace(run.inputs, vae=folder, vae_digest=digest)
         run_folder.write_inputs(run.folder, run.inputs)

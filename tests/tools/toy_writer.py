@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 from kill_walk import kill_at_new_points
 
-from training import commit
+from training import commit, manifests
 
 
 def write(folder: Path, generation: int, style: str, journal: Path | None) -> None:
@@ -21,12 +21,12 @@ def write(folder: Path, generation: int, style: str, journal: Path | None) -> No
         path = folder / "t-fixed.parquet"
         with path.open("wb") as file:
             frame.write_parquet(file)
-        entry = commit.Entry(
+        entry = manifests.Entry(
             name=path.name, sha256=commit.sha256_file(path), bytes=path.stat().st_size
         )
     else:
-        entry = commit.write_parquet(folder, "t", frame)
-    manifest = commit.Manifest(
+        entry = manifests.write_parquet(folder, "t", frame)
+    manifest = manifests.Manifest(
         table="toy",
         part="t",
         version=generation,
@@ -37,5 +37,5 @@ def write(folder: Path, generation: int, style: str, journal: Path | None) -> No
     if style == "in place":
         (folder / "t.json").write_text(json.dumps({**manifest.to_json(), "format": 1}))
     else:
-        commit.commit_manifest(folder / "t.json", manifest)
+        manifests.commit_manifest(folder / "t.json", manifest)
     os._exit(0)

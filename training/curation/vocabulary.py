@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from training import commit
+from training import commit, manifests
 from training.curation.tags import LETTERBOXED, swap_sides
 from training.errors import DamageError
 
@@ -94,7 +94,7 @@ def read(path: Path, sha256: str) -> Vocabulary:
         raise DamageError(
             f"vocabulary {path}: {found[:16]}, inputs.json says SHA-256 {sha256[:16]}"
         )
-    rows = commit.read_parquet(path).iter_rows()
+    rows = manifests.read_parquet(path).iter_rows()
     category: dict[str, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     for tag, kind, names in rows:

@@ -1,17 +1,15 @@
 """Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models
 made by others."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from training import commit
-from training.errors import ConfigError, DamageError
-from training.names import check_name
+from training.errors import ConfigError
+from training.names import CheckpointName, check_name
+from training.records import read_record, write_record
 
 FILE = "rivals.json"
-RIVAL = "rival."
-"""Begins the names of rivals as checkpoints, `rival.<name>@0`, and of no run."""
 _FORMAT = 1
 
 
@@ -42,18 +40,14 @@ def read_rivals(home: Path) -> dict[str, str]:
     Raises:
         DamageError: rivals.json cannot be read.
     """
-    path = home / FILE
-    try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != _FORMAT:
-            raise DamageError(
-                f"{path} has format {values['format']!r}, this version reads {_FORMAT}"
-            )
+
+    def build(values: dict[str, Any]) -> dict[str, str]:
         return {name: str(home / model) for name, model in sorted(values["rivals"].items())}
+
+    try:
+        return read_record(home / FILE, _FORMAT, build)
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamageError(f"{path} is damaged: {error!r}") from None
 
 
 def add_rival(home: Path, name: str, model: Path) -> str:
@@ -67,7 +61,7 @@ def add_rival(home: Path, name: str, model: Path) -> str:
     if rivals.get(name, str(model)) != str(model):
         raise ConfigError(f"rival {name!r} is {rivals[name]} already; choose another name")
     _write(home, {**rivals, name: str(model)})
-    return f"{RIVAL}{name}@0"
+    return str(CheckpointName.of_external(name))
 
 
 def remove_rival(home: Path, name: str) -> None:
@@ -90,4 +84,4 @@ def _write(home: Path, rivals: dict[str, str]) -> None:
         name: str(Path(path).relative_to(home)) if name in inside else path
         for name, path in rivals.items()
     }
-    commit.write_json(home / FILE, {"format": _FORMAT, "rivals": named})
+    write_record(home / FILE, _FORMAT, {"rivals": named})

@@ -4,7 +4,6 @@ many equals looks better than it is.
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 
 import polars as pl
 
-from training import commit
-from training.errors import DamageError
 from training.evaluation import verdict
 from training.evaluation.prompt_groups import counted
 from training.evaluation.verdict import ALL, HELD_OUT, Scores
+from training.records import read_record, write_record
 from training.tables.schemas import TABLES
 
 FILE = "champion.json"
@@ -38,7 +36,6 @@ class Champion:
     challenged: Mapping[str, str] = field(default_factory=dict)
     """Every checkpoint that has stood against a champion, with the digest of the scores it stood
     with."""
-    format: int = _FORMAT
 
 
 def read(home: Path) -> Champion | None:
@@ -47,24 +44,17 @@ def read(home: Path) -> Champion | None:
     Raises:
         DamageError: the file cannot be read.
     """
-    path = home / FILE
+    damaged = "{subject} is damaged ({error}); remove it, and the next verdict begins from the base"
     try:
-        champion = Champion(**json.loads(path.read_bytes()))
+        return read_record(home / FILE, _FORMAT, lambda values: Champion(**values), damaged=damaged)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise DamageError(
-            f"{path} is damaged ({error}); remove it, and the next verdict begins from the base"
-        ) from None
-    if champion.format != _FORMAT:
-        raise DamageError(f"{path} has format {champion.format!r}, this version reads {_FORMAT}")
-    return champion
 
 
 def write(home: Path, champion: Champion) -> None:
     """Replace the champion of a workspace."""
     values: dict[str, Any] = {name: getattr(champion, name) for name in Champion.__slots__}
-    commit.write_json(home / FILE, {**values, "challenged": dict(champion.challenged)})
+    write_record(home / FILE, _FORMAT, {**values, "challenged": dict(champion.challenged)})
 
 
 def halves(prompt_ids: Collection[str]) -> tuple[set[str], set[str]]:

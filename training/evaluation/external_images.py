@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from training import commit
+from training import commit, manifests
 from training.config.workspace import DecodeConfig
 from training.errors import EvaluationError
 from training.evaluation import clip_score, summary
@@ -212,7 +212,7 @@ def score_models(
             with commit.atomic_file(path) as temporary:
                 frame.write_parquet(temporary, metadata={_IDENTITY: identity})
         write_summary(out)
-        failed = commit.read_parquet(path, ["failed"])["failed"]
+        failed = manifests.read_parquet(path, ["failed"])["failed"]
         yield Outcome(
             name=model.name,
             num_pictures=len(failed),
@@ -226,7 +226,7 @@ def write_summary(out: Path) -> pl.DataFrame:
     name."""
     rows: list[dict[str, object]] = []
     for path in sorted((out / PICTURES).glob("*.parquet")):
-        scores = commit.read_parquet(path).filter(pl.col("failed").is_null())
+        scores = manifests.read_parquet(path).filter(pl.col("failed").is_null())
         found = summary.summarise(scores["clip_score"].to_numpy(), scores["aesthetic"].to_numpy())
         rows.append({"Model": path.stem, **found})
     schema = {"Model": pl.String} | dict.fromkeys(summary.COLUMNS, pl.Float64)

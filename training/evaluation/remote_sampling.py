@@ -6,7 +6,6 @@ be compared.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,11 +14,12 @@ from typing import Any
 
 import polars as pl
 
-from training import commit, toml
+from training import commit, manifests, records, toml
 from training.config.evaluation import SamplingConfig
 from training.errors import DamageError, EvaluationError
 from training.evaluation.prompt_sets import digest, make_frame, read_prompts
-from training.models.base_model import SUFFIX, checkpoint_name
+from training.models.base_model import SUFFIX
+from training.names import CheckpointName
 from training.runs import run_folder
 from training.sampling.prompt_reading import read_set
 from training.sampling.sampling_inputs import input_digests
@@ -44,19 +44,14 @@ class Record:
     """The resolved SamplingConfig."""
     further: dict[str, str]
     """Digests of averaged weights and LoRAs, where they were used."""
-    samples: commit.Entry
+    samples: manifests.Entry
     """The table of pictures."""
-    format: int = _FORMAT
 
 
 def write_prompts(path: Path, prompts: pl.DataFrame, sampling: SamplingConfig) -> None:
     """Write a prompt set and how its pictures are drawn into one JSON file."""
-    values = {
-        "format": _FORMAT,
-        "sampling": toml.dump(sampling),
-        "prompts": prompts.drop("seed").to_dicts(),
-    }
-    commit.write_json(path, values)
+    values = {"sampling": toml.dump(sampling), "prompts": prompts.drop("seed").to_dicts()}
+    records.write_record(path, _FORMAT, values)
 
 
 def read_file(path: Path) -> tuple[pl.DataFrame, SamplingConfig]:
@@ -68,19 +63,18 @@ def read_file(path: Path) -> tuple[pl.DataFrame, SamplingConfig]:
     """
     if path.suffix != ".json":
         return read_prompts(path), SamplingConfig()
+
+    def build(values: dict[str, Any]) -> tuple[pl.DataFrame, SamplingConfig]:
+        sampling = toml.build(SamplingConfig, values["sampling"], origin=path)
+        return make_frame(values["prompts"]), sampling
+
+    subject = f"prompt file {path}"
     try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != _FORMAT:
-            raise EvaluationError(
-                f"prompt file {path} has format {values['format']!r}, this version reads {_FORMAT}"
-            )
-        return make_frame(values["prompts"]), toml.build(
-            SamplingConfig, values["sampling"], origin=path
-        )
+        return records.read_record(path, _FORMAT, build, subject=subject, error=EvaluationError)
     except FileNotFoundError:
-        raise EvaluationError(f"prompt file {path} does not exist") from None
-    except (ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise EvaluationError(f"prompt file {path} is damaged: {error!r}") from None
+        raise EvaluationError(f"{subject} does not exist") from None
+    except pl.exceptions.PolarsError as error:
+        raise EvaluationError(f"{subject} is damaged: {error!r}") from None
 
 
 def identify(checkpoint: Path) -> tuple[str, str]:
@@ -95,7 +89,7 @@ def identify(checkpoint: Path) -> tuple[str, str]:
         ready = run_folder.check_checkpoint(checkpoint)
         return ready.checkpoint, ready.digest
     weights = model_digest(checkpoint)
-    return checkpoint_name(weights), weights
+    return str(CheckpointName.of_base(weights)), weights
 
 
 def draw(
@@ -149,9 +143,9 @@ def draw(
         prompts=digest(frame),
         sampling=toml.dump(sampling),
         further=input_digests(checkpoint, sampling, prompts.parent),
-        samples=commit.write_parquet(out, "samples", samples),
+        samples=manifests.write_parquet(out, "samples", samples),
     )
-    commit.write_json(out / RECORD, asdict(record))
+    records.write_record(out / RECORD, _FORMAT, asdict(record))
     return record
 
 
@@ -161,20 +155,16 @@ def read_record(folder: Path) -> Record:
     Raises:
         DamageError: nothing was drawn here to the end, or the record cannot be read.
     """
+
+    def build(values: dict[str, Any]) -> Record:
+        return Record(**{**values, "samples": manifests.Entry(**values["samples"])})
+
     try:
-        values = json.loads((folder / RECORD).read_bytes())
-        record = Record(**{**values, "samples": commit.Entry(**values["samples"])})
+        return records.read_record(folder / RECORD, _FORMAT, build)
     except FileNotFoundError:
         raise DamageError(
             f"{folder} has no {RECORD}: its pictures were not drawn to the end"
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamageError(f"{folder / RECORD} is damaged: {error!r}") from None
-    if record.format != _FORMAT:
-        raise DamageError(
-            f"{folder / RECORD} has format {record.format!r}, this version reads {_FORMAT}"
-        )
-    return record
 
 
 def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
@@ -186,8 +176,8 @@ def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
     """
     from training.sampling.image_files import read_picture
 
-    commit.check_entry(folder, record.samples)
-    samples = TABLES["sample_images"].conform(commit.read_parquet(folder / record.samples.name))
+    manifests.check_entry(folder, record.samples)
+    samples = TABLES["sample_images"].conform(manifests.read_parquet(folder / record.samples.name))
     drawn = samples.filter(pl.col("file").is_not_null())
     for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
         picture = read_picture(folder / PICTURES / file)

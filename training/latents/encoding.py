@@ -15,13 +15,13 @@ import polars as pl
 
 from training.buckets.crops import CropPolicy, CropTarget, apply, place
 from training.buckets.geometry import Box, Placement, Size
-from training.commit import Entry
 from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DamageError
 from training.images import figures
 from training.images.decode_pool import DecodePool, Rejection
 from training.images.saliency import importance
 from training.latents.files import BucketWriter, Generation, LatentFile
+from training.manifests import Entry
 from training.progress import report
 from training.tables.schemas import TABLES
 from training.tables.table import Reason

@@ -11,7 +11,6 @@ bfloat16 is kept as its 16 bits in uint16, because NumPy has no such type;
 
 import dataclasses
 import json
-import re
 import struct
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -22,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from training import commit
+from training import commit, manifests
 from training.buckets.geometry import Size
 from training.errors import DamageError, DataError
 from training.latents import codec as latent_codec
+from training.names import GenerationName
 from training.tables.schemas import TABLES
 
 LATENTS = "latents"
@@ -40,7 +40,6 @@ _DTYPES = {1: "U8", 2: "BF16", 8: "I64"}
 _STORED = {"U8": "<u1", "BF16": "<u2", "I64": "<i8"}
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 1 << 20
-_MANIFEST_NAME = re.compile(r"g(\d{4,})\.json")
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -86,7 +85,7 @@ class BucketWriter:
     """How values are stored."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Further strings for the header of each file."""
-    entries: list[commit.Entry] = field(default_factory=list, init=False)
+    entries: list[manifests.Entry] = field(default_factory=list, init=False)
     """Files written so far, for the manifest."""
     places: dict[str, tuple[str, int]] = field(default_factory=dict, init=False)
     """image_id -> file and row, for the table `latents`."""
@@ -133,8 +132,8 @@ class BucketWriter:
     def _flush(self) -> None:
         arrays = _stored(self._rows, self.codec)
         metadata = {**self.metadata, "codec": self.codec}
-        stem = f"g{self.generation:04d}-{self.bucket}"
-        entry = commit.write_named(
+        stem = f"{GenerationName(self.generation)}-{self.bucket}"
+        entry = manifests.write_named(
             self.folder, stem, ".safetensors", lambda path: _write(path, arrays, metadata)
         )
         self.entries.append(entry)
@@ -189,7 +188,7 @@ class LatentFile:
     """A memory-mapped latent file; size and header are checked at open, its digest once before the
     first row."""
 
-    def __init__(self, folder: Path, entry: commit.Entry, *, checked: bool = False) -> None:
+    def __init__(self, folder: Path, entry: manifests.Entry, *, checked: bool = False) -> None:
         """Open and check size and header; nothing stays open until the first row is asked for.
 
         Args:
@@ -200,7 +199,7 @@ class LatentFile:
         Raises:
             DamageError: the file is gone, cut, foreign, or its header disagrees with its size.
         """
-        commit.check_entry(folder, entry, whole=False)
+        manifests.check_entry(folder, entry, whole=False)
         self.folder, self.entry = folder, entry
         self.path = folder / entry.name
         self._start, self._header = _read_header(self.path)
@@ -229,7 +228,7 @@ class LatentFile:
         """
         with self._checking:
             if not self._checked:
-                commit.check_entry(self.folder, self.entry)
+                manifests.check_entry(self.folder, self.entry)
                 self._checked = True
 
     def gather(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -372,8 +371,13 @@ class Generation:
     """`latents/<encoding>/<shard>`."""
     number: int
     """Higher is newer."""
-    manifest: commit.Manifest
+    manifest: manifests.Manifest
     """Its commit."""
+
+    @property
+    def name(self) -> GenerationName:
+        """`g0003`."""
+        return GenerationName(self.number)
 
     def table(self) -> pl.DataFrame:
         """The rows of the table `latents`.
@@ -382,8 +386,10 @@ class Generation:
             DamageError: the Parquet file does not match the manifest.
         """
         entry = next(entry for entry in self.manifest.files if entry.name.endswith(".parquet"))
-        commit.check_entry(self.folder, entry)
-        return commit.read_parquet(self.folder / entry.name).select(list(TABLES["latents"].columns))
+        manifests.check_entry(self.folder, entry)
+        return manifests.read_parquet(self.folder / entry.name).select(
+            list(TABLES["latents"].columns)
+        )
 
     def open_files(self) -> dict[str, LatentFile]:
         """Its latent files by name, checked by size and header.
@@ -395,7 +401,7 @@ class Generation:
         return {entry.name: LatentFile(self.folder, entry) for entry in entries}
 
 
-def write_without(generation: Generation, image_ids: Collection[str]) -> commit.Manifest:
+def write_without(generation: Generation, image_ids: Collection[str]) -> manifests.Manifest:
     """Write the files of a generation again that hold one of the images, without those; nothing is
     committed.
 
@@ -408,7 +414,7 @@ def write_without(generation: Generation, image_ids: Collection[str]) -> commit.
     table, folder = generation.table(), generation.folder
     listed = pl.col("image_id").is_in(list(image_ids))
     kept, stale = table.filter(~listed), set(table.filter(listed)["file"])
-    entries: list[commit.Entry] = []
+    entries: list[manifests.Entry] = []
     for entry in generation.manifest.files:
         if entry.name not in stale:
             entries += [] if entry.name.endswith(".parquet") else [entry]
@@ -441,7 +447,7 @@ def write_without(generation: Generation, image_ids: Collection[str]) -> commit.
         kept = kept.update(places, on="image_id")
     kept = TABLES["latents"].conform(kept)
     digests = commit.column_digests(kept)
-    first = commit.write_parquet(folder, f"g{generation.number:04d}", kept)
+    first = manifests.write_parquet(folder, str(generation.name), kept)
     return dataclasses.replace(
         generation.manifest,
         files=(first, *entries),
@@ -457,15 +463,8 @@ def generations(folder: Path) -> list[int]:
     none."""
     if not folder.is_dir():
         return []
-    return sorted(
-        number for path in folder.iterdir() if (number := manifest_number(path.name)) is not None
-    )
-
-
-def manifest_number(name: str) -> int | None:
-    """The generation whose manifest has this file name; None for any other file."""
-    match = _MANIFEST_NAME.fullmatch(name)
-    return int(match[1]) if match else None
+    names = (GenerationName.of_manifest(path.name) for path in folder.iterdir())
+    return sorted(name.number for name in names if name)
 
 
 def read_generation(folder: Path, number: int) -> Generation:
@@ -474,7 +473,7 @@ def read_generation(folder: Path, number: int) -> Generation:
     Raises:
         DamageError: there is no such manifest, or it is damaged.
     """
-    manifest = commit.read_manifest(folder / f"g{number:04d}.json")
+    manifest = manifests.read_manifest(folder / GenerationName(number).manifest)
     if manifest is None:
         raise DamageError(f"{folder} has no generation {number}; it has {generations(folder)}")
     return Generation(folder=folder, number=number, manifest=manifest)

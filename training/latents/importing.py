@@ -18,7 +18,6 @@ import polars as pl
 
 from training.buckets.crops import CropPolicy, CropTarget, apply, place
 from training.buckets.geometry import Placement
-from training.commit import Entry
 from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import ConfigError, DataError
 from training.images.decode_pool import DecodePool, Rejection
@@ -26,6 +25,7 @@ from training.latents import exchange as formats
 from training.latents.encoding import Picture, placement_columns
 from training.latents.exchange import Foreign, Refusal
 from training.latents.files import MAX_RECONSTRUCTION_ERROR, BucketWriter
+from training.manifests import Entry
 from training.tables.schemas import TABLES
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import fsspec
 
-from training import commit
-from training.commit import Entry
+from training import commit, manifests
 from training.errors import DamageError, DataError
 from training.latents.files import (
     Generation,
     LatentFile,
     generations,
-    manifest_number,
     read_generation,
 )
+from training.manifests import Entry
+from training.names import GenerationName
 
 _ATTEMPTS = 3
 
@@ -92,7 +92,7 @@ class LatentSource:
         """
         key, folder = (shard, entry), self.folder / shard
         if key in self._files:
-            commit.check_entry(folder, entry, whole=False)
+            manifests.check_entry(folder, entry, whole=False)
         else:
             self.fetch(shard, entry)
             self._files.setdefault(key, LatentFile(folder, entry, checked=key in self._fetched))
@@ -166,7 +166,7 @@ class LatentSource:
         if not self._vae_digest or found == self._vae_digest:
             return ""
         return (
-            f"{generation.folder.name} g{generation.number:04d} was encoded with VAE {found[:16]}, the run's is "
+            f"{generation.folder.name} {generation.name} was encoded with VAE {found[:16]}, the run's is "
             f"{self._vae_digest[:16]}"
         )
 
@@ -181,15 +181,15 @@ class LatentSource:
             str(path).rpartition("/")[2]
             for path in self._fs.ls(f"{self._root}/{shard}", detail=False)
         )
-        return sorted(number for name in names if (number := manifest_number(name)) is not None)
+        return sorted(found.number for name in names if (found := GenerationName.of_manifest(name)))
 
     def _fetch_manifest(self, shard: str, number: int) -> None:
         """Fetch a generation's table, and then its manifest."""
-        target = self.folder / shard / f"g{number:04d}.json"
+        target = self.folder / shard / GenerationName(number).manifest
         if target.is_file():
             return
         content = self._fs.cat_file(f"{self._root}/{shard}/{target.name}")
-        manifest = commit.parse_manifest(content, f"{self.url}/{shard}/{target.name}")
+        manifest = manifests.parse_manifest(content, f"{self.url}/{shard}/{target.name}")
         for entry in manifest.files:
             if entry.name.endswith(".parquet"):
                 self.fetch(shard, entry)
@@ -203,5 +203,5 @@ def _incomplete(generation: Generation) -> str:
         found = path.stat().st_size if path.is_file() else None
         if found != entry.bytes:
             state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
-            return f"{generation.folder.name} g{generation.number:04d} is not whole: {path} {state}"
+            return f"{generation.folder.name} {generation.name} is not whole: {path} {state}"
     return ""

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
 from training.errors import ConfigError, DamageError, TrainingError
 from training.models.unet import PipelineParts, read_weights, save_diffusers_folder
+from training.names import CheckpointName
 from training.optimization.ema import Ema
 from training.optimization.offload import Offload
 from training.optimization.optim import optimizer_state, restore_optimizer
@@ -223,7 +224,7 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
         _write_state(temporary / STATE, snapshot)
         ready = Ready(
             run=inputs.run,
-            checkpoint=f"{inputs.run}@{clock.samples_seen}",
+            checkpoint=str(CheckpointName(inputs.run, clock.samples_seen)),
             samples_seen=clock.samples_seen,
             files=files,
             state_files=_entries(temporary / STATE, prefix=f"{STATE}/"),
@@ -340,7 +341,7 @@ def _write_state(folder: Path, snapshot: Snapshot) -> None:
     (folder / _CLOCK).write_text(json.dumps(clock, indent=1, sort_keys=True) + "\n")
 
 
-def _weights_digest(files: Sequence[commit.Entry]) -> str:
+def _weights_digest(files: Sequence[manifests.Entry]) -> str:
     """Over the trained model alone: configs name the versions of libraries, and the average is
     another model."""
     weights = (entry for entry in files if entry.name.endswith(".safetensors"))
@@ -353,10 +354,10 @@ def _weights_digest(files: Sequence[commit.Entry]) -> str:
     )
 
 
-def _entries(folder: Path, prefix: str = "") -> tuple[commit.Entry, ...]:
+def _entries(folder: Path, prefix: str = "") -> tuple[manifests.Entry, ...]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
-        commit.Entry(
+        manifests.Entry(
             name=prefix + path.relative_to(folder).as_posix(),
             sha256=commit.sha256_file(path),
             bytes=path.stat().st_size,

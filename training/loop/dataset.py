@@ -18,7 +18,6 @@ from transformers import CLIPTokenizer
 
 from training.buckets.crops import map_box, told_crop
 from training.buckets.geometry import Box, Placement, Size
-from training.commit import Entry
 from training.config.run import RunConfig
 from training.curation.vocabulary import Vocabulary
 from training.errors import DataError
@@ -26,6 +25,7 @@ from training.latents.files import LatentFile, read_generation
 from training.latents.source import LatentSource
 from training.loop import noise
 from training.loop.prefetch import StageTimes
+from training.manifests import Entry
 from training.prompts.chunk_counts import count_in_processes
 from training.prompts.maker import PromptMaker
 from training.prompts.samples import Samples

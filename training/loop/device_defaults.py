@@ -2,15 +2,14 @@
 by every resume."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import commit, toml
+from training import records, toml
 from training.config.run import RunConfig
-from training.errors import ConfigError, DamageError
+from training.errors import ConfigError
 
 RECORD = "resolved.json"
 """In a run's folder: what it came to at the first step, for people and estimates; a resume asks the
@@ -101,12 +100,8 @@ def record(folder: Path, resolved: RunConfig, device_name: str) -> None:
     """Say in a run's folder what its config came to; called by one process before the step that
     begins the run."""
     values = toml.flatten(toml.dump(resolved))
-    content = {
-        "format": _FORMAT,
-        "device": device_name,
-        "values": {key: values[key] for key in _KEYS},
-    }
-    commit.write_json(folder / RECORD, content)
+    content = {"device": device_name, "values": {key: values[key] for key in _KEYS}}
+    records.write_record(folder / RECORD, _FORMAT, content)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -115,18 +110,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     Raises:
         DamageError: the record is damaged or of another format.
     """
-    path = folder / RECORD
+    damaged = "{subject}: what the run came to cannot be read ({error})"
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != _FORMAT:
-            raise DamageError(
-                f"{path} has format {content['format']!r}, this version reads {_FORMAT}"
-            )
-        return dict(content["values"])
+        return records.read_record(
+            folder / RECORD, _FORMAT, lambda values: dict(values["values"]), damaged=damaged
+        )
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{path}: what the run came to cannot be read ({error})") from None
 
 
 def _check_precision(precision: str, device: Device, *, recorded: bool) -> None:

@@ -23,6 +23,7 @@ from training.loop.order import (
     write_order,
 )
 from training.prompts.writing import PROMPTS_VERSION
+from training.records import write_record
 from training.runs import run_folder
 
 
@@ -109,9 +110,8 @@ def _write(manifest: Path, epoch: int, order: EpochOrder, key: str, pins: Pins) 
     """Write the order and then what names it; returns the pins."""
     content = manifest.with_suffix(".npz")
     described = {"key": key, "file": content.name, "sha256": write_order(content, order)}
-    commit.write_json(
-        manifest, {"format": run_folder.FORMAT, "epoch": epoch, "order": described, "latents": pins}
-    )
+    values = {"epoch": epoch, "order": described, "latents": pins}
+    write_record(manifest, run_folder.FORMAT, values)
     return pins
 
 

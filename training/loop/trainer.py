@@ -30,6 +30,7 @@ from training.loop.prefetch import Prefetch, Sender
 from training.loop.startup import Start, prepare
 from training.loop.validate import FixedList, ListLosses
 from training.models.compute import Graphs
+from training.names import CheckpointName
 from training.optimization.optim import schedule_factor, set_learning_rates
 from training.optimization.ranks import Ranks
 from training.runs import run_folder
@@ -550,7 +551,7 @@ class Trainer:
             run=self.inputs.run,
             checkpoint=None
             if start.checkpoint is None
-            else f"{self.inputs.run}@{self.state.clock.samples_seen}",
+            else str(CheckpointName(self.inputs.run, self.state.clock.samples_seen)),
             fingerprint=self.inputs.fingerprint,
             base_digest=self.inputs.base_digest,
             num_samples=self.config.num_samples,

@@ -27,11 +27,6 @@ NO_WEIGHTS = ("position_ids", "logit_scale")
 _TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
 
-def checkpoint_name(digest: str) -> str:
-    """Name of a base model among checkpoints, `base.<digest8>@0`, by the digest of its weights."""
-    return f"base.{digest[:8]}@0"
-
-
 def inspect(model: Path) -> dict[str, Any]:
     """Family, prediction type and number of parameters (UNet and text encoders) of a diffusers
     folder or single file.

@@ -14,6 +14,7 @@ from training.config.evaluation import EvaluationConfig
 from training.config.run import RunConfig
 from training.evaluation.summary import COLUMNS
 from training.evaluation.verdict import sentence
+from training.names import CheckpointName
 from training.reports.card_advice import prompting, sampling_advice
 from training.reports.card_facts import RELIABLE, WITH_EMPHASIS, RunFacts, SetFacts, band
 from training.reports.card_markdown import BASES, escape, front_matter, licence_fields, table
@@ -67,7 +68,7 @@ class Card:
 
 def render(card: Card) -> str:
     """Write the card: Hugging Face front matter and sections in Markdown."""
-    run, _, samples_seen = card.checkpoint.rpartition("@")
+    run, samples_seen = CheckpointName.parse(card.checkpoint)
     advice = [*prompting(card.run.prompts, card.training_set), *_reading(card)]
     sections = {
         "Pictures": _pictures(card.pictures),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from training.evaluation import overbaked
+from training.names import CheckpointName
 from training.reports.charts import Chart, Line
 
 Summaries = Sequence[tuple[str, Mapping[str, float]]]
@@ -52,7 +53,7 @@ def score_charts(summaries: Summaries) -> list[Chart]:
     charts = []
     for title, column in _OVER_THE_RUN.items():
         points = [
-            (int(name.rpartition("@")[2]), summary[column])
+            (CheckpointName.parse(name).samples_seen, summary[column])
             for name, summary in summaries
             if abs(summary.get(column, float("nan"))) < float("inf")
         ]

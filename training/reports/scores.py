@@ -8,9 +8,10 @@ from pathlib import Path
 
 import polars as pl
 
-from training.evaluation.candidates import RIVAL
+from training.errors import DataError
 from training.evaluation.prompt_groups import counted
 from training.evaluation.verdict import ALL
+from training.names import CheckpointName
 
 LEADING = ("clip_score", "aesthetic")
 """Metrics that come first, and that are shown where no verdict says which were judged."""
@@ -56,9 +57,11 @@ class Prompt:
 
 def label_of(checkpoint: str) -> str:
     """A checkpoint as people call it."""
-    if checkpoint.startswith(RIVAL):
-        return checkpoint.removeprefix(RIVAL).removesuffix("@0")
-    return "base" if checkpoint.startswith("base.") else checkpoint
+    try:
+        name = CheckpointName.parse(checkpoint)
+    except DataError:
+        return checkpoint  # a card shows what a table holds, whatever that is
+    return "base" if name.is_base else name.external_name or checkpoint
 
 
 def title_of(metric: str) -> str:

@@ -161,7 +161,7 @@ def _copy_generation(generation: Generation, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in (
         *(entry.name for entry in generation.manifest.files),
-        f"g{generation.number:04d}.json",
+        generation.name.manifest,
     ):
         try:
             shutil.copyfile(generation.folder / name, target / name)

@@ -45,7 +45,7 @@ def check_version(path: Path) -> None:
         TrainingError: names its format and keys.
     """
     file, fields = path / run_folder.READY, dataclasses.fields(Ready)
-    names = {field.name for field in fields}
+    names = {"format", *(field.name for field in fields)}
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     try:
         values = json.loads(file.read_bytes())

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import commit, toml
+from training import commit, manifests, toml
 from training.config import older_runs
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError
 from training.names import check_run_name
+from training.records import read_record, write_record
 
 FORMAT = 1
 CONFIG = "config.toml"
@@ -77,7 +78,7 @@ class RunInputs:
 
 def write_inputs(folder: Path, inputs: RunInputs) -> None:
     """Write `inputs.json`; workspace and run folder can then be moved together."""
-    values: dict[str, Any] = {"format": FORMAT}
+    values: dict[str, Any] = {}
     workspace = folder.parents[1]
     for item in dataclasses.fields(inputs):
         value = getattr(inputs, item.name)
@@ -86,7 +87,7 @@ def write_inputs(folder: Path, inputs: RunInputs) -> None:
                 os.path.relpath(value, folder) if value.is_relative_to(workspace) else str(value)
             )
         values[item.name] = value
-    commit.write_json(folder / INPUTS, values)
+    write_record(folder / INPUTS, FORMAT, values)
 
 
 def read_inputs(folder: Path) -> RunInputs:
@@ -249,9 +250,9 @@ class Ready:
     checkpoint: str
     """`<run>@<samples_seen>`."""
     samples_seen: int
-    files: tuple[commit.Entry, ...]
+    files: tuple[manifests.Entry, ...]
     """Weights, configs and tokenizers: the diffusers folder, and `ema/` where there is one."""
-    state_files: tuple[commit.Entry, ...]
+    state_files: tuple[manifests.Entry, ...]
     """What a resume needs besides; removed when the checkpoint is no longer among the last."""
     digest: str
     """SHA-256 over names and digests of the weights among `files`, the averaged ones aside."""
@@ -266,12 +267,11 @@ class Ready:
     validation_owed: bool = False
     """Whether a stop request dropped the validation of this checkpoint, so that a resume begins
     with it."""
-    format: int = FORMAT
 
 
 def write_ready(folder: Path, ready: Ready) -> None:
     """Write `READY.json`, which makes the folder a checkpoint."""
-    commit.write_json(folder / READY, dataclasses.asdict(ready))
+    write_record(folder / READY, FORMAT, dataclasses.asdict(ready))
 
 
 def read_ready(folder: Path) -> Ready:
@@ -280,22 +280,19 @@ def read_ready(folder: Path) -> Ready:
     Raises:
         DamageError: it is missing, unreadable or of another format.
     """
-    try:
-        values = json.loads((folder / READY).read_bytes())
+
+    def build(values: dict[str, Any]) -> Ready:
         entries = {
-            key: tuple(commit.Entry(**item) for item in values[key])
+            key: tuple(manifests.Entry(**item) for item in values[key])
             for key in ("files", "state_files")
         }
-        ready = Ready(**{**values, **entries})
+        return Ready(**{**values, **entries})
+
+    subject, damaged = f"checkpoint {folder}", f"{{subject}}: {READY} is damaged ({{error}})"
+    try:
+        return read_record(folder / READY, FORMAT, build, subject=subject, damaged=damaged)
     except FileNotFoundError:
-        raise DamageError(f"checkpoint {folder} has no {READY}: it was not finished") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"checkpoint {folder}: {READY} is damaged ({error})") from None
-    if ready.format != FORMAT:
-        raise DamageError(
-            f"checkpoint {folder} has format {ready.format!r}, this version reads {FORMAT}"
-        )
-    return ready
+        raise DamageError(f"{subject} has no {READY}: it was not finished") from None
 
 
 def check_checkpoint(folder: Path) -> Ready:
@@ -307,7 +304,7 @@ def check_checkpoint(folder: Path) -> Ready:
     """
     ready = read_ready(folder)
     for entry in (*ready.files, *(ready.state_files if (folder / STATE).exists() else ())):
-        commit.check_entry(folder, entry)
+        manifests.check_entry(folder, entry)
     return ready
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from training.commit import column_digests, logical_digest, read_parquet
+from training.commit import column_digests, logical_digest
 from training.curation.tags import LETTERBOXED, swap_sides
 from training.errors import DataError
+from training.manifests import read_parquet
 from training.runs.run_folder import RunInputs
 from training.tables.schemas import TABLES
 from training.tables.table import TAG

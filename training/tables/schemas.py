@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from training.errors import DataError
-from training.names import RESERVED
+from training.names import CheckpointName, ShardKey
 from training.tables.images import IMAGES
 from training.tables.table import Reason, Table
 from training.tables.training import TRAINING
@@ -67,9 +67,11 @@ def part_values(table: str, part: str) -> dict[str, str | None]:
     """
     names = PART_COLUMNS.get(table, ())
     if names == ("checkpoint", "run"):
-        run = None if part.startswith(RESERVED) else part.rpartition("@")[0]
-        return {"checkpoint": part, "run": run}
-    return dict(zip(names, part.split("|"), strict=True)) if names else {}
+        name = CheckpointName.parse(part)
+        return {"checkpoint": part, "run": name.run if name.is_of_run else None}
+    if len(names) > 1:
+        return dict(zip(names, ShardKey.parse(part), strict=True))
+    return dict.fromkeys(names, part)
 
 
 def markdown() -> str:

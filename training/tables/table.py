@@ -68,6 +68,8 @@ class Table:
     row: str
     key: tuple[str, ...]
     columns: Mapping[str, Column]
+    has_generations: bool = False
+    """Whether a new commit of a part adds a generation and leaves the older ones."""
 
     @property
     def schema(self) -> pl.Schema:

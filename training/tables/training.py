@@ -55,6 +55,7 @@ TRAINING = (
                 pl.Int32, "generation that encoded it; an older one's row is copied as it is"
             ),
         },
+        has_generations=True,
     ),
     Table(
         "training_set",

@@ -68,7 +68,7 @@ def test_ctrl_c_while_following_says_that_the_trainer_goes_on(command, monkeypat
     from resources.workspace.store import Store
 
     store = Store(tmp_path)
-    folder = store.run_folder("one")
+    folder = store.paths.run_folder("one")
     monkeypatch.setattr(torchrun, "is_running", lambda run: run == folder)
     assert app._train_interrupted(store, "one") == (
         f"the trainer goes on by itself; follow it again with `foundry train --home {tmp_path} --run one`, "
@@ -97,14 +97,17 @@ def test_ctrl_c_in_a_run_names_the_workspace(command, monkeypatch, tmp_path):
 def test_ctrl_c_in_a_run_names_the_trainers_that_go_on(monkeypatch, tmp_path):
     from resources import torchrun
     from resources.graph import Scope
+    from resources.workspace.currency import Currency
     from resources.workspace.store import Store
 
     home = tmp_path / "[v1] Bob's set"
     store = Store(home)
     monkeypatch.setattr(
-        Store, "keys", lambda self, scope: ["ended", "going"] if scope is Scope.RUN else []
+        Currency, "keys", lambda self, scope: ["ended", "going"] if scope is Scope.RUN else []
     )
-    monkeypatch.setattr(torchrun, "is_running", lambda folder: folder == store.run_folder("going"))
+    monkeypatch.setattr(
+        torchrun, "is_running", lambda folder: folder == store.paths.run_folder("going")
+    )
     said = app._run_interrupted(store)
     assert "the trainer of going goes on by itself" in said
     assert "ended" not in said

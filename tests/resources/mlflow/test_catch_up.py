@@ -23,7 +23,7 @@ from resources.mlflow import catch_up as tracking_catch_up
 from resources.mlflow.catch_up import catch_up, owes
 from resources.mlflow.tracking import Tracking, workspace_tracking
 from resources.workspace.store import Store
-from training import commit
+from training import commit, manifests
 from training.errors import TrackingError
 from training.evaluation import champion
 from training.runs import run_folder
@@ -98,12 +98,12 @@ def log_run(folder, *endings):
 def put(home, table, part, frame, report=None, inputs=None, dagster_run=""):
     """Commit a part as a stage does."""
     frame, folder = TABLES[table].conform(frame), home / "tables" / table
-    manifest = commit.Manifest(
-        table=table, part=part, version=1, files=(commit.write_parquet(folder, part, frame),), rows=frame.height,
+    manifest = manifests.Manifest(
+        table=table, part=part, version=1, files=(manifests.write_parquet(folder, part, frame),), rows=frame.height,
         digest=commit.logical_digest(commit.column_digests(frame), frame.height), report=report or {},
         inputs=inputs or {}, provenance={"dagster_run": dagster_run},
     )  # fmt: skip
-    commit.commit_manifest(folder / f"{part}.json", manifest)
+    manifests.commit_manifest(folder / f"{part}.json", manifest)
 
 
 def evaluate(home, checkpoint, score):

@@ -14,10 +14,11 @@ from tiny_runs import build_run
 from resources.operations import maintenance
 from resources.workspace.setup import leave_out_forgotten
 from resources.workspace.store import Store
-from training.commit import lock, read_manifest
+from training.commit import lock
 from training.errors import ConfigError, DataError, LockedError
 from training.latents.files import read_generation
 from training.loop.order import EpochOrder, leave_out, read_order
+from training.manifests import read_manifest
 from training.prompts.samples import Samples
 from training.runs import bundle, run_folder
 from training.runs.event_log import read_events

@@ -14,8 +14,9 @@ from jobs.cli import console
 from resources.graph import Per, Reads, Scope, Stage
 from resources.operations import maintenance
 from resources.warehouse import query
-from resources.workspace.store import Made, Store
-from training import commit, progress
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training import commit, manifests, progress
 from training.tables.schemas import TABLES, rejections
 
 CONFIG = """
@@ -62,7 +63,7 @@ def commit_two_of(home, sizes):
     ]
     store = Store(home)
     listed = Made(frame=pl.DataFrame(rows, schema=TABLES["source_listing"].schema))
-    store.commit(LISTING, "all", listed, store.basis(LISTING, "all"), seconds=0)
+    store.writer.commit(LISTING, "all", listed, store.currency.basis(LISTING, "all"), seconds=0)
     store = Store(home)
     row = {"source": "a", "source_id": "0.jpg", "image_id": "0" * 64, "bytes": sizes[0]}
     rejected = rejections(
@@ -71,7 +72,7 @@ def commit_two_of(home, sizes):
     made = Made(
         frame=pl.DataFrame([row], schema=TABLES["raw_images"].schema), rejected=rejected, rows_in=2
     )
-    store.commit(IMAGES, SHARD, made, store.basis(IMAGES, SHARD), seconds=0)
+    store.writer.commit(IMAGES, SHARD, made, store.currency.basis(IMAGES, SHARD), seconds=0)
     return Store(home)
 
 
@@ -121,7 +122,7 @@ def test_what_a_killed_writer_left_is_counted_and_read_by_nobody(store, style):
             left.add(("orphan", path.relative_to(store.home).as_posix()))
     assert found(Store(store.home)) == left
     assert query(Store(store.home), "select count(*) from raw_images").item() == before
-    assert Store(store.home).parts("raw_images") == [SHARD]
+    assert Store(store.home).tables.parts("raw_images") == [SHARD]
     removed, _ = maintenance.collect_garbage(store, min_age_s=0)
     assert {("orphan", path.relative_to(store.home).as_posix()) for path in removed} == left
     assert found(store) == set()
@@ -135,7 +136,7 @@ def test_files_of_a_source_are_never_taken_for_leftovers(store):
 
 
 def test_rejections_that_a_manifest_names_must_be_there(store):
-    manifest = store.manifest_path("rejected_images", f"raw_images.{SHARD}")
+    manifest = store.tables.manifest_path("rejected_images", f"raw_images.{SHARD}")
     kept = manifest.read_bytes()
     damaged = ("damage", f"tables/raw_images/{SHARD}.json")
     manifest.unlink()
@@ -144,27 +145,27 @@ def test_rejections_that_a_manifest_names_must_be_there(store):
     # both.
     manifest.write_bytes(kept)
     other = Store(store.home)
-    config, basis = other.section(IMAGES, SHARD), other.basis(IMAGES, SHARD)
+    config, basis = IMAGES.section(other.config, SHARD), other.currency.basis(IMAGES, SHARD)
     for inputs, expected in (({}, set()), (basis["inputs"], {damaged})):
         empty = TABLES["rejected_images"].empty()
-        other.commit_rejected(
+        other.writer.commit_rejected(
             "raw_images", 1, SHARD, empty, config=config, basis={**basis, "inputs": inputs}
         )
         assert {problem for problem in found(other) if problem[0] == "damage"} == expected
 
 
 def test_lost_rejections_are_made_again_with_their_stage(store):
-    manifest = store.manifest_path("rejected_images", f"raw_images.{SHARD}")
+    manifest = store.tables.manifest_path("rejected_images", f"raw_images.{SHARD}")
     (
         manifest.parent / store.manifest("rejected_images", f"raw_images.{SHARD}").files[0].name
     ).write_bytes(b"")
     maintenance.repair(store, maintenance.verify(store))
-    assert Store(store.home).stale(IMAGES) == [SHARD]
+    assert Store(store.home).currency.stale(IMAGES) == [SHARD]
     assert found(Store(store.home)) == set()
 
 
 def test_a_manifest_under_another_name_is_no_other_part(store):
-    path = store.manifest_path("raw_images", SHARD)
+    path = store.tables.manifest_path("raw_images", SHARD)
     shutil.copy(path, path.with_name("s000001.json"))
     assert ("damage", "tables/raw_images/s000001.json") in found(store)
 
@@ -200,13 +201,13 @@ def test_a_query_writes_nothing_and_changes_nothing(store):
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(store):
-    content = store.manifest_path("raw_images", SHARD).read_bytes()
-    commit.parse_manifest(content, "m")
+    content = store.tables.manifest_path("raw_images", SHARD).read_bytes()
+    manifests.parse_manifest(content, "m")
     for place, bit in itertools.product(range(len(content)), range(8)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
         with pytest.raises(commit.DamageError):
-            commit.parse_manifest(bytes(flipped), "m")
+            manifests.parse_manifest(bytes(flipped), "m")
 
 
 @pytest.mark.parametrize(

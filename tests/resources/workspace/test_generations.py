@@ -25,7 +25,7 @@ def store(make_run, tmp_path):
     toml = tmp_path / "foundry.toml"
     toml.write_text('format = 1\n[encodings.tiny]\ncrop = "random"\n')
     store = Store(tmp_path)
-    assert store.parts("latents") == ["tiny|s000000", "tiny|s000001"]
+    assert store.tables.parts("latents") == ["tiny|s000000", "tiny|s000001"]
     return run, store
 
 
@@ -80,7 +80,9 @@ def test_a_file_that_two_generations_name_stays(store, write_generation):
     assert all((folder / entry["name"]).is_file() for entry in manifest["files"])
 
 
-def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store, write_generation, train):
+def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(
+    store, write_generation, train
+):
     run, store = store
 
     # 22 training samples an epoch, 48 in all: stopped in the second epoch, after the checkpoint at
@@ -91,7 +93,9 @@ def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store
 
     assert train(run, stop_at=11, prepare=renew) == "stopped"
     generations_seen = [
-        event["generations"] for event in read_events(run.folder / run_folder.EVENTS) if event["event"] == "epoch"
+        event["generations"]
+        for event in read_events(run.folder / run_folder.EVENTS)
+        if event["event"] == "epoch"
     ]
     assert generations_seen == [{"s000000": 1, "s000001": 1}, {"s000000": 3, "s000001": 1}]
     add(run, write_generation, "s000000", 4)
@@ -105,7 +109,9 @@ def test_what_an_unfinished_run_may_read_again_stays_until_it_has_finished(store
     assert numbers(store) == [("s000000", 4), ("s000001", 1)]
 
 
-def test_an_older_generation_stays_for_a_set_that_the_newer_ones_do_not_cover(store, write_generation):
+def test_an_older_generation_stays_for_a_set_that_the_newer_ones_do_not_cover(
+    store, write_generation
+):
     run, store = store
     add(run, write_generation, "s000000", 2, start=2)
     generations.collect(store, min_age_s=0)
@@ -139,5 +145,7 @@ def test_what_a_bundle_took_along_stays_until_the_run_has_finished(
 def test_sql_tells_the_shards_of_latents_apart(store):
     run, workspace = store
     found = query(workspace, "select encoding, shard, image_id from latents order by all")
-    expected = run.rows.select(encoding=pl.lit("tiny"), shard="shard", image_id="image_id").sort(pl.all())
+    expected = run.rows.select(encoding=pl.lit("tiny"), shard="shard", image_id="image_id").sort(
+        pl.all()
+    )
     assert found.rows() == expected.rows()

@@ -9,9 +9,18 @@ import pytest
 
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import query
-from resources.workspace.store import Made, Store, find_home
-from training.commit import commit_manifest, write_parquet
-from training.errors import ConfigError, DamageError, DataError, LockedError, ModelError, WorkspaceError
+from resources.workspace.paths import find_home
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
+from training.errors import (
+    ConfigError,
+    DamageError,
+    DataError,
+    LockedError,
+    ModelError,
+    WorkspaceError,
+)
+from training.manifests import commit_manifest, write_parquet
 from training.tables.schemas import TABLES
 
 CONFIG = """
@@ -54,15 +63,15 @@ def fresh(store):
 
 
 def commit(store, stage, key, frame, **made):
-    basis = store.basis(stage, key)
+    basis = store.currency.basis(stage, key)
     assert basis is not None
-    return store.commit(stage, key, Made(frame=frame, **made), basis, seconds=0)
+    return store.writer.commit(stage, key, Made(frame=frame, **made), basis, seconds=0)
 
 
 def test_a_part_that_an_older_version_wrote_has_nulls_in_younger_columns(store):
     manifest = commit(store, LISTING, "all", listing(split=["train"] * 4))
     older = listing(source_id=["e", "f", "g", "h"], split=["train"] * 4).drop("split", "caption")
-    folder = store.table_folder("source_listing", "old")
+    folder = store.tables.folder("source_listing", "old")
     entry = write_parquet(folder, "old", older)
     commit_manifest(folder / "old.json", replace(manifest, part="old", files=(entry,)))
     frame = fresh(store).read("source_listing")
@@ -74,12 +83,21 @@ def test_a_part_that_an_older_version_wrote_has_nulls_in_younger_columns(store):
 def listing(**changes):
     """Four candidates in two shards; `changes` are columns by name."""
     rows = [
-        {"source": "a", "source_id": f"{i}.jpg", "locator": f"{i}.jpg", "shard": f"s00000{i // 2}", "bytes": 10 + i}
+        {
+            "source": "a",
+            "source_id": f"{i}.jpg",
+            "locator": f"{i}.jpg",
+            "shard": f"s00000{i // 2}",
+            "bytes": 10 + i,
+        }
         for i in range(4)
     ]
     frame = pl.DataFrame(rows, schema=TABLES["source_listing"].schema)
     return frame.with_columns(
-        **{name: pl.Series(name, values, dtype=frame.schema[name]) for name, values in changes.items()}
+        **{
+            name: pl.Series(name, values, dtype=frame.schema[name])
+            for name, values in changes.items()
+        }
     )
 
 
@@ -97,11 +115,15 @@ def build(store):
     for shard in ("s000000", "s000001"):
         commit(store, BY_SHARD, shard, pictures(shard))
     commit(store, WHOLE, "all", TABLES["duplicate_groups"].empty())
-    assert not any(fresh(store).stale(stage) for stage in (LISTING, BY_SHARD, WHOLE))
+    assert not any(fresh(store).currency.stale(stage) for stage in (LISTING, BY_SHARD, WHOLE))
 
 
 def stale(store):
-    return {stage.name: keys for stage in (BY_SHARD, WHOLE) if (keys := fresh(store).stale(stage))}
+    return {
+        stage.name: keys
+        for stage in (BY_SHARD, WHOLE)
+        if (keys := fresh(store).currency.stale(stage))
+    }
 
 
 def test_a_change_makes_stale_exactly_the_shard_that_reads_it(store):
@@ -136,24 +158,24 @@ def test_a_section_of_the_configuration_reaches_only_its_readers(store):
 
 def test_a_raised_version_reaches_every_partition(store):
     build(store)
-    assert store.stale(replace(BY_SHARD, version=2)) == ["s000000", "s000001"]
+    assert store.currency.stale(replace(BY_SHARD, version=2)) == ["s000000", "s000001"]
 
 
 def test_a_stage_cannot_read_what_it_does_not_declare(store):
     build(store)
-    assert store.read_slice(BY_SHARD, "source_listing", "s000001").to_dict(as_series=False) == {
+    assert store.slices.read(BY_SHARD, "source_listing", "s000001").to_dict(as_series=False) == {
         "source_id": ["2.jpg", "3.jpg"],
         "bytes": [12, 13],
     }
     with pytest.raises(StopIteration):
-        store.read_slice(BY_SHARD, "raw_images", "s000001")
+        store.slices.read(BY_SHARD, "raw_images", "s000001")
 
 
 def test_rows_must_add_up(store):
     commit(store, LISTING, "all", listing())
     with pytest.raises(DataError, match=r"raw_images s000000: 3 rows in, but 2 out and 0 rejected"):
         commit(store, BY_SHARD, "s000000", pictures("s000000"), rows_in=3)
-    assert store.parts("raw_images") == []
+    assert store.tables.parts("raw_images") == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +183,10 @@ def test_rows_must_add_up(store):
     [
         (pictures("s000000").drop("dpi"), "missing"),
         (pictures("s000000").with_columns(extra=1), "extra"),
-        (pictures("s000000").with_columns(pl.col("dpi").cast(pl.String)), "dpi is String, must be Float64"),
+        (
+            pictures("s000000").with_columns(pl.col("dpi").cast(pl.String)),
+            "dpi is String, must be Float64",
+        ),
         (pl.concat([pictures("s000000")] * 2), "appears more than once"),
     ],
 )
@@ -179,7 +204,7 @@ def test_row_order_does_not_matter(store):
 
 def test_damage_is_found_on_the_first_open(store):
     commit(store, LISTING, "all", listing())
-    path = store.table_file("source_listing", "all")
+    path = store.tables.file("source_listing", "all")
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
@@ -190,9 +215,9 @@ def test_damage_is_found_on_the_first_open(store):
 def test_a_second_writer_waits_and_then_names_the_first(store, monkeypatch):
     monkeypatch.setattr("training.commit.time.monotonic", iter(range(0, 10**6, 6)).__next__)
     with (
-        store.writing("raw_images", "s000000"),
+        store.writer.holding("raw_images", "s000000"),
         pytest.raises(LockedError, match=r"raw_images s000000 in .* is held by pid \d+"),
-        fresh(store).writing("raw_images", "s000000"),
+        fresh(store).writer.holding("raw_images", "s000000"),
     ):
         pass
 
@@ -206,7 +231,7 @@ def test_batches_of_a_killed_attempt_are_read_back(store):
             yield pl.DataFrame({"x": [batch]})
 
     def attempt(identity, stop_after=99):
-        frames = store.resume_batches("tags", "s000000", identity, [1, 2, 3, 4], run)
+        frames = store.writer.resume_batches("tags", "s000000", identity, [1, 2, 3, 4], run)
         return [frame["x"][0] for frame in islice(frames, stop_after)]
 
     assert attempt("one", stop_after=2) == [1, 2]
@@ -231,9 +256,9 @@ def test_no_workspace_says_how_to_make_one(tmp_path):
 
 def test_a_source_that_is_no_folder_is_named(store):
     with pytest.raises(DataError, match=r"source 'a': .*pictures is not a folder"):
-        store.source_root("a")
+        store.paths.source_root("a")
     with pytest.raises(ConfigError, match="no source is named 'b'"):
-        store.source_root("b")
+        store.paths.source_root("b")
 
 
 def test_which_workspace_a_command_works_on(tmp_path, monkeypatch):
@@ -260,20 +285,22 @@ def test_the_base_model_may_be_a_single_file_with_its_configurations_beside_it(t
     store, path = Store(tmp_path), tmp_path / "models" / "photo.safetensors"
     path.parent.mkdir()
     with pytest.raises(ModelError, match=r"photo.safetensors does not exist"):
-        store.model_path("base")
+        store.models.path("base")
     path.write_bytes(b"weights")
-    with pytest.raises(ModelError, match=r"models/photo with its configurations and tokenizers is missing"):
-        store.model_path("base")
+    with pytest.raises(
+        ModelError, match=r"models/photo with its configurations and tokenizers is missing"
+    ):
+        store.models.path("base")
     (tmp_path / "models" / "photo").mkdir()
     index = tmp_path / "models" / "photo" / "model_index.json"
     index.write_text("{}")
-    assert store.model_path("base") == path
-    first = store.model_digest("base")
-    assert fresh(store).model_digest("base") == first
+    assert store.models.path("base") == path
+    first = store.models.digest("base")
+    assert fresh(store).models.digest("base") == first
     index.write_text('{"changed": 1}')
-    second = fresh(store).model_digest("base")
+    second = fresh(store).models.digest("base")
     path.write_bytes(b"other weights")
-    assert len({first, second, fresh(store).model_digest("base")}) == 3
+    assert len({first, second, fresh(store).models.digest("base")}) == 3
 
 
 def test_a_run_brings_its_encodings_vae_where_the_base_model_has_another(store):
@@ -288,22 +315,29 @@ vae = "models/better"
 """
     )
     folder = store.home / "models"
-    assert store.vae_of_run("own", "base") is None
-    assert store.vae_of_run("better", "base") == folder / "better"
+    assert store.models.vae_of_run("own", "base") is None
+    assert store.models.vae_of_run("better", "base") == folder / "better"
     with pytest.raises(ModelError, match=r"folder .*models/base is missing"):
-        store.vae_digest("own")
+        store.models.vae_digest("own")
     # A single file holds a VAE of its own, but latents were encoded with the one in the folder
     # beside it.
-    (store.home / "foundry.toml").write_text(CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n')
-    assert fresh(store).vae_of_run("own", "base") == folder / "base" / "vae"
+    (store.home / "foundry.toml").write_text(
+        CONFIG + '[models]\nbase = "models/base.safetensors"\n[encodings.own]\n'
+    )
+    assert fresh(store).models.vae_of_run("own", "base") == folder / "base" / "vae"
 
 
 @pytest.mark.parametrize("value", ["demo@8", "rival.other@0", "base.12345678@0"])
 def test_sql_tells_checkpoints_runs_encodings_and_shards_apart(store, value):
     names = ["demo@4", value]
     for number, name in enumerate(names):
-        for table, columns in (("eval_metrics", {"metric": "clip_score"}), ("sample_images", {"text": "a cat"})):
-            row = {"prompt_id": "p", **columns} | ({"value": float(number)} if table == "eval_metrics" else {})
+        for table, columns in (
+            ("eval_metrics", {"metric": "clip_score"}),
+            ("sample_images", {"text": "a cat"}),
+        ):
+            row = {"prompt_id": "p", **columns} | (
+                {"value": float(number)} if table == "eval_metrics" else {}
+            )
             frame = pl.DataFrame([row], schema=TABLES[table].schema)
             commit(store, Stage(name=table, version=1, scope=Scope.CHECKPOINT), name, frame)
     run = "demo" if value.startswith("demo") else None
@@ -317,8 +351,15 @@ def test_sql_tells_the_placements_of_encodings_apart(store):
     row = dict.fromkeys(TABLES["bucket_assignments"].schema) | {"image_id": "a" * 64}
     for encoding in ("sdxl", "sdxl.2"):
         frame = pl.DataFrame([row], schema=TABLES["bucket_assignments"].schema)
-        commit(store, Stage(name="bucket_assignments", version=1, scope=Scope.ENCODING), encoding, frame)
-    found = query(fresh(store), "select encoding, count(*) from bucket_assignments group by 1 order by 1")
+        commit(
+            store,
+            Stage(name="bucket_assignments", version=1, scope=Scope.ENCODING),
+            encoding,
+            frame,
+        )
+    found = query(
+        fresh(store), "select encoding, count(*) from bucket_assignments group by 1 order by 1"
+    )
     assert found.rows() == [("sdxl", 1), ("sdxl.2", 1)]
     columns = query(fresh(store), "select * from latents").columns
     assert columns[:2] == ["encoding", "shard"], "also while there are none"
@@ -327,5 +368,5 @@ def test_sql_tells_the_placements_of_encodings_apart(store):
 def test_an_encoding_that_was_renamed_in_foundry_toml_is_named(store):
     known = ", ".join(sorted(store.config.encodings)) or "none"
     with pytest.raises(ConfigError) as refused:
-        store.vae_folder("renamed")
+        store.models.vae_folder("renamed")
     assert str(refused.value) == f"foundry.toml has no [encodings.renamed]; there are: {known}"

@@ -62,7 +62,9 @@ def test_a_damaged_file_is_written_anew(home, content):
     assert workspace_id(home) == workspace_id(home)
 
 
-def test_a_shared_server_has_an_experiment_for_each_copy_and_one_for_a_moved_workspace(home, tmp_path):
+def test_a_shared_server_has_an_experiment_for_each_copy_and_one_for_a_moved_workspace(
+    home, tmp_path
+):
     def experiment(folder):
         return workspace_tracking(folder, "http://host:5000").experiment
 
