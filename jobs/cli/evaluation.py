@@ -75,8 +75,7 @@ def compare(
     home: Home = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether checkpoint B is better than A: the verdict, the table, and a page that shows
-    both."""
+    """Say whether checkpoint B is better than A: the verdict, the table and a page."""
     from jobs import comparison
     from jobs.cli import console
 
