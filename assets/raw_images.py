@@ -16,7 +16,7 @@ from resources.workspace.store import Made, Store
 from training.errors import DataError
 from training.images import figures
 from training.images.decode_pool import DecodePool
-from training.images.decoding import Facts
+from training.images.measures import Facts
 from training.progress import track
 from training.sources import absence
 from training.sources import source_listing as sources

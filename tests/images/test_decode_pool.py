@@ -17,7 +17,7 @@ from PIL import Image
 
 from training.config.workspace import DecodeConfig
 from training.errors import PipelineError
-from training.images import decoding
+from training.images import decoding, measures
 from training.images.decode_pool import DecodePool, Rejection
 
 ONE = DecodeConfig(num_workers=1)
@@ -62,7 +62,7 @@ def test_facts_and_pixels_come_in_order_and_are_those_of_decode(folder):
                 )
             else:
                 decoded, image_id, data = expected
-                assert facts == decoding.measure(data, image_id, decoded)
+                assert facts == measures.measure(data, image_id, decoded)
                 assert np.array_equal(pixels, decoded.pixels)
 
 
@@ -93,7 +93,7 @@ def process_of(pool):
 
 
 def wait_ready(pool, folder):
-    assert isinstance(next(pool.facts(paths(folder)[1:2])), decoding.Facts)
+    assert isinstance(next(pool.facts(paths(folder)[1:2])), measures.Facts)
 
 
 def test_a_hanging_worker_costs_one_picture(folder):
@@ -104,7 +104,7 @@ def test_a_hanging_worker_costs_one_picture(folder):
         answers = list(pool.facts(paths(folder)[1:4]))
         assert hanging.returncode == -signal.SIGKILL
     assert answers[0] == Rejection(reason="decode_timeout", value="more than 1 s", limit="1 s")
-    assert all(isinstance(answer, decoding.Facts) for answer in answers[1:])
+    assert all(isinstance(answer, measures.Facts) for answer in answers[1:])
 
 
 def test_a_worker_that_dies_in_a_picture_costs_that_picture(folder):
@@ -115,7 +115,7 @@ def test_a_worker_that_dies_in_a_picture_costs_that_picture(folder):
         threading.Timer(0.3, os.kill, (dying.pid, signal.SIGKILL)).start()
         answers = list(pool.facts(paths(folder)[1:4]))
     assert (answers[0].reason, answers[0].value) == ("decode_crashed", "signal SIGKILL")
-    assert all(isinstance(answer, decoding.Facts) for answer in answers[1:])
+    assert all(isinstance(answer, measures.Facts) for answer in answers[1:])
 
 
 def test_a_worker_that_dies_between_pictures_costs_none(folder):
@@ -124,7 +124,7 @@ def test_a_worker_that_dies_between_pictures_costs_none(folder):
         dead = process_of(pool)
         dead.kill()
         dead.wait()
-        assert all(isinstance(answer, decoding.Facts) for answer in pool.facts(paths(folder)[1:4]))
+        assert all(isinstance(answer, measures.Facts) for answer in pool.facts(paths(folder)[1:4]))
 
 
 @pytest.mark.parametrize("side", [3700, 6000])  # Found while decoding, and in the header.
@@ -133,7 +133,7 @@ def test_a_picture_beyond_the_memory_limit_is_a_row(folder, tmp_path, side):
     with DecodePool(DecodeConfig(num_workers=1, memory_bytes=100_000_000)) as pool:
         large, small = pool.facts([tmp_path / "large.png", paths(folder)[1]])
     assert (large.reason, large.limit) == ("out_of_memory", "100000000 bytes")
-    assert isinstance(small, decoding.Facts)
+    assert isinstance(small, measures.Facts)
 
 
 def test_paths_are_taken_only_a_few_ahead(folder):

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from training.errors import PipelineError
-from training.images import decoding
-from training.images.decoding import Facts
+from training.images import decoding, measures
+from training.images.measures import Facts
 
 if TYPE_CHECKING:
     from training.config.workspace import DecodeConfig
@@ -343,7 +343,7 @@ def _answer(
         if request["want"] == "pixels":
             del data
             return {"size": decoded.pixels.shape[:2]}, decoded.pixels
-        return {"facts": asdict(decoding.measure(data, image_id, decoded))}, None
+        return {"facts": asdict(measures.measure(data, image_id, decoded))}, None
     except decoding.Unusable as unusable:
         found = unusable
     except MemoryError:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import polars as pl
 
 from training.errors import DataError
-from training.sources import folders, sidecars
-from training.sources.folders import Found, is_inside
+from training.sources import folder_walk, sidecars
+from training.sources.folder_walk import Found, is_inside
 from training.tables.schemas import TABLES, Reason
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def scan_digest(source: "SourceConfig", root: Path) -> str:
 
 
 def list_folder(source: "SourceConfig", root: Path) -> tuple[pl.DataFrame, list[Problem]]:
-    """All candidates below a folder (see `folders.walk`) with what their sidecars say.
+    """All candidates below a folder (see `folder_walk.walk`) with what their sidecars say.
 
     Returns: `source_listing` without shard and gone_at, ordered by the bytes of the relative path;
         and what was not used of sidecars and folders.
@@ -146,7 +146,7 @@ def _walk(source: "SourceConfig", root: Path) -> tuple[list[Found], list[Problem
             f"source {source.name!r}: folder {root} is missing; sources.path must name a folder"
         )
     candidates, problems = [], []
-    for item in folders.walk(root):
+    for item in folder_walk.walk(root):
         if isinstance(item, Found):
             candidates.append(item)
         else:
