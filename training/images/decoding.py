@@ -119,6 +119,18 @@ def one_line(words: object) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def check_length(num_bytes: int, config: "DecodeConfig") -> None:
+    """Refuse content that is empty or too large, before it is read or handed on.
+
+    Raises:
+        Unusable: `empty_file` or `too_many_bytes`.
+    """
+    if num_bytes == 0:
+        raise Unusable("empty_file", value=0)
+    if num_bytes > config.max_bytes:
+        raise Unusable("too_many_bytes", value=num_bytes, limit=config.max_bytes)
+
+
 def read_file(path: Path, config: "DecodeConfig") -> bytes:
     """The bytes of a regular file; a link is not followed.
 
@@ -133,10 +145,7 @@ def read_file(path: Path, config: "DecodeConfig") -> bytes:
                 raise Unusable(
                     "not_a_file", value=stat.filemode(before.st_mode)[0], limit="regular file"
                 )
-            if before.st_size == 0:
-                raise Unusable("empty_file", value=0)
-            if before.st_size > config.max_bytes:
-                raise Unusable("too_many_bytes", value=before.st_size, limit=config.max_bytes)
+            check_length(before.st_size, config)
             data = file.read(before.st_size + 1) or b""
             while len(data) < before.st_size and (
                 more := file.read(before.st_size + 1 - len(data))
@@ -174,10 +183,7 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
     Raises:
         Unusable: whatever is wrong, with a reason out of the closed list.
     """
-    if not data:
-        raise Unusable("empty_file", value=0)
-    if len(data) > config.max_bytes:
-        raise Unusable("too_many_bytes", value=len(data), limit=config.max_bytes)
+    check_length(len(data), config)
     Image.MAX_IMAGE_PIXELS = config.max_pixels
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
