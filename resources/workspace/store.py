@@ -40,7 +40,7 @@ from training.commit import (
     write_json,
     write_parquet,
 )
-from training.config.workspace import FORMAT, WorkspaceConfig
+from training.config.workspace import FORMAT, SourceConfig, WorkspaceConfig
 from training.tables.schemas import TABLES
 from training.errors import ConfigError, DataError, ModelError, PipelineError, WorkspaceError
 from training.evaluation import champion
@@ -48,6 +48,8 @@ from training.evaluation.candidates import RIVAL, due, read_rivals
 from training.runs.event_log import has_finished
 from training.runs.run_folder import CONFIG, EVENTS, READY, checkpoint_folder, read_config, read_ready
 from training.runs.run_folder import checkpoints as ready_checkpoints
+from training.sources.kinds import make_source
+from training.sources.source import Source
 
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -168,19 +170,24 @@ class Store:
         """Contact sheet of all that the report on a run shows."""
         return self.home / "sample_images" / f"{run}_contact_sheet.jpg"
 
-    def source_root(self, source: str) -> Path:
-        """Folder of a source.
+    def source(self, name: str) -> Source:
+        """A source, to be listed and opened.
 
         Raises:
+            ConfigError: none has that name.
             DataError: it is not there.
         """
-        config = next((item for item in self.config.sources if item.name == source), None)
+        config = next((item for item in self.config.sources if item.name == name), None)
         if config is None:
-            raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {source!r}")
-        root = (self.home / Path(config.path).expanduser()).resolve()
-        if not root.is_dir():
-            raise DataError(f"source {source!r}: {root} is not a folder; mend its path in {self.home / CONFIG_FILE}")
-        return root
+            raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {name!r}")
+        try:
+            return make_source(config, self.source_path(config), self.config.decode)
+        except DataError as error:
+            raise DataError(f"{error}; mend its path in {self.home / CONFIG_FILE}") from None
+
+    def source_path(self, source: SourceConfig) -> Path:
+        """Where a source lies, whether or not it is there."""
+        return (self.home / Path(source.path).expanduser()).resolve()
 
     def resource_path(self, name: str) -> Path:
         """A path from the configuration: relative to the workspace, or embedded (`demo:NAME`)."""
