@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import encode, png, quadrants, textured
+from drawn_images import SAVED, encode, png, quadrants, textured
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -96,12 +96,6 @@ def test_bytes_that_changed_since_they_were_listed_are_noticed(folder):
         first, second = pool.pixels([good, good], ids)
     assert isinstance(first, np.ndarray)
     assert (second.reason, second.limit) == ("changed_while_read", "0" * 64)
-
-
-SAVED = {
-    "JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {},
-    "TIFF": {"compression": "tiff_lzw"}, "AVIF": {},
-}  # fmt: skip
 
 
 def odd_files():

@@ -8,6 +8,11 @@ import numpy as np
 from PIL import Image
 
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 180, 60), (50, 60, 220), (120, 120, 120)
+SAVED = {
+    "JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {},
+    "TIFF": {"compression": "tiff_lzw"}, "AVIF": {},
+}  # fmt: skip
+"""Formats that are taken, with options of `encode`."""
 
 
 def quadrants(height=48, width=64):
