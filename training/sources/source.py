@@ -98,7 +98,7 @@ def candidate(
         source_id: Identity within the source, clean printable text.
         metadata: What is known of the image.
         locator: What `open` is asked for.
-        num_bytes: Size of the content.
+        num_bytes: Size of the content; 0 where only opening it tells.
         modified_ns: When the content changed last: another value makes it be read anew.
     """
     return {
