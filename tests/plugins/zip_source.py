@@ -10,6 +10,7 @@ from pathlib import Path
 from training.config.workspace import DecodeConfig, SourceConfig
 from training.errors import DataError
 from training.images.decoding import Unusable
+from training.sources.folder import encode_name
 from training.sources.folder_walk import IMAGE_SUFFIXES
 from training.sources.source import Listing, candidate, candidates_frame, own_metadata
 
@@ -41,7 +42,7 @@ class ZipSource:
         rows = (
             candidate(
                 self.config,
-                member.filename,
+                encode_name(member.filename.encode()),
                 metadata,
                 locator=member.filename,
                 num_bytes=member.file_size,
@@ -67,8 +68,9 @@ class ZipSource:
 
 
 def _members(path: Path) -> list[zipfile.ZipInfo]:
-    """The members of an archive that are named like an image, by name."""
+    """The members of an archive that are named like an image, by name; of several of one name the
+    last, which is the one that is opened."""
     with zipfile.ZipFile(path) as archive:
-        members = [one for one in archive.infolist() if not one.is_dir()]
-    images = [one for one in members if Path(one.filename).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(images, key=lambda one: one.filename)
+        members = {one.filename: one for one in archive.infolist() if not one.is_dir()}
+    names = [name for name in members if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return [members[name] for name in sorted(names)]
