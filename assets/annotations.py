@@ -10,7 +10,7 @@ import polars as pl
 
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
-from assets.raw_images import image_path, thumbnails
+from assets.raw_images import image_files, thumbnails
 from resources import devices, engine
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
@@ -142,7 +142,7 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     known = {stage.name: kept_rows.known(store, stage, key) for stage in stages}
     done_before = set.intersection(*(set(rows["image_id"]) for rows in known.values()))
     fresh = pictures.filter(~pl.col("image_id").is_in(list(done_before)))
-    work = [(row["image_id"], image_path(store, row)) for row in fresh.iter_rows(named=True)]
+    work = list(zip(fresh["image_id"], image_files(store, fresh), strict=True))
     size = config.annotate.batch_size
     batches = [work[start : start + size] for start in range(0, len(work), size)]
     identity = json_digest(

@@ -12,7 +12,7 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import encoding_shards
-from assets.raw_images import image_path
+from assets.raw_images import image_files
 from resources import devices
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace import generations
@@ -206,10 +206,11 @@ def pictures(store: Store, key: str) -> list[Picture]:
     assigned = store.slices.read(STAGE, "bucket_assignments", key)
     chosen = store.slices.read(STAGE, "selected_images", key)
     marked, sizes = _boxes(store, key), _sizes(store, key)
+    kept = assigned.join(chosen, on="image_id", how="inner").sort("image_id")
     return [
         Picture(
             image_id=row["image_id"],
-            path=image_path(store, row),
+            file=file,
             original=Size(row["height"], row["width"]),
             bucket=Size(row["bucket_height"], row["bucket_width"]),
             flip=row["flip"],
@@ -219,9 +220,7 @@ def pictures(store: Store, key: str) -> list[Picture]:
             measured=row["split"] == "validation" or row["stable"],
             watermarks=marked.get(row["image_id"], ()),
         )
-        for row in assigned.join(chosen, on="image_id", how="inner")
-        .sort("image_id")
-        .iter_rows(named=True)
+        for row, file in zip(kept.iter_rows(named=True), image_files(store, kept), strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 
 import dagster as dg
 import numpy as np
@@ -16,8 +16,8 @@ from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.errors import DataError
 from training.images import figures
-from training.images.decode_pool import DecodePool
-from training.images.decoding import Facts
+from training.images.decode_pool import DecodePool, ImageFile
+from training.images.measures import Facts
 from training.progress import track
 from training.sources import absence
 from training.sources import source_listing as sources
@@ -28,7 +28,7 @@ from training.tables.table import Reason
 def _scan(store: Store, key: str) -> dict[str, str]:
     """Digests of what the sources hold now."""
     return {
-        f"source:{source.name}": sources.scan_digest(source, store.paths.source_root(source.name))
+        f"source:{source.name}": store.paths.source(source.name).fingerprint()
         for source in store.config.sources
     }
 
@@ -68,9 +68,9 @@ def source_listing(
     def make(key: str) -> Made:
         found, unused = [], []
         for source in store.config.sources:
-            frame, problems = sources.list_folder(source, store.paths.source_root(source.name))
-            found.append(frame)
-            unused += [sources.rejection(source.name, problem) for problem in problems]
+            listing = store.paths.source(source.name).list()
+            found.append(listing.candidates)
+            unused += [sources.rejection(source.name, problem) for problem in listing.problems]
         previous = store.read("source_listing")
         listed = (
             pl.concat(found) if found else TABLES["source_listing"].empty().drop("shard", "gone_at")
@@ -82,9 +82,7 @@ def source_listing(
         )
         if merged.is_empty():
             folders = (
-                ", ".join(
-                    str(store.paths.source_root(source.name)) for source in store.config.sources
-                )
+                ", ".join(str(store.paths.source_path(source)) for source in store.config.sources)
                 or "none"
             )
             raise DataError(
@@ -155,9 +153,8 @@ def read_candidates(
         rejected.append(
             {**_identity(row), "reason": Reason.GONE, "value": row["gone_at"].isoformat()}
         )
-    paths = [image_path(store, row) for row in present.iter_rows(named=True)]
     with DecodePool(store.config.decode) as pool:
-        facts = track(pool.facts(paths), "pictures", len(paths))
+        facts = track(pool.facts(image_files(store, present)), "pictures", present.height)
         for row, result in zip(present.iter_rows(named=True), facts, strict=True):
             if not isinstance(result, Facts):
                 rejected.append({**_identity(row), **asdict(result)})
@@ -170,9 +167,17 @@ def read_candidates(
     return accepted, rejected
 
 
-def image_path(store: Store, row: dict[str, object]) -> Path:
-    """Where the bytes of a candidate lie."""
-    return sources.readable(store.paths.source_root(str(row["source"])), str(row["locator"]))
+def image_files(store: Store, rows: pl.DataFrame) -> list[ImageFile]:
+    """What opens the images of `rows` (source, locator), wherever their sources keep them.
+
+    Raises:
+        ConfigError, DataError: a source is missing.
+    """
+    opened = {name: store.paths.source(name) for name in rows["source"].unique().to_list()}
+    return [
+        partial(opened[source].open, locator)
+        for source, locator in rows.select("source", "locator").iter_rows()
+    ]
 
 
 def _identity(row: dict[str, object]) -> dict[str, object]:
@@ -201,11 +206,10 @@ def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
 def thumbnails(store: Store, rows: pl.DataFrame, captions: list[str] | None = None) -> str:
     """A contact sheet of the pictures of `rows` (source, locator) as Markdown; unreadable ones are
     left out."""
-    paths = [image_path(store, row) for row in rows.iter_rows(named=True)]
-    captions = captions or [""] * len(paths)
+    captions = captions or [""] * rows.height
     shown, said = [], []
     with DecodePool(store.config.decode) as pool:
-        for pixels, caption in zip(pool.pixels(paths), captions, strict=True):
+        for pixels, caption in zip(pool.pixels(image_files(store, rows)), captions, strict=True):
             if isinstance(pixels, np.ndarray):
                 shown.append(np.asarray(figures.fit(pixels, 96, 96)))
                 said.append(caption)

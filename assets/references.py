@@ -3,7 +3,6 @@ was trained on."""
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,12 +18,12 @@ from training.evaluation import overbaked
 from training.evaluation.copies import Block
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import BasePictures, References, TrainingImages, sample
-from training.images.decode_pool import DecodePool
+from training.images.decode_pool import DecodePool, ImageFile
 from training.manifests import read_parquet
 from training.names import CheckpointName
 from training.runs.run_folder import INPUTS, RunInputs, read_inputs
 from training.sampling.image_files import read_if_there, read_or_explain
-from training.sources import source_listing
+from training.sources.source import Source
 
 if TYPE_CHECKING:
     from training.evaluation.clip_score import Networks
@@ -83,22 +82,22 @@ def gather(
     return References(base=pictures, training=_training_images(store, key) if inputs else None)
 
 
-def located(store: Store, images: pl.DataFrame) -> list[tuple[str, Path]]:
-    """Image id and file of those `images` (image_id, shard) whose source is still there, by id."""
+def located(store: Store, images: pl.DataFrame) -> list[tuple[str, ImageFile]]:
+    """Image id and what opens the image, of those `images` (image_id, shard) whose source is still there, by id."""
     shards = set(images["shard"].to_list()) & set(store.tables.parts("raw_images"))
     raw = store.read("raw_images", ["image_id", "source", "locator"], sorted(shards))
     rows = raw.join(images.select("image_id"), on="image_id", how="semi").unique(
         "image_id", keep="first"
     )
-    roots: dict[str, Path] = {}
+    sources: dict[str, Source] = {}
     for name in rows["source"].unique().to_list():
         try:
-            roots[name] = store.paths.source_root(name)
+            sources[name] = store.paths.source(name)
         except (ConfigError, DataError):  # removed since the training: its pictures cannot be shown
             continue
-    kept = rows.filter(pl.col("source").is_in(list(roots))).sort("image_id")
+    kept = rows.filter(pl.col("source").is_in(list(sources))).sort("image_id")
     return [
-        (image_id, source_listing.readable(roots[source], locator))
+        (image_id, partial(sources[source].open, locator))
         for image_id, source, locator in kept.select("image_id", "source", "locator").iter_rows()
     ]
 
@@ -247,7 +246,7 @@ def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:
     with DecodePool(store.config.decode) as pool:
         ids = [image_id for image_id, _ in files]
         for image_id, pixels in zip(
-            ids, pool.pixels([path for _, path in files], ids), strict=True
+            ids, pool.pixels([file for _, file in files], ids), strict=True
         ):
             if isinstance(pixels, np.ndarray):
                 size = Size(*pixels.shape[:2])

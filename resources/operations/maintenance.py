@@ -216,9 +216,7 @@ def leftovers(store: Store) -> Iterator[Path]:
 
     What lies in the folders of the sources is the user's, whatever its name.
     """
-    sources = {
-        (store.home / Path(source.path).expanduser()).resolve() for source in store.config.sources
-    }
+    sources = {store.paths.source_path(source) for source in store.config.sources}
     for top, folders, names in os.walk(store.home):
         folder = Path(top)
         left = sorted(name for name in (*folders, *names) if name.startswith(TEMPORARY_PREFIX))

@@ -8,7 +8,6 @@ from typing import Any
 from resources.workspace.store import Store
 from training.commit import write_json
 from training.errors import ConfigError, DataError
-from training.sources import source_listing
 from training.sources.absence import Loss
 
 FILE = "missing.json"
@@ -26,13 +25,13 @@ def accept(store: Store, names: Sequence[str]) -> None:
     Raises:
         ConfigError: no source has that name.
     """
-    configured = {source.name: source for source in store.config.sources}
+    configured = [source.name for source in store.config.sources]
     for name in names:
         if name not in configured:
             raise ConfigError(
                 f"--accept-missing {name!r}: no source has that name; there are: {', '.join(configured)}"
             )
-        digest = source_listing.scan_digest(configured[name], store.paths.source_root(name))
+        digest = store.paths.source(name).fingerprint()
         entries = _read(store)
         if entries.get(name, {}).get("digest", digest) == digest:
             _write(store, {**entries, name: {"digest": digest, "accepted": True}})
@@ -44,12 +43,9 @@ def require_accepted(store: Store, losses: Sequence[Loss]) -> None:
     Raises:
         DataError: one was not; says the counts and what to do.
     """
-    configured = {source.name: source for source in store.config.sources}
     refused = []
     for loss in losses:
-        digest = source_listing.scan_digest(
-            configured[loss.source], store.paths.source_root(loss.source)
-        )
+        digest = store.paths.source(loss.source).fingerprint()
         entry = {"digest": digest, "accepted": True}
         if _read(store).get(loss.source) != entry:
             _write(store, {**_read(store), loss.source: {**entry, "accepted": False}})

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from training import toml
 from training.commit import sha256_file
-from training.config.workspace import FORMAT, WorkspaceConfig
+from training.config.workspace import FORMAT, SourceConfig, WorkspaceConfig
 from training.errors import ConfigError, DataError, WorkspaceError
 from training.names import check_name
+from training.sources.kinds import make_source
+from training.sources.source import Source
 
 CONFIG_FILE = "foundry.toml"
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -106,21 +108,24 @@ class Paths:
         """How often a part was begun and not committed."""
         return self.home / "cache" / "attempts" / f"{table}.{part}.json"
 
-    def source_root(self, source: str) -> Path:
-        """Folder of a source.
+    def source(self, name: str) -> Source:
+        """A source, to be listed and opened.
 
         Raises:
+            ConfigError: none has that name.
             DataError: it is not there.
         """
-        config = next((item for item in self.config.sources if item.name == source), None)
+        config = next((item for item in self.config.sources if item.name == name), None)
         if config is None:
-            raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {source!r}")
-        root = self.inside(config.path)
-        if not root.is_dir():
-            raise DataError(
-                f"source {source!r}: {root} is not a folder; mend its path in {self.home / CONFIG_FILE}"
-            )
-        return root
+            raise ConfigError(f"{self.home / CONFIG_FILE}: no source is named {name!r}")
+        try:
+            return make_source(config, self.source_path(config), self.config.decode)
+        except DataError as error:
+            raise DataError(f"{error}; mend its path in {self.home / CONFIG_FILE}") from None
+
+    def source_path(self, source: SourceConfig) -> Path:
+        """Where a source lies, whether or not it is there."""
+        return self.inside(source.path)
 
     def resource(self, name: str) -> Path:
         """A path from the configuration: relative to the workspace, or embedded (`demo:NAME`)."""

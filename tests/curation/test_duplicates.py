@@ -13,7 +13,7 @@ from PIL import Image
 
 from training.config.workspace import DecodeConfig
 from training.curation import duplicates
-from training.images import decoding
+from training.images import decoding, measures
 from training.tables.schemas import TABLES
 
 SCHEMA = TABLES["raw_images"].schema
@@ -23,7 +23,7 @@ def rows(pictures):
     """`raw_images` of PNG or JPEG bytes by name."""
     found = []
     for name, data in pictures.items():
-        facts = decoding.measure(
+        facts = measures.measure(
             data, hashlib.sha256(data).hexdigest(), decoding.decode(data, DecodeConfig())
         )
         columns = {field: getattr(facts, field) for field in facts.__slots__}

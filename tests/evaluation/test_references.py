@@ -130,8 +130,8 @@ def test_a_checkpoint_is_compared_with_the_images_it_was_trained_on(store, netwo
 
 def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
     images = references.training_images(store, KEY).filter(pl.col("split") == "train")
-    image_id, path = references.located(store, images)[3]
-    pixels = np.asarray(Image.open(path))
+    image_id, file = references.located(store, images)[3]
+    pixels = np.asarray(Image.open(file()))
     seen = networks.clip([pixels])[0].embedding
     found = references.gather(store, METRICS, KEY, networks, batch_size=2)
     levels = {name: np.zeros(1) for name in found.training.levels}
@@ -300,8 +300,8 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     pictures(store, "base.abc@0")
     pictures(store, KEY, seed=2)
     images = references.training_images(store, KEY).filter(pl.col("split") == "train")
-    image_id, path = references.located(store, images)[0]
-    Image.open(path).save(store.paths.sample_folder(KEY) / "1.png")
+    image_id, file = references.located(store, images)[0]
+    Image.open(file()).save(store.paths.sample_folder(KEY) / "1.png")
     (store.paths.sample_folder(KEY) / "2.png").unlink()
     samples = store.read("sample_images", parts=[KEY])
     compared = references.gather(store, METRICS, KEY, networks, batch_size=2)

@@ -43,7 +43,7 @@ def kind(small_copy, monkeypatch):
 
 
 def source_of(home):
-    return Store(home).paths.source_root(Store(home).config.sources[0].name)
+    return Store(home).paths.source_path(Store(home).config.sources[0])
 
 
 def own_source(home, tmp_path):

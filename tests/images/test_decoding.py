@@ -8,41 +8,16 @@ import zlib
 
 import numpy as np
 import pytest
+from drawn_images import BLUE, GREEN, GREY, RED, STORED_AS, encode, png, quadrants, textured
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFilter, PngImagePlugin, TiffImagePlugin
-from scipy.fft import dctn
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from training.config.workspace import DecodeConfig
 from training.images import decoding
 from training.tables.table import Reason
 
 CONFIG = DecodeConfig()
-RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 180, 60), (50, 60, 220), (120, 120, 120)
-
-
-def quadrants(height=48, width=64):
-    """Four colours, so that every one of the eight orientations looks different. (H, W, 3)."""
-    pixels = np.empty((height, width, 3), np.uint8)
-    h, w = height // 2, width // 2
-    pixels[:h, :w], pixels[:h, w:], pixels[h:, :w], pixels[h:, w:] = RED, GREEN, BLUE, GREY
-    return pixels
-
-
-def encode(image, fmt, **options):
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, fmt, **options)
-    return buffer.getvalue()
-
-
-def textured(height=96, width=128, seed=0):
-    """Smooth structure of several scales; neighbours of it hash differently. (H, W, 3)."""
-    noise = np.random.default_rng(seed).integers(
-        0, 256, (height // 8, width // 8, 3), dtype=np.uint8
-    )
-    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def refused(data, config=CONFIG):
@@ -52,19 +27,6 @@ def refused(data, config=CONFIG):
     assert error.reason in set(Reason)
     assert "\n" not in f"{error.value}{error.detail}"
     return error
-
-
-# What turns the stored picture upright, so its inverse stores it turned. TIFF 6.0, tag 274.
-STORED_AS = {
-    1: lambda p: p,
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.transpose(1, 0, 2),
-    6: lambda p: np.rot90(p, 1),
-    7: lambda p: np.rot90(p, 2).transpose(1, 0, 2),
-    8: lambda p: np.rot90(p, -1),
-}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -134,26 +96,6 @@ def test_8_bit_grey_whose_zero_is_white_is_turned_over_once():
     entry = data.index(struct.pack("<HHI", 262, 3, 1))
     data[entry + 8] = 0
     assert np.array_equal(decoding.decode(bytes(data), CONFIG).pixels[..., 1], 255 - grey)
-
-
-def png(height, width, depth, colour, rows, extra=b""):
-    """A PNG by hand: Pillow cannot write all that it reads. `rows`: bytes of each row without
-    filter byte."""
-
-    def chunk(name, body):
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + extra
-        + chunk(b"IDAT", data)
-        + chunk(b"IEND", b"")
-    )
 
 
 def test_16_bit_rgb_keeps_its_high_bytes():
@@ -592,80 +534,6 @@ def test_damage_gives_a_picture_or_a_reason(fmt, position, value):
         assert (error.detail or "").isprintable()
 
 
-def facts(pixels, fmt="PNG", **options):
-    data = encode(pixels, fmt, **options)
-    return decoding.measure(data, "id", decoding.decode(data, CONFIG))
-
-
-def test_facts_say_what_is_there():
-    exif = Image.Exif()
-    exif[274] = 6
-    data = encode(np.ascontiguousarray(STORED_AS[6](quadrants())), "PNG", exif=exif)
-    found = decoding.measure(data, "id", decoding.decode(data, CONFIG))
-    assert (found.image_id, found.bytes, found.format, found.mode) == (
-        "id",
-        len(data),
-        "PNG",
-        "RGB",
-    )
-    assert (found.height, found.width, found.stored_height, found.stored_width) == (48, 64, 64, 48)
-    assert found.orientation == 6
-    assert found.pixel_digest == facts(quadrants(), "BMP").pixel_digest
-    assert found.pixel_digest != facts(quadrants()[:, ::-1].copy()).pixel_digest
-    assert (
-        facts(np.zeros((16, 36, 3), np.uint8)).pixel_digest
-        != facts(np.zeros((24, 24, 3), np.uint8)).pixel_digest
-    )
-
-
-def test_brightness_contrast_and_sharpness():
-    flat = facts(np.full((64, 64, 3), 51, np.uint8))
-    assert (flat.brightness, flat.contrast, flat.sharpness) == (pytest.approx(0.2), 0.0, 0.0)
-    halves = np.zeros((64, 64, 3), np.uint8)
-    halves[:, 32:] = 255
-    assert facts(halves).brightness == pytest.approx(0.5)
-    assert facts(halves).contrast == pytest.approx(0.5)
-    sharp = textured(300, 400)
-    soft = np.asarray(Image.fromarray(sharp).filter(ImageFilter.GaussianBlur(4)))
-    assert facts(soft).sharpness < facts(sharp).sharpness / 2
-
-
-def distance(a, b):
-    return (a ^ b).bit_count()
-
-
-def test_the_hash_is_the_usual_one():
-    # imagehash's definition with SciPy's DCT; bits whose coefficient is within rounding of the
-    # median may differ.
-    luma = Image.fromarray(textured()).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-    low = dctn(np.asarray(luma, dtype=float), type=2)[:8, :8]
-    margin = np.abs(low - np.median(low)).ravel()
-    bits = (low > np.median(low)).ravel()
-    ours = [c == "1" for c in f"{facts(textured()).phash:064b}"]
-    assert all(a == b for a, b, m in zip(ours, bits, margin, strict=True) if m > 1.0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_hashes_of_copies_are_near_and_of_others_far(seed):
-    original = facts(textured(seed=seed))
-    copy = facts(textured(seed=seed), "JPEG", quality=70)
-    shrunk = facts(
-        np.asarray(Image.fromarray(textured(seed=seed)).resize((96, 72), Image.Resampling.LANCZOS))
-    )
-    assert distance(original.phash, copy.phash) <= 3
-    assert distance(original.phash, shrunk.phash) <= 3
-    assert distance(original.phash, facts(textured(seed=seed + 100)).phash) > 10
-    mirrored = facts(textured(seed=seed)[:, ::-1].copy())
-    assert distance(original.phash_mirrored, mirrored.phash) <= 3
-    assert distance(original.phash, mirrored.phash) > 10
-
-
-def test_the_hash_of_a_flat_picture_is_degenerate_and_steady():
-    assert {facts(np.full((40, 40, 3), value, np.uint8)).phash for value in (1, 90, 255)} == {
-        1 << 63
-    }
-
-
 def test_files_are_read_only_when_they_are_files(tmp_path):
     (tmp_path / "real.jpg").write_bytes(b"content")
     (tmp_path / "empty.jpg").touch()
@@ -683,8 +551,3 @@ def test_files_are_read_only_when_they_are_files(tmp_path):
         assert caught.value.reason == reason, name
     with pytest.raises(decoding.Unusable, match=r"too_many_bytes: 7 \(limit 6"):
         decoding.read_file(tmp_path / "real.jpg", DecodeConfig(max_bytes=6))
-
-
-def test_a_thumbnail_fits_and_is_never_enlarged():
-    assert decoding.thumbnail(textured(300, 400), 64).shape == (48, 64, 3)
-    assert decoding.thumbnail(quadrants(), 64).shape == (48, 64, 3)

@@ -43,7 +43,7 @@ def pictures(tmp_path_factory):
             path.write_bytes(b"not a picture")
         found.append(
             Picture(
-                image_id=hashlib.sha256(path.read_bytes()).hexdigest(), path=path, original=original, bucket=bucket,
+                image_id=hashlib.sha256(path.read_bytes()).hexdigest(), file=path, original=original, bucket=bucket,
                 flip=number == 5, crop_box=Box(0, 0, 20, 20) if number == 6 else None, padded=number == 7,
                 measured=number in (0, 8),
             )
@@ -105,7 +105,7 @@ def test_every_picture_is_encoded_as_it_was_placed_or_rejected(pictures, encode,
             picture.original, picture.bucket, picture.flip,
         )  # fmt: skip
         assert placement.padded == picture.padded
-        pixels = np.asarray(Image.open(picture.path))
+        pixels = np.asarray(Image.open(picture.file))
         (expected,) = vae([crops.apply(pixels, placement)], with_log_variance=True)
         mean, spread = bits[picture.image_id]
         np.testing.assert_allclose(
@@ -190,7 +190,7 @@ def test_values_that_are_not_finite_cost_their_picture_and_no_other(pictures, en
 
         def __call__(self, images, **options):
             rows = vae(images, **options)
-            pixels = crops.apply(np.asarray(Image.open(pictures[4].path)), placed)
+            pixels = crops.apply(np.asarray(Image.open(pictures[4].file)), placed)
             return [
                 type(row)(latents=row.latents * np.nan, log_variance=row.log_variance, finite=False)
                 if np.array_equal(image, pixels) else row

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from training.config.workspace import AnnotateConfig, DecodeConfig
-from training.images.decode_pool import DecodePool, Rejection
+from training.images.decode_pool import DecodePool, ImageFile, Rejection
 from training.tables.table import SCORED_BOX, SCORED_TAG, Reason
 
 ANNOTATORS = ("clip", "tagger", "detector")
@@ -62,8 +62,8 @@ class Annotator:
         self.pool = DecodePool(decode)
         self.pool.__enter__()
 
-    def __call__(self, batch: Sequence[tuple[str, Path]]) -> pl.DataFrame:
-        """Annotate (image_id, path) pairs; one row each, in order, in the schema ROWS.
+    def __call__(self, batch: Sequence[tuple[str, ImageFile]]) -> pl.DataFrame:
+        """Annotate (image_id, file) pairs; one row each, in order, in the schema ROWS.
 
         Pictures are preprocessed as they are decoded, so that only small tensors of a batch are
         held at a time.
@@ -74,7 +74,7 @@ class Annotator:
         sizes: list[tuple[int, int]] = []
         rows: list[dict[str, Any]] = []
         good: list[dict[str, Any]] = []
-        decoded = self.pool.pixels([path for _, path in batch], [image_id for image_id, _ in batch])
+        decoded = self.pool.pixels([file for _, file in batch], [image_id for image_id, _ in batch])
         for (image_id, _), pixels in zip(batch, decoded, strict=True):
             rows.append({"image_id": image_id})
             if isinstance(pixels, Rejection):

@@ -16,6 +16,10 @@ from training.names import check_fractions, check_name, check_positive
 FORMAT = 1
 """Version of the workspace's layout that this code writes and reads."""
 
+SOURCE_KINDS = {"folder": "training.sources.folder:FolderSource"}
+"""Kinds of source: what `kind` may be, and `module:class` of the `training.sources.source.Source` that
+lists and opens such a source. A new kind is a line here; `docs/extending.md` shows one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
@@ -23,10 +27,10 @@ class SourceConfig:
 
     name: str
     """Identity in every table."""
-    kind: Literal["folder"] = "folder"
-    """How it is listed."""
+    kind: str = "folder"
+    """How it is listed and opened: a key of `SOURCE_KINDS`."""
     path: str
-    """Folder; relative to the workspace."""
+    """Folder, or the file that a source of another kind is; relative to the workspace."""
     tags: tuple[str, ...] = ()
     """Tags that every image of it carries."""
     words: Literal["auto", "tags", "captions"] = "auto"
@@ -35,6 +39,11 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_name("source", self.name)
+        if self.kind not in SOURCE_KINDS:
+            known = ", ".join(sorted(SOURCE_KINDS))
+            raise ConfigError(
+                f"sources: kind={self.kind!r} of {self.name!r} is no kind of source; there are: {known}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

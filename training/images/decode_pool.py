@@ -1,8 +1,9 @@
 """Decoding in worker processes that may hang, crash or run out of memory: each costs one picture,
 never the run.
 
-A worker is a fresh interpreter that talks over a socket: requests and answers are JSON, pixels raw
-bytes, so that nothing from a hostile picture is ever unpickled here.
+A worker is a fresh interpreter that talks over a socket: requests and answers are JSON, pixels and
+the content of images that lie in no file of their own are raw bytes, so that nothing from a hostile
+picture is ever unpickled here.
 """
 
 import contextlib
@@ -17,18 +18,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from training.errors import PipelineError
-from training.images import decoding
-from training.images.decoding import Facts
+from training.images import decoding, measures
+from training.images.measures import Facts
 
 if TYPE_CHECKING:
     from training.config.workspace import DecodeConfig
@@ -39,6 +40,14 @@ _ORPHAN_S = 15.0
 """A worker whose parent died in the middle of a picture ends itself this long after the time limit,
 seconds."""
 _MAX_MESSAGE_BYTES = 1_000_000
+_CHUNK_BYTES = 65_536
+
+Opened = Path | bytes
+"""A file, or the content of one that has no path of its own, such as a member of an archive."""
+ImageFile = Opened | Callable[[], Opened]
+"""What is decoded: opened, or opened by a thread of the pool when its turn comes, so that the content
+of no more than a few images is held at a time. Opening may raise `decoding.Unusable`, which costs
+that one image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +66,7 @@ class Rejection:
 class DecodePool:
     """Worker processes that decode pictures; a context manager.
 
-    Answers come in the order of the paths, and no more than a few pictures are under way at a time,
+    Answers come in the order of the files, and no more than a few pictures are under way at a time,
     so memory does not grow with their number.
     """
 
@@ -89,20 +98,20 @@ class DecodePool:
         for worker in list(self._workers):
             worker.end()
 
-    def facts(self, paths: Iterable[Path]) -> Iterator[Facts | Rejection]:
+    def facts(self, files: Iterable[ImageFile]) -> Iterator[Facts | Rejection]:
         """Decode and measure each file; pixels never leave the workers."""
-        requests = ({"path": str(path), "want": "facts"} for path in paths)
+        requests = (_Request(file, "facts") for file in files)
         for answer in self._stream(requests, ahead=4 * self._config.num_workers):
             assert not isinstance(answer, np.ndarray)
             yield answer
 
     def pixels(
-        self, paths: Iterable[Path], image_ids: Iterable[str] | None = None
+        self, files: Iterable[ImageFile], image_ids: Iterable[str] | None = None
     ) -> Iterator[np.ndarray | Rejection]:
         """Decode each file.
 
         Args:
-            paths: Files.
+            files: Paths, contents, or what opens to either.
             image_ids: What the bytes of each must hash to; a file that was replaced since is
                 rejected as `changed_while_read`. None: not checked.
 
@@ -110,20 +119,18 @@ class DecodePool:
             (H, W, 3) uint8 upright sRGB, or why not, in order.
         """
         if image_ids is None:
-            requests: Iterable[dict[str, Any]] = (
-                {"path": str(path), "want": "pixels"} for path in paths
-            )
+            requests = (_Request(file, "pixels") for file in files)
         else:
             requests = (
-                {"path": str(path), "want": "pixels", "image_id": image_id}
-                for path, image_id in zip(paths, image_ids, strict=True)
+                _Request(file, "pixels", image_id)
+                for file, image_id in zip(files, image_ids, strict=True)
             )
         for answer in self._stream(requests, ahead=self._config.num_workers + 1):
             assert not isinstance(answer, Facts)
             yield answer
 
     def _stream(
-        self, requests: Iterable[dict[str, Any]], ahead: int
+        self, requests: Iterable["_Request"], ahead: int
     ) -> Iterator[Facts | Rejection | np.ndarray]:
         pending: deque[Future[Facts | Rejection | np.ndarray]] = deque()
         try:
@@ -144,13 +151,19 @@ class DecodePool:
             worker.kill()
         return worker
 
-    def _ask(self, request: dict[str, Any]) -> Facts | Rejection | np.ndarray:
-        """Have one picture done by an idle worker; a worker that is lost is replaced."""
+    def _ask(self, request: "_Request") -> Facts | Rejection | np.ndarray:
+        """Open one picture and have it done by an idle worker; a worker that is lost is replaced."""
+        try:
+            opened = request.file() if callable(request.file) else request.file
+            if isinstance(opened, bytes):
+                decoding.check_length(len(opened), self._config)
+        except decoding.Unusable as unusable:
+            return _rejection(unusable)
         worker = self._idle.get()
         try:
             while True:
                 try:
-                    return worker.ask(request)
+                    return worker.ask(request, opened)
                 except _DeadBefore:  # It ended between two pictures: not this one's fault.
                     worker = self._replace(worker)
                 except TimeoutError:
@@ -176,6 +189,16 @@ class DecodePool:
         if self._closed:
             raise PipelineError("the decoding pool was closed while pictures were under way")
         return self._start()
+
+
+class _Request(NamedTuple):
+    """What is wanted of one picture."""
+
+    file: ImageFile
+    want: str
+    """`facts` or `pixels`."""
+    image_id: str | None = None
+    """What its bytes must hash to; None for anything."""
 
 
 class _DeadBefore(Exception):  # noqa: N818 - a state of the worker, handled in this module.
@@ -205,14 +228,20 @@ class _Worker:
         )
         theirs.close()
 
-    def ask(self, request: dict[str, Any]) -> Facts | Rejection | np.ndarray:
-        """Send a request and wait for its answer, no longer than the time limit."""
+    def ask(self, request: _Request, opened: Opened) -> Facts | Rejection | np.ndarray:
+        """Send a request, with the content where there is no path to it, and wait for its answer,
+        no longer than the time limit."""
         self._await_start()
         deadline = time.monotonic() + self._config.timeout_s
+        where = {"num_bytes": len(opened)} if isinstance(opened, bytes) else {"path": str(opened)}
+        message = {"want": request.want, "image_id": request.image_id, **where}
         try:
-            _send(self._socket, request, deadline)
+            _send(self._socket, message, deadline)
         except (BrokenPipeError, ConnectionResetError):
             raise _DeadBefore from None
+        if isinstance(opened, bytes):
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.sendall(opened)
         answer = _receive(self._socket, deadline)
         if "rejection" in answer:
             return Rejection(**answer["rejection"])
@@ -298,6 +327,33 @@ def _receive_into(channel: socket.socket, view: memoryview, deadline: float | No
         view = view[count:]
 
 
+def _receive_content(channel: socket.socket, count: int) -> bytes:
+    """The content of an image, in one object of its size: without a second copy, as from a file.
+
+    Raises:
+        EOFError: the other side closed.
+        MemoryError: there is no room for it. It is taken off the socket all the same, so that the
+            next request is read from its beginning.
+    """
+    data, num_read = b"", 0
+    try:
+        while num_read < count:
+            # One call fills it, but for content beyond 2 GB: the system's limit of a call.
+            more = channel.recv(count - num_read, socket.MSG_WAITALL)
+            if not more:
+                raise EOFError
+            num_read += len(more)
+            data += more
+    except MemoryError:
+        while num_read < count:
+            skipped = len(channel.recv(min(_CHUNK_BYTES, count - num_read)))
+            if not skipped:
+                raise EOFError from None
+            num_read += skipped
+        raise
+    return data
+
+
 def serve(descriptor: int, limits: str) -> None:
     """Body of a worker process: answer requests until the parent closes its end."""
     config = cast("DecodeConfig", SimpleNamespace(**json.loads(limits)))
@@ -313,7 +369,7 @@ def serve(descriptor: int, limits: str) -> None:
             # The default action of SIGALRM ends the process, even in the middle of a decoder's C
             # code.
             signal.setitimer(signal.ITIMER_REAL, config.timeout_s + _ORPHAN_S)
-            answer, pixels = _answer(request, config)
+            answer, pixels = _answer(request, channel, config)
             _send(channel, answer, None)
             if pixels is not None:
                 channel.sendall(pixels.data.cast("B"))
@@ -331,29 +387,35 @@ def _limit_memory(more_bytes: int) -> None:
 
 
 def _answer(
-    request: dict[str, Any], config: "DecodeConfig"
+    request: dict[str, Any], channel: socket.socket, config: "DecodeConfig"
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """What to say of one picture, and its pixels when they were asked for."""
     image_id = None
     try:
-        data = decoding.read_file(Path(request["path"]), config)
+        if "path" in request:
+            data = decoding.read_file(Path(request["path"]), config)
+        else:
+            data = _receive_content(channel, request["num_bytes"])
         image_id = hashlib.sha256(data).hexdigest()
-        if request.get("image_id", image_id) != image_id:
+        if request["image_id"] not in (None, image_id):
             raise decoding.Unusable("changed_while_read", value=image_id, limit=request["image_id"])
         decoded = decoding.decode(data, config)
         if request["want"] == "pixels":
             del data
             return {"size": decoded.pixels.shape[:2]}, decoded.pixels
-        return {"facts": asdict(decoding.measure(data, image_id, decoded))}, None
+        return {"facts": asdict(measures.measure(data, image_id, decoded))}, None
     except decoding.Unusable as unusable:
         found = unusable
     except MemoryError:
         found = decoding.out_of_memory(config)
-    rejection = Rejection(
-        reason=found.reason,
-        value=found.value,
-        limit=found.limit,
-        detail=found.detail,
+    return {"rejection": asdict(_rejection(found, image_id))}, None
+
+
+def _rejection(unusable: decoding.Unusable, image_id: str | None = None) -> Rejection:
+    return Rejection(
+        reason=unusable.reason,
+        value=unusable.value,
+        limit=unusable.limit,
+        detail=unusable.detail,
         image_id=image_id,
     )
-    return {"rejection": asdict(rejection)}, None

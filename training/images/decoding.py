@@ -1,5 +1,4 @@
-"""The one place where bytes become pixels: what may be an image, how it is read, and what is
-measured on it.
+"""The one place where bytes become pixels: what may be an image, and how it is read.
 
 Every picture leaves as upright 8-bit sRGB. `decode_pool` calls this in killable workers, so this
 module starts fast: it imports neither polars nor torch, and reasons are the plain words of
@@ -7,7 +6,6 @@ module starts fast: it imports neither polars nor torch, and reasons are the pla
 """
 
 import errno
-import hashlib
 import math
 import os
 import stat
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
 """Formats that are read, in the order in which they are tried. A JPEG of several pictures comes out
 as MPO."""
-LUMA_SIDE = 256
-"""Longest side of the luma picture that brightness, contrast and sharpness are measured on, px."""
 
 _KNOWN = (  # Magic numbers: offset, bytes, name. Only to say what a file is; nothing is decoded by them.
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -111,28 +107,6 @@ class Decoded:
     """What the file says; None when it says nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """Columns of `raw_images` that follow from the bytes; see there for meaning and units."""
-
-    image_id: str
-    height: int
-    width: int
-    stored_height: int
-    stored_width: int
-    orientation: int
-    format: str
-    mode: str
-    bytes: int
-    dpi: float | None
-    pixel_digest: str
-    phash: int
-    phash_mirrored: int
-    brightness: float
-    contrast: float
-    sharpness: float
-
-
 def out_of_memory(config: "DecodeConfig", needed_bytes: int | None = None) -> Unusable:
     """What to say of an image that a worker's memory does not hold."""
     needed = "more" if needed_bytes is None else f"at least {needed_bytes} bytes"
@@ -143,6 +117,18 @@ def one_line(words: object) -> str:
     """Foreign words as one printable line of at most 200 characters."""
     text = " ".join(str(words).split())[:200]
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def check_length(num_bytes: int, config: "DecodeConfig") -> None:
+    """Refuse content that is empty or too large, before it is read or handed on.
+
+    Raises:
+        Unusable: `empty_file` or `too_many_bytes`.
+    """
+    if num_bytes == 0:
+        raise Unusable("empty_file", value=0)
+    if num_bytes > config.max_bytes:
+        raise Unusable("too_many_bytes", value=num_bytes, limit=config.max_bytes)
 
 
 def read_file(path: Path, config: "DecodeConfig") -> bytes:
@@ -160,10 +146,7 @@ def read_file(path: Path, config: "DecodeConfig") -> bytes:
                 raise Unusable(
                     "not_a_file", value=stat.filemode(before.st_mode)[0], limit="regular file"
                 )
-            if before.st_size == 0:
-                raise Unusable("empty_file", value=0)
-            if before.st_size > config.max_bytes:
-                raise Unusable("too_many_bytes", value=before.st_size, limit=config.max_bytes)
+            check_length(before.st_size, config)
             data = file.read(before.st_size + 1) or b""
             while len(data) < before.st_size and (
                 more := file.read(before.st_size + 1 - len(data))
@@ -201,10 +184,7 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
     Raises:
         Unusable: whatever is wrong, with a reason out of the closed list.
     """
-    if not data:
-        raise Unusable("empty_file", value=0)
-    if len(data) > config.max_bytes:
-        raise Unusable("too_many_bytes", value=len(data), limit=config.max_bytes)
+    check_length(len(data), config)
     Image.MAX_IMAGE_PIXELS = config.max_pixels
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -392,93 +372,3 @@ def _ends_early(data: bytes) -> bool:
             position += length
         return position != len(data)
     return False
-
-
-def measure(data: bytes, image_id: str, decoded: Decoded) -> Facts:
-    """Everything that `raw_images` holds of one file.
-
-    All measures are made in integers, so that equal pictures give equal facts on every machine.
-    Brightness and contrast are mean and standard deviation of luma (0-1), sharpness is the variance
-    of its 4-neighbour Laplacian in 8-bit steps, all at `LUMA_SIDE`; smaller pictures are not
-    enlarged.
-    """
-    pixels = decoded.pixels
-    height, width = pixels.shape[:2]
-    luma = Image.fromarray(pixels).convert("L")
-    small = _shrink(luma, LUMA_SIDE)
-    brightness, variance = _moments(small)
-    frequencies = _frequencies(luma)
-    digest = hashlib.sha256(height.to_bytes(4, "big") + width.to_bytes(4, "big"))
-    digest.update(pixels.data)
-    return Facts(
-        image_id=image_id,
-        height=height,
-        width=width,
-        stored_height=decoded.stored.height,
-        stored_width=decoded.stored.width,
-        orientation=decoded.orientation,
-        format=decoded.format,
-        mode=decoded.mode,
-        bytes=len(data),
-        dpi=decoded.dpi,
-        pixel_digest=digest.hexdigest(),
-        phash=_hash(frequencies),
-        phash_mirrored=_hash(frequencies * (-1) ** np.arange(8)),
-        brightness=brightness / 255,
-        contrast=math.sqrt(variance) / 255,
-        sharpness=_sharpness(small),
-    )
-
-
-def _shrink(image: Image.Image, side: int) -> Image.Image:
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.BOX)
-
-
-def _moments(values: Image.Image | np.ndarray) -> tuple[float, float]:
-    """Mean and variance of whole numbers, summed exactly."""
-    numbers = np.asarray(values).astype(np.int64)
-    count, total, squares = numbers.size, int(numbers.sum()), int((numbers * numbers).sum())
-    return total / count, (count * squares - total * total) / (count * count)
-
-
-def _sharpness(luma: Image.Image) -> float:
-    grey = np.asarray(luma).astype(np.int64)  # (h, w)
-    if min(grey.shape) < 3:
-        return 0.0
-    inner = grey[1:-1, 1:-1]
-    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
-    return _moments(laplacian)[1]
-
-
-_COSINES = np.array(
-    [
-        [round(math.cos((2 * n + 1) * k * math.pi / 64) * 2**14) for n in range(32)]
-        for k in range(8)
-    ],
-    dtype=np.int64,
-)
-
-
-def _frequencies(luma: Image.Image) -> np.ndarray:
-    """The lowest 8 x 8 coefficients of the unscaled DCT-II of luma at 32 x 32, as whole numbers."""
-    grey = np.asarray(luma.resize((32, 32), Image.Resampling.LANCZOS)).astype(np.int64)
-    return _COSINES @ grey @ _COSINES.T  # (8, 8)
-
-
-def _hash(frequencies: np.ndarray) -> int:
-    """64 bits, row by row from the highest: coefficients above their median. The usual pHash
-    definition."""
-    flat = frequencies.ravel()
-    middle = np.sort(flat)[31:33].sum()  # Twice the median.
-    return int("".join("1" if twice > middle else "0" for twice in flat * 2), 2)
-
-
-def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Shrink (H, W, 3) uint8 so that its longer side is at most `side` px; never enlarged."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return np.ascontiguousarray(image)

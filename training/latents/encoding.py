@@ -18,7 +18,7 @@ from training.buckets.geometry import Box, Placement, Size
 from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DamageError
 from training.images import figures
-from training.images.decode_pool import DecodePool, Rejection
+from training.images.decode_pool import DecodePool, ImageFile, Rejection
 from training.images.saliency import importance
 from training.latents.files import BucketWriter, Generation, LatentFile
 from training.manifests import Entry
@@ -44,7 +44,7 @@ class Picture:
     """A kept image with what its crop follows from."""
 
     image_id: str
-    path: Path
+    file: ImageFile
     original: Size
     bucket: Size
     flip: bool
@@ -353,7 +353,7 @@ class _Attempt:
 
     def _crops(self, pool: DecodePool, fresh: Sequence[Picture]) -> Iterator[Crop | None]:
         """The bucket-sized crop of every picture in order; None for one that was rejected."""
-        decoded = pool.pixels([item.path for item in fresh], [item.image_id for item in fresh])
+        decoded = pool.pixels([item.file for item in fresh], [item.image_id for item in fresh])
         for picture, pixels in zip(fresh, decoded, strict=True):
             if isinstance(pixels, Rejection):
                 self.rejected.append({**asdict(pixels), "image_id": picture.image_id})
@@ -373,7 +373,7 @@ class _Attempt:
         assert self.vae is not None
         first = [picture for picture in fresh if picture.bucket == fresh[0].bucket][:4]
         with DecodePool(self.job.decode) as pool:
-            pixels = pool.pixels([item.path for item in first], [item.image_id for item in first])
+            pixels = pool.pixels([item.file for item in first], [item.image_id for item in first])
             crops = [
                 apply(item, _place(picture, self.job.encoding, self.job.generation, item))
                 for picture, item in zip(first, pixels, strict=True)

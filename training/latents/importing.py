@@ -151,7 +151,7 @@ class LatentImport:
         errors = []
         with DecodePool(decode) as pool:
             found = pool.pixels(
-                [picture.path for picture, _, _ in self._checked],
+                [picture.file for picture, _, _ in self._checked],
                 [picture.image_id for picture, _, _ in self._checked],
             )
             for (_, placement, values), source in zip(self._checked, found, strict=True):

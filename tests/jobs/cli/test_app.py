@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.cli import app, shared
+from jobs.cli import app, shared, training, workspace
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_ctrl_c_says_that_nothing_is_lost(command, monkeypatch):
     def interrupted(home):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "open_store", interrupted)
+    monkeypatch.setattr(workspace, "open_store", interrupted)
     status, _, errors = command("sql", "select 1")
     assert status == 130
     assert "what is committed stays" in errors
@@ -87,7 +87,7 @@ def test_ctrl_c_in_a_run_names_the_workspace(command, monkeypatch, tmp_path):
     def interrupted(home, **arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "open_store", lambda home: Store(tmp_path))
+    monkeypatch.setattr(workspace, "open_store", lambda home: Store(tmp_path))
     monkeypatch.setattr(pipeline, "bring_up_to_date", interrupted)
     status, _, errors = command("run")
     assert status == 130

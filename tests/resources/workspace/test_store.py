@@ -256,9 +256,9 @@ def test_no_workspace_says_how_to_make_one(tmp_path):
 
 def test_a_source_that_is_no_folder_is_named(store):
     with pytest.raises(DataError, match=r"source 'a': .*pictures is not a folder"):
-        store.paths.source_root("a")
+        store.paths.source("a")
     with pytest.raises(ConfigError, match="no source is named 'b'"):
-        store.paths.source_root("b")
+        store.paths.source("b")
 
 
 def test_which_workspace_a_command_works_on(tmp_path, monkeypatch):
