@@ -66,8 +66,8 @@ class Result:
 
 
 def recreated(micro_batch_size: int) -> Variant:
-    """bigASP v1's training as published (performance.md section 1.1), but for the micro-batch,
-    which is not."""
+    """bigASP v1's training as published (github.com/fpgaminer/bigasp-training), but for the
+    micro-batch, which is not."""
     compute = ComputeConfig(gradient_checkpointing=("all",), channels_last=False, compile=False)
     batch = BatchConfig(micro_batch_size=micro_batch_size)
     return Variant(

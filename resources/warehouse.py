@@ -9,6 +9,7 @@ after every command's last one.
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,26 +48,32 @@ def rebuild(store: Store) -> Path:
 
 
 def _create(connection: "duckdb.DuckDBPyConnection", store: Store) -> None:
-    """Make the views in an empty database."""
+    """Make the views in an empty database; a table without parts has no files, so it is an empty
+    table."""
     for name in TABLES:
-        connection.execute(f'create view "{name}" as {_select(store, name, connection)}')
+        if parts := store.tables.parts(name):
+            view = _select(store, name, parts, connection)
+            connection.execute(f'create view "{name}" as {view}')
+        else:
+            told = dict.fromkeys(PART_COLUMNS.get(name, ()), pl.String())
+            _table(connection, name, pl.DataFrame(schema=told | dict(TABLES[name].schema)))
     connection.execute(VERDICTS)
-    connection.register("encoded", generations.table(store).to_arrow())
-    connection.execute("create table latent_generations as from encoded")
-    connection.unregister("encoded")
+    _table(connection, "latent_generations", generations.table(store))
 
 
-def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -> str:
+def _table(connection: "duckdb.DuckDBPyConnection", name: str, rows: pl.DataFrame) -> None:
+    """Copy a frame into the database."""
+    connection.register("rows", rows.to_arrow())
+    connection.execute(f'create table "{name}" as from rows')
+    connection.unregister("rows")
+
+
+def _select(
+    store: Store, table: str, parts: Sequence[str], connection: "duckdb.DuckDBPyConnection"
+) -> str:
     """The rows of all parts; where keys recur from part to part, with the columns that tell a row's
     part."""
-    parts = store.tables.parts(table)
     told = PART_COLUMNS.get(table, ())
-    if not parts:
-        types = dict.fromkeys(told, pl.String()) | dict(TABLES[table].schema)
-        columns = ", ".join(
-            f'null::{_duckdb_type(dtype)} as "{name}"' for name, dtype in types.items()
-        )
-        return f"select {columns} where false"
     files = [store.tables.file(table, part) for part in parts]
     listed = ", ".join(map(_exactly, files))
     if not told:
@@ -76,12 +83,8 @@ def _select(store: Store, table: str, connection: "duckdb.DuckDBPyConnection") -
         {"filename": str(file), **part_values(table, part)}
         for file, part in zip(files, parts, strict=True)
     ]
-    connection.register(
-        "keys",
-        pl.DataFrame(values, schema=dict.fromkeys(("filename", *told), pl.String())).to_arrow(),
-    )
-    connection.execute(f'create table "{keys}" as from keys')
-    connection.unregister("keys")
+    schema = dict.fromkeys(("filename", *told), pl.String())
+    _table(connection, keys, pl.DataFrame(values, schema=schema))
     columns = ", ".join(f'"{name}"' for name in told)
     return (
         f"select {columns}, rows.* exclude (filename) from read_parquet([{listed}], union_by_name = true, "
@@ -94,26 +97,6 @@ def _exactly(file: Path) -> str:
     for a pattern."""
     pattern = re.sub(r"[*?[]", r"[\g<0>]", str(file))
     return "'" + pattern.replace("'", "''") + "'"
-
-
-def _duckdb_type(dtype: pl.DataType) -> str:
-    """DuckDB's name of a schema's type."""
-    if isinstance(dtype, pl.List):
-        return f"{_duckdb_type(dtype.inner)}[]"  # type: ignore[arg-type]
-    if isinstance(dtype, pl.Struct):
-        inner = ", ".join(f'"{item.name}" {_duckdb_type(item.dtype)}' for item in dtype.fields)  # type: ignore[arg-type]
-        return f"struct({inner})"
-    names = {
-        pl.String: "varchar",
-        pl.Int8: "tinyint",
-        pl.Int32: "integer",
-        pl.Int64: "bigint",
-        pl.UInt64: "ubigint",
-        pl.Float32: "float",
-        pl.Float64: "double",
-        pl.Boolean: "boolean",
-    }
-    return next((name for kind, name in names.items() if dtype == kind), "timestamptz")
 
 
 def _check_reads(statements: "list[duckdb.Statement]") -> None:

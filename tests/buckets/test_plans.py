@@ -60,7 +60,8 @@ def test_kohyas_list_has_the_sizes_that_its_tool_makes():
 
 
 def naifu(base_res, max_size, divisible, min_dim, dim_limit):
-    """NovelAI's generator as trainers.md tells it, walked literally; sizes (width, height)."""
+    """NovelAI's generator as naifu-diffusion has it (data/buckets.py, branch main-archived), walked
+    literally; sizes (width, height)."""
     budget, found = max_size[0] * max_size[1], []
     width = min_dim
     while width * min_dim <= budget and width <= dim_limit:

@@ -1,5 +1,5 @@
-"""The bill against the table of performance.md section 8, and the advice on length against its
-sources."""
+"""The bill against one that was worked out by hand from the rates of docs/cost.md, and the advice on
+length against its sources."""
 
 import json
 

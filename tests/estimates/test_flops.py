@@ -236,7 +236,7 @@ def test_a_cpu_has_no_peak():
 def test_full_size_sdxl_equals_the_published_table_and_torchs_counter(
     shape, forward, trained, checkpointed
 ):
-    # The numbers: performance.md section 1.1.
+    # The numbers: FlopCounterMode of PyTorch on meta tensors, diffusers' UNet2DConditionModel.
     ours = unet_flops(SDXL, *shape, checkpointed=["all"])
     assert ours.forward / 1e12 == pytest.approx(forward, abs=5e-4)
     assert ours.model / 1e12 == pytest.approx(trained, abs=5e-4)
@@ -247,7 +247,7 @@ def test_full_size_sdxl_equals_the_published_table_and_torchs_counter(
 
 
 def test_the_mean_sample_of_bigasp_takes_20_tflop():
-    # performance.md section 1.1: 19.94 over bigASP's buckets and 9/66/25 % of 1, 2 and 3 chunks.
+    # By FlopCounterMode: 19.94 over bigASP's buckets and 9/66/25 % of 1, 2 and 3 chunks.
     encoders = tuple(
         {
             "hidden_size": width,

@@ -191,8 +191,8 @@ def test_equal_models_are_rarely_called_different():
 
 
 def test_power_grows_with_prompts_and_reaches_what_was_promised():
-    """A difference of 0.069 is found four times in five with 256 prompts (facts/evaluation.md,
-    section 7)."""
+    """A difference of 0.069 in the aesthetic score is found four times in five with 256 prompts:
+    80 % power at its spread between the images of two models, 0.246 by prompt and 0.217 by seed."""
     rng = np.random.default_rng(12)
     found = []
     for count in (30, 128, 512):

@@ -136,7 +136,8 @@ def test_clip_skip_reads_an_earlier_layer_and_trains_none_behind_it(sd1, clip_sk
     assert all(parameter.grad is not None for parameter in trained.values())
     encoder = sd1.text_encoders[0]
     with torch.no_grad():
-        # facts/trainers.md (h): hidden states of that layer, through the final norm.
+        # As kohya-ss/sd-scripts and naifu-diffusion do for SD 1.x: hidden states of that layer,
+        # through the final norm.
         states = encoder(ids.flatten(0, 1), output_hidden_states=True).hidden_states[-clip_skip]
         text = encoder.final_layer_norm(states).reshape(3, 154, -1)
         expected = sd1.unet(noised, steps, encoder_hidden_states=text).sample

@@ -252,7 +252,8 @@ def test_score_tags_have_hand_worked_shares(score):
         Counter(len(p.trace["score_tags"]) for p in made),
         dict.fromkeys(range(1, most + 1), 1 / most),
     )
-    # trainers.md 2a: each of the score + 1 names is there with E[k] / (score + 1).
+    # bigASP v1 (github.com/fpgaminer/bigasp-training, data.py) draws k of the score + 1 names, so
+    # each is there with E[k] / (score + 1).
     share = (1 + most) / 2 / (score + 1)
     exact = sum(f"score_{score}" in p.trace["score_tags"] for p in made)
     assert fits({True: exact, False: 8000 - exact}, {True: share, False: 1 - share})

@@ -131,7 +131,7 @@ def test_an_interval_is_drawn_to_scale():
 
 def quoted(svg):
     """HTML lets attributes go without quotes, XML does not."""
-    return re.sub(r"=(\w[\w.]*)", r"='\1'", svg)
+    return re.sub(r"=(\w[\w.]*)", r"='\1'", str(svg))
 
 
 EVENTS = [

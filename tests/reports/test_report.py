@@ -2,14 +2,21 @@
 
 import base64
 import io
+import pathlib
 import re
+import subprocess
+import sys
+import zipfile
 from html import escape
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import polars as pl
 import pytest
 from browser import chromium, needs_chromium
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from training.evaluation import verdict
@@ -20,6 +27,7 @@ from training.reports.report import Exhibit, Section
 from training.reports.scores import Side
 from training.tables.schemas import TABLES
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVIL = "\"><script>alert(1)</script><img src=http://evil/x onerror=alert(2)>' & {{7*7}}"
 RULE = re.compile(r"\.(\w+)\{background-image:url\(data:image/webp;base64,([^)]+)\)\}")
 
@@ -89,7 +97,7 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.addresses, self.text = [], [], []
+        self.tags, self.addresses, self.text, self.labels = [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -98,6 +106,7 @@ class Reader(HTMLParser):
             for name, value in attributes
             if name in ("src", "href", "srcset", "action", "data")
         ]
+        self.labels += [value for name, value in attributes if name == "aria-label"]
         assert not any(name.startswith("on") for name, _ in attributes)
 
     def handle_data(self, data):
@@ -126,6 +135,51 @@ def test_the_page_asks_nothing_of_the_network_and_runs_no_stranger_s_script(side
     assert "script-src 'sha256-" in html
     assert "unsafe-inline'; script" in html
     assert sum(EVIL[:20] in text for text in page.text) > 40
+
+
+@settings(max_examples=30, deadline=None)
+@given(title=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=80))
+@example(title=EVIL[:80])
+@example(title="{% raw %}{{ 7 * 7 }}{# & #}&amp;&#34;")
+def test_any_text_is_read_as_it_was_written(title):
+    page = report.page.render("section", section=Section(title="", text=title), exhibit_pictures=[])
+    assert "".join(read(page).text).strip("\n") == title
+    chart = Chart(title=title, lines=[Line(name="n", points=[(0, 1.0), (1, 2.0)])])
+    reader = read(report.draw_chart(chart))
+    assert "".join(reader.text).startswith(title)
+    assert reader.labels == [title]
+
+
+def test_a_template_that_names_an_unknown_value_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'charts' is undefined"):
+        report.page.render("training", maps=[])
+
+
+def test_every_template_is_filled_in_and_leaves_nothing_of_its_own(sides):
+    """No template is forgotten, and no tag of Jinja's is left in the page."""
+    folder = ROOT / "training" / "reports" / "templates"
+    chart = Chart(title="c", lines=[Line(name="n", points=[(0, 1.0), (1, 2.0)])])
+    shown = Map(title="m", note="", columns=[0, 1], rows={"r": [1.0, 2.0]})
+    html = report.render("t", sides, verdicts_of(sides), {}, charts=[chart], maps=[shown])
+    without = html.replace(escape(EVIL), "")
+    for mark in ("{{", "{%", "{#"):
+        assert mark not in without
+    loaded = {pathlib.PurePath(str(name)).name for _, name in report.page._ENVIRONMENT.cache}
+    report.page.render("section", section=Section(title="", text=""), exhibit_pictures=[])
+    loaded |= {"section.html.j2", "report.css", "report.js"}
+    assert loaded == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_templates(tmp_path):
+    """`make wheel` is what other machines install."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    folder = ROOT / "training" / "reports" / "templates"
+    own = {f"training/reports/templates/{path.name}" for path in folder.iterdir()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert own <= set(archive.namelist())
 
 
 def test_every_picture_is_there_once_for_slider_grid_and_zoom(sides):

@@ -1,8 +1,8 @@
 """What a fine-tune costs before it begins: storage by kind, GPU-hours by stage, days and money, and
 how long to train.
 
-hours = images / rate / 3600. The default rates are those of performance.md section 8, for one H200
-and one CPU core; benchmarks on the card at hand replace them.
+hours = images / rate / 3600. docs/cost.md has the source of each default rate, for one H200 and one
+CPU core; benchmarks on the card at hand replace them.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from training.names import check_positive
 DEFAULT_GPU = "H200"
 """The card that the default rates are for."""
 OVERHEAD = 1.3
-"""Storage, transfer and idle time on top of GPU hours. performance.md section 8."""
+"""Storage, transfer and idle time on top of GPU hours: an assumption."""
 STORE_DOLLARS_PER_GB_MONTH = 0.023
-"""Object storage. performance.md section 8."""
+"""Object storage: list price of Amazon S3 Standard, https://aws.amazon.com/s3/pricing/."""
 RATES_FORMAT = 1
 
 
@@ -47,7 +47,7 @@ class Rates:
     """SDXL's VAE in bf16, with its decoding of pictures; roofline 93 to 109."""
     training: float = 20.0
     """SDXL's UNet and text encoder 1 at about a megapixel: 19.94 TFLOP a sample at 40 % of peak.
-    The goal of performance.md section 1.5; bigASP's own code reached 8.75."""
+    A goal, not a measurement; bigASP v1 reached 8.75 on an H100 (70 on eight)."""
     generation: float = 1.0
     """SDXL, 30 steps with guidance."""
     mfu: float = 0.403
@@ -55,9 +55,10 @@ class Rates:
     from its FLOPs."""
     decoding: float = 90.0
     """Per core: a JPEG of 2 to 4 megapixels, decoded once for all annotators, scaled while it is
-    decoded. Measured, performance.md section 5."""
+    decoded. Measured with libjpeg-turbo on one core, docs/cost.md."""
     resizing: float = 55.0
-    """Per core: the same, decoded in full and resized to its bucket. Measured, section 5."""
+    """Per core: the same, decoded in full and resized to its bucket. Measured with
+    torchvision on one core."""
 
     def __post_init__(self) -> None:
         find_gpu(self.gpu)
@@ -111,8 +112,8 @@ TYPICAL_PIXELS = 1_005_038
 1."""
 _CHANNELS, _VALUE_BYTES = 4, 2
 _STORED_SHARES = {"raw": (1.0, 1.0), "split-zstd": (0.664, 0.58)}
-"""Codec -> what it leaves of the bytes of latents (performance.md section 3.2) and of log-variances
-(the demo's)."""
+"""Codec -> what it leaves of the bytes of latents (docs/experiments.md) and of log-variances (the
+demo's)."""
 
 
 def latent_bytes(encoding: EncodingConfig, num_pixels: float = TYPICAL_PIXELS) -> float:
@@ -136,7 +137,8 @@ class Sizes:
     latents: float = latent_bytes(EncodingConfig())
     """One generation, as an encoding without options stores it."""
     tables: float = 130.0
-    """Rows of all tables but embeddings. performance.md section 5."""
+    """Rows of all tables but embeddings: Parquet of 1.5 million rows with 32 tags each takes 124
+    a row."""
     embeddings: float = 1536.0
     """768 numbers of 16 bits."""
 
@@ -156,7 +158,7 @@ class Workload:
     num_samples: int
     """Samples that are trained on."""
     num_generated: int = 300_000
-    """Pictures that evaluations draw: ten times 30,000, performance.md section 7."""
+    """Pictures that evaluations draw: ten times the 30,000 of FID-30k."""
     training_tflop: float | None = None
     """10^12 operations per sample, forward and backward; None for SDXL as `Rates.training` has
     it."""
@@ -222,7 +224,7 @@ def estimate_cost(
     dollars_per_hour: float,
     stored_bytes: Mapping[str, float] | None,
 ) -> Cost:
-    """The cost model of performance.md section 8.
+    """The cost model of docs/cost.md.
 
     Args:
         work: What is to be done.

@@ -21,7 +21,7 @@ from training.models.tokens import CHUNK_LENGTH
 Shape = tuple[int, ...]
 
 CONTEXT_BYTES = 3e9
-"""CUDA context, libraries and their workspaces. performance.md section 1.3."""
+"""CUDA context, libraries and their workspaces: an estimate, not measured on a card."""
 
 # Optimizer state per trained parameter; Adafactor's follows from shapes. Prodigy keeps the first
 # weights and a running sum beside AdamW's two moments.

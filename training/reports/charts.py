@@ -9,7 +9,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from training.reports import page
 
 Points = Sequence[tuple[int, float]]
 """`(samples_seen, value)` in order; values are finite."""
@@ -57,11 +60,11 @@ class Map:
     """Name -> value per column, greater than 0; None for none."""
 
 
-def draw_chart(chart: Chart) -> str:
+def draw_chart(chart: Chart) -> Markup:
     """A chart as a figure with axes and a legend; empty where no line has two points."""
     lines = [line for line in chart.lines if len(line.points) > 1]
     if not lines:
-        return ""
+        return Markup()
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     first, last = min(xs), max(xs)
@@ -72,70 +75,47 @@ def draw_chart(chart: Chart) -> str:
         return f"{(x - first) / ((last - first) or 1) * 300:.1f},{150 - (y - low) / (high - low) * 150:.1f}"
 
     # Line by line: those behind come first, colours go by the order in the legend.
-    coloured = [line for line in lines if not line.faint]
-    paths = [_path("faint", place, line.points) for line in lines if line.faint]
-    paths += [
-        _path(f"c{number % NUM_COLOURS}", place, line.points)
-        for number, line in enumerate(coloured)
+    coloured = [
+        (f"c{number % NUM_COLOURS}", line)
+        for number, line in enumerate(line for line in lines if not line.faint)
     ]
-    rules = [f"<path class=rule d='M{place(first, tick)}H300'/>" for tick in ticks]
-    rules += [
-        f"<path class=mark d='M{place(mark, low)}V0'/>"
-        for mark in chart.marks
-        if first <= mark <= last
-    ]
-    labels = [
-        f"<i style='bottom:{(t - low) / (high - low) * 100:.1f}%'>{_number(t, ticks)}</i>"
-        for t in ticks
-    ]
-    legend = "".join(
-        f"<span class=c{number % NUM_COLOURS}>{escape(line.name)} <small>last {line.points[-1][1]:.4g}</small></span>"
-        for number, line in enumerate(coloured)
-    )
-    return (
-        f"<figure class=chart><b>{escape(chart.title)}</b><div class=plot><div class=ys>{''.join(labels)}</div>"
-        f"<svg viewBox='0 0 300 150' preserveAspectRatio=none role=img aria-label='{escape(chart.title)}'>"
-        f"{''.join(rules)}{''.join(paths)}</svg></div>"
-        f"<div class=xs><i>{first:,}</i><i>{last:,} samples</i></div><figcaption>{legend}</figcaption></figure>"
+    kinds = [*(("faint", line) for line in lines if line.faint), *coloured]
+    return page.render(
+        "chart",
+        title=chart.title,
+        first=first,
+        last=last,
+        ticks=[((tick - low) / (high - low) * 100, _number(tick, ticks)) for tick in ticks],
+        rules=[place(first, tick) for tick in ticks],
+        marks=[place(mark, low) for mark in chart.marks if first <= mark <= last],
+        lines=[(kind, [place(x, y) for x, y in _kept(line.points)]) for kind, line in kinds],
+        legend=[(kind, line.name, line.points[-1][1]) for kind, line in coloured],
     )
 
 
-def draw_map(shown: Map) -> str:
+def draw_map(shown: Map) -> Markup:
     """A map as a table: green where the value fell since the first column, red where it rose; empty
     without rows."""
     if len(shown.columns) < 2 or not shown.rows:
-        return ""
+        return Markup()
     picked = _spread(len(shown.columns), _MAX_COLUMNS)
     changes = {name: _changes(values) for name, values in shown.rows.items()}
     strongest = max((abs(c) for row in changes.values() for c in row if c is not None), default=0.0)
+    full = max(strongest, _FULL_COLOUR)
+    rows = [
+        {
+            "name": name,
+            "cells": [_cell(shown.columns[n], values[n], changes[name][n], full) for n in picked],
+            "change": None if (final := changes[name][-1]) is None else math.expm1(final),
+        }
+        for name, values in shown.rows.items()
+    ]
+    columns = [shown.columns[n] for n in picked]
     numbered = len(picked) <= _MAX_NUMBERED
-    head = "".join(
-        f"<th class=number>{shown.columns[n]:,}</th>" if numbered else "<th></th>" for n in picked
-    )
-    body = []
-    for name, values in shown.rows.items():
-        cells = [
-            _cell(
-                shown.columns[n],
-                values[n],
-                changes[name][n],
-                max(strongest, _FULL_COLOUR),
-                numbered,
-            )
-            for n in picked
-        ]
-        final = changes[name][-1]
-        summary = "" if final is None else f"{math.expm1(final):+.1%}"
-        body.append(
-            f"<tr><th>{escape(name)}</th>{''.join(cells)}<td class=number>{summary}</td></tr>"
-        )
-    return (
-        f"<figure class=map><b>{escape(shown.title)}</b><p class=muted>{escape(shown.note)}</p><div class=scroll>"
-        f"<table><tr><th></th>{head}<th class=number>change</th></tr>{''.join(body)}</table></div></figure>"
-    )
+    return page.render("map", shown=shown, columns=columns, numbered=numbered, rows=rows)
 
 
-def interval_bar(low: float, middle: float, high: float, margin: float, reach: float) -> str:
+def interval_bar(low: float, middle: float, high: float, margin: float, reach: float) -> Markup:
     """An interval around its middle, over the margin's band and the line at zero.
 
     Args:
@@ -147,18 +127,17 @@ def interval_bar(low: float, middle: float, high: float, margin: float, reach: f
     """
     width, height = _BAR
     if not (math.isfinite(low) and math.isfinite(high)):
-        return ""
+        return Markup()
 
     def x(value: float) -> float:
         return width / 2 + max(min(value / (reach or 1), 1), -1) * (width / 2 - 6)
 
-    band = f"<rect class=band x='{x(-margin):.1f}' width='{max(x(margin) - x(-margin), 1):.1f}' height={height} />"
-    return (
-        f"<svg class=interval width={width} height={height} viewBox='0 0 {width} {height}' role=img "
-        f"aria-label='{low:+.4f} to {high:+.4f}'>{band}<path class=zero d='M{width / 2} 0V{height}'/>"
-        f"<path class=span d='M{x(low):.1f} 10H{x(high):.1f}M{x(low):.1f} 6v8M{x(high):.1f} 6v8'/>"
-        f"<circle cx='{x(middle):.1f}' cy=10 r=4 /></svg>"
-    )
+    places = {
+        "low": x(low), "middle": x(middle), "high": x(high), "band": x(-margin),
+        "band_width": max(x(margin) - x(-margin), 1),
+    }  # fmt: skip
+    at = {name: f"{place:.1f}" for name, place in places.items()}
+    return page.render("interval", width=width, height=height, low=low, high=high, x=at)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -186,11 +165,10 @@ def thin(points: Points, most: int) -> list[tuple[int, float]]:
     return [(part[len(part) // 2][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
 
 
-def _path(kind: str, place: object, points: Points) -> str:
-    assert callable(place)
+def _kept(points: Points) -> Points:
+    """As many points as a chart can show, the last among them."""
     step = -(-len(points) // _MAX_POINTS)
-    kept = [*points[::step], *(points[-1:] if (len(points) - 1) % step else [])]
-    return f"<polyline class={kind} points='{' '.join(place(x, y) for x, y in kept)}'/>"
+    return [*points[::step], *(points[-1:] if (len(points) - 1) % step else [])]
 
 
 def _number(value: float, ticks: Sequence[float]) -> str:
@@ -216,13 +194,15 @@ def _changes(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _cell(
-    samples_seen: int, value: float | None, change: float | None, full: float, numbered: bool
-) -> str:
+    samples_seen: int, value: float | None, change: float | None, full: float
+) -> dict[str, object] | None:
+    """What a map's cell shows; None for an empty one."""
     if value is None or change is None:
-        return "<td></td>"
-    colour = "220 38 38" if change > 0 else "22 163 74"
-    text = f"{value:.4g}" if numbered else ""
-    return (
-        f"<td class=number style='background:rgb({colour}/{min(abs(change) / full, 1) * 0.75:.2f})' "
-        f"title='{samples_seen:,} samples: {value:.4g}, {math.expm1(change):+.1%}'>{text}</td>"
-    )
+        return None
+    return {
+        "samples_seen": samples_seen,
+        "value": value,
+        "change": math.expm1(change),
+        "colour": "220 38 38" if change > 0 else "22 163 74",
+        "opacity": min(abs(change) / full, 1) * 0.75,
+    }

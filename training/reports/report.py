@@ -5,12 +5,12 @@ MLflow's sandbox.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
+from markupsafe import Markup
 
 from training.reports import images, page
 from training.reports.charts import Chart, Map, draw_chart, draw_map
@@ -23,7 +23,6 @@ from training.reports.scores import (
     group_means,
     in_turn,
     judged_metrics,
-    title_of,
 )
 from training.reports.verdicts import headlines, verdict_table
 
@@ -38,7 +37,6 @@ _NUM_EXTREME = 8
 """Winners over all metrics, and as many losers."""
 _FEW = 3
 """Columns up to which the grid's pictures are large."""
-_MAX_TEXT, _MAX_NAME = 500, 80
 
 _T = TypeVar("_T")
 
@@ -71,10 +69,10 @@ def render(
 
     Args:
         title: Headline.
-        sides: Checkpoints from left to right, at least two; sliders, changes and verdicts are first
-            against last.
+        sides: Checkpoints from left to right, at least two; sliders, changes and verdicts compare
+            the last with the first.
         verdicts: Rows of table `verdicts`; may be empty.
-        facts: A line of small print each.
+        facts: Name and value of each item of the small print.
         charts: Curves of the run.
         maps: Maps of change, such as the losses by timestep.
         sections: What else is to be shown, after all that.
@@ -101,30 +99,25 @@ def render(
             **facts,
             "pictures that are missing or damaged": f"{len(lost)}, run foundry verify --repair",
         }
+    compared = {"sides": sides, "names": names, "metrics": metrics}
     parts = [
-        ("Before and after", _first(first, sides, names, metrics)),
         (
-            "Winners and losers",
-            "".join(_extremes(m, *winning[m], sides, names, metrics) for m in metrics),
+            "Before and after",
+            page.render("before_after", prompts=first, **compared) if first else "",
         ),
-        ("All prompts", _grid(shown, len(everything), sides, names, metrics)),
+        ("Winners and losers", page.render("extremes", winning=winning, **compared)),
+        ("All prompts", _grid(shown, len(everything), compared)),
         ("Verdict", verdict_table(verdicts)),
-        ("Groups", "".join(_groups(everything, sides, metric) for metric in metrics)),
+        ("Groups", _groups(everything, sides, metrics)),
         ("Training", _training(charts, maps)),
         *((section.title, _section(number, section)) for number, section in enumerate(sections)),
     ]
-    parts = [(name, content) for name, content in parts if content]
-    body = "".join(
-        f"<h2 id=h{n}>{_show(name)}</h2>{content}" for n, (name, content) in enumerate(parts)
-    )
-    links = "".join(f"<a href='#h{n}'>{_show(name)}</a>" for n, (name, _) in enumerate(parts))
-    small = " · ".join(f"{_show(str(name))}: {_show(str(value))}" for name, value in facts.items())
-    return (
-        f"<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
-        f'content="{page.POLICY}"><meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{_show(title)}</title><style>{page.STYLE}{rules}</style></head><body><h1>{_show(title)}</h1>"
-        f"<p class=muted>{small}</p>{headlines(verdicts)}<nav>{links}</nav>{body}{page.DIALOG}"
-        f"<script>{page.SCRIPT}</script></body></html>\n"
+    return page.render_page(
+        title,
+        pictures=rules,
+        facts=facts,
+        headlines=headlines(verdicts),
+        parts=[(name, content) for name, content in parts if content],
     )
 
 
@@ -169,165 +162,45 @@ def _without(prompt: Prompt, name: str, lost: set[str]) -> Prompt:
     return replace(prompt, files=tuple(files))
 
 
-def _first(
-    prompts: Sequence[Prompt],
-    sides: Sequence[Side],
-    names: Mapping[str, str],
-    metrics: Sequence[str],
-) -> str:
-    about = (
-        f"{_show(sides[0].checkpoint)} on the left, {_show(sides[-1].checkpoint)} on the right, equal prompts and "
-        "seeds; drag to compare. These prompts were taken by their names, not by their pictures."
-    )
-    cards = "".join(_slider(prompt, sides, names, metrics) for prompt in prompts)
-    return f"<p class=muted>{about}</p><div class=cards>{cards}</div>" if prompts else ""
-
-
-def _extremes(
-    metric: str, gained: Sequence[Prompt], lost: Sequence[Prompt], sides: Sequence[Side], names: Mapping[str, str],
-    metrics: Sequence[str],
-) -> str:  # fmt: skip
-    """The sliders of the largest gains and losses on a metric."""
-    parts = []
-    for word, prompts in (("gains", gained), ("losses", lost)):
-        if prompts:
-            cards = "".join(_slider(prompt, sides, names, metrics) for prompt in prompts)
-            parts.append(
-                f"<h3>Largest {word} in {_show(title_of(metric))}</h3><div class=cards>{cards}</div>"
-            )
-    return "".join(parts)
-
-
-def _slider(
-    prompt: Prompt, sides: Sequence[Side], names: Mapping[str, str], metrics: Sequence[str]
-) -> str:
-    last = len(sides) - 1
-    halves = "".join(
-        f'<div class="pic {names[prompt.prompt_id]}s{place}" role=img aria-label="{_show(sides[place].label)}"></div>'
-        for place in (0, last)
-    )
-    changes = " · ".join(
-        f"{_show(title_of(m))} <span class={'up' if prompt.changes[m] > 0 else 'down'}>{prompt.changes[m]:+.3f}</span>"
-        for m in metrics
-        if m in prompt.changes
-    )
-    return (
-        f"<figure><div class=pair style='{_shape(prompt)}'>{halves}"
-        "<input type=range min=0 max=100 value=50 aria-label='before and after'>"
-        f"<b>{_show(sides[0].label)}</b><b>{_show(sides[last].label)}</b></div><figcaption>"
-        f"<p class=ask>{_show(prompt.text, _MAX_TEXT)}</p><small>{_show(prompt.prompt_id)} · {_show(prompt.group)}"
-        f"{' · ' if changes else ''}{changes}</small></figcaption></figure>"
-    )
-
-
-def _grid(
-    shown: Sequence[Prompt],
-    total: int,
-    sides: Sequence[Side],
-    names: Mapping[str, str],
-    metrics: Sequence[str],
-) -> str:
+def _grid(shown: Sequence[Prompt], total: int, compared: Mapping[str, Any]) -> Markup:
     """The table of all prompts over all sides, with its choices of group and order."""
     groups = sorted({prompt.group for prompt in shown})
-    head = "".join(
-        f"<th title='{_show(side.checkpoint)}'>{_show(side.label)}</th>" for side in sides
-    )
-    rows = []
-    for place, prompt in enumerate(shown):
-        data = "".join(
-            f" data-change{n}='{prompt.changes.get(metric, 0):.6g}'"
-            for n, metric in enumerate(metrics)
-        )
-        cells = "".join(_cell(prompt, number, side, names) for number, side in enumerate(sides))
-        rows.append(
-            f"<tr data-group={groups.index(prompt.group)} data-place={place}{data}><td>"
-            f"<p class=ask>{_show(prompt.text, _MAX_TEXT)}</p><small class=muted>{_show(prompt.prompt_id)} · "
-            f"{_show(prompt.group)}</small></td>{cells}</tr>"
-        )
-    of_groups = "".join(
-        f"<option value={number}>{_show(group)}</option>" for number, group in enumerate(groups)
-    )
-    orders = "".join(
-        f"<option value={n}>{_show(title_of(m))}: gains first</option>"
-        for n, m in enumerate(metrics)
-    )
-    few = " few" if len(sides) <= _FEW else ""
-    cut = f"{len(shown)} of {total} prompts. " if len(shown) < total else ""
-    return (
-        f"<p class=muted>{cut}Click a picture to enlarge it; there, ← and → go through the checkpoints, ↑ and ↓ "
-        f"through the prompts.</p><div class=bar><select id=group aria-label=group><option value=''>all groups</option>"
-        f"{of_groups}</select><select id=order aria-label=order><option value=''>by prompt</option>{orders}</select>"
-        f"</div><div class='wide grid{few}'><table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table></div>"
-    )
+    few = len(compared["sides"]) <= _FEW
+    return page.render("grid", prompts=shown, total=total, groups=groups, few=few, **compared)
 
 
-def _cell(prompt: Prompt, place: int, side: Side, names: Mapping[str, str]) -> str:
-    if prompt.files[place] is None:
-        return "<td><div class=gap>no picture</div></td>"
-    name = f"{names[prompt.prompt_id]}s{place}"
-    scores = "<br>".join(
-        f"{_show(title_of(m))} {prompt.scores[place][m]:.3f}" for m in prompt.scores[place]
-    )
-    return (
-        f'<td><button class="pic {name}" data-name={name} style="{_shape(prompt)}" '
-        f'title="{_show(side.label)}"></button><small class=muted>{scores}</small></td>'
-    )
+def _groups(prompts: Sequence[Prompt], sides: Sequence[Side], metrics: Sequence[str]) -> Markup:
+    """The means of each metric by group and side."""
+    means: dict[str, list[dict[str, object]]] = {metric: [] for metric in metrics}
+    for metric, rows in means.items():
+        for group, count, values in group_means(prompts, metric):
+            first, last = values[0], values[-1]
+            change = "" if first is None or last is None else f"{last - first:+.4f}"
+            rows.append({"group": group, "count": count, "means": values, "change": change})
+    return page.render("groups", means=means, sides=sides)
 
 
-def _groups(prompts: Sequence[Prompt], sides: Sequence[Side], metric: str) -> str:
-    """The means of a metric by group and side."""
-    head = "".join(f"<th class=number>{_show(side.label)}</th>" for side in sides)
-    rows = []
-    for group, count, means in group_means(prompts, metric):
-        cells = "".join(
-            f"<td class=number>{'–' if mean is None else f'{mean:.4f}'}</td>" for mean in means
-        )
-        change = "" if means[0] is None or means[-1] is None else f"{means[-1] - means[0]:+.4f}"
-        word = "up" if change.startswith("+") else "down"
-        rows.append(
-            f"<tr><td>{_show(group)}</td><td class=number>{count}</td>{cells}"
-            f"<td class='number {word}'>{change}</td></tr>"
-        )
-    return (
-        f"<h3>{_show(title_of(metric))}, means by group</h3><div class=wide><table><tr><th>prompts</th>"
-        f"<th class=number>n</th>{head}<th class=number>change</th></tr>{''.join(rows)}</table></div>"
-    )
-
-
-def _training(charts: Sequence[Chart], maps: Sequence[Map]) -> str:
-    drawn = "".join(draw_chart(chart) for chart in charts)
-    return (f"<div class=charts>{drawn}</div>" if drawn else "") + "".join(
-        draw_map(shown) for shown in maps
-    )
+def _training(charts: Sequence[Chart], maps: Sequence[Map]) -> Markup:
+    drawn = [picture for chart in charts if (picture := draw_chart(chart))]
+    return page.render("training", charts=drawn, maps=[draw_map(shown) for shown in maps])
 
 
 def _section_pictures(sections: Sequence[Section]) -> list[tuple[str, np.ndarray]]:
     return [
-        (f"x{number}e{place}n{n}", picture)
+        item
         for number, section in enumerate(sections)
-        for place, exhibit in enumerate(section.exhibits)
-        for n, picture in enumerate(exhibit.pictures)
+        for pictures in _named(number, section)
+        for item in pictures
     ]
 
 
-def _section(number: int, section: Section) -> str:
-    cards = []
-    for place, exhibit in enumerate(section.exhibits):
-        pictures = "".join(
-            f'<div class="pic x{number}e{place}n{n}" style="--r:{picture.shape[1]}/{picture.shape[0]}" role=img></div>'
-            for n, picture in enumerate(exhibit.pictures)
-        )
-        caption = _show(exhibit.caption, _MAX_TEXT)
-        cards.append(
-            f"<figure><div class=several>{pictures}</div><figcaption>{caption}</figcaption></figure>"
-        )
-    return f"<p class=muted>{_show(section.text, 2 * _MAX_TEXT)}</p><div class=cards>{''.join(cards)}</div>"
+def _named(number: int, section: Section) -> list[list[tuple[str, np.ndarray]]]:
+    """The pictures of each exhibit with their CSS classes."""
+    return [
+        [(f"x{number}e{place}n{n}", picture) for n, picture in enumerate(exhibit.pictures)]
+        for place, exhibit in enumerate(section.exhibits)
+    ]
 
 
-def _shape(prompt: Prompt) -> str:
-    return f"--r:{prompt.width}/{prompt.height}"
-
-
-def _show(text: str, most: int = _MAX_NAME) -> str:
-    """Text from data: cut, and escaped."""
-    return escape(text if len(text) <= most else f"{text[: most - 1]}…")
+def _section(number: int, section: Section) -> Markup:
+    return page.render("section", section=section, exhibit_pictures=_named(number, section))

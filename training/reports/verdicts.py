@@ -2,65 +2,26 @@
 
 import math
 from collections.abc import Mapping
-from html import escape
 
 import polars as pl
+from markupsafe import Markup
 
 from training.evaluation.verdict import ALL
+from training.reports import page
 from training.reports.charts import interval_bar
-from training.reports.scores import LEADING, title_of
-
-_WORDS = {
-    "better": "better", "worse": "worse", "same": "same", "unclear": "unclear", "too_few_prompts": "too few prompts",
-}  # fmt: skip
-_HEADS = (
-    "<th>metric</th><th>prompts</th><th>verdict</th><th class=middle>95 % interval of the difference</th>"
-    + "".join(
-        f"<th class=number>{name}</th>"
-        for name in ("difference", "n", "before", "after", "p (Holm)", "wins")
-    )
-)
+from training.reports.scores import LEADING
 
 
-def headlines(verdicts: pl.DataFrame) -> str:
+def headlines(verdicts: pl.DataFrame) -> Markup:
     """A tile for each metric over all prompts; empty without verdicts."""
-    reach = _reach(verdicts)
-    tiles = [
-        f"<div class=tile><b>{escape(title_of(str(row['metric'])))}</b>{_chip(row)} <span class='number muted'>"
-        f"{row['mean_a']:.4f} → {row['mean_b']:.4f}</span>{_bar(row, reach)}<small class='number muted'>"
-        f"{row['difference']:+.4f}, {_interval(row)}; {row['num_prompts']} prompts</small></div>"
-        for row in in_order(verdicts)
-        if row["group"] == ALL
-    ]
-    return f"<div class=tiles>{''.join(tiles)}</div>" if tiles else ""
+    rows = [row for row in _with_bars(verdicts) if row["group"] == ALL]
+    return page.render("headlines", rows=rows)
 
 
-def verdict_table(verdicts: pl.DataFrame) -> str:
+def verdict_table(verdicts: pl.DataFrame) -> Markup:
     """All verdicts, those over all prompts first; empty without verdicts."""
-    if verdicts.is_empty():
-        return ""
-    reach = _reach(verdicts)
-    rows = []
-    for row in in_order(verdicts):
-        needed = (
-            f"<br><small class=muted>{row['num_needed']:,} prompts would do</small>"
-            if row["num_needed"]
-            else ""
-        )
-        numbers = (
-            f"{row['difference']:+.4f}", row["num_prompts"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
-            f"{row['p_holm']:.2g}", f"{row['win_rate']:.0%}",
-        )  # fmt: skip
-        cells = "".join(f"<td class=number>{value}</td>" for value in numbers)
-        rows.append(
-            f"<tr><td>{escape(title_of(str(row['metric'])))}</td><td>{escape(str(row['group'])[:80])}</td><td>{_chip(row)}{needed}</td>"
-            f"<td class=middle>{_bar(row, reach)}<br><small class=muted>{_interval(row)}</small></td>{cells}</tr>"
-        )
-    return (
-        "<p class=muted>Paired by prompt with equal seeds; the grey band is the margin that matters in practice. These "
-        "metrics are trip wires and no judges of taste: look at the pictures.</p>"
-        f"<div class=wide><table><tr>{_HEADS}</tr>{''.join(rows)}</table></div>"
-    )
+    rows = _with_bars(verdicts)
+    return page.render("verdicts", rows=rows) if rows else Markup()
 
 
 def in_order(verdicts: pl.DataFrame) -> list[dict[str, object]]:
@@ -76,16 +37,13 @@ def _place(metric: str) -> tuple[int, str]:
     return (LEADING.index(metric) if metric in LEADING else len(LEADING), metric)
 
 
-def _chip(row: Mapping[str, object]) -> str:
-    word = str(row["verdict"])
-    return f"<span class='chip {escape(word)}'>{escape(_WORDS.get(word, word))}</span>"
+def _with_bars(verdicts: pl.DataFrame) -> list[dict[str, object]]:
+    """Rows in order, with their intervals drawn."""
+    reach = _reach(verdicts)
+    return [{**row, "bar": _bar(row, reach)} for row in in_order(verdicts)]
 
 
-def _interval(row: Mapping[str, object]) -> str:
-    return f"{row['low']:+.4f} … {row['high']:+.4f}"
-
-
-def _bar(row: Mapping[str, object], reach: Mapping[str, float]) -> str:
+def _bar(row: Mapping[str, object], reach: Mapping[str, float]) -> Markup:
     low, middle, high, margin = (
         float(str(row[name])) for name in ("low", "difference", "high", "margin")
     )

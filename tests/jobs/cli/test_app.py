@@ -70,12 +70,12 @@ def test_ctrl_c_while_following_says_that_the_trainer_goes_on(command, monkeypat
     store = Store(tmp_path)
     folder = store.paths.run_folder("one")
     monkeypatch.setattr(torchrun, "is_running", lambda run: run == folder)
-    assert app._train_interrupted(store, "one") == (
+    assert training._train_interrupted(store, "one") == (
         f"the trainer goes on by itself; follow it again with `foundry train --home {tmp_path} --run one`, "
         f"stop it with `foundry train --home {tmp_path} --run one --stop`"
     )
     monkeypatch.setattr(torchrun, "is_running", lambda run: False)
-    assert app._train_interrupted(store, "one").startswith(
+    assert training._train_interrupted(store, "one").startswith(
         "the run has no checkpoint yet; go on with `foundry train"
     )
 
@@ -108,7 +108,7 @@ def test_ctrl_c_in_a_run_names_the_trainers_that_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(
         torchrun, "is_running", lambda folder: folder == store.paths.run_folder("going")
     )
-    said = app._run_interrupted(store)
+    said = workspace._run_interrupted(store)
     assert "the trainer of going goes on by itself" in said
     assert "ended" not in said
     commands = said.split("`")[1::2]

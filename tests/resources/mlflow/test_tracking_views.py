@@ -49,8 +49,8 @@ def the_run(home, name):
 
 
 def shared(home):
-    """Key -> name and state of each view, read as MLflow's pages read them (facts/evaluation.md,
-    section 4)."""
+    """Key -> name and state of each view, read as the pages of MLflow 3.17 read them
+    (mlflow/server/js of its package)."""
     found = {}
     for tag, value in experiment_tags(home).items():
         if tag.startswith(SHARE):
