@@ -18,10 +18,11 @@ from training import seeds
 from training.config.run import RunConfig
 from training.estimates.flops import ModelConfigs
 from training.loop import noise
-from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.loop.conditioning import make_time_ids, predict
 from training.loop.loss import mse_per_sample, prediction_target, timestep_weights
 from training.loop.prefetch import Prefetch, Sender
 from training.models.compute import Graphs, apply_compute
+from training.models.full_model import trained_parameters
 from training.models.tokens import CHUNK_LENGTH
 from training.models.unet import named_modules
 from training.optimization.offload import Offload

@@ -109,7 +109,7 @@ def test_parameters_of_text_encoders_are_those_of_the_library(model_class, proje
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("trained", [(False, False), (True, False), (True, True)])
 def test_trained_parameters_are_those_that_the_trainer_trains(tiny_sdxl, trained, freeze):
-    from training.loop.conditioning import trained_parameters
+    from training.models.full_model import trained_parameters
     from training.models.unet import load_pipeline_parts
 
     parts = load_pipeline_parts(tiny_sdxl, "cpu")
@@ -161,7 +161,7 @@ def test_sdxl_takes_what_the_published_table_says():
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "prodigy"])
 @pytest.mark.parametrize("trained", [(False, False), (True, True)])
 def test_optimizer_state_is_what_the_optimizer_keeps(tiny_sdxl, name, trained):
-    from training.loop.conditioning import trained_parameters
+    from training.models.full_model import trained_parameters
     from training.models.unet import load_pipeline_parts
 
     parts = load_pipeline_parts(tiny_sdxl, "cpu")

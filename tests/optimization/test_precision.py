@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config.run import ComputeConfig, OptimizerConfig
-from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.loop.conditioning import make_time_ids, predict
 from training.models.compute import apply_compute
+from training.models.full_model import trained_parameters
 from training.models.unet import load_pipeline_parts, save_diffusers_folder
 from training.optimization.ema import Ema
 from training.optimization.optim import (

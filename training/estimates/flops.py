@@ -20,9 +20,9 @@ from training.buckets.plans import VAE_FACTOR
 from training.config.run import Precision, RunConfig
 from training.errors import ModelError
 from training.estimates import gpus
-from training.estimates.unet_layers import Layer, unet_layers
 from training.models.base_model import config_folder, read_json
 from training.models.tokens import CHUNK_LENGTH
+from training.models.unet_layers import Layer, unet_layers
 
 if TYPE_CHECKING:
     import torch

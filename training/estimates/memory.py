@@ -15,8 +15,8 @@ from typing import Any
 from training.buckets.plans import VAE_FACTOR
 from training.config.run import GROUP_NUMBERS, SLICE_NUMBERS, OptimizerName, RunConfig
 from training.estimates.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate
-from training.estimates.unet_layers import Layer, unet_layers
 from training.models.tokens import CHUNK_LENGTH
+from training.models.unet_layers import Layer, unet_layers
 
 Shape = tuple[int, ...]
 

@@ -16,14 +16,13 @@ from training.errors import ModelError, TrainingError
 from training.estimates.flops import Flops, peak_flops, read_model_configs, training_flops
 from training.latents.source import LatentSource
 from training.loop import checkpoint
-from training.loop.checkpoint import Clock, TrainingState
-from training.loop.conditioning import trained_parameters
 from training.loop.dataset import Dataset
 from training.loop.device_defaults import CPU, Device, recorded_in, resolve
+from training.loop.loading import load_model
 from training.loop.requirements import check_trainable
+from training.loop.state import Clock, TrainingState
 from training.models.compute import apply_compute, why_not_compiled
-from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule, with_vae
-from training.models.vae import Vae
+from training.models.full_model import trained_parameters
 from training.models.weights import model_digest
 from training.optimization.ema import Ema
 from training.optimization.optim import make_optimizer
@@ -82,7 +81,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
         model = read_model_configs(source)
         check_trainable(source, model, config, ranks.size)
-        parts = _load(source, None if resumed else inputs.vae, config, ranks.device)
+        parts = load_model(source, None if resumed else inputs.vae, config, ranks.device)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
@@ -192,35 +191,3 @@ def _check_digest(what: str, model: Path, recorded: str) -> None:
             f"{what} {model} has digest {digest[:16]}, inputs.json says {recorded[:16]}: the folder changed since the "
             "run was made"
         )
-
-
-def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.device) -> PipelineParts:
-    """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it
-    came from.
-
-    Args:
-        source: The base model, or a checkpoint.
-        vae: VAE that takes the place of the base model's; None for the model's own.
-        config: Of the run.
-        device: Where UNet and text encoders go, weight by weight.
-
-    Raises:
-        ModelError: it cannot be loaded, or the VAE is not for it.
-    """
-    parts = load_pipeline_parts(source, device)
-    parts.vae.to("cpu")  # it is only saved again
-    if vae is not None:
-        parts = with_vae(parts, Vae.load(vae, "cpu").model, str(vae))
-    parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
-    if config.prompts.empty_prob > 0:
-        # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or
-        # must.
-        zeros = config.prompts.empty_as == "zeros" and parts.family == "sdxl"
-        parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=zeros)
-    # Libraries note the folder that a model was loaded from in its config: equal models would
-    # differ by it.
-    parts.unet.register_to_config(_name_or_path="")
-    parts.vae.register_to_config(_name_or_path="")
-    for encoder in parts.text_encoders:
-        encoder.config.name_or_path = ""
-    return parts
