@@ -19,7 +19,6 @@ from resources.workspace.store import Made, Store, file_digest, git_revision
 from training.commit import json_digest, read_parquet, write_bytes
 from training.errors import DataError
 from training.images import figures
-from training.models.base_model import inspect
 from training.reports import contact_sheet
 from training.reports.model_card import Card, Picture
 from training.runs import release as releasing
@@ -117,7 +116,7 @@ def release(
         )
         write_bytes(store.sheet_file(key), _sheet(store, key, last))
         return Made(
-            frame=releasing.table(folder),
+            frame=releasing.table(folder, read_config(store.run_folder(key))),
             report={
                 "numbers": {
                     "checkpoint": last,
@@ -153,9 +152,9 @@ def render_card(
     from training.curation import vocabulary
     from training.reports import card_facts, model_card
 
-    model = inspect(store.checkpoint_folder(last))
     folder, (base, license_name) = store.run_folder(run), _base(store, run)
     inputs, config = read_inputs(folder), read_config(folder)
+    model = releasing.inspect_model(store.checkpoint_folder(last), inputs.base_model, config)
     facts = card_facts.count_set(read_parquet(inputs.training_set))
     card = Card(
         checkpoint=last,

@@ -84,10 +84,7 @@ class Bench:
         torch._dynamo.utils.counters.clear()
         self.graphs, self.num_graphs = Graphs() if run.compute.compile else None, 0
         apply_compute(self.parts, run.compute, backend=backend)
-        self.arithmetic = Arithmetic(
-            run.precision, self.parts, self.parameters, self.parameters, device,
-            global_batch_size=run.batch.global_batch_size,
-        )  # fmt: skip
+        self.arithmetic = Arithmetic(run, self.parts, self.parameters, self.parameters)
         self.optimizer = (
             make_optimizer(run.optimizer, self.arithmetic.weights)
             if variant.fused

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from training import commit, toml
@@ -22,7 +21,6 @@ from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
 from training.errors import ConfigError, DamageError, TrainingError
 from training.loop.state import Capture, Clock, Snapshot, TrainingState
-from training.models.unet import read_weights, save_diffusers_folder
 from training.optimization.optim import restore_optimizer
 from training.runs import run_folder
 from training.runs.resumable import check_version
@@ -110,12 +108,14 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
             left
         )  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
-        save_diffusers_folder(
-            snapshot.parts, temporary, torch.float32, snapshot.frozen | snapshot.weights
-        )
-        if snapshot.averages:
-            averages = snapshot.frozen | snapshot.averages
-            save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, averages)
+        for path, weights in (
+            (temporary, snapshot.weights),
+            (temporary / EMA_FOLDER, snapshot.averages),
+        ):
+            if weights:
+                snapshot.trainable.save(
+                    path, snapshot.parts, snapshot.frozen | weights, inputs.base_digest
+                )
         files = _entries(temporary)
         _write_state(temporary / STATE, snapshot)
         ready = Ready(
@@ -215,7 +215,7 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
             state.ema.restore(
                 load_file(old)
                 if old.is_file()
-                else read_weights(checkpoint / EMA_FOLDER, state.ema.shadows)
+                else state.trainable.load(checkpoint / EMA_FOLDER, state.ema.shadows)
             )
     except (KeyError, ValueError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None

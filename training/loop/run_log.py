@@ -16,6 +16,7 @@ from training.loop.meters import Interval
 from training.loop.startup import Start
 from training.loop.state import TrainingState
 from training.models.compute import Graphs
+from training.models.trainables import trainable_of
 from training.runs import run_folder
 from training.runs.event_log import EventLog
 from training.runs.run_folder import Ready, RunInputs
@@ -185,8 +186,10 @@ def way_on(folder: Path, config: RunConfig, samples_seen: int) -> str:
     saved, base = "none was good, so begin another run", ""
     if samples_seen:
         checkpoint = run_folder.checkpoint_folder(folder, samples_seen)
-        saved = f"the state before them is saved at {samples_seen} samples. Begin another run from there"
-        base = f'[models] base = "{checkpoint}" in foundry.toml, and '
+        saved = f"the state before them is saved at {samples_seen} samples. Begin another run"
+        if not trainable_of(config).needs_base:
+            saved += " from there"
+            base = f'[models] base = "{checkpoint}" in foundry.toml, and '
     return (
         f"{saved}, since a run keeps its recipe: {base}an optimizer.learning_rate below "
         f'{config.optimizer.learning_rate:g} or another precision than "{config.precision}", such as '

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from training.models.trainable import Trainable
 from training.models.unet import PipelineParts
 from training.optimization.ema import Ema
 from training.optimization.offload import Offload
@@ -46,6 +47,8 @@ class Clock:
 class TrainingState:
     """Everything that steps change."""
 
+    trainable: Trainable
+    """What is trained, and how it is saved."""
     parts: PipelineParts
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones as the model holds them, by name."""
@@ -73,12 +76,14 @@ class TrainingState:
 class Snapshot:
     """A state between two steps, copied to rank 0's CPU."""
 
+    trainable: Trainable
+    """How it is saved."""
     parts: PipelineParts
     """Of which only what is not trained is read."""
     weights: dict[str, torch.Tensor]
     averages: dict[str, torch.Tensor]
     frozen: dict[str, torch.Tensor]
-    """What `bf16` rounded in the model and nobody trains, as it came."""
+    """What `bf16` rounded in the model and nobody trains, as it came; empty where it is not saved."""
     optimizer: dict[str, torch.Tensor]
     clock: Clock
 
@@ -108,6 +113,11 @@ class Capture:
         if sharding.ranks.rank != 0:
             return None
         return Snapshot(
-            parts=state.parts, weights=weights, averages=averages, frozen=dict(state.arithmetic.frozen),
-            optimizer=moments, clock=self._clock,
-        )  # fmt: skip
+            trainable=state.trainable,
+            parts=state.parts,
+            weights=weights,
+            averages=averages,
+            frozen=dict(state.arithmetic.frozen),
+            optimizer=moments,
+            clock=self._clock,
+        )

@@ -1,19 +1,92 @@
-"""Full fine-tuning: which of a model's own parameters a run trains."""
+"""Full fine-tuning: the UNet and text encoders of a model are trained themselves.
 
-import torch
+Imports torch only where there is a model: estimates ask what is trained without it.
+"""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.config.run import RunConfig
 from training.errors import ConfigError
-from training.models.unet import PipelineParts, named_modules
+from training.models.trainable import Trained
+from training.models.unet_layers import Layer
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.models.unet import PipelineParts
+
+
+@dataclass(frozen=True, slots=True)
+class FullModel:
+    """The whole UNet, and the text encoders that the run's config names: a checkpoint is a diffusers
+    folder."""
+
+    config: RunConfig
+    needs_base = False
+    about_files = "model in diffusers layout"
+
+    @property
+    def about(self) -> str:
+        """See `Trainable`."""
+        numbers = [str(number) for number, on in enumerate(self.text_encoders, 1) if on]
+        return "UNet" + (f" and text encoder {' and '.join(numbers)}" if numbers else "")
+
+    @property
+    def text_encoders(self) -> tuple[bool, bool]:
+        """See `Trainable`."""
+        return self.config.trained_text_encoders
+
+    def at(self, layer: Layer) -> Trained:
+        """See `Trainable`."""
+        return Trained(own=True)
+
+    def inject(self, parts: "PipelineParts") -> "dict[str, torch.nn.Parameter]":
+        """See `Trainable`.
+
+        Raises:
+            ConfigError: the text encoder has fewer layers than `clip_skip`.
+        """
+        first, second = self.text_encoders
+        return trained_parameters(
+            parts,
+            text_encoder=first,
+            text_encoder_2=second,
+            freeze_embeddings=self.config.freeze_embeddings,
+            clip_skip=self.config.clip_skip,
+        )
+
+    def save(
+        self,
+        folder: Path,
+        parts: "PipelineParts",
+        weights: "Mapping[str, torch.Tensor]",
+        base_digest: str,
+    ) -> None:
+        """See `Trainable`; the base model is not needed again."""
+        import torch
+
+        from training.models.unet import save_diffusers_folder
+
+        save_diffusers_folder(parts, folder, torch.float32, weights)
+
+    def load(self, folder: Path, names: Iterable[str]) -> "dict[str, torch.Tensor]":
+        """See `Trainable`."""
+        from training.models.unet import read_weights
+
+        return read_weights(folder, names)
 
 
 def trained_parameters(
-    parts: PipelineParts,
+    parts: "PipelineParts",
     *,
     text_encoder: bool,
     text_encoder_2: bool,
     freeze_embeddings: bool = False,
     clip_skip: int = 1,
-) -> dict[str, torch.nn.Parameter]:
+) -> "dict[str, torch.nn.Parameter]":
     """The parameters that a run trains, by name, with `requires_grad` set on them and on no others.
 
     Layers of text encoder 1 behind the one that is read never get a gradient and are left out, for
@@ -29,6 +102,10 @@ def trained_parameters(
     Raises:
         ConfigError: the text encoder has fewer layers than `clip_skip`.
     """
+    import torch
+
+    from training.models.unet import named_modules
+
     first = parts.text_encoders[0]
     layers = list(first.encoder.layers)
     if clip_skip > len(layers):
