@@ -1,9 +1,12 @@
 """A trainable that comes from outside the package goes through all that trains, saves, estimates and
 draws: nothing in there assumes that the whole UNet is trained."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +172,19 @@ def test_samples_are_drawn_by_base_and_weights_together(whole, tiny_sdxl, tmp_pa
     )
     (file,) = (tmp_path / "raw").glob("*.png")
     assert abs(read_picture(file).astype(int) - by_hand.astype(int)).max() <= 1
+
+
+def test_a_checkpoint_without_its_run_is_refused_by_the_base_that_it_lacks(whole, tmp_path):
+    alone = tmp_path / "runs" / "copied" / "checkpoints" / last(whole).name
+    shutil.copytree(last(whole), alone)
+    named = f"is put into base model {whole.inputs.base_digest[:16]}, which its run names: .*inputs.json"
+    with pytest.raises(ModelError, match=named):
+        draw(alone, tmp_path / "drawn")
+    # Named from within its folder, as people do on other machines.
+    inputs = dataclasses.replace(whole.inputs, run="copied")
+    run_folder.write_inputs(tmp_path / "runs" / "copied", inputs)
+    with contextlib.chdir(alone.parent):
+        assert draw(Path(alone.name), tmp_path / "drawn") == draw(last(whole), tmp_path / "theirs")
 
 
 def test_its_memory_is_that_of_what_it_trains(tiny_sdxl):

@@ -92,7 +92,7 @@ def load_checkpoint(checkpoint: Path, folder: Path, device: str | torch.device) 
     if not trainable.needs_base:
         return load_pipeline_parts(folder, device)
     try:
-        inputs = run_folder.read_inputs(checkpoint.parents[1])
+        inputs = run_folder.read_inputs(checkpoint.resolve().parents[1])
     except ConfigError as error:
         raise ModelError(
             f"checkpoint {checkpoint} is put into base model {ready.base_digest[:16]}, which its run names: {error}"
