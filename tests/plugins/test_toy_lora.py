@@ -96,7 +96,13 @@ def test_stopped_and_resumed_is_unbroken_bit_for_bit(tmp_path, tiny_sdxl, precis
         build_run(tmp_path, tiny_sdxl, name, {**TOY, "precision": precision})
         for name in ("straight", "broken")
     ]
-    assert train_here(runs[0]) == "finished"
+    frozen = []
+
+    def look(trainer):
+        frozen.append(trainer.state.arithmetic.frozen)
+
+    assert train_here(runs[0], prepare=look) == "finished"
+    assert frozen == [{}], "no copy of what is never saved"
     assert train_here(runs[1], stop_at=8) == "stopped"
     assert train_here(runs[1]) == "finished"
     found = [contents(run.folder) for run in runs]

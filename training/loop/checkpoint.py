@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from training import commit, toml
 from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
-from training.errors import ConfigError, DamageError, TrainingError
+from training.errors import ConfigError, DamageError, ModelError, TrainingError
 from training.loop.state import Capture, Clock, Snapshot, TrainingState
 from training.optimization.optim import restore_optimizer
 from training.runs import run_folder
@@ -217,7 +217,7 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
                 if old.is_file()
                 else state.trainable.load(checkpoint / EMA_FOLDER, state.ema.shadows)
             )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ModelError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
     ready = run_folder.read_ready(checkpoint)
     written = json.loads((folder / _CLOCK).read_bytes())
