@@ -22,7 +22,6 @@ from training.commit import json_digest, write_bytes
 from training.errors import DataError
 from training.images import figures
 from training.manifests import read_parquet
-from training.models.base_model import inspect
 from training.names import VerdictName
 from training.reports import contact_sheet
 from training.reports.model_card import Card, Picture
@@ -121,7 +120,7 @@ def release(
         )
         write_bytes(store.paths.sheet_file(key), _sheet(store, key, last))
         return Made(
-            frame=releasing.table(folder),
+            frame=releasing.table(folder, read_config(store.paths.run_folder(key))),
             report={
                 "numbers": {
                     "checkpoint": last,
@@ -157,9 +156,9 @@ def render_card(
     from training.curation import vocabulary
     from training.reports import card_facts, model_card
 
-    model = inspect(store.checkpoints.folder(last))
     folder, (base, license_name) = store.paths.run_folder(run), _base(store, run)
     inputs, config = read_inputs(folder), read_config(folder)
+    model = releasing.inspect_model(store.checkpoints.folder(last), inputs.base_model, config)
     facts = card_facts.count_set(read_parquet(inputs.training_set))
     card = Card(
         checkpoint=last,

@@ -18,10 +18,11 @@ from training import seeds
 from training.config.run import RunConfig
 from training.estimates.flops import ModelConfigs
 from training.loop import noise
-from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.loop.conditioning import make_time_ids, predict
 from training.loop.loss import mse_per_sample, prediction_target, timestep_weights
 from training.loop.prefetch import Prefetch, Sender
 from training.models.compute import Graphs, apply_compute
+from training.models.full_model import trained_parameters
 from training.models.tokens import CHUNK_LENGTH
 from training.models.unet import named_modules
 from training.optimization.offload import Offload
@@ -83,10 +84,7 @@ class Bench:
         torch._dynamo.utils.counters.clear()
         self.graphs, self.num_graphs = Graphs() if run.compute.compile else None, 0
         apply_compute(self.parts, run.compute, backend=backend)
-        self.arithmetic = Arithmetic(
-            run.precision, self.parts, self.parameters, self.parameters, device,
-            global_batch_size=run.batch.global_batch_size,
-        )  # fmt: skip
+        self.arithmetic = Arithmetic(run, self.parts, self.parameters, self.parameters)
         self.optimizer = (
             make_optimizer(run.optimizer, self.arithmetic.weights)
             if variant.fused

@@ -95,7 +95,9 @@ def keep_fp32(bench, monkeypatch):
     monkeypatch.setattr(
         Arithmetic,
         "__init__",
-        lambda self, _, *args, **named: prepare(self, "fp32", *args, **named),
+        lambda self, config, *args, **named: prepare(
+            self, dataclasses.replace(config, precision="fp32"), *args, **named
+        ),
     )
 
 

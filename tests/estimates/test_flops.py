@@ -26,7 +26,8 @@ from training.estimates.flops import (
     unet_flops,
     vae_flops,
 )
-from training.loop.conditioning import predict, trained_parameters
+from training.loop.conditioning import predict
+from training.models.full_model import trained_parameters
 from training.models.unet import PipelineParts
 
 TINY_SDXL = {

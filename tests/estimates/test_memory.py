@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from saved_tensors import TINY, saved_bytes
 from sdxl_shapes import SDXL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -18,38 +19,9 @@ from training.estimates.memory import (
 )
 from training.optimization.optim import make_optimizer
 
-TINY = {
-    "sample_size": 16, "block_out_channels": [32, 64], "layers_per_block": 2, "norm_num_groups": 8,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 24, "transformer_layers_per_block": [1, 2], "attention_head_dim": 8,
-    "use_linear_projection": True,
-}  # fmt: skip
-
 
 def run_config(**changes):
     return RunConfig(encoding="sdxl", **changes)
-
-
-def saved_bytes(dtype, height, width):
-    """What autograd keeps of one forward pass, each storage once, weights aside."""
-    unet = UNet2DConditionModel.from_config(TINY).to(dtype)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # held, so that no address is used twice
-        return tensor
-
-    latents = torch.randn(1, 4, height // 8, width // 8, dtype=dtype)
-    text = torch.randn(1, 77, 24, dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        unet(latents, torch.tensor([5]), encoder_hidden_states=text)
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -57,8 +29,9 @@ def saved_bytes(dtype, height, width):
 )
 @pytest.mark.parametrize("size", [(256, 256), (192, 320)])
 def test_activations_are_what_autograd_keeps(precision, dtype, size):
+    unet = UNet2DConditionModel.from_config(TINY).to(dtype)
     ours = activation_bytes(TINY, run_config(precision=precision), *size, 77)
-    assert ours == pytest.approx(saved_bytes(dtype, *size), rel=0.08)
+    assert ours == pytest.approx(saved_bytes(unet, *size), rel=0.08)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +82,7 @@ def test_parameters_of_text_encoders_are_those_of_the_library(model_class, proje
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("trained", [(False, False), (True, False), (True, True)])
 def test_trained_parameters_are_those_that_the_trainer_trains(tiny_sdxl, trained, freeze):
-    from training.loop.conditioning import trained_parameters
+    from training.models.full_model import trained_parameters
     from training.models.unet import load_pipeline_parts
 
     parts = load_pipeline_parts(tiny_sdxl, "cpu")
@@ -161,7 +134,7 @@ def test_sdxl_takes_what_the_published_table_says():
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "prodigy"])
 @pytest.mark.parametrize("trained", [(False, False), (True, True)])
 def test_optimizer_state_is_what_the_optimizer_keeps(tiny_sdxl, name, trained):
-    from training.loop.conditioning import trained_parameters
+    from training.models.full_model import trained_parameters
     from training.models.unet import load_pipeline_parts
 
     parts = load_pipeline_parts(tiny_sdxl, "cpu")

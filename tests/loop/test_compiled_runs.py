@@ -73,7 +73,7 @@ def test_graphs_of_a_resumed_runs_validation_are_no_repetitions(make_run, train,
 
 def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(make_run, train, monkeypatch):
     monkeypatch.setattr(startup, "why_not_compiled", lambda device: "no C++ compiler found")
-    monkeypatch.setattr(startup, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(startup, "load_model", lambda *_: pytest.fail("the model was loaded"))
     run = make_run(**{"compute.compile": "whole"})
     with pytest.raises(
         ConfigError,

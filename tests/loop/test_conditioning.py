@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from training.errors import ConfigError
-from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.loop.conditioning import make_time_ids, predict
+from training.models.full_model import trained_parameters
 from training.models.unet import load_pipeline_parts
 
 

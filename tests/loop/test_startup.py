@@ -18,7 +18,7 @@ from resources.workspace.writer import Made
 from training import commit, manifests
 from training.config.run import RunConfig
 from training.errors import ConfigError, DamageError, DataError, ModelError, TrainingError
-from training.loop import startup
+from training.loop import loading
 from training.loop.run import main
 from training.models.weights import model_digest
 from training.runs import bundle, run_folder
@@ -96,7 +96,7 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(
     make_run, train, monkeypatch, changes, error, message
 ):
     monkeypatch.setattr(
-        startup, "load_pipeline_parts", lambda *_: pytest.fail("weights were loaded")
+        loading, "load_pipeline_parts", lambda *_: pytest.fail("weights were loaded")
     )
     with pytest.raises(error, match=message):
         train(make_run(**changes))

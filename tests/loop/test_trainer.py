@@ -12,6 +12,7 @@ from training.errors import DamageError, TrainingError, WorkspaceError
 from training.loop import checkpoint
 from training.loop.order import read_order
 from training.loop.prefetch import Prefetch
+from training.loop.state import Capture, Clock
 from training.loop.trainer import Trainer
 from training.models.unet import load_pipeline_parts
 from training.optimization.ranks import Ranks
@@ -141,7 +142,7 @@ def test_a_stop_during_a_validation_saves_first_and_is_made_up_for(unbroken, mak
 
 
 def lose_moments(path, state):
-    state.clock = checkpoint.Clock(**json.loads((path / "state" / "clock.json").read_text()))
+    state.clock = Clock(**json.loads((path / "state" / "clock.json").read_text()))
 
 
 def lose_clock(path, state):
@@ -235,7 +236,7 @@ def test_what_is_whole_is_not_written_over(make_run, train):
         train(run)
     moved.rename(folder / run_folder.STATE)
     snapshot = []
-    train(run, prepare=lambda trainer: snapshot.append(checkpoint.Capture(trainer.state).copy()))
+    train(run, prepare=lambda trainer: snapshot.append(Capture(trainer.state).copy()))
     with pytest.raises(WorkspaceError, match="never overwritten"):
         checkpoint.write(run.folder, *snapshot, run.config, run.inputs)
     assert run_folder.check_checkpoint(folder)
@@ -542,7 +543,7 @@ def test_a_tiny_model_overfits_one_batch(make_run):
     assert len(rows) >= 1
     fixed = {tuple(own.tolist()): trainer._draw(own) for own in rows}
     losses = []
-    trainer._log_step = lambda *_, loss, **__: losses.append(loss)
+    trainer.log.step = lambda *_, loss, **__: losses.append(loss)
     for _ in range(70):
         trainer.state.clock.step_in_epoch = 0
         with Prefetch(lambda own: fixed[tuple(own.tolist())], rows, trainer.worker, 2) as draws:

@@ -7,8 +7,9 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from training.config.run import ComputeConfig
 from training.errors import ConfigError
-from training.loop.conditioning import predict, trained_parameters
+from training.loop.conditioning import predict
 from training.models.compute import apply_compute
+from training.models.full_model import trained_parameters
 from training.models.unet import load_pipeline_parts
 
 

@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 
 from training.errors import ConfigError, ModelError
 from training.loop.noise import alphas_cumprod
-from training.models.unet import load_pipeline_parts, save_diffusers_folder, with_schedule
+from training.models.unet import (
+    load_pipeline_parts,
+    read_weights,
+    save_diffusers_folder,
+    with_schedule,
+)
 
 FAMILIES = [("sdxl", StableDiffusionXLPipeline), ("sd1", StableDiffusionPipeline)]
 
@@ -241,3 +246,8 @@ def test_the_noise_cannot_be_predicted_where_there_is_no_signal(
     with pytest.raises(ConfigError, match=message):
         with_schedule(parts, prediction_type, zero_terminal_snr=asked)
     with_schedule(parts, "v_prediction", zero_terminal_snr=asked)
+
+
+def test_weights_of_a_part_that_is_not_there_are_refused_by_its_folder(tmp_path):
+    with pytest.raises(ModelError, match=r"unet has 0 \.safetensors files, must have one"):
+        read_weights(tmp_path, ["unet.conv_in.weight"])

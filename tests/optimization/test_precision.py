@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config.run import ComputeConfig, OptimizerConfig
-from training.loop.conditioning import make_time_ids, predict, trained_parameters
+from training.config.run import BatchConfig, ComputeConfig, OptimizerConfig, RunConfig
+from training.loop.conditioning import make_time_ids, predict
 from training.models.compute import apply_compute
+from training.models.full_model import trained_parameters
 from training.models.unet import load_pipeline_parts, save_diffusers_folder
 from training.optimization.ema import Ema
 from training.optimization.optim import (
@@ -18,9 +19,13 @@ from training.optimization.optim import (
 )
 from training.optimization.precision import Arithmetic
 
-CPU = torch.device("cpu")
 PRECISIONS = ["fp32", "fp16_amp", "bf16_amp", "bf16"]
 ADAMW = OptimizerConfig(learning_rate=1e-3)
+
+
+def run_config(precision, global_batch_size=1):
+    batch = BatchConfig(global_batch_size=global_batch_size, micro_batch_size=1)
+    return RunConfig(encoding="tiny", precision=precision, batch=batch)
 
 
 class Run:
@@ -35,7 +40,9 @@ class Run:
             apply_compute(
                 self.parts, compute, backend="eager"
             )  # capture; making kernels takes minutes on two cores
-        self.arithmetic = Arithmetic(precision, self.parts, self.parameters, self.parameters, CPU)
+        self.arithmetic = Arithmetic(
+            run_config(precision), self.parts, self.parameters, self.parameters
+        )
         self.optimizer = make_optimizer(ADAMW, self.arithmetic.weights)
         self.ema = Ema(self.arithmetic.values(), 10)
 
@@ -124,7 +131,7 @@ def test_gradients_are_autograds_own_and_one_buffer(tiny_sdxl):
 
 def test_clipping_is_torchs_own():
     parameters = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2, 3))]
-    ours = Arithmetic("fp32", None, dict(zip("ab", parameters, strict=True)), {}, CPU)
+    ours = Arithmetic(run_config("fp32"), None, dict(zip("ab", parameters, strict=True)), {})
     theirs = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
     for scale, max_norm in ((0.1, 1.0), (10.0, 1.0), (10.0, 2.5)):
         for mine, other in zip(parameters, theirs, strict=True):
@@ -206,7 +213,7 @@ def test_the_scale_moves_as_torchs_scaler_does(finite, interval):
     sgd = torch.optim.SGD([parameter], lr=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "_GROWTH_SAMPLES", interval * 7 + 3)
-        ours = scaler(parameter, global_batch_size=7)
+        ours = scaler(parameter, 7)
         for good in finite:
             theirs.scale(parameter.sum() * (1.0 if good else float("inf"))).backward()
             theirs.step(sgd)
@@ -214,15 +221,19 @@ def test_the_scale_moves_as_torchs_scaler_does(finite, interval):
             ours.step(sgd) if good else ours.skip()
             parameter.grad.zero_()
             assert ours.scaler_state()["scale"] == theirs.get_scale()
-            again = scaler(torch.nn.Parameter(torch.zeros(2)), global_batch_size=7)
+            again = scaler(torch.nn.Parameter(torch.zeros(2)), 7)
             again.restore_scaler(ours.scaler_state())
             assert again.scaler_state() == ours.scaler_state()
 
 
-def scaler(parameter, **options):
+def scaler(parameter, global_batch_size=1, **options):
     """An `fp16_amp` arithmetic of one parameter; it reads no model."""
     return Arithmetic(
-        "fp16_amp", None, {"unet.w": parameter}, {"unet.w": parameter}, CPU, **options
+        run_config("fp16_amp", global_batch_size),
+        None,
+        {"unet.w": parameter},
+        {"unet.w": parameter},
+        **options,
     )
 
 
@@ -265,9 +276,7 @@ def test_the_first_scale_and_its_growth_are_those_of_bigasp_on_any_number_of_ran
         theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=500_000 // 2048)
         reference = torch.nn.Parameter(torch.zeros(()))
         theirs.scale((reference * torch.full((own,), per_sample)).mean()).backward()
-        ours = scaler(
-            torch.nn.Parameter(torch.zeros(())), ranks=Peers(ranks), global_batch_size=2048
-        )
+        ours = scaler(torch.nn.Parameter(torch.zeros(())), 2048, ranks=Peers(ranks))
         parameter = ours.weights["unet.w"]
         ours.backward((parameter * torch.full((own,), per_sample)).sum() / 2048)
         # In 16 bits as large as theirs, though the sum over ranks, which a step is made of, is
@@ -333,7 +342,7 @@ def test_ranks_that_share_the_optimizer_lay_their_gradients_out_alike(tiny_sdxl,
         owned = {
             name: parameters[name] for number, name in enumerate(parameters) if number % 2 == turn
         }
-        arithmetic = Arithmetic(precision, parts, parameters, owned, CPU)
+        arithmetic = Arithmetic(run_config(precision), parts, parameters, owned)
         layouts.append([view.stride() for view in arithmetic.gradients.views])
         kernels = [parameter for parameter in parameters.values() if parameter.dim() == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)

@@ -3,6 +3,7 @@
 import pytest
 
 from training import commit
+from training.config.run import RunConfig
 from training.runs import release
 
 
@@ -40,7 +41,10 @@ def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_
         texts=texts,
         copies={"LICENSE": base / "LICENSE.md", "pictures/1.png": picture},
     )
-    found = {row["file"]: row for row in release.table(folder).iter_rows(named=True)}
+    found = {
+        row["file"]: row
+        for row in release.table(folder, RunConfig(encoding="sdxl")).iter_rows(named=True)
+    }
     assert {name: row["about"] for name, row in found.items()} == {
         "LICENSE": "licence of the base model, which holds for this one",
         release.NO_LICENCE: "the base model came without the text of its licence",

@@ -240,7 +240,7 @@ def test_a_picture_that_is_not_finite_is_a_row_without_a_file_and_the_others_sta
     )
     whole = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     expected = pixels(tmp_path, whole)[0]
-    monkeypatch.setattr(sampling, "load_pipeline_parts", lambda model, device: parts)
+    monkeypatch.setattr(sampling, "load_checkpoint", lambda *_: parts)
     break_second_picture(parts.unet)
     table = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     assert table.drop("file", "sha256").equals(whole.drop("file", "sha256"))

@@ -334,6 +334,9 @@ class RunConfig:
     3.1; needs v_prediction."""
     clip_skip: int = 1
     """SD 1.x: layer of the text encoder that is read, from the end; NovelAI's family reads 2."""
+    trainable: str | None = None
+    """What is trained, by its name in `training/models/trainables.py`; absent: the whole UNet, and
+    text encoders as below."""
     train_text_encoder: bool = True
     """Train text encoder 1, unless `optimizer.text_encoder_learning_rate` is 0."""
     train_text_encoder_2: bool = False

@@ -20,9 +20,12 @@ from training.buckets.plans import VAE_FACTOR
 from training.config.run import Precision, RunConfig
 from training.errors import ModelError
 from training.estimates import gpus
-from training.estimates.unet_layers import Layer, unet_layers
+from training.estimates.gradients import attention_products, input_gradients
 from training.models.base_model import config_folder, read_json
 from training.models.tokens import CHUNK_LENGTH
+from training.models.trainable import Trained
+from training.models.trainables import trainable_of
+from training.models.unet_layers import Layer, unet_layers
 
 if TYPE_CHECKING:
     import torch
@@ -115,17 +118,21 @@ def areas(height: int, width: int, num_levels: int) -> list[int]:
 class _Layer:
     """A weight, or the two products of an attention."""
 
+    name: str
+    """Of the weight's module; of an attention, that of its `to_q`."""
     place: Place
     multiplies: int
     """Multiply-adds per position; of an attention, per pair of a position and a key."""
     keys: Count | None
     """What an attention reads; None for a weight."""
-    input_gradient: Literal["always", "never", "text", "pooled"]
-    """Whether the backward pass needs the gradient of its input: of the text only where a text
-    encoder is trained."""
     recomputed: bool
     """Whether its unit, computed again, needs its result: the unit's last product is not
     repeated."""
+
+
+def whole(layer: Layer) -> Trained:
+    """What is trained at a layer of a UNet all of whose weights are."""
+    return Trained(own=True)
 
 
 def unet_flops(
@@ -137,8 +144,9 @@ def unet_flops(
     text_gradient: bool = True,
     pooled_gradient: bool = False,
     checkpointed: Sequence[str] = (),
+    trained_at: Callable[[Layer], Trained] = whole,
 ) -> Flops:
-    """Operations of a UNet2DConditionModel, all of whose weights are trained, for one sample.
+    """Operations of a UNet2DConditionModel for one sample.
 
     Args:
         config: The UNet's, as in its `config.json`.
@@ -148,20 +156,30 @@ def unet_flops(
         text_gradient: Any text encoder is trained.
         pooled_gradient: The one that gives the pooled text is.
         checkpointed: `compute.gradient_checkpointing` of the run.
+        trained_at: What is trained at each of its layers.
 
     Raises:
         ModelError: it is no UNet of SD 1.x or SDXL.
     """
     num_levels = len(config["block_out_channels"])
     counted = areas(-(-height // VAE_FACTOR), -(-width // VAE_FACTOR), num_levels)
-    wanted = {"always": True, "never": False, "text": text_gradient, "pooled": pooled_gradient}
+    trained = {layer.name: trained_at(layer) for layer in unet_layers(config)}
+    needed = input_gradients(trained, text=text_gradient, pooled=pooled_gradient)
     forward = backward = recompute = 0.0
     for layer in _unet_layers(frozen(config)):
-        operations = 2 * layer.multiplies * _times(layer, counted, tokens)
-        forward += operations
-        backward += operations * (1 + wanted[layer.input_gradient])
-        if layer.recomputed and is_checkpointed(layer.place.unit, checkpointed):
-            recompute += operations
+        positions, here = 2 * _times(layer, counted, tokens), trained[layer.name]
+        added, its_backward = 0, 0.0
+        if layer.keys:
+            its_backward = layer.multiplies / 2 * attention_products(layer.name, trained, needed)
+        else:
+            added = sum(here.products)
+            its_backward = layer.multiplies * (here.own + needed[layer.name])
+            # The weights of what is added, and the inputs of all its products but the first.
+            its_backward += 2 * added - (0 if needed[layer.name] else sum(here.products[:1]))
+        forward += positions * (layer.multiplies + added)
+        backward += positions * its_backward
+        if is_checkpointed(layer.place.unit, checkpointed):
+            recompute += positions * (layer.recomputed * layer.multiplies + added)
     return Flops(forward, backward, recompute)
 
 
@@ -243,10 +261,10 @@ class ModelConfigs:
     def trained_layers(self, number: int, config: RunConfig) -> int:
         """Layers of a text encoder that a run's gradient flows through."""
         num_layers = int(self.text_encoders[number]["num_hidden_layers"])
-        if number == 1:
-            return num_layers if config.trained_text_encoders[1] else 0
-        if not config.trained_text_encoders[0]:
+        if not trainable_of(config).text_encoders[number]:
             return 0
+        if number == 1:
+            return num_layers
         # SDXL reads the states before the last layer; clip_skip counts from the end.
         return num_layers - (1 if self.family == "sdxl" else config.clip_skip - 1)
 
@@ -272,7 +290,8 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
     The function remembers shapes: it can be called for every micro-batch.
     """
     groups = config.compute.gradient_checkpointing
-    trained = config.trained_text_encoders
+    trainable = trainable_of(config)
+    trained = trainable.text_encoders
     encoders_checkpointed = "text_encoders" in groups or "all" in groups
 
     @functools.cache
@@ -285,6 +304,7 @@ def training_flops(model: ModelConfigs, config: RunConfig) -> Callable[[int, int
             text_gradient=any(trained),
             pooled_gradient=trained[1],
             checkpointed=groups,
+            trained_at=trainable.at,
         )
         for number, encoder in enumerate(model.text_encoders):
             flops = flops.plus(
@@ -342,7 +362,7 @@ def _vae_layers(config: str) -> tuple[tuple[_Layer, ...], tuple[_Layer, ...]]:
         )
         for layer in _read_layers(getattr(model, convolution) or torch.nn.Identity()):
             deepest = Place(level=num_levels - 1, count="pixels", unit="")
-            halves[half].append(_weight(deepest, layer, "always", recomputed=False))
+            halves[half].append(_weight(deepest, layer, recomputed=False))
     return tuple(halves["encoder"]), tuple(halves["decoder"])
 
 
@@ -371,40 +391,26 @@ def _layers(found: Iterable[Layer], num_levels: int, *, at_depth: tuple[str, ...
             f"{place.unit}.{last}",
             f"{place.unit}.ff.net.2",
         )
-        layers.append(_weight(place, layer, _input_gradient(name), recomputed=recomputed))
+        layers.append(_weight(place, layer, recomputed=recomputed))
         if name.endswith("to_q"):
             keys: Count = "tokens" if name.endswith("attn2.to_q") else "pixels"
             layers.append(
                 _Layer(
+                    name=name,
                     place=place,
                     multiplies=2 * layer.outputs,
                     keys=keys,
-                    input_gradient="always",
                     recomputed=bool(place.unit),
                 )
             )
     return layers
 
 
-def _weight(
-    place: Place,
-    layer: Layer,
-    input_gradient: Literal["always", "never", "text", "pooled"],
-    *,
-    recomputed: bool,
-) -> _Layer:
+def _weight(place: Place, layer: Layer, *, recomputed: bool) -> _Layer:
     return _Layer(
+        name=layer.name,
         place=place,
         multiplies=layer.multiplies,
         keys=None,
-        input_gradient=input_gradient,
         recomputed=recomputed,
     )
-
-
-def _input_gradient(name: str) -> Literal["always", "never", "text", "pooled"]:
-    if name in ("conv_in", "time_embedding.linear_1"):
-        return "never"
-    if name == "add_embedding.linear_1":
-        return "pooled"
-    return "text" if name.endswith(("attn2.to_k", "attn2.to_v")) else "always"

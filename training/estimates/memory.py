@@ -15,8 +15,10 @@ from typing import Any
 from training.buckets.plans import VAE_FACTOR
 from training.config.run import GROUP_NUMBERS, SLICE_NUMBERS, OptimizerName, RunConfig
 from training.estimates.flops import ModelConfigs, Place, areas, frozen, is_checkpointed, locate
-from training.estimates.unet_layers import Layer, unet_layers
+from training.estimates.gradients import input_gradients
 from training.models.tokens import CHUNK_LENGTH
+from training.models.trainables import trainable_of
+from training.models.unet_layers import Layer, unet_layers
 
 Shape = tuple[int, ...]
 
@@ -39,7 +41,7 @@ class MemoryEstimate:
     """Bytes on one device."""
 
     num_parameters: int
-    """Of UNet and text encoders."""
+    """Of UNet and text encoders, with what is put beside them."""
     num_trained: int
     """Of them, trained."""
     weights: float
@@ -96,11 +98,13 @@ def estimate_memory(
         + 2 * int(encoder["hidden_size"])
         for number, encoder in enumerate(model.text_encoders)
     )
+    found, added = _trained_shapes(model.unet, config)
     shapes = [
-        *unet,
+        *found,
+        *added,
         *(shape for number in numbers for shape in _trained_encoder_shapes(model, number, config)),
     ]
-    trained = _count(shapes)
+    trained, total = _count(shapes), total + _count(added)
     ranks = num_ranks if config.compute.shard_optimizer else 1
     # Autocast casts fp32 weights once per pass and keeps the casts till its end; fp32 weights
     # beside bf16 ones are 16 bits more, see training/optimization/masters.py.
@@ -179,12 +183,18 @@ def activation_bytes(
     )
     plain = _plain_bytes(config)
     norm = 2 if config.precision == "bf16" else 4  # autocast computes norms in fp32
+    trainable = trainable_of(config)
+    first, second = trainable.text_encoders
+    trained = {layer.name: trainable.at(layer) for layer in unet_layers(unet)}
+    needed = input_gradients(trained, text=first or second, pooled=second)
     kept, again = 0.0, dict[str, float]()
     for saved in _unet_saved(frozen(unet)):
+        if not any(needed[name] or trained[name] for name in saved.names):
+            continue
         positions = tokens if saved.place.count == "tokens" else counted[saved.place.level]
         size = positions * (plain * saved.plain + norm * saved.norm)
-        if norm > plain:
-            size += positions * plain * saved.recast
+        if not saved.readers or any(trained[name] for name in saved.readers):
+            size += positions * plain * (saved.read + (saved.recast if norm > plain else 0))
         if is_checkpointed(saved.place.unit, config.compute.gradient_checkpointing):
             again[saved.place.unit] = again.get(saved.place.unit, 0.0) + size
             kept += positions * plain * saved.unit_input
@@ -198,13 +208,20 @@ class _Saved:
     """Numbers per position that a module keeps for the backward pass."""
 
     place: Place
+    names: tuple[str, ...]
+    """The layer's; of a query, key or value, those of all three, which one attention keeps."""
+    readers: tuple[str, ...]
+    """Layers for the gradients of whose weights `read` and `recast` are kept; none where they are
+    kept in any case."""
     plain: float
-    """In the arithmetic of products."""
+    """In the arithmetic of products, whatever is trained."""
+    read: float
+    """In the arithmetic of products, where a reader is trained."""
     norm: float
     """In the arithmetic of norms."""
     recast: float
-    """In the arithmetic of products, where a norm's has to be cast to it: autocast does so for each
-    reader apart."""
+    """As `read`, where a norm's has to be cast to the arithmetic of products: autocast does so for
+    each reader apart."""
     unit_input: float
     """All that a checkpointed unit keeps; stands in its first norm."""
 
@@ -214,7 +231,9 @@ def _unet_saved(config: str) -> tuple[_Saved, ...]:
     described = json.loads(config)
     found = []
     for layer in unet_layers(described):
-        plain = norm = recast = unit_input = 0.0
+        plain = read = norm = recast = unit_input = 0.0
+        names = _attention_names(layer.name)
+        readers = names if layer.name.endswith("attn1.to_q") else (layer.name,)
         match layer.kind:
             case "group_norm" | "layer_norm":
                 in_residual = ".resnets." in layer.name or layer.name == "conv_norm_out"
@@ -222,35 +241,66 @@ def _unet_saved(config: str) -> tuple[_Saved, ...]:
                     2 if in_residual else 1
                 )  # there its output is kept too, for the SiLU behind it
                 unit_input = layer.outputs if layer.name.endswith(".norm1") else 0.0
+            # torch keeps the input of a convolution even for the gradient of that input alone.
             case "conv" if layer.name.endswith("conv_shortcut"):
-                recast = layer.inputs  # else it reads what norm1 has kept
+                recast, readers = layer.inputs, ()  # else it reads what norm1 has kept
             case "conv":
                 plain = layer.inputs * layer.stride**2
             case "linear":
-                plain = _linear_saved(layer)
+                plain, read = _linear_saved(layer)
                 recast = layer.inputs if layer.name.endswith(("attn1.to_k", "attn1.to_v")) else 0.0
-        if plain or norm or recast:
+        if plain or read or norm or recast:
             place = locate(layer.name, len(described["block_out_channels"]))
             found.append(
-                _Saved(place=place, plain=plain, norm=norm, recast=recast, unit_input=unit_input)
+                _Saved(
+                    place=place,
+                    names=names,
+                    readers=readers,
+                    plain=plain,
+                    read=read,
+                    norm=norm,
+                    recast=recast,
+                    unit_input=unit_input,
+                )
             )
     return tuple(item for item in found if item.place.count != "once")
 
 
-def _linear_saved(layer: Layer) -> float:
-    """Numbers per position that a linear layer and what follows it keep; shared inputs are counted
-    once."""
+def _attention_names(name: str) -> tuple[str, ...]:
+    """The layers that one attention reads, if this is one of them; else the layer alone."""
+    attention, _, last = name.rpartition(".")
+    inputs = ("to_q", "to_k", "to_v")
+    return tuple(f"{attention}.{each}" for each in inputs) if last in inputs else (name,)
+
+
+def _linear_saved(layer: Layer) -> tuple[float, float]:
+    """Numbers per position that a linear layer and what follows it keep: whatever is trained, and
+    for the gradient of its weight; shared inputs are counted once."""
     if layer.name.endswith("to_q"):
-        return layer.inputs + layer.outputs
+        return layer.outputs, layer.inputs
     if layer.name.endswith(("to_k", "to_v")):
-        return layer.outputs
+        return layer.outputs, 0.0
+    if layer.name.endswith("to_out.0"):
+        return layer.inputs, 0.0  # the attention keeps it
     if layer.name.endswith("ff.net.0.proj"):
-        return layer.inputs + 1.5 * layer.outputs  # both halves, and the gate after its GELU
-    return layer.inputs
+        # Both halves, and the gate after its GELU.
+        return 1.5 * layer.outputs, layer.inputs
+    return 0.0, layer.inputs
 
 
 def _count(shapes: Iterable[Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes)
+
+
+def _trained_shapes(unet: Mapping[str, Any], config: RunConfig) -> tuple[list[Shape], list[Shape]]:
+    """Of the UNet's own weights that are trained, and of what is put beside them."""
+    own, added = list[Shape](), list[Shape]()
+    trainable = trainable_of(config)
+    for layer in unet_layers(unet):
+        here = trainable.at(layer)
+        own += layer.shapes if here.own else ()
+        added += here.added
+    return own, added
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,30 +6,23 @@ gradients are made, which change nothing of it, then writes it under a temporary
 it. Safetensors and JSON only: nothing in a checkpoint can run code.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from training import commit, manifests, toml
 from training.config import older_runs
 from training.config.run import FREE_KEYS, RunConfig
-from training.errors import ConfigError, DamageError, TrainingError
-from training.models.unet import PipelineParts, read_weights, save_diffusers_folder
+from training.errors import ConfigError, DamageError, ModelError, TrainingError
+from training.loop.state import Capture, Clock, Snapshot, TrainingState
 from training.names import CheckpointName
-from training.optimization.ema import Ema
-from training.optimization.offload import Offload
-from training.optimization.optim import optimizer_state, restore_optimizer
-from training.optimization.precision import Arithmetic
-from training.optimization.sharding import Sharding
+from training.optimization.optim import restore_optimizer
 from training.runs import run_folder
 from training.runs.resumable import check_version
 from training.runs.retention import apply_retention
@@ -43,104 +36,6 @@ _OLD_EMA = "ema.safetensors"
 _IN_READY = ("validation_loss", "validation_owed")
 """What the clock takes from READY.json: a validation that a resume makes up for is recorded
 there."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Clock:
-    """Where a run stands: the border after its last finished step."""
-
-    samples_seen: int = 0
-    """Samples that steps were made from, skipped steps included: the run's clock."""
-    samples_trained: int = 0
-    """Without those of skipped steps: the learning rate's clock."""
-    step: int = 0
-    """Steps behind us."""
-    epoch: int = 0
-    """The epoch of the next step."""
-    step_in_epoch: int = 0
-    """The next step's place in its epoch."""
-    num_skipped: int = 0
-    """Steps that were not finite."""
-    skipped_in_row: int = 0
-    """Of those, since the last finite one."""
-    validation_loss: float | None = None
-    """The last plain one on the held-out images; None before the first, and where that was not
-    finite."""
-    validation_owed: bool = False
-    """Whether a stop request dropped a validation that was due at this border."""
-    scaler: dict[str, float] = field(default_factory=dict)
-    """State of the gradient scaler, where there is one."""
-
-
-@dataclass(slots=True, kw_only=True)
-class TrainingState:
-    """Everything that steps change."""
-
-    parts: PipelineParts
-    parameters: dict[str, torch.nn.Parameter]
-    """The trained ones as the model holds them, by name."""
-    sharding: Sharding
-    """Which of them this rank's optimizer steps."""
-    arithmetic: Arithmetic
-    """Precision, with the fp32 weights that the optimizer steps."""
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
-    """Of this rank's share."""
-    clock: Clock
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the block, and its own afterwards; all ranks
-        enter it."""
-        assert self.ema is not None, "nothing is averaged"
-        with self.ema.swapped(self.parameters):
-            self.sharding.publish()
-            yield
-        self.sharding.publish()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A state between two steps, copied to rank 0's CPU."""
-
-    parts: PipelineParts
-    """Of which only what is not trained is read."""
-    weights: dict[str, torch.Tensor]
-    averages: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]
-    """What `bf16` rounded in the model and nobody trains, as it came."""
-    optimizer: dict[str, torch.Tensor]
-    clock: Clock
-
-
-class Capture:
-    """A state between two steps, whose copies are still to be made; it must not change until they
-    are."""
-
-    def __init__(self, state: TrainingState) -> None:
-        """Note what is copied; every rank does so, between the same two steps."""
-        self._state = state
-        # The tensors themselves: a validation of the averages exchanges what the model's parameters
-        # hold.
-        self._weights, self._whole = state.arithmetic.stored()
-        self._clock = dataclasses.replace(state.clock, scaler=state.arithmetic.scaler_state())
-        self._offload = Offload(state.sharding.ranks.device)
-
-    def copy(self) -> Snapshot | None:
-        """Copy all that steps change, in any thread; every rank calls it and rank 0 gets it."""
-        state, sharding = self._state, self._state.sharding
-        weights = self._whole(sharding.collect(self._weights, self._offload))
-        averages = (
-            sharding.collect(state.ema.shadows, self._offload) if state.ema is not None else {}
-        )
-        optimizer = optimizer_state(state.optimizer, state.arithmetic.weights)
-        moments = sharding.collect(optimizer, self._offload)
-        if sharding.ranks.rank != 0:
-            return None
-        return Snapshot(
-            parts=state.parts, weights=weights, averages=averages, frozen=dict(state.arithmetic.frozen),
-            optimizer=moments, clock=self._clock,
-        )  # fmt: skip
 
 
 class Writer:
@@ -214,12 +109,14 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig, inputs: RunInputs
             left
         )  # of a trainer that was killed: only the holder of the run's lock writes here
     with commit.atomic_folder(target) as temporary:
-        save_diffusers_folder(
-            snapshot.parts, temporary, torch.float32, snapshot.frozen | snapshot.weights
-        )
-        if snapshot.averages:
-            averages = snapshot.frozen | snapshot.averages
-            save_diffusers_folder(snapshot.parts, temporary / EMA_FOLDER, torch.float32, averages)
+        for path, weights in (
+            (temporary, snapshot.weights),
+            (temporary / EMA_FOLDER, snapshot.averages),
+        ):
+            if weights:
+                snapshot.trainable.save(
+                    path, snapshot.parts, snapshot.frozen | weights, inputs.base_digest
+                )
         files = _entries(temporary)
         _write_state(temporary / STATE, snapshot)
         ready = Ready(
@@ -320,9 +217,9 @@ def restore_state(checkpoint: Path, state: TrainingState) -> None:
             state.ema.restore(
                 load_file(old)
                 if old.is_file()
-                else read_weights(checkpoint / EMA_FOLDER, state.ema.shadows)
+                else state.trainable.load(checkpoint / EMA_FOLDER, state.ema.shadows)
             )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ModelError) as error:
         raise DamageError(f"{folder} does not hold the state of this model: {error}") from None
     ready = run_folder.read_ready(checkpoint)
     written = json.loads((folder / _CLOCK).read_bytes())

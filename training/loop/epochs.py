@@ -55,19 +55,7 @@ def prepare_epoch(
     manifest = folder / run_folder.EPOCHS / f"{epoch}.json"
     content = manifest.with_suffix(".npz")
     notes: list[str] = []
-    values = older_runs.comparable(config)
-    settings = [
-        fingerprint,
-        values["prompts"],
-        values["batch"],
-        config.seed,
-        epoch,
-        PROMPTS_VERSION,
-    ]
-    keys = [
-        commit.json_digest([*settings, number] if number else settings)
-        for number in range(num_left_out + 1)
-    ]
+    keys = _keys(config, fingerprint, epoch, num_left_out)
     key = keys[-1]
     if manifest.is_file():
         written = json.loads(manifest.read_bytes())
@@ -104,6 +92,23 @@ def prepare_epoch(
         order, samples=dataset.train_rows[order.samples].astype(order.samples.dtype)
     )
     return _write(manifest, epoch, rows, key, pins), notes
+
+
+def _keys(config: RunConfig, fingerprint: str, epoch: int, num_left_out: int) -> list[str]:
+    """What an epoch's order follows from, with no, one, and up to `num_left_out` images left out."""
+    values = older_runs.comparable(config)
+    settings = [
+        fingerprint,
+        values["prompts"],
+        values["batch"],
+        config.seed,
+        epoch,
+        PROMPTS_VERSION,
+    ]
+    return [
+        commit.json_digest([*settings, number] if number else settings)
+        for number in range(num_left_out + 1)
+    ]
 
 
 def _write(manifest: Path, epoch: int, order: EpochOrder, key: str, pins: Pins) -> Pins:

@@ -11,6 +11,7 @@ from training.errors import ConfigError, ModelError
 from training.estimates.flops import ModelConfigs
 from training.models.base_model import noise_schedule
 from training.models.noise_schedules import change_schedule, check_last_step
+from training.models.trainables import trainable_of
 from training.optimization.installed import check_installed
 
 
@@ -40,6 +41,7 @@ def check_trainable(folder: Path, model: ModelConfigs, config: RunConfig, num_ra
         raise ConfigError(
             f"train_text_encoder_2=true, but base model {folder} has one text encoder"
         )
+    trainable_of(config)
     layers = model.text_encoders[0]["num_hidden_layers"]
     if config.clip_skip > layers:
         raise ConfigError(

@@ -2,7 +2,7 @@
 under torchrun.
 
 How the run ended is the last line of `events.jsonl`; torchrun replaces exit statuses. Started early
-with `--wait FD`, it imports its libraries and is told its run folder over that socket; when the
+with `--wait FD`, it imports its libraries and receives its run folder over that socket; when the
 other end closes first, it ends silently.
 """
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 and not waits:
         print(f"usage: python -m training.loop.run RUN_FOLDER | {WAIT} FD", file=sys.stderr)
         return 2
-    told = _listen(int(arguments[1])) if waits else None
+    assigned = _listen(int(arguments[1])) if waits else None
     # Buckets take turns: pieces of a size that comes back later are lost to all others, unless
     # pieces can grow.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
         from training.loop.trainer import Trainer
         from training.optimization.ranks import Ranks
-    folder = (Path(arguments[0]) if told is None else told.get()).resolve()
+    folder = (Path(arguments[0]) if assigned is None else assigned.get()).resolve()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -93,13 +93,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _listen(descriptor: int) -> "queue.Queue[Path]":
-    """Wait in a thread to be told the run folder: it is queued, and output goes to the descriptor
+    """Wait in a thread for the run folder: it is queued, and output goes to the descriptor
     that comes with it.
 
-    A launcher that ends or thinks better of it closes its end, and this process is gone at once,
+    A launcher that ends or needs no trainer closes its end, and this process ends at once,
     whatever it imports.
     """
-    told: queue.Queue[Path] = queue.Queue()
+    assigned: queue.Queue[Path] = queue.Queue()
 
     def wait() -> None:
         with socket.socket(fileno=descriptor) as launcher:
@@ -110,10 +110,10 @@ def _listen(descriptor: int) -> "queue.Queue[Path]":
             for number in (1, 2):
                 os.dup2(output, number)
             os.close(output)
-            told.put(Path(os.fsdecode(message)))
+            assigned.put(Path(os.fsdecode(message)))
 
     threading.Thread(target=wait, daemon=True, name="launcher").start()
-    return told
+    return assigned
 
 
 def _reason(error: Exception) -> str:

@@ -12,19 +12,19 @@ import torch
 from training import toml
 from training.config.run import RunConfig
 from training.curation import vocabulary
-from training.errors import ModelError, TrainingError
+from training.errors import TrainingError
 from training.estimates.flops import Flops, peak_flops, read_model_configs, training_flops
 from training.latents.source import LatentSource
 from training.loop import checkpoint
-from training.loop.checkpoint import Clock, TrainingState
-from training.loop.conditioning import trained_parameters
 from training.loop.dataset import Dataset
 from training.loop.device_defaults import CPU, Device, recorded_in, resolve
+from training.loop.loading import check_digest, fill, load_model
 from training.loop.requirements import check_trainable
+from training.loop.state import Clock, TrainingState
 from training.models.compute import apply_compute, why_not_compiled
-from training.models.unet import PipelineParts, load_pipeline_parts, with_schedule, with_vae
-from training.models.vae import Vae
-from training.models.weights import model_digest
+from training.models.trainable import Trainable
+from training.models.trainables import trainable_of
+from training.models.unet import PipelineParts
 from training.optimization.ema import Ema
 from training.optimization.optim import make_optimizer
 from training.optimization.precision import Arithmetic
@@ -81,11 +81,13 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
     if resumed is not None:
         checkpoint.check_same_run(resumed, config, inputs)
     require_whole(inputs)
-    source = resumed or inputs.base_model
-    with _digests_checked(inputs if resumed is None and ranks.rank == 0 else None):
+    trainable = trainable_of(config)
+    whole = None if trainable.needs_base else resumed
+    source = whole or inputs.base_model
+    with _digests_checked(inputs if whole is None and ranks.rank == 0 else None):
         model = read_model_configs(source)
         check_trainable(source, model, config, ranks.size)
-        parts = _load(source, None if resumed else inputs.vae, config, ranks.device)
+        parts = load_model(source, None if whole else inputs.vae, config, ranks.device)
     fetched = folder / run_folder.FETCHED if config.latents_url else inputs.latents
     dataset = Dataset(
         checked_training_set(inputs),
@@ -95,32 +97,7 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         parts.tokenizers,
         parts.vae.config.scaling_factor,
     )
-    first, second = config.trained_text_encoders
-    parameters = trained_parameters(
-        parts,
-        text_encoder=first,
-        text_encoder_2=second,
-        freeze_embeddings=config.freeze_embeddings,
-        clip_skip=config.clip_skip,
-    )
-    apply_compute(parts, config.compute, micro_batch_size=config.batch.micro_batch_size)
-    sharding = Sharding(parameters, ranks, config)
-    arithmetic = Arithmetic(
-        config.precision, parts, parameters, sharding.owned, ranks.device, ranks=ranks, reduction=config.reduction,
-        global_batch_size=config.batch.global_batch_size, together=config.optimizer.name == "prodigy",
-    )  # fmt: skip
-    half_life = config.optimizer.ema_half_life_samples
-    state = TrainingState(
-        parts=parts,
-        parameters=parameters,
-        sharding=sharding,
-        arithmetic=arithmetic,
-        optimizer=make_optimizer(config.optimizer, arithmetic.weights),
-        ema=Ema(arithmetic.values(), half_life) if half_life else None,
-        clock=Clock(),
-    )
-    if resumed is not None:
-        checkpoint.restore_state(resumed, state)
+    state = _make_state(parts, trainable, config, resumed, ranks)
     peak = peak_flops(ranks.device, config.precision)
     return Start(
         config=config,
@@ -133,6 +110,39 @@ def prepare(folder: Path, config: RunConfig, inputs: RunInputs, ranks: Ranks) ->
         checkpoint=resumed,
         torn=torn,
     )
+
+
+def _make_state(
+    parts: PipelineParts,
+    trainable: Trainable,
+    config: RunConfig,
+    resumed: Path | None,
+    ranks: Ranks,
+) -> TrainingState:
+    """Put what is trained into a model, and what steps change around it, as at the start or as a
+    checkpoint has it."""
+    parameters = trainable.inject(parts)
+    if resumed is not None and trainable.needs_base:
+        fill(parameters, trainable, resumed)
+    apply_compute(parts, config.compute, micro_batch_size=config.batch.micro_batch_size)
+    sharding = Sharding(parameters, ranks, config)
+    arithmetic = Arithmetic(
+        config, parts, parameters, sharding.owned, ranks=ranks, keep_frozen=not trainable.needs_base
+    )
+    half_life = config.optimizer.ema_half_life_samples
+    state = TrainingState(
+        trainable=trainable,
+        parts=parts,
+        parameters=parameters,
+        sharding=sharding,
+        arithmetic=arithmetic,
+        optimizer=make_optimizer(config.optimizer, arithmetic.weights),
+        ema=Ema(arithmetic.values(), half_life) if half_life else None,
+        clock=Clock(),
+    )
+    if resumed is not None:
+        checkpoint.restore_state(resumed, state)
+    return state
 
 
 def describe(device: torch.device) -> Device:
@@ -174,9 +184,9 @@ def _digests_checked(inputs: RunInputs | None) -> Iterator[None]:
     """
 
     def check(inputs: RunInputs) -> None:
-        _check_digest("base model", inputs.base_model, inputs.base_digest)
+        check_digest("base model", inputs.base_model, inputs.base_digest)
         if inputs.vae is not None:
-            _check_digest("VAE", inputs.vae, inputs.vae_digest)
+            check_digest("VAE", inputs.vae, inputs.vae_digest)
 
     if inputs is None:
         yield
@@ -187,43 +197,3 @@ def _digests_checked(inputs: RunInputs | None) -> Iterator[None]:
             yield
         finally:
             checked.result()
-
-
-def _check_digest(what: str, model: Path, recorded: str) -> None:
-    if (digest := model_digest(model)) != recorded:
-        raise ModelError(
-            f"{what} {model} has digest {digest[:16]}, inputs.json says {recorded[:16]}: the folder changed since the "
-            "run was made"
-        )
-
-
-def _load(source: Path, vae: Path | None, config: RunConfig, device: torch.device) -> PipelineParts:
-    """A model as the run wants it: its family, its VAE, its schedule, and free of the place that it
-    came from.
-
-    Args:
-        source: The base model, or a checkpoint.
-        vae: VAE that takes the place of the base model's; None for the model's own.
-        config: Of the run.
-        device: Where UNet and text encoders go, weight by weight.
-
-    Raises:
-        ModelError: it cannot be loaded, or the VAE is not for it.
-    """
-    parts = load_pipeline_parts(source, device)
-    parts.vae.to("cpu")  # it is only saved again
-    if vae is not None:
-        parts = with_vae(parts, Vae.load(vae, "cpu").model, str(vae))
-    parts = with_schedule(parts, config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
-    if config.prompts.empty_prob > 0:
-        # The model learns what the empty prompt is, so pipelines must not replace it by zeros, or
-        # must.
-        zeros = config.prompts.empty_as == "zeros" and parts.family == "sdxl"
-        parts = dataclasses.replace(parts, force_zeros_for_empty_prompt=zeros)
-    # Libraries note the folder that a model was loaded from in its config: equal models would
-    # differ by it.
-    parts.unet.register_to_config(_name_or_path="")
-    parts.vae.register_to_config(_name_or_path="")
-    for encoder in parts.text_encoders:
-        encoder.config.name_or_path = ""
-    return parts

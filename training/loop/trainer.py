@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,25 +25,18 @@ from training.loop.epochs import open_epoch, prepare_epoch
 from training.loop.loss import mse_per_sample, prediction_target, timestep_weights
 from training.loop.meters import Meters
 from training.loop.prefetch import Prefetch, Sender
-from training.loop.startup import Start, prepare
+from training.loop.run_log import RunLog, in_words, way_on
+from training.loop.startup import prepare
 from training.loop.validate import FixedList, ListLosses
 from training.models.compute import Graphs
-from training.names import CheckpointName
 from training.optimization.optim import schedule_factor, set_learning_rates
 from training.optimization.ranks import Ranks
-from training.runs import run_folder
 from training.runs.event_log import EventLog
 from training.runs.run_folder import Ready, RunInputs
 from training.seeds import Purpose
 
 MAX_SKIPPED_IN_ROW = 8
 """Steps that are not finite, one after the other, that end a run."""
-MAX_DATA_WAIT = 0.02
-"""Share of an interval that may be spent waiting for batches without a warning,"""
-MIN_DATA_WAIT_S = 1.0
-"""or so many seconds of it, which nobody would miss."""
-_MAX_NAMED = 64
-"""Images that one warning names."""
 
 Sent = tuple[Draw, torch.cuda.Event | None]
 """A draw on its way to the device, and the mark behind its copies."""
@@ -79,15 +70,10 @@ class Trainer:
         """
         start = prepare(folder, config, inputs, ranks)
         config = start.config
-        self.folder, self.config, self.inputs, self.ranks, self.log = (
-            folder,
-            config,
-            inputs,
-            ranks,
-            log,
-        )
+        self.folder, self.config, self.inputs, self.ranks = folder, config, inputs, ranks
         self.stop_requested, self.device_name = stop_requested, start.device.name
         self.state, self.dataset, self.flops = start.state, start.dataset, start.flops
+        self.log = RunLog(log, self.state, self.dataset)
         scheduler = self.state.parts.noise_scheduler_config
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
         self.signal = noise.alphas_cumprod(scheduler).to(ranks.device)  # (T,)
@@ -102,7 +88,6 @@ class Trainer:
             ThreadPoolExecutor(1, thread_name_prefix="batches"),
         )
         self.graphs = Graphs() if config.compute.compile else None
-        self.compiled_for: set[tuple[int, ...]] = set()
         self.held_out, self.stable = (
             FixedList(rows[: config.validation.num_images], self.dataset, ranks, len(self.signal))
             for rows in (self.dataset.validation_rows, self.dataset.stable_rows)
@@ -111,7 +96,7 @@ class Trainer:
         self.saved_at, self.stall_s = self.state.clock.samples_seen, 0.0
         self.last_good = dataclasses.replace(self.state.clock)
         self._open_epoch()
-        self._log_opening(start)
+        self.log.opening(start, inputs, ranks.device, ranks.size)
         self._log_epoch()
 
     def run(self) -> str:
@@ -126,7 +111,7 @@ class Trainer:
             began = time.monotonic()
             ending = self._run()
             self._finish_checkpoint()
-            self._log(ending, seconds=time.monotonic() - began)
+            self.log.write(ending, seconds=time.monotonic() - began)
             return ending
         finally:
             self.writer.close()
@@ -169,7 +154,7 @@ class Trainer:
                         before, clock.samples_seen, config.validation.every_samples
                     )
                     if validates:
-                        self._log_data_wait()
+                        self.log.data_wait(self.meters.interval(self.dataset.times.seconds))
                         if not self._validate():
                             return self._stop()
                     # After skipped steps the next finite one saves, so that every resume does a row
@@ -221,7 +206,7 @@ class Trainer:
                 losses[offsets[index] : offsets[index + 1]] = own
                 flops += len(own) * self.flops(*draw.batch.bucket, draw.batch.ids[0].shape[1]).model
                 num_truncated += draw.batch.num_truncated
-                self._log_graphs(draw)
+                self.log.compiled(self.graphs, draw)
             gradients.end_round(len(micro_batches) - first)
         gradients.finish()
 
@@ -249,7 +234,7 @@ class Trainer:
             size=size, seconds=time.monotonic() - began, waited_s=draws.waited_s - waited, flops=flops,
             samples_seen=clock.samples_seen,
         )  # fmt: skip
-        self._log_step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **measured)
+        self.log.step(loss=loss, grad_norm=grad_norm, num_truncated=truncated, **rates, **measured)
         return True
 
     def _average(self, num_samples: int, weights: Mapping[str, torch.Tensor]) -> None:
@@ -282,10 +267,8 @@ class Trainer:
         bad = rows[~losses.isfinite().numpy()]
         what = f"loss of {len(bad)} samples" if len(bad) else "gradient"
         message = f"step {clock.step} skipped: {what} not finite ({clock.skipped_in_row} in a row)"
-        self._log(
-            "warning", kind="not_finite", message=message, epoch=clock.epoch, step_in_epoch=step_in_epoch,
-            **self._named(bad if len(bad) else rows),
-        )  # fmt: skip
+        named = bad if len(bad) else rows
+        self.log.not_finite(message, named, epoch=clock.epoch, step_in_epoch=step_in_epoch)
         self.state.arithmetic.skip()
         collapsed = self.state.arithmetic.collapsed
         if clock.skipped_in_row >= MAX_SKIPPED_IN_ROW or collapsed:
@@ -295,29 +278,8 @@ class Trainer:
             reason = "the gradient scaler fell below 1" if collapsed else (
                 f"{MAX_SKIPPED_IN_ROW} steps in a row had a loss or gradient that is not finite"
             )  # fmt: skip
-            raise TrainingError(f"{reason}; {self._way_on()}")
-
-    def _way_on(self) -> str:
-        """How to go on from before a row of skipped steps; the same run would come to the same
-        steps again."""
-        samples_seen = self.last_good.samples_seen
-        saved, base = "none was good, so begin another run", ""
-        if samples_seen:
-            folder = run_folder.checkpoint_folder(self.folder, samples_seen)
-            saved = f"the state before them is saved at {samples_seen} samples. Begin another run from there"
-            base = f'[models] base = "{folder}" in foundry.toml, and '
-        return (
-            f"{saved}, since a run keeps its recipe: {base}an optimizer.learning_rate below "
-            f'{self.config.optimizer.learning_rate:g} or another precision than "{self.config.precision}", such as '
-            '"bf16_amp" or "fp32"'
-        )
-
-    def _named(self, rows: np.ndarray) -> dict[str, object]:
-        """Which images a warning is about: how many, and the first of them by name."""
-        return {
-            "num_images": len(rows),
-            "image_ids": [self.dataset.image_ids[row] for row in rows[:_MAX_NAMED]],
-        }
+            good = self.last_good.samples_seen
+            raise TrainingError(f"{reason}; {way_on(self.folder, self.config, good)}")
 
     def _draw(self, rows: np.ndarray) -> Sent:
         """A training batch with its timesteps and noise, on its way to the device, ahead of the
@@ -361,7 +323,7 @@ class Trainer:
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(
-                f'compute.compile="{self.config.compute.compile}": {_in_words(draw)} cannot be compiled; set it to '
+                f'compute.compile="{self.config.compute.compile}": {in_words(draw)} cannot be compiled; set it to '
                 f"false, which may be changed in a run ({reason})"
             ) from error
 
@@ -384,33 +346,6 @@ class Trainer:
             )  # fmt: skip
         return mse_per_sample(prediction, target, batch.mask)
 
-    def _log_graphs(self, draw: Draw) -> None:
-        """Say which graphs a micro-batch has compiled; for sizes that were trained on before there
-        should be none."""
-        if self.graphs is None:
-            return
-        (num_graphs, causes), shape = (
-            self.graphs.new(),
-            (*draw.batch.latents.shape, draw.batch.ids[0].shape[1]),
-        )
-        if num_graphs:
-            self._log("compiled", num_graphs=num_graphs, shape=list(shape))
-            if shape in self.compiled_for:
-                cause = "; ".join(causes) or "torch names no cause"
-                message = (
-                    f"compiled again for {_in_words(draw)}, which the run was slowed by: {cause}"
-                )
-                self._log(
-                    "warning", kind="recompiled", message=message, epoch=self.state.clock.epoch
-                )
-        self.compiled_for.add(shape)
-
-    def _log_graphs_of_validation(self) -> None:
-        """Those of a validation are made once more in each process, without gradients: they repeat
-        no step's."""
-        if self.graphs is not None and (num_graphs := self.graphs.new()[0]):
-            self._log("compiled", num_graphs=num_graphs, validation=True)
-
     def _open_epoch(self) -> None:
         """Fix order and latents of the clock's epoch unless an earlier attempt has, and read
         them."""
@@ -428,17 +363,8 @@ class Trainer:
         self.order = open_epoch(self.folder, epoch, self.state.clock.step_in_epoch, self.dataset)
 
     def _log_epoch(self) -> None:
-        """Say which generations of latents the epoch reads, and which were not whole."""
-        if self.log is None:
-            return
-        epoch = self.state.clock.epoch
-        for message in self.passed_over:
-            self._log("warning", kind="generation_not_whole", message=message, epoch=epoch)
-        self._log(
-            "epoch",
-            epoch=epoch,
-            generations={shard: pin["generation"] for shard, pin in self.pins.items()},
-        )
+        if self.ranks.rank == 0:
+            self.log.epoch(self.pins, self.passed_over)
 
     def _upcoming(self) -> list[np.ndarray]:
         """This rank's micro-batches from the clock's step to the end of the epoch."""
@@ -465,8 +391,8 @@ class Trainer:
                 return False
             values |= {f"ema_{name}": value for name, value in self._views(*averaged).items()}
         clock.validation_owed, clock.validation_loss = False, raw[0].mean
-        self._log_graphs_of_validation()
-        self._log("validation", **values, seconds=time.monotonic() - began)
+        self.log.compiled_by_validation(self.graphs)
+        self.log.write("validation", **values, seconds=time.monotonic() - began)
         return True
 
     def _both_lists(self) -> tuple[ListLosses, ListLosses] | None:
@@ -479,12 +405,7 @@ class Trainer:
                 return None
             if losses.not_finite:
                 message = f"validation: loss of {len(losses.not_finite)} of {len(images.rows)} {name} images not finite"
-                self._log(
-                    "warning",
-                    kind="not_finite",
-                    message=message,
-                    **self._named(images.rows[losses.not_finite]),
-                )
+                self.log.not_finite(message, images.rows[losses.not_finite])
             found.append(losses)
         return found[0], found[1]
 
@@ -512,79 +433,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _log_checkpoint(self, ready: Ready | None) -> None:
-        if ready is not None and self.log is not None:
-            self.log.write(
-                "checkpoint",
-                samples_seen=ready.samples_seen,
-                checkpoint=ready.checkpoint,
-                folder=str(run_folder.checkpoint_folder(Path(), ready.samples_seen)),
-                digest=ready.digest,
-                validation_loss=ready.validation_loss,
-                stall_s=self.stall_s,
-            )
-
-    def _log(self, event: str, **values: object) -> None:
-        if self.log is not None:
-            self.log.write(event, samples_seen=self.state.clock.samples_seen, **values)
-
-    def _log_data_wait(self) -> None:
-        """Say how long the loop has waited for batches since the last validation, and for what
-        where it is too much."""
-        interval = self.meters.interval(self.dataset.times.seconds)
-        self._log("data", **dataclasses.asdict(interval))
-        if interval.share > MAX_DATA_WAIT and interval.waited_s > MIN_DATA_WAIT_S:
-            message = (
-                f"{interval.share:.1%} of {interval.seconds:.0f} s were spent waiting for batches; the slowest stage "
-                f"of making them is {interval.slowest} ({interval.stages[interval.slowest]:.1f} s)"
-            )
-            self._log("warning", kind="data_wait", message=message, epoch=self.state.clock.epoch)
-
-    def _log_step(self, **values: float) -> None:
-        clock = self.state.clock
-        self._log(
-            "step", step=clock.step, epoch=clock.epoch, **values, num_skipped=clock.num_skipped
-        )
-
-    def _log_opening(self, start: Start) -> None:
-        self._log(
-            "started" if start.checkpoint is None else "resumed",
-            run=self.inputs.run,
-            checkpoint=None
-            if start.checkpoint is None
-            else str(CheckpointName(self.inputs.run, self.state.clock.samples_seen)),
-            fingerprint=self.inputs.fingerprint,
-            base_digest=self.inputs.base_digest,
-            num_samples=self.config.num_samples,
-            num_train_images=len(self.dataset.train_rows),
-            num_validation_images=len(self.dataset.validation_rows),
-            num_trained_parameters=sum(
-                parameter.numel() for parameter in self.state.parameters.values()
-            ),
-            num_ranks=self.ranks.size,
-            device=str(self.ranks.device),
-            precision=self.config.precision,
-            tf32=self.config.precision == "tf32",
-            channels_last=self.config.compute.channels_last,
-            compile=self.config.compute.compile,
-            loss_scale=self.state.arithmetic.scaler_state().get("scale"),
-            num_threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-        )
-        if start.not_compiled:
-            message = "compute.compile is left to the device, and nothing can be compiled here: training is slower"
-            self._log("warning", kind="not_compiled", message=message)
-        for message in start.torn:
-            self._log("warning", kind="torn_checkpoint", message=message)
-
-
-def _in_words(draw: Draw) -> str:
-    """What a micro-batch is."""
-    height, width = draw.batch.bucket
-    return (
-        f"{len(draw.timesteps)} x {height}x{width} with {draw.batch.ids[0].shape[1]} chunks of text"
-    )
+        self.log.checkpoint(ready, self.stall_s)
 
 
 def _is_due(before: int, after: int, every: int) -> bool:

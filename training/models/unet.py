@@ -269,6 +269,9 @@ def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
     Returns:
         Those that are there, on the CPU.
+
+    Raises:
+        ModelError: the folder has no weights of a part.
     """
     by_part = defaultdict[str, list[str]](list)
     for name in names:
@@ -276,8 +279,10 @@ def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
         by_part[part].append(key)
     found = {}
     for part, keys in by_part.items():
-        (path,) = (folder / part).glob("*.safetensors")
-        with safe_open(path, framework="pt") as file:
+        files = list((folder / part).glob("*.safetensors"))
+        if len(files) != 1:
+            raise ModelError(f"{folder / part} has {len(files)} .safetensors files, must have one")
+        with safe_open(files[0], framework="pt") as file:
             present = set(file.keys())
             for key in keys:
                 saved = key if key in present else _TEXT_PREFIX + key

@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 import torch
 
-from training.config.run import Precision
+from training.config.run import RunConfig
 from training.models.unet import PipelineParts, named_modules
-from training.optimization.gradients import Gradients, Mode
+from training.optimization.gradients import Gradients
 from training.optimization.masters import Masters, joined, round_to_bf16
 from training.optimization.optim import step_groups
 from training.optimization.ranks import Ranks
@@ -37,37 +37,35 @@ class Arithmetic:
 
     def __init__(
         self,
-        precision: Precision,
+        config: RunConfig,
         parts: PipelineParts,
         parameters: Mapping[str, torch.nn.Parameter],
         owned: Mapping[str, torch.nn.Parameter],
-        device: torch.device,
         *,
         ranks: Ranks | None = None,
-        reduction: Mode = "fast",
-        global_batch_size: int = 1,
-        together: bool = False,
+        keep_frozen: bool = True,
     ) -> None:
         """Bring the model into its precision; `bf16` rounds UNet and text encoders in place.
 
         Args:
-            precision: The run's, resolved.
+            config: Of the run, resolved: its precision, how gradients are summed, the samples of a
+                step, which the scaler's growth counts, and its optimizer, since Prodigy reads all
+                weights at once.
             parts: The model, fp32, on the device, its memory format settled.
             parameters: The trained ones, by name.
             owned: Those of them that this rank's optimizer steps.
-            device: Where the run computes.
             ranks: Of the run; None for one.
-            reduction: How their gradients are summed.
-            global_batch_size: Samples of a step, which the scaler's growth counts.
-            together: The optimizer reads all weights at once, as Prodigy does.
+            keep_frozen: Keep what `bf16` rounds and nobody trains, for checkpoints that hold it.
         """
-        self._precision, self._device = precision, device
+        precision = config.precision
+        self._precision, self._device = precision, next(iter(parameters.values())).device
         self._parameters = dict(parameters)
         self._masters: Masters | None = None
         self.frozen = {}
         use_tf32(precision == "tf32")
         if precision == "bf16":
-            self.frozen = _rounded(parts, parameters)
+            self.frozen = _rounded(parts, parameters) if keep_frozen else {}
+            together = config.optimizer.name == "prodigy"
             self._masters = Masters(owned, [list(owned)] if together else step_groups(owned))
             for name in parameters.keys() - owned.keys():  # as their owners round them
                 parameters[name].data = round_to_bf16(parameters[name])
@@ -77,8 +75,10 @@ class Arithmetic:
         self._scale, self._good_steps = 1.0, 0
         if precision == "fp16_amp":
             self._scale = _INITIAL_SCALE * (1 if ranks is None else ranks.size)
-        self._growth_steps = max(1, _GROWTH_SAMPLES // global_batch_size)
-        self.gradients = Gradients(list(self._parameters.values()), device, ranks, reduction)
+        self._growth_steps = max(1, _GROWTH_SAMPLES // config.batch.global_batch_size)
+        self.gradients = Gradients(
+            list(self._parameters.values()), self._device, ranks, config.reduction
+        )
         by_name = dict(zip(self._parameters, self.gradients.views, strict=True))
         for name, weight in self.weights.items():
             weight.grad = by_name[name]

@@ -14,6 +14,7 @@ from training.config.evaluation import EvaluationConfig
 from training.config.run import RunConfig
 from training.evaluation.summary import COLUMNS
 from training.evaluation.verdict import sentence
+from training.models.trainables import trainable_of
 from training.names import CheckpointName
 from training.reports.card_advice import prompting, sampling_advice
 from training.reports.card_facts import RELIABLE, WITH_EMPHASIS, RunFacts, SetFacts, band
@@ -188,7 +189,7 @@ def _tags(facts: SetFacts) -> str:
 
 def _training(card: Card, samples_seen: int) -> str:
     run, facts, optimizer = card.run, card.run_facts, card.run.optimizer
-    encoders = [name for name, on in zip("12", run.trained_text_encoders, strict=True) if on]
+    trainable = trainable_of(run)
     text_rate = optimizer.text_encoder_learning_rate
     loss = run.loss.weighting + (
         f", gamma {run.loss.min_snr_gamma:g}" if run.loss.weighting == "min_snr" else ""
@@ -200,10 +201,10 @@ def _training(card: Card, samples_seen: int) -> str:
         "optimizer": f"{optimizer.name}, weight decay {optimizer.weight_decay:g}",
         "peak learning rate": f"{optimizer.learning_rate:g} ({optimizer.schedule})",
         "peak learning rate of text encoders": f"{optimizer.learning_rate if text_rate is None else text_rate:g}"
-        if encoders
+        if any(trainable.text_encoders)
         else None,
         "warm-up": f"{optimizer.warmup_samples:,} samples",
-        "trained": "UNet" + (f" and text encoder {' and '.join(encoders)}" if encoders else ""),
+        "trained": trainable.about,
         "trained parameters": None if facts.num_parameters is None else f"{facts.num_parameters:,}",
         "loss": loss
         + (f", noise offset {run.loss.noise_offset:g}" if run.loss.noise_offset else ""),

@@ -23,6 +23,7 @@ from training.errors import ConfigError, DamageError, DataError
 from training.latents.files import Generation, read_generation
 from training.latents.source import LatentSource
 from training.models.base_model import config_folder
+from training.models.trainables import trainable_of
 from training.progress import track
 from training.runs import run_folder
 from training.runs.resumable import find_resumable
@@ -92,12 +93,12 @@ def write_bundle(run: Path, target: Path) -> int:
         )
         _copy(run / run_folder.CONFIG, copied)
         run_folder.write_inputs(copied, moved)
-        if resumable is None:
+        if resumable is None or trainable_of(config).needs_base:
             for part in {inputs.base_model, config_folder(inputs.base_model)}:
                 _copy(part, moved.base_model.parent)
             if inputs.vae is not None:
                 _copy(inputs.vae, folder, "vae")
-        else:
+        if resumable is not None:
             _copy(run / run_folder.EVENTS, copied)
             _copy(run / run_folder.EPOCHS, copied)
             _copy(resumable, copied / run_folder.CHECKPOINTS)

@@ -5,11 +5,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from training.commit import atomic_folder, sha256_file
-from training.models.base_model import config_folder
+from training.config.run import RunConfig
+from training.models.base_model import config_folder, inspect
+from training.models.trainables import trainable_of
 from training.tables.schemas import TABLES
 
 CARD, REPORT, CONFIG, TAGS = "README.md", "report.html", "config.toml", "tags.csv"
@@ -87,15 +90,36 @@ def _take(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def table(folder: Path) -> pl.DataFrame:
-    """Rows of the table `release`: every file with size and digest."""
+def inspect_model(checkpoint: Path, base: Path, config: RunConfig) -> dict[str, Any]:
+    """What the model of a checkpoint is, as `base_model.inspect` has it; one that needs its base
+    model is of that one's kind.
+
+    Args:
+        checkpoint: Of a run.
+        base: The model that the run began from.
+        config: Of the run.
+    """
+    if not trainable_of(config).needs_base:
+        return inspect(checkpoint)
+    own = {} if config.prediction_type == "base" else {"prediction_type": config.prediction_type}
+    return {**inspect(base), **own}
+
+
+def table(folder: Path, config: RunConfig) -> pl.DataFrame:
+    """Rows of the table `release`: every file with size and digest.
+
+    Args:
+        folder: The release.
+        config: Of the run, whose weights some files are.
+    """
+    about_files = trainable_of(config).about_files
     rows = []
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         name = path.relative_to(folder).as_posix()
         rows.append(
             {
                 "file": name,
-                "about": _about(name),
+                "about": _about(name) or about_files,
                 "bytes": path.stat().st_size,
                 "sha256": sha256_file(path),
             }
@@ -104,10 +128,11 @@ def table(folder: Path) -> pl.DataFrame:
 
 
 def _about(name: str) -> str:
+    """What a file is; empty where it is the model's."""
     if name in ABOUT:
         return ABOUT[name]
     if name.startswith(f"{PICTURES}/"):
         return "sample picture of the card"
     if name.lower().startswith(_LICENCES):
         return "licence of the base model, which holds for this one"
-    return "model in diffusers layout"
+    return ""

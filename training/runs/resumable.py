@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from training.errors import DamageError, TrainingError
+from training.models.trainables import trainable_of
 from training.runs import run_folder
 from training.runs.run_folder import STATE, Ready
 
@@ -29,9 +30,12 @@ def find_resumable(folder: Path) -> tuple[Path | None, list[str]]:
             torn.append(f"ignored an incomplete checkpoint: {error}")
             continue
         if not (path / STATE).exists():
+            other = f'begin another run with [models] base = "{path}" in foundry.toml'
+            if trainable_of(run_folder.read_config(folder)).needs_base:
+                other = "begin another run"
             raise TrainingError(
                 f"{path} is the newest whole checkpoint, but has no {STATE}/ to resume from: move it elsewhere to go "
-                f'on from before it, or begin another run with [models] base = "{path}" in foundry.toml'
+                f"on from before it, or {other}"
             )
         return path, torn
     return None, torn

@@ -21,9 +21,10 @@ from training.buckets.geometry import Size
 from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
 from training.loop.conditioning import make_time_ids
+from training.loop.loading import load_checkpoint
 from training.models.lora import add_loras
 from training.models.tokens import CHUNK_TOKENS, MAX_CHUNKS
-from training.models.unet import PipelineParts, load_pipeline_parts
+from training.models.unet import PipelineParts
 from training.models.vae import Vae, arithmetic, scale_of
 from training.sampling.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.sampling.image_prompts import own_file_stem
@@ -81,7 +82,7 @@ def sample_folder(
     """
     read_set(prompts, config)  # before anything is loaded
     model, layer = model_folder(checkpoint, config), clip_skip(checkpoint, config)
-    parts = load_pipeline_parts(model, device)
+    parts = load_checkpoint(checkpoint, model, device)
     files = [home / lora.path for lora in config.loras]
     add_loras(parts, [(file, lora.weight) for file, lora in zip(files, config.loras, strict=True)])
     hashes = {lora.name: lora_hash(file) for file, lora in zip(files, config.loras, strict=True)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sdxl_shapes import SDXL
 
 from training.errors import ModelError
-from training.estimates.unet_layers import unet_layers
+from training.models.unet_layers import unet_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 # stable-diffusion-v1-5's config.json, which leaves the rest to defaults.
