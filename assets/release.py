@@ -14,7 +14,7 @@ from assets.partitions import runs
 from assets.release_report import evaluated, render_report, shown, sides, summary_of
 from resources.graph import Scope, Stage
 from resources.mlflow.catch_up import catch_up
-from resources.mlflow.tracking import choose_pictures
+from resources.mlflow.images import choose_pictures
 from resources.workspace.paths import file_digest
 from resources.workspace.store import Store
 from resources.workspace.writer import Made, git_revision

@@ -193,16 +193,20 @@ def digest(
 ) -> None:
     """Print logical digests, or compare two workspaces within the tolerance of each column."""
     from jobs.cli import console
-    from resources.operations import maintenance as upkeep
+    from resources.operations import maintenance
 
     store = open_store(home)
     if against is not None and run is None:
         with console.progress():
-            lines = upkeep.differences(store, Store(against.expanduser().resolve()), table)
+            lines = maintenance.differences(store, Store(against.expanduser().resolve()), table)
         print("\n".join(lines) or "equal")
         raise typer.Exit(1 if lines else 0)
     with console.progress():
-        found = upkeep.digests(store, table) if run is None else upkeep.run_digests(store, run)
+        found = (
+            maintenance.digests(store, table)
+            if run is None
+            else maintenance.run_digests(store, run)
+        )
     for name, value in found.items():
         print(f"{value}  {name}")
 
@@ -211,13 +215,13 @@ def digest(
 def gc(home: Home = None) -> None:
     """Delete what no manifest names after a day, and latents that no run reads any more."""
     from jobs.cli import console
-    from resources.operations import maintenance as upkeep
+    from resources.operations import maintenance
     from resources.workspace import generations
 
     store = open_store(home)
     with console.progress():
         replaced, latent_bytes = generations.collect(store)
-        removed, num_bytes = upkeep.collect_garbage(store)
+        removed, num_bytes = maintenance.collect_garbage(store)
     print(f"removed {len(removed)} files, {num_bytes / 1e6:.1f} MB")
     print(f"removed {len(replaced)} generations of latents, {latent_bytes / 1e6:.1f} MB")
 
@@ -228,11 +232,11 @@ def forget(
 ) -> None:
     """Remove every row and latent derived from images, for ever."""
     from jobs.cli import console
-    from resources.operations import maintenance as upkeep
+    from resources.operations import forget as forgetting
 
     store = open_store(home)
     with console.progress():
-        done = upkeep.forget(store, image_id)
+        done = forgetting.forget(store, image_id)
     print(
         f"rewrote {len(done['parts'])} parts and {len(done['generations'])} generations of latents"
     )

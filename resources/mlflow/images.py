@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,9 @@ from resources.mlflow.views import PICTURES_TAG, Pictures
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+DUE_TAG = "mlflow.foundry.checkpoints_due"
+"""Tag of a run: the interval of its checkpoints and its length, samples. MLflow's pages leave out
+tags of its own."""
 _GROUP = "samples"
 """Section of MLflow's page that the image grid is in."""
 _SHOWN_TAG, _TABLES_TAG = "mlflow.loggedImages", "mlflow.loggedArtifacts"
@@ -130,3 +133,32 @@ def _digest(chosen: pl.DataFrame) -> str:
     picture."""
     prompts = chosen.select("prompt_id", "text", "negative", "seed", "height", "width").rows()
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:6]
+
+
+def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The first pictures of each group in turn, `count` in all: the same prompts for every
+    checkpoint."""
+    turn = pl.int_range(pl.len()).over("group").alias("turn")
+    return (
+        samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
+    )
+
+
+def due_step(tags: Mapping[str, str], step: int) -> int:
+    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end,
+    at which it was due.
+
+    Training saves with the first step at or behind that, which depends on the batch size: runs with
+    the same interval would have no step in common, and the slider shows one step.
+
+    Args:
+        tags: The run's.
+        step: samples_seen of the checkpoint.
+    """
+    try:
+        every, end = (int(number) for number in json.loads(tags[DUE_TAG]))
+        batch = int(tags["foundry.global_batch_size"])
+    except (KeyError, TypeError, ValueError):
+        return step
+    marks = [mark for mark in (step // every * every, end) if 0 < mark <= step < mark + batch]
+    return max(marks, default=step)

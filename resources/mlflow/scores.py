@@ -1,8 +1,16 @@
 """What of a checkpoint's scores goes to MLflow, and under which names."""
 
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import polars as pl
 
 from resources.mlflow import calls
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _HEADLINES = frozenset(
     {"clip_score_mean", "aesthetic_mean", "num_failed", "cmmd", "train_similarity_p95"}
@@ -45,3 +53,24 @@ def _metric_name(column: str) -> str:
         name = column.removesuffix("_LAIONScore")
         return f"aesthetic_q{name[:-1]}" if name.endswith("%") else f"aesthetic_{name}"
     return column
+
+
+def log(
+    client: "MlflowClient",
+    run: "Run",
+    model_id: str,
+    step: int,
+    scores: Mapping[str, float],
+) -> None:
+    """Log scores that are not there with the same value: scoring again replaces, sending again
+    does nothing."""
+    from mlflow.entities import Metric
+
+    run_id, now = run.info.run_id, time.time_ns() // 1_000_000
+    new = []
+    for name, value in scores.items():
+        history = [item for item in client.get_metric_history(run_id, name) if item.step == step]
+        latest = max(history, key=lambda item: item.timestamp, default=None)
+        if latest is None or latest.value != value:
+            new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
+    calls.log_batch(client, run_id, metrics=new)

@@ -8,9 +8,7 @@ weights stay on disk.
 import contextlib
 import functools
 import json
-import re
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from resources import guard
-from resources.mlflow import calls, colors, images, registry, spool
+from resources.mlflow import calls, images, logged_models, registry, runs, spool
 from resources.mlflow import experiment as tracking_experiment
 from resources.mlflow import note as tracking_note
 from resources.mlflow import params as tracking_params
@@ -37,16 +35,12 @@ from training.runs.release import REPORT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities import Run
 
 NUM_PICTURES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
-RUN_TAG = "foundry.run"
 _VERDICT, _VERDICTS = "verdict.", "verdict"
 """Tags: the word on one metric, and all of them for the runs' table."""
-_DUE_TAG = "mlflow.foundry.checkpoints_due"
-"""Tag of a run: the interval of its checkpoints and its length, samples. MLflow's pages leave out
-tags of its own."""
 _STATUS = {
     "started": "RUNNING",
     "resumed": "RUNNING",
@@ -164,8 +158,8 @@ class Tracking:
         with calls.explained(f"scores of {checkpoint} are not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
             run = self._run(client, name)
-            model = self._model(client, run, checkpoint, {})
-            self._log_scores(client, run, model.model_id, step, tracking_scores.points(metrics))
+            model = logged_models.logged_model(client, run, checkpoint, {})
+            tracking_scores.log(client, run, model.model_id, step, tracking_scores.points(metrics))
             if mlflow_views.TRAINED_TAG not in run.data.tags and run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id)  # the base or a rival: no event log says so
             self._log_pictures(client, run, step, samples, folder)
@@ -204,7 +198,7 @@ class Tracking:
         with calls.explained(f"verdict on {checkpoint} is not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
             run = self._run(client, CheckpointName.parse(checkpoint).run)
-            model = self._model(client, run, checkpoint, {})
+            model = logged_models.logged_model(client, run, checkpoint, {})
             overall = rows.filter(pl.col("group") == verdict.ALL).select("metric", "verdict")
             tags = {f"{_VERDICT}{metric}": word for metric, word in overall.iter_rows()}
             for name in [
@@ -275,7 +269,11 @@ class Tracking:
             name = registry.registered_name(self.experiment)
             with calls.as_default(self.uri):
                 registry.crown(
-                    client, name, run, self._model(client, run, checkpoint, {}), sentence
+                    client,
+                    name,
+                    run,
+                    logged_models.logged_model(client, run, checkpoint, {}),
+                    sentence,
                 )
 
     def views(self) -> dict[str, str]:
@@ -336,23 +334,7 @@ class Tracking:
             name: The run's.
             start_ms: When it began, where it is made anew; now without one.
         """
-        from mlflow.entities import LifecycleStage, ViewType
-
-        experiment_id = self._experiment_id(client)
-        name_filter = f"tags.`{RUN_TAG}` = '{name}'"
-        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-        for view in (ViewType.ACTIVE_ONLY, ViewType.DELETED_ONLY):
-            if found := client.search_runs(
-                [experiment_id], name_filter, view, max_results=1, order_by=order
-            ):
-                if found[0].info.lifecycle_stage == LifecycleStage.DELETED:
-                    client.restore_run(found[0].info.run_id)
-                    return client.get_run(found[0].info.run_id)
-                return found[0]
-        tags = {RUN_TAG: name, colors.TAG: colors.free(client, experiment_id)}
-        return client.create_run(
-            experiment_id, start_time=start_ms, tags=tags, run_name=_known_name(name)
-        )
+        return runs.find_or_make(client, self._experiment_id(client), name, start_ms)
 
     def _note(
         self, client: "MlflowClient", run_id: str, tags: Mapping[str, str], said: str | None = None
@@ -376,35 +358,6 @@ class Tracking:
         )
         calls.log_batch(client, run_id, tags=dict(tags) | note)
 
-    def _model(
-        self, client: "MlflowClient", run: "Run", checkpoint: str, tags: Mapping[str, str]
-    ) -> "LoggedModel":
-        """The LoggedModel of a checkpoint, made where there is none; of two that were made at once,
-        the older one."""
-        from mlflow.entities import LoggedModelOutput
-
-        name = re.sub(r"[/:.%\"']", "-", checkpoint)
-        model_filter = f"name = '{name}' AND source_run_id = '{run.info.run_id}'"
-        order: list[dict[str, object]] = [{"field_name": "creation_timestamp", "ascending": True}]
-        found = client.search_logged_models(
-            [run.info.experiment_id], filter_string=model_filter, max_results=1, order_by=order
-        )
-        step = CheckpointName.parse(checkpoint).samples_seen
-        params = {"checkpoint": checkpoint, "samples_seen": str(step)}
-        model = found[0] if found else client.create_logged_model(
-            run.info.experiment_id, name=name, source_run_id=run.info.run_id, params=params, model_type="checkpoint"
-        )  # fmt: skip
-        if str(model.status) != "READY":
-            # A process that was killed between the two calls has left the output, which MLflow
-            # takes only once.
-            outputs = client.get_run(run.info.run_id).outputs.model_outputs
-            if all(output.model_id != model.model_id for output in outputs):
-                client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
-            model = client.finalize_logged_model(model.model_id, "READY")
-        if tags:
-            client.set_logged_model_tags(model.model_id, dict(tags))
-        return model
-
     def _describe(self, client: "MlflowClient", run: "Run", folder: Path) -> None:
         """Headlines, the whole config, and what the run is trained on."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -422,10 +375,10 @@ class Tracking:
             "foundry.base": inputs.base_digest[:8],
             "foundry.seed": str(config.seed),
             "foundry.global_batch_size": str(config.batch.global_batch_size),
-            _DUE_TAG: json.dumps([config.checkpoints.every_samples, config.num_samples]),
+            images.DUE_TAG: json.dumps([config.checkpoints.every_samples, config.num_samples]),
         }
         calls.log_batch(client, run.info.run_id, params=params, tags=tags)
-        tracking_params.log_differing(client, run.info.experiment_id, RUN_TAG, folder.parent)
+        tracking_params.log_differing(client, run.info.experiment_id, runs.RUN_TAG, folder.parent)
         self._put(client, run, run_folder.CONFIG, text)
         source = json.dumps(
             {"training_set": inputs.training_set.name, "fingerprint": inputs.fingerprint}
@@ -452,7 +405,7 @@ class Tracking:
         calls.log_batch(client, run_id, metrics=metrics, tags=tags)
         for event in chunk.checkpoints:
             tags = {"folder": f"{folder.name}/{event['folder']}", "digest": str(event["digest"])}
-            self._model(client, run, str(event["checkpoint"]), tags)
+            logged_models.logged_model(client, run, str(event["checkpoint"]), tags)
         if chunk.phase is not None:
             status = _STATUS[chunk.phase["event"]]
             if status == "RUNNING":
@@ -463,32 +416,12 @@ class Tracking:
     def _log_pictures(
         self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path
     ) -> None:
-        chosen, step = choose_pictures(samples, NUM_PICTURES), _due(run.data.tags, step)
+        chosen, step = (
+            images.choose_pictures(samples, NUM_PICTURES),
+            images.due_step(run.data.tags, step),
+        )
         put = functools.partial(self._put, client, run)
         calls.log_batch(client, run.info.run_id, tags=images.put(run, step, chosen, folder, put))
-
-    def _log_scores(
-        self,
-        client: "MlflowClient",
-        run: "Run",
-        model_id: str,
-        step: int,
-        scores: Mapping[str, float],
-    ) -> None:
-        """Log scores that are not there with the same value: scoring again replaces, sending again
-        does nothing."""
-        from mlflow.entities import Metric
-
-        run_id, now = run.info.run_id, time.time_ns() // 1_000_000
-        new = []
-        for name, value in scores.items():
-            history = [
-                item for item in client.get_metric_history(run_id, name) if item.step == step
-            ]
-            latest = max(history, key=lambda item: item.timestamp, default=None)
-            if latest is None or latest.value != value:
-                new.append(Metric(name, value, now, step, model_id=model_id, run_id=run_id))
-        calls.log_batch(client, run_id, metrics=new)
 
     def _put(self, client: "MlflowClient", run: "Run", name: str, content: bytes) -> None:
         """Write one artifact; the same name again replaces it."""
@@ -502,38 +435,3 @@ class Tracking:
             path = Path(folder, Path(name).name)
             path.write_bytes(content)
             client.log_artifact(run.info.run_id, str(path), name.rpartition("/")[0] or None)
-
-
-def _known_name(run: str) -> str:
-    """What a person calls a run: `base.7d8632a3` is the base model."""
-    kind, _, name = run.partition(".")
-    return f"{kind} model {name}" if kind == "base" and name else run
-
-
-def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
-    """The first pictures of each group in turn, `count` in all: the same prompts for every
-    checkpoint."""
-    turn = pl.int_range(pl.len()).over("group").alias("turn")
-    return (
-        samples.sort("prompt_id").with_columns(turn).sort("turn", "group").head(count).drop("turn")
-    )
-
-
-def _due(tags: Mapping[str, str], step: int) -> int:
-    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end,
-    at which it was due.
-
-    Training saves with the first step at or behind that, which depends on the batch size: runs with
-    the same interval would have no step in common, and the slider shows one step.
-
-    Args:
-        tags: The run's.
-        step: samples_seen of the checkpoint.
-    """
-    try:
-        every, end = (int(number) for number in json.loads(tags[_DUE_TAG]))
-        batch = int(tags["foundry.global_batch_size"])
-    except (KeyError, TypeError, ValueError):
-        return step
-    marks = [mark for mark in (step // every * every, end) if 0 < mark <= step < mark + batch]
-    return max(marks, default=step)

@@ -6,7 +6,7 @@ import pytest
 from graph_tools import foundry
 from PIL import Image
 
-from resources.operations import maintenance
+from resources.operations.forget import forget
 from resources.workspace import missing
 from resources.workspace.store import Store
 from training.errors import ConfigError, DataError
@@ -129,7 +129,7 @@ def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_pat
     annotate()
     assert annotated == ["new.png"]
     image_id = Store(home).read("raw_images").filter(source_id="04.png")["image_id"][0]
-    maintenance.forget(Store(home), [image_id])
+    forget(Store(home), [image_id])
     for table in (*tables, *(f"kept_{table}" for table in tables)):
         assert image_id not in Store(home).read(table)["image_id"].to_list()
 

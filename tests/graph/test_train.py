@@ -16,7 +16,7 @@ from assets import checkpoints
 from assets.partitions import mirror
 from jobs.definitions import defs
 from resources.instance import instance as open_instance
-from resources.operations import maintenance
+from resources.operations.forget import forget
 from resources.workspace.setup import configure_run
 from resources.workspace.store import Store
 from training.runs.event_log import read_events
@@ -139,7 +139,7 @@ def test_the_launch_dialog_lets_a_run_go_on_without_forgotten_images(
     store = Store(small_copy)
     configure_run(small_copy, "new", "demo", [])
     checkpoints.prepare(store, "new", read_config(store.paths.run_folder("new")))
-    maintenance.forget(store, [store.read("training_set", ["image_id"])["image_id"][0]])
+    forget(store, [store.read("training_set", ["image_id"])["image_id"][0]])
     monkeypatch.setenv("FOUNDRY_HOME", str(small_copy))
     monkeypatch.setattr(
         checkpoints, "follow", lambda *arguments: {"event": "stopped", "samples_seen": 0}

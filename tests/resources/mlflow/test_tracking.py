@@ -23,11 +23,11 @@ from mlflow_world import prepare_run
 from PIL import Image
 
 from resources.mlflow import spool
+from resources.mlflow.images import choose_pictures
 from resources.mlflow.tracking import (
     NUM_PICTURES,
     Tracking,
     _due,
-    choose_pictures,
     workspace_tracking,
 )
 from training.errors import TrackingError

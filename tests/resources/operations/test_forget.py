@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import build_run
 
-from resources.operations import maintenance
+from resources.operations.forget import forget
 from resources.workspace.setup import leave_out_forgotten
 from resources.workspace.store import Store
 from training.commit import lock
@@ -59,7 +59,7 @@ def test_latents_of_other_images_stay_what_they_are(make_run):
     before, gone = vectors(run), victim(run)
     store = Store(run.folder.parents[1])
     old = {path.name for path in run.inputs.latents.rglob("g0001*")}
-    done = maintenance.forget(store, [gone])
+    done = forget(store, [gone])
     assert done["generations"] == ["s000000 g0001"]
     assert vectors(run) == {
         image_id: found for image_id, found in before.items() if image_id != gone
@@ -72,15 +72,13 @@ def test_latents_of_other_images_stay_what_they_are(make_run):
     kept = {path.name for path in run.inputs.latents.rglob("g0001*")} - {"g0001.json"}
     assert kept == named
     assert old - kept, "the files that held it are deleted"
-    assert maintenance.forget(store, [gone])["generations"] == [], (
-        "the same call again has nothing to do"
-    )
+    assert forget(store, [gone])["generations"] == [], "the same call again has nothing to do"
 
 
 def test_a_frozen_set_keeps_the_id_alone(make_run):
     run = make_run()
     gone = victim(run)
-    maintenance.forget(Store(run.folder.parents[1]), [gone])
+    forget(Store(run.folder.parents[1]), [gone])
     inputs = run_folder.read_inputs(run.folder)
     frame = pl.read_parquet(run_folder.checked_training_set(inputs))
     (row,) = frame.filter(pl.col("image_id") == gone).iter_rows(named=True)
@@ -110,7 +108,7 @@ def test_a_resume_refuses_and_goes_on_without_it_when_told_to(make_run, train, s
     run = make_run(num_samples=60)
     assert train(run, stop_at=5) == "stopped"
     store, gone = Store(run.folder.parents[1]), victim(run, split)
-    done = maintenance.forget(store, [gone])
+    done = forget(store, [gone])
     assert (done["runs"], done["unfinished"]) == (["demo"], ["demo"])
     with pytest.raises(
         DataError,
@@ -133,7 +131,7 @@ def test_a_resume_refuses_and_goes_on_without_it_when_told_to(make_run, train, s
     assert set(run.rows["image_id"]) - {gone} == set(seen), "its second epoch sees all others"
     assert read_events(run.folder / run_folder.EVENTS)[-1]["samples_seen"] >= 60
     other = victim(run, shard="s000001")
-    maintenance.forget(store, [other])
+    forget(store, [other])
     with pytest.raises(DataError, match="2 images of its training set"):
         resumed(run, train)
 
@@ -146,7 +144,7 @@ def test_a_step_all_of_whose_images_were_forgotten_is_passed(make_run, train):
         epoch / "0.npz", json.loads((epoch / "0.json").read_text())["order"]["sha256"]
     )
     store, row = Store(run.folder.parents[1]), int(order.samples[10])
-    maintenance.forget(store, [run.rows["image_id"][row]])
+    forget(store, [run.rows["image_id"][row]])
     leave_out_forgotten(store, "demo")
     assert resumed(run, train) == "finished"
     assert len(losses(run)) == 24
@@ -161,7 +159,7 @@ def test_a_run_that_never_saw_it_goes_on_to_the_same_bits(
     control = build_run(tmp_path / "control", tiny_sdxl, "unseen", {}, rows=rows)
     assert train(control) == "finished"
     assert train(run, stop_at=5) == "stopped"
-    assert maintenance.forget(Store(tmp_path), [victim(seen)])["runs"] == ["seen"]
+    assert forget(Store(tmp_path), [victim(seen)])["runs"] == ["seen"]
     assert resumed(run, train) == "finished"
     assert losses(run) == losses(control)
 
@@ -173,14 +171,14 @@ def test_a_run_in_training_keeps_its_images(make_run):
         with pytest.raises(
             ConfigError, match="run demo is being trained on one of these images: stop it"
         ):
-            maintenance.forget(Store(run.folder.parents[1]), [victim(run)])
+            forget(Store(run.folder.parents[1]), [victim(run)])
     assert vectors(run).keys() == set(run.rows["image_id"])
 
 
 def test_a_run_that_was_away_meanwhile_is_adopted_with_the_set_that_forgot(make_run, tmp_path):
     run = make_run()
     bundle.write_bundle(run.folder, tmp_path / "bundle")
-    maintenance.forget(Store(run.folder.parents[1]), [victim(run)])
+    forget(Store(run.folder.parents[1]), [victim(run)])
     now = run_folder.read_inputs(run.folder)
     back = tmp_path / "bundle" / "runs" / "demo" / run_folder.INPUTS
     values = json.loads(back.read_text())
@@ -245,7 +243,7 @@ def test_what_no_manifest_names_goes_too(make_run):
             path.write_bytes(b"bytes")
     torn = home / "quarantine" / "now" / "torn.parquet"
     torn.write_bytes(b"PAR1")
-    maintenance.forget(Store(home), [gone])
+    forget(Store(home), [gone])
     assert [path for path in (*stale, torn) if path.exists()] == []
     assert all(path.exists() for path in kept)
 
@@ -257,7 +255,7 @@ def test_forgetting_waits_for_no_foundry_run(make_run):
         lock(home / "locks" / "foundry-run.lock", "x"),
         pytest.raises(LockedError, match="`foundry run` in"),
     ):
-        maintenance.forget(Store(home), [victim(run)])
+        forget(Store(home), [victim(run)])
     assert not (home / "forget.txt").exists()
 
 
