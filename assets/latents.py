@@ -24,8 +24,8 @@ from training.buckets.plans import follows_picture
 from training.errors import DamageError
 from training.images import figures
 from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
-from training.latents.files import Generation, read_generation
-from training.latents.files import generations as numbers_of
+from training.latents.generations import Generation, read_generation
+from training.latents.generations import generations as numbers_of
 from training.manifests import Manifest
 from training.names import GenerationName, OwnedPart, ShardKey
 from training.tables.schemas import rejections

@@ -9,7 +9,7 @@ from resources import torchrun
 from resources.workspace.store import Store
 from training.commit import write_json
 from training.errors import ConfigError
-from training.latents.files import generations
+from training.latents.generations import generations
 from training.runs.event_log import has_finished
 from training.runs.run_folder import BUNDLED, EVENTS, read_config
 

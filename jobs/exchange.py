@@ -11,7 +11,8 @@ from training import commit
 from training.errors import DataError
 from training.latents import exchange as formats
 from training.latents.encoding import placement_of
-from training.latents.files import from_bfloat16, generations, read_generation
+from training.latents.files import from_bfloat16
+from training.latents.generations import generations, read_generation
 from training.latents.importing import Format, LatentImport, find_files
 from training.models.base_model import config_folder
 from training.names import ShardKey

@@ -22,7 +22,7 @@ from training.commit import (
     write_json,
 )
 from training.errors import ConfigError, DamageError
-from training.latents.files import generations, read_generation, write_without
+from training.latents.generations import generations, read_generation, write_without
 from training.manifests import (
     Manifest,
     check_entry,

@@ -15,7 +15,7 @@ from training.buckets.geometry import Placement
 from training.config.run import RunConfig
 from training.curation import vocabulary
 from training.latents.encoding import placement_of
-from training.latents.files import generations, read_generation
+from training.latents.generations import generations, read_generation
 from training.models.base_model import config_folder
 from training.models.clip_tokenizer import ClipTokenizer
 from training.prompts.maker import MadePrompt, PromptMaker

@@ -12,7 +12,7 @@ import polars as pl
 from resources.workspace.store import Store
 from training.commit import sync_folder
 from training.errors import DamageError
-from training.latents.files import generations
+from training.latents.generations import generations
 from training.latents.source import LatentSource
 from training.manifests import Entry, read_manifest
 from training.names import GenerationName, ShardKey

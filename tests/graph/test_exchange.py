@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 from graph_tools import foundry
 
-from training.latents.files import from_bfloat16, read_generation
+from training.latents.files import from_bfloat16
+from training.latents.generations import read_generation
 
 
 def generation(home, number):

@@ -11,7 +11,7 @@ from graph_tools import digests, foundry
 from assets import latents
 from resources.operations import maintenance
 from resources.workspace.store import Store
-from training.latents.files import read_generation
+from training.latents.generations import read_generation
 
 
 def shard(home):

@@ -12,7 +12,7 @@ from graph_tools import foundry
 from jobs import encode, schedules
 from resources.instance import instance as open_instance
 from resources.workspace.store import Store
-from training.latents.files import read_generation
+from training.latents.generations import read_generation
 
 PLACEMENT = ["image_id", "crop_top", "crop_left"]
 

@@ -16,7 +16,8 @@ from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DataError, ModelError
 from training.images import figures
 from training.latents.encoding import EncodeJob, Picture, encode_shard, placement_of, same_policy
-from training.latents.files import LatentFile, from_bfloat16, read_generation
+from training.latents.files import LatentFile, from_bfloat16
+from training.latents.generations import read_generation
 from training.models.vae import Vae
 from training.tables.schemas import TABLES
 

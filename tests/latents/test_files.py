@@ -15,12 +15,7 @@ from safetensors.torch import load_file, save_file
 from training import commit, manifests
 from training.buckets.geometry import Size
 from training.errors import DamageError, DataError
-from training.latents.files import (
-    BucketWriter,
-    LatentFile,
-    from_bfloat16,
-    to_bfloat16,
-)
+from training.latents.files import BucketWriter, LatentFile, from_bfloat16, to_bfloat16
 from training.tables.schemas import TABLES
 
 BUCKET = Size(48, 32)

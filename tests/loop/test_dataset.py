@@ -9,7 +9,8 @@ from training import commit
 from training.buckets.geometry import Box, Placement, Size
 from training.curation.vocabulary import Vocabulary
 from training.errors import DamageError, DataError
-from training.latents.files import from_bfloat16, read_generation
+from training.latents.files import from_bfloat16
+from training.latents.generations import read_generation
 from training.latents.source import LatentSource
 from training.loop import epochs
 from training.loop.dataset import Dataset, loss_mask

@@ -15,7 +15,7 @@ import pytest
 
 from training import manifests
 from training.errors import ConfigError, DamageError, DataError
-from training.latents.files import generations
+from training.latents.generations import generations
 from training.runs import bundle, run_folder
 from training.runs.event_log import read_events
 

@@ -20,7 +20,8 @@ from training.errors import DamageError
 from training.images import figures
 from training.images.decode_pool import DecodePool, ImageFile, Rejection
 from training.images.saliency import importance
-from training.latents.files import BucketWriter, Generation, LatentFile
+from training.latents.files import BucketWriter, LatentFile
+from training.latents.generations import Generation
 from training.manifests import Entry
 from training.progress import report
 from training.tables.schemas import TABLES

@@ -15,12 +15,8 @@ import fsspec
 
 from training import commit, manifests
 from training.errors import DamageError, DataError
-from training.latents.files import (
-    Generation,
-    LatentFile,
-    generations,
-    read_generation,
-)
+from training.latents.files import LatentFile
+from training.latents.generations import Generation, generations, read_generation
 from training.manifests import Entry
 from training.names import GenerationName
 

@@ -21,7 +21,8 @@ from training.buckets.geometry import Box, Placement, Size
 from training.config.run import RunConfig
 from training.curation.vocabulary import Vocabulary
 from training.errors import DataError
-from training.latents.files import LatentFile, read_generation
+from training.latents.files import LatentFile
+from training.latents.generations import read_generation
 from training.latents.source import LatentSource
 from training.loop import noise
 from training.loop.prefetch import StageTimes

@@ -20,7 +20,7 @@ from fsspec.registry import known_implementations
 from training import commit
 from training.config.run import EIGHT_BIT, RunConfig
 from training.errors import ConfigError, DamageError, DataError
-from training.latents.files import Generation, read_generation
+from training.latents.generations import Generation, read_generation
 from training.latents.source import LatentSource
 from training.models.base_model import config_folder
 from training.models.trainables import trainable_of

@@ -16,7 +16,7 @@ from resources.workspace.setup import leave_out_forgotten
 from resources.workspace.store import Store
 from training.commit import lock
 from training.errors import ConfigError, DataError, LockedError
-from training.latents.files import read_generation
+from training.latents.generations import read_generation
 from training.loop.order import EpochOrder, leave_out, read_order
 from training.manifests import read_manifest
 from training.prompts.samples import Samples
