@@ -11,7 +11,8 @@ import polars as pl
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_path, thumbnails
-from resources import devices, engine
+from resources import devices
+from resources.engine import workers as engine
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace import kept_rows
