@@ -3,7 +3,6 @@ sidecars."""
 
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import dagster as dg
 import polars as pl
@@ -11,8 +10,7 @@ import polars as pl
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_path, thumbnails
-from resources import devices
-from resources.engine import workers as engine
+from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace import kept_rows
@@ -147,10 +145,11 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     identity = json_digest(
         [[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()]
     )
-    worker = partial(Annotator, models, config.annotate, config.decode)
-    with devices.hold("annotate", config.devices, store.home) as device:
-        run = partial(engine.run, worker, (), devices=[device])
-        done = store.resume_batches("annotations", key, identity, batches, run)
+    spec = WorkerSpec(
+        make=Annotator, arguments=(models, config.annotate, config.decode), kind="annotate"
+    )
+    with Workers(spec, config.devices, store.home) as workers:
+        done = store.resume_batches("annotations", key, identity, batches, workers.map)
         rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
     rejected = rejections("annotations", failures(rows))
     good = rows.filter(pl.col("failure").is_null())

@@ -1,58 +1,146 @@
-"""Runs a worker over batches on the devices held: in this process for one, else one worker process
-per device."""
+"""The one way to map a worker over batches. It holds the devices that `[devices]` allows and runs
+one worker per device: in this process where there is one, else in a process each. Who calls it
+cannot tell which."""
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any, TypeVar
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from resources import devices
+from resources.engine.processes import ProcessPool
+from training.config.workspace import DevicesConfig
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+Batch_contra = TypeVar("Batch_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+_NOTHING = object()
 
-_worker: Callable[[Any], Any] | None = None
+
+class Worker(Protocol[Batch_contra, Result_co]):
+    """Works off one batch after the other; what it loads, it keeps for the next ones."""
+
+    def __call__(self, batch: Batch_contra, /) -> Result_co:
+        """The batch's result: a pure function of the batch, whichever worker makes it."""
+        ...
 
 
-def run(
-    worker: Callable[..., Callable[[Batch], Result]],
-    arguments: Sequence[Any],
-    batches: Iterable[Batch],
-    devices: Sequence[str],
-) -> Iterator[Result]:
-    """Yield `worker(*arguments, device)(batch)` for every batch, in the order of the batches.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec(Generic[Batch, Result]):
+    """How a worker is made, and what for."""
 
-    Args: worker: Class (or function) that loads its models once and is then called with batches;
-        importable by name. arguments: What it is made from, before the device. batches: Work; each
-        goes to one worker whole. devices: One worker per entry; a single entry works in this
-        process.
+    make: Callable[..., Worker[Batch, Result]]
+    """Class or function that is importable by name; called as `make(*arguments, device)` once per
+    worker."""
+    arguments: tuple[Any, ...] = ()
+    """Plain values and paths; never tensors, never the store."""
+    kind: devices.Kind
+    """Which line of `[devices]` says where it may run."""
+    gives_way: bool = False
+    """Whether it takes no device that other work waits for."""
+
+
+class Workers(Generic[Batch, Result]):
+    """Workers on all devices that are to be had; a context manager.
+
+    Devices are held while a map runs and not between two maps. Workers, with all that they have
+    loaded, stay from one map to the next as long as the devices are the same and nobody waits for
+    one of them.
     """
-    if len(devices) == 1:
-        ready = worker(*arguments, devices[0])
-        for batch in batches:
-            yield ready(batch)
-        return
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    for device in devices:
-        queue.put(device)
-    with ProcessPoolExecutor(
-        len(devices), context, _start, (worker, tuple(arguments), queue)
-    ) as pool:
-        waiting: list[Future[Result]] = []
-        for batch in batches:
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * len(devices):
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+
+    def __init__(
+        self,
+        spec: WorkerSpec[Batch, Result],
+        config: DevicesConfig,
+        home: Path,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Nothing is held, started or loaded before the first batch.
+
+        Args:
+            spec: The worker.
+            config: The workspace's `[devices]`.
+            home: The workspace, named to whoever waits for a device.
+            say: Told whom we wait for, and which worker was lost.
+        """
+        self._spec, self._config, self._home, self._say = spec, config, home, say
+        self._held: tuple[str, ...] = ()
+        self._pool: _InProcess[Batch, Result] | ProcessPool[Batch, Result] | None = None
+
+    def __enter__(self) -> "Workers[Batch, Result]":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End all workers."""
+        self._close()
+
+    def map(self, batches: Iterable[Batch]) -> Iterator[Result]:
+        """Yield the result of every batch, in the order of the batches.
+
+        No more than a few batches are taken ahead of the results that were given out. An error that
+        a worker raises is raised here at once, as itself. A batch whose worker dies is tried again
+        on a new one.
+
+        Raises:
+            WorkerLostError: workers died repeatedly at one batch, or do not start.
+            ConfigError: `[devices]` names no device of this machine.
+        """
+        remaining = iter(batches)
+        if (first := next(remaining, _NOTHING)) is _NOTHING:
+            return
+        with self._hold() as held:
+            yield from self._on(held).map(itertools.chain([cast(Batch, first)], remaining))
+
+    def _hold(self) -> Any:
+        return devices.hold(
+            self._spec.kind,
+            self._config,
+            self._home,
+            gives_way=self._spec.gives_way,
+            say=self._say,
+        )
+
+    def _on(self, device: str) -> "_InProcess[Batch, Result] | ProcessPool[Batch, Result]":
+        """The workers on the devices held: those of the map before where they are the same."""
+        held = (device,)
+        if self._pool is None or held != self._held:
+            self._close()
+            self._held = held
+            self._pool = _open(self._spec, held, self._say)
+        return self._pool
+
+    def _close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
 
-def _start(
-    worker: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], queue: Any
-) -> None:
-    global _worker  # noqa: PLW0603 - one worker per process, made once
-    _worker = worker(*arguments, queue.get())
+def _open(
+    spec: WorkerSpec[Batch, Result], held: tuple[str, ...], say: Callable[[str], None]
+) -> "_InProcess[Batch, Result] | ProcessPool[Batch, Result]":
+    if len(held) == 1:
+        return _InProcess(spec.make(*spec.arguments, held[0]))
+    return ProcessPool(spec.kind, spec.make, spec.arguments, held, say)
 
 
-def _work(batch: Any) -> Any:
-    assert _worker is not None
-    return _worker(batch)
+class _InProcess(Generic[Batch, Result]):
+    """One worker in this process."""
+
+    def __init__(self, worker: Worker[Batch, Result]) -> None:
+        self._worker = worker
+
+    def map(self, batches: Iterable[Batch]) -> Iterator[Result]:
+        """See `Workers.map`."""
+        return map(self._worker, batches)
+
+    def close(self) -> None:
+        """Nothing is left to end."""
