@@ -15,7 +15,7 @@ from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace import kept_rows
 from resources.workspace.store import Made, Store
-from training.annotators.annotations import ROWS, Annotator, failures
+from training.annotators.annotations import ROWS, Annotator, ImageBatch, failures
 from training.commit import Manifest, json_digest
 from training.curation.captions import from_sources
 from training.errors import DataError
@@ -45,6 +45,7 @@ CAPTIONS = Stage(
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in (EMBEDDINGS, TAGS, WATERMARKS, CAPTIONS)}
 NETWORKS = (EMBEDDINGS, TAGS, WATERMARKS)
+AnnotateWorkers = Workers[ImageBatch, pl.DataFrame]
 _FILLED = {"embeddings": ["vector", "projection"], "tags": ["tags"], "watermark_boxes": ["boxes"]}
 
 
@@ -79,12 +80,17 @@ def annotations(
     """Decode each picture once and show it to every annotator whose rows are stale."""
     wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
     digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
-    for key in partition_keys(context, store, wanted[0]):
-        for stage, manifest in _bring_up_to_date(context, store, wanted, key):
-            digests[stage.name][key] = manifest.digest
-            context.add_asset_metadata(
-                shown(manifest, store, partitioned=True), asset_key=stage.name, partition_key=key
-            )
+    config = store.config
+    spec = WorkerSpec(make=Annotator, arguments=(config.annotate, config.decode), kind="annotate")
+    with Workers(spec, config.devices, store.home, say=context.log.info) as workers:
+        for key in partition_keys(context, store, wanted[0]):
+            for stage, manifest in _bring_up_to_date(context, store, workers, wanted, key):
+                digests[stage.name][key] = manifest.digest
+                context.add_asset_metadata(
+                    shown(manifest, store, partitioned=True),
+                    asset_key=stage.name,
+                    partition_key=key,
+                )
     rebuild(store)
     for stage in wanted:
         found = digests[stage.name]
@@ -93,7 +99,11 @@ def annotations(
 
 
 def _bring_up_to_date(
-    context: dg.AssetExecutionContext, store: Store, wanted: list[Stage], key: str
+    context: dg.AssetExecutionContext,
+    store: Store,
+    workers: AnnotateWorkers,
+    wanted: list[Stage],
+    key: str,
 ) -> list[tuple[Stage, Manifest]]:
     """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its
     pictures."""
@@ -109,7 +119,7 @@ def _bring_up_to_date(
         started = time.monotonic()
         made: dict[str, Made] = {}
         if networks := [stage for stage in stale if stage in NETWORKS]:
-            made.update(_annotate(store, networks, key))
+            made.update(_annotate(store, workers, networks, key))
         if CAPTIONS in stale:
             made["captions"] = _captions(store, key)
         for stage in stale:
@@ -126,7 +136,9 @@ def _bring_up_to_date(
         return [(stage, manifest) for stage, manifest in found if manifest is not None]
 
 
-def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
+def _annotate(
+    store: Store, workers: AnnotateWorkers, stages: list[Stage], key: str
+) -> dict[str, Made]:
     """Run the networks of `stages` over a shard, batch by batch; finished batches survive a
     kill."""
     pictures = (
@@ -141,16 +153,15 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
     fresh = pictures.filter(~pl.col("image_id").is_in(list(done_before)))
     work = [(row["image_id"], image_path(store, row)) for row in fresh.iter_rows(named=True)]
     size = config.annotate.batch_size
-    batches = [work[start : start + size] for start in range(0, len(work), size)]
+    batches = [
+        ImageBatch(models=models, images=work[start : start + size])
+        for start in range(0, len(work), size)
+    ]
     identity = json_digest(
         [[stage.name, store.basis(stage, key)] for stage in stages] + [fresh["image_id"].to_list()]
     )
-    spec = WorkerSpec(
-        make=Annotator, arguments=(models, config.annotate, config.decode), kind="annotate"
-    )
-    with Workers(spec, config.devices, store.home) as workers:
-        done = store.resume_batches("annotations", key, identity, batches, workers.map)
-        rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
+    done = store.resume_batches("annotations", key, identity, batches, workers.map)
+    rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
     rejected = rejections("annotations", failures(rows))
     good = rows.filter(pl.col("failure").is_null())
     for stage in stages:

@@ -96,7 +96,7 @@ def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_pat
             pools.append(self.pool)
 
         def __call__(self, batch):
-            annotated.extend(path.name for _, path in batch)
+            annotated.extend(path.name for _, path in batch.images)
             return super().__call__(batch)
 
     def annotate():

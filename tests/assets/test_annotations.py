@@ -1,0 +1,70 @@
+"""The annotators' pass: what is loaded, where it runs, what remains."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import pipeline
+from resources.workspace.setup import create
+from resources.workspace.store import Store
+
+NUM_IMAGES, NUM_SHARDS = 14, 7
+CONFIG = """
+format = 1
+shard_size = 2
+[[sources]]
+name = "a"
+path = "images"
+[models]
+clip = "demo:models/clip"
+tagger = "demo:models/tagger"
+detector = "demo:models/owlv2"
+[decode]
+num_workers = 1
+[annotate]
+batch_size = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """A workspace with seven shards of two images each, read but not annotated."""
+    home = tmp_path_factory.mktemp("annotated") / "workspace"
+    (home / "images").mkdir(parents=True)
+    create(home, sources=[str(home / "images")], preset="demo", tiny=False)
+    (home / "foundry.toml").write_text(CONFIG)
+    for number in range(NUM_IMAGES):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(home / "images" / f"{number:02}.png")
+    pipeline.bring_up_to_date(home, select="raw_images")
+    return home
+
+
+@pytest.fixture
+def home(listed, tmp_path):
+    return shutil.copytree(listed, tmp_path / "workspace", symlinks=True)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Devices on which the tagger was loaded in this process, one entry each time."""
+    from training.annotators.tagger import Tagger
+
+    found = []
+    load = Tagger.load.__func__
+
+    def counted(cls, folder, device):
+        found.append(device)
+        return load(cls, folder, device)
+
+    monkeypatch.setattr(Tagger, "load", classmethod(counted))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_networks_are_loaded_once_for_all_shards_of_a_run(home, loads):
+    pipeline.bring_up_to_date(home, select="tags")
+    assert len(Store(home).parts("tags")) == NUM_SHARDS
+    assert loads == ["cpu"]
