@@ -240,12 +240,13 @@ def serve(descriptor: int) -> None:
         _send(channel, _RAISED, _told(error))
         return
     _send(channel, _READY, None)
-    while (message := inbox.get()) is not None:
-        try:
-            answer = _DONE, worker(pickle.loads(message))  # noqa: S301 - our own code
-        except Exception as error:
-            answer = _RAISED, _told(error)
-        _send(channel, *answer)
+    with contextlib.closing(worker):
+        while (message := inbox.get()) is not None:
+            try:
+                answer = _DONE, worker(pickle.loads(message))  # noqa: S301 - our own code
+            except Exception as error:
+                answer = _RAISED, _told(error)
+            _send(channel, *answer)
 
 
 def _receive(channel: Connection, inbox: "queue.SimpleQueue[bytes | None]") -> None:

@@ -27,6 +27,10 @@ class Worker(Protocol[Batch_contra, Result_co]):
         """The batch's result: a pure function of the batch, whichever worker makes it."""
         ...
 
+    def close(self) -> None:
+        """End what the worker started."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec(Generic[Batch, Result]):
@@ -143,4 +147,5 @@ class _InProcess(Generic[Batch, Result]):
         return map(self._worker, batches)
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Let the worker end what it started."""
+        self._worker.close()

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -63,8 +64,13 @@ def loads(monkeypatch):
     return found
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_networks_are_loaded_once_for_all_shards_of_a_run(home, loads):
     pipeline.bring_up_to_date(home, select="tags")
     assert len(Store(home).parts("tags")) == NUM_SHARDS
     assert loads == ["cpu"]
+
+
+def test_no_process_remains_after_a_run(home):
+    before = set(psutil.Process().children(recursive=True))
+    pipeline.bring_up_to_date(home, select="tags")
+    assert not set(psutil.Process().children(recursive=True)) - before

@@ -88,22 +88,15 @@ def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_pat
     from training.annotators.annotations import Annotator
 
     home, many, _ = listed
-    annotated, pools = [], []
+    annotated = []
 
     class Counted(Annotator):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            pools.append(self.pool)
-
         def __call__(self, batch):
             annotated.extend(path.name for _, path in batch.images)
             return super().__call__(batch)
 
     def annotate():
         pipeline.bring_up_to_date(home, select=NETWORKS)
-        for pool in pools:
-            pool.__exit__(None, None, None)
-        pools.clear()
 
     monkeypatch.setattr("assets.annotations.Annotator", Counted)
     annotate()

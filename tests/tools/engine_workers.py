@@ -7,8 +7,15 @@ from pathlib import Path
 from training.errors import ModelError
 
 
-class Squares:
-    """Squares numbers; each worker writes a file when it is made."""
+class Closable:
+    """Starts nothing."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Squares(Closable):
+    """Squares numbers; each worker writes a file when it is made, and one when it is closed."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
@@ -16,6 +23,9 @@ class Squares:
 
     def __call__(self, number: int) -> tuple[int, int]:
         return number, number * number
+
+    def close(self) -> None:
+        (self.folder / f"closed-{os.getpid()}").touch()
 
 
 class Mortal(Squares):
@@ -33,21 +43,21 @@ class Mortal(Squares):
         return super().__call__(number)
 
 
-class Unmakeable:
+class Unmakeable(Closable):
     """Cannot be made: its model is missing."""
 
     def __init__(self, device: str) -> None:
         raise ModelError("[models] clip: folder /models/clip is missing")
 
 
-class Stillborn:
+class Stillborn(Closable):
     """Ends its process before it is made."""
 
     def __init__(self, device: str) -> None:
         os._exit(3)
 
 
-class Refuses:
+class Refuses(Closable):
     """Raises for one number."""
 
     def __init__(self, number: int, device: str) -> None:
@@ -59,7 +69,7 @@ class Refuses:
         return number
 
 
-class Echo:
+class Echo(Closable):
     """Returns what it is given."""
 
     def __init__(self, device: str) -> None:

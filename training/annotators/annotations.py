@@ -57,6 +57,11 @@ class Annotator:
         self.pool = DecodePool(decode)
         self.pool.__enter__()
 
+    def close(self) -> None:
+        """Drop the networks, and end the processes that decode."""
+        self.networks, self.loaded = {}, {}
+        self.pool.__exit__(None, None, None)
+
     def __call__(self, batch: ImageBatch) -> pl.DataFrame:
         """Annotate images; one row each, in order, in the schema ROWS.
 

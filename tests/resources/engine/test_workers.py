@@ -126,3 +126,12 @@ def test_no_process_remains(tmp_path):
     assert len(children() - before) >= 2
     made.close()
     assert not children() - before
+    assert len(list(tmp_path.glob("closed-*"))) == 2, "each could end what it had started"
+
+
+def test_a_worker_in_this_process_is_closed(tmp_path):
+    spec = WorkerSpec(make=engine_workers.Squares, arguments=(tmp_path,), kind="annotate")
+    with Workers(spec, DevicesConfig(), tmp_path) as workers:
+        list(workers.map(range(3)))
+        assert not list(tmp_path.glob("closed-*"))
+    assert len(list(tmp_path.glob("closed-*"))) == 1
