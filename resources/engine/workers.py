@@ -101,25 +101,27 @@ class Workers(Generic[Batch, Result]):
         remaining = iter(batches)
         if (first := next(remaining, _NOTHING)) is _NOTHING:
             return
-        with self._hold() as held:
-            yield from self._on(held).map(itertools.chain([cast(Batch, first)], remaining))
-
-    def _hold(self) -> Any:
-        return devices.hold(
+        hold = devices.hold_all(
             self._spec.kind,
             self._config,
             self._home,
             gives_way=self._spec.gives_way,
             say=self._say,
         )
+        with hold as held:
+            try:
+                yield from self._on(held).map(itertools.chain([cast(Batch, first)], remaining))
+            finally:
+                if devices.are_wanted(self._spec.kind, self._config, held):
+                    self._close()  # Whoever waits needs the memory too.
 
-    def _on(self, device: str) -> "_InProcess[Batch, Result] | ProcessPool[Batch, Result]":
+    def _on(
+        self, held: tuple[str, ...]
+    ) -> "_InProcess[Batch, Result] | ProcessPool[Batch, Result]":
         """The workers on the devices held: those of the map before where they are the same."""
-        held = (device,)
         if self._pool is None or held != self._held:
             self._close()
-            self._held = held
-            self._pool = _open(self._spec, held, self._say)
+            self._held, self._pool = held, _open(self._spec, held, self._say)
         return self._pool
 
     def _close(self) -> None:

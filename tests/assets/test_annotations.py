@@ -1,5 +1,6 @@
 """The annotators' pass: what is loaded, where it runs, what remains."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import pipeline
+from resources import devices
 from resources.workspace.setup import create
 from resources.workspace.store import Store
 
@@ -74,3 +76,30 @@ def test_no_process_remains_after_a_run(home):
     before = set(psutil.Process().children(recursive=True))
     pipeline.bring_up_to_date(home, select="tags")
     assert not set(psutil.Process().children(recursive=True)) - before
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """`on(2)`: the machine has as many devices that `[devices]` allows."""
+
+    def have(number):
+        @contextlib.contextmanager
+        def hold_all(*arguments, **options):
+            yield ("cpu",) * number
+
+        monkeypatch.setattr(devices, "hold_all", hold_all)
+
+    return have
+
+
+def test_all_devices_work_and_rows_do_not_depend_on_their_number(listed, tmp_path, on, loads):
+    digests = set()
+    for number in (1, 2):
+        home = shutil.copytree(listed, tmp_path / str(number), symlinks=True)
+        (home / "foundry.toml").write_text(CONFIG.replace("batch_size = 2", "batch_size = 1"))
+        on(number)
+        pipeline.bring_up_to_date(home, select="tags")
+        store = Store(home)
+        digests.add(tuple(store.manifest("tags", part).digest for part in store.parts("tags")))
+    assert len(digests) == 1
+    assert loads == ["cpu"], "two devices have processes of their own"

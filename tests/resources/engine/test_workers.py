@@ -1,6 +1,7 @@
 """Results come in the order of the batches from any number of workers; a worker that dies costs
 nothing but time."""
 
+import contextlib
 import os
 import signal
 
@@ -8,6 +9,7 @@ import engine_workers
 import psutil
 import pytest
 
+from resources import devices
 from resources.engine.processes import AHEAD, ProcessPool
 from resources.engine.workers import Workers, WorkerSpec
 from training.config.workspace import DevicesConfig
@@ -135,3 +137,27 @@ def test_a_worker_in_this_process_is_closed(tmp_path):
         list(workers.map(range(3)))
         assert not list(tmp_path.glob("closed-*"))
     assert len(list(tmp_path.glob("closed-*"))) == 1
+
+
+def test_workers_stay_until_the_devices_change_or_somebody_waits(tmp_path, monkeypatch):
+    held, wanted = [("cpu",)], []
+
+    @contextlib.contextmanager
+    def hold_all(*arguments, **options):
+        yield held[0]
+
+    monkeypatch.setattr(devices, "hold_all", hold_all)
+    monkeypatch.setattr(devices, "are_wanted", lambda *arguments: bool(wanted))
+    spec = WorkerSpec(make=engine_workers.Squares, arguments=(tmp_path,), kind="annotate")
+    with Workers(spec, DevicesConfig(), tmp_path) as workers:
+
+        def num_made():
+            assert list(workers.map(range(23))) == EXPECTED
+            return len(list(tmp_path.glob("made-*")))
+
+        assert [num_made(), num_made()] == [1, 1]
+        held[0] = ("cpu:0", "cpu:1")
+        assert [num_made(), num_made()] == [3, 3]
+        wanted.append("cpu:1")
+        assert num_made() == 3
+        assert num_made() == 5, "the networks had been dropped for whoever waited"
