@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import polars as pl
 
-from assets.annotations import EMBEDDINGS
+from assets.annotations import STAGES
 from resources.graph import Stage
 from resources.workspace.store import Store
 from training.buckets import crops
@@ -210,7 +210,7 @@ def _training_images(store: Store, key: str) -> TrainingImages:
 def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block]:
     """Embeddings of `images`, a shard at a time; those that are not finite are left out."""
     for shard in images["shard"].unique().sort().to_list():
-        part = EMBEDDINGS.part(shard)
+        part = STAGES["embeddings"].part(shard)
         manifest = store.manifest("embeddings", part)
         if manifest is None:
             continue

@@ -67,7 +67,7 @@ def grouped(stale: Sequence[StalePartition]) -> list[str]:
 def status_of(store: Store, stage: Stage) -> StageStatus:
     """The state of one stage; what stands in the way of judging it becomes its `error`."""
     try:
-        keys = store.keys(stage.scope)
+        keys = store.keys_of(stage)
         stale = tuple(StalePartition(key, reasons(store, stage, key)) for key in store.stale(stage))
     except PipelineError as error:
         return StageStatus(stage.name, 0, (), None, error=" ".join(str(error).split()))
@@ -98,7 +98,7 @@ def status(store: Store, stages: Mapping[str, Stage], parents: Mapping[str, set[
 
 def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     """Why a stale partition is stale; empty for one that is current."""
-    manifest, basis = store.manifest(stage.name, stage.part(key)), store.basis(stage, key)
+    manifest, basis = store.manifest(stage.table, stage.part(key)), store.basis(stage, key)
     if basis is None:
         missing = [reads.table for reads in stage.reads if store.slice_digest(stage, reads, key) is None]
         return (f"waits for {' and '.join(dict.fromkeys(missing))}",)
@@ -167,6 +167,6 @@ def _expected_seconds(store: Store, stage: Stage, num_stale: int) -> float | Non
     """The mean time of the parts that are committed, times the stale ones."""
     if not num_stale:
         return 0.0
-    manifests = (store.manifest(stage.name, stage.part(key)) for key in store.keys(stage.scope))
+    manifests = (store.manifest(stage.table, stage.part(key)) for key in store.keys_of(stage))
     seconds = [manifest.report["seconds"] for manifest in manifests if manifest and manifest.report.get("seconds")]
     return num_stale * sum(seconds) / len(seconds) if seconds else None

@@ -196,7 +196,7 @@ class Store:
         """
         if key == "base":
             return self.base_path(key)
-        name = getattr(self.config.models, key)
+        name = self.config.models.folder(key)
         path = self.resource_path(name)
         if not path.is_dir():
             raise self._missing_model(key, name, path, PUBLISHED.get(key))
@@ -532,7 +532,7 @@ class Store:
 
     def is_current(self, stage: Stage, key: str) -> bool:
         """Whether the committed part is what would be made now, and its files are there."""
-        manifest = self.manifest(stage.name, stage.part(key))
+        manifest = self.manifest(stage.table, stage.part(key))
         return manifest is not None and self.agrees(manifest, self.basis(stage, key))
 
     def attempts(self, stage: Stage, key: str) -> int:
@@ -574,7 +574,11 @@ class Store:
     def stale(self, stage: Stage) -> list[str]:
         """Partitions whose committed part is missing or made from something else than what is there
         now."""
-        return [key for key in self.keys(stage.scope) if not self.is_current(stage, key)]
+        return [key for key in self.keys_of(stage) if not self.is_current(stage, key)]
+
+    def keys_of(self, stage: Stage) -> list[str]:
+        """The partitions of a stage that exist now: none where the workspace does not want it."""
+        return self.keys(stage.scope) if stage.in_use(self.config) else []
 
     def model_digest(self, key: str) -> str:
         """Digest of the model under `[models] key`."""
@@ -598,7 +602,7 @@ class Store:
     def model_name(self, name: str, encoding: str) -> str:
         """What foundry.toml says for a model of a stage; for `vae`, for that of the encoding."""
         if name != "vae":
-            return str(getattr(self.config.models, name))
+            return self.config.models.folder(name)
         vae = self.config.encoding(encoding).vae
         return f"that of {self.config.models.base}" if vae == "base" else vae
 
@@ -655,7 +659,7 @@ class Store:
         Raises:
             DataError: rows do not add up, or do not fit the table's schema.
         """
-        table = TABLES[stage.name]
+        table = TABLES[stage.table]
         part = stage.part(key)
         frame = table.conform(made.frame)
         num_rejected = 0 if made.rejected is None else made.rejected.height
@@ -667,14 +671,14 @@ class Store:
         rejected = {}
         if made.rejected is not None:
             rejected = self.commit_rejected(stage.name, stage.version, key, made.rejected, config=config, basis=basis)
-        folder = self.table_folder(stage.name, part)
+        folder = self.table_folder(stage.table, part)
         stem, path = part, folder / f"{part}.json"
         if stage.name == "latents":
             stem = str(made.report["generation"])
             path = folder / f"{stem}.json"
         digests = column_digests(frame)
         manifest = Manifest(
-            table=stage.name,
+            table=stage.table,
             part=part,
             version=stage.version,
             files=(write_parquet(folder, stem, frame), *made.files),

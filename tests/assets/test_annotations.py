@@ -1,7 +1,11 @@
 """The annotators' pass: what is loaded, where it runs, what remains."""
 
 import contextlib
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,6 +18,7 @@ from resources.workspace.setup import create
 from resources.workspace.store import Store
 
 NUM_IMAGES, NUM_SHARDS = 14, 7
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 format = 1
 shard_size = 2
@@ -103,3 +108,76 @@ def test_all_devices_work_and_rows_do_not_depend_on_their_number(listed, tmp_pat
         digests.add(tuple(store.manifest("tags", part).digest for part in store.parts("tags")))
     assert len(digests) == 1
     assert loads == ["cpu"], "two devices have processes of their own"
+
+
+WITH_PLUGIN = """
+import sys
+from pathlib import Path
+from jobs import pipeline
+from training.images.decode_pool import DecodePool
+
+decoded = []
+pixels = DecodePool.pixels
+DecodePool.pixels = lambda pool, paths, ids: decoded.extend(paths) or pixels(pool, paths, ids)
+home = Path(sys.argv[1])
+print([(one.stage, one.num_partitions, one.sentence) for one in pipeline.status(home, "brightness_tags")])
+print([(one.stage, one.num_made) for one in pipeline.bring_up_to_date(home, select=sys.argv[2], only=True)])
+print(len(decoded), 'torch' in sys.modules)
+"""
+
+
+@pytest.fixture
+def with_plugin(tmp_path):
+    """`with_plugin(home, select)`: bring stages up to date where a package with the annotator of
+    `tests/plugins/brightness.py` is installed."""
+    site = tmp_path / "site"
+    about = site / "brightness-1.0.dist-info"
+    about.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "plugins" / "brightness.py", site)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[diffusion_foundry.annotators]\nbrightness = brightness:Brightness\n"
+    )
+
+    def run(home, select):
+        command = [sys.executable, "-c", WITH_PLUGIN, str(home), select]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_an_annotator_from_outside_becomes_a_stage(home, with_plugin):
+    assert with_plugin(home, "brightness_tags") == [
+        "[('brightness_tags', 0, 'no partition yet')]", "[('brightness_tags', 0)]", "0 False",
+    ], "a workspace that names no weights for it does not want it"  # fmt: skip
+    weights = home / "models" / "brightness"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text('{"scale": 0.00392}')
+    text = CONFIG.replace(
+        "[decode]", '[models.further]\nbrightness = "models/brightness"\n[decode]'
+    )
+    (home / "foundry.toml").write_text(text)
+
+    status, made, decoded = with_plugin(home, "tags,brightness_tags")
+    assert status == "[('brightness_tags', 7, '7 of 7 partitions stale: not made yet')]"
+    assert made == "[('tags', 7), ('brightness_tags', 7)]"
+    assert decoded == f"{NUM_IMAGES} True", "one decode feeds both"
+    store = Store(home)
+    for model in ("tagger", "brightness"):
+        parts = [part for part in store.parts("tags") if part.endswith(f".{model}")]
+        assert len(parts) == NUM_SHARDS
+        rows = store.read("tags", parts=parts)
+        assert rows["image_id"].n_unique() == NUM_IMAGES
+        assert set(rows["model"]) == {model}
+    assert set(rows["tags"].explode().struct.field("name")) == {"bright"}
+    assert rows["tags"].explode().struct.field("probability").is_between(0.4, 0.6).all()
+
+    (weights / "config.json").write_text('{"scale": 0.00393}')
+    status, made, _ = with_plugin(home, "tags,brightness_tags")
+    assert "7 of 7 partitions stale: model brightness (models/brightness) changed" in status
+    assert made == "[('tags', 0), ('brightness_tags', 7)]"

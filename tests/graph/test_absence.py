@@ -85,12 +85,12 @@ NETWORKS = "embeddings,tags"
 
 def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_path, monkeypatch):
     from jobs import pipeline
-    from training.annotators.annotations import Annotator
+    from training.annotators.annotations import AnnotatorPass
 
     home, many, _ = listed
     annotated = []
 
-    class Counted(Annotator):
+    class Counted(AnnotatorPass):
         def __call__(self, batch):
             annotated.extend(path.name for _, path in batch.images)
             return super().__call__(batch)
@@ -98,7 +98,7 @@ def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_pat
     def annotate():
         pipeline.bring_up_to_date(home, select=NETWORKS)
 
-    monkeypatch.setattr("assets.annotations.Annotator", Counted)
+    monkeypatch.setattr("assets.annotations.AnnotatorPass", Counted)
     annotate()
     assert len(annotated) == 13
     tables = NETWORKS.split(",")

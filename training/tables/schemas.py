@@ -592,7 +592,7 @@ TABLES: dict[str, Table] = {
     )
 }
 
-for _name in ("embeddings", "tags", "watermark_boxes"):
+for _name in ("embeddings", "tags", "captions", "watermark_boxes"):
     TABLES[f"kept_{_name}"] = Table(
         f"kept_{_name}", "image x model, of images that were missing from their shard", TABLES[_name].key,
         TABLES[_name].columns,
