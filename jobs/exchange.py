@@ -9,7 +9,7 @@ from resources.workspace.store import Made, Store
 from training import commit
 from training.errors import ConfigError, DataError
 from training.latents import exchange as formats
-from training.latents.encoding import placement_of
+from training.latents.encoder import placement_of
 from training.latents.files import from_bfloat16, generations, read_generation
 from training.latents.importing import Format, LatentImport, find_files
 from training.models.base_model import config_folder
