@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from resources.engine.processes import ProcessPool
 from training import commit, toml
 from training.buckets import crops
 from training.buckets.geometry import Box, Placement, Size
@@ -142,6 +143,25 @@ def test_every_picture_is_encoded_as_it_was_placed_or_rejected(pictures, encode,
 def test_rows_are_the_same_in_every_codec(pictures, encode, codec):
     one, other = values(encode(pictures, 1)[1]), values(encode(pictures, 1, codec=codec)[1])
     assert all((a == b).all() for key in one for a, b in zip(one[key], other[key], strict=True))
+
+
+def test_two_devices_write_what_one_writes(pictures, encode, tiny_sdxl, tmp_path):
+    one = encode(pictures, 1)[0]
+    job = EncodeJob(
+        folder=tmp_path, generation=1, encoding=EncodingConfig(
+            buckets=BucketConfig(scale=8), batch_size=3, max_file_bytes=4096
+        ),
+        vae=VaeSpec(folder=tiny_sdxl / "vae", precision="fp32", tile_above_px=4_194_304),
+        vae_digest="v",
+    )  # fmt: skip
+    decode = DecodeConfig(num_workers=1)
+    with contextlib.closing(
+        ProcessPool("encode", Encoder, (decode,), ["cpu", "cpu"], print)
+    ) as pool:
+        two = encode_shard(pictures, job, pool.map)
+    assert two.frame.equals(one.frame)
+    assert two.files == one.files
+    assert two.rejected == one.rejected
 
 
 def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode, vae):
