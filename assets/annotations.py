@@ -26,6 +26,7 @@ from training.annotators.annotations import (
 )
 from training.annotators.annotator import Annotator, Report
 from training.commit import Manifest, json_digest
+from training.config.workspace import WorkspaceConfig
 from training.curation.captions import from_sources
 from training.errors import DataError
 from training.progress import track
@@ -79,7 +80,9 @@ def _spec(stage: Stage) -> dg.AssetSpec:
         if annotator
         else "One row per picture: the sentence its sidecar holds, or null."
     )
-    return dg.AssetSpec(stage.name, description=description, **about)
+    # A workspace may not want the stage, and run the others with it left out.
+    optional = not stage.in_use(WorkspaceConfig())
+    return dg.AssetSpec(stage.name, description=description, skippable=optional, **about)
 
 
 @dg.multi_asset(
@@ -93,9 +96,10 @@ def annotations(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> Iterator[dg.MaterializeResult]:
     """Decode each picture once and show it to every annotator whose rows are stale."""
-    wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
-    digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
     config = store.config
+    chosen = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
+    wanted = [stage for stage in chosen if stage.in_use(config)] or chosen
+    digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
     spec = WorkerSpec(
         make=AnnotatorPass, arguments=(config.annotate, config.decode), kind="annotate"
     )

@@ -114,7 +114,8 @@ class OwlWatermarks(Annotator):
     def rows(
         self, outputs: Any, sizes: Sequence[tuple[int, int]]
     ) -> Iterator[Mapping[str, object]]:
-        for boxes in self._detector.postprocess(*outputs, sizes):
+        confidences, boxes_of_square = outputs
+        for boxes in self._detector.postprocess(confidences, boxes_of_square, sizes):
             yield {"boxes": [asdict(box) for box in boxes]}
 
     @classmethod

@@ -245,8 +245,9 @@ class Painter:
         check_layer(parts, config, clip_skip)
         # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range
         # and three bits more.
-        precision = "fp32" if config.precision == "fp32" else "tf32"
-        self._vae = Vae(parts.vae, device, precision=precision)
+        self._vae = Vae(
+            parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32"
+        )
         _lay_out(parts, config, self._vae.device)
         _warn_of_plain(parts, config)
 
