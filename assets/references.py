@@ -26,7 +26,7 @@ from training.sampling.image_files import read_if_there, read_or_explain
 from training.sources import source_listing
 
 if TYPE_CHECKING:
-    from training.evaluation.clip_score import Networks
+    from training.evaluation.clip_score import Mapped
 
 _ABSENT = "absent"
 NUM_CLOSEST = 10
@@ -51,9 +51,7 @@ def digests(store: Store, key: str) -> dict[str, str]:
     }
 
 
-def gather(
-    store: Store, stage: Stage, key: str, networks: "Networks", batch_size: int
-) -> References:
+def gather(store: Store, stage: Stage, key: str, networks: "Mapped", batch_size: int) -> References:
     """All that is there of what checkpoint `key` is compared with; nothing for the base.
 
     Args: store: The workspace. stage: `eval_metrics`. What it has committed of the base's pictures
@@ -185,7 +183,7 @@ def _seen_before(store: Store, base: str) -> BasePictures:
     )
 
 
-def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:
+def _base_pictures(store: Store, base: str, networks: "Mapped", batch_size: int) -> BasePictures:
     from training.evaluation.clip_score import look
 
     samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))

@@ -180,7 +180,13 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
             store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
         )
         samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
-        frame = score(samples, folder, clip, networks.aesthetic, batch_size=2, references=compared)
+        frame = score(
+            samples,
+            folder,
+            Networks(clip=clip, aesthetic=networks.aesthetic),
+            batch_size=2,
+            references=compared,
+        )
         return frame, clip.pictures, clip.texts
 
     looked, *count = scored(KEY)
@@ -204,9 +210,7 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
 
     def scored(key, compared):
         samples, folder = store.read("sample_images", parts=[key]), store.sample_folder(key)
-        return score(
-            samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared
-        )
+        return score(samples, folder, networks, batch_size=2, references=compared)
 
     found = []
     for ids in (("p0", "p1", "p2"), ("p0", "p1", "p2", *shipped)):
@@ -305,8 +309,7 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     frame = score(
         samples,
         store.sample_folder(KEY),
-        networks.clip,
-        networks.aesthetic,
+        networks,
         batch_size=2,
         references=compared,
     )
