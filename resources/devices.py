@@ -76,21 +76,16 @@ def hold_all(
 
     Yields: torch's names of the cards, sorted; `cpu` alone where there is no card.
     """
-    cards = _allowed_cards(kind, config)
-    if not cards:
-        yield ("cpu",)
-        return
     with contextlib.ExitStack() as stack:
-        held = dict([_first_free(kind, cards, say, gives_way=gives_way)])
-        for name, card in cards.items():
-            if name not in held and not isinstance(file := _take(card, gives_way=True), str):
-                held[name] = file
-        for file in held.values():
-            stack.enter_context(file)
-            _sign(file, _holder(kind, home))
-        yield tuple(name for name in cards if name in held)
-        for file in held.values():
-            _sign(file, "")
+        first = stack.enter_context(hold(kind, config, home, gives_way=gives_way, say=say))
+        names = [first]
+        for name, card in _allowed_cards(kind, config).items():
+            if name != first and not isinstance(file := _take(card, gives_way=True), str):
+                stack.enter_context(file)
+                _sign(file, _holder(kind, home))
+                stack.callback(_sign, file, "")
+                names.append(name)
+        yield tuple(sorted(names))
 
 
 def are_wanted(kind: Kind, config: DevicesConfig, names: Sequence[str]) -> bool:

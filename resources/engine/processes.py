@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ AHEAD = 2
 ATTEMPTS = 3
 """Workers that may die at one batch, or before they are ready, until the map fails."""
 _END_S = 5.0
-"""How long a worker may take to end by itself, seconds."""
+"""How long workers may take to end by themselves, seconds; all together."""
 _MAX_NAME = 200
 _READY, _DONE, _RAISED = "ready", "done", "raised"
 
@@ -103,10 +104,11 @@ class ProcessPool(Generic[Batch, Result]):
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""
+        deadline = time.monotonic() + _END_S
         for worker in self._workers:
             worker.ask_to_end()
         for worker in self._workers:
-            worker.end(patience_s=_END_S)
+            worker.end(patience_s=max(deadline - time.monotonic(), 0.0))
         self._workers.clear()
 
     def _with_room(self) -> "_Process[Batch] | None":
