@@ -3,7 +3,7 @@ sidecars."""
 
 import time
 from collections.abc import Iterator
-from functools import partial
+from importlib.metadata import entry_points
 
 import dagster as dg
 import polars as pl
@@ -11,34 +11,49 @@ import polars as pl
 from assets.metadata import describe, partition_keys, shown
 from assets.partitions import shards
 from assets.raw_images import image_files, thumbnails
-from resources import devices, engine
+from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
 from resources.workspace import kept_rows
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
-from training.annotators.annotations import ROWS, Annotator, failures
+from training.annotators.adapters import ClipEmbeddings, JoyTags, OwlWatermarks
+from training.annotators.annotations import (
+    AnnotatorPass,
+    ImageBatch,
+    failures,
+    rows_of,
+    schema,
+)
+from training.annotators.annotator import Annotator, Report
 from training.commit import json_digest
+from training.config.workspace import WorkspaceConfig
 from training.curation.captions import from_sources
 from training.errors import DataError
-from training.images import figures
 from training.manifests import Manifest
 from training.progress import track
 from training.tables.schemas import rejections
 
+ANNOTATORS: tuple[type[Annotator], ...] = (
+    ClipEmbeddings, JoyTags, OwlWatermarks,
+    *(point.load() for point in entry_points(group="diffusion_foundry.annotators")),
+)  # fmt: skip
+"""Every network that looks at images; a line here makes it a stage. Packages beside this one add
+theirs by an entry point."""
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
-EMBEDDINGS = Stage(
-    name="embeddings", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("clip",), model="clip",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
-)  # fmt: skip
-TAGS = Stage(
-    name="tags", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("tagger",), model="tagger",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
-)  # fmt: skip
-WATERMARKS = Stage(
-    name="watermark_boxes", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("detector",), model="detector",
-    config=lambda config, key: config.annotate, settings="annotate",
-)  # fmt: skip
+
+
+def _stage(annotator: type[Annotator]) -> Stage:
+    return Stage(
+        name=annotator.stage_name(), table=annotator.table, version=annotator.version,
+        scope=Scope.SHARD, reads=(PICTURES,), models=(annotator.model,), model=annotator.model,
+        config=lambda config, key: {name: getattr(config.annotate, name) for name in annotator.settings},
+        settings="annotate", in_use=lambda config: config.models.names(annotator.model),
+    )  # fmt: skip
+
+
+NETWORKS = {annotator.stage_name(): annotator for annotator in ANNOTATORS}
+"""Annotators by the name of their stage."""
 CAPTIONS = Stage(
     name="captions", version=1, scope=Scope.SHARD, model="sidecar",
     reads=(
@@ -46,32 +61,35 @@ CAPTIONS = Stage(
         Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
     ),
 )  # fmt: skip
-STAGES = {stage.name: stage for stage in (EMBEDDINGS, TAGS, WATERMARKS, CAPTIONS)}
-NETWORKS = (EMBEDDINGS, TAGS, WATERMARKS)
-_FILLED = {"embeddings": ["vector", "projection"], "tags": ["tags"], "watermark_boxes": ["boxes"]}
+STAGES = {stage.name: stage for stage in (*map(_stage, ANNOTATORS), CAPTIONS)}
 
 
-def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
+def writers(table: str) -> list[str]:
+    """Names of the stages that write parts of a table of this pass."""
+    return [stage.name for stage in STAGES.values() if stage.table == table]
+
+
+AnnotateWorkers = Workers[ImageBatch, pl.DataFrame]
+
+
+def _spec(stage: Stage) -> dg.AssetSpec:
+    annotator = NETWORKS.get(stage.name)
     deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
-    about = describe(stage, "annotate", *kinds, deps=deps)
+    about = describe(stage, "annotate", *(annotator.kinds if annotator else ()), deps=deps)
     about.pop("backfill_policy")
-    descriptions = {
-        "embeddings": "One row per picture: what CLIP's vision tower sees, before and after its projection.",
-        "tags": "One row per picture: the tagger's names above a low floor. Thresholds come later.",
-        "watermark_boxes": "One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found.",
-        "captions": "One row per picture: the sentence its sidecar holds, or null.",
-    }
-    return dg.AssetSpec(stage.name, description=descriptions[stage.name], **about)
+    description = (
+        annotator.about()
+        if annotator
+        else "One row per picture: the sentence its sidecar holds, or null."
+    )
+    # A workspace may not want the stage, and run the others with it left out.
+    optional = not stage.in_use(WorkspaceConfig())
+    return dg.AssetSpec(stage.name, description=description, skippable=optional, **about)
 
 
 @dg.multi_asset(
     name="annotations",
-    specs=[
-        _spec(EMBEDDINGS, "pytorch", "huggingface"),
-        _spec(TAGS, "pytorch"),
-        _spec(WATERMARKS, "pytorch", "huggingface"),
-        _spec(CAPTIONS),
-    ],
+    specs=[_spec(stage) for stage in STAGES.values()],
     partitions_def=shards,
     can_subset=True,
     backfill_policy=dg.BackfillPolicy.single_run(),
@@ -80,14 +98,22 @@ def annotations(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> Iterator[dg.MaterializeResult]:
     """Decode each picture once and show it to every annotator whose rows are stale."""
-    wanted = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
+    config = store.config
+    chosen = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
+    wanted = [stage for stage in chosen if stage.in_use(config)] or chosen
     digests: dict[str, dict[str, str]] = {stage.name: {} for stage in wanted}
-    for key in partition_keys(context, store, wanted[0]):
-        for stage, manifest in _bring_up_to_date(context, store, wanted, key):
-            digests[stage.name][key] = manifest.digest
-            context.add_asset_metadata(
-                shown(manifest, store, partitioned=True), asset_key=stage.name, partition_key=key
-            )
+    spec = WorkerSpec(
+        make=AnnotatorPass, arguments=(config.annotate, config.decode), kind="annotate"
+    )
+    with Workers(spec, config.devices, store.home, say=context.log.info) as workers:
+        for key in partition_keys(context, store, wanted[0]):
+            for stage, manifest in _bring_up_to_date(context, store, workers, wanted, key):
+                digests[stage.name][key] = manifest.digest
+                context.add_asset_metadata(
+                    shown(manifest, store, partitioned=True),
+                    asset_key=stage.name,
+                    partition_key=key,
+                )
     rebuild(store)
     for stage in wanted:
         found = digests[stage.name]
@@ -96,7 +122,11 @@ def annotations(
 
 
 def _bring_up_to_date(
-    context: dg.AssetExecutionContext, store: Store, wanted: list[Stage], key: str
+    context: dg.AssetExecutionContext,
+    store: Store,
+    workers: AnnotateWorkers,
+    wanted: list[Stage],
+    key: str,
 ) -> list[tuple[Stage, Manifest]]:
     """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its
     pictures."""
@@ -111,8 +141,8 @@ def _bring_up_to_date(
             store.currency.begin(stage, key, bases[stage.name] or {})
         started = time.monotonic()
         made: dict[str, Made] = {}
-        if networks := [stage for stage in stale if stage in NETWORKS]:
-            made.update(_annotate(store, networks, key))
+        if networks := [stage for stage in stale if stage.name in NETWORKS]:
+            made.update(_annotate(store, workers, networks, key))
         if CAPTIONS in stale:
             made["captions"] = _captions(store, key)
         for stage in stale:
@@ -125,37 +155,45 @@ def _bring_up_to_date(
                 f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}"
             )
         store.writer.clear_partial("annotations", key)
-        found = [(stage, store.manifest(stage.name, stage.part(key))) for stage in wanted]
+        found = [(stage, store.manifest(stage.table, stage.part(key))) for stage in wanted]
         return [(stage, manifest) for stage, manifest in found if manifest is not None]
 
 
-def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
+def _annotate(
+    store: Store, workers: AnnotateWorkers, stages: list[Stage], key: str
+) -> dict[str, Made]:
     """Run the networks of `stages` over a shard, batch by batch; finished batches survive a
     kill."""
     pictures = (
-        store.slices.read(EMBEDDINGS, "raw_images", key)
+        store.slices.read(stages[0], "raw_images", key)
         .unique("image_id", keep="first")
         .sort("image_id")
     )
     config = store.config
-    models = {stage.model: store.models.path(stage.model) for stage in stages}
+    annotators = {NETWORKS[stage.name]: store.models.path(stage.model) for stage in stages}
     known = {stage.name: kept_rows.known(store, stage, key) for stage in stages}
     done_before = set.intersection(*(set(rows["image_id"]) for rows in known.values()))
     fresh = pictures.filter(~pl.col("image_id").is_in(list(done_before)))
     work = list(zip(fresh["image_id"], image_files(store, fresh), strict=True))
     size = config.annotate.batch_size
-    batches = [work[start : start + size] for start in range(0, len(work), size)]
+    batches = [
+        ImageBatch(annotators=annotators, images=work[start : start + size])
+        for start in range(0, len(work), size)
+    ]
     identity = json_digest(
-        [[stage.name, store.currency.basis(stage, key)] for stage in stages]
-        + [fresh["image_id"].to_list()]
+        [
+            [[stage.name, store.currency.basis(stage, key)] for stage in stages],
+            fresh["image_id"].to_list(),
+            schema(annotators).names(),
+        ]
     )
-    worker = partial(Annotator, models, config.annotate, config.decode)
-    with devices.hold("annotate", config.devices, store.home) as device:
-        run = partial(engine.run, worker, (), devices=[device])
-        done = store.writer.resume_batches("annotations", key, identity, batches, run)
-        rows = pl.concat(list(track(done, "batches", len(batches)))) if batches else ROWS.to_frame()
+    done = store.writer.resume_batches("annotations", key, identity, batches, workers.map)
+    rows = (
+        pl.concat(list(track(done, "batches", len(batches))))
+        if batches
+        else schema(annotators).to_frame()
+    )
     rejected = rejections("annotations", failures(rows))
-    good = rows.filter(pl.col("failure").is_null())
     for stage in stages:
         kept_rows.keep(
             store, stage, key, known[stage.name].join(pictures, on="image_id", how="anti")
@@ -165,7 +203,7 @@ def _annotate(store: Store, stages: list[Stage], key: str) -> dict[str, Made]:
         stage.name: _made(
             store,
             stage,
-            good,
+            rows,
             known[stage.name].join(present, on="image_id", how="semi"),
             rejected,
             pictures,
@@ -182,50 +220,29 @@ def _made(
     rejected: pl.DataFrame,
     pictures: pl.DataFrame,
 ) -> Made:
-    filled = _FILLED[stage.name]
-    new = rows.select("image_id", pl.lit(stage.model).alias("model"), *filled)
+    annotator = NETWORKS[stage.name]
+    new = rows_of(annotator, rows)
     frame = pl.concat([new, known.select(new.columns)]).sort("image_id")
     return Made(
         frame=frame, rejected=rejected.with_columns(stage=pl.lit(stage.name)), rows_in=pictures.height,
-        report=_report(store, stage, frame, pictures),
+        report={} if frame.is_empty() else _shown(store, annotator.report(frame), pictures),
     )  # fmt: skip
 
 
-def _report(
-    store: Store, stage: Stage, frame: pl.DataFrame, pictures: pl.DataFrame
-) -> dict[str, object]:
-    """What each table shows of a shard."""
-    if frame.is_empty():
-        return {}
-    if stage is TAGS:
-        names = (
-            frame["tags"]
-            .explode()
-            .drop_nulls()
-            .struct.unnest()
-            .filter(pl.col("probability") >= 0.4)["name"]
+def _shown(store: Store, report: Report, pictures: pl.DataFrame) -> dict[str, object]:
+    """A report as a manifest holds it: its examples as thumbnails."""
+    examples = {
+        label: thumbnails(
+            store, pl.DataFrame({"image_id": ids}).join(pictures, on="image_id", how="left")
         )
-        top = names.value_counts(sort=True, name="n").head(15)
-        return {
-            "tables": {
-                "tags at 0.4": [{"tag": tag, "images": count} for tag, count in top.iter_rows()]
-            }
-        }
-    if stage is WATERMARKS:
-        sure = frame.filter(
-            pl.col("boxes").list.eval(pl.element().struct.field("confidence") >= 0.3).list.any()
-        )
-        examples = sure.head(12).join(pictures, on="image_id", how="left")
-        shown_pictures = {"watermarked": thumbnails(store, examples)} if examples.height else {}
-        return {"numbers": {"with a box at 0.3": sure.height}, "pictures": shown_pictures}
-    norms = frame["vector"].list.eval(pl.element() ** 2).list.sum().sqrt().to_list()
-    return {
-        "numbers": {
-            "dimensions": len(frame["vector"][0]),
-            "projected dimensions": len(frame["projection"][0]),
-        },
-        "pictures": {"norm of the vectors": figures.histogram(norms)},
+        for label, ids in report.examples.items()
     }
+    found = {
+        "numbers": dict(report.numbers),
+        "tables": {label: list(rows) for label, rows in report.tables.items()},
+        "pictures": {**report.plots, **examples},
+    }
+    return {name: values for name, values in found.items() if values}
 
 
 def _captions(store: Store, key: str) -> Made:

@@ -140,7 +140,8 @@ def versions(instance: dg.DagsterInstance, store: Store) -> Iterator[dg.AssetMat
     """New versions of settings and models, with what they are. (Of assets that it cannot observe
     itself, Dagster takes no observations into account, only materializations.)"""
     found = {followed.settings_key(table): _settings(store, table) for table in _tables()}
-    found |= {followed.model_key(name): _model(store, name) for name in _models()}
+    models = [name for name in _models() if name == "vae" or store.config.models.names(name)]
+    found |= {followed.model_key(name): _model(store, name) for name in models}
     for key, (version, metadata) in found.items():
         record = instance.get_latest_data_version_record(key, is_source=False)
         known = extract_data_version_from_entry(record.event_log_entry) if record else None

@@ -10,7 +10,7 @@ import polars as pl
 from assets import references
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
-from resources import devices
+from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.tracking import workspace_tracking
 from resources.workspace.store import Store
@@ -60,31 +60,23 @@ def eval_metrics(
     """One row per sample image and metric: CLIP score, LAION aesthetic, nearest training image,
     look; and their sum."""
 
-    def make(key: str) -> Made:
-        from training.annotators.aesthetic import Aesthetic
-        from training.annotators.clip import Clip
-        from training.evaluation import scorers
-        from training.evaluation.clip_score import Networks, score
+    from training.evaluation.clip_score import load_networks, score
 
-        samples, config = (
-            store.slices.read(METRICS, "sample_images", key),
-            store.config.evaluation.scoring,
-        )
-        with devices.hold("evaluate", store.config.devices, store.home) as device:
-            clip = Clip.load(store.models.path("clip"), device)
-            aesthetic = Aesthetic.load(store.models.path("aesthetic"), device)
-            further = scorers.load(
-                {name: store.models.path(name) for name in config.scorers}, device
-            )
-            networks = Networks(clip=clip, aesthetic=aesthetic)
-            compared = references.gather(store, METRICS, key, networks, config.batch_size)
-            frame = score(
-                samples, store.paths.sample_folder(key), clip, aesthetic,
-                batch_size=config.batch_size, scorers=further, references=compared,
-            )  # fmt: skip
+    config = store.config.evaluation.scoring
+    folders = {name: store.models.path(name) for name in ("clip", "aesthetic", *config.scorers)}
+    spec = WorkerSpec(make=load_networks, arguments=(folders,), kind="evaluate")
+
+    def make(key: str) -> Made:
+        samples = store.slices.read(METRICS, "sample_images", key)
+        compared = references.gather(store, METRICS, key, workers, config.batch_size)
+        frame = score(
+            samples, store.paths.sample_folder(key), workers,
+            batch_size=config.batch_size, references=compared,
+        )  # fmt: skip
         return Made(frame=frame, report=_report(store, key, frame, samples))
 
-    return materialize(context, store, METRICS, make)
+    with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
+        return materialize(context, store, METRICS, make)
 
 
 def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:

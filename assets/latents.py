@@ -3,9 +3,7 @@ generation."""
 
 import time
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -13,7 +11,7 @@ import polars as pl
 from assets.metadata import describe, materialize
 from assets.partitions import encoding_shards
 from assets.raw_images import image_files
-from resources import devices
+from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace import generations
 from resources.workspace.store import Store
@@ -23,15 +21,13 @@ from training.buckets.geometry import Box, Size
 from training.buckets.plans import follows_picture
 from training.errors import DamageError
 from training.images import figures
-from training.latents.encoding import EncodedShard, EncodeJob, Picture, encode_shard, same_policy
+from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec
+from training.latents.encoding import EncodedShard, encode_shard, same_policy
 from training.latents.generations import Generation, read_generation
 from training.latents.generations import generations as numbers_of
 from training.manifests import Manifest
 from training.names import GenerationName, OwnedPart, ShardKey
 from training.tables.schemas import rejections
-
-if TYPE_CHECKING:
-    from training.models.vae import Vae
 
 
 def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
@@ -114,8 +110,7 @@ def latents(
         number = max(numbers_of(folder), default=0) + 1
         say = context.log.info
         reusable = [] if anew else _reusable(store, key)
-        hold = devices.hold("encode", store.config.devices, store.home, gives_way=anew, say=say)
-        with hold as device, progress.told(say):
+        with progress.told(say):
             began = time.monotonic()
             shard = encode_shard(
                 chosen,
@@ -123,18 +118,17 @@ def latents(
                     folder=folder,
                     generation=number,
                     encoding=encoding,
-                    decode=store.config.decode,
                     vae_digest=store.models.vae_digest(STAGE.encoding(key)),
-                    load_vae=lambda: _load_vae(
-                        store.models.vae_folder(STAGE.encoding(key)),
-                        device,
-                        encoding.precision,
-                        encoding.tile_above_px,
+                    vae=VaeSpec(
+                        folder=store.models.vae_folder(STAGE.encoding(key)),
+                        precision=encoding.precision,
+                        tile_above_px=encoding.tile_above_px,
                     ),
                     previous=reusable[0] if reusable else None,
                     older=tuple(reusable[1:]),
                     show_watermarks=store.config.selection.watermark_threshold,
                 ),
+                workers.map,
             )
             seconds = time.monotonic() - began
         return Made(
@@ -148,7 +142,9 @@ def latents(
             },
         )
 
-    result = materialize(context, store, STAGE, make, again=is_due)
+    spec = WorkerSpec(make=Encoder, arguments=(store.config.decode,), kind="encode", gives_way=anew)
+    with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
+        result = materialize(context, store, STAGE, make, again=is_due)
     if anew:
         for key in context.partition_keys:
             removed, num_bytes = generations.collect(store, key)
@@ -156,14 +152,6 @@ def latents(
                 names = ", ".join(path.stem for path in removed)
                 context.log.info(f"latents {key}: removed {names}, {num_bytes / 1e6:.1f} MB")
     return result
-
-
-@lru_cache(maxsize=1)
-def _load_vae(folder: Path, device: str, precision: str, tile_above_px: int) -> "Vae":
-    """One VAE serves all shards of a run."""
-    from training.models.vae import Vae
-
-    return Vae.load(folder, device, precision=precision, tile_above_px=tile_above_px)  # type: ignore[arg-type]
 
 
 def _reusable(store: Store, key: str) -> list[Generation]:

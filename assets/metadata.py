@@ -48,7 +48,7 @@ def describe(
 ) -> dict[str, Any]:
     """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table,
     and what it follows from: the tables `deps`, and its settings and models."""
-    table = TABLES[stage.name]
+    table = TABLES[stage.table]
     columns = [
         dg.TableColumn(name, _type_word(str(column.dtype)), description=column.about)
         for name, column in table.columns.items()
@@ -61,7 +61,7 @@ def describe(
         "code_version": str(stage.version),
         "metadata": {
             "dagster/column_schema": dg.TableSchema(columns=columns),
-            "dagster/table_name": stage.name,
+            "dagster/table_name": stage.table,
             "one row per": table.row,
         },
         "backfill_policy": dg.BackfillPolicy.single_run(),
@@ -131,7 +131,7 @@ def partition_keys(
     unknown = [key for key in keys if not store.currency.has_key(stage.scope, key) and not new(key)]
     if keys and not unknown:
         return keys
-    known = store.currency.keys(stage.scope)
+    known = store.currency.keys_of(stage)
     listed = ", ".join(known[:MAX_KEYS_LISTED]) + (
         f" and {n} more" if (n := len(known) - MAX_KEYS_LISTED) > 0 else ""
     )
@@ -157,7 +157,7 @@ def bring_up_to_date(
     """The committed manifest of one partition, made now if it is stale or `again` asks for it."""
     part = stage.part(key)
     with store.writer.holding(stage.name, part):
-        manifest, basis = store.manifest(stage.name, part), store.currency.basis(stage, key)
+        manifest, basis = store.manifest(stage.table, part), store.currency.basis(stage, key)
         if manifest is not None and store.currency.agrees(manifest, basis) and not again:
             context.log.info(f"{stage.name} {key}: current, nothing to do")
             return manifest

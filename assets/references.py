@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import polars as pl
 
-from assets.annotations import EMBEDDINGS
+from assets.annotations import STAGES
 from resources.graph import Stage
 from resources.workspace.store import Store
 from training.buckets import crops
@@ -26,7 +26,7 @@ from training.sampling.image_files import read_if_there, read_or_explain
 from training.sources.source import Source
 
 if TYPE_CHECKING:
-    from training.evaluation.clip_score import Networks
+    from training.evaluation.clip_score import Mapped
 
 _ABSENT = "absent"
 NUM_CLOSEST = 10
@@ -51,9 +51,7 @@ def digests(store: Store, key: str) -> dict[str, str]:
     }
 
 
-def gather(
-    store: Store, stage: Stage, key: str, networks: "Networks", batch_size: int
-) -> References:
+def gather(store: Store, stage: Stage, key: str, networks: "Mapped", batch_size: int) -> References:
     """All that is there of what checkpoint `key` is compared with; nothing for the base.
 
     Args:
@@ -189,7 +187,7 @@ def _seen_before(store: Store, base: str) -> BasePictures:
     )
 
 
-def _base_pictures(store: Store, base: str, networks: "Networks", batch_size: int) -> BasePictures:
+def _base_pictures(store: Store, base: str, networks: "Mapped", batch_size: int) -> BasePictures:
     from training.evaluation.clip_score import look
 
     samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))
@@ -214,7 +212,7 @@ def _training_images(store: Store, key: str) -> TrainingImages:
 def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block]:
     """Embeddings of `images`, a shard at a time; those that are not finite are left out."""
     for shard in images["shard"].unique().sort().to_list():
-        part = EMBEDDINGS.part(shard)
+        part = STAGES["embeddings"].part(shard)
         manifest = store.manifest("embeddings", part)
         if manifest is None:
             continue

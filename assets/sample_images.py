@@ -9,7 +9,7 @@ import polars as pl
 
 from assets.metadata import describe, materialize
 from assets.partitions import checkpoints
-from resources import devices
+from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
@@ -82,10 +82,10 @@ def sample_images(
         folder, model = store.paths.sample_folder(key), store.checkpoints.folder(key)
         # A checkpoint of a run that is still training is not to be removed while it is read.
         kept = reading(model) if (model / READY).is_file() else contextlib.nullcontext()
-        with kept, devices.hold("evaluate", store.config.devices, store.home) as device:
+        with kept:
             cut = cut_prompts(prompts, load_tokenizer(config_folder(model) / "tokenizer"), sampling)
             frame = sample_folder(
-                model, key, prompts, sampling, folder, home=store.home, device=device,
+                model, key, prompts, sampling, folder, home=store.home, map_batches=workers.map,
                 progress=lambda done, total: report("sample images", done, total),
             )  # fmt: skip
         failed = frame["file"].null_count()
@@ -102,7 +102,11 @@ def sample_images(
             },
         )
 
-    result = materialize(context, store, STAGE, make)
+    from training.sampling.sampling import ImageSampler
+
+    spec = WorkerSpec(make=ImageSampler, kind="evaluate")
+    with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
+        result = materialize(context, store, STAGE, make)
     for key in context.partition_keys:
         store.checkpoints.let_go(key, WANTED_BY)
     return result

@@ -4,6 +4,7 @@ leaks."""
 import dagster as dg
 import polars as pl
 
+from assets.annotations import writers
 from assets.metadata import describe, materialize
 from assets.raw_images import thumbnails
 from assets.tags import aliases_digest, read_aliases
@@ -50,9 +51,9 @@ def _plain(section: object) -> dict[str, object]:
             "raw_images",
             "duplicate_groups",
             "quality_scores",
-            "tags",
-            "captions",
-            "watermark_boxes",
+            *writers("tags"),
+            *writers("captions"),
+            *writers("watermark_boxes"),
         ],
     ),
 )

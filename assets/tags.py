@@ -3,6 +3,7 @@ it."""
 
 import dagster as dg
 
+from assets.annotations import writers
 from assets.metadata import describe, materialize
 from resources.graph import Reads, Scope, Stage
 from resources.workspace.paths import file_digest
@@ -39,7 +40,9 @@ def read_aliases(store: Store) -> Aliases:
     return load_aliases(store.paths.resource(name)) if name else Aliases()
 
 
-@dg.asset(**describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", "tags"]))
+@dg.asset(
+    **describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", *writers("tags")])
+)
 def tag_vocabulary(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:

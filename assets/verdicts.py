@@ -214,7 +214,7 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
     )
     part = stage.part(key)
     with store.writer.holding(stage.name, part):
-        manifest, basis = store.manifest(stage.name, part), store.currency.basis(stage, key)
+        manifest, basis = store.manifest(stage.table, part), store.currency.basis(stage, key)
         assert basis is not None, "both have scores"
         serving = (basis, store.currency.basis(_pairs(one_of_many=True), pair))
         if manifest is None or not manifest.rows or manifest.basis not in serving:

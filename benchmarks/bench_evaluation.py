@@ -106,7 +106,9 @@ def scoring() -> None:
         samples = draw(folder)
 
         def ours() -> pl.DataFrame:
-            return clip_score.score(samples, folder, clip, aesthetic, batch_size=16)
+            return clip_score.score(
+                samples, folder, clip_score.Networks(clip=clip, aesthetic=aesthetic), batch_size=16
+            )
 
         frame, expected = ours(), guide(samples, folder, clip, aesthetic)
         found = [frame.filter(pl.col("metric") == name).sort("prompt_id")["value"].to_numpy()

@@ -2,10 +2,10 @@
 
 import dagster as dg
 
+from assets import annotations
+
 JOB = dg.define_asset_job(
     "annotate",
-    selection=dg.AssetSelection.assets(
-        "raw_images", "embeddings", "tags", "captions", "watermark_boxes"
-    ),
+    selection=dg.AssetSelection.assets("raw_images", *annotations.STAGES),
     description="Read the pictures of shards and annotate them.",
 )

@@ -14,7 +14,7 @@ from assets.partitions import checkpoints as checkpoint_partitions
 from assets.partitions import mirror
 from jobs import pipeline
 from jobs.evaluate import STAGES, keep
-from resources import devices
+from resources.engine.workers import Workers, WorkerSpec
 from resources.instance import instance as open_instance
 from resources.mlflow.catch_up import catch_up
 from resources.warehouse import rebuild
@@ -192,13 +192,14 @@ def export(store: Store, path: Path) -> int:
 def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
     """Draw a checkpoint's pictures without a workspace; returns their number."""
     from training.evaluation import remote_sampling
+    from training.sampling.sampling import ImageSampler
 
-    with devices.hold("evaluate", DevicesConfig(), out) as device:
+    with Workers(WorkerSpec(make=ImageSampler, kind="evaluate"), DevicesConfig(), out) as workers:
         remote_sampling.draw(
             checkpoint,
             prompts,
             out,
-            device=device,
+            map_batches=workers.map,
             progress=lambda done, total: report("sample images", done, total),
         )
     return len(list((out / remote_sampling.PICTURES).glob("*.png")))

@@ -10,7 +10,7 @@ from resources.workspace.writer import Made
 from training import commit
 from training.errors import DataError
 from training.latents import exchange as formats
-from training.latents.encoding import placement_of
+from training.latents.encoder import placement_of
 from training.latents.files import from_bfloat16
 from training.latents.generations import generations, read_generation
 from training.latents.importing import Format, LatentImport, find_files

@@ -295,7 +295,7 @@ def _outcome(
     failed: dict[str, str],
 ) -> Outcome:
     """Numbers of a stage from its committed manifests."""
-    keys = store.currency.keys(stage.scope)
+    keys = store.currency.keys_of(stage)
     outcome = Outcome(
         stage=stage.name,
         num_made=len([key for key in stale if key not in left]),
@@ -305,7 +305,7 @@ def _outcome(
         failed=failed,
     )
     for key in keys:
-        manifest = store.manifest(stage.name, stage.part(key))
+        manifest = store.manifest(stage.table, stage.part(key))
         if manifest is not None:
             outcome.rows_in += manifest.report.get("rows_in") or 0
             outcome.rows_out += manifest.rows

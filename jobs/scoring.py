@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resources import devices
+from resources.engine.workers import Workers, WorkerSpec
 from resources.workspace.store import Store
 
 if TYPE_CHECKING:
@@ -28,32 +28,23 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
         EvaluationError: the CSV or a picture's name cannot be used.
         ModelError: weights are missing, or of another model.
     """
-    from training.annotators.aesthetic import Aesthetic
-    from training.annotators.clip import Clip
-    from training.evaluation import external_images, scorers
-    from training.evaluation.clip_score import Networks
+    from training.evaluation import external_images
+    from training.evaluation.clip_score import load_networks
 
     config, read = store.config.evaluation.scoring, external_images.read_prompts(prompts)
     models = external_images.find_models(folder, read)
-    with devices.hold("evaluate", store.config.devices, store.home) as device:
-
-        def load() -> Networks:
-            return Networks(
-                clip=Clip.load(store.models.path("clip"), device),
-                aesthetic=Aesthetic.load(store.models.path("aesthetic"), device),
-                scorers=scorers.load(
-                    {name: store.models.path(name) for name in config.scorers}, device
-                ),
-            )
-
+    names = ("clip", "aesthetic", *config.scorers)
+    spec = WorkerSpec(
+        make=load_networks, arguments=({name: store.models.path(name) for name in names},),
+        kind="evaluate",
+    )  # fmt: skip
+    with Workers(spec, store.config.devices, store.home) as workers:
         yield from external_images.score_models(
             models,
             read,
             out,
-            load,
-            digests={
-                name: store.models.digest(name) for name in ("clip", "aesthetic", *config.scorers)
-            },
+            workers,
+            digests={name: store.models.digest(name) for name in names},
             decode=store.config.decode,
             batch_size=config.batch_size,
         )

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
@@ -59,6 +59,40 @@ def hold(
         _sign(file, _holder(kind, home))
         yield name
         _sign(file, "")
+
+
+@contextlib.contextmanager
+def hold_all(
+    kind: Kind,
+    config: DevicesConfig,
+    home: Path,
+    *,
+    gives_way: bool = False,
+    say: Callable[[str], None] = print,
+) -> Iterator[tuple[str, ...]]:
+    """Hold every card that is to be had: wait for one as `hold` does, then take all others that are
+    free and that nobody waits for.
+
+    Args and errors: those of `hold`.
+
+    Yields: torch's names of the cards, sorted; `cpu` alone where there is no card.
+    """
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(hold(kind, config, home, gives_way=gives_way, say=say))
+        names = [first]
+        for name, card in _allowed_cards(kind, config).items():
+            if name != first and not isinstance(file := _take(card, gives_way=True), str):
+                stack.enter_context(file)
+                _sign(file, _holder(kind, home))
+                stack.callback(_sign, file, "")
+                names.append(name)
+        yield tuple(sorted(names))
+
+
+def are_wanted(kind: Kind, config: DevicesConfig, names: Sequence[str]) -> bool:
+    """Whether somebody waits for one of these cards, given by torch's names."""
+    cards = _allowed_cards(kind, config)
+    return any(_is_wanted(state_folder(), cards[name]) for name in names if name in cards)
 
 
 @contextlib.contextmanager
@@ -147,19 +181,10 @@ def _first_free(
         while True:
             obstacles = []
             for name, card in cards.items():
-                file = (folder / f"cuda{card}.lock").open("a+")
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.seek(0)
-                    obstacles.append(
-                        f"{name} is held by {file.read() or 'a process that is just starting'}"
-                    )
-                else:
-                    if not (gives_way and _is_wanted(folder, card)):
-                        return name, file
-                    obstacles.append(f"{name} is wanted by work that goes first")
-                file.close()
+                taken = _take(card, gives_way=gives_way)
+                if not isinstance(taken, str):
+                    return name, taken
+                obstacles.append(f"{name} is {taken}")
             if not said and not gives_way:
                 for card in cards.values():
                     flag = flags.enter_context((folder / f"cuda{card}.waiting").open("a"))
@@ -167,6 +192,21 @@ def _first_free(
             if said != (said := "; ".join(obstacles)):
                 say(f"{kind} waits: {said}")
             time.sleep(POLL_S)
+
+
+def _take(card: str, *, gives_way: bool) -> IO[str] | str:
+    """Take a card if it can be had now: the open file that holds it, or what stands in the way."""
+    file = (state_folder() / f"cuda{card}.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            return f"held by {file.read() or 'a process that is just starting'}"
+    if gives_way and _is_wanted(state_folder(), card):
+        file.close()
+        return "wanted by work that goes first"
+    return file
 
 
 def _is_wanted(folder: Path, card: str) -> bool:

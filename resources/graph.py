@@ -68,11 +68,17 @@ def no_others(store: Any, key: str) -> Mapping[str, str]:
     return {}
 
 
+def always(config: WorkspaceConfig) -> bool:
+    """For stages that every workspace wants."""
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage of the graph. Its name is the asset's and the table's."""
+    """A stage of the graph."""
 
     name: str
+    """Of its asset."""
     version: int
     """Raised by hand when its output changes for equal inputs."""
     scope: Scope
@@ -92,6 +98,15 @@ class Stage:
     """For tables with rows per model: the model whose rows this stage writes."""
     prefix: str = ""
     """For tables whose parts are pairs: what stands before the partition's key."""
+    table: str = ""
+    """Table that it writes parts of, where that is not called like the stage: several stages may
+    write to one table, each under the name of its model."""
+    in_use: Callable[[WorkspaceConfig], bool] = always
+    """Whether a workspace wants it; where it does not, nothing of it is ever stale."""
+
+    def __post_init__(self) -> None:
+        if not self.table:
+            object.__setattr__(self, "table", self.name)
 
     def part(self, key: str) -> str:
         """Name of the part that holds the partition `key`."""

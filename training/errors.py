@@ -43,5 +43,10 @@ class FailedPicturesError(EvaluationError):
     to do."""
 
 
+class WorkerLostError(PipelineError):
+    """Worker processes died repeatedly at one batch, or do not start; the message names the batch
+    and how they ended."""
+
+
 class TrackingError(PipelineError):
     """The tracker is away. Raised only where a user asked for it by name, never in training."""

@@ -12,11 +12,7 @@ import polars as pl
 from resources.workspace.layouts import all_manifests, layout_of
 from resources.workspace.named_files import find_damage
 from resources.workspace.store import Store
-from training.commit import (
-    TEMPORARY_PREFIX,
-    column_digests,
-    sync_folder,
-)
+from training.commit import TEMPORARY_PREFIX, column_digests, sync_folder
 from training.errors import ConfigError, DamageError
 from training.manifests import (
     Manifest,

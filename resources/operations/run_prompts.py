@@ -14,7 +14,7 @@ from training.buckets.crops import told_crop
 from training.buckets.geometry import Placement
 from training.config.run import RunConfig
 from training.curation import vocabulary
-from training.latents.encoding import placement_of
+from training.latents.encoder import placement_of
 from training.latents.generations import generations, read_generation
 from training.models.base_model import config_folder
 from training.models.clip_tokenizer import ClipTokenizer

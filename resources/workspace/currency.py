@@ -83,13 +83,17 @@ class Currency:
 
     def is_current(self, stage: Stage, key: str) -> bool:
         """Whether the committed part is what would be made now, and its files are there."""
-        manifest = self.tables.manifest(stage.name, stage.part(key))
+        manifest = self.tables.manifest(stage.table, stage.part(key))
         return manifest is not None and self.agrees(manifest, self.basis(stage, key))
 
     def stale(self, stage: Stage) -> list[str]:
         """Partitions whose committed part is missing or made from something else than what is there
         now."""
-        return [key for key in self.keys(stage.scope) if not self.is_current(stage, key)]
+        return [key for key in self.keys_of(stage) if not self.is_current(stage, key)]
+
+    def keys_of(self, stage: Stage) -> list[str]:
+        """The partitions of a stage that exist now: none where the workspace does not want it."""
+        return self.keys(stage.scope) if stage.in_use(self.paths.config) else []
 
     def agrees(self, manifest: Manifest, basis: Mapping[str, Any] | None) -> bool:
         """Whether a committed part was made from this basis, and its files are there."""

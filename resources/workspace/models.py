@@ -39,7 +39,7 @@ class Models:
         """
         if key == "base":
             return self.base_path(key)
-        name = getattr(self.paths.config.models, key)
+        name = self.paths.config.models.folder(key)
         path = self.paths.resource(name)
         if not path.is_dir():
             raise self._missing(key, name, path, PUBLISHED.get(key))
@@ -110,7 +110,7 @@ class Models:
     def name_of(self, name: str, encoding: str) -> str:
         """What foundry.toml says for a model of a stage; for `vae`, for that of the encoding."""
         if name != "vae":
-            return str(getattr(self.paths.config.models, name))
+            return self.paths.config.models.folder(name)
         vae = self.paths.config.encoding(encoding).vae
         return f"that of {self.paths.config.models.base}" if vae == "base" else vae
 

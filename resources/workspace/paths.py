@@ -66,8 +66,10 @@ class Paths:
     def config(self) -> WorkspaceConfig:
         """The workspace's foundry.toml.
 
-        Raises: WorkspaceError: there is no workspace here, its path cannot be used, or a newer
-            version made it. ConfigError: a key or value is wrong.
+        Raises:
+            WorkspaceError: there is no workspace here, its path cannot be used, or a newer version
+                made it.
+            ConfigError: a key or value is wrong.
         """
         check_home(self.home)
         path = self.home / CONFIG_FILE

@@ -1,5 +1,6 @@
 """CLIP score and aesthetics against an independent computation with the same random weights."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -10,11 +11,13 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
+from resources.engine.processes import ProcessPool
 from training.annotators.aesthetic import Aesthetic
 from training.annotators.clip import Clip
 from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
 from training.evaluation import clip_score, summary
+from training.evaluation.clip_score import Networks
 from training.sampling import image_files as pictures
 from training.sampling import sampling
 from training.tables.schemas import TABLES
@@ -42,7 +45,7 @@ def scored(tmp_path_factory, clip_folder, aesthetic_folder):
         folder,
         clip,
         aesthetic,
-        clip_score.score(samples, folder, clip, aesthetic, batch_size=3),
+        clip_score.score(samples, folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3),
     )
 
 
@@ -108,7 +111,9 @@ def test_the_table_holds_scores_embeddings_and_the_summary(scored):
 
 def test_the_order_and_the_batches_do_not_matter(scored):
     samples, folder, clip, aesthetic, metrics = scored
-    again = clip_score.score(samples.reverse(), folder, clip, aesthetic, batch_size=2)
+    again = clip_score.score(
+        samples.reverse(), folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=2
+    )
     for name in ("clip_score", "aesthetic"):
         assert values(again, name) == pytest.approx(values(metrics, name), abs=1e-5)
 
@@ -137,7 +142,9 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
         return cls, torch.where(odd[:, None], torch.nan, embeddings)
 
     monkeypatch.setattr(clip, "forward", broken)
-    metrics = clip_score.score(samples, folder, clip, aesthetic, batch_size=3)
+    metrics = clip_score.score(
+        samples, folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3
+    )
     failed = metrics.filter(pl.col("metric") == "failed")
     assert failed["prompt_id"].to_list() == ["p1", "p3", "p4", "p6"]
     assert failed["value"].null_count() == failed.height
@@ -163,7 +170,7 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
 def test_a_checkpoint_without_any_picture_has_failures_only(scored):
     samples, folder, clip, aesthetic, _ = scored
     none = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p2").then(pl.lit("gone.png")))
-    metrics = clip_score.score(none, folder, clip, aesthetic, batch_size=3)
+    metrics = clip_score.score(none, folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3)
     assert metrics.schema == TABLES["eval_metrics"].schema
     own = metrics.filter(pl.col("prompt_id").is_not_null())
     assert own.select("prompt_id", "group", "metric", "reason").rows() == [
@@ -180,14 +187,16 @@ def test_a_checkpoint_without_any_picture_has_failures_only(scored):
 def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
     samples, folder, clip, aesthetic, _ = scored
     with pytest.raises(EvaluationError, match="holds no sample images"):
-        clip_score.score(samples.clear(), folder, clip, aesthetic, batch_size=3)
+        clip_score.score(
+            samples.clear(), folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3
+        )
     broken = Aesthetic(aesthetic.weight * float("nan"), aesthetic.bias, "cpu")
     one_gone = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p0").then("file"))
     with pytest.raises(
         EvaluationError,
         match=r"none of 7 pictures in .*, and 6 of them can be read: aesthetic is nan",
     ):
-        clip_score.score(one_gone, folder, clip, broken, batch_size=3)
+        clip_score.score(one_gone, folder, Networks(clip=clip, aesthetic=broken), batch_size=3)
 
 
 def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
@@ -202,7 +211,10 @@ def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
             return np.array([len(text) for text in texts], dtype=np.float32)
 
     found = clip_score.score(
-        samples, folder, clip, aesthetic, batch_size=3, scorers={"length": Length()}
+        samples,
+        folder,
+        Networks(clip=clip, aesthetic=aesthetic, scorers={"length": Length()}),
+        batch_size=3,
     )
     assert asked == list(samples.select("height", "text").iter_rows())
     assert values(found, "length").tolist() == [len(text) for text in samples["text"]]
@@ -219,7 +231,7 @@ def test_a_picture_and_a_prompt_are_encoded_once(scored, monkeypatch):
     forward, encode = clip.forward, clip.encode_text
     monkeypatch.setattr(clip, "forward", lambda batch: seen.append(len(batch)) or forward(batch))
     monkeypatch.setattr(clip, "encode_text", lambda texts: read.extend(texts) or encode(texts))
-    clip_score.score(samples, folder, clip, aesthetic, batch_size=3)
+    clip_score.score(samples, folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3)
     assert seen == [3, 3, 1]
     assert sorted(read) == sorted(samples["text"].unique())
 
@@ -267,6 +279,17 @@ def test_sampled_pictures_are_scored_as_they_were_drawn(
     config = dataclasses.replace(SamplingConfig(), num_steps=2)
     samples = sampling.sample_folder(tiny_sdxl, "run@1", prompts, config, tmp_path)
     clip, aesthetic = Clip.load(clip_folder, "cpu"), Aesthetic.load(aesthetic_folder, "cpu")
-    metrics = clip_score.score(samples, tmp_path, clip, aesthetic, batch_size=8)
+    metrics = clip_score.score(
+        samples, tmp_path, Networks(clip=clip, aesthetic=aesthetic), batch_size=8
+    )
     assert values(metrics, "clip_score").shape == (2,)
     assert metrics.filter(pl.col("metric") == "failed").is_empty()
+
+
+def test_two_devices_find_what_one_finds(scored, clip_folder, aesthetic_folder):
+    samples, folder, *_, metrics = scored
+    folders = {"clip": clip_folder, "aesthetic": aesthetic_folder}
+    with contextlib.closing(
+        ProcessPool("evaluate", clip_score.load_networks, (folders,), ["cpu", "cpu"], print)
+    ) as pool:
+        assert clip_score.score(samples, folder, pool, batch_size=3).equals(metrics)

@@ -57,7 +57,7 @@ def score(folder, prompts, out, networks, **changes):
     options = {"digests": DIGESTS, "decode": DECODE, "batch_size": 4} | changes
     return list(
         external_images.score_models(
-            external_images.find_models(folder, prompts), prompts, out, lambda: networks, **options
+            external_images.find_models(folder, prompts), prompts, out, networks, **options
         )
     )
 
@@ -142,7 +142,7 @@ def test_models_that_are_done_are_skipped_without_loading_anything(
 def test_a_stopped_run_goes_on_with_the_next_model(folder, prompts, networks, tmp_path):
     out, options = tmp_path / "out", {"digests": DIGESTS, "decode": DECODE, "batch_size": 4}
     run = external_images.score_models(
-        external_images.find_models(folder, prompts), prompts, out, lambda: networks, **options
+        external_images.find_models(folder, prompts), prompts, out, networks, **options
     )
     next(run)
     run.close()

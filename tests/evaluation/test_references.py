@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from assets import references
-from assets.annotations import EMBEDDINGS
+from assets.annotations import STAGES
 from assets.eval_metrics import METRICS
 from assets.raw_images import RAW_IMAGES
 from resources.workspace.store import Store
@@ -79,7 +79,7 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
             {"image_id": i, "model": "clip", "vector": v, "projection": v}
             for i, v in zip(own, seen, strict=True)
         ]
-        commit(store, EMBEDDINGS, shard, vectors, clip=store.models.digest("clip"))
+        commit(store, STAGES["embeddings"], shard, vectors, clip=store.models.digest("clip"))
     row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
            "prediction_type": "epsilon", "parents": []}  # fmt: skip
     from assets.base_model import STAGE
@@ -181,7 +181,13 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
             store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
         )
         samples, folder = store.read("sample_images", parts=[key]), store.paths.sample_folder(key)
-        frame = score(samples, folder, clip, networks.aesthetic, batch_size=2, references=compared)
+        frame = score(
+            samples,
+            folder,
+            Networks(clip=clip, aesthetic=networks.aesthetic),
+            batch_size=2,
+            references=compared,
+        )
         return frame, clip.pictures, clip.texts
 
     looked, *count = scored(KEY)
@@ -207,9 +213,7 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
 
     def scored(key, compared):
         samples, folder = store.read("sample_images", parts=[key]), store.paths.sample_folder(key)
-        return score(
-            samples, folder, networks.clip, networks.aesthetic, batch_size=2, references=compared
-        )
+        return score(samples, folder, networks, batch_size=2, references=compared)
 
     found = []
     for ids in (("p0", "p1", "p2"), ("p0", "p1", "p2", *shipped)):
@@ -238,7 +242,7 @@ def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
     before = store.currency.basis(METRICS, KEY)
     assert before["inputs"]["training_set"] == "f" * 16
     # Images, their embeddings and the present selection come and go.
-    commit(store, EMBEDDINGS, "s000000", [], clip="x")
+    commit(store, STAGES["embeddings"], "s000000", [], clip="x")
     commit(store, RAW_IMAGES, "s000001", [])
     assert Store(store.home).currency.basis(METRICS, KEY) == before
     pictures(store, "base.abc@0", seed=1)
@@ -267,7 +271,7 @@ def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
 def test_embeddings_of_another_clip_are_refused(store, networks):
     commit(
         store,
-        EMBEDDINGS,
+        STAGES["embeddings"],
         "s000001",
         [{"image_id": "0", "model": "clip", "vector": [], "projection": []}],
         clip="x",
@@ -308,8 +312,7 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     frame = score(
         samples,
         store.paths.sample_folder(KEY),
-        networks.clip,
-        networks.aesthetic,
+        networks,
         batch_size=2,
         references=compared,
     )
@@ -361,7 +364,7 @@ def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):
     own = images.filter(pl.col("shard") == "s000000")["image_id"].to_list()[:2]
     rows = [{"image_id": own[0], "model": "clip", "vector": vector, "projection": vector},
             {"image_id": own[1], "model": "clip", "vector": vector, "projection": [float("nan")] * 12}]  # fmt: skip
-    commit(store, EMBEDDINGS, "s000000", rows, clip=store.models.digest("clip"))
+    commit(store, STAGES["embeddings"], "s000000", rows, clip=store.models.digest("clip"))
     found = references.gather(Store(store.home), METRICS, KEY, networks, batch_size=2)
     blocks = dict(zip(("s000000", "s000001"), found.training.embeddings_of(images), strict=True))
     assert blocks["s000000"][0] == [own[0]]

@@ -45,7 +45,7 @@ def away(tmp_path_factory, tiny_sdxl, prompts):
     """A folder as the other machine leaves it."""
     folder = tmp_path_factory.mktemp("away")
     remote_sampling.write_prompts(folder / "prompts.json", prompts, SAMPLING)
-    remote_sampling.draw(tiny_sdxl, folder / "prompts.json", folder / "out", device="cpu")
+    remote_sampling.draw(tiny_sdxl, folder / "prompts.json", folder / "out")
     return folder
 
 
@@ -157,11 +157,11 @@ def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, t
 
 def test_finished_pictures_are_not_drawn_over(away, tiny_sdxl):
     with pytest.raises(EvaluationError, match=r"holds the pictures of base\..* already"):
-        remote_sampling.draw(tiny_sdxl, away / "prompts.json", away / "out", device="cpu")
+        remote_sampling.draw(tiny_sdxl, away / "prompts.json", away / "out")
 
 
 def test_what_is_damaged_or_unfinished_stays_out(away, tiny_sdxl, tmp_path):
-    remote_sampling.draw(tiny_sdxl, away / "prompts.json", tmp_path / "out", device="cpu")
+    remote_sampling.draw(tiny_sdxl, away / "prompts.json", tmp_path / "out")
     record = remote_sampling.read_record(tmp_path / "out")
     file = tmp_path / "out" / remote_sampling.PICTURES / sampling.file_name("b")
     Image.new("RGB", (48, 32)).save(file)
@@ -191,11 +191,7 @@ def test_a_broken_prompt_file_is_named(tmp_path, content):
 
 def test_a_missing_model_is_named(away, tmp_path):
     with pytest.raises(EvaluationError, match="is neither a model folder nor"):
-        remote_sampling.draw(
-            tmp_path / "nothing", away / "prompts.json", tmp_path / "out", device="cpu"
-        )
+        remote_sampling.draw(tmp_path / "nothing", away / "prompts.json", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError):
-        remote_sampling.draw(
-            tmp_path / "empty", away / "prompts.json", tmp_path / "out", device="cpu"
-        )
+        remote_sampling.draw(tmp_path / "empty", away / "prompts.json", tmp_path / "out")

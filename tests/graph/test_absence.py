@@ -85,27 +85,20 @@ NETWORKS = "embeddings,tags"
 
 def test_images_that_come_back_unchanged_are_not_annotated_again(listed, tmp_path, monkeypatch):
     from jobs import pipeline
-    from training.annotators.annotations import Annotator
+    from training.annotators.annotations import AnnotatorPass
 
     home, many, _ = listed
-    annotated, pools = [], []
+    annotated = []
 
-    class Counted(Annotator):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            pools.append(self.pool)
-
+    class Counted(AnnotatorPass):
         def __call__(self, batch):
-            annotated.extend(file().name for _, file in batch)
+            annotated.extend(file().name for _, file in batch.images)
             return super().__call__(batch)
 
     def annotate():
         pipeline.bring_up_to_date(home, select=NETWORKS)
-        for pool in pools:
-            pool.__exit__(None, None, None)
-        pools.clear()
 
-    monkeypatch.setattr("assets.annotations.Annotator", Counted)
+    monkeypatch.setattr("assets.annotations.AnnotatorPass", Counted)
     annotate()
     assert len(annotated) == 13
     tables = NETWORKS.split(",")

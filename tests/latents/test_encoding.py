@@ -1,13 +1,16 @@
 """A shard is encoded whole or starts again smaller; what is encoded already is copied; what cannot
 be is a row."""
 
+import contextlib
 import hashlib
+from functools import partial
 
 import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
+from resources.engine.processes import ProcessPool
 from training import manifests, toml
 from training.buckets import crops
 from training.buckets.geometry import Box, Placement, Size
@@ -15,7 +18,8 @@ from training.buckets.plans import BucketConfig
 from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DataError, ModelError
 from training.images import figures
-from training.latents.encoding import EncodeJob, Picture, encode_shard, placement_of, same_policy
+from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec, placement_of
+from training.latents.encoding import encode_shard, same_policy
 from training.latents.files import LatentFile, from_bfloat16
 from training.latents.generations import read_generation
 from training.models.vae import Vae
@@ -61,13 +65,21 @@ def encode(tmp_path, vae):
         encoding = EncodingConfig(
             buckets=BucketConfig(scale=8), **{"batch_size": 3, "max_file_bytes": 4096, **changes}
         )
-        shard = encode_shard(
-            pictures,
-            EncodeJob(
-                folder=tmp_path, generation=number, encoding=encoding, decode=DecodeConfig(num_workers=1),
-                vae_digest="v", load_vae=load, previous=previous, older=older,
-            ),
-        )  # fmt: skip
+
+        class Loads(Encoder):
+            def load(self, spec):
+                return load()
+
+        spec = VaeSpec(folder=tmp_path, precision="fp32", tile_above_px=1)
+        with contextlib.closing(Loads(DecodeConfig(num_workers=1), "cpu")) as encoder:
+            shard = encode_shard(
+                pictures,
+                EncodeJob(
+                    folder=tmp_path, generation=number, encoding=encoding,
+                    vae_digest="v", vae=spec, previous=previous, older=older,
+                ),
+                partial(map, encoder),
+            )  # fmt: skip
         frame = TABLES["latents"].conform(shard.frame)
         entry = manifests.write_parquet(tmp_path, f"g{number:04d}", frame)
         manifest = manifests.Manifest(
@@ -134,6 +146,25 @@ def test_rows_are_the_same_in_every_codec(pictures, encode, codec):
     assert all((a == b).all() for key in one for a, b in zip(one[key], other[key], strict=True))
 
 
+def test_two_devices_write_what_one_writes(pictures, encode, tiny_sdxl, tmp_path):
+    one = encode(pictures, 1)[0]
+    job = EncodeJob(
+        folder=tmp_path, generation=1, encoding=EncodingConfig(
+            buckets=BucketConfig(scale=8), batch_size=3, max_file_bytes=4096
+        ),
+        vae=VaeSpec(folder=tiny_sdxl / "vae", precision="fp32", tile_above_px=4_194_304),
+        vae_digest="v",
+    )  # fmt: skip
+    decode = DecodeConfig(num_workers=1)
+    with contextlib.closing(
+        ProcessPool("encode", Encoder, (decode,), ["cpu", "cpu"], print)
+    ) as pool:
+        two = encode_shard(pictures, job, pool.map)
+    assert two.frame.equals(one.frame)
+    assert two.files == one.files
+    assert two.rejected == one.rejected
+
+
 def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode, vae):
     class Small:
         """A device that holds two pictures."""
@@ -156,8 +187,8 @@ def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode
     small = Small()
     shard, generation = encode(pictures, 1, load=lambda: small, batch_size=4)
     assert shard.batch_size == 2
-    assert small.freed == 2, (
-        "before the second attempt, and after it for whoever gets the card next"
+    assert small.freed == 1 + len({(item.bucket, item.measured) for item in pictures}), (
+        "before the second attempt, and after each group for whoever gets the card next"
     )
     assert max(small.calls[1:]) == 2
     assert len(shard.rejected) == 1, "the first attempt's rejections are not counted again"

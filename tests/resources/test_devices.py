@@ -1,5 +1,6 @@
 """A card has one holder at a time, also when a holder is killed; without cards nothing waits."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -181,3 +182,24 @@ def test_a_waiter_that_was_killed_is_waited_for_no_longer(monkeypatch):
         waiter.kill()
     with hold("encode", DevicesConfig(), Path("/data/cats"), gives_way=True) as name:
         assert name == "cuda:0"
+
+
+def test_all_cards_that_are_free_and_that_nobody_waits_for_are_taken(monkeypatch):
+    cards(monkeypatch, "0", "1", "2", "3")
+    config, home = DevicesConfig(annotate=(1, 2, 3)), Path("/data/dogs")
+    with devices.hold_all("annotate", config, home) as held:
+        assert held == ("cuda:1", "cuda:2", "cuda:3")
+        assert not devices.are_wanted("annotate", config, held)
+    with (
+        hold("train", DevicesConfig(train=(2,)), home),
+        devices.hold_all("annotate", config, home) as held,
+    ):
+        assert held == ("cuda:1", "cuda:3")
+    folder = devices.state_folder()
+    with (folder / "cuda3.waiting").open("a") as flag:
+        fcntl.flock(flag, fcntl.LOCK_SH)
+        assert devices.are_wanted("annotate", config, ["cuda:3"])
+        with devices.hold_all("annotate", config, home) as held:
+            assert held == ("cuda:1", "cuda:2"), "a waiter gets what comes free"
+    with devices.hold_all("annotate", config, home) as held:
+        assert held == ("cuda:1", "cuda:2", "cuda:3"), "all were given back"

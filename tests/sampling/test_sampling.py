@@ -1,6 +1,7 @@
 """Pictures follow from prompt, seed and weights alone, and equal those of diffusers' own
 pipeline."""
 
+import contextlib
 import copy
 import dataclasses
 import shutil
@@ -29,6 +30,7 @@ from tiny_sampling import (
     prompt_frame,
 )
 
+from resources.engine.processes import ProcessPool
 from training.config.evaluation import LoraConfig, Sampler, SecondPassConfig
 from training.errors import EvaluationError, ModelError
 from training.evaluation.prompt_sets import seed_of
@@ -515,3 +517,20 @@ def test_what_no_chunk_holds_of_a_prompt_is_told_by_id_and_tokens(parts):
         {"prompt_id": "b", "text": "prompt", "tokens": 226, "not read": 1},
         {"prompt_id": "b", "text": "negative", "tokens": 226, "not read": 1},
     ]
+
+
+def test_two_devices_draw_what_one_draws(tiny_sdxl, tmp_path):
+    frame = prompt_frame(*((f"p{n}", f"a cat {n}", "", 32, 48) for n in range(5)))
+    config = changed(batch_size=2)
+    one = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path / "one")
+    with contextlib.closing(
+        ProcessPool("evaluate", sampling.ImageSampler, (), ["cpu", "cpu"], print)
+    ) as pool:
+        two = sampling.sample_folder(
+            tiny_sdxl, "x", frame, config, tmp_path / "two", map_batches=pool.map
+        )
+    assert two.equals(one)
+    assert all(
+        (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+        for file in one["file"]
+    )

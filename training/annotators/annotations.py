@@ -1,119 +1,123 @@
-"""One pass over pictures: each is decoded once and shown to every annotator that is wanted."""
+"""One pass over images: each is decoded once and shown to every annotator that is wanted."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from training.annotators.annotator import Annotator
 from training.config.workspace import AnnotateConfig, DecodeConfig
 from training.images.decode_pool import DecodePool, ImageFile, Rejection
-from training.tables.table import SCORED_BOX, SCORED_TAG, Reason
-
-ANNOTATORS = ("clip", "tagger", "detector")
-"""Names under [models]; each fills its own table."""
-
-ROWS = pl.Schema(
-    {
-        "image_id": pl.String(),
-        "failure": pl.String(),
-        "vector": pl.List(pl.Float32),
-        "projection": pl.List(pl.Float32),
-        "tags": pl.List(SCORED_TAG),
-        "boxes": pl.List(SCORED_BOX),
-    }
-)
-"""What a batch returns; columns of annotators that were not asked are null."""
+from training.tables.schemas import TABLES
+from training.tables.table import Reason
 
 
-class Annotator:
-    """Loads the wanted networks once and annotates batches of pictures."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBatch:
+    """Images, and the annotators that look at them."""
 
-    def __init__(
-        self,
-        models: Mapping[str, Path],
-        annotate: AnnotateConfig,
-        decode: DecodeConfig,
-        device: str,
-    ) -> None:
-        """Load networks.
+    annotators: Mapping[type[Annotator], Path]
+    """Each with the folder of its weights."""
+    images: Sequence[tuple[str, ImageFile]]
+    """`(image_id, file)`."""
+
+    def __str__(self) -> str:
+        return f"{len(self.images)} images from {self.images[0][0][:12]} on"
+
+
+class AnnotatorPass:
+    """Annotates batches of images; annotators stay loaded as long as batches want the same ones."""
+
+    def __init__(self, annotate: AnnotateConfig, decode: DecodeConfig, device: str) -> None:
+        """Load nothing yet.
 
         Args:
-            models: Folder per wanted name of ANNOTATORS.
-            annotate: The detector's question.
+            annotate: Settings of the annotators.
             decode: Limits of decoding.
             device: Where the networks run.
+        """
+        self._annotate, self._device = annotate, device
+        self._loaded: dict[tuple[type[Annotator], Path], Annotator] = {}
+        self._pool = DecodePool(decode)
+        self._pool.__enter__()
+
+    def __call__(self, batch: ImageBatch) -> pl.DataFrame:
+        """Annotate images; one row each, in order, in the schema that `schema` gives.
+
+        Images are preprocessed as they are decoded, so that only small tensors of a batch are held
+        at a time.
 
         Raises:
             ModelError: a folder is incomplete or of another architecture.
         """
-        from training.annotators.clip import Clip
-        from training.annotators.detector import Detector
-        from training.annotators.tagger import Tagger
-
-        self.clip = Clip.load(models["clip"], device) if "clip" in models else None
-        self.tagger = Tagger.load(models["tagger"], device) if "tagger" in models else None
-        self.detector = (
-            Detector.load(models["detector"], device, annotate.watermark_query)
-            if "detector" in models
-            else None
-        )
-        self.pool = DecodePool(decode)
-        self.pool.__enter__()
-
-    def __call__(self, batch: Sequence[tuple[str, ImageFile]]) -> pl.DataFrame:
-        """Annotate (image_id, file) pairs; one row each, in order, in the schema ROWS.
-
-        Pictures are preprocessed as they are decoded, so that only small tensors of a batch are
-        held at a time.
-        """
         import torch
 
-        prepared: dict[str, list[torch.Tensor]] = {name: [] for name in ANNOTATORS}
+        annotators = self._load(batch.annotators)
+        prepared: dict[str, list[torch.Tensor]] = {name: [] for name in annotators}
         sizes: list[tuple[int, int]] = []
         rows: list[dict[str, Any]] = []
-        good: list[dict[str, Any]] = []
-        decoded = self.pool.pixels([file for _, file in batch], [image_id for image_id, _ in batch])
-        for (image_id, _), pixels in zip(batch, decoded, strict=True):
+        decoded = self._pool.pixels(
+            [file for _, file in batch.images], [image_id for image_id, _ in batch.images]
+        )
+        for (image_id, _), pixels in zip(batch.images, decoded, strict=True):
             rows.append({"image_id": image_id})
             if isinstance(pixels, Rejection):
                 rows[-1]["failure"] = f"{pixels.reason}: {pixels.detail or pixels.value}"
                 continue
-            good.append(rows[-1])
             sizes.append(pixels.shape[:2])
-            for name in ANNOTATORS:
-                if (network := getattr(self, name)) is not None:
-                    prepared[name].append(network.preprocess(pixels))
-        if good:
-            self._fill(
-                good, {name: torch.stack(items) for name, items in prepared.items() if items}, sizes
-            )
-        return pl.DataFrame(rows, schema=ROWS)
+            for name, annotator in annotators.items():
+                prepared[name].append(annotator.preprocess(pixels))
+        good = [row for row in rows if "failure" not in row]
+        for name, annotator in annotators.items() if good else ():
+            outputs = annotator.forward(torch.stack(prepared.pop(name)))
+            for row, found in zip(good, annotator.rows(outputs, sizes), strict=True):
+                row |= {_column(name, column): found[column] for column in annotator.columns}
+        return pl.DataFrame(rows, schema=schema(batch.annotators))
 
-    def _fill(
-        self, rows: list[dict[str, Any]], prepared: Mapping[str, Any], sizes: list[tuple[int, int]]
-    ) -> None:
-        """Run the networks over the prepared tensors and put what they say into the rows."""
-        if self.clip is not None:
-            for row, seen in zip(
-                rows, self.clip.postprocess(*self.clip.forward(prepared["clip"])), strict=True
-            ):
-                row["vector"], row["projection"] = seen.cls.tolist(), seen.embedding.tolist()
-        if self.tagger is not None:
-            said = self.tagger.postprocess(self.tagger.forward(prepared["tagger"]))
-            for row, tags in zip(rows, said, strict=True):
-                row["tags"] = [{"name": name, "probability": value} for name, value in sorted(tags)]
-        if self.detector is not None:
-            found = self.detector.postprocess(*self.detector.forward(prepared["detector"]), sizes)
-            for row, boxes in zip(rows, found, strict=True):
-                row["boxes"] = [asdict(box) for box in boxes]
+    def close(self) -> None:
+        """Drop the networks, and end the processes that decode."""
+        self._loaded.clear()
+        self._pool.__exit__(None, None, None)
+
+    def _load(self, wanted: Mapping[type[Annotator], Path]) -> dict[str, Annotator]:
+        """Have exactly the wanted annotators, by the names of their stages; the others are dropped
+        first."""
+        for key in [key for key in self._loaded if key not in wanted.items()]:
+            del self._loaded[key]
+        for kind, folder in wanted.items():
+            if (kind, folder) not in self._loaded:
+                self._loaded[kind, folder] = kind(folder, self._device, self._annotate)
+        return {kind.stage_name(): self._loaded[kind, folder] for kind, folder in wanted.items()}
+
+
+def schema(annotators: Iterable[type[Annotator]]) -> pl.Schema:
+    """What a batch returns: `image_id`, `failure`, and `<stage>.<column>` of each annotator."""
+    columns: dict[str, Any] = {"image_id": pl.String(), "failure": pl.String()}
+    for kind in annotators:
+        types = TABLES[kind.table].schema
+        columns |= {_column(kind.stage_name(), name): types[name] for name in kind.columns}
+    return pl.Schema(columns)
+
+
+def rows_of(annotator: type[Annotator], rows: pl.DataFrame) -> pl.DataFrame:
+    """What one annotator says of the images that could be decoded: rows of its table."""
+    filled = [
+        pl.col(_column(annotator.stage_name(), name)).alias(name) for name in annotator.columns
+    ]
+    good = rows.filter(pl.col("failure").is_null())
+    return good.select("image_id", pl.lit(annotator.model).alias("model"), *filled)
 
 
 def failures(rows: pl.DataFrame) -> list[dict[str, object]]:
-    """Rejections for the pictures that could no longer be decoded."""
+    """Rejections for the images that could no longer be decoded."""
     failed = rows.filter(pl.col("failure").is_not_null())
     return [
         {"image_id": image_id, "reason": Reason.ANNOTATION_FAILED, "detail": detail}
         for image_id, detail in failed.select("image_id", "failure").iter_rows()
     ]
+
+
+def _column(stage: str, name: str) -> str:
+    return f"{stage}.{name}"

@@ -111,6 +111,8 @@ class ModelsConfig:
     """Licence of the base model as Hugging Face names it; its fine-tunes inherit it."""
     bases: dict[str, BaseConfig] = field(default_factory=dict)
     """Further models that a run may start from, by the name that it gives as its `base`."""
+    further: dict[str, str] = field(default_factory=dict)
+    """Folders of annotators that are installed beside this package, by the key that each names."""
 
     def __post_init__(self) -> None:
         for name in self.bases:
@@ -119,6 +121,26 @@ class ModelsConfig:
                 raise ConfigError(
                     "[models.bases.base]: `base` names the model under [models] base; take another name"
                 )
+        for name in self.further:
+            check_name("model", name)
+            if name in self.__dataclass_fields__:
+                raise ConfigError(f"[models.further] {name}: set [models] {name} instead")
+
+    def names(self, key: str) -> bool:
+        """Whether there is a folder for the key that a network names."""
+        return key in self.__dataclass_fields__ or key in self.further
+
+    def folder(self, key: str) -> str:
+        """The folder for the key that a network names.
+
+        Raises:
+            ConfigError: there is none; the message says where to set it.
+        """
+        if not self.names(key):
+            raise ConfigError(
+                f"[models.further] has no {key}: name the folder of its weights in foundry.toml"
+            )
+        return str(self.further[key] if key in self.further else getattr(self, key))
 
     def base_named(self, name: str) -> BaseConfig:
         """The model that a run's `base` names.

@@ -7,23 +7,70 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import polars as pl
 
 from training.annotators.aesthetic import Aesthetic
 from training.annotators.clip import Clip
+from training.config.evaluation import ScorerName
 from training.errors import EvaluationError
 from training.evaluation import overbaked, summary
 from training.evaluation.copies import Nearest
 from training.evaluation.prompt_groups import counted
 from training.evaluation.references import References
-from training.evaluation.scorers import Scorer
+from training.evaluation.scorers import SCORERS, Scorer, load
 from training.sampling.image_files import FAILED, NOT_DRAWN, can_be_drawn_again, read_or_explain
 from training.tables.schemas import TABLES
 
 SIMILARITY = "train_similarity"
 """Metric of the rows that hold the cosine with the nearest training image, and its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A batch of pictures with what each was asked for."""
+
+    pictures: Sequence[np.ndarray]
+    """`(H, W, 3)` uint8 of any sizes."""
+    texts: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.pictures)} pictures, the first of {self.texts[0]!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """A batch of distinct prompts."""
+
+    texts: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.texts)} prompts from {self.texts[0]!r} on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Embeddings of all pictures."""
+
+    embeddings: np.ndarray
+    """`(N, d)`."""
+
+    def __str__(self) -> str:
+        return f"{len(self.embeddings)} embeddings"
+
+
+Task = Look | Read | Rate
+
+
+class Mapped(Protocol):
+    """Networks that work off tasks in order: `Networks` here, or the engine's workers."""
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """Of a `Look` embeddings `(B, d)` and scores; of a `Read` vectors `(T, d)`; of a `Rate`
+        aesthetic scores `(N,)`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +81,36 @@ class Networks:
     aesthetic: Aesthetic
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     """Further scorers by the name of their metric."""
+
+    def __call__(self, task: Task) -> Any:
+        """Work off one task, see `Mapped`."""
+        if isinstance(task, Look):
+            return _look_at(task.pictures, task.texts, self)
+        if isinstance(task, Read):
+            return self.clip.encode_text(task.texts)
+        return np.array(self.aesthetic(task.embeddings), dtype=np.float64)
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """Work off tasks in this process."""
+        return map(self, tasks)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def load_networks(folders: Mapping[str, Path], device: str) -> Networks:
+    """Load `clip`, `aesthetic` and further scorers from their folders; makes a worker of the
+    engine.
+
+    Raises:
+        ModelError: files are missing, or are of another model.
+    """
+    further = {name: folder for name, folder in folders.items() if name in SCORERS}
+    return Networks(
+        clip=Clip.load(folders["clip"], device),
+        aesthetic=Aesthetic.load(folders["aesthetic"], device),
+        scorers=load(cast(Mapping[ScorerName, Path], further), device),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +130,9 @@ class Seen:
 def score(
     samples: pl.DataFrame,
     folder: Path,
-    clip: Clip,
-    aesthetic: Aesthetic,
+    networks: Mapped,
     *,
     batch_size: int,
-    scorers: Mapping[str, Scorer] | None = None,
     references: References = References(),  # noqa: B008 - frozen
 ) -> pl.DataFrame:
     """Score a checkpoint's pictures.
@@ -65,11 +140,9 @@ def score(
     Args:
         samples: Rows of table `sample_images`.
         folder: Where their files are.
-        clip: Encodes each picture and each distinct prompt once.
-        aesthetic: Reads CLIP's embeddings.
-        batch_size: Pictures at a time.
-        scorers: Further scorers by the name of their metric.
-        references: What the pictures are compared with as a whole; without any, their look alone is
+        networks: Look at each image, and read each distinct prompt, once.
+        batch_size: Images at a time.
+        references: What the images are compared with as a whole; without any, their look alone is
             told.
 
     Returns:
@@ -86,7 +159,6 @@ def score(
     if samples.is_empty():
         raise EvaluationError(f"{folder} holds no sample images to score")
     samples = samples.sort("prompt_id")
-    networks = Networks(clip=clip, aesthetic=aesthetic, scorers=scorers or {})
     pictures = (read_or_explain(folder, file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
     own = _counts(samples["prompt_id"].gather(seen.rows))
@@ -104,7 +176,7 @@ def score(
 def look(
     pictures: Iterable[np.ndarray | str],
     texts: Sequence[str],
-    networks: Networks,
+    networks: Mapped,
     *,
     batch_size: int,
 ) -> Seen:
@@ -122,17 +194,18 @@ def look(
     """
     failures: dict[int, str] = {}
     rows: list[int] = []
-    parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-    for batch in _batches(enumerate(pictures), batch_size):
-        failures |= {place: picture for place, picture in batch if isinstance(picture, str)}
-        good = [(place, picture) for place, picture in batch if not isinstance(picture, str)]
-        if good:
-            rows += [place for place, _ in good]
-            parts.append(
-                _look_at(
-                    [picture for _, picture in good], [texts[place] for place, _ in good], networks
+
+    def looks() -> Iterator[Look]:
+        for batch in _batches(enumerate(pictures), batch_size):
+            failures.update({n: picture for n, picture in batch if isinstance(picture, str)})
+            good = [(n, picture) for n, picture in batch if not isinstance(picture, str)]
+            rows.extend(n for n, _ in good)
+            if good:
+                yield Look(
+                    pictures=[picture for _, picture in good], texts=[texts[n] for n, _ in good]
                 )
-            )
+
+    parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = list(networks.map(looks()))
     if not rows:
         return Seen(
             rows=np.empty(0, dtype=np.int64),
@@ -201,19 +274,20 @@ def _look_at(
 
 
 def _judge(
-    embeddings: np.ndarray, texts: Sequence[str], networks: Networks, size: int
+    embeddings: np.ndarray, texts: Sequence[str], networks: Mapped, size: int
 ) -> dict[str, np.ndarray]:
     """Scores `(N,)` that follow from CLIP's embeddings `(N, d)`."""
     distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     names = list(distinct)
-    vectors = np.concatenate(
-        [networks.clip.encode_text(names[i : i + size]) for i in range(0, len(names), size)]
-    )
-    own = vectors[[distinct[text] for text in texts]]  # (N, d)
+    tasks: list[Task] = [
+        Read(texts=names[start : start + size]) for start in range(0, len(names), size)
+    ]
+    *vectors, aesthetic = networks.map([*tasks, Rate(embeddings=embeddings)])
+    own = np.concatenate(vectors)[[distinct[text] for text in texts]]  # (N, d)
     return {
         # The sum in fp64: equal for equal embeddings, whatever the order of a dot product.
         "clip_score": (embeddings.astype(np.float64) * own).sum(axis=1),
-        "aesthetic": np.array(networks.aesthetic(embeddings), dtype=np.float64),
+        "aesthetic": aesthetic,
     }
 
 

@@ -10,7 +10,7 @@ and `index`. Numbers count the CSV's rows from 0.
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from training import commit, manifests
 from training.config.workspace import DecodeConfig
 from training.errors import EvaluationError
 from training.evaluation import clip_score, summary
-from training.evaluation.clip_score import Networks, Seen
+from training.evaluation.clip_score import Mapped, Seen
 from training.images.decode_pool import DecodePool, Rejection
 from training.progress import track
 from training.sampling import image_prompts
@@ -170,7 +170,7 @@ def score_models(
     models: Iterable[Model],
     prompts: Prompts,
     out: Path,
-    load: Callable[[], Networks],
+    networks: Mapped,
     *,
     digests: Mapping[str, str],
     decode: DecodeConfig,
@@ -187,7 +187,7 @@ def score_models(
         models: As found.
         prompts: What they were asked for.
         out: Folder of the tables.
-        load: Loads the networks; not called when all models are skipped.
+        networks: Asked for nothing when all models are skipped.
         digests: Of the networks.
         decode: What may be a picture.
         batch_size: Pictures at a time.
@@ -195,14 +195,12 @@ def score_models(
     Yields:
         What became of each model.
     """
-    networks: Networks | None = None
     for model in models:
         path = out / PICTURES / f"{model.name}.parquet"
         texts = [prompts.texts[row] for row in model.rows]
         identity = _identity(model, texts, digests)
         skipped = path.is_file() and pl.read_parquet_metadata(path).get(_IDENTITY) == identity
         if not skipped:
-            networks = networks or load()
             with DecodePool(decode) as pool:
                 pictures = (_picture(one) for one in pool.pixels(model.files))
                 shown = track(pictures, f"pictures of {model.name}", len(model.files))

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -24,6 +24,9 @@ from training.runs import run_folder
 from training.sampling.prompt_reading import read_set
 from training.sampling.sampling_inputs import input_digests
 from training.tables.schemas import TABLES
+
+if TYPE_CHECKING:
+    from training.sampling.sampling import MapBatches
 
 RECORD, PICTURES = "evaluation.json", "pictures"
 _FORMAT = 1
@@ -97,7 +100,7 @@ def draw(
     prompts: Path,
     out: Path,
     *,
-    device: str,
+    map_batches: "MapBatches | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Draw a checkpoint's pictures of a prompt file into a new folder.
@@ -106,7 +109,7 @@ def draw(
         checkpoint: Model folder, or a single .safetensors file.
         prompts: A prompt file of a workspace, or a CSV; paths of LoRAs start from its folder.
         out: Must not hold finished pictures of anything else; an unfinished folder is drawn anew.
-        device: Where the models run.
+        map_batches: See `sample_folder`.
         progress: Follows along.
 
     Raises:
@@ -134,7 +137,7 @@ def draw(
         sampling,
         out / PICTURES,
         home=prompts.parent,
-        device=device,
+        map_batches=map_batches,
         progress=progress,
     )
     record = Record(

@@ -22,7 +22,7 @@ from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import ConfigError, DataError
 from training.images.decode_pool import DecodePool, Rejection
 from training.latents import exchange as formats
-from training.latents.encoding import Picture, placement_columns
+from training.latents.encoder import Picture, placement_columns
 from training.latents.exchange import Foreign, Refusal
 from training.latents.files import MAX_RECONSTRUCTION_ERROR, BucketWriter
 from training.manifests import Entry

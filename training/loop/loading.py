@@ -71,6 +71,32 @@ def fill(parameters: Mapping[str, torch.nn.Parameter], trainable: Trainable, fol
             parameter.copy_(saved[name])
 
 
+def needed_base(checkpoint: Path) -> tuple[run_folder.RunInputs, RunConfig, Trainable] | None:
+    """The run of a checkpoint that holds only what was added to a base model; None for a checkpoint
+    that is a model by itself.
+
+    Raises:
+        ModelError: the run, which names the base model, is missing.
+    """
+    if not (checkpoint / run_folder.READY).is_file():
+        return None
+    ready = run_folder.read_ready(checkpoint)
+    if ready.config.get("trainable") is None:
+        return None
+    config = older_runs.build(ready.config)
+    trainable = trainable_of(config)
+    if not trainable.needs_base:
+        return None
+    try:
+        inputs = run_folder.read_inputs(checkpoint.resolve().parents[1])
+    except ConfigError as error:
+        raise ModelError(
+            f"checkpoint {checkpoint} is put into base model {ready.base_digest[:16]}, which its run names: {error}"
+        ) from None
+    check_digest("base model", inputs.base_model, ready.base_digest)
+    return inputs, config, trainable
+
+
 def load_checkpoint(checkpoint: Path, folder: Path, device: str | torch.device) -> PipelineParts:
     """The model that a checkpoint stands for, to draw with.
 
@@ -82,22 +108,10 @@ def load_checkpoint(checkpoint: Path, folder: Path, device: str | torch.device) 
     Raises:
         ModelError: it cannot be loaded, or the base model that it needs is missing or another one.
     """
-    if not (checkpoint / run_folder.READY).is_file():
+    needed = needed_base(checkpoint)
+    if needed is None:
         return load_pipeline_parts(folder, device)
-    ready = run_folder.read_ready(checkpoint)
-    if ready.config.get("trainable") is None:
-        return load_pipeline_parts(folder, device)
-    config = older_runs.build(ready.config)
-    trainable = trainable_of(config)
-    if not trainable.needs_base:
-        return load_pipeline_parts(folder, device)
-    try:
-        inputs = run_folder.read_inputs(checkpoint.resolve().parents[1])
-    except ConfigError as error:
-        raise ModelError(
-            f"checkpoint {checkpoint} is put into base model {ready.base_digest[:16]}, which its run names: {error}"
-        ) from None
-    check_digest("base model", inputs.base_model, ready.base_digest)
+    inputs, config, trainable = needed
     parts = load_model(inputs.base_model, inputs.vae, config, torch.device(device))
     fill(trainable.inject(parts), trainable, folder)
     return parts

@@ -291,7 +291,8 @@ def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
+def require_folder(folder: Path) -> Family:
+    """The family of a diffusers folder that has all of its files, else a ModelError."""
     family = _detect_family(folder)
     suffixes = _suffixes(family)
     files = [f"{part}/config.json" for part in ("unet", "vae")]
@@ -303,6 +304,12 @@ def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
     ]
     files += [f"tokenizer{suffix}/tokenizer_config.json" for suffix in suffixes]
     _require(folder, ["model_index.json", "scheduler/scheduler_config.json", *files])
+    return family
+
+
+def _load_folder(folder: Path, device: str | torch.device) -> PipelineParts:
+    family = require_folder(folder)
+    suffixes = _suffixes(family)
     return PipelineParts(
         family=family,
         unet=weights.from_pretrained(UNet2DConditionModel, folder / "unet", device),

@@ -86,6 +86,51 @@ class PassText:
         return self._now
 
 
+class ChunkCounts:
+    """How many chunks of tokens prompts need; asks a tokenizer, no text encoder."""
+
+    def __init__(self, readings: Readings, tokenizer: Tokenizer) -> None:
+        """Count.
+
+        Args:
+            readings: Every prompt and negative that will be asked for.
+            tokenizer: Of either text encoder.
+        """
+        self._readings = readings
+        self.sections = {
+            text: read.sections
+            for reading in readings.values()
+            for text, read in reading.texts.items()
+        }
+        plain = [[section.text for section in sections] for sections in self.sections.values()]
+        tokenized = tokenize_sections(plain, tokenizer)
+        self.of_text = {
+            text: entry.num_chunks for text, entry in zip(self.sections, tokenized, strict=True)
+        }
+
+    def of(self, prompt: str, negative: str) -> int:
+        """Chunks of the longest text that the two ever show: they share it in every call."""
+        readings = self._readings[prompt, False], self._readings[negative, True]
+        return max(self.of_text[text] for reading in readings for text in reading.texts)
+
+
+def check_layer(parts: PipelineParts, config: SamplingConfig, clip_skip: int) -> None:
+    """Refuse a layer of the text encoder that cannot be read.
+
+    Raises:
+        EvaluationError: SDXL is asked for another layer than its own, or SD 1.x for one that it
+            does not have.
+    """
+    if parts.family == "sdxl" and config.clip_skip > 1:
+        raise EvaluationError(
+            f"evaluation.sampling.clip_skip={config.clip_skip}: SDXL always reads the layer before the last; "
+            "leave it at 0"
+        )
+    layers = parts.text_encoders[0].config.num_hidden_layers
+    if parts.family == "sd1" and clip_skip > layers:
+        raise EvaluationError(f"clip_skip={clip_skip}: the text encoder has {layers} layers")
+
+
 class PromptEncoder:
     """Encodes batches of prompts with their negatives; each distinct text of a batch once."""
 
@@ -112,31 +157,11 @@ class PromptEncoder:
             EvaluationError: SDXL is asked for another layer, or SD 1.x for one that it does not
                 have.
         """
-        if parts.family == "sdxl" and config.clip_skip > 1:
-            raise EvaluationError(
-                f"evaluation.sampling.clip_skip={config.clip_skip}: SDXL always reads the layer before the last; "
-                "leave it at 0"
-            )
-        layers = parts.text_encoders[0].config.num_hidden_layers
-        if parts.family == "sd1" and clip_skip > layers:
-            raise EvaluationError(f"clip_skip={clip_skip}: the text encoder has {layers} layers")
+        check_layer(parts, config, clip_skip)
         self._parts, self._config, self._clip_skip, self._device = parts, config, clip_skip, device
         self._readings = readings
-        self._sections = {
-            text: read.sections
-            for reading in readings.values()
-            for text, read in reading.texts.items()
-        }
-        plain = [[section.text for section in sections] for sections in self._sections.values()]
-        tokenized = tokenize_sections(plain, parts.tokenizers[0])
-        self._chunks = {
-            text: entry.num_chunks for text, entry in zip(self._sections, tokenized, strict=True)
-        }
-
-    def num_chunks(self, prompt: str, negative: str) -> int:
-        """Chunks of the longest text that the two ever show: they share it in every call."""
-        readings = self._readings[prompt, False], self._readings[negative, True]
-        return max(self._chunks[text] for reading in readings for text in reading.texts)
+        self._counts = ChunkCounts(readings, parts.tokenizers[0])
+        self._sections = self._counts.sections
 
     def guidance(self, prompts: Sequence[str]) -> list[float]:
         """Factors of the guidance scale."""
@@ -168,7 +193,7 @@ class PromptEncoder:
         ]
 
     def _encode(self, texts: Sequence[str]) -> TextConditioning:
-        num_chunks = max(self._chunks[text] for text in texts)
+        num_chunks = max(self._counts.of_text[text] for text in texts)
         sections = [self._sections[text] for text in texts]
         plain = [[section.text for section in one] for one in sections]
         parts = self._parts

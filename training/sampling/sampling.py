@@ -9,8 +9,9 @@ scheduler and guidance are fp32 in every precision; only the models compute in l
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,23 @@ from training.buckets.geometry import Size
 from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
 from training.loop.conditioning import make_time_ids
-from training.loop.loading import load_checkpoint
+from training.loop.loading import load_checkpoint, needed_base
+from training.models.base_model import SUFFIX, config_folder, require_file
 from training.models.lora import add_loras
-from training.models.tokens import CHUNK_TOKENS, MAX_CHUNKS
-from training.models.unet import PipelineParts
+from training.models.text_encoders import load_tokenizer
+from training.models.tokens import CHUNK_TOKENS, MAX_CHUNKS, Tokenizer
+from training.models.unet import PipelineParts, require_folder
 from training.models.vae import Vae, arithmetic, scale_of
 from training.sampling.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.sampling.image_prompts import own_file_stem
 from training.sampling.png_parameters import lora_hash, parameters, write_png
-from training.sampling.prompt_encoding import PassText, PromptEncoder, cut_prompts
+from training.sampling.prompt_encoding import (
+    ChunkCounts,
+    PassText,
+    PromptEncoder,
+    check_layer,
+    cut_prompts,
+)
 from training.sampling.prompt_reading import Readings, read_set, remarks
 from training.sampling.sampling_inputs import clip_skip, model_folder
 from training.sampling.schedulers import SamplingScheduler, make_scheduler, starting_latents
@@ -53,23 +62,116 @@ class Prompt:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """What draws, how, and where the files go."""
+
+    checkpoint: Path
+    """Model folder in diffusers layout, with its averaged weights and READY.json where a run made
+    it; or a single file."""
+    name: str
+    """`<run>@<samples_seen>`, written into the pictures."""
+    config: SamplingConfig
+    """How they are drawn."""
+    folder: Path
+    """Where `<first 16 of SHA-256 of prompt_id>.png` go: an id may hold anything, a file name may
+    not."""
+    home: Path
+    """What relative paths of LoRAs start from."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts of one size and one number of chunks."""
+
+    drawing: Drawing
+    prompts: tuple[Prompt, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.prompts)} prompts of {self.drawing.name} from {self.prompts[0].prompt_id!r} on"
+
+
+MapBatches = Callable[[Iterable[PromptBatch]], Iterable[list[dict[str, object]]]]
+
+
+class ImageSampler:
+    """Draws batches of prompts into files; a worker of the engine. Its model stays for the next
+    batches."""
+
+    def __init__(self, device: str) -> None:
+        """Load nothing yet; `device` is where the models run."""
+        self._device = device
+        self._loaded: tuple[Drawing, _Model] | None = None
+
+    def __call__(self, batch: PromptBatch) -> list[dict[str, object]]:
+        """Draw a batch: rows of table `sample_images`, as `sample_folder` says."""
+        drawing = batch.drawing
+        if self._loaded is None or self._loaded[0] != drawing:
+            self._loaded = None  # Never two at a time.
+            self._loaded = drawing, _Model(drawing, self._device)
+        model = self._loaded[1]
+        pictures = model.painter.draw(batch.prompts)
+        return [
+            model.keep(prompt, picture)
+            for prompt, picture in zip(batch.prompts, pictures, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._loaded = None
+
+
+class _Model:
+    """A checkpoint that is loaded for a drawing."""
+
+    def __init__(self, drawing: Drawing, device: str) -> None:
+        config, loras = drawing.config, drawing.config.loras
+        model = model_folder(drawing.checkpoint, config)
+        self.drawing, self.clip_skip = drawing, clip_skip(drawing.checkpoint, config)
+        parts = load_checkpoint(drawing.checkpoint, model, device)
+        files = [drawing.home / lora.path for lora in loras]
+        add_loras(parts, [(file, lora.weight) for file, lora in zip(files, loras, strict=True)])
+        self.hashes = {lora.name: lora_hash(file) for file, lora in zip(files, loras, strict=True)}
+        self.shown = drawing.name if model == drawing.checkpoint else f"{drawing.name} ema"
+        self.painter = Painter(parts, config, clip_skip=self.clip_skip, device=device)
+
+    def keep(self, prompt: Prompt, picture: np.ndarray | None) -> dict[str, object]:
+        """Write a picture's file, or remove that of one that is not finite now; its row."""
+        config, parts = self.drawing.config, self.painter.parts
+        size = final_size(
+            Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae)
+        )
+        row: dict[str, object] = {
+            "prompt_id": prompt.prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
+            "seed": prompt.seed, "height": size.height, "width": size.width,
+        }  # fmt: skip
+        file = file_name(prompt.prompt_id)
+        if picture is None:
+            (self.drawing.folder / file).unlink(missing_ok=True)
+            return row
+        text = parameters(
+            prompt.text, prompt.negative, seed=prompt.seed, size=Size(prompt.height, prompt.width), model=self.shown,
+            config=config, clip_skip=self.clip_skip if parts.family == "sd1" else 1, lora_hashes=self.hashes,
+        )  # fmt: skip
+        write_png(self.drawing.folder / file, picture, text)
+        return row | {"file": file, "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
+
+
 def sample_folder(
     checkpoint: Path, name: str, prompts: pl.DataFrame, config: SamplingConfig, folder: Path, *,
-    home: Path = Path(), device: str = "cpu", progress: Progress | None = None,
+    home: Path = Path(), map_batches: MapBatches | None = None, progress: Progress | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its
     parameters inside.
 
     Args:
-        checkpoint: Model folder in diffusers layout, with its averaged weights and READY.json where
-            a run made it.
-        name: `<run>@<samples_seen>`, written into the pictures.
+        checkpoint: See `Drawing`, as for `name`, `config`, `folder` and `home`.
+        name: See `Drawing`.
         prompts: Rows of table `prompt_sets`.
-        config: How they are drawn.
-        folder: Where `<first 16 of SHA-256 of prompt_id>.png` go: an id may hold anything, a file
-            name may not.
-        home: What relative paths of LoRAs start from.
-        device: Where the models run.
+        config: See `Drawing`.
+        folder: See `Drawing`.
+        home: See `Drawing`.
+        map_batches: Maps an `ImageSampler` over batches: the engine; None for one on the CPU.
         progress: Follows along.
 
     Returns:
@@ -80,39 +182,24 @@ def sample_folder(
         ModelError: the checkpoint is incomplete, or a LoRA does not fit it.
         EvaluationError: the checkpoint cannot be sampled in this way, or a prompt cannot be drawn.
     """
-    read_set(prompts, config)  # before anything is loaded
-    model, layer = model_folder(checkpoint, config), clip_skip(checkpoint, config)
-    parts = load_checkpoint(checkpoint, model, device)
-    files = [home / lora.path for lora in config.loras]
-    add_loras(parts, [(file, lora.weight) for file, lora in zip(files, config.loras, strict=True)])
-    hashes = {lora.name: lora_hash(file) for file, lora in zip(files, config.loras, strict=True)}
-    shown = name if model == checkpoint else f"{name} ema"
-    by_id = {prompt.prompt_id: prompt for prompt in _prompts(prompts)}
+    readings = read_set(prompts, config)  # before anything is loaded
+    needed = needed_base(checkpoint)
+    whole = model_folder(checkpoint, config) if needed is None else needed[0].base_model
+    require_file(whole) if whole.suffix == SUFFIX else require_folder(whole)
+    tokenizer = load_tokenizer(config_folder(whole) / "tokenizer")
+    _warn_of_cut(prompts, tokenizer, config)
+    _warn_of_remarks(prompts, readings)
+    drawing = Drawing(checkpoint=checkpoint, name=name, config=config, folder=folder, home=home)
+    counts = ChunkCounts(readings, tokenizer)
+    batches = [
+        PromptBatch(drawing, tuple(batch))
+        for batch in _batches(_prompts(prompts), counts, config.batch_size)
+    ]
     rows: list[dict[str, object]] = []
-    for prompt_id, picture in sample(parts, prompts, config, clip_skip=layer, device=device):
-        prompt = by_id[prompt_id]
-        size = final_size(
-            Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae)
-        )
-        row: dict[str, object] = {
-            "prompt_id": prompt_id, "text": prompt.text, "negative": prompt.negative, "group": prompt.group,
-            "seed": prompt.seed, "height": size.height, "width": size.width,
-        }  # fmt: skip
-        if picture is None:
-            (folder / file_name(prompt_id)).unlink(missing_ok=True)
-        else:
-            row |= {
-                "file": file_name(prompt_id),
-                "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
-            }
-            text = parameters(
-                prompt.text, prompt.negative, seed=prompt.seed, size=Size(prompt.height, prompt.width), model=shown,
-                config=config, clip_skip=layer if parts.family == "sd1" else 1, lora_hashes=hashes,
-            )  # fmt: skip
-            write_png(folder / file_name(prompt_id), picture, text)
-        rows.append(row)
-        if progress is not None and (len(rows) % config.batch_size == 0 or len(rows) == len(by_id)):
-            progress(len(rows), len(by_id))
+    for made in (map_batches or partial(map, ImageSampler("cpu")))(batches):
+        rows += made
+        if progress is not None:
+            progress(len(rows), prompts.height)
     return TABLES["sample_images"].conform(
         pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
     )
@@ -145,27 +232,59 @@ def sample(
         EvaluationError: a prompt cannot be drawn, a side does not fit the checkpoint's VAE, or the
             checkpoint cannot be sampled in this way.
     """
-    rows, readings = _prompts(prompts), read_set(prompts, config)
-    encoder = PromptEncoder(parts, readings, config, clip_skip=clip_skip, device=device)
-    # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range and
-    # three bits more.
-    vae = Vae(parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32")
-    _lay_out(parts, config, vae.device)
-    _warn_of_plain(parts, config)
-    _warn_of_cut(prompts, parts, config)
+    readings = read_set(prompts, config)
+    painter = Painter(parts, config, clip_skip=clip_skip, device=device)
+    _warn_of_cut(prompts, parts.tokenizers[0], config)
     _warn_of_remarks(prompts, readings)
-    for batch in _batches(rows, encoder, config.batch_size):
+    counts = ChunkCounts(readings, parts.tokenizers[0])
+    for batch in _batches(_prompts(prompts), counts, config.batch_size):
+        for prompt, picture in zip(batch, painter.draw(batch), strict=True):
+            yield prompt.prompt_id, picture
+
+
+class Painter:
+    """Draws batches of prompts with one model."""
+
+    def __init__(
+        self, parts: PipelineParts, config: SamplingConfig, *, clip_skip: int, device: str
+    ) -> None:
+        """See `sample` for the arguments.
+
+        Raises:
+            EvaluationError: the checkpoint cannot be sampled in this way.
+        """
+        self.parts, self._config, self._device = parts, config, device
+        self._clip_skip = clip_skip
+        check_layer(parts, config, clip_skip)
+        # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range
+        # and three bits more.
+        self._vae = Vae(
+            parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32"
+        )
+        _lay_out(parts, config, self._vae.device)
+        _warn_of_plain(parts, config)
+
+    def draw(self, batch: Sequence[Prompt]) -> list[np.ndarray | None]:
+        """Pictures `(H, W, 3)` uint8 of prompts of one size and number of chunks; None for one that
+        is not finite.
+
+        Raises:
+            EvaluationError: a side does not fit the VAE.
+        """
+        vae, config = self._vae, self._config
         odd = [prompt for prompt in batch if prompt.height % vae.scale or prompt.width % vae.scale]
         if odd:
             size = f"{odd[0].height}x{odd[0].width}"
             raise EvaluationError(
                 f"prompt {odd[0].prompt_id!r}: size {size} must be a multiple of {vae.scale} pixels"
             )
+        readings = read_set(pl.DataFrame([asdict(prompt) for prompt in batch]), config)
+        encoder = PromptEncoder(
+            self.parts, readings, config, clip_skip=self._clip_skip, device=self._device
+        )
         with arithmetic(vae.device, vae.precision):
-            latents = draw(parts, vae, encoder, batch, config)
-        pictures = vae.decode_each(latents)
-        for prompt, picture in zip(batch, pictures, strict=True):
-            yield prompt.prompt_id, picture
+            latents = draw(self.parts, vae, encoder, batch, config)
+        return vae.decode_each(latents)
 
 
 @torch.inference_mode()
@@ -274,14 +393,12 @@ def _prompts(frame: pl.DataFrame) -> list[Prompt]:
     ]
 
 
-def _batches(
-    prompts: list[Prompt], encoder: PromptEncoder, batch_size: int
-) -> Iterator[list[Prompt]]:
+def _batches(prompts: list[Prompt], counts: ChunkCounts, batch_size: int) -> Iterator[list[Prompt]]:
     """Prompts of one size and one number of chunks, at most `batch_size` at a time, in order within
     their group."""
     groups: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
-        key = (prompt.height, prompt.width, encoder.num_chunks(prompt.text, prompt.negative))
+        key = (prompt.height, prompt.width, counts.of(prompt.text, prompt.negative))
         groups.setdefault(key, []).append(prompt)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
@@ -314,8 +431,8 @@ def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
         )
 
 
-def _warn_of_cut(prompts: pl.DataFrame, parts: PipelineParts, config: SamplingConfig) -> None:
-    cut = cut_prompts(prompts, parts.tokenizers[0], config)
+def _warn_of_cut(prompts: pl.DataFrame, tokenizer: Tokenizer, config: SamplingConfig) -> None:
+    cut = cut_prompts(prompts, tokenizer, config)
     if cut:
         named = ", ".join(
             f"{row['text']} of {row['prompt_id']!r} {row['tokens']}" for row in cut[:5]

@@ -14,7 +14,7 @@ from training.tables.table import Reason, Table
 from training.tables.training import TRAINING
 
 TABLES: dict[str, Table] = {table.name: table for table in (*IMAGES, *TRAINING)}
-for _name in ("embeddings", "tags", "watermark_boxes"):
+for _name in ("embeddings", "tags", "captions", "watermark_boxes"):
     TABLES[f"kept_{_name}"] = Table(
         f"kept_{_name}", "image x model, of images that were missing from their shard", TABLES[_name].key,
         TABLES[_name].columns,

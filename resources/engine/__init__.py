@@ -1,0 +1,1 @@
+"""Maps a worker over batches: in this process, or in a process per device."""
