@@ -8,13 +8,12 @@ from functools import partial
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, partition_keys, shown
-from assets.partitions import shards
+from assets.metadata import partition_keys, shown
 from assets.raw_images import image_files, thumbnails
 from resources import devices, engine
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
-from resources.workspace import kept_rows
+from resources.workspace import kept_rows, reading
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.annotators.annotations import ROWS, Annotator, failures
@@ -27,55 +26,9 @@ from training.progress import track
 from training.tables.schemas import rejections
 
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
-EMBEDDINGS = Stage(
-    name="embeddings", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("clip",), model="clip",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
-)  # fmt: skip
-TAGS = Stage(
-    name="tags", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("tagger",), model="tagger",
-    config=lambda config, key: {"batch_size": config.annotate.batch_size}, settings="annotate",
-)  # fmt: skip
-WATERMARKS = Stage(
-    name="watermark_boxes", version=1, scope=Scope.SHARD, reads=(PICTURES,), models=("detector",), model="detector",
-    config=lambda config, key: config.annotate, settings="annotate",
-)  # fmt: skip
-CAPTIONS = Stage(
-    name="captions", version=1, scope=Scope.SHARD, model="sidecar",
-    reads=(
-        Reads("raw_images", ("image_id", "source", "source_id"), Per.SHARD),
-        Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
-    ),
-)  # fmt: skip
-STAGES = {stage.name: stage for stage in (EMBEDDINGS, TAGS, WATERMARKS, CAPTIONS)}
-NETWORKS = (EMBEDDINGS, TAGS, WATERMARKS)
 _FILLED = {"embeddings": ["vector", "projection"], "tags": ["tags"], "watermark_boxes": ["boxes"]}
 
 
-def _spec(stage: Stage, *kinds: str) -> dg.AssetSpec:
-    deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
-    about = describe(stage, "annotate", *kinds, deps=deps)
-    about.pop("backfill_policy")
-    descriptions = {
-        "embeddings": "One row per picture: what CLIP's vision tower sees, before and after its projection.",
-        "tags": "One row per picture: the tagger's names above a low floor. Thresholds come later.",
-        "watermark_boxes": "One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found.",
-        "captions": "One row per picture: the sentence its sidecar holds, or null.",
-    }
-    return dg.AssetSpec(stage.name, description=descriptions[stage.name], **about)
-
-
-@dg.multi_asset(
-    name="annotations",
-    specs=[
-        _spec(EMBEDDINGS, "pytorch", "huggingface"),
-        _spec(TAGS, "pytorch"),
-        _spec(WATERMARKS, "pytorch", "huggingface"),
-        _spec(CAPTIONS),
-    ],
-    partitions_def=shards,
-    can_subset=True,
-    backfill_policy=dg.BackfillPolicy.single_run(),
-)
 def annotations(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> Iterator[dg.MaterializeResult]:
@@ -95,6 +48,69 @@ def annotations(
         yield dg.MaterializeResult(asset_key=stage.name, data_version=dg.DataVersion(version))
 
 
+def _known(table: str) -> tuple[Reads, ...]:
+    """Rows that a network wrote before: its own, and those of images that were missing."""
+    return Reads(table, per=Per.SHARD), Reads(f"kept_{table}", per=Per.SHARD)
+
+
+EMBEDDINGS = Stage(
+    name="embeddings",
+    description="One row per picture: what CLIP's vision tower sees, before and after its projection.",
+    version=1,
+    scope=Scope.SHARD,
+    group="annotate",
+    kinds=("pytorch", "huggingface"),
+    reads=(PICTURES,),
+    also=_known("embeddings"),
+    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+    settings="annotate",
+    models=("clip",),
+    model="clip",
+)(annotations)
+TAGS = Stage(
+    name="tags",
+    description="One row per picture: the tagger's names above a low floor. Thresholds come later.",
+    version=1,
+    scope=Scope.SHARD,
+    group="annotate",
+    kinds=("pytorch",),
+    reads=(PICTURES,),
+    also=_known("tags"),
+    config=lambda config, key: {"batch_size": config.annotate.batch_size},
+    settings="annotate",
+    models=("tagger",),
+    model="tagger",
+)(annotations)
+WATERMARKS = Stage(
+    name="watermark_boxes",
+    description="One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found.",
+    version=1,
+    scope=Scope.SHARD,
+    group="annotate",
+    kinds=("pytorch", "huggingface"),
+    reads=(PICTURES,),
+    also=_known("watermark_boxes"),
+    config=lambda config, key: config.annotate,
+    settings="annotate",
+    models=("detector",),
+    model="detector",
+)(annotations)
+CAPTIONS = Stage(
+    name="captions",
+    description="One row per picture: the sentence its sidecar holds, or null.",
+    version=1,
+    scope=Scope.SHARD,
+    group="annotate",
+    reads=(
+        Reads("raw_images", ("image_id", "source", "source_id"), Per.SHARD),
+        Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
+    ),
+    model="sidecar",
+)(annotations)
+STAGES = {stage.name: stage for stage in (EMBEDDINGS, TAGS, WATERMARKS, CAPTIONS)}
+NETWORKS = (EMBEDDINGS, TAGS, WATERMARKS)
+
+
 def _bring_up_to_date(
     context: dg.AssetExecutionContext, store: Store, wanted: list[Stage], key: str
 ) -> list[tuple[Stage, Manifest]]:
@@ -112,9 +128,11 @@ def _bring_up_to_date(
         started = time.monotonic()
         made: dict[str, Made] = {}
         if networks := [stage for stage in stale if stage in NETWORKS]:
-            made.update(_annotate(store, networks, key))
+            with reading.at_work(*networks):
+                made.update(_annotate(store, networks, key))
         if CAPTIONS in stale:
-            made["captions"] = _captions(store, key)
+            with reading.at_work(CAPTIONS):
+                made["captions"] = _captions(store, key)
         for stage in stale:
             basis = bases[stage.name]
             assert basis is not None
@@ -125,7 +143,7 @@ def _bring_up_to_date(
                 f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}"
             )
         store.writer.clear_partial("annotations", key)
-        found = [(stage, store.manifest(stage.name, stage.part(key))) for stage in wanted]
+        found = [(stage, store.manifest(stage.table, stage.part(key))) for stage in wanted]
         return [(stage, manifest) for stage, manifest in found if manifest is not None]
 
 

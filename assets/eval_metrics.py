@@ -8,8 +8,7 @@ import numpy as np
 import polars as pl
 
 from assets import references
-from assets.metadata import describe, materialize
-from assets.partitions import checkpoints
+from assets.metadata import materialize
 from resources import devices
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.tracking import workspace_tracking
@@ -29,30 +28,23 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     return scorers | references.digests(store, key)
 
 
-METRICS = Stage(
-    name="eval_metrics",
+@Stage(
     version=4,
     scope=Scope.CHECKPOINT,
+    group="evaluate",
+    kinds=("pytorch", "huggingface"),
     reads=(Reads("sample_images", per=Per.KEY),),
+    # Embeddings need no digest: they follow from the images of the training set, whose fingerprint is
+    # among the others, and from CLIP.
+    follows=(Reads("embeddings", ("image_id", "projection")),),
+    also=(
+        Reads("eval_metrics", ("prompt_id", "metric", "value", "embedding")),
+        Reads("raw_images", ("image_id", "source", "locator")),
+    ),
     config=lambda config, key: {"scorers": list(config.evaluation.scoring.scorers)},
     settings="evaluation.scoring",
     models=("clip", "aesthetic"),
     others=_inputs,
-)
-
-
-@dg.asset(
-    partitions_def=checkpoints,
-    **describe(
-        METRICS,
-        "evaluate",
-        "pytorch",
-        "huggingface",
-        deps=[
-            "sample_images",
-            dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping()),
-        ],
-    ),
 )
 def eval_metrics(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -67,7 +59,7 @@ def eval_metrics(
         from training.evaluation.clip_score import Networks, score
 
         samples, config = (
-            store.slices.read(METRICS, "sample_images", key),
+            store.slices.read(eval_metrics, "sample_images", key),
             store.config.evaluation.scoring,
         )
         with devices.hold("evaluate", store.config.devices, store.home) as device:
@@ -77,14 +69,14 @@ def eval_metrics(
                 {name: store.models.path(name) for name in config.scorers}, device
             )
             networks = Networks(clip=clip, aesthetic=aesthetic)
-            compared = references.gather(store, METRICS, key, networks, config.batch_size)
+            compared = references.gather(store, eval_metrics, key, networks, config.batch_size)
             frame = score(
                 samples, store.paths.sample_folder(key), clip, aesthetic,
                 batch_size=config.batch_size, scorers=further, references=compared,
             )  # fmt: skip
         return Made(frame=frame, report=_report(store, key, frame, samples))
 
-    return materialize(context, store, METRICS, make)
+    return materialize(context, store, eval_metrics, make)
 
 
 def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def known(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     """Rows that the stage would make again: committed or kept ones of equal code, model and
     settings."""
     frames = [
-        store.read(stage.name, parts=[]),
+        store.read(stage.table, parts=[]),
         *(_rows(store, item, key) for item in (stage, _kept(stage))),
     ]
     return pl.concat(frames).unique("image_id", keep="first", maintain_order=True)
@@ -37,18 +37,19 @@ def keep(store: Store, stage: Stage, key: str, rows: pl.DataFrame) -> None:
 
 
 def _kept(stage: Stage) -> Stage:
-    return replace(stage, name=f"kept_{stage.name}", reads=())
+    table = f"kept_{stage.table}"
+    return replace(stage, name=table, table=table, reads=())
 
 
 def _rows(store: Store, stage: Stage, key: str) -> pl.DataFrame:
     part = stage.part(key)
     try:
-        manifest = store.manifest(stage.name, part)
+        manifest = store.manifest(stage.table, part)
         return store.read(
-            stage.name, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else []
+            stage.table, parts=[part] if manifest and _is_equal(store, stage, key, manifest) else []
         )
     except DamageError:  # What is damaged is made again.
-        return store.read(stage.name, parts=[])
+        return store.read(stage.table, parts=[])
 
 
 def _is_equal(store: Store, stage: Stage, key: str, manifest: Manifest) -> bool:

@@ -108,7 +108,7 @@ def status(
 
 def reasons(store: Store, stage: Stage, key: str) -> tuple[str, ...]:
     """Why a stale partition is stale; empty for one that is current."""
-    manifest, basis = store.manifest(stage.name, stage.part(key)), store.currency.basis(stage, key)
+    manifest, basis = store.manifest(stage.table, stage.part(key)), store.currency.basis(stage, key)
     if basis is None:
         missing = [
             reads.table for reads in stage.reads if store.slices.digest(stage, reads, key) is None
@@ -204,7 +204,7 @@ def _expected_seconds(store: Store, stage: Stage, num_stale: int) -> float | Non
     if not num_stale:
         return 0.0
     manifests = (
-        store.manifest(stage.name, stage.part(key)) for key in store.currency.keys(stage.scope)
+        store.manifest(stage.table, stage.part(key)) for key in store.currency.keys(stage.scope)
     )
     seconds = [
         manifest.report["seconds"]

@@ -63,8 +63,8 @@ class Writer:
         Raises:
             DataError: rows do not add up, or do not fit the table's schema.
         """
-        part, layout = stage.part(key), layout_of(stage.name)
-        frame = TABLES[stage.name].conform(made.frame)
+        part, layout = stage.part(key), layout_of(stage.table)
+        frame = TABLES[stage.table].conform(made.frame)
         num_rejected = 0 if made.rejected is None else made.rejected.height
         if made.rows_in is not None and made.rows_in != frame.height + num_rejected:
             raise DataError(
@@ -76,10 +76,10 @@ class Writer:
             rejected = self.commit_rejected(
                 stage.name, stage.version, key, made.rejected, config=config, basis=basis
             )
-        folder, stem = self.tables.folder(stage.name, part), layout.stem(part, made.report)
+        folder, stem = self.tables.folder(stage.table, part), layout.stem(part, made.report)
         digests = column_digests(frame)
         manifest = Manifest(
-            table=stage.name,
+            table=stage.table,
             part=part,
             version=stage.version,
             files=(write_parquet(folder, stem, frame), *made.files),
