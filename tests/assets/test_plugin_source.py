@@ -1,9 +1,11 @@
 """A kind of source from outside the package, registered by one line, is as good as a folder: what is
 listed, decoded, shown and encoded of an archive is what is of a folder of the same files."""
 
+import contextlib
 import pickle
 import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
@@ -12,6 +14,7 @@ import pytest
 from drawn_images import SAVED, encode, textured
 
 from assets import raw_images as ingest
+from assets.declared import assets
 from resources.workspace.store import Store
 from training import toml
 from training.buckets.geometry import Size
@@ -19,7 +22,6 @@ from training.config.workspace import SOURCE_KINDS, DecodeConfig, EncodingConfig
 from training.errors import ConfigError, DataError
 from training.images.decoding import Unusable
 from training.latents.encoding import EncodeJob, Picture, encode_shard
-from training.models.vae import Vae
 from training.sources.kinds import make_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +80,7 @@ def of_source(frame, source):
 def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
     instance = dg.DagsterInstance.ephemeral(str(tmp_path / "cache"))
     options = {"instance": instance, "resources": {"store": store}}
-    assert dg.materialize([ingest.source_listing], **options).success
+    assert dg.materialize(assets([ingest.source_listing]), **options).success
     listed = store.read("source_listing")
     loose, packed = (of_source(listed, name) for name in ("loose", "packed"))
     same = ["source_id", "locator", "bytes", "tags", "caption", "gone_at"]
@@ -86,7 +88,7 @@ def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
     assert packed["shard"].unique().to_list() == ["s000001"]
 
     for shard in ("s000000", "s000001"):
-        assert dg.materialize([ingest.raw_images], partition_key=shard, **options).success
+        assert dg.materialize(assets([ingest.raw_images]), partition_key=shard, **options).success
     raw = store.read("raw_images")
     loose, packed = (of_source(raw, name) for name in ("loose", "packed"))
     assert packed.equals(loose)
@@ -102,7 +104,7 @@ def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
         store, raw.filter(pl.col("source") == "loose")
     )
 
-    vae = Vae.load(tiny_sdxl / "vae", "cpu")
+    spec = VaeSpec(folder=tiny_sdxl / "vae", precision="fp32", tile_above_px=1 << 22)
     encoded = {}
     for source in ("loose", "packed"):
         rows = raw.filter(pl.col("source") == source)
@@ -116,13 +118,11 @@ def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
             )
         ]  # fmt: skip
         (tmp_path / source).mkdir()
-        shard = encode_shard(
-            pictures,
-            EncodeJob(
-                folder=tmp_path / source, generation=1, encoding=EncodingConfig(), vae_digest="v",
-                decode=store.config.decode, load_vae=lambda: vae,
-            ),
+        job = EncodeJob(
+            folder=tmp_path / source, generation=1, encoding=EncodingConfig(), vae_digest="v", vae=spec,
         )  # fmt: skip
+        with contextlib.closing(Encoder(store.config.decode, "cpu")) as encoder:
+            shard = encode_shard(pictures, job, partial(map, encoder))
         assert not shard.rejected
         encoded[source] = [(entry.name, entry.sha256) for entry in shard.files]
     assert encoded["packed"] == encoded["loose"]
