@@ -21,7 +21,8 @@ from training.buckets.geometry import Size
 from training.config.workspace import SOURCE_KINDS, DecodeConfig, EncodingConfig, WorkspaceConfig
 from training.errors import ConfigError, DataError
 from training.images.decoding import Unusable
-from training.latents.encoding import EncodeJob, Picture, encode_shard
+from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec
+from training.latents.encoding import encode_shard
 from training.sources.kinds import make_source
 
 ROOT = Path(__file__).resolve().parents[2]

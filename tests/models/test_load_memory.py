@@ -12,7 +12,8 @@ from original_names import original_tensors
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from training.models.unet import load_pipeline_parts, save_diffusers_folder
+from training.models.saving import save_diffusers_folder
+from training.models.unet import load_pipeline_parts
 
 # Each model is loaded by a process of its own, which has the libraries and has loaded a small one
 # before. Its resident memory counts pages of mapped files too, as what is private to a process that

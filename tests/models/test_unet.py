@@ -11,12 +11,8 @@ from safetensors.torch import load_file
 
 from training.errors import ConfigError, ModelError
 from training.loop.noise import alphas_cumprod
-from training.models.unet import (
-    load_pipeline_parts,
-    read_weights,
-    save_diffusers_folder,
-    with_schedule,
-)
+from training.models.saving import save_diffusers_folder
+from training.models.unet import load_pipeline_parts, read_weights, with_schedule
 
 FAMILIES = [("sdxl", StableDiffusionXLPipeline), ("sd1", StableDiffusionPipeline)]
 

@@ -9,7 +9,8 @@ from training.config.run import BatchConfig, ComputeConfig, OptimizerConfig, Run
 from training.loop.conditioning import make_time_ids, predict
 from training.models.compute import apply_compute
 from training.models.full_model import trained_parameters
-from training.models.unet import load_pipeline_parts, save_diffusers_folder
+from training.models.saving import save_diffusers_folder
+from training.models.unet import load_pipeline_parts
 from training.optimization.ema import Ema
 from training.optimization.optim import (
     make_optimizer,

@@ -34,8 +34,9 @@ from resources.engine.processes import ProcessPool
 from training.config.evaluation import LoraConfig, Sampler, SecondPassConfig
 from training.errors import EvaluationError, ModelError
 from training.evaluation.prompt_sets import seed_of
+from training.models.saving import save_diffusers_folder
 from training.models.text_encoders import load_tokenizer
-from training.models.unet import PipelineParts, load_pipeline_parts, save_diffusers_folder
+from training.models.unet import PipelineParts, load_pipeline_parts
 from training.runs import run_folder
 from training.sampling import sampling
 from training.sampling.png_parameters import lora_hash

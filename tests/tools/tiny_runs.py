@@ -64,7 +64,8 @@ def write_tiny_sdxl(folder):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from training.models.unet import PipelineParts, save_diffusers_folder
+    from training.models.saving import save_diffusers_folder
+    from training.models.unet import PipelineParts
 
     torch.manual_seed(7)
     tokenizers = (_tokenizer("<|endoftext|>"), _tokenizer("!"))

@@ -68,7 +68,7 @@ class FullModel:
         """See `Trainable`; the base model is not needed again."""
         import torch
 
-        from training.models.unet import save_diffusers_folder
+        from training.models.saving import save_diffusers_folder
 
         save_diffusers_folder(parts, folder, torch.float32, weights)
 

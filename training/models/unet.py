@@ -7,19 +7,16 @@ and never draw a picture.
 """
 
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.errors import ModelError
@@ -30,7 +27,7 @@ from training.models.tokens import CHUNK_LENGTH
 
 Family = Literal["sdxl", "sd1"]
 
-_PIPELINES: dict[Family, str] = {
+PIPELINES: dict[Family, str] = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd1": "StableDiffusionPipeline",
 }
@@ -38,7 +35,7 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 # transformers >= 5.6 dropped this prefix from CLIPTextModel's names; older readers and other UIs
 # still expect it.
-_TEXT_PREFIX = "text_model."
+TEXT_PREFIX = "text_model."
 # Six numbers of SDXL's conditioning: original size, crop, target size, two each.
 _NUM_TIME_IDS = 6
 
@@ -207,59 +204,6 @@ def check_parts(parts: PipelineParts, origin: str) -> None:
         raise ModelError(f"parts of model {origin} do not fit together: {'; '.join(broken)}")
 
 
-def save_diffusers_folder(
-    parts: PipelineParts,
-    folder: Path,
-    dtype: torch.dtype,
-    overrides: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> None:
-    """Write a complete model folder that diffusers' pipelines of the family load.
-
-    Args:
-        parts: The model; it is left as it is, weights are cast on their way to the file.
-        folder: Created where missing. Files are not synced: the caller commits the folder by
-            renaming it.
-        dtype: `torch.float32` or `torch.float16`; large models halve their size on disk with the
-            latter.
-        overrides: Weights to write in place of the modules' own, by part and name
-            (`unet.conv_in.weight`).
-
-    Raises:
-        ModelError: The parts do not fit together, or a finite weight leaves the range of `dtype`.
-    """
-    check_parts(parts, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = {
-        "_class_name": _PIPELINES[parts.family],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", parts.noise_scheduler_config["_class_name"]],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if parts.family == "sdxl":
-        index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
-    else:
-        index |= {
-            key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")
-        }
-        index["requires_safety_checker"] = False
-    for name, module in (("unet", parts.unet), ("vae", parts.vae)):
-        module.save_config(folder / name)
-        _save_weights(
-            module, folder / name / weights.DIFFUSERS_FILE, dtype, overrides, part=name, prefix=""
-        )
-    for number, (encoder, tokenizer) in enumerate(
-        zip(parts.text_encoders, parts.tokenizers, strict=True)
-    ):
-        suffix = f"_{number + 1}" if number else ""
-        index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-        _save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype, overrides)
-        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    _write_json(folder / "scheduler" / "scheduler_config.json", parts.noise_scheduler_config)
-    _write_json(folder / "model_index.json", index)
-
-
 def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Some weights of a folder that `save_diffusers_folder` wrote.
 
@@ -285,7 +229,7 @@ def read_weights(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
         with safe_open(files[0], framework="pt") as file:
             present = set(file.keys())
             for key in keys:
-                saved = key if key in present else _TEXT_PREFIX + key
+                saved = key if key in present else TEXT_PREFIX + key
                 if saved in present:
                     found[f"{part}.{key}"] = file.get_tensor(saved)
     return found
@@ -399,59 +343,3 @@ def _require(folder: Path, files: list[str]) -> None:
         source=f"the base model's page, such as https://huggingface.co/{repository}",
         command=f"hf download {repository} --exclude '*.fp16.*' '*.bin' '*.ckpt' '*.onnx*' --local-dir {folder}",
     )
-
-
-def _save_text_encoder(
-    encoder: CLIPTextModel | CLIPTextModelWithProjection,
-    folder: Path,
-    dtype: torch.dtype,
-    overrides: Mapping[str, torch.Tensor],
-) -> None:
-    config = encoder.config.to_dict() | {
-        "architectures": [type(encoder).__name__],
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    _write_json(folder / "config.json", config)
-    prefix = _TEXT_PREFIX if isinstance(encoder, CLIPTextModel) else ""
-    _save_weights(
-        encoder,
-        folder / weights.TRANSFORMERS_FILE,
-        dtype,
-        overrides,
-        part=folder.name,
-        prefix=prefix,
-    )
-
-
-def _save_weights(
-    module: torch.nn.Module,
-    path: Path,
-    dtype: torch.dtype,
-    overrides: Mapping[str, torch.Tensor],
-    *,
-    part: str,
-    prefix: str,
-) -> None:
-    state = {}
-    for key, own in module.state_dict().items():
-        value = overrides.get(f"{part}.{key}", own)
-        cast = (
-            value.detach()
-            .to("cpu", dtype if value.is_floating_point() else value.dtype)
-            .contiguous()
-        )
-        if (
-            value.is_floating_point()
-            and not torch.isfinite(cast).all()
-            and torch.isfinite(value).all()
-        ):
-            raise ModelError(
-                f"weight {key} of {path} leaves the range of {dtype}: save it as torch.float32"
-            )
-        state[prefix + key] = cast
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", "utf-8")
