@@ -8,13 +8,12 @@ from importlib.metadata import entry_points
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, partition_keys, shown
-from assets.partitions import shards
+from assets.metadata import partition_keys, shown
 from assets.raw_images import image_files, thumbnails
 from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.warehouse import rebuild
-from resources.workspace import kept_rows
+from resources.workspace import kept_rows, reading
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.annotators.adapters import ClipEmbeddings, JoyTags, OwlWatermarks
@@ -27,7 +26,6 @@ from training.annotators.annotations import (
 )
 from training.annotators.annotator import Annotator, Report
 from training.commit import json_digest
-from training.config.workspace import WorkspaceConfig
 from training.curation.captions import from_sources
 from training.errors import DataError
 from training.manifests import Manifest
@@ -43,57 +41,11 @@ theirs by an entry point."""
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
 
 
-def _stage(annotator: type[Annotator]) -> Stage:
-    return Stage(
-        name=annotator.stage_name(), table=annotator.table, version=annotator.version,
-        scope=Scope.SHARD, reads=(PICTURES,), models=(annotator.model,), model=annotator.model,
-        config=lambda config, key: {name: getattr(config.annotate, name) for name in annotator.settings},
-        settings="annotate", in_use=lambda config: config.models.names(annotator.model),
-    )  # fmt: skip
-
-
 NETWORKS = {annotator.stage_name(): annotator for annotator in ANNOTATORS}
 """Annotators by the name of their stage."""
-CAPTIONS = Stage(
-    name="captions", version=1, scope=Scope.SHARD, model="sidecar",
-    reads=(
-        Reads("raw_images", ("image_id", "source", "source_id"), Per.SHARD),
-        Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
-    ),
-)  # fmt: skip
-STAGES = {stage.name: stage for stage in (*map(_stage, ANNOTATORS), CAPTIONS)}
-
-
-def writers(table: str) -> list[str]:
-    """Names of the stages that write parts of a table of this pass."""
-    return [stage.name for stage in STAGES.values() if stage.table == table]
-
-
 AnnotateWorkers = Workers[ImageBatch, pl.DataFrame]
 
 
-def _spec(stage: Stage) -> dg.AssetSpec:
-    annotator = NETWORKS.get(stage.name)
-    deps = ["raw_images"] + (["source_listing"] if stage is CAPTIONS else [])
-    about = describe(stage, "annotate", *(annotator.kinds if annotator else ()), deps=deps)
-    about.pop("backfill_policy")
-    description = (
-        annotator.about()
-        if annotator
-        else "One row per picture: the sentence its sidecar holds, or null."
-    )
-    # A workspace may not want the stage, and run the others with it left out.
-    optional = not stage.in_use(WorkspaceConfig())
-    return dg.AssetSpec(stage.name, description=description, skippable=optional, **about)
-
-
-@dg.multi_asset(
-    name="annotations",
-    specs=[_spec(stage) for stage in STAGES.values()],
-    partitions_def=shards,
-    can_subset=True,
-    backfill_policy=dg.BackfillPolicy.single_run(),
-)
 def annotations(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> Iterator[dg.MaterializeResult]:
@@ -121,6 +73,46 @@ def annotations(
         yield dg.MaterializeResult(asset_key=stage.name, data_version=dg.DataVersion(version))
 
 
+def _stage(annotator: type[Annotator]) -> Stage:
+    before = tuple(
+        Reads(table, per=Per.SHARD) for table in (annotator.table, f"kept_{annotator.table}")
+    )
+    return Stage(
+        name=annotator.stage_name(),
+        description=annotator.about(),
+        table=annotator.table,
+        version=annotator.version,
+        scope=Scope.SHARD,
+        group="annotate",
+        kinds=annotator.kinds,
+        reads=(PICTURES,),
+        also=before,
+        config=lambda config, key: {
+            name: getattr(config.annotate, name) for name in annotator.settings
+        },
+        settings="annotate",
+        models=(annotator.model,),
+        model=annotator.model,
+        in_use=lambda config: config.models.names(annotator.model),
+    )(annotations)
+
+
+ANNOTATED = tuple(map(_stage, ANNOTATORS))
+CAPTIONS = Stage(
+    name="captions",
+    description="One row per picture: the sentence its sidecar holds, or null.",
+    version=1,
+    scope=Scope.SHARD,
+    group="annotate",
+    reads=(
+        Reads("raw_images", ("image_id", "source", "source_id"), Per.SHARD),
+        Reads("source_listing", ("source", "source_id", "caption"), Per.ROWS),
+    ),
+    model="sidecar",
+)(annotations)
+STAGES = {stage.name: stage for stage in (*ANNOTATED, CAPTIONS)}
+
+
 def _bring_up_to_date(
     context: dg.AssetExecutionContext,
     store: Store,
@@ -142,9 +134,11 @@ def _bring_up_to_date(
         started = time.monotonic()
         made: dict[str, Made] = {}
         if networks := [stage for stage in stale if stage.name in NETWORKS]:
-            made.update(_annotate(store, workers, networks, key))
+            with reading.at_work(*networks):
+                made.update(_annotate(store, workers, networks, key))
         if CAPTIONS in stale:
-            made["captions"] = _captions(store, key)
+            with reading.at_work(CAPTIONS):
+                made["captions"] = _captions(store, key)
         for stage in stale:
             basis = bases[stage.name]
             assert basis is not None

@@ -3,8 +3,8 @@
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import mirror, models
+from assets.metadata import materialize
+from assets.partitions import mirror
 from resources.graph import Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
@@ -12,10 +12,8 @@ from training.models.base_model import inspect
 from training.names import CheckpointName
 from training.tables.schemas import TABLES
 
-STAGE = Stage(name="base_model", version=1, scope=Scope.MODEL, models=("base",))
 
-
-@dg.asset(partitions_def=models, **describe(STAGE, "train", "huggingface"))
+@Stage(version=1, scope=Scope.MODEL, group="train", kinds=("huggingface",), models=("base",))
 def base_model(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -39,6 +37,6 @@ def base_model(
             report={"numbers": numbers},
         )
 
-    result = materialize(context, store, STAGE, make)
+    result = materialize(context, store, base_model, make)
     mirror(context.instance, store)
     return result

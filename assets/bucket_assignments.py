@@ -3,8 +3,7 @@
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import encodings
+from assets.metadata import materialize
 from resources.graph import Reads, Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
@@ -18,10 +17,13 @@ MAX_BARS = 8
 BATCH_SIZES = (4, 8, 16)
 """Micro-batch sizes for which the report counts what would be left over."""
 COLUMNS = ("image_id", "shard", "height", "width", "kept", "tags")
-STAGE = Stage(
-    name="bucket_assignments",
+
+
+@Stage(
     version=3,
     scope=Scope.ENCODING,
+    group="encode",
+    kinds=("polars",),
     reads=(Reads("selected_images", COLUMNS),),
     config=lambda config, key: {
         "buckets": toml.dump(config.encodings[key].buckets),
@@ -30,9 +32,6 @@ STAGE = Stage(
     },
     settings="encodings.{key}",
 )
-
-
-@dg.asset(partitions_def=encodings, **describe(STAGE, "encode", "polars", deps=["selected_images"]))
 def bucket_assignments(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -40,7 +39,11 @@ def bucket_assignments(
 
     def make(key: str) -> Made:
         encoding = store.config.encodings[key]
-        kept = store.slices.read(STAGE, "selected_images", key).filter(pl.col("kept")).drop("kept")
+        kept = (
+            store.slices.read(bucket_assignments, "selected_images", key)
+            .filter(pl.col("kept"))
+            .drop("kept")
+        )
         kept = kept.with_columns(pl.col("tags").list.eval(pl.element().struct.field("name")))
         placed, rejected = assign(kept, encoding.buckets, encoding.up_crop, seed=encoding.seed)
         if kept.height and placed.is_empty():
@@ -51,7 +54,7 @@ def bucket_assignments(
         ]
         return Made(
             frame=placed,
-            rejected=rejections(STAGE.name, rejected),
+            rejected=rejections(bucket_assignments.name, rejected),
             rows_in=kept.height,
             report={
                 "numbers": found.numbers,
@@ -60,4 +63,4 @@ def bucket_assignments(
             },
         )
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, bucket_assignments, make)

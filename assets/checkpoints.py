@@ -8,11 +8,11 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import mirror, runs
+from assets.metadata import materialize
+from assets.partitions import mirror
 from assets.run_settings import TrainSettings, configure, is_new
 from resources import devices, torchrun
-from resources.graph import Scope, Stage
+from resources.graph import Reads, Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import Tracking, workspace_tracking
 from resources.workspace.run_files import own_files
@@ -48,17 +48,15 @@ from training.tables.schemas import TABLES
 FORWARD_EVERY_S = 10.0
 LOG_EVERY_S = 15.0
 
-STAGE = Stage(name="checkpoints", version=1, scope=Scope.RUN)
 
-
-_READ: list[str | dg.AssetDep] = [
-    dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
-    dg.AssetDep("base_model", partition_mapping=dg.AllPartitionMapping()),
-    "tag_vocabulary",
-]
-
-
-@dg.asset(partitions_def=runs, **describe(STAGE, "train", "pytorch", "huggingface", deps=_READ))
+@Stage(
+    version=1,
+    scope=Scope.RUN,
+    group="train",
+    kinds=("pytorch", "huggingface"),
+    # A run keeps what it was frozen with at its first launch: what changes afterwards is another run's.
+    follows=(Reads("training_set"), Reads("base_model"), Reads("tag_vocabulary")),
+)
 def checkpoints(
     context: dg.AssetExecutionContext, config: TrainSettings, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -91,7 +89,7 @@ def checkpoints(
             )
         return Made(frame=table(folder), report=_report(folder, tracking, key))
 
-    result = materialize(context, store, STAGE, make, new=lambda key: is_new(config))
+    result = materialize(context, store, checkpoints, make, new=lambda key: is_new(config))
     mirror(context.instance, store)
     return result
 

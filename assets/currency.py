@@ -234,7 +234,7 @@ def confirmations(
         stage, key = STAGES[name], dg.AssetKey(name)
         if stage.scope is not Scope.ALL or resolver.get_status(key) is not StaleStatus.STALE:
             continue
-        manifest = store.manifest(name, "all")
+        manifest = store.manifest(stage.table, "all")
         assert manifest is not None
         tags = {DATA_VERSION_TAG: manifest.digest, CODE_VERSION_TAG: str(stage.version)}
         for parent in graph.get(key).parent_keys:

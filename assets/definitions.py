@@ -3,11 +3,12 @@
 import dagster as dg
 
 from assets import checks, currency
-from assets.registry import MODULES
+from assets.declared import assets
+from assets.registry import STAGES
 from resources.handles import io_manager, store_resource
 
 GRAPH = dg.Definitions(
-    assets=[*dg.load_assets_from_modules(MODULES), *currency.external_specs()],
+    assets=[*assets(STAGES), *currency.external_specs()],
     asset_checks=[*checks.ALL, *currency.CHECKS],
     resources={"store": store_resource, "io_manager": io_manager},
     executor=dg.in_process_executor,

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.metadata import describe, materialize
+from assets.metadata import materialize
 from assets.raw_images import thumbnails
 from resources.graph import Reads, Scope, Stage
 from resources.workspace.store import Store
@@ -13,19 +13,16 @@ COLUMNS = (
     "source", "source_id", "image_id", "locator", "height", "width", "bytes", "pixel_digest", "phash", "phash_mirrored",
     "brightness", "contrast",
 )  # fmt: skip
-STAGE = Stage(
-    name="duplicate_groups", version=1, scope=Scope.ALL, reads=(Reads("raw_images", COLUMNS),)
-)
 
 
-@dg.asset(**describe(STAGE, "curate", deps=["raw_images"]))
+@Stage(version=1, scope=Scope.ALL, group="curate", reads=(Reads("raw_images", COLUMNS),))
 def duplicate_groups(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
     """One row per candidate that is a copy of another, and which one of each group goes on."""
 
     def make(key: str) -> Made:
-        raw = store.slices.read(STAGE, "raw_images", key)
+        raw = store.slices.read(duplicate_groups, "raw_images", key)
         groups = find_groups(raw)
         kinds = groups["kind"].value_counts(sort=True, name="n")
         examples = groups.join(
@@ -52,4 +49,4 @@ def duplicate_groups(
             },
         )
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, duplicate_groups, make)

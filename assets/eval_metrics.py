@@ -8,8 +8,7 @@ import numpy as np
 import polars as pl
 
 from assets import references
-from assets.metadata import describe, materialize
-from assets.partitions import checkpoints
+from assets.metadata import materialize
 from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.tracking import workspace_tracking
@@ -29,30 +28,23 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     return scorers | references.digests(store, key)
 
 
-METRICS = Stage(
-    name="eval_metrics",
+@Stage(
     version=4,
     scope=Scope.CHECKPOINT,
+    group="evaluate",
+    kinds=("pytorch", "huggingface"),
     reads=(Reads("sample_images", per=Per.KEY),),
+    # Embeddings need no digest: they follow from the images of the training set, whose fingerprint is
+    # among the others, and from CLIP.
+    follows=(Reads("embeddings", ("image_id", "projection")),),
+    also=(
+        Reads("eval_metrics", ("prompt_id", "metric", "value", "embedding")),
+        Reads("raw_images", ("image_id", "source", "locator")),
+    ),
     config=lambda config, key: {"scorers": list(config.evaluation.scoring.scorers)},
     settings="evaluation.scoring",
     models=("clip", "aesthetic"),
     others=_inputs,
-)
-
-
-@dg.asset(
-    partitions_def=checkpoints,
-    **describe(
-        METRICS,
-        "evaluate",
-        "pytorch",
-        "huggingface",
-        deps=[
-            "sample_images",
-            dg.AssetDep("embeddings", partition_mapping=dg.AllPartitionMapping()),
-        ],
-    ),
 )
 def eval_metrics(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -67,8 +59,8 @@ def eval_metrics(
     spec = WorkerSpec(make=load_networks, arguments=(folders,), kind="evaluate")
 
     def make(key: str) -> Made:
-        samples = store.slices.read(METRICS, "sample_images", key)
-        compared = references.gather(store, METRICS, key, workers, config.batch_size)
+        samples = store.slices.read(eval_metrics, "sample_images", key)
+        compared = references.gather(store, eval_metrics, key, workers, config.batch_size)
         frame = score(
             samples, store.paths.sample_folder(key), workers,
             batch_size=config.batch_size, references=compared,
@@ -76,7 +68,7 @@ def eval_metrics(
         return Made(frame=frame, report=_report(store, key, frame, samples))
 
     with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
-        return materialize(context, store, METRICS, make)
+        return materialize(context, store, eval_metrics, make)
 
 
 def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:

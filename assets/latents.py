@@ -8,8 +8,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import encoding_shards
+from assets.metadata import materialize
 from assets.raw_images import image_files
 from resources.engine.workers import Workers, WorkerSpec
 from resources.graph import Per, Reads, Scope, Stage
@@ -32,9 +31,9 @@ from training.tables.schemas import rejections
 
 def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
     """Boxes decide latents only where crops avoid them: elsewhere new boxes make nothing stale."""
-    if not store.config.encodings[STAGE.encoding(key)].avoid_watermarks:
+    if not store.config.encodings[latents.encoding(key)].avoid_watermarks:
         return {}
-    digest = store.slices.digest(STAGE, _BOXES, key)
+    digest = store.slices.digest(latents, _BOXES, key)
     return {_BOXES.label: digest or "none"}
 
 
@@ -42,8 +41,8 @@ def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
     """What only some encodings read: boxes, and sizes of pictures where these follow from no
     bucket."""
     found = dict(_watermarks_read(store, key))
-    if follows_picture(store.config.encodings[STAGE.encoding(key)].buckets):
-        found[_SIZES.label] = store.slices.digest(STAGE, _SIZES, key) or "none"
+    if follows_picture(store.config.encodings[latents.encoding(key)].buckets):
+        found[_SIZES.label] = store.slices.digest(latents, _SIZES, key) or "none"
     return found
 
 
@@ -51,10 +50,13 @@ _BOXES = Reads("watermark_boxes", ("image_id", "boxes"), Per.SHARD)
 _SIZES = Reads(
     "bucket_assignments", ("image_id", "resized_height", "resized_width"), Per.ENCODING_ROWS
 )
-STAGE = Stage(
-    name="latents",
+
+
+@Stage(
     version=2,
     scope=Scope.ENCODING_SHARD,
+    group="encode",
+    kinds=("pytorch", "huggingface"),
     reads=(
         Reads(
             "bucket_assignments",
@@ -67,22 +69,11 @@ STAGE = Stage(
             Per.ROWS,
         ),
     ),
+    follows=(_BOXES, _SIZES),
     config=lambda config, key: config.encodings[ShardKey.parse(key).encoding],
     settings="encodings.{encoding}",
     models=("vae",),
     others=_read_by_some,
-)
-
-
-@dg.asset(
-    partitions_def=encoding_shards,
-    **describe(
-        STAGE,
-        "encode",
-        "pytorch",
-        "huggingface",
-        deps=["bucket_assignments", "selected_images", "watermark_boxes"],
-    ),
 )
 def latents(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -104,7 +95,7 @@ def latents(
         return anew and time.time() <= deadline
 
     def make(key: str) -> Made:
-        encoding = store.config.encodings[STAGE.encoding(key)]
+        encoding = store.config.encodings[latents.encoding(key)]
         chosen = pictures(store, key)
         folder = store.tables.folder("latents", key)
         number = max(numbers_of(folder), default=0) + 1
@@ -118,9 +109,9 @@ def latents(
                     folder=folder,
                     generation=number,
                     encoding=encoding,
-                    vae_digest=store.models.vae_digest(STAGE.encoding(key)),
+                    vae_digest=store.models.vae_digest(latents.encoding(key)),
                     vae=VaeSpec(
-                        folder=store.models.vae_folder(STAGE.encoding(key)),
+                        folder=store.models.vae_folder(latents.encoding(key)),
                         precision=encoding.precision,
                         tile_above_px=encoding.tile_above_px,
                     ),
@@ -144,7 +135,7 @@ def latents(
 
     spec = WorkerSpec(make=Encoder, arguments=(store.config.decode,), kind="encode", gives_way=anew)
     with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
-        result = materialize(context, store, STAGE, make, again=is_due)
+        result = materialize(context, store, latents, make, again=is_due)
     if anew:
         for key in context.partition_keys:
             removed, num_bytes = generations.collect(store, key)
@@ -160,7 +151,7 @@ def _reusable(store: Store, key: str) -> list[Generation]:
     Empty where the current one's rows are not what would be made now: by equal code, VAE and crop
     policy.
     """
-    basis = store.currency.basis(STAGE, key)
+    basis = store.currency.basis(latents, key)
     folder = store.tables.folder("latents", key)
     found: list[Generation] = []
     for number in reversed(numbers_of(folder)):
@@ -179,9 +170,9 @@ def _reusable(store: Store, key: str) -> list[Generation]:
 
 def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, Any]) -> bool:
     return (
-        manifest.version == STAGE.version
+        manifest.version == latents.version
         and dict(manifest.models) == basis["models"]
-        and same_policy(manifest.config, toml.dump(store.config.encodings[STAGE.encoding(key)]))
+        and same_policy(manifest.config, toml.dump(store.config.encodings[latents.encoding(key)]))
         and all(
             manifest.inputs.get(label) == digest
             for label, digest in _watermarks_read(store, key).items()
@@ -191,8 +182,8 @@ def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, An
 
 def pictures(store: Store, key: str) -> list[Picture]:
     """The kept images of a shard that have a bucket."""
-    assigned = store.slices.read(STAGE, "bucket_assignments", key)
-    chosen = store.slices.read(STAGE, "selected_images", key)
+    assigned = store.slices.read(latents, "bucket_assignments", key)
+    chosen = store.slices.read(latents, "selected_images", key)
     marked, sizes = _boxes(store, key), _sizes(store, key)
     kept = assigned.join(chosen, on="image_id", how="inner").sort("image_id")
     return [
@@ -214,7 +205,7 @@ def pictures(store: Store, key: str) -> list[Picture]:
 
 def _sizes(store: Store, key: str) -> dict[str, Size]:
     """What pictures are resized to, by image_id; empty where a picture's bucket says it."""
-    encoding = STAGE.encoding(key)
+    encoding = latents.encoding(key)
     if not follows_picture(store.config.encodings[encoding].buckets):
         return {}
     rows = store.read("bucket_assignments", _SIZES.columns, [encoding])
@@ -224,7 +215,7 @@ def _sizes(store: Store, key: str) -> dict[str, Size]:
 def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
     """Watermark boxes of the shard's images: to avoid, and to draw into the pictures that are
     shown."""
-    shard = STAGE.shard(key)
+    shard = latents.shard(key)
     parts = [
         part for part in store.tables.parts("watermark_boxes") if OwnedPart.owner_of(part) == shard
     ]

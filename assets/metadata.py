@@ -1,5 +1,4 @@
-"""How every stage looks and behaves in Dagster: declared once, materialized one way, shown one
-way."""
+"""How every stage behaves in Dagster: materialized one way, shown one way."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,17 +7,15 @@ from typing import Any
 
 import dagster as dg
 
-from assets import followed
 from resources.graph import Scope, Stage
 from resources.warehouse import rebuild
+from resources.workspace import reading
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.commit import json_digest
 from training.errors import DataError
 from training.manifests import Manifest
-from training.tables.schemas import TABLES
 
-OWNER = "team:foundry"
 DIGEST_SHOWN = 16
 """Characters of a digest that fit beside the other metadata; the whole is the asset's data
 version."""
@@ -33,47 +30,6 @@ _SCOPE_WORDS = {
     Scope.RUN: "training run",
     Scope.CHECKPOINT: "checkpoint",
 }
-_TYPE_WORDS = {
-    "String": "string",
-    "Int8": "int",
-    "Int32": "int",
-    "Int64": "int",
-    "UInt64": "int",
-    "Boolean": "bool",
-}
-
-
-def describe(
-    stage: Stage, group: str, *kinds: str, deps: Sequence[str | dg.AssetDep] = ()
-) -> dict[str, Any]:
-    """Arguments of `dg.asset` that every stage shares: group, kinds, owner, columns of its table,
-    and what it follows from: the tables `deps`, and its settings and models."""
-    table = TABLES[stage.table]
-    columns = [
-        dg.TableColumn(name, _type_word(str(column.dtype)), description=column.about)
-        for name, column in table.columns.items()
-    ]
-    return {
-        "deps": [*deps, *followed.deps(stage)],
-        "group_name": group,
-        "kinds": {"parquet", *kinds},
-        "owners": [OWNER],
-        "code_version": str(stage.version),
-        "metadata": {
-            "dagster/column_schema": dg.TableSchema(columns=columns),
-            "dagster/table_name": stage.table,
-            "one row per": table.row,
-        },
-        "backfill_policy": dg.BackfillPolicy.single_run(),
-    }
-
-
-def _type_word(dtype: str) -> str:
-    word = dtype.partition("(")[0]
-    return _TYPE_WORDS.get(
-        word,
-        {"Float32": "float", "Float64": "float", "Datetime": "timestamp"}.get(word, word.lower()),
-    )
 
 
 def materialize(
@@ -156,7 +112,7 @@ def bring_up_to_date(
 ) -> Manifest:
     """The committed manifest of one partition, made now if it is stale or `again` asks for it."""
     part = stage.part(key)
-    with store.writer.holding(stage.name, part):
+    with store.writer.holding(stage.table, part):
         manifest, basis = store.manifest(stage.table, part), store.currency.basis(stage, key)
         if manifest is not None and store.currency.agrees(manifest, basis) and not again:
             context.log.info(f"{stage.name} {key}: current, nothing to do")
@@ -172,7 +128,8 @@ def bring_up_to_date(
             )
         store.currency.begin(stage, key, basis)
         started = time.monotonic()
-        made = make(key)
+        with reading.at_work(stage):
+            made = make(key)
         manifest = store.writer.commit(stage, key, made, basis, seconds=time.monotonic() - started)
         context.log.info(f"{stage.name} {key}: {manifest.rows} rows, digest {manifest.digest[:12]}")
         return manifest

@@ -3,9 +3,8 @@
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import prompt_sets as prompt_set_partitions
-from resources.graph import Scope, Stage
+from assets.metadata import materialize
+from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace.paths import file_digest
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
@@ -38,19 +37,18 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     return found
 
 
-STAGE = Stage(
-    name="prompt_sets",
+@Stage(
     version=5,
     scope=Scope.PROMPT_SET,
+    group="evaluate",
+    follows=(
+        Reads("selected_images", prompt_building.HELD_OUT),
+        Reads("tag_vocabulary", VOCABULARY),
+    ),
+    also=(Reads("prompt_sets", per=Per.KEY),),
     config=lambda config, key: config.prompt_sets[key],
     settings="prompt_sets.{key}",
     others=_inputs,
-)
-
-
-@dg.asset(
-    partitions_def=prompt_set_partitions,
-    **describe(STAGE, "evaluate", deps=["selected_images", "tag_vocabulary"]),
 )
 def prompt_sets(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -71,7 +69,7 @@ def prompt_sets(
             },
         )
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, prompt_sets, make)
 
 
 def _make(store: Store, key: str) -> pl.DataFrame:
@@ -124,9 +122,9 @@ def _make(store: Store, key: str) -> pl.DataFrame:
 def _is_in_style(store: Store, key: str) -> bool:
     """Whether the committed set's held-out images were made into prompts as they would be now."""
     manifest = store.manifest("prompt_sets", key)
-    if manifest is None or manifest.version != STAGE.version:
+    if manifest is None or manifest.version != prompt_sets.version:
         return False
-    return bool(manifest.config["prompts"] == STAGE.section(store.config, key)["prompts"])
+    return bool(manifest.config["prompts"] == prompt_sets.section(store.config, key)["prompts"])
 
 
 def _sizes(store: Store, key: str) -> tuple[Size, ...]:

@@ -3,10 +3,9 @@
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import runs
+from assets.metadata import materialize
 from assets.run_settings import RunSettings, configure
-from resources.graph import Scope, Stage
+from resources.graph import Reads, Scope, Stage
 from resources.workspace.paths import file_digest
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
@@ -47,22 +46,14 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     return found
 
 
-STAGE = Stage(
-    name="prompt_statistics", version=4, scope=Scope.RUN, models=("base",), others=_inputs
-)
-
-
-@dg.asset(
-    partitions_def=runs,
-    **describe(
-        STAGE,
-        "train",
-        "polars",
-        deps=[
-            dg.AssetDep("training_set", partition_mapping=dg.AllPartitionMapping()),
-            "tag_vocabulary",
-        ],
-    ),
+@Stage(
+    version=4,
+    scope=Scope.RUN,
+    group="train",
+    kinds=("polars",),
+    follows=(Reads("training_set"), Reads("tag_vocabulary")),
+    models=("base",),
+    others=_inputs,
 )
 def prompt_statistics(
     context: dg.AssetExecutionContext, config: RunSettings, store: dg.ResourceParam[Store]
@@ -92,7 +83,7 @@ def prompt_statistics(
 
     for key in context.partition_keys if context.has_partition_key else ():
         configure(store, key, config)
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, prompt_statistics, make)
 
 
 def _report(frame: pl.DataFrame, config: PromptConfig) -> dict[str, dict[str, object]]:

@@ -7,8 +7,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import shards
+from assets.metadata import materialize
 from assets.raw_images import thumbnails
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace.paths import file_digest
@@ -35,39 +34,7 @@ def _pairs_folder(store: Store) -> Path:
     return store.home / "labels" / "pairs"
 
 
-PAIRS = Stage(name="quality_pairs", version=1, scope=Scope.ALL, others=_labels)
-MODEL = Stage(
-    name="quality_model",
-    version=1,
-    scope=Scope.ALL,
-    reads=(
-        Reads("quality_pairs", ("pair_id", "a", "b", "outcome")),
-        Reads("embeddings", ("image_id", "vector")),
-    ),
-    config=lambda config, key: {
-        "min_pairs": config.quality.min_pairs,
-        "shares": list(config.quality.shares),
-    },
-    settings="quality",
-    models=("quality_head",),
-)
-SCORES = Stage(
-    name="quality_scores",
-    version=1,
-    scope=Scope.SHARD,
-    reads=(
-        Reads("embeddings", ("image_id", "vector", "projection"), Per.SHARD),
-        Reads("raw_images", ("image_id", "source", "locator", "height", "width", "bytes", "brightness", "contrast",
-                             "sharpness"), Per.SHARD),
-        Reads("quality_model"),
-    ),
-    config=lambda config, key: {"junk_threshold": config.quality.junk_threshold},
-    settings="quality",
-    models=("aesthetic",),
-)  # fmt: skip
-
-
-@dg.asset(**describe(PAIRS, "curate"))
+@Stage(version=1, scope=Scope.ALL, group="curate", others=_labels)
 def quality_pairs(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -86,10 +53,25 @@ def quality_pairs(
             },
         )
 
-    return materialize(context, store, PAIRS, make)
+    return materialize(context, store, quality_pairs, make)
 
 
-@dg.asset(**describe(MODEL, "curate", "pytorch", deps=["quality_pairs", "embeddings"]))
+@Stage(
+    version=1,
+    scope=Scope.ALL,
+    group="curate",
+    kinds=("pytorch",),
+    reads=(
+        Reads("quality_pairs", ("pair_id", "a", "b", "outcome")),
+        Reads("embeddings", ("image_id", "vector")),
+    ),
+    config=lambda config, key: {
+        "min_pairs": config.quality.min_pairs,
+        "shares": list(config.quality.shares),
+    },
+    settings="quality",
+    models=("quality_head",),
+)
 def quality_model(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -97,9 +79,9 @@ def quality_model(
     and their report."""
 
     def make(key: str) -> Made:
-        pairs = store.slices.read(MODEL, "quality_pairs", key)
+        pairs = store.slices.read(quality_model, "quality_pairs", key)
         embeddings = (
-            store.slices.read(MODEL, "embeddings", key)
+            store.slices.read(quality_model, "embeddings", key)
             .unique("image_id", keep="first")
             .sort("image_id")
         )
@@ -122,13 +104,24 @@ def quality_model(
             report={"numbers": {"judgements": fitted.num_pairs, "heads": fitted.origin, **numbers}},
         )
 
-    return materialize(context, store, MODEL, make)
+    return materialize(context, store, quality_model, make)
 
 
-@dg.asset(
-    partitions_def=shards,
-    **describe(SCORES, "curate", "pytorch", deps=["embeddings", "raw_images", "quality_model"]),
-)
+@Stage(
+    version=1,
+    scope=Scope.SHARD,
+    group="curate",
+    kinds=("pytorch",),
+    reads=(
+        Reads("embeddings", ("image_id", "vector", "projection"), Per.SHARD),
+        Reads("raw_images", ("image_id", "source", "locator", "height", "width", "bytes", "brightness", "contrast",
+                             "sharpness"), Per.SHARD),
+        Reads("quality_model"),
+    ),
+    config=lambda config, key: {"junk_threshold": config.quality.junk_threshold},
+    settings="quality",
+    models=("aesthetic",),
+)  # fmt: skip
 def quality_scores(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -137,10 +130,10 @@ def quality_scores(
     def make(key: str) -> Made:
         from training.annotators.aesthetic import Aesthetic
 
-        model = store.slices.read(SCORES, "quality_model", key).row(0, named=True)
-        embeddings = store.slices.read(SCORES, "embeddings", key).sort("image_id")
+        model = store.slices.read(quality_scores, "quality_model", key).row(0, named=True)
+        embeddings = store.slices.read(quality_scores, "embeddings", key).sort("image_id")
         raw = (
-            store.slices.read(SCORES, "raw_images", key)
+            store.slices.read(quality_scores, "raw_images", key)
             .unique("image_id", keep="first")
             .sort("image_id")
         )
@@ -159,7 +152,7 @@ def quality_scores(
         )
         return Made(frame=frame, rows_in=embeddings.height, report=_report(store, frame, raw))
 
-    return materialize(context, store, SCORES, make)
+    return materialize(context, store, quality_scores, make)
 
 
 def _report(store: Store, frame: pl.DataFrame, raw: pl.DataFrame) -> dict[str, object]:

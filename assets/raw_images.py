@@ -8,8 +8,8 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import mirror, shards
+from assets.metadata import materialize
+from assets.partitions import mirror
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace import missing
 from resources.workspace.store import Store
@@ -33,29 +33,20 @@ def _scan(store: Store, key: str) -> dict[str, str]:
     }
 
 
-LISTING = Stage(
-    name="source_listing",
+CANDIDATES = ("source", "source_id", "locator", "bytes", "modified_ns", "gone_at")
+
+
+@Stage(
     version=2,
     scope=Scope.ALL,
+    group="ingest",
+    also=(Reads("source_listing"),),
     config=lambda config, key: {
         "sources": [source.name for source in config.sources],
         "shard_size": config.shard_size,
     },
     others=_scan,
 )
-
-CANDIDATES = ("source", "source_id", "locator", "bytes", "modified_ns", "gone_at")
-RAW_IMAGES = Stage(
-    name="raw_images",
-    version=2,
-    scope=Scope.SHARD,
-    reads=(Reads("source_listing", CANDIDATES, Per.ROWS),),
-    config=lambda config, key: config.decode,
-    settings="decode",
-)
-
-
-@dg.asset(**describe(LISTING, "ingest"))
 def source_listing(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -109,13 +100,20 @@ def source_listing(
             frame=merged, rejected=rejected, rows_in=merged.height + rejected.height, report=report
         )
 
-    result = materialize(context, store, LISTING, make)
+    result = materialize(context, store, source_listing, make)
     missing.settle(store)
     mirror(context.instance, store)
     return result
 
 
-@dg.asset(partitions_def=shards, **describe(RAW_IMAGES, "ingest", deps=["source_listing"]))
+@Stage(
+    version=2,
+    scope=Scope.SHARD,
+    group="ingest",
+    reads=(Reads("source_listing", CANDIDATES, Per.ROWS),),
+    config=lambda config, key: config.decode,
+    settings="decode",
+)
 def raw_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -123,7 +121,7 @@ def raw_images(
     reason."""
 
     def make(key: str) -> Made:
-        candidates = store.slices.read(RAW_IMAGES, "source_listing", key)
+        candidates = store.slices.read(raw_images, "source_listing", key)
         accepted, rejected = read_candidates(store, candidates)
         frame = pl.DataFrame(accepted, schema=TABLES["raw_images"].schema)
         return Made(
@@ -137,7 +135,7 @@ def raw_images(
             },
         )
 
-    return materialize(context, store, RAW_IMAGES, make)
+    return materialize(context, store, raw_images, make)
 
 
 def read_candidates(

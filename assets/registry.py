@@ -1,54 +1,35 @@
-"""Every stage by name, and the modules that hold their assets: what the graph is made of."""
+"""Every stage by name, in order: read from the modules that declare them."""
 
-from assets import (
-    annotations,
-    base_model,
-    bucket_assignments,
-    checkpoints,
-    duplicates,
-    eval_metrics,
-    latents,
-    prompt_sets,
-    prompt_statistics,
-    quality,
-    raw_images,
-    release,
-    sample_images,
-    selection,
-    tags,
-    training_set,
-    verdicts,
-)
+from types import ModuleType
 
-MODULES = (
-    raw_images, annotations, duplicates, quality, tags, selection, bucket_assignments, latents, training_set,
-    base_model, prompt_statistics, checkpoints, prompt_sets, sample_images, eval_metrics, verdicts, release,
-)  # fmt: skip
+import dagster as dg
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        raw_images.LISTING,
-        raw_images.RAW_IMAGES,
-        *annotations.STAGES.values(),
-        duplicates.STAGE,
-        quality.PAIRS,
-        quality.MODEL,
-        quality.SCORES,
-        tags.STAGE,
-        selection.STAGE,
-        bucket_assignments.STAGE,
-        latents.STAGE,
-        training_set.STAGE,
-        base_model.STAGE,
-        prompt_statistics.STAGE,
-        checkpoints.STAGE,
-        prompt_sets.STAGE,
-        sample_images.STAGE,
-        eval_metrics.METRICS,
-        verdicts.VERDICTS,
-        release.STAGE,
-    )
-}
+from assets.stages import MODULES
+from resources.graph import Scope, Stage, ordered
+
+
+def declared(module: ModuleType) -> list[Stage]:
+    """The stages that a module declares, singly or in tuples, in the order of its text."""
+    found: dict[str, Stage] = {}
+    for value in vars(module).values():
+        for stage in value if isinstance(value, tuple) else (value,):
+            if isinstance(stage, Stage) and stage.body and stage.body.__module__ == module.__name__:
+                found[stage.name] = stage
+    return list(found.values())
+
+
+STAGES = ordered([stage for module in MODULES for stage in declared(module)])
 """Every stage by the name of its asset, each after all that it reads: the order of `foundry
 run`."""
+
+
+def in_groups(*groups: str, scope: Scope) -> tuple[Stage, ...]:
+    """The stages of groups that have the same partitions, in order: what one job makes."""
+    return tuple(
+        stage for stage in STAGES.values() if stage.group in groups and stage.scope is scope
+    )
+
+
+def chosen(*groups: str, scope: Scope) -> dg.AssetSelection:
+    """Those stages, for a job to make."""
+    return dg.AssetSelection.assets(*(stage.name for stage in in_groups(*groups, scope=scope)))

@@ -9,10 +9,9 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import runs
+from assets.metadata import materialize
 from assets.release_report import evaluated, render_report, shown, sides, summary_of
-from resources.graph import Scope, Stage
+from resources.graph import Reads, Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.images import choose_pictures
 from resources.workspace.paths import file_digest
@@ -61,27 +60,21 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
     return {**own, **digests, **named, **forgotten}
 
 
-STAGE = Stage(
-    name="release",
+@Stage(
     version=3,
     scope=Scope.RUN,
+    group="evaluate",
+    kinds=("huggingface",),
+    follows=(Reads("checkpoints"), Reads("verdicts")),
+    # Scores are digested by the others; their place in the order follows from the verdicts on them.
+    also=(
+        Reads("eval_metrics"),
+        Reads("sample_images"),
+        Reads("raw_images", ("image_id", "source", "locator")),
+    ),
     config=lambda config, key: {"base_license": config.models.base_license},
     settings="models",
     others=_inputs,
-)
-
-
-@dg.asset(
-    partitions_def=runs,
-    **describe(
-        STAGE,
-        "evaluate",
-        "huggingface",
-        deps=[
-            dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
-            for name in ("checkpoints", "verdicts")
-        ],
-    ),
 )
 def release(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -132,7 +125,7 @@ def release(
             },
         )
 
-    result = materialize(context, store, STAGE, make)
+    result = materialize(context, store, release, make)
     catch_up(store, context.log)
     return result
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import checkpoints
+from assets.metadata import materialize
 from resources.engine.workers import Workers, WorkerSpec
-from resources.graph import Scope, Stage
+from resources.graph import Reads, Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.errors import DataError, PipelineError
@@ -48,24 +47,15 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
         }  # whoever draws it says why; all others can be judged
 
 
-STAGE = Stage(
-    name="sample_images",
+@Stage(
     version=2,
     scope=Scope.CHECKPOINT,
+    group="evaluate",
+    kinds=("pytorch", "huggingface"),
+    follows=(Reads("checkpoints"), Reads("base_model"), Reads("prompt_sets")),
     config=lambda config, key: config.evaluation.sampling,
     settings="evaluation.sampling",
     others=_inputs,
-)
-
-
-_READ = [
-    dg.AssetDep(name, partition_mapping=dg.AllPartitionMapping())
-    for name in ("checkpoints", "base_model", "prompt_sets")
-]
-
-
-@dg.asset(
-    partitions_def=checkpoints, **describe(STAGE, "evaluate", "pytorch", "huggingface", deps=_READ)
 )
 def sample_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -106,7 +96,7 @@ def sample_images(
 
     spec = WorkerSpec(make=ImageSampler, kind="evaluate")
     with Workers(spec, store.config.devices, store.home, say=context.log.info) as workers:
-        result = materialize(context, store, STAGE, make)
+        result = materialize(context, store, sample_images, make)
     for key in context.partition_keys:
         store.checkpoints.let_go(key, WANTED_BY)
     return result

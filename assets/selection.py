@@ -4,8 +4,7 @@ leaks."""
 import dagster as dg
 import polars as pl
 
-from assets.annotations import writers
-from assets.metadata import describe, materialize
+from assets.metadata import materialize
 from assets.raw_images import thumbnails
 from assets.tags import aliases_digest, read_aliases
 from resources.graph import Reads, Scope, Stage
@@ -14,10 +13,21 @@ from resources.workspace.writer import Made
 from training.curation.selection import funnel, select
 from training.images import figures
 
-STAGE = Stage(
-    name="selected_images",
+PREVIOUS = ("image_id", "split", "stable")
+"""What an image once was, it stays."""
+
+
+def _plain(section: object) -> dict[str, object]:
+    from training import toml
+
+    return toml.dump(section)
+
+
+@Stage(
     version=3,
     scope=Scope.ALL,
+    group="curate",
+    kinds=("polars",),
     reads=(
         Reads(
             "source_listing",
@@ -30,32 +40,9 @@ STAGE = Stage(
         Reads("captions", ("image_id", "model", "caption")),
         Reads("watermark_boxes", ("image_id", "boxes")),
     ),
+    also=(Reads("selected_images", PREVIOUS),),
     config=lambda config, key: {"selection": _plain(config.selection), "tags": _plain(config.tags)},
     others=aliases_digest,
-)
-
-
-def _plain(section: object) -> dict[str, object]:
-    from training import toml
-
-    return toml.dump(section)
-
-
-@dg.asset(
-    **describe(
-        STAGE,
-        "curate",
-        "polars",
-        deps=[
-            "source_listing",
-            "raw_images",
-            "duplicate_groups",
-            "quality_scores",
-            *writers("tags"),
-            *writers("captions"),
-            *writers("watermark_boxes"),
-        ],
-    ),
 )
 def selected_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -64,17 +51,20 @@ def selected_images(
     boxes."""
 
     def make(key: str) -> Made:
-        tables = {reads.table: store.slices.read(STAGE, reads.table, key) for reads in STAGE.reads}
+        tables = {
+            reads.table: store.slices.read(selected_images, reads.table, key)
+            for reads in selected_images.reads
+        }
         frame = select(
             tables,
             aliases=read_aliases(store),
             tag_config=store.config.tags,
             config=store.config.selection,
-            previous=store.read("selected_images", ["image_id", "split", "stable"]),
+            previous=store.read("selected_images", PREVIOUS),
         )
         return Made(frame=frame, report=_report(store, frame))
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, selected_images, make)
 
 
 def _report(store: Store, frame: pl.DataFrame) -> dict[str, object]:

@@ -3,8 +3,7 @@ it."""
 
 import dagster as dg
 
-from assets.annotations import writers
-from assets.metadata import describe, materialize
+from assets.metadata import materialize
 from resources.graph import Reads, Scope, Stage
 from resources.workspace.paths import file_digest
 from resources.workspace.store import Store
@@ -18,10 +17,17 @@ def aliases_digest(store: Store, key: str) -> dict[str, str]:
     return {"aliases": file_digest(store.paths.resource(name)) if name else "none"}
 
 
-STAGE = Stage(
-    name="tag_vocabulary",
+def read_aliases(store: Store) -> Aliases:
+    """The workspace's alias table, resolved."""
+    name = store.config.tags.aliases
+    return load_aliases(store.paths.resource(name)) if name else Aliases()
+
+
+@Stage(
     version=1,
     scope=Scope.ALL,
+    group="curate",
+    kinds=("polars",),
     reads=(
         Reads("raw_images", ("image_id", "source", "source_id")),
         Reads("source_listing", ("source", "source_id", "tags")),
@@ -31,17 +37,6 @@ STAGE = Stage(
     settings="tags",
     models=("clip",),
     others=aliases_digest,
-)
-
-
-def read_aliases(store: Store) -> Aliases:
-    """The workspace's alias table, resolved."""
-    name = store.config.tags.aliases
-    return load_aliases(store.paths.resource(name)) if name else Aliases()
-
-
-@dg.asset(
-    **describe(STAGE, "curate", "polars", deps=["raw_images", "source_listing", *writers("tags")])
 )
 def tag_vocabulary(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
@@ -54,11 +49,12 @@ def tag_vocabulary(
         tokenizer = load_tokenizer(store.models.path("clip"))
         config = store.config.tags
         raw, listing = (
-            store.slices.read(STAGE, table, key) for table in ("raw_images", "source_listing")
+            store.slices.read(tag_vocabulary, table, key)
+            for table in ("raw_images", "source_listing")
         )
         frame = vocabulary(
             raw.join(listing, on=["source", "source_id"]).select("image_id", "tags"),
-            store.slices.read(STAGE, "tags", key),
+            store.slices.read(tag_vocabulary, "tags", key),
             threshold=config.threshold,
             aliases=read_aliases(store),
             blacklist=config.blacklist,
@@ -75,4 +71,4 @@ def tag_vocabulary(
             },
         )
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, tag_vocabulary, make)

@@ -3,18 +3,19 @@
 import dagster as dg
 import polars as pl
 
-from assets.metadata import describe, materialize
-from assets.partitions import encodings
+from assets.metadata import materialize
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.images import figures
 from training.runs.training_set import freeze
 
-STAGE = Stage(
-    name="training_set",
+
+@Stage(
     version=3,
     scope=Scope.ENCODING,
+    group="encode",
+    kinds=("polars",),
     reads=(
         Reads("selected_images", ("image_id", "shard", "height", "width", "kept", "score", "tags", "caption",
                                   "made_caption", "words", "boxes", "split", "stable", "flip")),
@@ -22,23 +23,6 @@ STAGE = Stage(
         Reads("latents", ("image_id",), Per.ENCODING_ALL),
     ),
 )  # fmt: skip
-
-
-@dg.asset(
-    partitions_def=encodings,
-    **describe(
-        STAGE,
-        "encode",
-        "polars",
-        deps=[
-            "selected_images",
-            "bucket_assignments",
-            dg.AssetDep(
-                "latents", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("encoding")
-            ),
-        ],
-    ),
-)
 def training_set(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
@@ -46,7 +30,10 @@ def training_set(
     carry."""
 
     def make(key: str) -> Made:
-        tables = {reads.table: store.slices.read(STAGE, reads.table, key) for reads in STAGE.reads}
+        tables = {
+            reads.table: store.slices.read(training_set, reads.table, key)
+            for reads in training_set.reads
+        }
         frame = freeze(tables["selected_images"], tables["bucket_assignments"], tables["latents"])
         splits = frame["split"].value_counts(name="n").sort("split")
         lengths = frame["tags"].list.len().to_list()
@@ -67,4 +54,4 @@ def training_set(
             },
         )
 
-    return materialize(context, store, STAGE, make)
+    return materialize(context, store, training_set, make)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
-from assets.eval_metrics import METRICS
-from assets.metadata import describe, materialize
-from assets.partitions import checkpoints
+from assets.eval_metrics import eval_metrics
+from assets.metadata import materialize
 from resources.graph import Per, Reads, Scope, Stage
 from resources.mlflow.catch_up import catch_up
 from resources.mlflow.tracking import workspace_tracking
@@ -51,17 +50,6 @@ def _margins(config: WorkspaceConfig) -> dict[str, Any]:
     return {name: margins[name] for name in ("clip_margin", "aesthetic_margin", "further_margins")}
 
 
-VERDICTS = Stage(
-    name="verdicts",
-    version=3,
-    scope=Scope.CHECKPOINT,
-    reads=(Reads("eval_metrics", per=Per.KEY),),
-    config=lambda config, key: _margins(config),
-    settings="evaluation.verdicts",
-    models=("clip", "aesthetic"),
-    others=_base_scores,
-    prefix=str(VerdictName.against_base("")),
-)
 CHAMPION = "champion"
 """Under which the champion is kept from retention."""
 
@@ -69,7 +57,7 @@ CHAMPION = "champion"
 def _pairs(*, one_of_many: bool) -> Stage:
     """Verdicts between any two checkpoints, under the key `a~b`."""
     return replace(
-        VERDICTS,
+        verdicts,
         reads=(),
         config=lambda config, key: _margins(config) | {"one_of_many": one_of_many},
         others=_pair_scores,
@@ -77,14 +65,24 @@ def _pairs(*, one_of_many: bool) -> Stage:
     )
 
 
-@dg.asset(partitions_def=checkpoints, **describe(VERDICTS, "evaluate", deps=["eval_metrics"]))
+@Stage(
+    version=3,
+    scope=Scope.CHECKPOINT,
+    group="evaluate",
+    reads=(Reads("eval_metrics", per=Per.KEY),),
+    config=lambda config, key: _margins(config),
+    settings="evaluation.verdicts",
+    models=("clip", "aesthetic"),
+    others=_base_scores,
+    prefix=str(VerdictName.against_base("")),
+)
 def verdicts(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
     """One row per metric and prompt group: is this checkpoint better than its base, by how much,
     how surely?"""
 
-    result = materialize(context, store, VERDICTS, lambda key: judge(store, key))
+    result = materialize(context, store, verdicts, lambda key: judge(store, key))
     crown(store, context.log)
     if catch_up(store, context.log):
         _link_views(context, store)
@@ -159,8 +157,10 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
         raise DataError(
             f"checkpoint {checkpoint} has no scores yet: run `foundry evaluate {checkpoint}`"
         )
-    drawn = next(reads.label for reads in METRICS.reads if reads.table == "sample_images")
-    if metrics.inputs[drawn] != store.slices.digest(METRICS, METRICS.reads[0], checkpoint):
+    drawn = next(reads.label for reads in eval_metrics.reads if reads.table == "sample_images")
+    if metrics.inputs[drawn] != store.slices.digest(
+        eval_metrics, eval_metrics.reads[0], checkpoint
+    ):
         raise DataError(
             f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first"
         )
@@ -208,12 +208,12 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
     )
     against_base, pair = a == store.checkpoints.base(), str(VerdictName(a, b))
     stage, key = (
-        (VERDICTS, b)
+        (verdicts, b)
         if against_base and not one_of_many
         else (_pairs(one_of_many=one_of_many), pair)
     )
     part = stage.part(key)
-    with store.writer.holding(stage.name, part):
+    with store.writer.holding(stage.table, part):
         manifest, basis = store.manifest(stage.table, part), store.currency.basis(stage, key)
         assert basis is not None, "both have scores"
         serving = (basis, store.currency.basis(_pairs(one_of_many=True), pair))
@@ -236,7 +236,7 @@ def crown(store: Store, log: logging.Logger) -> None:
         return
     if waiting := [
         name
-        for name in store.currency.stale(VERDICTS)
+        for name in store.currency.stale(verdicts)
         if not CheckpointName.parse(name).is_external
     ]:
         log.info(f"the champion waits for verdicts on {', '.join(waiting)}")

@@ -2,10 +2,11 @@
 
 import dagster as dg
 
-from assets import annotations
+from assets.registry import chosen
+from resources.graph import Scope
 
 JOB = dg.define_asset_job(
     "annotate",
-    selection=dg.AssetSelection.assets("raw_images", *annotations.STAGES),
+    selection=chosen("ingest", "annotate", scope=Scope.SHARD),
     description="Read the pictures of shards and annotate them.",
 )

@@ -246,7 +246,7 @@ def adopt(store: Store, folder: Path) -> str:
     from training.evaluation import remote_sampling
 
     record = remote_sampling.read_record(folder)
-    stage, key = sample_images.STAGE, _name_here(store, record.checkpoint, record.digest)
+    stage, key = sample_images.sample_images, _name_here(store, record.checkpoint, record.digest)
     if key is None:
         raise EvaluationError(
             f"{folder} holds pictures of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "

@@ -2,10 +2,11 @@
 
 import dagster as dg
 
+from assets.registry import chosen
+from resources.graph import Scope
+
 JOB = dg.define_asset_job(
     "curate",
-    selection=dg.AssetSelection.assets(
-        "duplicate_groups", "tag_vocabulary", "quality_pairs", "quality_model", "selected_images"
-    ),
+    selection=chosen("curate", scope=Scope.ALL),
     description="Rewrite the tables that say which pictures go on and why.",
 )

@@ -7,8 +7,9 @@ from pathlib import Path
 import dagster as dg
 
 from assets.partitions import mirror
-from assets.registry import STAGES
+from assets.registry import STAGES, chosen
 from jobs.pipeline import execute
+from resources.graph import Scope
 from resources.instance import instance as open_instance
 from resources.workspace import generations
 from resources.workspace.generations import DEADLINE_TAG, REENCODE_TAG
@@ -18,7 +19,7 @@ from training.names import GenerationName
 
 JOB = dg.define_asset_job(
     "encode",
-    selection=dg.AssetSelection.assets("latents"),
+    selection=chosen("encode", scope=Scope.ENCODING_SHARD),
     description="Encode the kept pictures of shards.",
 )
 

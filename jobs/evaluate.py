@@ -2,14 +2,16 @@
 
 import dagster as dg
 
-from assets import eval_metrics, sample_images, verdicts
+from assets import sample_images
+from assets.registry import chosen, in_groups
+from resources.graph import Scope
 from resources.workspace.store import Store
 
-STAGES = (sample_images.STAGE, eval_metrics.METRICS, verdicts.VERDICTS)
+STAGES = in_groups("evaluate", scope=Scope.CHECKPOINT)
 """What evaluating a checkpoint means, in order."""
 JOB = dg.define_asset_job(
     "evaluate",
-    selection=dg.AssetSelection.assets(*(stage.name for stage in STAGES)),
+    selection=chosen("evaluate", scope=Scope.CHECKPOINT),
     description="Sample a checkpoint with the fixed prompts, score the pictures, compare with the base.",
 )
 
@@ -25,5 +27,5 @@ def keep(store: Store, checkpoint: str) -> None:
     Raises:
         DataError: retention was faster.
     """
-    if not store.currency.is_current(sample_images.STAGE, checkpoint):
+    if not store.currency.is_current(sample_images.sample_images, checkpoint):
         store.checkpoints.keep(checkpoint, sample_images.WANTED_BY)

@@ -91,7 +91,7 @@ def import_latents(
         # Without inputs it is never current: the next run copies these rows, and encodes what is
         # missing.
         store.writer.commit(
-            latents.STAGE,
+            latents.latents,
             key,
             item,
             {"inputs": {}, "models": {"vae": work.vae_digest}},

@@ -101,7 +101,7 @@ def bring_up_to_date(
             )
             if any(stage.name == "raw_images" for stage in stages):
                 _require_a_picture(Store(home))
-            if stages[0] is verdicts.VERDICTS:
+            if stages[0] is verdicts.verdicts:
                 verdicts.crown(
                     Store(home), logging.getLogger(__name__)
                 )  # a kill may have come between the two

@@ -9,8 +9,9 @@ import dagster as dg
 from assets import currency, raw_images
 from assets.definitions import GRAPH
 from assets.partitions import checkpoints, mirror
-from assets.registry import STAGES
+from assets.registry import STAGES, chosen
 from jobs import automation, evaluate
+from resources.graph import Scope
 from resources.run_coordinator import PARTITION
 from resources.workspace.store import Store
 from training.commit import json_digest
@@ -27,7 +28,7 @@ RUN_KEY = "dagster/run_key"
 
 LISTING_JOB = dg.define_asset_job(
     "list_sources",
-    selection=dg.AssetSelection.assets("source_listing"),
+    selection=chosen("ingest", scope=Scope.ALL),
     description="List the sources again.",
 )
 
@@ -41,8 +42,8 @@ def new_images(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
     """Request a listing when what the sources hold is not what was listed."""
-    basis = store.currency.basis(raw_images.LISTING, "all")
-    if not store.currency.stale(raw_images.LISTING) or basis is None:
+    basis = store.currency.basis(raw_images.source_listing, "all")
+    if not store.currency.stale(raw_images.source_listing) or basis is None:
         return dg.SkipReason("the sources hold what was listed")
     inputs = "+".join(sorted(digest[:8] for digest in basis["inputs"].values()))
     return dg.SensorResult(run_requests=[dg.RunRequest(run_key=f"listing:{inputs}")])

@@ -2,8 +2,11 @@
 
 import dagster as dg
 
+from assets.registry import chosen
+from resources.graph import Scope
+
 JOB = dg.define_asset_job(
     "train",
-    selection=dg.AssetSelection.assets("prompt_statistics", "checkpoints"),
+    selection=chosen("train", scope=Scope.RUN),
     description="Start or resume a training run and follow it to its end.",
 )

@@ -41,7 +41,10 @@ def test_a_prompt_that_is_a_caption_a_made_caption_or_the_tags_of_a_training_ima
     row = {"image_id": "0", "split": split, "caption": "a red cat", "made_caption": "a cat that is red", "tags": tags,
            "words": [], "boxes": [], "stable": False}  # fmt: skip
     commit(
-        store, training_set.STAGE, "sdxl", pl.DataFrame([row], schema=TABLES["training_set"].schema)
+        store,
+        training_set.training_set,
+        "sdxl",
+        pl.DataFrame([row], schema=TABLES["training_set"].schema),
     )
     prompt = {
         "prompt_id": "p1",
@@ -51,7 +54,7 @@ def test_a_prompt_that_is_a_caption_a_made_caption_or_the_tags_of_a_training_ima
         "height": 8,
         "width": 8,
     }
-    commit(store, prompt_sets.STAGE, "s", make_frame([prompt]))
+    commit(store, prompt_sets.prompt_sets, "s", make_frame([prompt]))
     result = finding(store, "prompts_never_trained")
     assert result.passed is not found
     assert result.metadata["found"].text == ("p1" if found else "")
@@ -64,7 +67,7 @@ def test_equal_pictures_are_found_and_those_that_were_not_drawn_are_none(store, 
     rows = [{"prompt_id": f"p{number}", "sha256": digest} for number, digest in enumerate(digests)]
     commit(
         store,
-        sample_images.STAGE,
+        sample_images.sample_images,
         "demo@8",
         pl.DataFrame(rows, schema=TABLES["sample_images"].schema),
     )

@@ -10,6 +10,10 @@ class ConfigError(PipelineError):
     used."""
 
 
+class DeclarationError(PipelineError):
+    """A stage whose declaration cannot stand, or that reads what its declaration does not name."""
+
+
 class WorkspaceError(PipelineError):
     """The workspace is missing, of another format, or held by another process."""
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from resources.mlflow import calls, views
 from resources.mlflow.tracking import Tracking, workspace_tracking
+from resources.workspace import reading
 from resources.workspace.store import Store
 from training import commit
 from training.errors import ConfigError, TrackingError
@@ -68,6 +69,7 @@ def owes(store: Store) -> list[str]:
         return [item.name for item in _owed(store, tracking, _read(store, tracking))]
 
 
+@reading.beside()
 def catch_up(store: Store, log: logging.Logger) -> bool:
     """Send MLflow what it does not have yet: event logs, scores, verdicts, reports and the
     champion.

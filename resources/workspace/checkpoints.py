@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from resources.workspace import reading
 from resources.workspace.models import Models
 from resources.workspace.paths import Paths
 from resources.workspace.tables import Tables
@@ -31,6 +32,7 @@ class Checkpoints:
     tables: Tables
     models: Models
 
+    @reading.beside()
     def base(self) -> str | None:
         """Name of the base model as a checkpoint, once it is recorded."""
         if self.tables.manifest("base_model", "base") is None:
@@ -74,6 +76,7 @@ class Checkpoints:
             if (path / CONFIG).is_file() and has_finished(path / EVENTS)
         ]
 
+    @reading.beside()
     def last(self, run: str) -> str | None:
         """The last checkpoint of a run that has ended; None while it has not."""
         if run not in self.finished_runs():

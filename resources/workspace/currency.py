@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resources.graph import Scope, Stage
+from resources.workspace import reading
 from resources.workspace.checkpoints import Checkpoints
 from resources.workspace.models import Models
 from resources.workspace.paths import Paths
@@ -63,6 +64,7 @@ class Currency:
         except PipelineError:
             return False
 
+    @reading.beside()
     def basis(self, stage: Stage, key: str) -> dict[str, Any] | None:
         """What the partition would be made from now; None while an input is missing."""
         inputs: dict[str, str] = {}
@@ -99,6 +101,7 @@ class Currency:
         """Whether a committed part was made from this basis, and its files are there."""
         return manifest.basis == basis and not self.missing_files(manifest)
 
+    @reading.beside()
     def missing_files(self, manifest: Manifest) -> list[str]:
         """Files of a committed part that someone deleted, of a run also its log and its last
         checkpoint; damage is found where they are read, and by `verify`."""

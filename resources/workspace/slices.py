@@ -7,8 +7,10 @@ from functools import cached_property
 import polars as pl
 
 from resources.graph import Per, Reads, Stage
+from resources.workspace import reading
 from resources.workspace.tables import Tables
 from training.commit import column_digests, json_digest, logical_digest
+from training.errors import DeclarationError
 from training.manifests import Manifest
 from training.names import OwnedPart, ShardKey
 from training.tables.schemas import TABLES
@@ -21,14 +23,25 @@ class Slices:
     tables: Tables
 
     def read(self, stage: Stage, table: str, key: str) -> pl.DataFrame:
-        """Exactly the slice of `table` that the stage declares to read for partition `key`."""
-        reads = next(item for item in stage.reads if item.table == table)
+        """Exactly the slice of `table` that the stage declares to read for partition `key`.
+
+        Raises:
+            DeclarationError: it declares none.
+        """
+        reads = next((item for item in stage.reads if item.table == table), None)
+        if reads is None:
+            raise DeclarationError(
+                f"stage {stage.name} declares no slice of table {table}: add it to its `reads`"
+            )
+        reading.check(table, reads.columns)
         parts = self._parts(stage, reads, key)
-        frame = self.tables.read(table, _columns_with_shard(reads), parts)
+        with reading.beside():
+            frame = self.tables.read(table, _columns_with_shard(reads), parts)
         if _is_by_rows(reads):
             frame = frame.filter(pl.col("shard") == stage.shard(key))
         return frame.select(list(reads.columns) or list(TABLES[table].schema))
 
+    @reading.beside()
     def digest(self, stage: Stage, reads: Reads, key: str) -> str | None:
         """Logical digest of the slice that partition `key` reads; None while a needed part is
         missing."""

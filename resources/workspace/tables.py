@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
+from resources.workspace import reading
 from resources.workspace.layouts import layout_of
 from resources.workspace.paths import Paths
 from training.errors import DataError
@@ -49,7 +50,12 @@ class Tables:
         Raises:
             DataError: the part is not committed.
             DamageError: the file does not match its manifest.
+            DeclarationError: a stage is at work that does not declare to read the table.
         """
+        reading.check(table)
+        return self._checked_file(table, part)
+
+    def _checked_file(self, table: str, part: str) -> Path:
         manifest = self.manifest(table, part)
         if manifest is None:
             raise DataError(
@@ -70,15 +76,21 @@ class Tables:
         self, table: str, columns: Sequence[str] = (), parts: Sequence[str] | None = None
     ) -> pl.DataFrame:
         """Rows of the given parts (default: all), sorted by the table's key; null in columns
-        younger than a part."""
+        younger than a part.
+
+        Raises:
+            DeclarationError: a stage is at work that does not declare to read these columns.
+        """
+        reading.check(table, columns)
         schema = TABLES[table].schema
         names = list(columns) or list(schema)
         wanted = self.parts(table) if parts is None else list(parts)
-        frames = [_read_columns(self.file(table, part), names, schema) for part in wanted]
+        frames = [_read_columns(self._checked_file(table, part), names, schema) for part in wanted]
         if not frames:
             return pl.DataFrame(schema={name: schema[name] for name in names})
         return pl.concat(frames)
 
+    @reading.beside()
     def shards(self) -> list[str]:
         """All shards of the listing, sorted."""
         if self.manifest("source_listing", "all") is None:

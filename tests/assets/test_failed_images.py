@@ -12,6 +12,7 @@ from judged_world import World
 from original_names import write_single_file
 
 from assets import eval_metrics, release, release_report, sample_images, verdicts
+from assets.declared import assets
 from assets.partitions import checkpoints
 from resources.mlflow.tracking import Tracking
 from resources.operations import maintenance
@@ -60,12 +61,15 @@ class Evaluation:
                 self.store.models.path("base") / "tokenizer"
             )
 
-    def materialize(self, asset, *keys):
-        """Run one asset for checkpoints that are stale."""
+    def materialize(self, stage, *keys):
+        """Run one stage for checkpoints that are stale."""
         self.instance.add_dynamic_partitions(checkpoints.name, list(keys))
         for key in keys:
             dg.materialize(
-                [asset], partition_key=key, instance=self.instance, resources={"store": self.store}
+                assets({stage.name: stage}),
+                partition_key=key,
+                instance=self.instance,
+                resources={"store": self.store},
             )
 
     def evaluate(self, *keys):
@@ -122,7 +126,7 @@ def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluati
     )
     assert "4 of 4 pictures of run@2000 have no scores" in evaluation.verdict("run@2000")[1]
     assert evaluation.verdict("run@3000") == (["too_few_prompts"] * 2, "")
-    assert store.currency.stale(verdicts.VERDICTS) == []
+    assert store.currency.stale(verdicts.verdicts) == []
     assert evaluation.damage() == []
 
 
@@ -165,7 +169,7 @@ def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_wh
         "3.png",
     ]
     assert sorted(path.name for path in cut.parent.iterdir()) == ["1.png", "2.png"]
-    assert evaluation.store.currency.stale(sample_images.STAGE) == [base]
+    assert evaluation.store.currency.stale(sample_images.sample_images) == [base]
 
 
 def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):
@@ -177,7 +181,7 @@ def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):
         size, sha256 = (folder / name).stat().st_size, sha256_file(folder / name)
         rows.append({"file": name, "about": "", "bytes": size, "sha256": sha256})
     frame = pl.DataFrame(rows, schema=TABLES["release"].schema)
-    evaluation.world._commit(release.STAGE, "run", frame)
+    evaluation.world._commit(release.release, "run", frame)
     assert evaluation.damage() == []
     (folder / "README.md").unlink()
     (folder / "model" / "unet.safetensors").write_text("model/unet.safetensorZ")

@@ -185,7 +185,7 @@ def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobod
     noted = world.store.manifest("verdicts", "base~run@2000")
     assert noted.rows == 0
     assert "3 of 64 pictures of run@2000 have no scores" in noted.report["numbers"]["note"]
-    assert world.store.currency.stale(verdicts.VERDICTS) == []
+    assert world.store.currency.stale(verdicts.verdicts) == []
     now = crown(world)
     assert (now.checkpoint, sorted(now.challenged)) == ("run@1000", ["run@1000", "run@3000"])
     assert "run@2000 does not challenge the champion" in caplog.text
@@ -193,7 +193,7 @@ def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobod
         verdicts.judge_pair(world.store, world.base, "run@2000")
     # Mended, it is judged as any other.
     world.score("run@2000", world.values(2.0, 2))
-    assert world.store.currency.stale(verdicts.VERDICTS) == ["run@2000"]
+    assert world.store.currency.stale(verdicts.verdicts) == ["run@2000"]
     world.judge("run@2000")
     assert crown(world).checkpoint == "run@2000"
 
@@ -209,7 +209,7 @@ def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_th
         world.evaluate(f"named@{clock}", 0.0, seed=10 + number)
     world.draw("named@1500", "again")
     assert (
-        world.store.currency.stale(verdicts.VERDICTS) == []
+        world.store.currency.stale(verdicts.verdicts) == []
     )  # 1500 lies between the intervals and was evaluated by name
     now = crown(world)
     assert (now.checkpoint, sorted(now.challenged)) == (
@@ -239,7 +239,7 @@ def unevaluated(world):
 
 def test_the_champion_is_evaluated_with_the_others(unevaluated, caplog):
     caplog.set_level("INFO")
-    assert unevaluated.store.currency.stale(sample_images.STAGE) == ["named@1500"]
+    assert unevaluated.store.currency.stale(sample_images.sample_images) == ["named@1500"]
     assert crown(unevaluated).checkpoint == "named@1500"
     assert "the champion waits for verdicts on named@1500" in caplog.text
     unevaluated.evaluate("named@1500", 1.0, seed=3)
@@ -248,7 +248,7 @@ def test_the_champion_is_evaluated_with_the_others(unevaluated, caplog):
 
 def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplog):
     shutil.rmtree(unevaluated.folder("named@1500"))
-    assert unevaluated.store.currency.stale(verdicts.VERDICTS) == []
+    assert unevaluated.store.currency.stale(verdicts.verdicts) == []
     assert crown(unevaluated).checkpoint == "named@1500"
     told = " ".join(caplog.messages)
     assert (

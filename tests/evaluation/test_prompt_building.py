@@ -389,7 +389,10 @@ def test_a_set_is_written_anew_when_its_style_changes_and_stays_when_images_come
     opened = store("")
     commit(selection, "all", images(20), opened)
     first = commit(
-        prompt_sets_asset.STAGE, "standard", prompt_sets_asset._make(opened, "standard"), opened
+        prompt_sets_asset.prompt_sets,
+        "standard",
+        prompt_sets_asset._make(opened, "standard"),
+        opened,
     )
     assert first["text"].str.starts_with("score_7_up, ").all()
     commit(selection, "all", images(60), opened)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from assets import references
 from assets.annotations import STAGES
-from assets.eval_metrics import METRICS
-from assets.raw_images import RAW_IMAGES
+from assets.eval_metrics import eval_metrics
+from assets.raw_images import raw_images
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training.annotators.aesthetic import Aesthetic
@@ -71,7 +71,7 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
             }
             for i in own
         ]
-        commit(store, RAW_IMAGES, shard, raw)
+        commit(store, raw_images, shard, raw)
         seen = [
             row.embedding.tolist() for row in clip([np.asarray(Image.open(files[i])) for i in own])
         ]
@@ -82,9 +82,9 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
         commit(store, STAGES["embeddings"], shard, vectors, clip=store.models.digest("clip"))
     row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
            "prediction_type": "epsilon", "parents": []}  # fmt: skip
-    from assets.base_model import STAGE
+    from assets.base_model import base_model
 
-    commit(store, STAGE, "base", [row])
+    commit(store, base_model, "base", [row])
     return store
 
 
@@ -97,7 +97,7 @@ def networks(store, clip_folder, aesthetic_folder):
 
 def pictures(store, key, seed=0, ids=("p0", "p1", "p2")):
     """Commit sample images of a checkpoint, one a prompt."""
-    from assets.sample_images import STAGE
+    from assets.sample_images import sample_images
 
     rows, rng = [], np.random.default_rng(seed)
     for number, prompt_id in enumerate(ids):
@@ -106,12 +106,12 @@ def pictures(store, key, seed=0, ids=("p0", "p1", "p2")):
         Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(path)
         rows.append({"prompt_id": prompt_id, "text": "a cat", "negative": "", "group": "g", "seed": seed,
                      "height": 32, "width": 48, "file": path.name, "sha256": str(seed)})  # fmt: skip
-    commit(store, STAGE, key, rows)
+    commit(store, sample_images, key, rows)
 
 
 def test_a_checkpoint_is_compared_with_the_images_it_was_trained_on(store, networks):
     pictures(store, "base.abc@0")
-    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
+    found = references.gather(store, eval_metrics, KEY, networks, batch_size=2)
     assert found.base.embeddings.shape == (3, 12)
     images = found.training.images
     assert images["split"].value_counts().sort("split").rows() == [("train", 22), ("validation", 5)]
@@ -133,7 +133,7 @@ def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
     image_id, file = references.located(store, images)[3]
     pixels = np.asarray(Image.open(file()))
     seen = networks.clip([pixels])[0].embedding
-    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
+    found = references.gather(store, eval_metrics, KEY, networks, batch_size=2)
     levels = {name: np.zeros(1) for name in found.training.levels}
     nearest = found.compare(seen[None], levels, np.ones(1, dtype=bool)).nearest
     assert nearest.image_ids.tolist() == [image_id]
@@ -143,9 +143,9 @@ def test_a_copy_of_a_training_image_is_found_under_its_id(store, networks):
 def test_the_base_and_models_made_elsewhere_have_no_training_set(store, networks):
     pictures(store, "base.abc@0")
     assert references.digests(store, "base.abc@0") == {}
-    base = references.gather(store, METRICS, "base.abc@0", networks, batch_size=2)
+    base = references.gather(store, eval_metrics, "base.abc@0", networks, batch_size=2)
     assert (base.base, base.training) == (None, None)
-    rival = references.gather(store, METRICS, "rival.other@0", networks, batch_size=2)
+    rival = references.gather(store, eval_metrics, "rival.other@0", networks, batch_size=2)
     assert rival.base is not None
     assert rival.training is None
     assert references.digests(store, "rival.other@0")["training_set"] == "absent"
@@ -178,7 +178,7 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
     def scored(key):
         clip = CountingClip.load(clip_folder, "cpu")
         compared = references.gather(
-            store, METRICS, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
+            store, eval_metrics, key, Networks(clip=clip, aesthetic=networks.aesthetic), 2
         )
         samples, folder = store.read("sample_images", parts=[key]), store.paths.sample_folder(key)
         frame = score(
@@ -194,7 +194,7 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
     assert count == [5, 2]
     own, *_ = scored(base)
     store.writer.commit(
-        METRICS, base, Made(frame=own), store.currency.basis(METRICS, base), seconds=0
+        eval_metrics, base, Made(frame=own), store.currency.basis(eval_metrics, base), seconds=0
     )
     read, *count = scored(KEY)
     assert count == [3, 1]
@@ -220,9 +220,13 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
         pictures(store, base, ids=ids)
         if committed:
             made = Made(frame=scored(base, references.References()))
-            store.writer.commit(METRICS, base, made, store.currency.basis(METRICS, base), seconds=0)
+            store.writer.commit(
+                eval_metrics, base, made, store.currency.basis(eval_metrics, base), seconds=0
+            )
         pictures(store, KEY, seed=2, ids=ids)
-        found.append(scored(KEY, references.gather(store, METRICS, KEY, networks, batch_size=2)))
+        found.append(
+            scored(KEY, references.gather(store, eval_metrics, KEY, networks, batch_size=2))
+        )
     alone, both = found
     summaries = [
         dict(one.filter(pl.col("prompt_id").is_null()).select("metric", "value").iter_rows())
@@ -239,31 +243,31 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
 def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
     pictures(store, KEY)
     pictures(store, "base.abc@0")
-    before = store.currency.basis(METRICS, KEY)
+    before = store.currency.basis(eval_metrics, KEY)
     assert before["inputs"]["training_set"] == "f" * 16
     # Images, their embeddings and the present selection come and go.
     commit(store, STAGES["embeddings"], "s000000", [], clip="x")
-    commit(store, RAW_IMAGES, "s000001", [])
-    assert Store(store.home).currency.basis(METRICS, KEY) == before
+    commit(store, raw_images, "s000001", [])
+    assert Store(store.home).currency.basis(eval_metrics, KEY) == before
     pictures(store, "base.abc@0", seed=1)
-    assert Store(store.home).currency.basis(METRICS, KEY) != before
+    assert Store(store.home).currency.basis(eval_metrics, KEY) != before
     pictures(store, "base.abc@0")
-    assert Store(store.home).currency.basis(METRICS, KEY) == before
+    assert Store(store.home).currency.basis(eval_metrics, KEY) == before
     folder = store.paths.run_folder(RUN)
     run_folder.write_inputs(
         folder, dataclasses.replace(run_folder.read_inputs(folder), fingerprint="e" * 16)
     )
-    assert Store(store.home).currency.basis(METRICS, KEY) != before
+    assert Store(store.home).currency.basis(eval_metrics, KEY) != before
 
 
 def test_a_scorer_and_its_weights_make_scores_stale(store, clip_folder):
     pictures(store, KEY)
-    before = store.currency.basis(METRICS, KEY)
+    before = store.currency.basis(eval_metrics, KEY)
     path = store.home / "foundry.toml"
     path.write_text(path.read_text() + '\n[evaluation.scoring]\nscorers = ["pickscore"]\n')
     text = path.read_text().replace("[models]", f'[models]\npickscore = "{clip_folder}"')
     path.write_text(text)
-    after = Store(store.home).currency.basis(METRICS, KEY)
+    after = Store(store.home).currency.basis(eval_metrics, KEY)
     assert after["inputs"]["scorer:pickscore"] == store.models.digest("clip")
     assert after["config"] != before["config"]
 
@@ -276,7 +280,7 @@ def test_embeddings_of_another_clip_are_refused(store, networks):
         [{"image_id": "0", "model": "clip", "vector": [], "projection": []}],
         clip="x",
     )
-    found = references.gather(store, METRICS, KEY, networks, batch_size=2)
+    found = references.gather(store, eval_metrics, KEY, networks, batch_size=2)
     with pytest.raises(DataError, match=r"embeddings s000001\.clip are of another CLIP"):
         list(found.training.embeddings_of(found.training.images))
 
@@ -298,7 +302,7 @@ def test_a_forgotten_image_is_nobodys_neighbour(store):
 
 
 def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networks, monkeypatch):
-    from assets import eval_metrics
+    from assets import eval_metrics as module
     from training.evaluation.clip_score import score
 
     pictures(store, "base.abc@0")
@@ -308,7 +312,7 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     Image.open(file()).save(store.paths.sample_folder(KEY) / "1.png")
     (store.paths.sample_folder(KEY) / "2.png").unlink()
     samples = store.read("sample_images", parts=[KEY])
-    compared = references.gather(store, METRICS, KEY, networks, batch_size=2)
+    compared = references.gather(store, eval_metrics, KEY, networks, batch_size=2)
     frame = score(
         samples,
         store.paths.sample_folder(KEY),
@@ -319,8 +323,8 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     copied = frame.filter((pl.col("metric") == "train_similarity") & (pl.col("prompt_id") == "p1"))
     assert copied["image_id"].to_list() == [image_id]
     without_mlflow = SimpleNamespace(run_url=lambda run: None)  # which takes seconds to import
-    monkeypatch.setattr(eval_metrics, "workspace_tracking", lambda *arguments: without_mlflow)
-    report = eval_metrics._report(store, KEY, frame, samples)
+    monkeypatch.setattr(module, "workspace_tracking", lambda *arguments: without_mlflow)
+    report = module._report(store, KEY, frame, samples)
     assert report["numbers"]["num_failed"] == 1
     assert report["numbers"]["count_LAIONScore"] == 2
     tables = report["tables"]
@@ -344,16 +348,16 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
 
 
 def test_the_alarm_of_a_run_names_the_last_checkpoint_before_it(store):
-    from assets import eval_metrics
+    from assets import eval_metrics as module
 
     for samples_seen, index in ((8, 0.1), (16, 0.2), (100, 0.9)):
         rows = [{"metric": "overbaked_index", "value": index}]
-        commit(store, METRICS, f"{RUN}@{samples_seen}", rows)
-    found = eval_metrics._alarm(store, f"{RUN}@200", {"overbaked_index": 0.7})
+        commit(store, eval_metrics, f"{RUN}@{samples_seen}", rows)
+    found = module._alarm(store, f"{RUN}@200", {"overbaked_index": 0.7})
     assert found["last checkpoint before the alarm"] == f"{RUN}@16"
     assert "0.70 is above 0.5" in found["alarm"]
-    assert eval_metrics._alarm(store, "other@8", {"overbaked_index": 0.1}) == {}
-    assert eval_metrics._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith(
+    assert module._alarm(store, "other@8", {"overbaked_index": 0.1}) == {}
+    assert module._alarm(store, f"{RUN}@8", {"overbaked_index": 0.1})["alarm"].startswith(
         "none here"
     )
 
@@ -365,7 +369,7 @@ def test_an_embedding_that_is_not_finite_is_nobodys_neighbour(store, networks):
     rows = [{"image_id": own[0], "model": "clip", "vector": vector, "projection": vector},
             {"image_id": own[1], "model": "clip", "vector": vector, "projection": [float("nan")] * 12}]  # fmt: skip
     commit(store, STAGES["embeddings"], "s000000", rows, clip=store.models.digest("clip"))
-    found = references.gather(Store(store.home), METRICS, KEY, networks, batch_size=2)
+    found = references.gather(Store(store.home), eval_metrics, KEY, networks, batch_size=2)
     blocks = dict(zip(("s000000", "s000001"), found.training.embeddings_of(images), strict=True))
     assert blocks["s000000"][0] == [own[0]]
     assert blocks["s000000"][1].shape == (1, 12)

@@ -78,8 +78,8 @@ def test_pictures_come_home_as_they_would_have_been_drawn_here(away, tiny_sdxl, 
 @pytest.fixture
 def home(tmp_path, prompts, monkeypatch):
     """A workspace that draws as `away` did, with another base; Dagster is left out."""
-    from assets.base_model import STAGE as BASE
-    from assets.prompt_sets import STAGE as PROMPTS
+    from assets.base_model import base_model
+    from assets.prompt_sets import prompt_sets
 
     for name in ("open_instance", "_name_partitions"):
         monkeypatch.setattr(comparison, name, lambda *arguments: contextlib.nullcontext())
@@ -93,7 +93,8 @@ def home(tmp_path, prompts, monkeypatch):
     row = {"name": "base", "checkpoint": "base.abc@0", "family": "sdxl", "digest": "d", "num_parameters": 1,
            "prediction_type": "epsilon", "parents": []}  # fmt: skip
     for stage, key, frame in (
-        (BASE, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema)), (PROMPTS, "standard", prompts)
+        (base_model, "base", pl.DataFrame([row], schema=TABLES["base_model"].schema)),
+        (prompt_sets, "standard", prompts),
     ):  # fmt: skip
         store.writer.commit(stage, key, Made(frame=frame), {"inputs": {}, "models": {}}, seconds=0)
     return store
@@ -134,7 +135,7 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
         comparison.adopt(home, drawn)
     candidates.add_rival(home.home, "other", model)
     assert comparison.adopt(home, drawn) == "rival.other@0"
-    assert home.currency.is_current(sample_images.STAGE, "rival.other@0")
+    assert home.currency.is_current(sample_images.sample_images, "rival.other@0")
     assert len(list(home.paths.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
 
 

@@ -40,7 +40,7 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
     assert last in foundry("evaluate", "--home", small_copy, "--adopt", away / "out").stdout
     assert digests(small_copy) == before
     assert len(list((small_copy / "sample_images" / last).glob("*.png"))) == 6
-    assert not Store(small_copy).currency.stale(sample_images.STAGE)
+    assert not Store(small_copy).currency.stale(sample_images.sample_images)
     assert not list(model.glob("WANTED.evaluation"))
 
     record = json.loads((away / "out" / RECORD).read_text())

@@ -61,7 +61,7 @@ def test_damage_is_noticed_and_moved_out_of_the_way(small_copy, damage):
     (moved,) = maintenance.repair(store, problems)
     assert (moved.parent / path.name).is_file()
     assert not list(shard(small_copy).glob("g0001*"))
-    assert store.currency.stale(latents.STAGE) == ["sdxl|s000000"]
+    assert store.currency.stale(latents.latents) == ["sdxl|s000000"]
 
 
 def test_the_damaged_shard_alone_is_encoded_again(small, small_copy):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from graph_tools import SMALL_RUN, foundry
 
-from assets.checkpoints import STAGE
+from assets import checkpoints as training
 from resources.workspace.store import Store
 from training.runs.event_log import has_finished
 from training.runs.run_folder import CONFIG, EVENTS, checkpoints
@@ -23,11 +23,11 @@ def test_a_run_whose_folder_was_removed_is_trained_anew(small_copy):
     assert "run 'demo' has no configuration" in refused.stderr
     folder.mkdir()
     (folder / CONFIG).write_text(SMALL_RUN)
-    assert Store(small_copy).currency.stale(STAGE) == ["demo"]
+    assert Store(small_copy).currency.stale(training.checkpoints) == ["demo"]
     foundry("train", "--run", "demo", "--home", small_copy)
     assert has_finished(folder / EVENTS)
     assert [path.name for path in checkpoints(folder)] == names
-    assert Store(small_copy).currency.stale(STAGE) == []
+    assert Store(small_copy).currency.stale(training.checkpoints) == []
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_refused_by_name(small_copy):

@@ -94,13 +94,14 @@ def test_new_pictures_are_added_and_nothing_else_is_read_again(small_copy, tmp_p
 
 def test_a_raised_version_redoes_that_stage_alone(small_copy, monkeypatch):
     """Equal output has an equal digest, so nothing below is redone."""
-    from jobs import definitions, pipeline  # isort: skip - it silences Dagster's beta warnings first
+    from jobs import pipeline  # isort: skip - it silences Dagster's beta warnings first
     from assets import duplicates
+    from assets.registry import STAGES
 
     monkeypatch.setenv("FOUNDRY_HOME", str(small_copy))
-    raised = replace(duplicates.STAGE, version=duplicates.STAGE.version + 1)
-    monkeypatch.setattr(duplicates, "STAGE", raised)
-    monkeypatch.setitem(definitions.STAGES, "duplicate_groups", raised)
+    raised = replace(duplicates.duplicate_groups, version=duplicates.duplicate_groups.version + 1)
+    monkeypatch.setattr(duplicates, "duplicate_groups", raised)
+    monkeypatch.setitem(STAGES, "duplicate_groups", raised)
     before = manifests(small_copy)
     pipeline.bring_up_to_date(small_copy)
     assert remade(small_copy, before) == {"duplicate_groups": 1}

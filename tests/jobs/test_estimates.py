@@ -18,6 +18,7 @@ from tiny_runs import SHARDS, training_rows
 from typer.testing import CliRunner
 
 from assets import checkpoints, prompt_statistics
+from assets.declared import assets
 from jobs import estimates, pipeline
 from jobs.cli import app as cli
 from jobs.cli.app import app
@@ -400,7 +401,7 @@ def test_prompts_are_those_of_images_that_train_and_of_a_started_run_those_it_wa
         return out.splitlines(), errors.splitlines()[-1]
 
     def statistics():
-        return prompt_statistics.STAGE.others(workspace, "one")
+        return prompt_statistics.prompt_statistics.others(workspace, "one")
 
     configure(
         workspace, prompts=PromptConfig(mean_tags=0, empty_prob=0, alias_prob=1, score_tags=False)
@@ -489,7 +490,7 @@ def test_prompt_statistics_count_images_that_train(workspace):
         instance.add_dynamic_partitions("runs", ["one"])
         resources = {"store": workspace}
         assert dg.materialize(
-            [prompt_statistics.prompt_statistics],
+            assets({"prompt_statistics": prompt_statistics.prompt_statistics}),
             partition_key="one",
             instance=instance,
             resources=resources,

@@ -222,7 +222,7 @@ def store(tmp_path):
     )
     store, empty = Store(tmp_path), pl.DataFrame(schema=TABLES["selected_images"].schema)
     store.writer.commit(
-        selection.STAGE, "all", Made(frame=empty), {"inputs": {}, "models": {}}, seconds=0
+        selection.selected_images, "all", Made(frame=empty), {"inputs": {}, "models": {}}, seconds=0
     )
     return store
 

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from tiny_sampling import CONFIG, changed
 
-from assets.sample_images import STAGE
+from assets.sample_images import sample_images
 from resources.workspace.store import Store
 from training import toml
 from training.config.evaluation import (
@@ -81,7 +81,7 @@ def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
     for precision in get_args(SamplingPrecision):
         text = f'format = 1\nsources = []\n[evaluation.sampling]\nprecision = "{precision}"\n'
         (tmp_path / "foundry.toml").write_text(text)
-        sections.append(STAGE.section(Store(tmp_path).config, "base"))
+        sections.append(sample_images.section(Store(tmp_path).config, "base"))
     assert all(one != other for one, other in itertools.combinations(sections, 2))
     with pytest.raises(ConfigError, match=r"precision"):
         toml.build(SamplingConfig, {"precision": "fp16"})
@@ -93,7 +93,7 @@ def test_how_prompts_are_read_is_part_of_what_pictures_follow_from(tmp_path):
         (tmp_path / "foundry.toml").write_text(
             f"format = 1\nsources = []\n[evaluation.sampling]\n{line}\n"
         )
-        sections.append(STAGE.section(Store(tmp_path).config, "base"))
+        sections.append(sample_images.section(Store(tmp_path).config, "base"))
     assert all(one != other for one, other in itertools.combinations(sections, 2))
     for key in ("prompt_syntax", "prompt_times", "prompt_ends"):
         with pytest.raises(ConfigError, match=key):

@@ -53,7 +53,7 @@ class World:
             "digest": "d",
         }
         self._commit(
-            base_model.STAGE,
+            base_model.base_model,
             "base",
             pl.DataFrame([row], schema=TABLES["base_model"].schema, strict=False),
         )
@@ -62,7 +62,9 @@ class World:
             for n in range(num_prompts)
         ]
         self._commit(
-            prompt_sets.STAGE, "standard", pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema)
+            prompt_sets.prompt_sets,
+            "standard",
+            pl.DataFrame(rows, schema=TABLES["prompt_sets"].schema),
         )
         self.base = self.store.checkpoints.base()
 
@@ -98,7 +100,7 @@ class World:
             )
             basis = {"inputs": {}, "models": {}}
             self.store.writer.commit(
-                checkpoints.STAGE,
+                checkpoints.checkpoints,
                 run,
                 Made(frame=TABLES["checkpoints"].empty()),
                 basis,
@@ -116,7 +118,7 @@ class World:
         frame = prompts.with_columns(
             pl.lit("x.png").alias("file"), pl.lit(checkpoint + content).alias("sha256")
         ).select(list(schema))
-        self._commit(sample_images.STAGE, checkpoint, frame.cast(dict(schema)))
+        self._commit(sample_images.sample_images, checkpoint, frame.cast(dict(schema)))
 
     def score(self, checkpoint, aesthetic, failed=0):
         """Commit scores of a checkpoint's pictures, the last `failed` of which have none."""
@@ -131,13 +133,13 @@ class World:
             else:
                 rows.append({**prompt, "metric": "failed", "reason": "x.png is missing"})
         frame = pl.DataFrame(rows, schema=TABLES["eval_metrics"].schema)
-        self._commit(eval_metrics.METRICS, checkpoint, frame)
+        self._commit(eval_metrics.eval_metrics, checkpoint, frame)
 
     def judge(self, checkpoint):
         """Commit the verdict against the base, as the stage does."""
         self.store.writer.commit(
-            verdicts.VERDICTS, checkpoint, verdicts.judge(self.store, checkpoint),
-            self.store.currency.basis(verdicts.VERDICTS, checkpoint), seconds=0.0,
+            verdicts.verdicts, checkpoint, verdicts.judge(self.store, checkpoint),
+            self.store.currency.basis(verdicts.verdicts, checkpoint), seconds=0.0,
         )  # fmt: skip
 
     def evaluate(self, checkpoint, gain=0.0, failed=0, seed=0):
