@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from jobs.cli import evaluation, latents, training, workspace
+from jobs.cli import evaluation, graph, latents, training, workspace
 from jobs.cli.shared import interrupted, opened
 from training.commit import disk_trouble
 from training.errors import PipelineError
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a folder of pictures to a fine-tuned, evaluated Stable Diffusion model.",
 )
-for group in (workspace, training, evaluation):
+for group in (workspace, graph, training, evaluation):
     app.add_typer(group.app)
 app.add_typer(latents.app, name="latents")
 
