@@ -104,7 +104,7 @@ def settings(stage: Stage) -> dict[str, list[str]]:
 
 def page(stages: Iterable[Stage]) -> str:
     """All stages in order, on lines of at most 80 characters."""
-    return "\n".join(line for stage in stages for line in (*_lines(stage), ""))
+    return "\n\n".join("\n".join(_lines(stage)) for stage in stages) + "\n"
 
 
 def _lines(stage: Stage) -> Iterator[str]:
@@ -138,3 +138,32 @@ def _entry(label: str, text: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def markdown() -> str:
+    """`docs/graph.md`: the page, with what its words mean."""
+    from assets.registry import STAGES
+
+    return f"""# The graph
+
+Made from the declarations of the stages by `python -m jobs.cli.graph`; `foundry graph` prints the
+same. In order, of each stage:
+
+- *reads*: slices of tables. A change of one makes the stage stale.
+- *follows*: tables that it depends on in another way: its *others* digest them, or a run freezes
+  them once.
+- *looks at*: tables that it only shows in its report, or that it wrote before. No order follows
+  from them, and unless its *others* digest them they make nothing stale.
+- *settings*: the section of foundry.toml, with the keys that it reads where it does not read all.
+- *models*: keys under [models] whose weights it runs.
+- *others*: what else it digests.
+
+While a stage works, reading any other table or column fails.
+
+```
+{page(STAGES.values())}```
+"""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
