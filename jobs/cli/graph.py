@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from resources.graph import Per, Reads, Scope, Stage, no_others, nothing
-from training.config.workspace import EncodingConfig, PromptSetConfig, WorkspaceConfig
+from training.config.evaluation import PromptSetConfig
+from training.config.workspace import EncodingConfig, WorkspaceConfig
 
 app = typer.Typer()
 
