@@ -3,13 +3,14 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import dagster as dg
 import polars as pl
 
+from assets.rules import Finding, check
 from resources.workspace import generations
 from resources.workspace.store import Store
 from training.evaluation.prompt_building import TEXTS, trained_texts
@@ -22,34 +23,6 @@ MAX_JUNK_SHARE = 0.5
 MIN_PAIR_ACCURACY = 0.6
 MAX_TRUNCATED_SHARE = 0.05
 MAX_LISTED = 50
-ALL: list[dg.AssetChecksDefinition] = []
-
-
-class Finding(NamedTuple):
-    """Outcome of a check: whether the rule holds, the rule, and the numbers behind it."""
-
-    holds: bool
-    rule: str
-    numbers: Mapping[str, Any]
-
-
-def _check(asset: str, *, error: bool = False) -> Callable[[Callable[[Store], Finding]], None]:
-    """Register a rule about an asset: with `error` its breach is one, else a warning."""
-
-    def register(rule: Callable[[Store], Finding]) -> None:
-        @dg.asset_check(asset=asset, name=rule.__name__, description=rule.__doc__)
-        def check(store: dg.ResourceParam[Store]) -> dg.AssetCheckResult:
-            finding = rule(store)
-            return dg.AssetCheckResult(
-                passed=finding.holds,
-                severity=dg.AssetCheckSeverity.ERROR if error else dg.AssetCheckSeverity.WARN,
-                description=finding.rule,
-                metadata=dict(finding.numbers),
-            )
-
-        ALL.append(check)
-
-    return register
 
 
 def _share(part: int, whole: int) -> float:
@@ -61,7 +34,7 @@ def _report_numbers(store: Store, table: str) -> list[Mapping[str, Any]]:
     return [manifest.report.get("numbers", {}) for manifest in manifests if manifest is not None]
 
 
-@_check("source_listing")
+@check("source_listing")
 def sidecars_readable(store: Store) -> Finding:
     """Every sidecar could be read."""
     problems = sum(
@@ -71,7 +44,7 @@ def sidecars_readable(store: Store) -> Finding:
     return Finding(problems == 0, "no sidecar is unreadable or ill-typed", {"problems": problems})
 
 
-@_check("raw_images")
+@check("raw_images")
 def mostly_usable(store: Store) -> Finding:
     """Most candidates are pictures; many rejections mean a wrong folder or a wrong limit."""
     accepted = store.read("raw_images", ["image_id"]).height
@@ -86,7 +59,7 @@ def mostly_usable(store: Store) -> Finding:
     )
 
 
-@_check("raw_images", error=True)
+@check("raw_images", error=True)
 def every_candidate_accounted_for(store: Store) -> Finding:
     """Candidates = accepted + rejected, exactly, in every shard that was read."""
     listed = store.read("source_listing", ["source", "source_id", "shard"])
@@ -105,7 +78,7 @@ def every_candidate_accounted_for(store: Store) -> Finding:
     )
 
 
-@_check("embeddings", error=True)
+@check("embeddings", error=True)
 def projections_normalised(store: Store) -> Finding:
     """Projected embeddings are finite and of length 1: aesthetic and CLIP scores rest on it."""
     norms = (
@@ -120,7 +93,7 @@ def projections_normalised(store: Store) -> Finding:
     )
 
 
-@_check("tags")
+@check("tags")
 def tagger_speaks(store: Store) -> Finding:
     """The tagger says something about most pictures; silence means a wrong model or
     preprocessing."""
@@ -133,7 +106,7 @@ def tagger_speaks(store: Store) -> Finding:
     )
 
 
-@_check("captions")
+@check("captions")
 def captions_have_no_markup(store: Store) -> Finding:
     """Captions are sentences, not HTML."""
     captions = store.read("captions", ["caption"])["caption"].drop_nulls()
@@ -145,7 +118,7 @@ def captions_have_no_markup(store: Store) -> Finding:
     )
 
 
-@_check("watermark_boxes", error=True)
+@check("watermark_boxes", error=True)
 def boxes_inside_pictures(store: Store) -> Finding:
     """Every box lies inside its upright picture."""
     boxes = (
@@ -165,7 +138,7 @@ def boxes_inside_pictures(store: Store) -> Finding:
     )
 
 
-@_check("duplicate_groups", error=True)
+@check("duplicate_groups", error=True)
 def one_kept_per_group(store: Store) -> Finding:
     """Of every group exactly one candidate goes on."""
     kept = (
@@ -177,7 +150,7 @@ def one_kept_per_group(store: Store) -> Finding:
     return Finding(wrong == 0, "one of each group is kept", {"groups": kept.height, "wrong": wrong})
 
 
-@_check("quality_pairs")
+@check("quality_pairs")
 def judgements_readable(store: Store) -> Finding:
     """Every line of the judgement files could be read."""
     bad = sum(
@@ -187,7 +160,7 @@ def judgements_readable(store: Store) -> Finding:
     return Finding(bad == 0, "no judgement is unreadable", {"unreadable": bad})
 
 
-@_check("quality_model")
+@check("quality_model")
 def beats_chance(store: Store) -> Finding:
     """The fitted head orders held-out pairs better than chance; a supplied one is taken as it
     is."""
@@ -202,7 +175,7 @@ def beats_chance(store: Store) -> Finding:
     )
 
 
-@_check("quality_scores")
+@check("quality_scores")
 def not_mostly_junk(store: Store) -> Finding:
     """At most half of the pictures score 0; more means a junk head that does not fit these
     pictures."""
@@ -216,7 +189,7 @@ def not_mostly_junk(store: Store) -> Finding:
     )
 
 
-@_check("tag_vocabulary", error=True)
+@check("tag_vocabulary", error=True)
 def no_alias_is_a_tag(store: Store) -> Finding:
     """No name is both a canonical tag and an alias of another."""
     frame = store.read("tag_vocabulary", ["tag", "aliases"])
@@ -227,7 +200,7 @@ def no_alias_is_a_tag(store: Store) -> Finding:
     )
 
 
-@_check("selected_images", error=True)
+@check("selected_images", error=True)
 def splits_never_leak(store: Store) -> Finding:
     """No duplicate cluster has pictures in both splits, and the stable list is of training pictures
     only."""
@@ -245,7 +218,7 @@ def splits_never_leak(store: Store) -> Finding:
     )
 
 
-@_check("selected_images")
+@check("selected_images")
 def something_held_out(store: Store) -> Finding:
     """There is a validation picture."""
     held_out = (
@@ -254,7 +227,7 @@ def something_held_out(store: Store) -> Finding:
     return Finding(held_out > 0, "at least one picture is held out", {"validation": held_out})
 
 
-@_check("bucket_assignments", error=True)
+@check("bucket_assignments", error=True)
 def resized_fills_bucket(store: Store) -> Finding:
     """The resized picture covers its bucket, or lies within it where it is padded; never enlarged
     unless allowed."""
@@ -281,7 +254,7 @@ def resized_fills_bucket(store: Store) -> Finding:
     return Finding(wrong == 0, rule, {"images": images, "wrong": wrong})
 
 
-@_check("latents")
+@check("latents")
 def reconstruction_faithful(store: Store) -> Finding:
     """Decoded latents look like the crops they came from."""
     errors = [
@@ -293,7 +266,7 @@ def reconstruction_faithful(store: Store) -> Finding:
     return Finding(worst <= MAX_RECONSTRUCTION_ERROR, rule, {"worst shard": worst})
 
 
-@_check("latents", error=True)
+@check("latents", error=True)
 def generations_hold_all(store: Store) -> Finding:
     """The current generation of each shard holds every image that has a bucket, or rejected it."""
     encoded = {item.part: item for item in generations.listed(store) if item.current}
@@ -330,7 +303,7 @@ def generations_hold_all(store: Store) -> Finding:
     return Finding(held + rejected.height == placed, rule, numbers)
 
 
-@_check("training_set", error=True)
+@check("training_set", error=True)
 def all_samples_encoded(store: Store) -> Finding:
     """Every sample has latents."""
     missing = 0
@@ -345,7 +318,7 @@ def all_samples_encoded(store: Store) -> Finding:
     return Finding(missing == 0, "no sample is without latents", {"missing": missing})
 
 
-@_check("prompt_statistics")
+@check("prompt_statistics")
 def prompts_not_cut(store: Store) -> Finding:
     """Few prompts are longer than the text encoders' chunks."""
     reports = _report_numbers(store, "prompt_statistics")
@@ -356,7 +329,7 @@ def prompts_not_cut(store: Store) -> Finding:
     return Finding(_share(cut, whole) <= MAX_TRUNCATED_SHARE, rule, {"prompts": whole, "cut": cut})
 
 
-@_check("base_model", error=True)
+@check("base_model", error=True)
 def base_unchanged(store: Store) -> Finding:
     """The folder still holds the weights that were recorded."""
     recorded = store.read("base_model", ["digest"], ["base"])["digest"][0]
@@ -368,7 +341,7 @@ def base_unchanged(store: Store) -> Finding:
     )
 
 
-@_check("checkpoints")
+@check("checkpoints")
 def validation_improves(store: Store) -> Finding:
     """The last checkpoint of each run has no higher validation loss than its first."""
     frame = (
@@ -388,7 +361,7 @@ def validation_improves(store: Store) -> Finding:
     )
 
 
-@_check("prompt_sets", error=True)
+@check("prompt_sets", error=True)
 def prompts_never_trained(store: Store) -> Finding:
     """No evaluation prompt is a caption or the tags of a training image."""
     trained = (
@@ -401,7 +374,7 @@ def prompts_never_trained(store: Store) -> Finding:
     return Finding(not found, rule, {"found": ", ".join(dict.fromkeys(found[:10]))})
 
 
-@_check("sample_images")
+@check("sample_images")
 def pictures_not_blank(store: Store) -> Finding:
     """Sample images are not all one picture: equal pixels for different prompts mean a dead
     model."""
@@ -411,7 +384,7 @@ def pictures_not_blank(store: Store) -> Finding:
     return Finding(repeated == 0, "no two pictures of a checkpoint are equal", {"equal": repeated})
 
 
-@_check("eval_metrics", error=True)
+@check("eval_metrics", error=True)
 def every_picture_scored(store: Store) -> Finding:
     """Each sample image has a finite CLIP score."""
     unscored = 0
@@ -425,7 +398,7 @@ def every_picture_scored(store: Store) -> Finding:
     )
 
 
-@_check("verdicts")
+@check("verdicts")
 def nothing_got_worse(store: Store) -> Finding:
     """No checkpoint is worse than its base on any metric over all prompts."""
     against_base = [
@@ -437,7 +410,7 @@ def nothing_got_worse(store: Store) -> Finding:
     return Finding(not worse, "no verdict over all prompts is `worse`", {"worse": ", ".join(worse)})
 
 
-@_check("release", error=True)
+@check("release", error=True)
 def release_complete(store: Store) -> Finding:
     """Every file of a release is there with the size recorded."""
     missing = []

@@ -4,12 +4,16 @@ import dagster as dg
 
 from assets import checks, currency
 from assets.declared import assets
-from assets.registry import STAGES
+from assets.registry import STAGES, checks_of
+from assets.stages import MODULES
 from resources.handles import io_manager, store_resource
 
 GRAPH = dg.Definitions(
     assets=[*assets(STAGES), *currency.external_specs()],
-    asset_checks=[*checks.ALL, *currency.CHECKS],
+    asset_checks=[
+        *(check for module in (*MODULES, checks) for check in checks_of(module)),
+        *currency.CHECKS,
+    ],
     resources={"store": store_resource, "io_manager": io_manager},
     executor=dg.in_process_executor,
 )

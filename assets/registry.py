@@ -18,6 +18,11 @@ def declared(module: ModuleType) -> list[Stage]:
     return list(found.values())
 
 
+def checks_of(module: ModuleType) -> list[dg.AssetChecksDefinition]:
+    """The checks that a module states."""
+    return [value for value in vars(module).values() if isinstance(value, dg.AssetChecksDefinition)]
+
+
 STAGES = ordered([stage for module in MODULES for stage in declared(module)])
 """Every stage by the name of its asset, each after all that it reads: the order of `foundry
 run`."""

@@ -13,8 +13,7 @@ BASIS = {"inputs": {}, "models": {}}
 
 
 def finding(store, name):
-    check = next(check for check in checks.ALL if check.check_key.name == name)
-    return check(store=store)
+    return getattr(checks, name)(store=store)
 
 
 def commit(store, stage, key, frame):

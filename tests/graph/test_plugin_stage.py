@@ -15,23 +15,25 @@ from resources.workspace.store import Made, Store
 from training.tables.schemas import TABLES
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
-FOUNDRY = """
-import image_shapes  # the plug-in
+PLUG_IN = """
+import image_shapes
 from assets import stages
 stages.MODULES += (image_shapes,)
-from jobs.cli.app import main
-main()
 """
 STAGES = ["name_captions", "image_shapes", "careless_shapes"]
 
 
-def foundry(*arguments):
-    """A command of `foundry` in a process that has added the plug-in to the tuple of modules."""
+def with_plugin(code, *arguments):
+    """Code in a process that has added the plug-in to the tuple of modules."""
     path = os.pathsep.join([str(PLUGINS), str(PLUGINS.parents[1])])
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FOUNDRY, *map(str, arguments)],
+        [sys.executable, "-W", "ignore", "-c", PLUG_IN + code, *map(str, arguments)],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
+
+
+def foundry(*arguments):
+    return with_plugin("from jobs.cli.app import main\nmain()", *arguments)
 
 
 def rows(table, *values):
@@ -104,3 +106,18 @@ def test_a_stage_that_reads_what_it_does_not_declare_fails_at_once(home):
         "`others` digests it, or to `also` where it is only looked at"
     )  # fmt: skip
     assert Store(home).parts("image_shapes") == []
+
+
+def test_its_check_and_its_place_in_a_job_follow():
+    code = """
+import dagster as dg
+from jobs.definitions import defs
+graph = defs.resolve_asset_graph()
+print(sorted(key.name for key in graph.asset_check_keys if key.asset_key.path == ["image_shapes"]))
+print("image_shapes" in str(defs.resolve_job_def("curate").asset_layer.selected_asset_keys))
+print(sorted(key.path[0] for key in graph.get(dg.AssetKey("image_shapes")).parent_keys))
+"""
+    done = with_plugin(code)
+    checks, is_in_job, parents = done.stdout.splitlines()
+    assert (checks, is_in_job) == ("['current', 'not_all_square']", "True")
+    assert parents == "['selected_images', 'settings']"

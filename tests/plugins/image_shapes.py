@@ -5,6 +5,7 @@ import dagster as dg
 import polars as pl
 
 from assets.metadata import materialize
+from assets.rules import Finding, check
 from resources.graph import Per, Reads, Scope, Stage
 from resources.workspace.store import Made, Store
 from training.tables.schemas import TABLES
@@ -37,6 +38,14 @@ def image_shapes(
         return Made(frame=frame, rows_in=kept.height)
 
     return materialize(context, store, image_shapes, make)
+
+
+@check("image_shapes")
+def not_all_square(store: Store) -> Finding:
+    """Kept images are not all square: that means squares were cut before."""
+    shapes = store.read("image_shapes")["shape"]
+    squares = int((shapes == "square").sum())
+    return Finding(squares < len(shapes), "some image is not square", {"squares": squares})
 
 
 @Stage(
