@@ -12,6 +12,7 @@ import typer
 from resources.graph import Per, Reads, Scope, Stage, no_others, nothing
 from training.config.evaluation import PromptSetConfig
 from training.config.workspace import EncodingConfig, WorkspaceConfig
+from training.names import ShardKey
 
 app = typer.Typer()
 
@@ -94,10 +95,11 @@ def settings(stage: Stage) -> dict[str, list[str]]:
     config = WorkspaceConfig(
         encodings={NAME: EncodingConfig()}, prompt_sets={NAME: PromptSetConfig(file=NAME)}
     )
-    section = stage.config(config, NAME)
+    key = str(ShardKey(NAME, "s000000")) if stage.scope is Scope.ENCODING_SHARD else NAME
+    section = stage.config(config, key)
     names = list(section) if isinstance(section, Mapping) else []
     if stage.settings:
-        return {stage.settings_of(NAME.upper()): names}
+        return {stage.settings.format(key=NAME.upper(), encoding=NAME.upper()): names}
     plain = [name for name in names if isinstance(getattr(config, name), int)]
     found: dict[str, list[str]] = {name: [] for name in names if name not in plain}
     return found | ({"": plain} if plain else {})

@@ -11,7 +11,8 @@ import pytest
 
 from assets import raw_images, selection
 from resources.workspace.setup import create
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.tables.schemas import TABLES
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -65,7 +66,7 @@ def home(tmp_path):
         (selection.selected_images, "all", kept),
     ):
         made = Made(frame=rows(stage.table, *found))
-        store.commit(stage, key, made, {"inputs": {}, "models": {}}, seconds=0)
+        store.writer.commit(stage, key, made, {"inputs": {}, "models": {}}, seconds=0)
     return home
 
 
@@ -94,7 +95,7 @@ def test_a_stage_from_outside_is_a_stage_like_any_other(home):
     assert stale() == dict.fromkeys(STAGES, 0) | {"careless_shapes": 1}
     asked = foundry("sql", "from image_shapes order by image_id", "--home", home, "--format", "csv")
     assert asked.stdout.split() == ["image_id,shape", "i1,portrait", "i2,landscape"]
-    assert Store(home).parts("captions") == ["s000000.file_name"]
+    assert Store(home).tables.parts("captions") == ["s000000.file_name"]
 
 
 def test_a_stage_that_reads_what_it_does_not_declare_fails_at_once(home):
@@ -105,7 +106,7 @@ def test_a_stage_that_reads_what_it_does_not_declare_fails_at_once(home):
         "name: add Reads('raw_images', ...) to its `reads` where a change makes it stale, to `follows` where "
         "`others` digests it, or to `also` where it is only looked at"
     )  # fmt: skip
-    assert Store(home).parts("image_shapes") == []
+    assert Store(home).tables.parts("image_shapes") == []
 
 
 def test_its_check_and_its_place_in_a_job_follow():

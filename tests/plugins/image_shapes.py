@@ -7,7 +7,8 @@ import polars as pl
 from assets.metadata import materialize
 from assets.rules import Finding, check
 from resources.graph import Per, Reads, Scope, Stage
-from resources.workspace.store import Made, Store
+from resources.workspace.store import Store
+from resources.workspace.writer import Made
 from training.tables.schemas import TABLES
 from training.tables.table import IMAGE_ID, Table, column
 
@@ -31,7 +32,7 @@ def image_shapes(
     """One row per kept image: whether it is taller than wide, wider than tall, or square."""
 
     def make(key: str) -> Made:
-        kept = store.read_slice(image_shapes, "selected_images", key).filter("kept")
+        kept = store.slices.read(image_shapes, "selected_images", key).filter("kept")
         taller, wider = pl.col("height") > pl.col("width"), pl.col("height") < pl.col("width")
         shape = pl.when(taller).then(pl.lit("portrait")).when(wider).then(pl.lit("landscape"))
         frame = kept.select("image_id", shape=shape.otherwise(pl.lit("square")))
@@ -62,7 +63,7 @@ def name_captions(
     """One row per image: its file's name as a caption, beside those of sidecars in the same table."""
 
     def make(key: str) -> Made:
-        raw = store.read_slice(name_captions, "raw_images", key)
+        raw = store.slices.read(name_captions, "raw_images", key)
         frame = raw.select("image_id", model=pl.lit("file_name"), caption="source_id")
         return Made(frame=frame, rows_in=raw.height)
 
