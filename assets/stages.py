@@ -1,4 +1,5 @@
-"""The modules that declare stages: whoever adds one adds its module here, after what it reads."""
+"""The modules that declare stages, the only list of them: a new stage's module is added here. The order
+of stages follows from what they read; this one counts among those that could change places."""
 
 from assets import (
     annotations,

@@ -203,10 +203,14 @@ def ordered(stages: Sequence[Stage]) -> dict[str, Stage]:
 
     Raises:
         DeclarationError: two have one name or write the same parts, one reads a table that no stage
-            writes, or some wait for each other.
+            writes, some of one body have other scopes, or some wait for each other.
     """
     _check(stages)
     waiting, found = bodies(stages), dict[str, Stage]()
+    for body in waiting:
+        if len({stage.scope for stage in body}) > 1:
+            names = ", ".join(stage.name for stage in body)
+            raise DeclarationError(f"stages {names} have one body, so they need one scope")
     while waiting:
         left = [stage for body in waiting for stage in body]
         for body in waiting:

@@ -76,6 +76,15 @@ def test_declarations_that_cannot_stand_are_refused(stages, message):
         ordered(stages)
 
 
+def test_stages_of_one_body_have_one_scope():
+    def body():
+        """Makes two."""
+
+    two = [stage("tags", body=body), replace(stage("embeddings", body=body), scope=Scope.SHARD)]
+    with pytest.raises(DeclarationError, match="tags, embeddings have one body"):
+        ordered(two)
+
+
 def test_a_function_names_and_describes_its_stage():
     @Stage(version=1, scope=Scope.ALL)
     def tags():
