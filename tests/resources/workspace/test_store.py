@@ -16,6 +16,7 @@ from training.errors import (
     ConfigError,
     DamageError,
     DataError,
+    DeclarationError,
     LockedError,
     ModelError,
     WorkspaceError,
@@ -167,7 +168,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(store):
         "source_id": ["2.jpg", "3.jpg"],
         "bytes": [12, 13],
     }
-    with pytest.raises(StopIteration):
+    with pytest.raises(DeclarationError, match="raw_images declares no slice of table raw_images"):
         store.slices.read(BY_SHARD, "raw_images", "s000001")
 
 
