@@ -1,6 +1,6 @@
 """A stage as Dagster's asset: everything that Dagster knows of it follows from its declaration."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -23,12 +23,12 @@ _TYPE_WORDS = {
 _PARTITIONS = {**DYNAMIC, Scope.ALL: None, Scope.ENCODING_SHARD: encoding_shards}
 
 
-def assets(stages: Mapping[str, Stage]) -> list[dg.AssetsDefinition]:
+def assets(stages: Sequence[Stage]) -> list[dg.AssetsDefinition]:
     """The assets of all stages; those that one function makes become one definition."""
-    return [_definition(together, stages) for together in bodies(stages.values())]
+    return [_definition(together, stages) for together in bodies(stages)]
 
 
-def _definition(together: Sequence[Stage], stages: Mapping[str, Stage]) -> dg.AssetsDefinition:
+def _definition(together: Sequence[Stage], stages: Sequence[Stage]) -> dg.AssetsDefinition:
     body, partitions = together[0].body, _PARTITIONS[together[0].scope]
     assert body is not None, f"stage {together[0].name} decorates no function"
     policy = dg.BackfillPolicy.single_run()
@@ -44,14 +44,14 @@ def _definition(together: Sequence[Stage], stages: Mapping[str, Stage]) -> dg.As
     )(body)
 
 
-def _spec(stage: Stage, stages: Mapping[str, Stage]) -> dg.AssetSpec:
+def _spec(stage: Stage, stages: Sequence[Stage]) -> dg.AssetSpec:
     """A stage that is made with others; one that some workspaces do not want may be left out."""
     about = _about(stage, stages)
     optional = not stage.in_use(WorkspaceConfig())
     return dg.AssetSpec(about.pop("name"), skippable=optional, **about)
 
 
-def _about(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
+def _about(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
     """What Dagster shows of a stage: what it is, the columns of its table, what it follows from."""
     table = TABLES[stage.table]
     columns = [
@@ -74,11 +74,11 @@ def _about(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
     }
 
 
-def _deps(stage: Stage, stages: Mapping[str, Stage]) -> Iterator[dg.AssetDep]:
+def _deps(stage: Stage, stages: Sequence[Stage]) -> Iterator[dg.AssetDep]:
     """The stages that write what a stage reads, with the partitions that it reads of each."""
     slices = {reads.table: reads for reads in reversed((*stage.reads, *stage.follows))}
     for table in stage.parents:
-        for writer in writers(table, stages.values()):
+        for writer in writers(table, stages):
             if writer is not stage:
                 mapping = _mapping(stage.scope, slices[table].per, writer.scope)
                 yield dg.AssetDep(writer.name, partition_mapping=mapping)

@@ -9,7 +9,7 @@ from assets.stages import MODULES
 from resources.handles import io_manager, store_resource
 
 GRAPH = dg.Definitions(
-    assets=[*assets(STAGES), *currency.external_specs()],
+    assets=[*assets(list(STAGES.values())), *currency.external_specs()],
     asset_checks=[
         *(check for module in (*MODULES, checks) for check in checks_of(module)),
         *currency.CHECKS,

@@ -66,7 +66,7 @@ class Evaluation:
         self.instance.add_dynamic_partitions(checkpoints.name, list(keys))
         for key in keys:
             dg.materialize(
-                assets({stage.name: stage}),
+                assets([stage]),
                 partition_key=key,
                 instance=self.instance,
                 resources={"store": self.store},

@@ -12,6 +12,7 @@ import pytest
 from drawn_images import SAVED, encode, textured
 
 from assets import raw_images as ingest
+from assets.declared import assets
 from resources.workspace.store import Store
 from training import toml
 from training.buckets.geometry import Size
@@ -78,7 +79,7 @@ def of_source(frame, source):
 def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
     instance = dg.DagsterInstance.ephemeral(str(tmp_path / "cache"))
     options = {"instance": instance, "resources": {"store": store}}
-    assert dg.materialize([ingest.source_listing], **options).success
+    assert dg.materialize(assets([ingest.source_listing]), **options).success
     listed = store.read("source_listing")
     loose, packed = (of_source(listed, name) for name in ("loose", "packed"))
     same = ["source_id", "locator", "bytes", "tags", "caption", "gone_at"]
@@ -86,7 +87,7 @@ def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
     assert packed["shard"].unique().to_list() == ["s000001"]
 
     for shard in ("s000000", "s000001"):
-        assert dg.materialize([ingest.raw_images], partition_key=shard, **options).success
+        assert dg.materialize(assets([ingest.raw_images]), partition_key=shard, **options).success
     raw = store.read("raw_images")
     loose, packed = (of_source(raw, name) for name in ("loose", "packed"))
     assert packed.equals(loose)

@@ -490,7 +490,7 @@ def test_prompt_statistics_count_images_that_train(workspace):
         instance.add_dynamic_partitions("runs", ["one"])
         resources = {"store": workspace}
         assert dg.materialize(
-            assets({"prompt_statistics": prompt_statistics.prompt_statistics}),
+            assets([prompt_statistics.prompt_statistics]),
             partition_key="one",
             instance=instance,
             resources=resources,
