@@ -41,6 +41,8 @@ theirs by an entry point."""
 PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
 
 
+NETWORKS = {annotator.stage_name(): annotator for annotator in ANNOTATORS}
+"""Annotators by the name of their stage."""
 AnnotateWorkers = Workers[ImageBatch, pl.DataFrame]
 
 
@@ -71,13 +73,10 @@ def annotations(
         yield dg.MaterializeResult(asset_key=stage.name, data_version=dg.DataVersion(version))
 
 
-NETWORKS = {annotator.stage_name(): annotator for annotator in ANNOTATORS}
-"""Annotators by the name of their stage."""
-
-
 def _stage(annotator: type[Annotator]) -> Stage:
-    """The stage that an annotator is."""
-    own = Reads(annotator.table, per=Per.SHARD)
+    before = tuple(
+        Reads(table, per=Per.SHARD) for table in (annotator.table, f"kept_{annotator.table}")
+    )
     return Stage(
         name=annotator.stage_name(),
         description=annotator.about(),
@@ -85,9 +84,9 @@ def _stage(annotator: type[Annotator]) -> Stage:
         version=annotator.version,
         scope=Scope.SHARD,
         group="annotate",
-        kinds=tuple(annotator.kinds),
+        kinds=annotator.kinds,
         reads=(PICTURES,),
-        also=(own, Reads(f"kept_{annotator.table}", per=Per.SHARD)),
+        also=before,
         config=lambda config, key: {
             name: getattr(config.annotate, name) for name in annotator.settings
         },
@@ -98,7 +97,7 @@ def _stage(annotator: type[Annotator]) -> Stage:
     )(annotations)
 
 
-NETWORK_STAGES = tuple(map(_stage, ANNOTATORS))
+ANNOTATED = tuple(map(_stage, ANNOTATORS))
 CAPTIONS = Stage(
     name="captions",
     description="One row per picture: the sentence its sidecar holds, or null.",
@@ -111,7 +110,7 @@ CAPTIONS = Stage(
     ),
     model="sidecar",
 )(annotations)
-STAGES = {stage.name: stage for stage in (*NETWORK_STAGES, CAPTIONS)}
+STAGES = {stage.name: stage for stage in (*ANNOTATED, CAPTIONS)}
 
 
 def _bring_up_to_date(

@@ -37,16 +37,18 @@ def _definition(together: Sequence[Stage], stages: Sequence[Stage]) -> dg.Assets
         return dg.asset(**about, partitions_def=partitions, backfill_policy=policy)(body)
     return dg.multi_asset(
         name=body.__name__,
-        specs=[
-            dg.AssetSpec(about.pop("name"), skippable=optional, **about)
-            for about, optional in (
-                (_about(stage, stages), not stage.in_use(WorkspaceConfig())) for stage in together
-            )
-        ],
+        specs=[_spec(stage, stages) for stage in together],
         partitions_def=partitions,
         can_subset=True,
         backfill_policy=policy,
     )(body)
+
+
+def _spec(stage: Stage, stages: Sequence[Stage]) -> dg.AssetSpec:
+    """A stage that is made with others; one that some workspaces do not want may be left out."""
+    about = _about(stage, stages)
+    optional = not stage.in_use(WorkspaceConfig())
+    return dg.AssetSpec(about.pop("name"), skippable=optional, **about)
 
 
 def _about(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from resources.graph import Scope, Stage, ordered
 
 
 def declared(module: ModuleType) -> list[Stage]:
-    """The stages that a module declares, alone or in tuples, in the order of its text."""
-    values = vars(module).values()
-    several = [value if isinstance(value, tuple) else (value,) for value in values]
-    found = dict.fromkeys(item for group in several for item in group if isinstance(item, Stage))
-    return [
-        stage
-        for stage in found
-        if stage.body is not None and stage.body.__module__ == module.__name__
-    ]
+    """The stages that a module declares, singly or in tuples, in the order of its text."""
+    found: dict[str, Stage] = {}
+    for value in vars(module).values():
+        for stage in value if isinstance(value, tuple) else (value,):
+            if isinstance(stage, Stage) and stage.body and stage.body.__module__ == module.__name__:
+                found[stage.name] = stage
+    return list(found.values())
 
 
 def checks_of(module: ModuleType) -> list[dg.AssetChecksDefinition]:

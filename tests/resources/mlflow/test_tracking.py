@@ -23,11 +23,10 @@ from mlflow_world import prepare_run
 from PIL import Image
 
 from resources.mlflow import spool
-from resources.mlflow.images import choose_pictures
+from resources.mlflow.images import choose_pictures, due_step
 from resources.mlflow.tracking import (
     NUM_PICTURES,
     Tracking,
-    _due,
     workspace_tracking,
 )
 from training.errors import TrackingError
@@ -599,8 +598,12 @@ def test_the_options_in_which_runs_differ_are_parameters_of_all_of_them(home):
 )
 def test_a_checkpoint_is_shown_where_it_was_due(step, shown):
     tags = {"mlflow.foundry.checkpoints_due": "[4000, 9001]", "foundry.global_batch_size": "32"}
-    assert _due(tags, step) == shown
-    assert _due({}, step) == _due(tags | {"mlflow.foundry.checkpoints_due": "rotten"}, step) == step
+    assert due_step(tags, step) == shown
+    assert (
+        due_step({}, step)
+        == due_step(tags | {"mlflow.foundry.checkpoints_due": "rotten"}, step)
+        == step
+    )
 
 
 def test_pictures_of_runs_with_other_batch_sizes_have_steps_in_common(home):
