@@ -268,7 +268,7 @@ def test_a_trainer_takes_up_what_another_machine_copies_beside_it(make_run, tmp_
     try:
         wait_for(lambda: any(event["event"] == "epoch" for event in read_events(events)), trainer)
         arguments = [
-            Path(__file__).parent,
+            Path(__file__).parents[1] / "tools",
             tmp_path / "away",
             run.inputs.latents,
             run.inputs.training_set,

@@ -240,9 +240,7 @@ def test_elsewhere_refuses_before_it_looks_at_the_checkpoint(tmp_path):
         tmp_path / "prompts.json", prompt_frame(("p1", "a AND b", "", 64, 64)), LENIENT
     )
     with pytest.raises(EvaluationError, match=r"^prompt 'p1' cannot be drawn: 'AND' joins"):
-        remote_sampling.draw(
-            tmp_path / "no model", tmp_path / "prompts.json", tmp_path / "out", device="cpu"
-        )
+        remote_sampling.draw(tmp_path / "no model", tmp_path / "prompts.json", tmp_path / "out")
 
 
 def test_recipes_are_strict():

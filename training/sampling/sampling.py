@@ -8,7 +8,6 @@ scheduler and guidance are fp32 in every precision; only the models compute in l
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,9 +25,9 @@ from training.loop.loading import load_checkpoint, needed_base
 from training.models.base_model import SUFFIX, config_folder, require_file
 from training.models.lora import add_loras
 from training.models.text_encoders import load_tokenizer
-from training.models.tokens import CHUNK_TOKENS, MAX_CHUNKS, Tokenizer
 from training.models.unet import PipelineParts, require_folder
 from training.models.vae import Vae, arithmetic, scale_of
+from training.sampling.cautions import warn_of_cut, warn_of_plain, warn_of_remarks
 from training.sampling.guidance import guide, num_readings, perturbed, repeat_prompts
 from training.sampling.image_prompts import own_file_stem
 from training.sampling.png_parameters import lora_hash, parameters, write_png
@@ -37,9 +36,8 @@ from training.sampling.prompt_encoding import (
     PassText,
     PromptEncoder,
     check_layer,
-    cut_prompts,
 )
-from training.sampling.prompt_reading import Readings, read_set, remarks
+from training.sampling.prompt_reading import read_set
 from training.sampling.sampling_inputs import clip_skip, model_folder
 from training.sampling.schedulers import SamplingScheduler, make_scheduler, starting_latents
 from training.sampling.second_pass import enlarge, final_size
@@ -187,8 +185,8 @@ def sample_folder(
     whole = model_folder(checkpoint, config) if needed is None else needed[0].base_model
     require_file(whole) if whole.suffix == SUFFIX else require_folder(whole)
     tokenizer = load_tokenizer(config_folder(whole) / "tokenizer")
-    _warn_of_cut(prompts, tokenizer, config)
-    _warn_of_remarks(prompts, readings)
+    warn_of_cut(prompts, tokenizer, config)
+    warn_of_remarks(prompts, readings)
     drawing = Drawing(checkpoint=checkpoint, name=name, config=config, folder=folder, home=home)
     counts = ChunkCounts(readings, tokenizer)
     batches = [
@@ -234,8 +232,8 @@ def sample(
     """
     readings = read_set(prompts, config)
     painter = Painter(parts, config, clip_skip=clip_skip, device=device)
-    _warn_of_cut(prompts, parts.tokenizers[0], config)
-    _warn_of_remarks(prompts, readings)
+    warn_of_cut(prompts, parts.tokenizers[0], config)
+    warn_of_remarks(prompts, readings)
     counts = ChunkCounts(readings, parts.tokenizers[0])
     for batch in _batches(_prompts(prompts), counts, config.batch_size):
         for prompt, picture in zip(batch, painter.draw(batch), strict=True):
@@ -262,7 +260,7 @@ class Painter:
             parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32"
         )
         _lay_out(parts, config, self._vae.device)
-        _warn_of_plain(parts, config)
+        warn_of_plain(parts, config)
 
     def draw(self, batch: Sequence[Prompt]) -> list[np.ndarray | None]:
         """Pictures `(H, W, 3)` uint8 of prompts of one size and number of chunks; None for one that
@@ -412,40 +410,3 @@ def _lay_out(parts: PipelineParts, config: SamplingConfig, device: torch.device)
         parts.unet.bfloat16()
     if config.precision != "fp32" and device.type == "cuda":
         parts.unet.to(memory_format=torch.channels_last)
-
-
-def _warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:
-    """SDXL's fine-tunes draw garbage on the plain schedule, bigASP's page says; DDIM and zero-SNR
-    models want it."""
-    zero_snr = parts.noise_scheduler_config.get("rescale_betas_zero_snr")
-    if (
-        parts.family == "sdxl"
-        and config.schedule == "plain"
-        and config.sampler != "ddim"
-        and not zero_snr
-    ):
-        warnings.warn(
-            f'evaluation.sampling: sampler="{config.sampler}" with schedule="plain" often draws garbage with SDXL; '
-            'take "karras" or "exponential"',
-            stacklevel=3,
-        )
-
-
-def _warn_of_cut(prompts: pl.DataFrame, tokenizer: Tokenizer, config: SamplingConfig) -> None:
-    cut = cut_prompts(prompts, tokenizer, config)
-    if cut:
-        named = ", ".join(
-            f"{row['text']} of {row['prompt_id']!r} {row['tokens']}" for row in cut[:5]
-        )
-        limit = CHUNK_TOKENS * MAX_CHUNKS
-        warnings.warn(
-            f"{len(cut)} prompts or negatives have more than {limit} tokens, and what follows is not read: {named}"
-            f"{', ...' if len(cut) > 5 else ''}",
-            stacklevel=3,
-        )
-
-
-def _warn_of_remarks(prompts: pl.DataFrame, readings: Readings) -> None:
-    """Once a prompt, and once for a negative however many prompts share it."""
-    for row in remarks(prompts, readings):
-        warnings.warn(f"{row['text']} of {row['prompt_id']!r}: {row['read as']}", stacklevel=3)
