@@ -11,7 +11,7 @@ import typer
 
 from jobs.cli.shared import Home, if_interrupted, open_store
 from resources.workspace.store import Store
-from training.config.run import BatchConfig
+from training.config.run import BatchConfig, RunConfig
 from training.errors import ConfigError
 
 app = typer.Typer()
@@ -63,13 +63,40 @@ def train(
     ] = None,
 ) -> None:
     """Start, resume or follow a training run, or adopt one that was trained elsewhere."""
-    from resources import torchrun
     from resources.workspace import setup
-    from training.runs.run_folder import read_config
 
-    if dry_run + stop + (bundle is not None) > 1:
+    num_modes = dry_run + stop + (bundle is not None)
+    _check_options(recipe, bool(set_ or tiny), world_size, dry_run, num_modes)
+    store = open_store(home)
+    if stop:
+        _stop(store, run)
+        return
+    if dry_run:
+        config = setup.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
+        _print_estimates(store, run, config, world_size, gpu, price, rates)
+        return
+    if recipe is not None:
+        setup.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
+    setup.require_run(store, run)
+    if without_forgotten:
+        print(f"run {run} goes on without {setup.leave_out_forgotten(store, run)} forgotten images")
+    if bundle is not None:
+        _bundle(store, run, bundle)
+    else:
+        _train(store, run)
+
+
+def _check_options(
+    recipe: str | None, changes: bool, world_size: int | None, dry_run: bool, num_modes: int
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if num_modes > 1:
         raise ConfigError("--dry-run, --stop and --bundle do different things: give one of them")
-    if recipe is None and (set_ or tiny):
+    if recipe is None and changes:
         raise ConfigError(
             "--set and --tiny change a recipe: name it with --recipe, or edit the run's config.toml"
         )
@@ -80,44 +107,56 @@ def train(
         )
     if world_size is not None and world_size < 1:
         raise ConfigError(f"--world-size {world_size} must be at least 1: one rank for each card")
-    store = open_store(home)
-    if stop:
-        folder = store.paths.run_folder(run)
-        if not torchrun.is_running(folder):
-            print(f"run {run}: no trainer is running")
-            return
-        ending = torchrun.start_or_attach(folder, 1).stop()
-        print(f"run {run}: {ending['event']} at {ending['samples_seen']} samples")
-        return
-    if dry_run:
-        from jobs import estimates
-        from training.config import recipes
 
-        config = setup.resolve_run(store, run, recipe, set_ or [], tiny=tiny)
-        num_ranks = world_size or config.num_processes
-        hardware = estimates.Hardware(
-            num_gpus=num_ranks, gpu=gpu, dollars_per_hour=price, rates=rates
-        )
-        print(recipes.run_toml(config))
-        print("\n".join(estimates.dry_run(store, run, config, hardware)))
-        return
-    if recipe is not None:
-        setup.configure_run(store.home, run, recipe, set_ or [], tiny=tiny)
-    setup.require_run(store, run)
-    if without_forgotten:
-        print(f"run {run} goes on without {setup.leave_out_forgotten(store, run)} forgotten images")
-    if bundle is not None:
-        from jobs import bundles
-        from jobs.cli import console
 
-        with console.progress() as announce:
-            num_bytes = bundles.write(
-                store.home, run, bundle.expanduser().resolve(), started=announce
-            )
-        print(
-            f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back"
-        )
+def _stop(store: Store, run: str) -> None:
+    """Ask the running trainer to save and stop, and wait for it."""
+    from resources import torchrun
+
+    folder = store.paths.run_folder(run)
+    if not torchrun.is_running(folder):
+        print(f"run {run}: no trainer is running")
         return
+    ending = torchrun.start_or_attach(folder, 1).stop()
+    print(f"run {run}: {ending['event']} at {ending['samples_seen']} samples")
+
+
+def _print_estimates(
+    store: Store,
+    run: str,
+    config: RunConfig,
+    world_size: int | None,
+    gpu: str,
+    price: float,
+    rates: Path | None,
+) -> None:
+    """Print the recipe and what the run would take."""
+    from jobs import estimates
+    from training.config import recipes
+
+    num_ranks = world_size or config.num_processes
+    hardware = estimates.Hardware(num_gpus=num_ranks, gpu=gpu, dollars_per_hour=price, rates=rates)
+    print(recipes.run_toml(config))
+    print("\n".join(estimates.dry_run(store, run, config, hardware)))
+
+
+def _bundle(store: Store, run: str, bundle: Path) -> None:
+    """Write all that the run needs into a new folder."""
+    from jobs import bundles
+    from jobs.cli import console
+
+    with console.progress() as announce:
+        num_bytes = bundles.write(store.home, run, bundle.expanduser().resolve(), started=announce)
+    print(
+        f"wrote {bundle}, {num_bytes / 1e6:.1f} MB; its README.md says how to train it and bring it back"
+    )
+
+
+def _train(store: Store, run: str) -> None:
+    """Start, resume, follow or adopt the run."""
+    from resources import torchrun
+    from training.runs.run_folder import read_config
+
     started, folder = time.monotonic(), store.paths.run_folder(run)
     if_interrupted(lambda: _train_interrupted(store, run))
     with torchrun.standing_by(folder, read_config(folder).num_processes):
