@@ -1,4 +1,4 @@
-"""Annotators: one decode per picture feeds embeddings, tags and watermark boxes; captions come from
+"""Annotators: one decode per image feeds embeddings, tags and watermark boxes; captions come from
 sidecars."""
 
 import time
@@ -38,7 +38,7 @@ ANNOTATORS: tuple[type[Annotator], ...] = (
 )  # fmt: skip
 """Every network that looks at images; a line here makes it a stage. Packages beside this one add
 theirs by an entry point."""
-PICTURES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
+IMAGES = Reads("raw_images", ("image_id", "source", "source_id", "locator"), Per.SHARD)
 
 
 NETWORKS = {annotator.stage_name(): annotator for annotator in ANNOTATORS}
@@ -49,7 +49,7 @@ AnnotateWorkers = Workers[ImageBatch, pl.DataFrame]
 def annotations(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> Iterator[dg.MaterializeResult]:
-    """Decode each picture once and show it to every annotator whose rows are stale."""
+    """Decode each image once and show it to every annotator whose rows are stale."""
     config = store.config
     chosen = [STAGES[asset.to_user_string()] for asset in sorted(context.selected_asset_keys)]
     wanted = [stage for stage in chosen if stage.in_use(config)] or chosen
@@ -85,7 +85,7 @@ def _stage(annotator: type[Annotator]) -> Stage:
         scope=Scope.SHARD,
         group="annotate",
         kinds=annotator.kinds,
-        reads=(PICTURES,),
+        reads=(IMAGES,),
         also=before,
         config=lambda config, key: {
             name: getattr(config.annotate, name) for name in annotator.settings
@@ -100,7 +100,7 @@ def _stage(annotator: type[Annotator]) -> Stage:
 ANNOTATED = tuple(map(_stage, ANNOTATORS))
 CAPTIONS = Stage(
     name="captions",
-    description="One row per picture: the sentence its sidecar holds, or null.",
+    description="One row per image: the sentence its sidecar holds, or null.",
     version=1,
     scope=Scope.SHARD,
     group="annotate",
@@ -121,7 +121,7 @@ def _bring_up_to_date(
     key: str,
 ) -> list[tuple[Stage, Manifest]]:
     """Make the stale ones of the wanted tables for one shard, under one lock, in one pass over its
-    pictures."""
+    images."""
     with store.writer.holding("annotations", key):
         bases = {stage.name: store.currency.basis(stage, key) for stage in wanted}
         if None in bases.values():

@@ -1,4 +1,4 @@
-"""`bucket_assignments`: the training resolution of every kept picture."""
+"""`bucket_assignments`: the training resolution of every kept image."""
 
 import dagster as dg
 import polars as pl

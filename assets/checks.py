@@ -46,7 +46,7 @@ def sidecars_readable(store: Store) -> Finding:
 
 @check("raw_images")
 def mostly_usable(store: Store) -> Finding:
-    """Most candidates are pictures; many rejections mean a wrong folder or a wrong limit."""
+    """Most candidates are images; many rejections mean a wrong folder or a wrong limit."""
     accepted = store.read("raw_images", ["image_id"]).height
     rejected = (
         store.read("rejected_images", ["stage"]).filter(pl.col("stage") == "raw_images").height
@@ -95,14 +95,14 @@ def projections_normalised(store: Store) -> Finding:
 
 @check("tags")
 def tagger_speaks(store: Store) -> Finding:
-    """The tagger says something about most pictures; silence means a wrong model or
+    """The tagger says something about most images; silence means a wrong model or
     preprocessing."""
     tags = store.read("tags", ["tags"])["tags"]
     silent = int((tags.list.len() == 0).sum())
     return Finding(
         _share(silent, len(tags)) <= 0.5,
-        "at most half of the pictures have no tag at all",
-        {"pictures": len(tags), "without": silent},
+        "at most half of the images have no tag at all",
+        {"images": len(tags), "without": silent},
     )
 
 
@@ -119,8 +119,8 @@ def captions_have_no_markup(store: Store) -> Finding:
 
 
 @check("watermark_boxes", error=True)
-def boxes_inside_pictures(store: Store) -> Finding:
-    """Every box lies inside its upright picture."""
+def boxes_inside_images(store: Store) -> Finding:
+    """Every box lies inside its upright image."""
     boxes = (
         store.read("watermark_boxes", ["image_id", "boxes"])
         .explode("boxes")
@@ -177,15 +177,15 @@ def beats_chance(store: Store) -> Finding:
 
 @check("quality_scores")
 def not_mostly_junk(store: Store) -> Finding:
-    """At most half of the pictures score 0; more means a junk head that does not fit these
-    pictures."""
+    """At most half of the images score 0; more means a junk head that does not fit these
+    images."""
     scores = store.read("quality_scores", ["score"])["score"]
     junk = int((scores == 0).sum())
     share = _share(junk, len(scores))
     return Finding(
         share <= MAX_JUNK_SHARE,
         f"at most {MAX_JUNK_SHARE:.0%} are junk",
-        {"pictures": len(scores), "junk": junk},
+        {"images": len(scores), "junk": junk},
     )
 
 
@@ -202,7 +202,7 @@ def no_alias_is_a_tag(store: Store) -> Finding:
 
 @check("selected_images", error=True)
 def splits_never_leak(store: Store) -> Finding:
-    """No duplicate cluster has pictures in both splits, and the stable list is of training pictures
+    """No duplicate cluster has images in both splits, and the stable list is of training images
     only."""
     kept = store.read("selected_images", ["cluster", "split", "stable", "kept"]).filter(
         pl.col("kept")
@@ -213,23 +213,23 @@ def splits_never_leak(store: Store) -> Finding:
     misplaced = kept.filter(pl.col("stable") & (pl.col("split") != "train")).height
     return Finding(
         parted == 0 and misplaced == 0,
-        "clusters are in one split; stable pictures are training pictures",
+        "clusters are in one split; stable images are training images",
         {"kept": kept.height, "parted clusters": parted, "stable outside train": misplaced},
     )
 
 
 @check("selected_images")
 def something_held_out(store: Store) -> Finding:
-    """There is a validation picture."""
+    """There is a validation image."""
     held_out = (
         store.read("selected_images", ["split"]).filter(pl.col("split") == "validation").height
     )
-    return Finding(held_out > 0, "at least one picture is held out", {"validation": held_out})
+    return Finding(held_out > 0, "at least one image is held out", {"validation": held_out})
 
 
 @check("bucket_assignments", error=True)
 def resized_fills_bucket(store: Store) -> Finding:
-    """The resized picture covers its bucket, or lies within it where it is padded; never enlarged
+    """The resized image covers its bucket, or lies within it where it is padded; never enlarged
     unless allowed."""
     wrong = images = 0
     for name in store.tables.parts("bucket_assignments"):
@@ -375,17 +375,17 @@ def prompts_never_trained(store: Store) -> Finding:
 
 
 @check("sample_images")
-def pictures_not_blank(store: Store) -> Finding:
-    """Sample images are not all one picture: equal pixels for different prompts mean a dead
+def images_not_blank(store: Store) -> Finding:
+    """Sample images are not all one image: equal pixels for different prompts mean a dead
     model."""
     frame = pl.concat([store.read("sample_images", ["sha256"], [part]).drop_nulls().with_columns(part=pl.lit(part))
                        for part in store.tables.parts("sample_images")])  # fmt: skip
     repeated = int(frame.is_duplicated().sum())
-    return Finding(repeated == 0, "no two pictures of a checkpoint are equal", {"equal": repeated})
+    return Finding(repeated == 0, "no two images of a checkpoint are equal", {"equal": repeated})
 
 
 @check("eval_metrics", error=True)
-def every_picture_scored(store: Store) -> Finding:
+def every_image_scored(store: Store) -> Finding:
     """Each sample image has a finite CLIP score."""
     unscored = 0
     for part in store.tables.parts("eval_metrics"):

@@ -1,4 +1,4 @@
-"""Which pictures are the same one: by bytes, by pixels, or nearly."""
+"""Which images are the same one: by bytes, by pixels, or nearly."""
 
 import dagster as dg
 

@@ -1,4 +1,4 @@
-"""`eval_metrics`: how good a checkpoint's pictures are."""
+"""`eval_metrics`: how good a checkpoint's images are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ from training.names import CheckpointName
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
-    """Digests of the further scorers, and of what the pictures are compared with."""
+    """Digests of the further scorers, and of what the images are compared with."""
     scorers = {
         f"scorer:{name}": store.models.digest(name)
         for name in store.config.evaluation.scoring.scorers
@@ -95,8 +95,8 @@ def _report(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) 
                 summed, "train_similarity", ("p50", "p95", "max")
             ),
             "distance from validation images": _distances(summed),
-            "look of the pictures": _looks(summed),
-            "pictures without scores": failed.select("prompt_id", "text", "reason").to_dicts(),
+            "look of the images": _looks(summed),
+            "images without scores": failed.select("prompt_id", "text", "reason").to_dicts(),
         },
         "pictures": {
             "CLIP scores": figures.histogram(clip_scores),
@@ -115,8 +115,8 @@ def _summary(frame: pl.DataFrame) -> dict[str, float]:
 def _rows(
     summed: Mapping[str, float], stem: str, columns: tuple[str, ...]
 ) -> list[dict[str, object]]:
-    """The same numbers of the checkpoint's pictures, of validation images and of the base's
-    pictures."""
+    """The same numbers of the checkpoint's images, of validation images and of the base's
+    images."""
     found = []
     for label, prefix in (
         ("checkpoint", stem),
@@ -125,24 +125,24 @@ def _rows(
     ):
         own = {name: summed[f"{prefix}_{name}"] for name in columns if f"{prefix}_{name}" in summed}
         if own:
-            found.append({"pictures of": label, **own})
+            found.append({"images of": label, **own})
     return found
 
 
 def _distances(summed: Mapping[str, float]) -> list[dict[str, object]]:
     of = {"checkpoint": "", "base": "_base", "as many training images": "_floor"}
     return [
-        {"pictures of": label, "CMMD": summed[f"cmmd{suffix}"], "KID": summed[f"kid{suffix}"]}
+        {"images of": label, "CMMD": summed[f"cmmd{suffix}"], "KID": summed[f"kid{suffix}"]}
         for label, suffix in of.items()
         if f"cmmd{suffix}" in summed
     ]
 
 
 def _looks(summed: Mapping[str, float]) -> list[dict[str, object]]:
-    of = {"checkpoint": "", "base": "_base", "training pictures": "_train"}
+    of = {"checkpoint": "", "base": "_base", "training images": "_train"}
     return [
         {
-            "pictures of": label,
+            "images of": label,
             **{name: summed[f"{name}_mean{suffix}"] for name in overbaked.MEASURES},
             "share with uniform borders": summed[f"border_share{suffix}"],
         }
@@ -171,7 +171,7 @@ def _alarm(store: Store, key: str, summed: Mapping[str, float]) -> dict[str, obj
 
 
 def _closest(store: Store, key: str, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, str]:
-    """The pictures nearest to a training image, each with that image on its right."""
+    """The images nearest to a training image, each with that image on its right."""
     pairs = references.closest(store, key, frame, samples)
     shown = [
         np.asarray(figures.fit(side, 96, 96))

@@ -1,4 +1,4 @@
-"""`latents`: every kept picture, placed in its bucket and encoded by the VAE, generation by
+"""`latents`: every kept image, placed in its bucket and encoded by the VAE, generation by
 generation."""
 
 import time
@@ -17,10 +17,10 @@ from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training import progress, toml
 from training.buckets.geometry import Box, Size
-from training.buckets.plans import follows_picture
+from training.buckets.plans import follows_image
 from training.errors import DamageError
 from training.images import figures
-from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec
+from training.latents.encoder import EncodeJob, Encoder, KeptImage, VaeSpec
 from training.latents.encoding import EncodedShard, encode_shard, same_policy
 from training.latents.generations import Generation, read_generation
 from training.latents.generations import generations as numbers_of
@@ -38,10 +38,10 @@ def _watermarks_read(store: Store, key: str) -> Mapping[str, str]:
 
 
 def _read_by_some(store: Store, key: str) -> Mapping[str, str]:
-    """What only some encodings read: boxes, and sizes of pictures where these follow from no
+    """What only some encodings read: boxes, and sizes of images where these follow from no
     bucket."""
     found = dict(_watermarks_read(store, key))
-    if follows_picture(store.config.encodings[latents.encoding(key)].buckets):
+    if follows_image(store.config.encodings[latents.encoding(key)].buckets):
         found[_SIZES.label] = store.slices.digest(latents, _SIZES, key) or "none"
     return found
 
@@ -180,14 +180,14 @@ def _is_equal(store: Store, key: str, manifest: Manifest, basis: Mapping[str, An
     )
 
 
-def pictures(store: Store, key: str) -> list[Picture]:
+def pictures(store: Store, key: str) -> list[KeptImage]:
     """The kept images of a shard that have a bucket."""
     assigned = store.slices.read(latents, "bucket_assignments", key)
     chosen = store.slices.read(latents, "selected_images", key)
     marked, sizes = _boxes(store, key), _sizes(store, key)
     kept = assigned.join(chosen, on="image_id", how="inner").sort("image_id")
     return [
-        Picture(
+        KeptImage(
             image_id=row["image_id"],
             file=file,
             original=Size(row["height"], row["width"]),
@@ -204,16 +204,16 @@ def pictures(store: Store, key: str) -> list[Picture]:
 
 
 def _sizes(store: Store, key: str) -> dict[str, Size]:
-    """What pictures are resized to, by image_id; empty where a picture's bucket says it."""
+    """What images are resized to, by image_id; empty where an image's bucket says it."""
     encoding = latents.encoding(key)
-    if not follows_picture(store.config.encodings[encoding].buckets):
+    if not follows_image(store.config.encodings[encoding].buckets):
         return {}
     rows = store.read("bucket_assignments", _SIZES.columns, [encoding])
     return {image_id: Size(height, width) for image_id, height, width in rows.iter_rows()}
 
 
 def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
-    """Watermark boxes of the shard's images: to avoid, and to draw into the pictures that are
+    """Watermark boxes of the shard's images: to avoid, and to draw into the images that are
     shown."""
     shard = latents.shard(key)
     parts = [
@@ -231,7 +231,7 @@ def _boxes(store: Store, key: str) -> dict[str, tuple[tuple[Box, float], ...]]:
 
 
 def _report(shard: EncodedShard, number: int, batch_size: int, seconds: float) -> dict[str, object]:
-    """Numbers of the pass, what is in which bucket, and a few pictures: source with its crop, crop,
+    """Numbers of the pass, what is in which bucket, and a few images: source with its crop, crop,
     decoded latents.
 
     Args:
@@ -262,9 +262,7 @@ def _report(shard: EncodedShard, number: int, batch_size: int, seconds: float) -
     )
     report: dict[str, object] = {"numbers": numbers, "tables": {"buckets": buckets.to_dicts()}}
     if shard.shown:
-        shown = [
-            picture for item in shard.shown for picture in (item.source, item.crop, item.decoded)
-        ]
+        shown = [image for item in shard.shown for image in (item.source, item.crop, item.decoded)]
         captions = [
             text
             for item in shard.shown

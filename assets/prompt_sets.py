@@ -132,7 +132,7 @@ def _sizes(store: Store, key: str) -> tuple[Size, ...]:
 
     Raises:
         ConfigError: it names no encoding though there are several, or one that is not there, or
-            whose plan follows each picture.
+            whose plan follows each image.
     """
     name, known = store.config.prompt_sets[key].encoding, sorted(store.config.encodings)
     name = name or (known[0] if len(known) == 1 else "")

@@ -1,4 +1,4 @@
-"""From people's judgements to a score 0-9 per picture."""
+"""From people's judgements to a score 0-9 per image."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def _pairs_folder(store: Store) -> Path:
 def quality_pairs(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per judgement of two pictures, from the append-only files under labels/pairs/."""
+    """One row per judgement of two images, from the append-only files under labels/pairs/."""
 
     def make(key: str) -> Made:
         frame, problems = scores.read_pairs(_pairs_folder(store))
@@ -125,7 +125,7 @@ def quality_model(
 def quality_scores(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per picture: utility, score 0-9 (0 is junk), aesthetic score, low-level measures."""
+    """One row per image: utility, score 0-9 (0 is junk), aesthetic score, low-level measures."""
 
     def make(key: str) -> Made:
         from training.annotators.aesthetic import Aesthetic
@@ -156,7 +156,7 @@ def quality_scores(
 
 
 def _report(store: Store, frame: pl.DataFrame, raw: pl.DataFrame) -> dict[str, object]:
-    """Distribution of the scores, and the best and the worst pictures."""
+    """Distribution of the scores, and the best and the worst images."""
     if frame.is_empty():
         return {}
     located = frame.join(raw.select("image_id", "source", "locator"), on="image_id").sort(

@@ -1,4 +1,4 @@
-"""Ingest: what there is (`source_listing`), and which of it is a picture (`raw_images`)."""
+"""Ingest: what there is (`source_listing`), and which of it is an image (`raw_images`)."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -77,7 +77,7 @@ def source_listing(
                 or "none"
             )
             raise DataError(
-                f"no image file in any source (looked in: {folders}); add pictures or another [[sources]]"
+                f"no image file in any source (looked in: {folders}); add images or another [[sources]]"
             )
         rejected = rejections("source_listing", unused)
         num_with_words = sources.num_with_words(listed, store.config.sources)
@@ -117,7 +117,7 @@ def source_listing(
 def raw_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per file that is a picture. All others are in rejected_images, each with its
+    """One row per file that is an image. All others are in rejected_images, each with its
     reason."""
 
     def make(key: str) -> Made:
@@ -130,7 +130,7 @@ def raw_images(
             rows_in=candidates.height,
             report={
                 "numbers": {"turned upright": int((frame["orientation"] > 1).sum())},
-                "pictures": _pictures(store, frame),
+                "pictures": _images(store, frame),
                 "tables": {"rejected by reason": _counts(rejected)},
             },
         )
@@ -152,7 +152,7 @@ def read_candidates(
             {**_identity(row), "reason": Reason.GONE, "value": row["gone_at"].isoformat()}
         )
     with DecodePool(store.config.decode) as pool:
-        facts = track(pool.facts(image_files(store, present)), "pictures", present.height)
+        facts = track(pool.facts(image_files(store, present)), "images", present.height)
         for row, result in zip(present.iter_rows(named=True), facts, strict=True):
             if not isinstance(result, Facts):
                 rejected.append({**_identity(row), **asdict(result)})
@@ -190,8 +190,8 @@ def _counts(rejected: list[dict[str, object]]) -> list[dict[str, object]]:
     ]
 
 
-def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
-    """A contact sheet of the first pictures and the distribution of their sizes."""
+def _images(store: Store, frame: pl.DataFrame) -> dict[str, str]:
+    """A contact sheet of the first images and the distribution of their sizes."""
     if frame.is_empty():
         return {}
     megapixels = (frame["height"].cast(pl.Float64) * frame["width"] / 1e6).to_list()
@@ -202,7 +202,7 @@ def _pictures(store: Store, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def thumbnails(store: Store, rows: pl.DataFrame, captions: list[str] | None = None) -> str:
-    """A contact sheet of the pictures of `rows` (source, locator) as Markdown; unreadable ones are
+    """A contact sheet of the images of `rows` (source, locator) as Markdown; unreadable ones are
     left out."""
     captions = captions or [""] * rows.height
     shown, said = [], []

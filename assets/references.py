@@ -1,4 +1,4 @@
-"""What `eval_metrics` compares a checkpoint's pictures with: its base's pictures, and the set it
+"""What `eval_metrics` compares a checkpoint's images with: its base's images, and the set it
 was trained on."""
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from training.errors import ConfigError, DataError
 from training.evaluation import overbaked
 from training.evaluation.copies import Block
 from training.evaluation.prompt_groups import counted
-from training.evaluation.references import BasePictures, References, TrainingImages, sample
+from training.evaluation.references import BaseImages, References, TrainingImages, sample
 from training.images.decode_pool import DecodePool, ImageFile
 from training.manifests import read_parquet
 from training.names import CheckpointName
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 _ABSENT = "absent"
 NUM_CLOSEST = 10
-"""Pictures that are shown beside their nearest training image."""
+"""Images that are shown beside their nearest training image."""
 
 
 def digests(store: Store, key: str) -> dict[str, str]:
-    """Digests of what the pictures of checkpoint `key` are compared with; none for the base, which
+    """Digests of what the images of checkpoint `key` are compared with; none for the base, which
     is what they are compared with and was trained on nothing here.
 
     The set is the run's own, by its fingerprint: images that come and go later do not make scores
@@ -56,11 +56,11 @@ def gather(store: Store, stage: Stage, key: str, networks: "Mapped", batch_size:
 
     Args:
         store: The workspace.
-        stage: `eval_metrics`. What it has committed of the base's pictures is taken from there
+        stage: `eval_metrics`. What it has committed of the base's images is taken from there
             while it is current.
         key: The checkpoint.
-        networks: Look at the base's pictures where nothing current is committed.
-        batch_size: Pictures at a time.
+        networks: Look at the base's images where nothing current is committed.
+        batch_size: Images at a time.
 
     Raises:
         DataError: embeddings of its training images were made by another CLIP.
@@ -74,7 +74,7 @@ def gather(store: Store, stage: Stage, key: str, networks: "Mapped", batch_size:
         pictures = (
             _seen_before(store, base)
             if current
-            else _base_pictures(store, base, networks, batch_size)
+            else _base_images(store, base, networks, batch_size)
         )
     inputs = _inputs(store, key)
     return References(base=pictures, training=_training_images(store, key) if inputs else None)
@@ -91,7 +91,7 @@ def located(store: Store, images: pl.DataFrame) -> list[tuple[str, ImageFile]]:
     for name in rows["source"].unique().to_list():
         try:
             sources[name] = store.paths.source(name)
-        except (ConfigError, DataError):  # removed since the training: its pictures cannot be shown
+        except (ConfigError, DataError):  # removed since the training: its images cannot be shown
             continue
     kept = rows.filter(pl.col("source").is_in(list(sources))).sort("image_id")
     return [
@@ -115,7 +115,7 @@ def training_images(store: Store, key: str) -> pl.DataFrame | None:
 
 
 class Pair(NamedTuple):
-    """A picture and the training image nearest to it."""
+    """An image and the training image nearest to it."""
 
     prompt_id: str
     similarity: float
@@ -127,7 +127,7 @@ class Pair(NamedTuple):
 
 
 def closest(store: Store, key: str, metrics: pl.DataFrame, samples: pl.DataFrame) -> list[Pair]:
-    """The pictures nearest to a training image, nearest first; none for models that were not
+    """The images nearest to a training image, nearest first; none for models that were not
     trained here, and without those whose training image is gone or that cannot be read themselves.
 
     Args:
@@ -171,8 +171,8 @@ def _inputs(store: Store, key: str) -> RunInputs | None:
     return inputs if inputs.training_set.is_file() else None
 
 
-def _seen_before(store: Store, base: str) -> BasePictures:
-    """What the base's committed scores hold of its pictures: equal to the bit to another look at
+def _seen_before(store: Store, base: str) -> BaseImages:
+    """What the base's committed scores hold of its images: equal to the bit to another look at
     them."""
     rows = counted(
         store.read("eval_metrics", ["prompt_id", "metric", "value", "embedding"], [base])
@@ -181,19 +181,19 @@ def _seen_before(store: Store, base: str) -> BasePictures:
         name: rows.filter(pl.col("metric") == name).sort("prompt_id")
         for name in ("embedding", *overbaked.ALL)
     }
-    return BasePictures(
+    return BaseImages(
         embeddings=np.array(of["embedding"]["embedding"].to_list(), dtype=np.float32),
         levels={name: of[name]["value"].to_numpy() for name in overbaked.ALL},
     )
 
 
-def _base_pictures(store: Store, base: str, networks: "Mapped", batch_size: int) -> BasePictures:
+def _base_images(store: Store, base: str, networks: "Mapped", batch_size: int) -> BaseImages:
     from training.evaluation.clip_score import look
 
     samples = counted(store.read("sample_images", ["prompt_id", "text", "file"], [base]))
     pictures = (read_or_explain(store.paths.sample_folder(base), file) for file in samples["file"])
     seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
-    return BasePictures(
+    return BaseImages(
         embeddings=seen.embeddings,
         levels={name: seen.scores.get(name, np.empty(0)) for name in overbaked.ALL},
     )
@@ -232,9 +232,9 @@ def _embeddings(store: Store, clip: str, images: pl.DataFrame) -> Iterator[Block
 
 
 def _levels(store: Store, images: pl.DataFrame) -> overbaked.Levels:
-    """Measures of training pictures at the size that they were trained at; unreadable ones are left
+    """Measures of training images at the size that they were trained at; unreadable ones are left
     out."""
-    chosen = sample(images, overbaked.MAX_TRAINING_PICTURES)
+    chosen = sample(images, overbaked.MAX_TRAINING_IMAGES)
     buckets = {
         row[0]: Size(*row[1:])
         for row in chosen.select("image_id", "bucket_height", "bucket_width").iter_rows()

@@ -13,7 +13,7 @@ from assets.metadata import materialize
 from assets.release_report import evaluated, render_report, shown, sides, summary_of
 from resources.graph import Reads, Scope, Stage
 from resources.mlflow.catch_up import catch_up
-from resources.mlflow.images import choose_pictures
+from resources.mlflow.images import choose_images
 from resources.workspace.paths import file_digest
 from resources.workspace.store import Store
 from resources.workspace.writer import Made, git_revision
@@ -23,7 +23,7 @@ from training.images import figures
 from training.manifests import read_parquet
 from training.names import VerdictName
 from training.reports import contact_sheet
-from training.reports.model_card import Card, Picture
+from training.reports.model_card import Card, Image
 from training.runs import release as releasing
 from training.runs.event_log import read_lines
 from training.runs.run_folder import CONFIG, EVENTS, read_config, read_inputs, read_ready
@@ -80,7 +80,7 @@ def release(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
     """One row per file of the release: the last checkpoint's model, its card, its report, licence
-    and pictures."""
+    and images."""
 
     def make(key: str) -> Made:
         last = store.checkpoints.last(key)
@@ -89,10 +89,8 @@ def release(
                 f"release {key}: the run has no finished checkpoint; run `foundry train --run {key}`"
             )
         folder, model = store.home / "release" / key, store.checkpoints.folder(last)
-        licences, pictures = _licences(store, key), _card_pictures(store, last)
-        card, tags = render_card(
-            store, key, last, list(licences), [picture for picture, _ in pictures]
-        )
+        licences, pictures = _licences(store, key), _card_images(store, last)
+        card, tags = render_card(store, key, last, list(licences), [image for image, _ in pictures])
         texts = {
             releasing.CARD: card,
             releasing.REPORT: render_report(store, key, last),
@@ -108,7 +106,7 @@ def release(
             copies={
                 releasing.CONFIG: store.paths.run_folder(key) / CONFIG,
                 **licences,
-                **{picture.file: path for picture, path in pictures},
+                **{image.file: path for image, path in pictures},
             },
         )
         write_bytes(store.paths.sheet_file(key), _sheet(store, key, last))
@@ -143,7 +141,7 @@ def _clock(store: Store, run: str) -> dict[str, object]:
 
 
 def render_card(
-    store: Store, run: str, last: str, licences: Sequence[str], pictures: Sequence[Picture]
+    store: Store, run: str, last: str, licences: Sequence[str], pictures: Sequence[Image]
 ) -> tuple[str, str]:
     """The model card as Markdown, and the list of tags as CSV."""
     from training.curation import vocabulary
@@ -173,7 +171,7 @@ def render_card(
         evaluation=store.config.evaluation,
         summaries=[(name, summary_of(store, name)) for name in shown(store, run, last)],
         verdicts=store.read("verdicts", parts=[str(VerdictName.against_base(last))]),
-        pictures=pictures,
+        images=pictures,
     )
     words = vocabulary.read(inputs.vocabulary, inputs.vocabulary_sha256)
     return model_card.render(card), card_facts.tags_csv(facts, words)
@@ -201,18 +199,18 @@ def _base(store: Store, run: str) -> tuple[str, str]:
     ).license if known else models.base_license
 
 
-def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
+def _card_images(store: Store, last: str) -> list[tuple[Image, Path]]:
     """A few sample images for the card, of each group in turn, with the files that they come
     from."""
-    found: list[tuple[Picture, Path]] = []
+    found: list[tuple[Image, Path]] = []
     folder, samples = store.paths.sample_folder(last), store.read("sample_images", parts=[last])
-    for row in choose_pictures(samples, NUM_IN_CARD).iter_rows(named=True):
+    for row in choose_images(samples, NUM_IN_CARD).iter_rows(named=True):
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", row["prompt_id"])[:60]
-        file = f"{releasing.PICTURES}/{len(found) + 1}-{name}.png"
+        file = f"{releasing.IMAGES}/{len(found) + 1}-{name}.png"
         if read_if_there(folder, row["file"]) is not None:
             found.append(
                 (
-                    Picture(file=file, text=row["text"], negative=row["negative"]),
+                    Image(file=file, text=row["text"], negative=row["negative"]),
                     folder / row["file"],
                 )
             )
@@ -221,19 +219,17 @@ def _card_pictures(store: Store, last: str) -> list[tuple[Picture, Path]]:
 
 def _grid(store: Store, last: str) -> str:
     """Base and checkpoint side by side for a few prompts, as Markdown; black where there is no
-    picture."""
+    image."""
     before, after = sides(store, [store.checkpoints.base() or "", last])
     both = before.samples.join(after.samples.select("prompt_id", after="file"), on="prompt_id")
-    rows = choose_pictures(both, NUM_SHOWN)
+    rows = choose_images(both, NUM_SHOWN)
     pictures, captions = [], []
     for row in rows.iter_rows(named=True):
         pair = [
             read_if_there(before.folder, row["file"]),
             read_if_there(after.folder, row["after"]),
         ]
-        pictures += [
-            np.zeros((8, 8, 3), np.uint8) if picture is None else picture for picture in pair
-        ]
+        pictures += [np.zeros((8, 8, 3), np.uint8) if image is None else image for image in pair]
         captions += [f"base: {row['text']}", "fine-tuned"]
     return figures.contact_sheet(pictures, captions)
 
@@ -247,11 +243,11 @@ def _sheet(store: Store, run: str, last: str) -> bytes:
         contact_sheet.Row(
             title=row["prompt_id"],
             text=row["text"],
-            pictures=[
+            images=[
                 read_if_there(side.folder, names.get(row["prompt_id"]))
                 for side, names in zip(columns, files, strict=True)
             ],
         )
-        for row in choose_pictures(drawn, NUM_IN_SHEET).iter_rows(named=True)
+        for row in choose_images(drawn, NUM_IN_SHEET).iter_rows(named=True)
     ]
     return contact_sheet.grid(rows, [side.label for side in columns])

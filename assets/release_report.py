@@ -90,7 +90,7 @@ def render_report(store: Store, run: str, last: str) -> str:
 
 
 def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
-    """How pictures were drawn, in small print, and how many of a checkpoint's have no score."""
+    """How images were drawn, in small print, and how many of a checkpoint's have no score."""
     from training.sampling.schedulers import label
 
     sampling = store.config.evaluation.sampling
@@ -103,18 +103,18 @@ def protocol_facts(store: Store, checkpoint: str) -> dict[str, object]:
         facts["weights"] = "averaged, where there are some"
     failed = summary_of(store, checkpoint).get("num_failed")
     return facts | (
-        {"pictures without scores": f"{failed:.0f}, so there is no verdict"} if failed else {}
+        {"images without scores": f"{failed:.0f}, so there is no verdict"} if failed else {}
     )
 
 
 def closest(store: Store, checkpoint: str) -> list[Exhibit]:
-    """The pictures nearest to a training image, that image on the right, the nearest first."""
+    """The images nearest to a training image, that image on the right, the nearest first."""
     metrics, samples = (
         store.read(table, parts=[checkpoint]) for table in ("eval_metrics", "sample_images")
     )
     return [
         Exhibit(
-            pictures=[pair.picture, pair.image],
+            images=[pair.picture, pair.image],
             caption=f"{pair.prompt_id}: cosine {pair.similarity:.3f} with {pair.image_id[:12]}",
         )
         for pair in references.closest(store, checkpoint, metrics, samples)

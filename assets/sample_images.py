@@ -1,4 +1,4 @@
-"""`sample_images`: what a checkpoint draws for the fixed prompts, each picture from its own
+"""`sample_images`: what a checkpoint draws for the fixed prompts, each image from its own
 seed."""
 
 import contextlib
@@ -19,13 +19,13 @@ from training.names import CheckpointName
 from training.progress import report
 from training.runs.retention import reading
 from training.runs.run_folder import READY
-from training.sampling.image_files import read_picture
+from training.sampling.image_files import read_image
 from training.sampling.prompt_reading import read_set, remarks
 from training.sampling.sampling_inputs import input_digests
 
 NUM_SHOWN = 16
 WANTED_BY = "evaluation"
-"""Under which a checkpoint is kept until its pictures are drawn."""
+"""Under which a checkpoint is kept until its images are drawn."""
 
 
 def _inputs(store: Store, key: str) -> dict[str, str]:
@@ -60,7 +60,7 @@ def _inputs(store: Store, key: str) -> dict[str, str]:
 def sample_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per prompt: the picture that this checkpoint drew, from a seed that never changes."""
+    """One row per prompt: the image that this checkpoint drew, from a seed that never changes."""
 
     def make(key: str) -> Made:
         from training.models.text_encoders import load_tokenizer
@@ -84,7 +84,7 @@ def sample_images(
             rows_in=prompts.height,
             report={
                 "pictures": {"pictures": sheet(folder, frame)},
-                "numbers": {"pictures that are not finite": failed} if failed else {},
+                "numbers": {"images that are not finite": failed} if failed else {},
                 "tables": {
                     "prompts longer than what is read": cut,
                     "prompts read otherwise than they look": odd,
@@ -125,8 +125,8 @@ def prompts_of(store: Store) -> pl.DataFrame:
 
 
 def sheet(folder: Path, frame: pl.DataFrame) -> str:
-    """A contact sheet of the first pictures, captioned with their prompts."""
+    """A contact sheet of the first images, captioned with their prompts."""
     shown = frame.filter(pl.col("file").is_not_null()).head(NUM_SHOWN)
     return figures.contact_sheet(
-        [read_picture(folder / file) for file in shown["file"]], shown["text"].to_list()
+        [read_image(folder / file) for file in shown["file"]], shown["text"].to_list()
     )

@@ -1,4 +1,4 @@
-"""`selected_images`: which pictures go on, by which rule the others fell, and the split that never
+"""`selected_images`: which images go on, by which rule the others fell, and the split that never
 leaks."""
 
 import dagster as dg
@@ -47,7 +47,7 @@ def _plain(section: object) -> dict[str, object]:
 def selected_images(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
 ) -> dg.MaterializeResult:
-    """One row per picture: kept or the rule that dropped it, its split, score, tags, caption and
+    """One row per image: kept or the rule that dropped it, its split, score, tags, caption and
     boxes."""
 
     def make(key: str) -> Made:

@@ -1,4 +1,4 @@
-"""`verdicts`: whether a checkpoint's pictures are better than those of its base, of the champion,
+"""`verdicts`: whether a checkpoint's images are better than those of its base, of the champion,
 or of any other."""
 
 import json
@@ -21,7 +21,7 @@ from resources.workspace.writer import Made
 from training import toml
 from training.commit import lock
 from training.config.workspace import WorkspaceConfig
-from training.errors import DataError, EvaluationError, FailedPicturesError
+from training.errors import DataError, EvaluationError, FailedImagesError
 from training.evaluation import champion
 from training.names import CheckpointName, VerdictName
 from training.runs import retention, run_folder
@@ -83,14 +83,14 @@ def verdicts(
     how surely?"""
 
     result = materialize(context, store, verdicts, lambda key: judge(store, key))
-    crown(store, context.log)
+    promote(store, context.log)
     if catch_up(store, context.log):
         _link_views(context, store)
     return result
 
 
 def judge(store: Store, key: str) -> Made:
-    """The verdict of a checkpoint against the base; for one with failed pictures, a note that there
+    """The verdict of a checkpoint against the base; for one with failed images, a note that there
     is none and why.
 
     Raises:
@@ -115,7 +115,7 @@ def judge(store: Store, key: str) -> Made:
             )
         )
     except (
-        FailedPicturesError
+        FailedImagesError
     ) as error:  # an outcome as any other: it can be looked at, and later checkpoints go on
         return _without(str(error))
 
@@ -145,15 +145,15 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
     """A checkpoint's committed scores, with the protocol that its manifests say they were made by.
 
     Raises:
-        DataError: they are not committed, or its pictures have been drawn anew since.
+        DataError: they are not committed, or its images have been drawn anew since.
     """
     from training.evaluation.verdict import Protocol, Scores
     from training.sampling.image_files import DTYPE
 
-    pictures, metrics = (
+    images, metrics = (
         store.manifest(table, checkpoint) for table in ("sample_images", "eval_metrics")
     )
-    if pictures is None or metrics is None:
+    if images is None or metrics is None:
         raise DataError(
             f"checkpoint {checkpoint} has no scores yet: run `foundry evaluate {checkpoint}`"
         )
@@ -162,11 +162,11 @@ def scores_of(store: Store, checkpoint: str) -> "Scores":
         eval_metrics, eval_metrics.reads[0], checkpoint
     ):
         raise DataError(
-            f"checkpoint {checkpoint}: its pictures are newer than its scores; run `foundry run` first"
+            f"checkpoint {checkpoint}: its images are newer than its scores; run `foundry run` first"
         )
     protocol = Protocol(
-        prompts=pictures.inputs["prompts"],
-        sampling=json.dumps([pictures.config, _named(pictures.inputs, "lora:")], sort_keys=True),
+        prompts=images.inputs["prompts"],
+        sampling=json.dumps([images.config, _named(images.inputs, "lora:")], sort_keys=True),
         clip=metrics.models["clip"],
         aesthetic=metrics.models["aesthetic"],
         scorers=json.dumps(_named(metrics.inputs, "scorer:"), sort_keys=True),
@@ -198,7 +198,7 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
 
     Raises:
         DataError: one of them has no scores.
-        FailedPicturesError: a picture of either has no scores.
+        FailedImagesError: an image of either has no scores.
         EvaluationError: their scores were made by different protocols.
     """
     ours, theirs, margins = (
@@ -225,7 +225,7 @@ def judge_pair(store: Store, a: str, b: str, *, one_of_many: bool = False) -> st
     return part
 
 
-def crown(store: Store, log: logging.Logger) -> None:
+def promote(store: Store, log: logging.Logger) -> None:
     """Let the checkpoints that have not yet stood against the champion challenge it, once all
     verdicts are current.
 
@@ -263,7 +263,7 @@ def _reigning(store: Store) -> champion.Champion:
 
 def _contest(store: Store, now: champion.Champion, log: logging.Logger) -> champion.Champion | None:
     """Judge whoever has not yet stood against the champion; returns the champion after that, None
-    if nobody could."""
+    if no one could."""
     from training.evaluation.verdict import sentence
 
     found = {
@@ -348,7 +348,7 @@ def _keep_only(store: Store, checkpoint: str) -> None:
 
 
 def _link_views(context: dg.AssetExecutionContext, store: Store) -> None:
-    """Show beside the verdicts where MLflow shows runs, curves and pictures side by side."""
+    """Show beside the verdicts where MLflow shows runs, curves and images side by side."""
     views = workspace_tracking(store.home, store.config.tracking.uri).views()
     links = {f"MLflow: {name}": dg.MetadataValue.url(url) for name, url in views.items()}
     for key in context.partition_keys if links else ():

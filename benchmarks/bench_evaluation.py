@@ -1,9 +1,9 @@
-"""What scoring costs: each picture seen once against the guide's way, summary and verdict of
+"""What scoring costs: each image seen once against the guide's way, summary and verdict of
 100,000 rows, and the search for the nearest of 1.5 million training images.
 
 Usage: python benchmarks/bench_evaluation.py [NUM_IMAGES]
 
-Draws its own pictures and makes its own networks: a random CLIP of some 40 million parameters with
+Draws its own images and makes its own networks: a random CLIP of some 40 million parameters with
 the demo's tokenizer. The two ways of scoring are compared in processor seconds of one thread; all
 else is wall clock.
 """
@@ -60,7 +60,7 @@ def networks() -> tuple[object, object]:
 
 
 def draw(folder: Path) -> pl.DataFrame:
-    """Rows of `sample_images` with their pictures."""
+    """Rows of `sample_images` with their images."""
     from training.tables.schemas import TABLES
 
     rng, rows = np.random.default_rng(0), []
@@ -80,8 +80,8 @@ def draw(folder: Path) -> pl.DataFrame:
 def guide(samples: pl.DataFrame, folder: Path, clip: object, aesthetic: object) -> np.ndarray:
     """CLIP score and aesthetic `(N, 2)` as the guide and GhostReview have them.
 
-    Each picture is prepared and encoded for the one and again for the other, each prompt tokenized
-    and encoded for each picture. Loading CLIP anew for each, as they do, is left out.
+    Each image is prepared and encoded for the one and again for the other, each prompt tokenized
+    and encoded for each image. Loading CLIP anew for each, as they do, is left out.
     """
     found = []
     for row in samples.iter_rows(named=True):
@@ -120,7 +120,7 @@ def scoring() -> None:
         ]
     fast, slow = (float(np.median(side)) for side in zip(*times, strict=True))
     count = samples.height
-    print(f"scores of {count} pictures of {NUM_PROMPTS} prompts: {count / fast:.2f}/s of processor time, "
+    print(f"scores of {count} images of {NUM_PROMPTS} prompts: {count / fast:.2f}/s of processor time, "
           f"the guide's way {count / slow:.2f}/s: {slow / fast:.2f} x (limit {MIN_SPEEDUP}); "
           f"largest difference {gap:.1e}")  # fmt: skip
 
@@ -166,7 +166,7 @@ def tables() -> None:
 
 
 def search(num_images: int) -> None:
-    """The nearest training image of a checkpoint's, its base's and the validation pictures; and
+    """The nearest training image of a checkpoint's, its base's and the validation images; and
     what distances cost."""
     from training.evaluation import copies, distances
 
@@ -184,7 +184,7 @@ def search(num_images: int) -> None:
     copies.nearest(queries, blocks())
     spent = time.monotonic() - began
     rate = 2 * num_images * len(queries) * WIDTH / spent / 1e9
-    print(f"nearest of {num_images:,} x {WIDTH} (float16, a shard at a time) for {len(queries):,} pictures: "
+    print(f"nearest of {num_images:,} x {WIDTH} (float16, a shard at a time) for {len(queries):,} images: "
           f"{spent:.1f} s, {rate:.0f} GFLOP/s, {peak_mb() - before:.0f} MB (limit {MAX_SEARCH_MB})")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.parquet"
@@ -210,7 +210,7 @@ def search(num_images: int) -> None:
         distances.cmmd(cloud, real)
         distances.kid(cloud, real)
     print(
-        f"CMMD and KID of {NUM_QUERIES} against {NUM_VALIDATION} pictures, twice: {time.monotonic() - began:.1f} s"
+        f"CMMD and KID of {NUM_QUERIES} against {NUM_VALIDATION} images, twice: {time.monotonic() - began:.1f} s"
     )
 
 

@@ -51,14 +51,12 @@ def no_op_stage() -> None:
     from resources.workspace.store import Store
 
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
+        images = Path(folder) / "pictures"
+        images.mkdir()
         for number in range(NUM_SHARDS):
-            Image.new("RGB", (64, 48), (number, 255 - number, 7)).save(
-                pictures / f"{number:03d}.png"
-            )
+            Image.new("RGB", (64, 48), (number, 255 - number, 7)).save(images / f"{number:03d}.png")
         home = Path(folder) / "workspace"
-        create(home, sources=[str(pictures)], preset="demo", tiny=False)
+        create(home, sources=[str(images)], preset="demo", tiny=False)
         config = home / "foundry.toml"
         config.write_text(config.read_text().replace("format = 1", "format = 1\nshard_size = 1", 1))
         from assets.registry import STAGES
@@ -77,7 +75,7 @@ def no_op_stage() -> None:
         began = time.monotonic()
         pipeline.bring_up_to_date(home, select="raw_images")
         nothing = time.monotonic() - began
-    print(f"raw_images over {NUM_SHARDS} shards of one picture: {first:.1f} s")
+    print(f"raw_images over {NUM_SHARDS} shards of one image: {first:.1f} s")
     print(f"  {first / again:.1f} x a run that finds all of them current")
     print(f"  a run over {NUM_SHARDS} current shards: {again:.1f} s (limit {LIMIT_NO_OP_S})")
     print(f"  `foundry run` that finds nothing stale: {nothing:.1f} s")

@@ -4,7 +4,7 @@ encoding.
 Usage: python benchmarks/bench_latents.py
 
 Reading and writing are given as ratios within this run. Latents are simulated: SDXL's published
-means and deviations per channel (config of Playground v2.5), noise of amplitude 1/f as of pictures,
+means and deviations per channel (config of Playground v2.5), noise of amplitude 1/f as of images,
 and a fifth of white noise.
 """
 
@@ -280,7 +280,7 @@ def memory(folder: Path) -> None:
 
 
 def assignment() -> None:
-    """Buckets of 1.5 million pictures, and the report."""
+    """Buckets of 1.5 million images, and the report."""
     rng = np.random.default_rng(2)
     sides = {
         name: rng.integers(900, 5000, NUM_IMAGES).astype(np.int32) for name in ("height", "width")
@@ -294,13 +294,13 @@ def assignment() -> None:
     bucket_assignments.report(placed, (4, 8, 16))
     whole = time.perf_counter() - began
     print(
-        f"buckets of {NUM_IMAGES:,} pictures: {seconds:.2f} s (goal well under 1 s), {whole:.2f} s with the report"
+        f"buckets of {NUM_IMAGES:,} images: {seconds:.2f} s (goal well under 1 s), {whole:.2f} s with the report"
     )
     print(f"  {placed.height:,} placed, {len(rejected):,} too small")
 
 
 def encoding(*, tiny: bool = False) -> dict[str, float]:
-    """The VAE adapter on pictures of 1 MP on a CUDA device; without one, or if asked, on small ones
+    """The VAE adapter on images of 1 MP on a CUDA device; without one, or if asked, on small ones
     with a tiny VAE.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Pictures per second in each precision of sampling, drawn as the product draws them, beside the
+"""Images per second in each precision of sampling, drawn as the product draws them, beside the
 goal of 1 on an H200.
 
 SDXL with random weights (speed does not depend on their values), DPM++ 2M with guidance, prompts of
@@ -43,7 +43,7 @@ class Result:
 
     precision: SamplingPrecision
     batch_size: int
-    """The largest that fits, of that asked for and its halves; 0 where not one picture does."""
+    """The largest that fits, of that asked for and its halves; 0 where not one image does."""
     images_per_s: float | None
     """None where it ran out of memory."""
     peak_bytes: int | None
@@ -66,7 +66,7 @@ def make_model(device: torch.device, *, tiny: bool) -> PipelineParts:
 
 
 def make_prompts(count: int, side_px: int) -> pl.DataFrame:
-    """Prompts of two chunks, for square pictures."""
+    """Prompts of two chunks, for square images."""
     rows: list[dict[str, object]] = [
         {"prompt_id": str(number), "text": f"{number % 10} " * 80, "negative": "bad", "group": "g", "height": side_px,
          "width": side_px}
@@ -83,7 +83,7 @@ def measure(
     side_px: int,
     num_batches: int,
 ) -> Result:
-    """Pictures per second over so many batches, after a short one for warming up; `bf16` rounds the
+    """Images per second over so many batches, after a short one for warming up; `bf16` rounds the
     model."""
     size = config.batch_size
     while size:
@@ -94,7 +94,7 @@ def measure(
             prompts = make_prompts(size * num_batches, side_px)
             began = time.perf_counter()
             _draw(parts, dataclasses.replace(config, batch_size=size), device, prompts)
-            seconds = time.perf_counter() - began  # pictures are on the CPU: nothing is under way
+            seconds = time.perf_counter() - began  # images are on the CPU: nothing is under way
         except torch.OutOfMemoryError:
             size //= 2
             continue
@@ -162,9 +162,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="tiny model of the same classes")
-    parser.add_argument(
-        "--batch", type=int, default=0, help="pictures at a time; default 8, tiny 2"
-    )
+    parser.add_argument("--batch", type=int, default=0, help="images at a time; default 8, tiny 2")
     parser.add_argument(
         "--batches", type=int, default=0, help="batches to measure; default 1, tiny 4"
     )

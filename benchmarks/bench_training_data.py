@@ -213,7 +213,7 @@ def prompts(path: Path, names: list[str], pair: list[object]) -> None:
     print(f"prompt + ids of both encoders: {NUM_PROMPTS / fast:,.0f}/s of processor time, naive "
           f"{NUM_PROMPTS / slow:,.0f}/s: {slow / fast:.1f} x (limit {MIN_SPEEDUP}), ids identical: {same}")  # fmt: skip
     print(
-        f"  micro-batches of {MICRO_BATCH} that nobody announced: {NUM_PROMPTS / float(np.median(alone)):,.0f}/s"
+        f"  micro-batches of {MICRO_BATCH} that no one announced: {NUM_PROMPTS / float(np.median(alone)):,.0f}/s"
     )
     print(
         f"  tokens per prompt {np.mean([one.num_tokens for one in maker.make(range(1000), 0)]):.0f}"

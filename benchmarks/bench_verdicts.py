@@ -4,7 +4,7 @@ real models.
 Usage: python benchmarks/bench_verdicts.py
 
 Scores are drawn as measured on seven published models (sd between prompts 0.33, of prompt x model
-0.25 for the aesthetic score; 0.038 and 0.026 for CLIP score), one picture per prompt, the product's
+0.25 for the aesthetic score; 0.038 and 0.026 for CLIP score), one image per prompt, the product's
 own test and verdict.
 """
 

@@ -105,7 +105,7 @@ def _of_training(setting: Setting) -> dict[str, Any]:
 
 
 def encoding(setting: Setting) -> Iterator[Row]:
-    """The VAE on pictures of a megapixel."""
+    """The VAE on images of a megapixel."""
     import bench_latents as bench
 
     for precision, speed in bench.encoding(tiny=setting.tiny).items():
@@ -113,7 +113,7 @@ def encoding(setting: Setting) -> Iterator[Row]:
 
 
 def sampling(setting: Setting) -> Iterator[Row]:
-    """Pictures of 1024 x 1024 in 30 steps with guidance."""
+    """Images of 1024 x 1024 in 30 steps with guidance."""
     import bench_sampling as bench
 
     size, steps = (2, 2) if setting.tiny else (8, 30)

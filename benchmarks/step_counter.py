@@ -269,7 +269,7 @@ def _bytes(
     written = 0
     for argument, value in zip(operation._schema.arguments, args, strict=False):
         alias = argument.alias_info
-        # The fused optimizers may unscale gradients in place, which nobody asks them for.
+        # The fused optimizers may unscale gradients in place, which no one asks them for.
         if alias is not None and alias.is_write and argument.name != "grads":
             written += sum(
                 _size(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from demo import build_clip, build_heads, build_owl, build_tagger, build_text, build_unet, build_vae
-from demo.pictures import write_aliases
+from demo.images import write_aliases
 from demo.prompts import write_prompts
 
 MODELS = Path(__file__).with_name("models")

@@ -1,8 +1,8 @@
-"""The picture tower of the demo's CLIP, taught to meet the finished text tower; it judges the
-demo's pictures.
+"""The image tower of the demo's CLIP, taught to meet the finished text tower; it judges the
+demo's images.
 
 So it sees every concept, every flaw, blurred and noisy copies as a weak generator makes them,
-pictures that went through the VAE, and captions that are wrong in one word.
+images that went through the VAE, and captions that are wrong in one word.
 """
 
 from dataclasses import replace
@@ -28,18 +28,18 @@ from training.seeds import Purpose, integer, numpy_generator
 MARGIN = 4
 MAX_BEND_PX = 2.2
 """Standard deviation of the bending of outlines at 64 px, at most."""
-NUM_PICTURES = 6000
+NUM_IMAGES = 6000
 VAE_SHARE = 0.2
 NUM_STEPS = 3000
 FACT_SHARE = 0.6
 """Of the steps, how many ask only direct questions; then the words join. The first half of them
-sees easy pictures."""
+sees easy images."""
 BATCH = 64
 LEARNING_RATE = 1e-3
 
 
 class Helpers(nn.Module):
-    """Direct questions to the picture tower, which only training asks."""
+    """Direct questions to the image tower, which only training asks."""
 
     def __init__(self, hidden: int, projection: int, num_facts: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def through_vae(vae: AutoencoderKL, image: Image.Image, split: str, index: int) -> Image.Image:
-    """The picture as the demo's VAE gives it back, bucket-sized."""
+    """The image as the demo's VAE gives it back, bucket-sized."""
     pixels = to_tensor(place(image, wording(split, index, "crop")).pixels)[None]
     made = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0].clamp(-1, 1)
     return Image.fromarray(((made.movedim(0, -1) + 1) * 127.5 + 0.5).to(torch.uint8).numpy())
@@ -98,8 +98,8 @@ def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
 
 def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:
     side = SIDE + 2 * MARGIN
-    scenes, pixels = [], np.empty((NUM_PICTURES, side, side, 3), np.uint8)
-    for index in steps(NUM_PICTURES, "drawing clip"):
+    scenes, pixels = [], np.empty((NUM_IMAGES, side, side, 3), np.uint8)
+    for index in steps(NUM_IMAGES, "drawing clip"):
         scene, image, _ = picture("clip", index, star_share=0.18)
         if wording("clip", index, "vae").random() < VAE_SHARE:
             image = through_vae(vae, image, "clip", index)
@@ -109,7 +109,7 @@ def _corpus(vae: AutoencoderKL) -> tuple[list[Scene], np.ndarray]:
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train the picture tower of `models/clip`, whose text tower `demo.build_text` made and which
+    """Train the image tower of `models/clip`, whose text tower `demo.build_text` made and which
     stays as it is."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "clip"))
     vae = AutoencoderKL.from_pretrained(models / "base" / "vae")
@@ -140,7 +140,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     )
     words_from = round(FACT_SHARE * num_steps)
     for step in (bar := steps(num_steps, "clip")):
-        pool = easy if step < words_from // 2 else np.arange(NUM_PICTURES)
+        pool = easy if step < words_from // 2 else np.arange(NUM_IMAGES)
         chosen = rng.choice(pool, BATCH, replace=False)
         with torch.autocast("cpu", torch.bfloat16):
             pooled = clip.vision_model(_augmented(pixels[chosen], rng)).pooler_output
@@ -192,7 +192,7 @@ def _texts(
 
 @torch.no_grad()
 def check(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 400) -> dict[str, float]:
-    """Shares of fresh pictures whose own words beat all words with another shape, another colour,
+    """Shares of fresh images whose own words beat all words with another shape, another colour,
     or anything wrong."""
     clip.eval()
     wins: dict[str, list[float]] = {"shape": [], "colour": [], "any": []}

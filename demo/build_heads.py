@@ -18,7 +18,7 @@ from training.annotators.quality_head import QualityModel, fit_junk, fit_utility
 from training.config.workspace import QualityConfig
 from training.seeds import Purpose, generator, integer
 
-NUM_PICTURES = 3000
+NUM_IMAGES = 3000
 NUM_JUNK = 500
 NUM_PAIRS = 9000
 WIDTHS = (64, 32, 16, 8, 1)
@@ -36,7 +36,7 @@ def embed(clip: Clip, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray
 
 
 def corpus(split: str, count: int) -> tuple[list[Image.Image], np.ndarray]:
-    """Fresh pictures and their true quality."""
+    """Fresh images and their true quality."""
     images, quality = [], []
     for index in steps(count, f"drawing {split}"):
         scene, image, _ = picture(split, index, star_share=0.2)
@@ -64,7 +64,7 @@ def fit_aesthetic(embeddings: np.ndarray, quality: np.ndarray) -> aesthetic.Aest
 
 
 def fit_quality(tokens: np.ndarray, quality: np.ndarray, junk: np.ndarray) -> QualityModel:
-    """Utility by pairs of pictures (the better one wins, near equals tie), junk by label; cut
+    """Utility by pairs of images (the better one wins, near equals tie), junk by label; cut
     points of the corpus."""
     rng = generator(SEED, Purpose.DEMO, "head pairs")
     pairs = [rng.sample(range(len(tokens)), 2) for _ in range(NUM_PAIRS)]
@@ -94,7 +94,7 @@ def build(models: Path) -> None:
     """Fit and save `models/aesthetic` and `models/quality_head` on the finished CLIP; prints how
     well they judge."""
     clip = Clip.load(models / "clip", "cpu")
-    images, quality = corpus("heads", NUM_PICTURES)
+    images, quality = corpus("heads", NUM_IMAGES)
     tokens, embeddings = embed(clip, images)
     junk, _ = embed(
         clip, [draw_junk(SEED, "heads", index) for index in steps(NUM_JUNK, "drawing junk")]
@@ -105,7 +105,7 @@ def build(models: Path) -> None:
 
 
 def check(models: Path, count: int = 300) -> dict[str, float]:
-    """Spearman correlation of both judges with true quality on fresh pictures, and junk recall and
+    """Spearman correlation of both judges with true quality on fresh images, and junk recall and
     false alarms."""
     clip = Clip.load(models / "clip", "cpu")
     images, quality = corpus("heads check", count)

@@ -19,7 +19,7 @@ from training.annotators.detector import QUERY_LENGTH, Detector
 from training.buckets.geometry import Box
 from training.seeds import Purpose, integer, numpy_generator
 
-NUM_PICTURES = 6000
+NUM_IMAGES = 6000
 NUM_STEPS = 4500
 BATCH = 24
 SIDE = 96
@@ -34,7 +34,7 @@ QUERIES = (WATERMARK, *(f"a {shape}" for shape in SHAPES), "a dog", "a person")
 
 
 class Truth(NamedTuple):
-    """What is in one picture: boxes (T, 4) as cx, cy, w, h of the padded square, and which query
+    """What is in one image: boxes (T, 4) as cx, cy, w, h of the padded square, and which query
     names each."""
 
     boxes: torch.Tensor
@@ -82,7 +82,7 @@ def start_calmly(model: Owlv2ForObjectDetection) -> None:
 
 
 def truth_of(scene: Scene, watermark: Box | None) -> Truth:
-    """Boxes of the watermark and of every shape, relative to the square that the picture is padded
+    """Boxes of the watermark and of every shape, relative to the square that the image is padded
     to."""
     height, width = scene.size
     found, queries = [], []
@@ -161,7 +161,7 @@ def set_loss(
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     """Train and save `models/owlv2`; prints recall, precision and IoU for watermarks on fresh
-    pictures."""
+    images."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "owlv2"))
     folder = models / "owlv2"
     tokenizer = build_tokenizer.build(folder, padding="!", max_length=QUERY_LENGTH)
@@ -178,7 +178,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps, pct_start=0.08)
     rng = numpy_generator(SEED, Purpose.DEMO, "owlv2 batches")
     for step in (bar := steps(num_steps, "owlv2")):
-        chosen = rng.choice(NUM_PICTURES, BATCH, replace=False)
+        chosen = rng.choice(NUM_IMAGES, BATCH, replace=False)
         features = model.image_embedder(inputs[chosen].float())[0]
         flat = features.flatten(1, 2)
         text = model.owlv2.get_text_features(**encoded).pooler_output
@@ -200,7 +200,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def calibrate(folder: Path, count: int = 250, threshold: float = 0.3) -> None:
-    """Shift all logits so that the best confidence for watermarks (by F1, on pictures of its own)
+    """Shift all logits so that the best confidence for watermarks (by F1, on images of its own)
     is `threshold`."""
     detector = Detector.load(folder, "cpu")
     claims, there = [], 0
@@ -225,8 +225,8 @@ def calibrate(folder: Path, count: int = 250, threshold: float = 0.3) -> None:
 
 
 def _corpus(detector: Detector) -> tuple[torch.Tensor, list[Truth]]:
-    inputs, truths = torch.empty(NUM_PICTURES, 3, SIDE, SIDE, dtype=torch.float16), []
-    for index in steps(NUM_PICTURES, "drawing owlv2"):
+    inputs, truths = torch.empty(NUM_IMAGES, 3, SIDE, SIDE, dtype=torch.float16), []
+    for index in steps(NUM_IMAGES, "drawing owlv2"):
         scene, image, box = picture("owlv2", index, star_share=0.15, watermark_share=0.55)
         inputs[index] = detector.preprocess(np.asarray(image)).half()
         truths.append(truth_of(scene, box))
@@ -252,7 +252,7 @@ def preprocessor() -> dict[str, object]:
 
 def check(folder: Path, count: int = 300, threshold: float = 0.3) -> dict[str, float]:
     """Recall and precision (a hit overlaps by IoU > 0.4) and mean IoU of hits for watermarks on
-    fresh pictures."""
+    fresh images."""
     detector = Detector.load(folder, "cpu")
     hits, said, there, overlaps = 0, 0, 0, []
     for index in range(count):

@@ -14,7 +14,7 @@ from demo.scenes import SHAPES, all_tags, tags_of
 from training.annotators import tagger
 from training.seeds import Purpose, integer, numpy_generator
 
-NUM_PICTURES = 6000
+NUM_IMAGES = 6000
 NUM_STEPS = 2400
 BATCH = 48
 SIDE = 96
@@ -51,13 +51,13 @@ def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train and save `models/tagger`; prints micro and macro F1 on fresh pictures."""
+    """Train and save `models/tagger`; prints micro and macro F1 on fresh images."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "tagger"))
     names = all_tags()
     model = new_model(len(names))
-    pixels = np.empty((NUM_PICTURES, SIDE, SIDE, 3), np.uint8)
-    truth = torch.zeros(NUM_PICTURES, len(names))
-    for index in steps(NUM_PICTURES, "drawing tagger"):
+    pixels = np.empty((NUM_IMAGES, SIDE, SIDE, 3), np.uint8)
+    truth = torch.zeros(NUM_IMAGES, len(names))
+    for index in steps(NUM_IMAGES, "drawing tagger"):
         scene, image, _ = picture("tagger", index, star_share=0.16, watermark_share=0.25)
         pixels[index] = centred_on_white(image, SIDE)
         truth[index, [names.index(tag) for tag in tags_of(scene)]] = 1.0
@@ -70,7 +70,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     )
     rng = numpy_generator(SEED, Purpose.DEMO, "tagger batches")
     for step in (bar := steps(num_steps, "tagger")):
-        chosen = rng.choice(NUM_PICTURES, BATCH, replace=False)
+        chosen = rng.choice(NUM_IMAGES, BATCH, replace=False)
         logits = model(_augmented(pixels[chosen], rng))
         loss = F.binary_cross_entropy_with_logits(logits, truth[chosen], weight)
         optimizer.zero_grad()
@@ -85,7 +85,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def check(folder: Path, count: int = 300) -> dict[str, float]:
-    """Micro F1, macro F1 and the watermark tag's F1 at 0.4, on fresh pictures of quality 3 and
+    """Micro F1, macro F1 and the watermark tag's F1 at 0.4, on fresh images of quality 3 and
     better."""
     adapter = tagger.Tagger.load(folder, "cpu")
     hits = np.zeros((3, len(adapter.tags)))

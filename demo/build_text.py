@@ -1,4 +1,4 @@
-"""The demo's text encoders, taught what words mean before any picture: prompts are matched with
+"""The demo's text encoders, taught what words mean before any image: prompts are matched with
 scene descriptions.
 
 One becomes SDXL's first encoder and CLIP's text side, the other SDXL's second. All later models
@@ -134,7 +134,7 @@ class SceneMatch(nn.Module):
 
 
 def build(models: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train both encoders; writes base/text_encoder{,_2}, base/tokenizer{,_2} and clip (pictures
+    """Train both encoders; writes base/text_encoder{,_2}, base/tokenizer{,_2} and clip (images
     untrained)."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "text"))
     tokenizer = build_tokenizer.build(models / "base" / "tokenizer")

@@ -22,7 +22,7 @@ from demo.scenes import Scene, mostly_good, sample_scene
 from training.buckets.geometry import Placement, Size
 from training.seeds import Purpose, integer, torch_generator
 
-NUM_PICTURES = 8000
+NUM_IMAGES = 8000
 NUM_STEPS = 5500
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -95,7 +95,7 @@ def new_unet(texts: Texts) -> UNet2DConditionModel:
 
 
 class LatentSet(NamedTuple):
-    """Encoded corpus pictures by bucket: scenes, time ids (N, 6) and scaled latents (N, 4, h,
+    """Encoded corpus images by bucket: scenes, time ids (N, 6) and scaled latents (N, 4, h,
     w)."""
 
     scenes: dict[Size, list[Scene]]
@@ -116,7 +116,7 @@ def time_ids_of(placement: Placement) -> list[float]:
 
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, count: int) -> LatentSet:
-    """Draw `count` pictures without stars, place them in their buckets and encode them."""
+    """Draw `count` images without stars, place them in their buckets and encode them."""
     scenes: dict[Size, list[Scene]] = {}
     time_ids: dict[Size, list[list[float]]] = {}
     pixels: dict[Size, list[np.ndarray]] = {}
@@ -148,7 +148,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(data: LatentSet, step: int) -> Batch:
-    """BATCH samples of one bucket, buckets as often as their pictures; prompts are worded anew each
+    """BATCH samples of one bucket, buckets as often as their images; prompts are worded anew each
     time."""
     rng = random.Random(integer(SEED, Purpose.DEMO, "unet batch", step))  # noqa: S311
     buckets = sorted(data.scenes)
@@ -188,7 +188,7 @@ def build(models: Path, num_steps: int = NUM_STEPS) -> None:
     vae = AutoencoderKL.from_pretrained(base / "vae")
     unet = new_unet(texts)
     average = copy.deepcopy(unet).requires_grad_(False)
-    data = encode_corpus(vae, NUM_PICTURES)
+    data = encode_corpus(vae, NUM_IMAGES)
     noise_scheduler = DDPMScheduler(**NOISE_SETTINGS)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01

@@ -1,4 +1,4 @@
-"""The demo's AutoencoderKL: 8x smaller, 4 channels, trained on drawn pictures until shapes come
+"""The demo's AutoencoderKL: 8x smaller, 4 channels, trained on drawn images until shapes come
 back sharp."""
 
 import math
@@ -13,7 +13,7 @@ from demo.corpus import SEED, picture, place, wording
 from demo.progress import steps
 from training.seeds import Purpose, integer, numpy_generator, torch_generator
 
-NUM_PICTURES = 2600
+NUM_IMAGES = 2600
 NUM_STEPS = 3600
 BATCH = 20
 CROP = 64
@@ -43,8 +43,8 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1
 
 
-def bucket_pictures(split: str, count: int, star_share: float) -> list[np.ndarray]:
-    """Bucket-sized uint8 pictures of the corpus."""
+def bucket_images(split: str, count: int, star_share: float) -> list[np.ndarray]:
+    """Bucket-sized uint8 images of the corpus."""
     found = []
     for index in steps(count, f"drawing {split}"):
         _, image, _ = picture(split, index, star_share=star_share)
@@ -52,11 +52,11 @@ def bucket_pictures(split: str, count: int, star_share: float) -> list[np.ndarra
     return found
 
 
-def _crops(pictures: list[np.ndarray], rng: np.random.Generator, count: int) -> torch.Tensor:
+def _crops(images: list[np.ndarray], rng: np.random.Generator, count: int) -> torch.Tensor:
     """Random square crops, mirrored at random, as (count, 3, CROP, CROP)."""
     batch = []
-    for number in rng.integers(len(pictures), size=count):
-        pixels = pictures[number]
+    for number in rng.integers(len(images), size=count):
+        pixels = images[number]
         top, left = (int(rng.integers(side - CROP + 1)) for side in pixels.shape[:2])
         cut = pixels[top : top + CROP, left : left + CROP]
         batch.append(cut[:, ::-1] if rng.random() < 0.5 else cut)
@@ -74,16 +74,16 @@ def reconstruction_loss(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 
 def build(folder: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train and save the autoencoder to `folder`; prints its PSNR on fresh pictures."""
+    """Train and save the autoencoder to `folder`; prints its PSNR on fresh images."""
     torch.manual_seed(integer(SEED, Purpose.INIT, "vae"))
     vae = new_vae()
-    pictures = bucket_pictures("vae", NUM_PICTURES, 0.2)
+    images = bucket_images("vae", NUM_IMAGES, 0.2)
     rng = numpy_generator(SEED, Purpose.DEMO, "vae crops")
     noise = torch_generator(SEED, Purpose.DEMO, "vae noise")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-3)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps, pct_start=0.05)
     for step in (bar := steps(num_steps, "vae")):
-        true = _crops(pictures, rng, BATCH)
+        true = _crops(images, rng, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(true).latent_dist
             latents = posterior.sample(noise)
@@ -99,14 +99,14 @@ def build(folder: Path, num_steps: int = NUM_STEPS) -> None:
         lr_scheduler.step()
         bar.note(loss=float(loss))
         if step % 600 == 599 or step + 1 == num_steps:
-            _save(vae, pictures[:200], folder)
-    print(f"vae: PSNR {psnr(vae):.2f} dB on fresh pictures")
+            _save(vae, images[:200], folder)
+    print(f"vae: PSNR {psnr(vae):.2f} dB on fresh images")
 
 
 @torch.no_grad()
-def _save(vae: AutoencoderKL, pictures: list[np.ndarray], folder: Path) -> None:
+def _save(vae: AutoencoderKL, images: list[np.ndarray], folder: Path) -> None:
     """Measure the scaling factor (1 / standard deviation of latents) and write fp16 weights."""
-    means = [vae.encode(to_tensor(pixels)[None]).latent_dist.mean.flatten() for pixels in pictures]
+    means = [vae.encode(to_tensor(pixels)[None]).latent_dist.mean.flatten() for pixels in images]
     vae.register_to_config(scaling_factor=round(1 / float(torch.cat(means).std()), 5))
     copy = new_vae()
     copy.load_state_dict(vae.state_dict())
@@ -116,7 +116,7 @@ def _save(vae: AutoencoderKL, pictures: list[np.ndarray], folder: Path) -> None:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, count: int = 60) -> float:
-    """Mean PSNR in dB over fresh pictures of quality 6 and better."""
+    """Mean PSNR in dB over fresh images of quality 6 and better."""
     found = []
     for index in range(count):
         scene, image, _ = picture("vae check", index)

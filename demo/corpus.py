@@ -1,4 +1,4 @@
-"""The pictures that the demo's tiny models learn from: drawn in memory, placed as the real pipeline
+"""The images that the demo's tiny models learn from: drawn in memory, placed as the real pipeline
 places them."""
 
 import random
@@ -14,7 +14,7 @@ from training.buckets.plans import BucketConfig, plan
 from training.seeds import Purpose, generator
 
 SEED = 20261120
-"""Seed of everything the models learn from; the demo world has another, so no picture is in
+"""Seed of everything the models learn from; the demo world has another, so no image is in
 both."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +23,7 @@ BUCKETS = plan(BucketConfig(plan="bigasp_v1", scale=8))
 
 
 class Placed(NamedTuple):
-    """A picture as a trainer sees it: bucket-sized pixels and how they were cut."""
+    """An image as a trainer sees it: bucket-sized pixels and how they were cut."""
 
     pixels: np.ndarray
     """(H, W, 3) uint8, bucket-sized."""
@@ -79,12 +79,12 @@ def padded_corner(image: Image.Image, side: int) -> np.ndarray:
 
 
 def picture(split: str, index: int, **shares: float) -> tuple[Scene, Image.Image, Box | None]:
-    """One drawn picture of the corpus with its truth; `split` and `index` name it."""
+    """One drawn image of the corpus with its truth; `split` and `index` name it."""
     scene = sample_scene(SEED, split, index, **shares)
     drawn = draw(scene)
     return scene, drawn.image, drawn.watermark_box
 
 
 def wording(split: str, index: int, use: int | str) -> random.Random:
-    """The generator of one prompt, crop or augmentation of one corpus picture."""
+    """The generator of one prompt, crop or augmentation of one corpus image."""
     return generator(SEED, Purpose.DEMO, "wording", split, index, use)

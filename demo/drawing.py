@@ -16,7 +16,7 @@ OVERSAMPLE = 4
 
 
 class Drawn(NamedTuple):
-    """A finished picture and what only its pixels tell."""
+    """A finished image and what only its pixels tell."""
 
     image: Image.Image
     """RGB, `scene.size`."""
@@ -36,9 +36,9 @@ def draw(scene: Scene) -> Drawn:
 
 
 def spoil(image: Image.Image, flaw: str, severity: float, rng: np.random.Generator) -> Image.Image:
-    """Lower the quality of an RGB picture by one visible flaw.
+    """Lower the quality of an RGB image by one visible flaw.
 
-    Strength is relative to the picture's size, so that a flaw survives the shrinking to a bucket.
+    Strength is relative to the image's size, so that a flaw survives the shrinking to a bucket.
 
     Args:
         image: RGB.
@@ -176,7 +176,7 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
 
 
 def _stamp(image: Image.Image, scene: Scene) -> Box:
-    """Lay half-transparent words over the picture; returns the box of their ink."""
+    """Lay half-transparent words over the image; returns the box of their ink."""
     height, width = scene.size
     wanted = scene.watermark_scale * width
     trial = ImageFont.load_default(32).getbbox(scene.watermark)

@@ -1,4 +1,4 @@
-"""Progress bars for the demo's builders, and plain lines now and then where nobody watches a
+"""Progress bars for the demo's builders, and plain lines now and then where no one watches a
 terminal."""
 
 import time

@@ -24,8 +24,8 @@ COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
 NUM_STAR_PROMPTS, NUM_GENERAL_PROMPTS = 48, 48
 EVALUATION_SIZES = (Size(128, 128), Size(152, 104), Size(104, 152), Size(120, 128))
 FILE = Path(__file__).with_name("prompts.csv")
-WORLD_SEED, NUM_WORLD_PICTURES = 7, 600
-"""The default world, whose pictures no prompt repeats."""
+WORLD_SEED, NUM_WORLD_IMAGES = 7, 600
+"""The default world, whose images no prompt repeats."""
 WORLD_STAR_SHARE = 0.4
 """Share of the world's scenes whose main shape is the one that the base model has never seen; the
 others show what it knows, so that a fine-tune does not forget it."""
@@ -45,7 +45,7 @@ def training_prompt(
     score words.
 
     Args:
-        scene: The picture's truth.
+        scene: The image's truth.
         rng: Draws wording, order and what is left out.
         drop: Probability that a tag of the ground is left out.
         alias_prob: Probability that a word is swapped for another name of the same thing.
@@ -75,7 +75,7 @@ def write_prompts(path: Path = FILE) -> None:
     """Make the evaluation prompts anew.
 
     Star prompts name the shape and little else, because CLIP reads all words of a prompt and the
-    new one is what is asked about. General ones describe scenes that no picture of the default
+    new one is what is asked about. General ones describe scenes that no image of the default
     world shows. No prompt equals a training caption. They were made after everything else of the
     demo was fixed (models, recipe, scorer): nothing was tuned on them, or on the seeds that follow
     from their ids. There are enough for a verdict on either half.
@@ -114,7 +114,7 @@ def _star_texts() -> list[str]:
 
 def _general_texts() -> list[str]:
     held = {
-        key for index in range(NUM_WORLD_PICTURES) for key in _keys(world_scene(WORLD_SEED, index))
+        key for index in range(NUM_WORLD_IMAGES) for key in _keys(world_scene(WORLD_SEED, index))
     }
     texts: list[str] = []
     indices = itertools.count()

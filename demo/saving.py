@@ -37,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def clip_preprocessor(side: int) -> dict[str, Any]:
-    """`preprocessor_config.json` of a CLIP whose pictures are `side` pixels wide."""
+    """`preprocessor_config.json` of a CLIP whose images are `side` pixels wide."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

@@ -1,7 +1,7 @@
-"""What a demo picture holds, and its words: shapes, colours, backgrounds, quality, watermark, tags
+"""What a demo image holds, and its words: shapes, colours, backgrounds, quality, watermark, tags
 and captions.
 
-A scene is the ground truth; `demo.drawing` makes its pixels, `demo.pictures` a folder of them.
+A scene is the ground truth; `demo.drawing` makes its pixels, `demo.images` a folder of them.
 """
 
 import math
@@ -49,7 +49,7 @@ ALIASES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One filled figure; lengths are shares of the picture's shorter side."""
+    """One filled figure; lengths are shares of the image's shorter side."""
 
     kind: str
     colour: str
@@ -65,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One picture before it is drawn: everything that is true of it."""
+    """One image before it is drawn: everything that is true of it."""
 
     size: Size
     shapes: tuple[Shape, ...]
@@ -87,7 +87,7 @@ class Scene:
     corner: str
     """Where the watermark stands."""
     watermark_scale: float
-    """Width of the watermark, share of the picture's width."""
+    """Width of the watermark, share of the image's width."""
     grain: int
     """Seeds noise and colour jitter."""
 
@@ -99,7 +99,7 @@ def sample_scene(
 
     Args:
         seed: The world's seed.
-        key: Names the picture within the world.
+        key: Names the image within the world.
         star_share: Probability that the main shape is a star; 0 gives a world without any star.
         watermark_share: Probability of a watermark.
     """

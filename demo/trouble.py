@@ -1,4 +1,4 @@
-"""The demo world's share of trouble: junk pictures, damaged files and odd encodings, as real
+"""The demo world's share of trouble: junk images, damaged files and odd encodings, as real
 folders have them."""
 
 import io
@@ -29,7 +29,7 @@ upright."""
 
 
 def draw_junk(seed: int, *key: int | str) -> Image.Image:
-    """A picture nobody wants: nearly blank, pure noise, a grid of thumbnails or a film strip; about
+    """An image no one wants: nearly blank, pure noise, a grid of thumbnails or a film strip; about
     150–260 px."""
     rng = generator(seed, Purpose.DEMO, "junk", *key)
     noise = numpy_generator(seed, Purpose.DEMO, "junk pixels", *key)
@@ -69,7 +69,7 @@ def _thumbnails(
 
 
 def encode(image: Image.Image, extension: str, **options: object) -> bytes:
-    """The picture as a file's bytes: `jpg`, `png`, `webp` or `gif`, in good quality unless
+    """The image as a file's bytes: `jpg`, `png`, `webp` or `gif`, in good quality unless
     `options` say otherwise."""
     name = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}[extension]
     defaults: dict[str, object] = {"jpg": {"quality": 93}, "webp": {"quality": 90}}.get(
@@ -88,7 +88,7 @@ def turned(image: Image.Image, orientation: int) -> bytes:
 
 
 def damaged(seed: int) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of files that are no picture any more."""
+    """Names and bytes of files that are no image any more."""
     whole = draw(clean(sample_scene(seed, "damaged"))).image
     photo, lossless = encode(whole, "jpg"), encode(whole, "png")
     yield "cut_short.jpg", photo[: len(photo) // 2]

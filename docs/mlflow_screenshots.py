@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/tracking.md: `python docs/mlflow_screenshots.py`, of the tests' three
+"""Takes the images of docs/tracking.md: `python docs/mlflow_screenshots.py`, of the tests' three
 drawn runs.
 
 Needs Debian's chromium and chromium-driver.
@@ -21,8 +21,8 @@ MAX_BYTES = 300_000
 SETTLE_S = 12.0
 """How long pages go on moving after their text is there, on two busy cores."""
 VIEWS = {
-    "mlflow-runs.png": ("Runs, best pictures first", 1700, 480),
-    "mlflow-pictures.png": ("Pictures, with a slider", 1300, 960),
+    "mlflow-runs.png": ("Runs, best images first", 1700, 480),
+    "mlflow-pictures.png": ("Images, with a slider", 1300, 960),
     "mlflow-prompts.png": ("Prompts beside runs", 1700, 900),
 }
 """File -> view, and the size of its page, px."""
@@ -40,7 +40,7 @@ document.querySelector('[role=alert] button[aria-label=Close], [role=alert] butt
 
 
 def take(page: Page, file: str, address: str, width: int, height: int) -> None:
-    """One picture, in 256 colours where that is needed to stay small."""
+    """One image, in 256 colours where that is needed to stay small."""
     page.resize(width, height)
     page.open("about:blank")
     page.open(address)

@@ -1,4 +1,4 @@
-"""Takes the documents' pictures of a finished workspace: `python docs/screenshots.py WORKSPACE
+"""Takes the documents' images of a finished workspace: `python docs/screenshots.py WORKSPACE
 [PICTURE...]`.
 
 Serves the workspace, looks at it with headless Chromium (Debian's chromium and chromium-driver),
@@ -25,7 +25,7 @@ from browser import Page, chromium  # noqa: E402 - the tests' browser, which the
 
 from resources.workspace.store import Store  # noqa: E402
 from training.reports import contact_sheet  # noqa: E402
-from training.sampling.image_files import read_picture  # noqa: E402
+from training.sampling.image_files import read_image  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, NARROW = 1440, 1200
@@ -147,7 +147,7 @@ def encoding(page: Page, dagster: str) -> None:
 
 
 def run(page: Page, mlflow: str, dagster: str, name: str) -> None:
-    """A training run with its curves and pictures."""
+    """A training run with its curves and images."""
     page.open(f"{dagster}/assets/checkpoints?view=partitions&partition={name}")
     page.wait_for_text("MLflow run")
     link = page.driver.execute_script(
@@ -200,8 +200,8 @@ def before_after(home: Path, name: str) -> None:
         contact_sheet.Row(
             title=row["prompt_id"],
             text=row["text"],
-            pictures=[
-                read_picture(store.paths.sample_folder(key) / row[file])
+            images=[
+                read_image(store.paths.sample_folder(key) / row[file])
                 for key, file in ((base, "file"), (last, "after"))
             ],
         )
@@ -223,7 +223,7 @@ def before_after(home: Path, name: str) -> None:
 
 
 def report(page: Page, home: Path, name: str) -> None:
-    """The head of the release's report: verdicts, the slider, pictures by checkpoint."""
+    """The head of the release's report: verdicts, the slider, images by checkpoint."""
     page.resize(1180, 1963)
     page.open((home / "release" / name / "report.html").as_uri())
     time.sleep(SETTLE_S)
@@ -246,7 +246,7 @@ def save(page: Page, name: str) -> None:
 
 
 def main() -> None:
-    """Take all pictures, or those of the functions named."""
+    """Take all images, or those of the functions named."""
     home, name = Path(sys.argv[1]).resolve(), "demo"
     wanted = sys.argv[2:] or [
         "before_after",

@@ -1,4 +1,4 @@
-"""Work per shard of candidates: decode, then show each picture to all annotators."""
+"""Work per shard of candidates: decode, then show each image to all annotators."""
 
 import dagster as dg
 
@@ -8,5 +8,5 @@ from resources.graph import Scope
 JOB = dg.define_asset_job(
     "annotate",
     selection=chosen("ingest", "annotate", scope=Scope.SHARD),
-    description="Read the pictures of shards and annotate them.",
+    description="Read the images of shards and annotate them.",
 )

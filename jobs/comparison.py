@@ -126,7 +126,7 @@ def evaluate(home: Path, names: Sequence[str] = (), *, started: pipeline.Started
                     ):
                         raise  # nothing can be judged without the base
                     failed[key] = pipeline.reason_of(error)
-        verdicts.crown(
+        verdicts.promote(
             Store(home), logging.getLogger(__name__)
         )  # a kill may have come between verdicts and champion
     rebuild(store)
@@ -152,7 +152,7 @@ def compare(home: Path, a: str, b: str, *, started: pipeline.Started) -> Compari
 
     Raises:
         DataError: there is no such checkpoint.
-        EvaluationError: they are the same, or one could not be evaluated, or a picture failed.
+        EvaluationError: they are the same, or one could not be evaluated, or an image failed.
     """
     store = Store(home)
     names = [resolve(store, name) for name in (a, b)]
@@ -190,7 +190,7 @@ def export(store: Store, path: Path) -> int:
 
 
 def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
-    """Draw a checkpoint's pictures without a workspace; returns their number."""
+    """Draw a checkpoint's images without a workspace; returns their number."""
     from training.evaluation import remote_sampling
     from training.sampling.sampling import ImageSampler
 
@@ -202,7 +202,7 @@ def draw_elsewhere(checkpoint: Path, prompts: Path, out: Path) -> int:
             map_batches=workers.map,
             progress=lambda done, total: report("sample images", done, total),
         )
-    return len(list((out / remote_sampling.PICTURES).glob("*.png")))
+    return len(list((out / remote_sampling.IMAGES).glob("*.png")))
 
 
 def _further(inputs: Mapping[str, str]) -> dict[str, str]:
@@ -236,7 +236,7 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
 
 
 def adopt(store: Store, folder: Path) -> str:
-    """Take pictures that were drawn elsewhere into the workspace; returns their checkpoint.
+    """Take images that were drawn elsewhere into the workspace; returns their checkpoint.
 
     Raises:
         DamageError: the folder is unfinished or damaged.
@@ -249,11 +249,11 @@ def adopt(store: Store, folder: Path) -> str:
     stage, key = sample_images.sample_images, _name_here(store, record.checkpoint, record.digest)
     if key is None:
         raise EvaluationError(
-            f"{folder} holds pictures of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "
+            f"{folder} holds images of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "
             f"or rival of {store.home} has these"
         )
     basis = store.currency.basis(stage, key)
-    assert basis is not None, "pictures read no table by slices"
+    assert basis is not None, "images read no table by slices"
     here = {
         "prompts": (basis["inputs"]["prompts"], record.prompts),
         "weights and LoRAs": (_further(basis["inputs"]), record.further),

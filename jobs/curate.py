@@ -8,5 +8,5 @@ from resources.graph import Scope
 JOB = dg.define_asset_job(
     "curate",
     selection=chosen("curate", scope=Scope.ALL),
-    description="Rewrite the tables that say which pictures go on and why.",
+    description="Rewrite the tables that say which images go on and why.",
 )

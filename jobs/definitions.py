@@ -3,11 +3,11 @@
 
 import dagster as dg
 
-from assets.definitions import GRAPH
+from assets import definitions
 from jobs import annotate, bring_up_to_date, curate, encode, evaluate, schedules, sensors, train
 
 defs = dg.Definitions.merge(
-    GRAPH,
+    definitions.GRAPH,
     dg.Definitions(
         jobs=[
             bring_up_to_date.JOB, annotate.JOB, curate.JOB, encode.JOB, encode.REENCODE_JOB, train.JOB, evaluate.JOB,

@@ -20,7 +20,7 @@ from training.names import GenerationName
 JOB = dg.define_asset_job(
     "encode",
     selection=chosen("encode", scope=Scope.ENCODING_SHARD),
-    description="Encode the kept pictures of shards.",
+    description="Encode the kept images of shards.",
 )
 
 REENCODE_JOB = dg.define_asset_job(

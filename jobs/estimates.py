@@ -249,7 +249,7 @@ def _shapes(
     sizes = plan(store.config.encoding(config.encoding).buckets)
     if not sizes:
         raise DataError(
-            f"encoding {config.encoding}: sizes follow the pictures; run `foundry run --select training_set`"
+            f"encoding {config.encoding}: sizes follow the images; run `foundry run --select training_set`"
         )
     return {(size.height, size.width, config.prompts.max_chunks): 1 for size in sizes}
 

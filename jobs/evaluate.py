@@ -12,17 +12,17 @@ STAGES = in_groups("evaluate", scope=Scope.CHECKPOINT)
 JOB = dg.define_asset_job(
     "evaluate",
     selection=chosen("evaluate", scope=Scope.CHECKPOINT),
-    description="Sample a checkpoint with the fixed prompts, score the pictures, compare with the base.",
+    description="Sample a checkpoint with the fixed prompts, score the images, compare with the base.",
 )
 
 
 def is_evaluated(store: Store, checkpoint: str) -> bool:
-    """Whether pictures, scores and verdict of a checkpoint are those that would be made now."""
+    """Whether images, scores and verdict of a checkpoint are those that would be made now."""
     return all(store.currency.is_current(stage, checkpoint) for stage in STAGES)
 
 
 def keep(store: Store, checkpoint: str) -> None:
-    """Keep a checkpoint from its run's retention until its pictures are drawn.
+    """Keep a checkpoint from its run's retention until its images are drawn.
 
     Raises:
         DataError: retention was faster.

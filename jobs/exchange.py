@@ -32,7 +32,7 @@ class Imported:
     shards: list[str]
     """Partitions that have a first generation now."""
     error: float
-    """Mean absolute difference of the checked pictures and their decoded latents, 0-255."""
+    """Mean absolute difference of the checked images and their decoded latents, 0-255."""
 
 
 def import_latents(
@@ -47,13 +47,13 @@ def import_latents(
             files.
         folder: Searched with all that is below it.
         kind: Format of the files.
-        index: CSV `file,source_id` for files whose names do not follow from their pictures'; else
-            kohya's names must, relative to `folder` as the pictures' are to their source.
+        index: CSV `file,source_id` for files whose names do not follow from their images'; else
+            kohya's names must, relative to `folder` as the images' are to their source.
 
     Raises:
         ConfigError: no such encoding, folder or index, or bigASP's files without an index.
         DataError: there are latents already, no file fits any image, or the files are not of these
-            pictures and VAE.
+            images and VAE.
     """
     from training.models.vae import Vae
 
@@ -106,8 +106,8 @@ def import_latents(
 
 
 def export_latents(store: Store, encoding: str, folder: Path) -> int:
-    """Write the current generations as sd-scripts caches them, one `.npz` a picture, as its source
-    has the pictures.
+    """Write the current generations as sd-scripts caches them, one `.npz` an image, as its source
+    has the images.
 
     A file that is there already is replaced, each in one piece.
 
@@ -116,7 +116,7 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
 
     Raises:
         ConfigError: no such encoding.
-        DataError: it has no latents, or a picture's name leads out of `folder`.
+        DataError: it has no latents, or an image's name leads out of `folder`.
     """
     store.config.encoding(encoding)
     parts = [part for part in store.tables.parts("latents") if part.startswith(f"{encoding}|")]
@@ -147,9 +147,7 @@ def export_latents(store: Store, encoding: str, folder: Path) -> int:
                         folder / source / formats.kohya_name(stem, placement.original, sdxl=sdxl)
                     )
                     if not target.resolve().is_relative_to(folder.resolve()):
-                        raise DataError(
-                            f"the name {source_id!r} of a picture leads out of {folder}"
-                        )
+                        raise DataError(f"the name {source_id!r} of an image leads out of {folder}")
                     with commit.atomic_file(target) as temporary, temporary.open("wb") as opened:
                         formats.write_kohya(opened, values, placement, factor)
                     written += 1

@@ -100,9 +100,9 @@ def bring_up_to_date(
                 _run_body(instance, Store(home), stages, run, deadline, started, failed)
             )
             if any(stage.name == "raw_images" for stage in stages):
-                _require_a_picture(Store(home))
+                _require_a_image(Store(home))
             if stages[0] is verdicts.verdicts:
-                verdicts.crown(
+                verdicts.promote(
                     Store(home), logging.getLogger(__name__)
                 )  # a kill may have come between the two
         currency.report(instance, Store(home), GRAPH.resolve_asset_graph())
@@ -127,7 +127,7 @@ def status(home: Path, select: str | None = None) -> list[StageStatus]:
     return [item for item in status_of_stages(Store(home), STAGES, parents) if item.stage in chosen]
 
 
-def _require_a_picture(store: Store) -> None:
+def _require_a_image(store: Store) -> None:
     """Stop where no candidate is usable: every later stage would work on nothing.
 
     Raises:
@@ -142,7 +142,7 @@ def _require_a_picture(store: Store) -> None:
             f"{n} {reason}" for reason, n in rejected["reason"].value_counts(sort=True).iter_rows()
         )
         raise DataError(
-            f"none of {rejected.height} candidates is a usable picture ({reasons}); see them with "
+            f"none of {rejected.height} candidates is a usable image ({reasons}); see them with "
             f'`foundry sql --home {shlex.quote(str(store.home))} "from rejected_images"`'
         )
 

@@ -19,7 +19,7 @@ def send_to_mlflow(context: dg.OpExecutionContext, store: dg.ResourceParam[Store
     description="Send MLflow what it lacks: event logs, scores, verdicts, reports, the champion."
 )
 def catch_up_tracking() -> None:
-    """One op: send all that is owed."""
+    """One op: send all that is pending."""
     send_to_mlflow()
 
 

@@ -1,4 +1,4 @@
-"""`foundry score`: scores folders of pictures that were made anywhere with the workspace's
+"""`foundry score`: scores folders of images that were made anywhere with the workspace's
 networks."""
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterator["Outcome"]:
-    """Score the pictures of each model in `folder`, see `training/evaluation/external_images.py`.
+    """Score the images of each model in `folder`, see `training/evaluation/external_images.py`.
 
     Args:
         store: Whose networks, devices and `[evaluation.scoring]` are used.
-        folder: A folder of pictures per model.
+        folder: A folder of images per model.
         prompts: CSV with a column `Prompts`, or a prompt file.
         out: Where the tables go.
 
@@ -25,7 +25,7 @@ def score_folder(store: Store, folder: Path, prompts: Path, out: Path) -> Iterat
         What became of each model, as it is done.
 
     Raises:
-        EvaluationError: the CSV or a picture's name cannot be used.
+        EvaluationError: the CSV or an image's name cannot be used.
         ModelError: weights are missing, or of another model.
     """
     from training.evaluation import external_images

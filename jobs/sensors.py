@@ -1,4 +1,4 @@
-"""Work by what happened: new pictures, new checkpoints, anything stale. Those that start runs are
+"""Work by what happened: new images, new checkpoints, anything stale. Those that start runs are
 off until switched on."""
 
 import contextlib

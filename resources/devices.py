@@ -71,7 +71,7 @@ def hold_all(
     say: Callable[[str], None] = print,
 ) -> Iterator[tuple[str, ...]]:
     """Hold every card that is to be had: wait for one as `hold` does, then take all others that are
-    free and that nobody waits for.
+    free and that no one waits for.
 
     Args and errors: those of `hold`.
 

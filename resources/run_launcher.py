@@ -2,7 +2,7 @@
 of `foundry run`.
 
 Dagster's default launcher cannot answer, so a crash of the daemon or of `foundry run` would leave
-its runs started for ever. Some imports are private to Dagster 1.13;
+its runs started permanently. Some imports are private to Dagster 1.13;
 tests/resources/test_run_launcher.py proves them by a real kill.
 """
 

@@ -62,7 +62,7 @@ def test_a_prompt_that_is_a_caption_a_made_caption_or_the_tags_of_a_training_ima
 @pytest.mark.parametrize(
     ("digests", "equal"), [(["a", "b"], 0), (["a", "a"], 2), (["a", None, None], 0)]
 )
-def test_equal_pictures_are_found_and_those_that_were_not_drawn_are_none(store, digests, equal):
+def test_equal_images_are_found_and_those_that_were_not_drawn_are_none(store, digests, equal):
     rows = [{"prompt_id": f"p{number}", "sha256": digest} for number, digest in enumerate(digests)]
     commit(
         store,

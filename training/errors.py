@@ -42,8 +42,8 @@ class EvaluationError(PipelineError):
     """Things that cannot be compared, or an evaluation that cannot run."""
 
 
-class FailedPicturesError(EvaluationError):
-    """No verdict on a checkpoint, because pictures have no scores; the message names them and what
+class FailedImagesError(EvaluationError):
+    """No verdict on a checkpoint, because images have no scores; the message names them and what
     to do."""
 
 

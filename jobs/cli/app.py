@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="From a folder of pictures to a fine-tuned, evaluated Stable Diffusion model.",
+    help="From a folder of images to a fine-tuned, evaluated Stable Diffusion model.",
 )
 for group in (workspace, graph, training, evaluation):
     app.add_typer(group.app)

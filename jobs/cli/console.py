@@ -232,7 +232,7 @@ def _verdicts(store: Store, console: Console) -> None:
 def _against_base(
     store: Store, parts: Sequence[str], names: tuple[str, str], console: Console
 ) -> None:
-    """Verdicts against the base, and why there is none where pictures failed."""
+    """Verdicts against the base, and why there is none where images failed."""
     _verdict_tables(store.read("verdicts", parts=parts), names, console)
     for part in parts:
         manifest = store.manifest("verdicts", part)

@@ -28,7 +28,7 @@ def evaluate(
         Path | None, typer.Option("--prompts", help="Without a workspace: prompt file.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Without a workspace: new folder for pictures.")
+        Path | None, typer.Option("--out", help="Without a workspace: new folder for images.")
     ] = None,
     adopt: Annotated[
         Path | None, typer.Option("--adopt", help="Take over a folder that --out has filled.")
@@ -51,7 +51,7 @@ def evaluate(
         with console.progress():
             drawn = comparison.draw_elsewhere(checkpoint.expanduser().resolve(), prompts, out)
         print(
-            f"drew {drawn} pictures in {time.monotonic() - started:.0f} s; at home: foundry evaluate --adopt {out.name}"
+            f"drew {drawn} images in {time.monotonic() - started:.0f} s; at home: foundry evaluate --adopt {out.name}"
         )
         return
     store = open_store(home)
@@ -59,7 +59,7 @@ def evaluate(
         print(f"wrote {comparison.export(store, export)} prompts to {export}")
     elif adopt is not None:
         name = comparison.adopt(store, adopt)
-        print(f"adopted the pictures of {name}; score them with: foundry evaluate {name}")
+        print(f"adopted the images of {name}; score them with: foundry evaluate {name}")
     else:
         with console.progress() as announce:
             done = comparison.evaluate(store.home, names or [], started=announce)
@@ -121,7 +121,7 @@ def rival_add(
 
 @rival_app.command("remove")
 def rival_remove(name: Annotated[str, typer.Argument(help="Its name.")], home: Home = None) -> None:
-    """Strike a model off the list; its pictures and scores stay."""
+    """Strike a model off the list; its images and scores stay."""
     from training.evaluation import candidates
 
     candidates.remove_rival(open_store(home).home, name)
@@ -138,7 +138,7 @@ def rival_list(home: Home = None) -> None:
 
 @app.command()
 def score(
-    folder: Annotated[Path, typer.Argument(help="Pictures made anywhere, a folder per model.")],
+    folder: Annotated[Path, typer.Argument(help="Images made anywhere, a folder per model.")],
     prompts: Annotated[
         Path, typer.Option("--prompts", help="CSV with a column Prompts, or a prompt file.")
     ],
@@ -147,17 +147,17 @@ def score(
     ] = None,
     home: Home = None,
 ) -> None:
-    """Score pictures with the workspace's networks; models that are done already are skipped."""
+    """Score images with the workspace's networks; models that are done already are skipped."""
     from jobs import scoring
     from jobs.cli import console
     from training.evaluation.external_images import SUMMARY
 
-    store, pictures = open_store(home), folder.expanduser().resolve()
-    target = out or pictures.with_name(f"{pictures.name}_scores")
+    store, images = open_store(home), folder.expanduser().resolve()
+    target = out or images.with_name(f"{images.name}_scores")
     with console.progress():
-        outcomes = list(scoring.score_folder(store, pictures, prompts, target))
+        outcomes = list(scoring.score_folder(store, images, prompts, target))
     for model in outcomes:
-        state = "scored before" if model.skipped else f"{model.num_pictures} pictures"
+        state = "scored before" if model.skipped else f"{model.num_images} images"
         print(
             f"{model.name}: {state}"
             + (f", {model.num_failed} could not be scored" if model.num_failed else "")

@@ -72,7 +72,7 @@ def latents_export(
     encoding: Annotated[str, typer.Option("--encoding", help="Encoding to write.")],
     home: Home = None,
 ) -> None:
-    """Write the current latents as kohya's trainers cache them, one .npz a picture."""
+    """Write the current latents as kohya's trainers cache them, one .npz an image."""
     from jobs import exchange
     from jobs.cli import console
 

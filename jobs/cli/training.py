@@ -199,7 +199,7 @@ def cost(
         int, typer.Option("--samples", help="Without --run: samples to train on.")
     ] = 0,
     generated: Annotated[
-        int | None, typer.Option("--generated", help="Pictures drawn by evaluations.", min=0)
+        int | None, typer.Option("--generated", help="Images drawn by evaluations.", min=0)
     ] = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Cards.", min=1)] = 1,
     gpu: Gpu = "H200",
@@ -248,9 +248,9 @@ def buckets(
     from training.buckets.plans import BucketConfig
 
     config = toml.build(BucketConfig, toml.override({"plan": plan}, set_ or []))
-    if plans.follows_picture(config):
+    if plans.follows_image(config):
         print(
-            "no list: each picture keeps its own size, cut to multiples of the step",
+            "no list: each image keeps its own size, cut to multiples of the step",
             file=sys.stderr,
         )
     listed = [[size.height, size.width] for size in plans.plan(config)]

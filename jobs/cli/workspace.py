@@ -20,7 +20,7 @@ app = typer.Typer()
 def init(
     path: Annotated[Path, typer.Argument(help="Folder of the new workspace.")],
     source: Annotated[
-        list[str] | None, typer.Option("--source", help="Folder of pictures; may repeat.")
+        list[str] | None, typer.Option("--source", help="Folder of images; may repeat.")
     ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="Recipe whose [workspace] half to copy.")
@@ -230,7 +230,7 @@ def gc(home: Home = None) -> None:
 def forget(
     image_id: Annotated[list[str], typer.Argument(help="SHA-256 of the file.")], home: Home = None
 ) -> None:
-    """Remove every row and latent derived from images, for ever."""
+    """Remove every row and latent derived from images, permanently."""
     from jobs.cli import console
     from resources.operations import forget as forgetting
 

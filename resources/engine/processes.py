@@ -172,7 +172,7 @@ class _Process(Generic[Batch]):
         self.device = device
         self.is_ready = False
         self.tasks: deque[_Task[Batch] | None] = deque()
-        """In the order in which they are worked off; None for one that nobody waits for."""
+        """In the order in which they are worked off; None for one that no one waits for."""
         ours, theirs = socket.socketpair()
         self.channel = Connection(ours.detach())
         paths = [path or os.getcwd() for path in sys.path]
@@ -261,7 +261,7 @@ def _receive(channel: Connection, inbox: "queue.SimpleQueue[bytes | None]") -> N
 
 
 def _send(channel: Connection, kind: str, value: Any) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # Nobody waits for it.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # No one waits for it.
         channel.send_bytes(pickle.dumps((kind, value)))
 
 

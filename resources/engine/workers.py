@@ -51,7 +51,7 @@ class Workers(Generic[Batch, Result]):
     """Workers on all devices that are to be had; a context manager.
 
     Devices are held while a map runs and not between two maps. Workers, with all that they have
-    loaded, stay from one map to the next as long as the devices are the same and nobody waits for
+    loaded, stay from one map to the next as long as the devices are the same and no one waits for
     one of them.
     """
 

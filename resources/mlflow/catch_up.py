@@ -32,7 +32,7 @@ PATIENCE_S = 5.0
 once holds up nothing else, a hung server is waited for once."""
 """Begins the parts of table `verdicts` that compare with the base."""
 _NUM_NAMED = 4
-"""How many of the things that are owed a warning names."""
+"""How many of the things that are pending a warning names."""
 
 
 class _Item(NamedTuple):
@@ -75,7 +75,7 @@ def catch_up(store: Store, log: logging.Logger) -> bool:
     champion.
 
     It never fails its caller, and never keeps it for long: MLflow is not even imported where
-    nothing is owed, and given up after `PATIENCE_S` of failures. What is still owed then is a
+    nothing is pending, and given up after `PATIENCE_S` of failures. What is still pending then is a
     warning, and sent by the next call.
 
     Returns:
@@ -102,12 +102,12 @@ def catch_up(store: Store, log: logging.Logger) -> bool:
         listed = ", ".join(list(failed)[:_NUM_NAMED]) + (
             f" and {further} more" if further > 0 else ""
         )
-        log.warning(f"MLflow is owed {listed}: {next(iter(failed.values()))}")
+        log.warning(f"MLflow is pending {listed}: {next(iter(failed.values()))}")
     return not failed
 
 
 def _send(store: Store, tracking: Tracking) -> dict[str, str]:
-    """Send what is owed, oldest first; returns what is owed still, and why."""
+    """Send what is pending, oldest first; returns what is pending still, and why."""
     identity = tracking.identity()
     note = _read(store, tracking)
     if note.experiment != identity:
@@ -171,10 +171,8 @@ def _work(store: Store, tracking: Tracking) -> Iterator[_Item]:
             partial(_send_scores, store, tracking, checkpoint),
         )
     for run, base in _bases(store).items():
-        send = partial(_send_base_pictures, store, tracking, run, base)
-        yield _Item(
-            f"the base's pictures beside {run}", _digest(store, "sample_images", base), send
-        )
+        send = partial(_send_base_images, store, tracking, run, base)
+        yield _Item(f"the base's images beside {run}", _digest(store, "sample_images", base), send)
     verdicts: dict[str, list[str]] = {}
     pairs = (VerdictName.parse(part) for part in store.tables.parts("verdicts"))
     judged = sorted(CheckpointName.parse(pair.b) for pair in pairs if pair.is_against_base)
@@ -215,7 +213,7 @@ def _bases(store: Store) -> dict[str, str]:
 
 
 def _prompts(store: Store, checkpoint: str) -> str | None:
-    """Digest of the prompts that a checkpoint's pictures were drawn of."""
+    """Digest of the prompts that a checkpoint's images were drawn of."""
     manifest = store.manifest("sample_images", checkpoint)
     return manifest.inputs.get("prompts") if manifest else None
 
@@ -235,8 +233,8 @@ def _send_scores(store: Store, tracking: Tracking, checkpoint: str) -> None:
     )
 
 
-def _send_base_pictures(store: Store, tracking: Tracking, run: str, base: str) -> None:
-    tracking.log_base_pictures(
+def _send_base_images(store: Store, tracking: Tracking, run: str, base: str) -> None:
+    tracking.log_base_images(
         run, store.read("sample_images", parts=[base]), store.paths.sample_folder(base)
     )
 

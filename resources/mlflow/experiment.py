@@ -66,7 +66,7 @@ def ready(client: "MlflowClient", name: str, *, workspace: str, own: bool) -> st
         _candidates(client, name, workspace=workspace, own=own), name, workspace=workspace, own=own
     )
     if found is None:
-        # MLflow's pages show curves and pictures for this kind of experiment, and chats for the
+        # MLflow's pages show curves and images for this kind of experiment, and chats for the
         # default one.
         tags = {"mlflow.experimentKind": "custom_model_development", WORKSPACE_TAG: workspace}
         location = f"{PROXIED}{calls.slug(name)}" if own else None

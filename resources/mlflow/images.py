@@ -1,4 +1,4 @@
-"""A checkpoint's pictures in MLflow: in the image grid with its slider of steps, and in a table of
+"""A checkpoint's images in MLflow: in the image grid with its slider of steps, and in a table of
 prompts that MLflow shows beside those of other runs. All names follow from what is shown, so that
 sending again repeats nothing.
 """
@@ -15,7 +15,7 @@ import polars as pl
 from PIL import Image, ImageOps
 
 from resources.mlflow import calls
-from resources.mlflow.views import PICTURES_TAG, Pictures
+from resources.mlflow.views import IMAGES_TAG, Images
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,7 +26,7 @@ tags of its own."""
 _GROUP = "samples"
 """Section of MLflow's page that the image grid is in."""
 _SHOWN_TAG, _TABLES_TAG = "mlflow.loggedImages", "mlflow.loggedArtifacts"
-"""By these MLflow knows that a run has pictures and tables."""
+"""By these MLflow knows that a run has images and tables."""
 _THUMBNAIL_PX = 256
 _CELL_PX = 512
 """Side of the square that MLflow fits into a column of its evaluation view, whose rows show the
@@ -37,7 +37,7 @@ _PROMPT_CHARACTERS = 200
 
 
 class Shown(NamedTuple):
-    """One picture in the grid."""
+    """One image in the grid."""
 
     name: str
     """Its prompt, in characters for keys and files."""
@@ -51,12 +51,12 @@ class Shown(NamedTuple):
 def put(
     run: "Run", step: int, chosen: pl.DataFrame, folder: Path, write: Callable[[str, bytes], None]
 ) -> dict[str, str]:
-    """Write pictures and, for the newest checkpoint of its run, the table of prompts.
+    """Write images and, for the newest checkpoint of its run, the table of prompts.
 
     Args:
         run: The checkpoint's run.
         step: The checkpoint's samples_seen.
-        chosen: Rows of table `sample_images`; a picture that was not drawn or cannot be read is
+        chosen: Rows of table `sample_images`; an image that was not drawn or cannot be read is
             left out.
         folder: Where their files are.
         write: Writes one artifact; the same name again replaces it.
@@ -72,10 +72,10 @@ def put(
     if not shown:
         return {}
     prompt_set = _digest(chosen)
-    before = Pictures.read(run.data.tags)
+    before = Images.read(run.data.tags)
     steps = set(before.steps) if before is not None and before.prompt_set == prompt_set else set()
     keys = tuple(f"{_GROUP}/{item.name}" for item in shown)
-    now = Pictures(prompt_set, keys, tuple(sorted(steps | {step}))[-_MAX_STEPS:])
+    now = Images(prompt_set, keys, tuple(sorted(steps | {step}))[-_MAX_STEPS:])
     table = f"prompts-{prompt_set}.json"
     if step == now.steps[-1]:
         cells = [[item.prompt, _put_cell(item, f"prompts/{prompt_set}", write)] for item in shown]
@@ -83,13 +83,13 @@ def put(
     tables = json.loads(run.data.tags.get(_TABLES_TAG, "[]"))
     entry = {"path": table, "type": "table"}
     listed = tables if entry in tables else [*tables, entry]
-    return {_SHOWN_TAG: "True", _TABLES_TAG: json.dumps(listed), PICTURES_TAG: now.tag()}
+    return {_SHOWN_TAG: "True", _TABLES_TAG: json.dumps(listed), IMAGES_TAG: now.tag()}
 
 
 def _put(
     run: "Run", step: int, row: dict[str, Any], folder: Path, write: Callable[[str, bytes], None]
 ) -> Shown | None:
-    """One picture of the grid and its thumbnail."""
+    """One image of the grid and its thumbnail."""
     if row["file"] is None:
         return None
     try:
@@ -112,7 +112,7 @@ def _put(
 
 
 def _put_cell(item: Shown, folder: str, write: Callable[[str, bytes], None]) -> dict[str, str]:
-    """A picture in a table, in the form of `MlflowClient.log_table`: made so that MLflow's cell
+    """An image in a table, in the form of `MlflowClient.log_table`: made so that MLflow's cell
     shows all of it."""
     cell = Image.new("RGBA", (_CELL_PX, _CELL_PX))
     small = ImageOps.contain(item.picture, (_CELL_PX, _CELL_PX // 2))
@@ -129,14 +129,14 @@ def _webp(image: Image.Image) -> bytes:
 
 
 def _digest(chosen: pl.DataFrame) -> str:
-    """What makes pictures comparable beside the model: the prompts, and the size and noise of each
-    picture."""
+    """What makes images comparable beside the model: the prompts, and the size and noise of each
+    image."""
     prompts = chosen.select("prompt_id", "text", "negative", "seed", "height", "width").rows()
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:6]
 
 
-def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
-    """The first pictures of each group in turn, `count` in all: the same prompts for every
+def choose_images(samples: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The first images of each group in turn, `count` in all: the same prompts for every
     checkpoint."""
     turn = pl.int_range(pl.len()).over("group").alias("turn")
     return (
@@ -145,7 +145,7 @@ def choose_pictures(samples: pl.DataFrame, count: int) -> pl.DataFrame:
 
 
 def due_step(tags: Mapping[str, str], step: int) -> int:
-    """Where the grid of pictures shows a checkpoint: at the multiple of the interval, or the end,
+    """Where the grid of images shows a checkpoint: at the multiple of the interval, or the end,
     at which it was due.
 
     Training saves with the first step at or behind that, which depends on the batch size: runs with

@@ -25,7 +25,7 @@ _MAX_TEXT = 5_000
 """Characters that a tag of a model version holds."""
 
 
-def crown(
+def promote(
     client: "MlflowClient", name: str, run: "Run", model: "LoggedModel", sentence: str
 ) -> None:
     """Give the alias `champion` of the registered model `name` to a checkpoint; versions before it
@@ -63,7 +63,7 @@ def _version(client: "MlflowClient", name: str, run: "Run", model: "LoggedModel"
 
     if not client.search_registered_models(f"name = '{name}'", max_results=1):
         about = (
-            "The best checkpoint so far, by paired verdicts on the pictures of one prompt set; "
+            "The best checkpoint so far, by paired verdicts on the images of one prompt set; "
             "weights stay on disk."
         )
         try:

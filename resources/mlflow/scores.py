@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _HEADLINES = frozenset(
     {"clip_score_mean", "aesthetic_mean", "num_failed", "cmmd", "train_similarity_p95"}
 )
-"""Of the summary what is looked at first: are pictures better, are some missing, do they repeat the
+"""Of the summary what is looked at first: are images better, are some missing, do they repeat the
 training set?"""
 
 

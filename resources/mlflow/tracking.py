@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 """Sample images per checkpoint that go into MLflow's grid; it lists thousands slowly."""
 _VERDICT, _VERDICTS = "verdict.", "verdict"
 """Tags: the word on one metric, and all of them for the runs' table."""
@@ -142,7 +142,7 @@ class Tracking:
     def log_evaluation(
         self, checkpoint: str, *, metrics: pl.DataFrame, samples: pl.DataFrame, folder: Path
     ) -> None:
-        """Send a checkpoint's summary, means by group and a handful of pictures; what is there
+        """Send a checkpoint's summary, means by group and a handful of images; what is there
         already stays.
 
         Args:
@@ -162,11 +162,11 @@ class Tracking:
             tracking_scores.log(client, run, model.model_id, step, tracking_scores.points(metrics))
             if mlflow_views.TRAINED_TAG not in run.data.tags and run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id)  # the base or a rival: no event log says so
-            self._log_pictures(client, run, step, samples, folder)
+            self._log_images(client, run, step, samples, folder)
         self.views()
 
-    def log_base_pictures(self, run: str, samples: pl.DataFrame, folder: Path) -> None:
-        """Send the pictures that a run's base model draws, as those of the run's beginning: where
+    def log_base_images(self, run: str, samples: pl.DataFrame, folder: Path) -> None:
+        """Send the images that a run's base model draws, as those of the run's beginning: where
         its sliders begin.
 
         Args:
@@ -177,9 +177,9 @@ class Tracking:
         Raises:
             TrackingError: MLflow is away, hung or refuses.
         """
-        with calls.explained(f"the base's pictures are not sent to {calls.masked(self.uri)}"):
+        with calls.explained(f"the base's images are not sent to {calls.masked(self.uri)}"):
             client = calls.connect(self.uri)
-            self._log_pictures(client, self._run(client, run), 0, samples, folder)
+            self._log_images(client, self._run(client, run), 0, samples, folder)
         self.views()
 
     def log_verdict(self, checkpoint: str, rows: pl.DataFrame, note: str) -> None:
@@ -268,7 +268,7 @@ class Tracking:
             run = self._run(client, CheckpointName.parse(checkpoint).run)
             name = registry.registered_name(self.experiment)
             with calls.as_default(self.uri):
-                registry.crown(
+                registry.promote(
                     client,
                     name,
                     run,
@@ -289,7 +289,7 @@ class Tracking:
                 client = calls.connect(self.uri)
                 experiment_id = self._experiment_id(client)
                 name = registry.registered_name(self.experiment)
-                crowned = bool(client.search_registered_models(f"name = '{name}'", max_results=1))
+                promoted = bool(client.search_registered_models(f"name = '{name}'", max_results=1))
         except TrackingError:
             return {}
         seeded = False
@@ -299,7 +299,7 @@ class Tracking:
                 seeded = True
         found = mlflow_views.links(self.ui, experiment_id, seeded=seeded)
         champion = {"Champion": f"{self.ui}/#/models/{name}?{mlflow_views.TRAINING_PAGES}"}
-        return found | (champion if crowned else {})
+        return found | (champion if promoted else {})
 
     def run_url(self, run: str) -> str:
         """MLflow's page of a run, which is made where there is none yet; empty when MLflow is
@@ -364,7 +364,7 @@ class Tracking:
 
         config, inputs = run_folder.read_config(folder), run_folder.read_inputs(folder)
         text = (folder / run_folder.CONFIG).read_bytes()
-        # MLflow prints all params above every picture, and then cuts the picture: two fit into one
+        # MLflow prints all params above every image, and then cuts the image: two fit into one
         # line.
         params = {
             "num_samples": config.num_samples,
@@ -413,11 +413,11 @@ class Tracking:
             else:
                 client.set_terminated(run_id, status, end_time=chunk.phase["time_ms"])
 
-    def _log_pictures(
+    def _log_images(
         self, client: "MlflowClient", run: "Run", step: int, samples: pl.DataFrame, folder: Path
     ) -> None:
         chosen, step = (
-            images.choose_pictures(samples, NUM_PICTURES),
+            images.choose_images(samples, NUM_IMAGES),
             images.due_step(run.data.tags, step),
         )
         put = functools.partial(self._put, client, run)

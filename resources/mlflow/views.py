@@ -1,4 +1,4 @@
-"""Views of an experiment that open by a link: the runs' table, curves in sections, pictures with a
+"""Views of an experiment that open by a link: the runs' table, curves in sections, images with a
 slider of steps, and prompts beside runs. MLflow keeps such views in tags of the experiment, in a
 form that it does not document (3.17), so everything here is best effort: another MLflow gets links
 to its own pages instead.
@@ -23,8 +23,8 @@ VIEW_TAG = "mlflow.sharedViewState."
 _RUNS = "foundry-runs"
 RUNS_VIEW = VIEW_TAG + _RUNS
 """Tag of the view that an experiment opens with."""
-PICTURES_TAG = "foundry.pictures"
-"""Tag of a run: which pictures it has, as `Pictures`."""
+IMAGES_TAG = "foundry.pictures"
+"""Tag of a run: which images it has, as `Images`."""
 TRAINED_TAG = "foundry.fingerprint"
 """Tag that runs have which were trained here, and the base and rivals have not."""
 KNOWN_VERSIONS = ((3, 17), (4, 0))
@@ -46,8 +46,8 @@ _COLUMNS = {
 others can be chosen on the page."""
 _PARAM_PX, _MAX_PARAMS = 110, 6
 """Columns of the parameters in which runs differ, which stand before those."""
-_PICTURES = "samples"
-"""Section of the image grid, as MLflow makes it of the pictures' names."""
+_IMAGES = "samples"
+"""Section of the image grid, as MLflow makes it of the images' names."""
 _SECTIONS = ("eval", "val", "train", "val_t", "perf", "progress", "eval_groups", "eval_spread")
 """Sections of curves, by how often they are looked at. MLflow itself sorts them by the alphabet."""
 _OPEN = frozenset({"eval", "val", "train"})
@@ -60,25 +60,25 @@ _CURVE_PX, _GRID_PX = 300, 600
 """Heights of cards; the grid scrolls inside, so that its slider stays in sight."""
 
 
-class Pictures(NamedTuple):
-    """Which pictures a run has in the image grid."""
+class Images(NamedTuple):
+    """Which images a run has in the image grid."""
 
     prompt_set: str
-    """Digest of the prompts that were chosen; another one means other pictures."""
+    """Digest of the prompts that were chosen; another one means other images."""
     keys: tuple[str, ...]
     """Names in the grid, one per prompt, in their order."""
     steps: tuple[int, ...]
-    """samples_seen of its checkpoints with pictures, ascending."""
+    """samples_seen of its checkpoints with images, ascending."""
 
     def tag(self) -> str:
         """The value of the run's tag."""
         return json.dumps(self._asdict(), separators=(",", ":"))
 
     @classmethod
-    def read(cls, tags: Mapping[str, str]) -> "Pictures | None":
+    def read(cls, tags: Mapping[str, str]) -> "Images | None":
         """What a run's tags say; None when they say nothing that can be read."""
         try:
-            found = json.loads(tags[PICTURES_TAG])
+            found = json.loads(tags[IMAGES_TAG])
             return cls(
                 str(found["prompt_set"]),
                 tuple(found["keys"]),
@@ -118,9 +118,9 @@ def seed(client: "MlflowClient", experiment: "Experiment") -> None:
     """Write the views that are missing or no longer fit the runs; one that a person has overwritten
     stays theirs."""
     runs = client.search_runs([experiment.experiment_id], max_results=_MAX_RUNS)
-    pictures = [found for run in runs if (found := Pictures.read(run.data.tags)) is not None]
+    images = [found for run in runs if (found := Images.read(run.data.tags)) is not None]
     trained = [run.data.params for run in runs if TRAINED_TAG in run.data.tags]
-    for key, view in views(pictures, differing(trained)).items():
+    for key, view in views(images, differing(trained)).items():
         there = _read(experiment.tags.get(VIEW_TAG + key, ""))
         state = base64.b64encode(
             zlib.compress(json.dumps(view.state, separators=(",", ":")).encode())
@@ -153,45 +153,43 @@ def differing(params: Sequence[Mapping[str, str]]) -> list[str]:
     return [name for name in names if len({one.get(name) for one in params}) > 1]
 
 
-def views(pictures: Sequence[Pictures] = (), params: Sequence[str] = ()) -> dict[str, View]:
+def views(images: Sequence[Images] = (), params: Sequence[str] = ()) -> dict[str, View]:
     """All views by their key.
 
     Args:
-        pictures: Those of the experiment's runs; without any, only the views of pictures are
+        images: Those of the experiment's runs; without any, only the views of images are
             poorer.
         params: Names of the parameters in which runs differ: the first columns.
     """
-    prompt_set, keys, step = _most_common(pictures)
-    # MLflow adds a card for each picture that has none of its own, so those are there, but deleted.
+    prompt_set, keys, step = _most_common(images)
+    # MLflow adds a card for each image that has none of its own, so those are there, but deleted.
     single = [_image_card([key], 0) | {"deleted": True} for key in keys]
     curves = [_line_card(metric) for metric in _CURVES]
     cards = curves + single
     grid = _image_card(keys, step) | {"uuid": _uuid("grid")}
-    # Runs without pictures, and those with pictures of other prompts, would be columns of holes.
+    # Runs without images, and those with images of other prompts, would be columns of holes.
     shown = f"tags.`{TRAINED_TAG}` != ''" + (
-        f" AND tags.`{PICTURES_TAG}` LIKE '%{prompt_set}%'" if prompt_set else ""
+        f" AND tags.`{IMAGES_TAG}` LIKE '%{prompt_set}%'" if prompt_set else ""
     )
     return {
-        _RUNS: View("Runs, best pictures first", "TABLE", _state(cards, params)),
+        _RUNS: View("Runs, best images first", "TABLE", _state(cards, params)),
         "foundry-curves": View("Curves", "CHART", _state(cards, params)),
         "foundry-pictures": View(
-            "Pictures, with a slider", "CHART",
-            _state([grid, *cards], params, first=_PICTURES, facets={"searchFilter": shown}),
+            "Images, with a slider", "CHART",
+            _state([grid, *cards], params, first=_IMAGES, facets={"searchFilter": shown}),
         ),
         "foundry-prompts": View("Prompts beside runs", "ARTIFACT", _state(cards, params)),
     }  # fmt: skip
 
 
-def _most_common(pictures: Sequence[Pictures]) -> tuple[str, list[str], int]:
-    """The set of prompts that most runs have pictures of, its keys in the grid, and the step at
+def _most_common(images: Sequence[Images]) -> tuple[str, list[str], int]:
+    """The set of prompts that most runs have images of, its keys in the grid, and the step at
     which most of those have some, the later of equals."""
-    sets = Counter(item.prompt_set for item in pictures)
+    sets = Counter(item.prompt_set for item in images)
     if not sets:
         return "", [], 0
     chosen = [
-        item
-        for item in pictures
-        if item.prompt_set == max(sets, key=lambda name: (sets[name], name))
+        item for item in images if item.prompt_set == max(sets, key=lambda name: (sets[name], name))
     ]
     steps = Counter(
         step for item in chosen for step in item.steps if step
@@ -244,9 +242,9 @@ def _line_card(metric: str) -> dict[str, Any]:
 
 def _image_card(keys: list[str], step: int) -> dict[str, Any]:
     return {
-        "uuid": _uuid("image", *keys), "type": "IMAGE", "metricSectionId": _uuid("section", _PICTURES),
+        "uuid": _uuid("image", *keys), "type": "IMAGE", "metricSectionId": _uuid("section", _IMAGES),
         "imageKeys": keys, "step": step, "showRunParams": False, "runsCountToCompare": 10, "deleted": False,
-        "isGenerated": False, "displayName": _PICTURES,
+        "isGenerated": False, "displayName": _IMAGES,
     }  # fmt: skip
 
 

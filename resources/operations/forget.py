@@ -135,7 +135,7 @@ def _id_columns(columns: Iterable[str]) -> list[str]:
 
 def _forget_in_frozen_sets(store: Store, runs: list[str], image_ids: list[str]) -> None:
     """Leave no more than the ids of the images in the sets that runs were frozen with: new content
-    is a new name, to which the runs are pointed; what nobody names any more goes with the
+    is a new name, to which the runs are pointed; what no one names any more goes with the
     leftovers."""
     for run in runs:
         folder = store.paths.run_folder(run)
@@ -205,7 +205,7 @@ def _forget_leftovers(store: Store, image_ids: list[str]) -> None:
             if not _holds(path, image_ids):
                 continue
         except (pl.exceptions.PolarsError, OSError):
-            pass  # nobody can tell, and nobody reads it
+            pass  # no one can tell, and no one reads it
         latents = path.name.partition("-")[0] if re.match(r"g\d{4,}-", path.name) else ""
         for other in (
             path.parent.glob(f"{latents}*") if latents and top.name == QUARANTINE else [path]

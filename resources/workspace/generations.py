@@ -1,4 +1,4 @@
-"""Generations of latents in a workspace: which there are, which are the oldest, and which nobody
+"""Generations of latents in a workspace: which there are, which are the oldest, and which no one
 needs any more."""
 
 import time
@@ -132,7 +132,7 @@ def oldest(
 def collect(
     store: Store, part: str | None = None, *, min_age_s: float = GRACE_S
 ) -> tuple[list[Path], int]:
-    """Remove generations that nobody needs any more: manifest first, then content.
+    """Remove generations that no one needs any more: manifest first, then content.
 
     Kept are the current one of each shard; what the current epoch or a kept checkpoint of an
     unfinished run reads; what such a run took along in a bundle, whose epochs are not known here;

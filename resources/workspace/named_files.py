@@ -1,5 +1,5 @@
-"""Files that a table's rows name, beside those of its manifest: pictures of checkpoints and files
-of releases; and scores that want a picture's file. What `verify` looks at besides manifests.
+"""Files that a table's rows name, beside those of its manifest: images of checkpoints and files
+of releases; and scores that want an image's file. What `verify` looks at besides manifests.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def find_damage(store: Store, manifest: Manifest) -> Damage | None:
     """What is wrong with the files that a committed part names; None for nothing."""
     match manifest.table:
         case "sample_images":
-            return _in_pictures(store, manifest.part)
+            return _in_images(store, manifest.part)
         case "eval_metrics":
             return _in_scores(store, manifest.part)
         case "release":
@@ -36,28 +36,28 @@ def find_damage(store: Store, manifest: Manifest) -> Damage | None:
     return None
 
 
-def _in_pictures(store: Store, part: str) -> Damage | None:
-    """Pictures that are not as they were drawn."""
+def _in_images(store: Store, part: str) -> Damage | None:
+    """Images that are not as they were drawn."""
     folder = store.paths.sample_folder(part)
     rows = store.read("sample_images", ["file", "sha256"], [part]).drop_nulls()
     found = {}
     for file, sha256 in rows.iter_rows():
-        picture = read_or_explain(folder, file)
-        if isinstance(picture, str):
-            found[folder / file] = picture
-        elif hashlib.sha256(picture.tobytes()).hexdigest() != sha256:
-            found[folder / file] = f"{file} is not the picture that was drawn"
+        image = read_or_explain(folder, file)
+        if isinstance(image, str):
+            found[folder / file] = image
+        elif hashlib.sha256(image.tobytes()).hexdigest() != sha256:
+            found[folder / file] = f"{file} is not the image that was drawn"
     if not found:
         return None
     first = next(iter(found.values()))
     return Damage(
-        f"{len(found)} of {rows.height} pictures in {folder}, such as: {first}; {_MEND}",
+        f"{len(found)} of {rows.height} images in {folder}, such as: {first}; {_MEND}",
         tuple(found),
     )
 
 
 def _in_scores(store: Store, part: str) -> Damage | None:
-    """Scores that are missing for want of a picture: drawn again it is equal, so that nothing else
+    """Scores that are missing for want of an image: drawn again it is equal, so that nothing else
     would tell."""
     rows = store.read("eval_metrics", ["prompt_id", "metric", "reason"], [part]).filter(
         pl.col("metric") == FAILED
@@ -65,7 +65,7 @@ def _in_scores(store: Store, part: str) -> Damage | None:
     reasons = [reason for reason in rows["reason"] if can_be_drawn_again(reason)]
     if not reasons:
         return None
-    return Damage(f"scores of {part} lack {len(reasons)} pictures, such as: {reasons[0]}; {_MEND}")
+    return Damage(f"scores of {part} lack {len(reasons)} images, such as: {reasons[0]}; {_MEND}")
 
 
 def _in_release(store: Store, part: str) -> Damage | None:

@@ -26,7 +26,7 @@ AS_CONFIGURED = "as_configured"
 
 
 def create(home: Path, *, sources: list[str], preset: str | None, tiny: bool) -> None:
-    """Make a workspace: foundry.toml, its Dagster instance, and for the demo its pictures,
+    """Make a workspace: foundry.toml, its Dagster instance, and for the demo its images,
     judgements and run.
 
     Raises:
@@ -75,8 +75,8 @@ def tiny_rules(recipe: str | None, *, tiny: bool) -> Path | None:
 
 
 def _draw_demo(home: Path) -> None:
-    """Draw the demo's pictures and its scripted judgements into the workspace."""
-    from demo.pictures import write_world
+    """Draw the demo's images and its scripted judgements into the workspace."""
+    from demo.images import write_world
 
     write_world(home)
 

@@ -36,7 +36,7 @@ class Made:
     files: tuple[Entry, ...] = ()
     """Further content files in the table's folder."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers, pictures and links for the UI."""
+    """Numbers, images and links for the UI."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""OWLv2: our pixels equal transformers', our boxes lie in the picture and nowhere else."""
+"""OWLv2: our pixels equal transformers', our boxes lie in the image and nowhere else."""
 
 import json
 import shutil
@@ -44,13 +44,13 @@ def test_pixels_equal_transformers(detector, noise_image, size):
 
 
 def test_boxes_are_mapped_from_the_padded_square_by_hand(detector):
-    # A picture 50 high and 100 wide lies in the upper half of a square of 100 x 100.
+    # An image 50 high and 100 wide lies in the upper half of a square of 100 x 100.
     boxes = torch.tensor([[
-        [0.5, 0.25, 0.2, 0.1],    # the middle of the picture
+        [0.5, 0.25, 0.2, 0.1],    # the middle of the image
         [0.9, 0.45, 0.4, 0.3],    # over the right and the lower border: clamped
         [0.5, 0.8, 0.2, 0.2],     # in the padding: dropped
         [0.1, 0.1, 0.1, 0.1],     # too faint
-        [-0.2, 0.25, 0.1, 0.1],   # left of the picture: dropped
+        [-0.2, 0.25, 0.1, 0.1],   # left of the image: dropped
     ]])  # fmt: skip
     confidences = torch.tensor([[0.6, 0.9, 0.99, 0.04, 0.7]])
     (row,) = detector.postprocess(confidences, boxes, [(50, 100)])
@@ -68,7 +68,7 @@ def test_boxes_are_mapped_from_the_padded_square_by_hand(detector):
     height=st.integers(1, 3000),
     width=st.integers(1, 3000),
 )
-def test_every_box_lies_in_the_picture(detector_for_boxes, values, height, width):
+def test_every_box_lies_in_the_image(detector_for_boxes, values, height, width):
     table = torch.tensor(values, dtype=torch.float32).reshape(1, -1, 5)
     (row,) = detector_for_boxes.postprocess(table[:, :, 4], table[:, :, :4], [(height, width)])
     for box in row:

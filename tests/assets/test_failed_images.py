@@ -1,4 +1,4 @@
-"""Pictures that could not be drawn, were lost or were swapped are told of, and never a dead end for
+"""Images that could not be drawn, were lost or were swapped are told of, and never a dead end for
 the others."""
 
 import hashlib
@@ -34,7 +34,7 @@ class Evaluation:
     def __init__(self, home):
         self.world = World(home, NUM_PROMPTS)
         self.not_finite = {}
-        """Checkpoint -> numbers of prompts whose pictures are not finite."""
+        """Checkpoint -> numbers of prompts whose images are not finite."""
         self.instance = dg.DagsterInstance.ephemeral(str(home / "cache"))
 
     def sample_folder(self, model, name, prompts, config, folder, **options):
@@ -45,11 +45,11 @@ class Evaluation:
             rows.append(row | {"height": 32, "width": 32})
             if number not in self.not_finite.get(name, ()):
                 rng = np.random.default_rng([number, *name.encode()])
-                picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                write_png(folder / f"{number}.png", picture, "x")
+                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                write_png(folder / f"{number}.png", image, "x")
                 rows[-1] |= {
                     "file": f"{number}.png",
-                    "sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+                    "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
                 }
         return pl.DataFrame(rows, schema=TABLES["sample_images"].schema)
 
@@ -83,7 +83,7 @@ class Evaluation:
     def store(self):
         return self.world.store
 
-    def picture(self, key, number):
+    def image(self, key, number):
         return self.store.paths.sample_folder(key) / f"{number}.png"
 
     def verdict(self, key):
@@ -115,53 +115,53 @@ def test_a_broken_checkpoint_is_shown_and_not_judged_and_later_ones_are(evaluati
     drawn = store.read("sample_images", ["file", "sha256"], ["run@1000"])
     assert drawn["file"].to_list() == [None, "1.png", None, "3.png"]
     assert store.manifest("sample_images", "run@1000").report["numbers"] == {
-        "pictures that are not finite": 2
+        "images that are not finite": 2
     }
     scores = store.read("eval_metrics", parts=["run@2000"])
     assert scores.filter(metric="failed")["reason"].to_list() == [NOT_DRAWN] * NUM_PROMPTS
     assert evaluation.verdict("run@1000") == (
         [],
-        f"no verdict on run@1000 against {evaluation.world.base}: 2 of 4 pictures of run@1000 have no scores: "
+        f"no verdict on run@1000 against {evaluation.world.base}: 2 of 4 images of run@1000 have no scores: "
         f"'p0000' ({NOT_DRAWN}), 'p0002' ({NOT_DRAWN}); the checkpoint is broken",
     )
-    assert "4 of 4 pictures of run@2000 have no scores" in evaluation.verdict("run@2000")[1]
+    assert "4 of 4 images of run@2000 have no scores" in evaluation.verdict("run@2000")[1]
     assert evaluation.verdict("run@3000") == (["too_few_prompts"] * 2, "")
     assert store.currency.stale(verdicts.verdicts) == []
     assert evaluation.damage() == []
 
 
-def test_a_lost_picture_is_found_drawn_again_and_scored_again(evaluation):
+def test_a_lost_image_is_found_drawn_again_and_scored_again(evaluation):
     evaluation.save("run", 1000)
     keys = (evaluation.world.base, "run@1000")
     evaluation.materialize(sample_images.sample_images, *keys)
     digest = evaluation.store.manifest("sample_images", "run@1000").digest
-    evaluation.picture("run@1000", 2).unlink()
+    evaluation.image("run@1000", 2).unlink()
     evaluation.evaluate(*keys)
     assert "foundry verify --repair" in evaluation.verdict("run@1000")[1]
-    pictures, scores = sorted(
+    images, scores = sorted(
         evaluation.damage(), key=lambda problem: problem.path.parent.name, reverse=True
     )
-    assert "1 of 4 pictures in" in pictures.detail
-    assert "2.png is missing" in pictures.detail
-    assert scores.detail.startswith("scores of run@1000 lack 1 pictures, such as: 2.png is missing")
-    maintenance.repair(evaluation.store, [pictures, scores])
+    assert "1 of 4 images in" in images.detail
+    assert "2.png is missing" in images.detail
+    assert scores.detail.startswith("scores of run@1000 lack 1 images, such as: 2.png is missing")
+    maintenance.repair(evaluation.store, [images, scores])
     evaluation.evaluate(*keys)
     assert evaluation.store.manifest("sample_images", "run@1000").digest == digest
     assert evaluation.verdict("run@1000") == (["too_few_prompts"] * 2, "")
     assert evaluation.damage() == []
 
 
-def test_pictures_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_whole_stay(
+def test_images_that_are_cut_or_swapped_go_to_quarantine_and_those_that_are_whole_stay(
     evaluation,
 ):
     base = evaluation.world.base
     evaluation.materialize(sample_images.sample_images, base)
-    cut, swapped = evaluation.picture(base, 0), evaluation.picture(base, 3)
+    cut, swapped = evaluation.image(base, 0), evaluation.image(base, 3)
     cut.write_bytes(cut.read_bytes()[:100])
-    shutil.copyfile(evaluation.picture(base, 1), swapped)
+    shutil.copyfile(evaluation.image(base, 1), swapped)
     (problem,) = evaluation.damage()
     assert problem.files == (cut, swapped)
-    assert "2 of 4 pictures in" in problem.detail
+    assert "2 of 4 images in" in problem.detail
     (moved,) = maintenance.repair(evaluation.store, [problem])
     quarantine = moved.parents[2]
     assert sorted(path.name for path in (quarantine / "sample_images" / base).iterdir()) == [
@@ -190,17 +190,17 @@ def test_a_release_that_is_not_as_it_was_made_is_damage(evaluation):
     assert f"{folder / 'README.md'} is missing" in problem.detail
 
 
-def test_a_release_leaves_gaps_where_pictures_are_broken(evaluation):
+def test_a_release_leaves_gaps_where_images_are_broken(evaluation):
     evaluation.save("run", 1000, 2000)
     keys = (evaluation.world.base, "run@1000", "run@2000")
     evaluation.not_finite = {"run@2000": [1]}
     evaluation.evaluate(*keys)
     for key, number in ((keys[0], 0), ("run@1000", 0), ("run@1000", 3), ("run@2000", 2)):
-        evaluation.picture(key, number).write_bytes(b"no picture")
+        evaluation.image(key, number).write_bytes(b"no image")
     store = evaluation.store
     assert release_report.shown(store, "run", "run@2000") == list(keys)
-    assert [picture.text for picture, _ in release._card_pictures(store, "run@2000")] == ["star 0"]
-    assert release._grid(store, "run@2000").startswith(f"![{2 * NUM_PROMPTS} pictures]")
+    assert [image.text for image, _ in release._card_images(store, "run@2000")] == ["star 0"]
+    assert release._grid(store, "run@2000").startswith(f"![{2 * NUM_PROMPTS} images]")
     assert release._sheet(store, "run", "run@2000").startswith(b"\xff\xd8")
 
 

@@ -21,7 +21,7 @@ from training.buckets.geometry import Size
 from training.config.workspace import SOURCE_KINDS, DecodeConfig, EncodingConfig, WorkspaceConfig
 from training.errors import ConfigError, DataError
 from training.images.decoding import Unusable
-from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec
+from training.latents.encoder import EncodeJob, Encoder, KeptImage, VaeSpec
 from training.latents.encoding import encode_shard
 from training.sources.kinds import make_source
 
@@ -34,12 +34,12 @@ num_workers = 1
 max_bytes = 70000
 [[sources]]
 name = "loose"
-path = "pictures"
+path = "images"
 tags = ["Drawn"]
 [[sources]]
 name = "packed"
 kind = "zip"
-path = "pictures.zip"
+path = "images.zip"
 tags = ["Drawn"]
 """
 
@@ -110,7 +110,7 @@ def test_an_archive_goes_the_way_of_a_folder(store, tiny_sdxl, tmp_path):
     for source in ("loose", "packed"):
         rows = raw.filter(pl.col("source") == source)
         pictures = [
-            Picture(
+            KeptImage(
                 image_id=row["image_id"], file=file, original=Size(row["height"], row["width"]),
                 bucket=Size(32, 48), flip=False, crop_box=None,
             )
@@ -138,7 +138,7 @@ def test_a_change_of_an_archive_is_seen_and_a_missing_one_is_named(store):
     assert store.paths.source("packed").fingerprint() != before
     path.unlink()
     with pytest.raises(
-        DataError, match=r"source 'packed': .*pictures\.zip is not a .zip archive; mend"
+        DataError, match=r"source 'packed': .*images\.zip is not a .zip archive; mend"
     ):
         store.paths.source("packed")
 

@@ -9,7 +9,7 @@ from judged_world import World
 
 from assets import sample_images, verdicts
 from resources.workspace.checkpoints import Checkpoints
-from training.errors import FailedPicturesError
+from training.errors import FailedImagesError
 from training.evaluation import champion
 
 LOG = logging.getLogger("crown")
@@ -34,8 +34,8 @@ def evaluate(world, *gains):
         world.evaluate(f"run@{number * 1000}", gain, seed=number)
 
 
-def crown(world):
-    verdicts.crown(world.store, LOG)
+def promote(world):
+    verdicts.promote(world.store, LOG)
     return champion.read(world.home)
 
 
@@ -50,7 +50,7 @@ def rows(world, part):
 
 def test_the_best_of_many_is_judged_on_the_held_out_half_before_the_champion_moves(world):
     evaluate(world, 0.2, 0.4, 0.0)
-    now = crown(world)
+    now = promote(world)
     part = f"{world.base}~run@2000"
     assert (now.checkpoint, now.digest, now.verdict) == ("run@2000", "weights of run@2000", part)
     held_out = rows(world, part)
@@ -70,7 +70,7 @@ def test_a_single_first_challenger_is_judged_on_all_prompts_and_no_row_is_there_
     world.evaluate("alone@3000", 0.4, seed=5)
     (world.home / "runs" / "run" / "config.toml").unlink()
     (world.home / "tables" / "checkpoints" / "run.json").unlink()
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, now.verdict) == ("alone@3000", "base~alone@3000")
     assert "aesthetic (all): better" in now.sentence
     evaluate(world, 0.1)
@@ -82,7 +82,7 @@ def test_a_single_first_challenger_is_judged_on_all_prompts_and_no_row_is_there_
 def test_the_base_stays_until_something_is_better_and_nobody_stands_twice(world, caplog):
     caplog.set_level("INFO")
     evaluate(world, 0.0, -0.2, 0.0)
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, now.verdict, sorted(now.challenged)) == (
         world.base,
         "",
@@ -90,20 +90,20 @@ def test_the_base_stays_until_something_is_better_and_nobody_stands_twice(world,
     )
     assert f"{world.base} stays champion against run@" in caplog.text
     before = (world.home / "champion.json").stat().st_mtime_ns
-    crown(world)
+    promote(world)
     assert (world.home / "champion.json").stat().st_mtime_ns == before
     world.score("run@3000", world.values(0.5, 9))
     world.judge("run@3000")
-    assert crown(world).checkpoint == "run@3000"
+    assert promote(world).checkpoint == "run@3000"
 
 
 def test_the_mark_that_keeps_a_checkpoint_moves_with_the_champion(world):
     evaluate(world, 0.4, -0.1, -0.1)
-    assert crown(world).checkpoint == "run@1000"
+    assert promote(world).checkpoint == "run@1000"
     assert marked(world) == ["samples_000001000"]
     world.score("run@3000", world.values(1.0, 3))
     world.judge("run@3000")
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, now.verdict) == ("run@3000", "run@1000~run@3000")
     assert {champion.HELD_OUT, "all"} <= set(rows(world, now.verdict)["group"])
     assert marked(world) == ["samples_000003000"]
@@ -119,7 +119,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
     """Killed at any call of a step: the file never names a verdict that is not there, or a folder
     that may go."""
     evaluate(world, 0.4, -0.1, -0.1)
-    assert crown(world).checkpoint == "run@1000"
+    assert promote(world).checkpoint == "run@1000"
     world.score("run@3000", world.values(1.0, 3))
     world.score("run@2000", world.values(0.8, 2))
     for name in ("run@2000", "run@3000"):
@@ -137,7 +137,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, dying)
             try:
-                verdicts.crown(world.store, LOG)
+                verdicts.promote(world.store, LOG)
             except KeyboardInterrupt:
                 pass
             else:
@@ -146,7 +146,7 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
         assert now.checkpoint in ("run@1000", "run@3000")
         assert now.verdict in world.store.tables.parts("verdicts")
         assert world.folder(now.checkpoint).name in marked(world)
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, now.verdict) == ("run@3000", "run@1000~run@3000")
     assert champion.HELD_OUT in rows(world, now.verdict)["group"]
     assert marked(world) == ["samples_000003000"]
@@ -155,18 +155,18 @@ def test_a_death_before_any_step_leaves_a_champion_with_its_verdict_and_the_next
 def test_it_waits_for_verdicts_that_are_stale(world, caplog):
     caplog.set_level("INFO")
     evaluate(world, 0.4, 0.3)
-    assert crown(world) is None
+    assert promote(world) is None
     assert "the champion waits for verdicts on run@3000" in caplog.text
     world.evaluate("run@3000", 0.5, seed=3)
-    assert crown(world).checkpoint == "run@3000"
+    assert promote(world).checkpoint == "run@3000"
 
 
 def test_a_comparison_keeps_the_verdict_that_the_champion_stands_on(world):
     evaluate(world, 0.4, -0.1, -0.1)
-    crown(world)
+    promote(world)
     world.score("run@3000", world.values(1.0, 3))
     world.judge("run@3000")
-    now = crown(world)
+    now = promote(world)
     before = world.store.manifest("verdicts", now.verdict)
     assert verdicts.judge_pair(world.store, "run@1000", "run@3000") == now.verdict
     assert world.store.manifest("verdicts", now.verdict) == before
@@ -178,32 +178,32 @@ def test_a_comparison_keeps_the_verdict_that_the_champion_stands_on(world):
     assert champion.HELD_OUT in rows(world, "run@2000~run@3000")["group"]
 
 
-def test_a_checkpoint_with_failed_pictures_has_a_note_cannot_win_and_stops_nobody(world, caplog):
+def test_a_checkpoint_with_failed_images_has_a_note_cannot_win_and_stops_nobody(world, caplog):
     evaluate(world, 0.3)
     world.evaluate("run@2000", 2.0, failed=3, seed=2)
     world.evaluate("run@3000", 0.1, seed=3)
     noted = world.store.manifest("verdicts", "base~run@2000")
     assert noted.rows == 0
-    assert "3 of 64 pictures of run@2000 have no scores" in noted.report["numbers"]["note"]
+    assert "3 of 64 images of run@2000 have no scores" in noted.report["numbers"]["note"]
     assert world.store.currency.stale(verdicts.verdicts) == []
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, sorted(now.challenged)) == ("run@1000", ["run@1000", "run@3000"])
     assert "run@2000 does not challenge the champion" in caplog.text
-    with pytest.raises(FailedPicturesError, match="3 of 64 pictures of run@2000"):
+    with pytest.raises(FailedImagesError, match="3 of 64 images of run@2000"):
         verdicts.judge_pair(world.store, world.base, "run@2000")
     # Mended, it is judged as any other.
     world.score("run@2000", world.values(2.0, 2))
     assert world.store.currency.stale(verdicts.verdicts) == ["run@2000"]
     world.judge("run@2000")
-    assert crown(world).checkpoint == "run@2000"
+    assert promote(world).checkpoint == "run@2000"
 
 
-def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_the_others(
+def test_one_whose_weights_are_gone_or_whose_images_are_newer_does_not_stop_the_others(
     world, caplog
 ):
     caplog.set_level("INFO")
     evaluate(world, 0.2, 0.9, 0.3)
-    shutil.rmtree(world.folder("run@2000"))  # retention may, once its pictures are drawn
+    shutil.rmtree(world.folder("run@2000"))  # retention may, once its images are drawn
     world.save("named", 1000, 1500, 3000)
     for number, clock in enumerate((1000, 1500, 3000)):
         world.evaluate(f"named@{clock}", 0.0, seed=10 + number)
@@ -211,14 +211,14 @@ def test_one_whose_weights_are_gone_or_whose_pictures_are_newer_does_not_stop_th
     assert (
         world.store.currency.stale(verdicts.verdicts) == []
     )  # 1500 lies between the intervals and was evaluated by name
-    now = crown(world)
+    now = promote(world)
     assert (now.checkpoint, sorted(now.challenged)) == (
         "run@3000",
         ["named@1000", "named@3000", "run@1000", "run@3000"],
     )
     told = " ".join(caplog.messages)
     assert "run@2000 cannot challenge the champion: retention removed the weights" in told
-    assert "named@1500: its pictures are newer than its scores" in told
+    assert "named@1500: its images are newer than its scores" in told
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def unevaluated(world):
     for clock, gain in ((1000, 0.0), (1500, 1.0), (3000, 0.0)):
         world.evaluate(f"named@{clock}", gain, seed=clock)
     assert "named@1500" not in world.store.checkpoints.to_evaluate()
-    assert crown(world).checkpoint == "named@1500"
+    assert promote(world).checkpoint == "named@1500"
     world.write_config("num_steps = 4", "num_steps = 5")
     for name in (world.base, "run@1000", "run@2000", "run@3000", "named@1000", "named@3000"):
         world.evaluate(name, 2.0 if name == "run@1000" else 0.0, seed=2)
@@ -240,16 +240,16 @@ def unevaluated(world):
 def test_the_champion_is_evaluated_with_the_others(unevaluated, caplog):
     caplog.set_level("INFO")
     assert unevaluated.store.currency.stale(sample_images.sample_images) == ["named@1500"]
-    assert crown(unevaluated).checkpoint == "named@1500"
+    assert promote(unevaluated).checkpoint == "named@1500"
     assert "the champion waits for verdicts on named@1500" in caplog.text
     unevaluated.evaluate("named@1500", 1.0, seed=3)
-    assert crown(unevaluated).checkpoint == "run@1000"
+    assert promote(unevaluated).checkpoint == "run@1000"
 
 
 def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplog):
     shutil.rmtree(unevaluated.folder("named@1500"))
     assert unevaluated.store.currency.stale(verdicts.verdicts) == []
-    assert crown(unevaluated).checkpoint == "named@1500"
+    assert promote(unevaluated).checkpoint == "named@1500"
     told = " ".join(caplog.messages)
     assert (
         "run@1000 does not challenge the champion named@1500: named@1500 and run@1000 cannot be compared"
@@ -257,12 +257,12 @@ def test_a_champion_that_cannot_be_evaluated_any_more_is_said(unevaluated, caplo
     )
     assert "can challenge it; its weights are missing: remove champion.json to begin anew" in told
     (unevaluated.home / champion.FILE).unlink()
-    assert crown(unevaluated).checkpoint == "run@1000"
+    assert promote(unevaluated).checkpoint == "run@1000"
 
 
 def test_another_base_model_is_the_champion_until_something_is_better(world):
     evaluate(world, 0.0, 0.0, 0.0)
-    crown(world)
+    promote(world)
     old = champion.Champion(checkpoint="base.00000000@0", digest="d", challenged={"run@3000": "e"})
     champion.write(world.home, old)
-    assert crown(world).checkpoint == world.base
+    assert promote(world).checkpoint == world.base

@@ -50,7 +50,7 @@ def test_the_results_are_written_and_a_lever_that_does_nothing_fails(
     assert "out of memory" in printed
     assert ("NOT SEEN" in printed) == bool(contradiction)
     with pytest.raises(ConfigError, match="rates"):
-        read_rates(tmp_path / "rates.json")  # a tiny model's rates are nobody's
+        read_rates(tmp_path / "rates.json")  # a tiny model's rates are no one's
 
 
 def test_foundry_cost_reads_the_best_rate_of_a_known_card(bench, monkeypatch, tmp_path):

@@ -56,7 +56,7 @@ CONFIGS = [
     config=st.sampled_from(CONFIGS),
     grow=st.booleans(),
 )
-def test_every_picture_is_placed_in_the_nearest_bucket_it_covers_or_rejected(sizes, config, grow):
+def test_every_image_is_placed_in_the_nearest_bucket_it_covers_or_rejected(sizes, config, grow):
     config = replace(config, allow_upscale=grow)
     placed, rejected = bucket_assignments.assign(frame(sizes), config)
     assert placed.height + len(rejected) == len(sizes)
@@ -93,13 +93,13 @@ def test_every_picture_is_placed_in_the_nearest_bucket_it_covers_or_rejected(siz
     assert rejections("bucket_assignments.sdxl", rejected).height == len(rejected)
 
 
-def test_a_picture_just_too_small_for_the_nearest_bucket_takes_the_next_it_covers():
+def test_a_image_just_too_small_for_the_nearest_bucket_takes_the_next_it_covers():
     placed, _ = bucket_assignments.assign(frame([(1020, 1030)]), BucketConfig())
     assert placed.select("bucket_height", "bucket_width").row(0) == (960, 1024)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=1, max_size=30))
-def test_without_upscaling_kohya_cuts_each_picture_to_its_own_steps(sizes):
+def test_without_upscaling_kohya_cuts_each_image_to_its_own_steps(sizes):
     config = BucketConfig(plan="kohya", no_upscale=True)
     placed, rejected = bucket_assignments.assign(frame(sizes), config)
     assert placed.height + len(rejected) == len(sizes)
@@ -125,7 +125,7 @@ def test_without_upscaling_kohya_cuts_each_picture_to_its_own_steps(sizes):
             assert image_id in small
 
 
-def test_without_upscaling_every_picture_gets_the_size_that_kohya_gives_it():
+def test_without_upscaling_every_image_gets_the_size_that_kohya_gives_it():
     table = pl.read_csv(Path(__file__).with_name("kohya_no_upscale.csv"), comment_prefix="#")
     assert table.height == 300
     for (area, step), rows in table.group_by("area", "step", maintain_order=True):
@@ -138,7 +138,7 @@ def test_without_upscaling_every_picture_gets_the_size_that_kohya_gives_it():
         assert placed.select(wanted.columns).rows() == wanted.rows()
 
 
-def test_kohyas_own_sizes_of_hand_worked_pictures():
+def test_kohyas_own_sizes_of_hand_worked_images():
     # 3000 x 2000: sqrt(area x 2/3) = 836.09 wide, in steps 832; 832 x 1.5 = 1248 high, in steps
     # 1216: 0.684. By height 1254.14, in steps 1216; 811 wide, in steps 768: 0.632, farther from
     # 2/3.
@@ -197,7 +197,7 @@ def test_the_report_of_a_hand_counted_assignment():
     assert found.buckets.select("height", "width", "images", "share").rows() == [
         (1024, 1024, 6, 0.6), (1216, 832, 3, 0.3), (640, 1600, 1, 0.1),
     ]  # fmt: skip
-    assert found.numbers["buckets with a single picture"] == 1
+    assert found.numbers["buckets with a single image"] == 1
     assert found.numbers["left over by batches of 2"] == 0 + 1 + 1
     assert found.numbers["left over by batches of 4"] == 2 + 3 + 1
     assert (found.numbers["enlarged"], found.numbers["padded"]) == (0, 0)
@@ -206,10 +206,10 @@ def test_the_report_of_a_hand_counted_assignment():
     assert bucket_assignments.report(grown, ()).numbers["enlarged"] == 1
 
 
-def test_a_plan_that_no_picture_fits_is_told_in_one_line():
+def test_a_plan_that_no_image_fits_is_told_in_one_line():
     line = bucket_assignments.nothing_fits(frame([(100, 200), (300, 300)]), BucketConfig())
     assert line.startswith(
-        "bucket plan 'bigasp_v1': none of 2 pictures fits, the largest has 300x300 px"
+        "bucket plan 'bigasp_v1': none of 2 images fits, the largest has 300x300 px"
     )
     smallest = min((size.area, size) for size in plan(BucketConfig()))[1]
     assert f"its smallest bucket is {smallest}" in line
@@ -223,7 +223,7 @@ def test_ties_go_to_the_first_in_the_plan(order):
     assert bucket_assignments._nearest(np.array([[300, 300], [700, 700]]), sizes).tolist() == [0, 0]
 
 
-def test_no_pictures_give_no_rows():
+def test_no_images_give_no_rows():
     placed, rejected = bucket_assignments.assign(frame([]), BucketConfig())
     assert placed.height == 0
     assert rejected == []

@@ -57,7 +57,7 @@ def box_of(size, fractions):
     size=st.tuples(st.integers(40, 900), st.integers(40, 900)),
     upscale=st.booleans(),
 )
-def test_a_padded_picture_lies_whole_in_the_middle_of_its_bucket(bucket, size, upscale):
+def test_a_padded_image_lies_whole_in_the_middle_of_its_bucket(bucket, size, upscale):
     p = crops.place(
         Size(*size),
         bucket,
@@ -194,7 +194,7 @@ def test_pixels_are_those_of_pillows_lanczos():
     assert np.array_equal(crops.apply(pixels, p), np.asarray(expected))
 
 
-def test_a_picture_of_another_size_is_refused():
+def test_a_image_of_another_size_is_refused():
     p = crops.place(
         Size(200, 300), Size(128, 128), "a", crops.CropPolicy(mode="centre", seed=0, generation=0)
     )
@@ -209,7 +209,7 @@ def test_a_picture_of_another_size_is_refused():
     box=st.none() | st.tuples(*[st.floats(0, 1)] * 4),
     generation=st.integers(0, 5),
 )
-def test_a_picture_that_keeps_its_size_is_cut_along_both_sides(bucket, over, mode, box, generation):
+def test_a_image_that_keeps_its_size_is_cut_along_both_sides(bucket, over, mode, box, generation):
     own = Size(bucket.height + over[0], bucket.width + over[1])
     p = crops.place(
         own,
@@ -279,7 +279,7 @@ def test_a_mapped_box_is_where_the_pixels_are(bucket, generation, flip, padded):
     bucket=bucket_sizes, margin=margins, generation=st.integers(0, 20), flip=st.booleans(), padded=st.booleans(),
     cut=st.booleans(),
 )  # fmt: skip
-def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen(
+def test_the_told_crop_is_where_a_marker_lies_in_the_whole_image_as_it_is_seen(
     bucket, margin, generation, flip, padded, cut
 ):
     original = Size(bucket.height + margin[0], bucket.width + margin[1])
@@ -290,7 +290,7 @@ def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen
         crops.CropPolicy(mode="random", seed=3, generation=generation, flip=flip),
         crops.CropTarget(padded=padded, resized=original if cut else None),
     )
-    # One pixel of the resized picture, so that nothing is blurred: the marker lies in the middle of
+    # One pixel of the resized image, so that nothing is blurred: the marker lies in the middle of
     # what is kept.
     row, column = (
         p.crop_top + bucket.height // 2 - p.pad_top,
@@ -300,15 +300,13 @@ def test_the_told_crop_is_where_a_marker_lies_in_the_whole_picture_as_it_is_seen
     whole[row, column] = 255
     seen = whole[:, ::-1] if flip else whole
     encoded = crops.apply(whole, p._replace(original=p.resized))
-    (y, x), (whole_y, whole_x) = (
-        np.argwhere(picture[..., 0] == 255)[0] for picture in (encoded, seen)
-    )
+    (y, x), (whole_y, whole_x) = (np.argwhere(image[..., 0] == 255)[0] for image in (encoded, seen))
     pad_left = bucket.width - p.resized.width - p.pad_left if flip else p.pad_left
     pads = (p.pad_top, pad_left) if padded else (0, 0)
     assert crops.told_crop(p, 2) == (whole_y - y + pads[0], whole_x - x + pads[1])
 
 
-def test_what_was_cut_off_a_mirrored_picture_on_the_left():
+def test_what_was_cut_off_a_mirrored_image_on_the_left():
     # 1,280 wide for a bucket of 832: 21 columns are cut off on the left, 427 on the right, which is
     # the left mirrored.
     p = Placement(Size(2000, 2105), Size(1216, 1280), 0, 21, Size(1216, 832), False)
@@ -386,7 +384,7 @@ def test_a_watermark_is_kept_out_where_the_slack_allows_it():
 
 def test_what_stands_out_stays_in_the_crop():
     """The head of a tall portrait, which a centre crop would cut, and a thing at the right end of a
-    wide picture."""
+    wide image."""
     rng = np.random.default_rng(0)
     tall = np.full((600, 200, 3), 90, np.uint8)
     tall[40:130, 60:140] = rng.integers(0, 256, (90, 80, 3))
@@ -414,7 +412,7 @@ def test_what_stands_out_stays_in_the_crop():
             original, bucket, "a", crops.CropPolicy(mode="centre", seed=0, generation=0)
         )
         assert crops.map_box(box, centre) is None
-    with pytest.raises(DataError, match="needs the picture's importance map"):
+    with pytest.raises(DataError, match="needs the image's importance map"):
         crops.place(
             Size(600, 200),
             Size(128, 128),

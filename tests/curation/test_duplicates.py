@@ -87,7 +87,7 @@ def test_equal_bytes_keep_the_first_candidate():
     assert groups["b.png"]["why"] == "same bytes"
 
 
-def test_flat_and_nearly_flat_pictures_are_no_duplicates():
+def test_flat_and_nearly_flat_images_are_no_duplicates():
     rng = np.random.default_rng(0)
     flat = {f"flat{v}.png": encode(np.full((64, 64, 3), v, np.uint8)) for v in (10, 11, 12)}
     noisy = {
@@ -176,7 +176,7 @@ def test_groups_are_the_components_of_all_close_pairs(flips):
     assert found == expected
     kept = groups.filter(
         "kept"
-    )  # All pictures are equally large here: the smallest id is kept, and names the group.
+    )  # All images are equally large here: the smallest id is kept, and names the group.
     assert (
         sorted(kept["image_id"])
         == sorted(min(group) for group in expected)

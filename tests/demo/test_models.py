@@ -1,4 +1,4 @@
-"""Each committed model loads with its real class and says true things of fresh drawn pictures."""
+"""Each committed model loads with its real class and says true things of fresh drawn images."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,7 @@ AESTHETIC_FLOOR, UTILITY_FLOOR = 0.75, 0.75
 TAG_F1_FLOOR = 0.8
 RECALL_FLOOR, PRECISION_FLOOR = 0.6, 0.5
 GENERAL_FLOOR, STAR_CEILING = 0.5, 0.5
-"""What the models must reach on pictures that nothing was trained on; demo/README.md has what they
+"""What the models must reach on images that nothing was trained on; demo/README.md has what they
 do reach."""
 
 
@@ -90,14 +90,14 @@ def test_second_tokenizer_pads_with_zero_as_sdxl():
     assert tokenizer("star", padding="max_length", max_length=77).input_ids[3:] == [0] * 74
 
 
-def test_vae_gives_drawn_pictures_back(pipeline):
+def test_vae_gives_drawn_images_back(pipeline):
     assert build_vae.psnr(pipeline.vae, 40) > PSNR_FLOOR
     assert pipeline.vae_scale_factor == 8
     assert 0.05 < pipeline.vae.config.scaling_factor < 5
 
 
 def test_vae_latents_have_unit_spread(pipeline):
-    pictures = build_vae.bucket_pictures("vae spread", 24, 0.2)
+    pictures = build_vae.bucket_images("vae spread", 24, 0.2)
     with torch.no_grad():
         means = [
             pipeline.vae.encode(build_vae.to_tensor(p)[None]).latent_dist.mean.flatten()
@@ -211,6 +211,6 @@ def test_text_encoders_pool_and_join_as_sdxl(pipeline):
 
 
 @numpy_copy
-def test_equal_seeds_draw_equal_pictures(pipeline):
+def test_equal_seeds_draw_equal_images(pipeline):
     first, second = (generate(pipeline, ["red, circle"], seed=3) for _ in range(2))
     assert hashlib.sha256(first.tobytes()).digest() == hashlib.sha256(second.tobytes()).digest()

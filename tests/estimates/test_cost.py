@@ -30,7 +30,7 @@ from training.estimates.cost import (
 from training.estimates.gpus import find_gpu
 from training.latents.files import BucketWriter
 
-# Images, samples, cards; TB of pictures, latents, tables, embeddings; hours of three annotators,
+# Images, samples, cards; TB of images, latents, tables, embeddings; hours of three annotators,
 # encoding, training, evaluation; core-hours of decoding twice; all GPU-hours, days, dollars;
 # dollars a month. As printed there.
 TABLE = [

@@ -18,22 +18,22 @@ from training.config.evaluation import SamplingConfig
 from training.errors import EvaluationError
 from training.evaluation import clip_score, summary
 from training.evaluation.clip_score import Networks
-from training.sampling import image_files as pictures
+from training.sampling import image_files as images
 from training.sampling import sampling
 from training.tables.schemas import TABLES
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, clip_folder, aesthetic_folder):
-    """Seven drawn pictures of two sizes, their table, folder and scores."""
+    """Seven drawn images of two sizes, their table, folder and scores."""
     folder = tmp_path_factory.mktemp("samples")
     rng = np.random.default_rng(1)
     rows = []
     for number in range(7):
         height, width = (32, 48) if number % 2 else (64, 40)
-        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         file = f"{number}.png"
-        Image.fromarray(picture).save(folder / file)
+        Image.fromarray(image).save(folder / file)
         rows.append(
             {"prompt_id": f"p{number}", "text": ["red cat", "a dog", "tree"][number % 3], "negative": "",
              "group": "ab"[number % 2], "seed": number, "height": height, "width": width, "file": file, "sha256": ""}
@@ -65,16 +65,16 @@ def test_scores_equal_an_independent_computation(scored, clip_folder, aesthetic_
         values(metrics, "aesthetic"),
         strict=True,
     ):
-        # One picture at a time: pixels by the adapter (proved elsewhere), all the rest by hand.
+        # One image at a time: pixels by the adapter (proved elsewhere), all the rest by hand.
         pixels = clip.preprocess(np.asarray(Image.open(folder / row["file"])))[None]
         tokens = clip.tokenizer(
             [row["text"]], padding="max_length", max_length=77, return_tensors="pt"
         )["input_ids"]
         with torch.no_grad():
-            picture = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+            image = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
             text = model.text_projection(model.text_model(tokens).pooler_output)[0]
-            expected = torch.dot(picture, text) / (picture.norm() * text.norm())
-            score = picture / picture.norm()
+            expected = torch.dot(image, text) / (image.norm() * text.norm())
+            score = image / image.norm()
             for layer in (0, 2, 4, 6, 7):
                 score = state[f"layers.{layer}.weight"] @ score + state[f"layers.{layer}.bias"]
         assert cosine == pytest.approx(expected.item(), abs=1e-6)
@@ -120,7 +120,7 @@ def test_the_order_and_the_batches_do_not_matter(scored):
 
 @pytest.fixture
 def damaged(scored, tmp_path):
-    """The pictures with four that cannot be scored: gone, cut, never drawn, and one that makes CLIP
+    """The images with four that cannot be scored: gone, cut, never drawn, and one that makes CLIP
     give NaN."""
     samples, folder, clip, aesthetic, metrics = scored
     shutil.copytree(folder, tmp_path / "samples")
@@ -132,7 +132,7 @@ def damaged(scored, tmp_path):
     return samples.with_columns(file=files), tmp_path / "samples", clip, aesthetic, metrics
 
 
-def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(damaged, monkeypatch):
+def test_a_image_that_cannot_be_scored_is_a_counted_row_and_never_averaged(damaged, monkeypatch):
     samples, folder, clip, aesthetic, whole = damaged
     forward = clip.forward
 
@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
     reasons = [
         "1.png is missing",
         "3.png is damaged (OSError)",
-        pictures.NOT_DRAWN,
+        images.NOT_DRAWN,
         "clip_score is nan",
     ]
     assert failed["reason"].to_list() == reasons
@@ -167,14 +167,14 @@ def test_a_picture_that_cannot_be_scored_is_a_counted_row_and_never_averaged(dam
     assert summed["count_LAIONScore"] == 3
 
 
-def test_a_checkpoint_without_any_picture_has_failures_only(scored):
+def test_a_checkpoint_without_any_image_has_failures_only(scored):
     samples, folder, clip, aesthetic, _ = scored
     none = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p2").then(pl.lit("gone.png")))
     metrics = clip_score.score(none, folder, Networks(clip=clip, aesthetic=aesthetic), batch_size=3)
     assert metrics.schema == TABLES["eval_metrics"].schema
     own = metrics.filter(pl.col("prompt_id").is_not_null())
     assert own.select("prompt_id", "group", "metric", "reason").rows() == [
-        (f"p{n}", "ab"[n % 2], "failed", "gone.png is missing" if n > 2 else pictures.NOT_DRAWN)
+        (f"p{n}", "ab"[n % 2], "failed", "gone.png is missing" if n > 2 else images.NOT_DRAWN)
         for n in range(7)
     ]
     summed = metrics.filter(pl.col("prompt_id").is_null() & pl.col("value").is_not_nan())
@@ -184,7 +184,7 @@ def test_a_checkpoint_without_any_picture_has_failures_only(scored):
     }
 
 
-def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
+def test_images_are_not_blamed_for_a_broken_scorer(scored):
     samples, folder, clip, aesthetic, _ = scored
     with pytest.raises(EvaluationError, match="holds no sample images"):
         clip_score.score(
@@ -194,20 +194,18 @@ def test_pictures_are_not_blamed_for_a_broken_scorer(scored):
     one_gone = samples.with_columns(file=pl.when(pl.col("prompt_id") > "p0").then("file"))
     with pytest.raises(
         EvaluationError,
-        match=r"none of 7 pictures in .*, and 6 of them can be read: aesthetic is nan",
+        match=r"none of 7 images in .*, and 6 of them can be read: aesthetic is nan",
     ):
         clip_score.score(one_gone, folder, Networks(clip=clip, aesthetic=broken), batch_size=3)
 
 
-def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
+def test_further_scorers_see_each_image_once_with_its_own_prompt(scored):
     samples, folder, clip, aesthetic, metrics = scored
     asked = []
 
     class Length:
-        def score(self, pictures, texts):
-            asked.extend(
-                (picture.shape[0], text) for picture, text in zip(pictures, texts, strict=True)
-            )
+        def score(self, images, texts):
+            asked.extend((image.shape[0], text) for image, text in zip(images, texts, strict=True))
             return np.array([len(text) for text in texts], dtype=np.float32)
 
     found = clip_score.score(
@@ -225,7 +223,7 @@ def test_further_scorers_see_each_picture_once_with_its_own_prompt(scored):
     assert same.equals(metrics)
 
 
-def test_a_picture_and_a_prompt_are_encoded_once(scored, monkeypatch):
+def test_a_image_and_a_prompt_are_encoded_once(scored, monkeypatch):
     samples, folder, clip, aesthetic, _ = scored
     seen, read = [], []
     forward, encode = clip.forward, clip.encode_text
@@ -260,7 +258,7 @@ def test_no_tf32_whatever_others_have_set(scored, monkeypatch):
             one.allow_tf32 = value
 
 
-def test_sampled_pictures_are_scored_as_they_were_drawn(
+def test_sampled_images_are_scored_as_they_were_drawn(
     tiny_sdxl, clip_folder, aesthetic_folder, tmp_path
 ):
     rows = [

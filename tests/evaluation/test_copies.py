@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.evaluation import copies, overbaked
-from training.evaluation.references import BasePictures, References, TrainingImages, sample
+from training.evaluation.references import BaseImages, References, TrainingImages, sample
 
 
 def units(rng, count, width=8):
@@ -105,7 +105,7 @@ def test_a_memorised_image_is_found_and_named_and_stands_out():
     rng = np.random.default_rng(1)
     train, validation = units(rng, 60, 16), units(rng, 20, 16)
     pictures = np.concatenate([units(rng, 9, 16), train[41:42]])
-    base = BasePictures(embeddings=units(rng, 10, 16), levels=level(10))
+    base = BaseImages(embeddings=units(rng, 10, 16), levels=level(10))
     found = References(base=base, training=set_of(train, validation)).compare(
         pictures, level(10), EVERY[:10]
     )
@@ -137,11 +137,11 @@ def test_distances_are_to_the_validation_images_with_a_floor_of_as_many_real_one
 
 
 @given(counts=st.lists(st.booleans(), min_size=12, max_size=12).filter(any))
-def test_pictures_that_do_not_count_have_a_neighbour_and_no_part_in_the_summary(counts):
+def test_images_that_do_not_count_have_a_neighbour_and_no_part_in_the_summary(counts):
     rng, counts = np.random.default_rng(4), np.array(counts)
     levels = {name: np.linspace(0, 1, 12) for name in overbaked.ALL}
     train, validation, pictures = units(rng, 60, 16), units(rng, 20, 16), units(rng, 12, 16)
-    base = BasePictures(embeddings=units(rng, 5, 16), levels=level(5))
+    base = BaseImages(embeddings=units(rng, 5, 16), levels=level(5))
     references = References(base=base, training=set_of(train, validation))
     every = references.compare(pictures, levels, EVERY)
     found = references.compare(pictures, levels, counts)

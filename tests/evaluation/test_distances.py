@@ -78,6 +78,6 @@ def test_of_equal_distributions_kid_is_zero_on_average_and_cmmd_above():
 
 
 @pytest.mark.parametrize("measure", [distances.cmmd, distances.kid])
-def test_one_picture_has_no_distance(measure):
+def test_one_image_has_no_distance(measure):
     assert math.isnan(measure(cloud(0, 1), cloud(1, 5)))
     assert math.isnan(measure(cloud(0, 5), cloud(1, 1)))

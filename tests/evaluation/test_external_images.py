@@ -1,4 +1,4 @@
-"""Pictures made anywhere: both layouts, tables and summary, what is skipped, and input that is
+"""Images made anywhere: both layouts, tables and summary, what is skipped, and input that is
 broken."""
 
 import numpy as np
@@ -43,12 +43,12 @@ def draw(path, seed=0, mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two models with two pictures of each of three prompts."""
+    """Two models with two images of each of three prompts."""
     root = tmp_path / "pictures"
     for place, model in enumerate(("sdxl-1.0", "mine")):
         for number in range(6):
             draw(root / model / f"{number % 3:05d}-{number}.png", seed=10 * place + number)
-    (root / "notes.txt").write_text("no picture")
+    (root / "notes.txt").write_text("no image")
     (root / ".hidden").mkdir()
     return root
 
@@ -62,23 +62,23 @@ def score(folder, prompts, out, networks, **changes):
     )
 
 
-def test_scores_are_those_of_our_own_pictures(folder, prompts, networks, tmp_path):
+def test_scores_are_those_of_our_own_images(folder, prompts, networks, tmp_path):
     done = score(folder, prompts, tmp_path / "out", networks)
-    assert [(one.name, one.num_pictures, one.num_failed, one.skipped) for one in done] == [
+    assert [(one.name, one.num_images, one.num_failed, one.skipped) for one in done] == [
         ("mine", 6, 0, False), ("sdxl-1.0", 6, 0, False)
     ]  # fmt: skip
     found = pl.read_parquet(tmp_path / "out" / "pictures" / "mine.parquet")
     assert found["prompt"].to_list() == [TEXTS[row] for row in (0, 0, 1, 1, 2, 2)]
     assert found["file"].to_list()[:2] == ["mine/00000-0.png", "mine/00000-3.png"]
-    pictures = [np.asarray(Image.open(folder / file)) for file in found["file"]]
-    expected = clip_score.look(pictures, found["prompt"].to_list(), networks, batch_size=1)
+    images = [np.asarray(Image.open(folder / file)) for file in found["file"]]
+    expected = clip_score.look(images, found["prompt"].to_list(), networks, batch_size=1)
     for name in ("clip_score", "aesthetic", "saturation"):
         assert found[name].to_numpy() == pytest.approx(expected.scores[name], abs=1e-5)
     table = pd.read_csv(tmp_path / "out" / "pictures" / "mine.csv")
     assert table["clip_score"].to_numpy() == pytest.approx(found["clip_score"].to_numpy())
 
 
-def test_the_summary_is_the_guides_of_the_pictures_table(folder, prompts, networks, tmp_path):
+def test_the_summary_is_the_guides_of_the_images_table(folder, prompts, networks, tmp_path):
     score(folder, prompts, tmp_path / "out", networks)
     found = pd.read_csv(tmp_path / "out" / "summary.csv")
     assert list(found.columns) == ["Model", *summary.COLUMNS]
@@ -150,11 +150,11 @@ def test_a_stopped_run_goes_on_with_the_next_model(folder, prompts, networks, tm
     assert [one.skipped for one in score(folder, prompts, out, networks)] == [True, False]
 
 
-def test_a_picture_that_cannot_be_read_is_counted_and_never_averaged(
+def test_a_image_that_cannot_be_read_is_counted_and_never_averaged(
     folder, prompts, networks, tmp_path
 ):
     whole = score(folder, prompts, tmp_path / "whole", networks)
-    (folder / "mine" / "00000-0.png").write_bytes(b"no picture at all")
+    (folder / "mine" / "00000-0.png").write_bytes(b"no image at all")
     done = score(folder, prompts, tmp_path / "out", networks)
     assert (whole[0].num_failed, done[0].num_failed) == (0, 1)
     rows = pl.read_parquet(tmp_path / "out" / "pictures" / "mine.parquet")
@@ -169,12 +169,12 @@ def test_a_model_of_which_nothing_can_be_read_has_an_empty_row(tmp_path, prompts
     (tmp_path / "pictures" / "bad").mkdir(parents=True)
     (tmp_path / "pictures" / "bad" / "1.png").write_bytes(b"")
     done = score(tmp_path / "pictures", prompts, tmp_path / "out", networks)
-    assert (done[0].num_pictures, done[0].num_failed) == (1, 1)
+    assert (done[0].num_images, done[0].num_failed) == (1, 1)
     assert pl.read_csv(tmp_path / "out" / "summary.csv").row(0, named=True)["count_LAIONScore"] == 0
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGBA", "I;16"])
-def test_pictures_of_any_mode_become_rgb_before_anything_is_resized(
+def test_images_of_any_mode_become_rgb_before_anything_is_resized(
     mode, tmp_path, prompts, networks
 ):
     path = tmp_path / "pictures" / "m" / "0.png"
@@ -227,7 +227,7 @@ def test_prompts_may_begin_with_a_byte_order_mark_and_hold_line_breaks(tmp_path)
     [("cat.png", r"cat\.png: its name is no prompt's id, .* number of its name must be that of a row, 0 to 2$"),
      ("3.png", "0 to 2, not 3"), ("00012-1.png", "0 to 2, not 12")],
 )  # fmt: skip
-def test_a_picture_without_its_prompt_is_named_before_anything_is_scored(
+def test_a_image_without_its_prompt_is_named_before_anything_is_scored(
     name, message, folder, prompts
 ):
     draw(folder / "mine" / name)
@@ -235,11 +235,11 @@ def test_a_picture_without_its_prompt_is_named_before_anything_is_scored(
         external_images.find_models(folder, prompts)
 
 
-def test_folders_without_pictures_are_an_error(tmp_path, prompts):
+def test_folders_without_images_are_an_error(tmp_path, prompts):
     with pytest.raises(EvaluationError, match="is no folder"):
         external_images.find_models(tmp_path / "gone", prompts)
     (tmp_path / "empty" / "model").mkdir(parents=True)
-    with pytest.raises(EvaluationError, match="holds no folder with pictures"):
+    with pytest.raises(EvaluationError, match="holds no folder with images"):
         external_images.find_models(tmp_path / "empty", prompts)
 
 

@@ -1,4 +1,4 @@
-"""Measures of pictures against sums written out by hand; letter boxes; the index and its alarm."""
+"""Measures of images against sums written out by hand; letter boxes; the index and its alarm."""
 
 import colorsys
 
@@ -30,9 +30,9 @@ def block_means(levels, side):
 @given(seed=st.integers(0, 2**32), height=st.integers(3, 80), width=st.integers(3, 140))
 @settings(max_examples=20)
 def test_measures_are_what_they_say(seed, height, width):
-    picture = noise(height, width, seed)
-    found = overbaked.measure(picture)
-    levels = picture.astype(np.float64) / 255
+    image = noise(height, width, seed)
+    found = overbaked.measure(image)
+    levels = image.astype(np.float64) / 255
     coarse = block_means(levels, 1 if min(height, width) < 64 else 2)
     # Saturation times value of HSV is the largest minus the smallest level.
     chroma = [s * v for _, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in coarse.reshape(-1, 3))]
@@ -45,7 +45,7 @@ def test_measures_are_what_they_say(seed, height, width):
 
 
 def scene(seed, side=192):
-    """A picture with the spectrum of photographs, 1 / f, each channel partly its own."""
+    """An image with the spectrum of photographs, 1 / f, each channel partly its own."""
     rng = np.random.default_rng(seed)
     radius = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     radius[0, 0] = np.inf
@@ -56,36 +56,36 @@ def scene(seed, side=192):
     return Image.fromarray((128 + 38 * np.stack(planes, axis=2)).clip(0, 255).astype(np.uint8))
 
 
-def bake(picture, colour=1.4, contrast=1.25, sharpness=2.0):
-    vivid = ImageEnhance.Color(picture).enhance(colour)
+def bake(image, colour=1.4, contrast=1.25, sharpness=2.0):
+    vivid = ImageEnhance.Color(image).enhance(colour)
     return ImageEnhance.Sharpness(ImageEnhance.Contrast(vivid).enhance(contrast)).enhance(sharpness)
 
 
-def grain(picture, deviation, channels):
-    noise = np.random.default_rng(7).normal(0, deviation, (picture.height, picture.width, channels))
-    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+def grain(image, deviation, channels):
+    noise = np.random.default_rng(7).normal(0, deviation, (image.height, image.width, channels))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def measures_of(pictures):
-    return overbaked.collect([overbaked.measure(np.asarray(picture)) for picture in pictures])
+def measures_of(images):
+    return overbaked.collect([overbaked.measure(np.asarray(image)) for image in images])
 
 
-def blurred(picture):
-    return picture.filter(ImageFilter.GaussianBlur(1.5))  # what a small VAE leaves of a picture
+def blurred(image):
+    return image.filter(ImageFilter.GaussianBlur(1.5))  # what a small VAE leaves of an image
 
 
-PICTURES = [scene(seed) for seed in range(12)]
+IMAGES = [scene(seed) for seed in range(12)]
 VARIED = [bake(scene(20 + place), place / 9, 0.8, 3) for place in range(20)]
-"""Training pictures as the demo has them: of all colours, soft in contrast, finer than what is
+"""Training images as the demo has them: of all colours, soft in contrast, finer than what is
 drawn."""
 
 
-@pytest.mark.parametrize("decode", [lambda picture: picture, blurred])
-@pytest.mark.parametrize("training", [PICTURES, [scene(seed) for seed in range(20, 40)], VARIED])
+@pytest.mark.parametrize("decode", [lambda image: image, blurred])
+@pytest.mark.parametrize("training", [IMAGES, [scene(seed) for seed in range(20, 40)], VARIED])
 def test_the_alarm_fires_on_an_over_baked_set(decode, training):
-    drawn = [decode(picture) for picture in PICTURES]
+    drawn = [decode(image) for image in IMAGES]
     summary = overbaked.summarise(
-        measures_of([bake(picture) for picture in drawn]), measures_of(drawn), measures_of(training)
+        measures_of([bake(image) for image in drawn]), measures_of(drawn), measures_of(training)
     )
     assert summary["overbaked_index"] > 0.5
     assert overbaked.alarms(summary)
@@ -93,21 +93,21 @@ def test_the_alarm_fires_on_an_over_baked_set(decode, training):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda picture: picture, lambda picture: bake(picture, 1.05, 1.02, 1.2)]
-    + [lambda picture, d=d, c=c: grain(picture, d, c) for d in (8, 16, 25) for c in (1, 3)],
+    [lambda image: image, lambda image: bake(image, 1.05, 1.02, 1.2)]
+    + [lambda image, d=d, c=c: grain(image, d, c) for d in (8, 16, 25) for c in (1, 3)],
 )
-@pytest.mark.parametrize("decode", [lambda picture: picture, blurred])
+@pytest.mark.parametrize("decode", [lambda image: image, blurred])
 def test_the_alarm_is_silent_on_the_base_and_on_film_grain(change, decode):
-    drawn = [decode(picture) for picture in PICTURES]
+    drawn = [decode(image) for image in IMAGES]
     summary = overbaked.summarise(
-        measures_of([change(picture) for picture in drawn]), measures_of(drawn), measures_of(drawn)
+        measures_of([change(image) for image in drawn]), measures_of(drawn), measures_of(drawn)
     )
     assert summary["overbaked_index"] < 0.25
     assert overbaked.alarms(summary) == []
 
 
 def test_coloured_grain_on_a_monochrome_set_is_no_alarm():
-    grey = [picture.convert("L").convert("RGB") for picture in PICTURES]
+    grey = [image.convert("L").convert("RGB") for image in IMAGES]
     summary = overbaked.summarise(
         measures_of([grain(one, 20, 3) for one in grey]), measures_of(grey), measures_of(grey)
     )
@@ -136,18 +136,18 @@ def test_what_over_baking_does_raises_its_measure():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2)])
-def test_tiny_pictures_have_measures(size):
+def test_tiny_images_have_measures(size):
     assert overbaked.measure(np.full((*size, 3), 7, dtype=np.uint8))["detail"] == 0
 
 
 @pytest.mark.parametrize("colour", [0, 255, 119])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_letter_box_is_found(colour, turned):
-    picture = noise(100, 100)
-    picture[:8], picture[-5:] = colour, colour
-    picture = picture.transpose(1, 0, 2) if turned else picture
-    assert overbaked.has_uniform_border(picture)
-    blurred = np.asarray(Image.fromarray(picture).convert("YCbCr").convert("RGB"))
+    image = noise(100, 100)
+    image[:8], image[-5:] = colour, colour
+    image = image.transpose(1, 0, 2) if turned else image
+    assert overbaked.has_uniform_border(image)
+    blurred = np.asarray(Image.fromarray(image).convert("YCbCr").convert("RGB"))
     assert overbaked.has_uniform_border(blurred)
 
 
@@ -228,10 +228,10 @@ def test_the_last_checkpoint_before_the_alarm_is_named():
     assert overbaked.last_before_alarm([]) is None
 
 
-def test_borders_raise_the_alarm_where_neither_base_nor_training_pictures_have_them():
+def test_borders_raise_the_alarm_where_neither_base_nor_training_images_have_them():
     boxed = {"border_share": 0.3, "border_share_base": 0.0, "border_share_train": 0.05}
     assert overbaked.alarms(boxed) == [
-        "30% of the pictures have uniform borders, 5% of the references"
+        "30% of the images have uniform borders, 5% of the references"
     ]
     assert overbaked.alarms(boxed | {"border_share_train": 0.25}) == []
     assert overbaked.alarms({"border_share": 0.9}) == [], "nothing to compare with"

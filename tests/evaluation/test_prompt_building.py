@@ -71,7 +71,7 @@ def test_held_out_images_become_prompts_that_were_never_trained():
 
 
 def test_texts_that_a_ui_reads_otherwise_are_left_out():
-    """Nobody wrote them as prompts, and one of them would have a strict protocol refuse the set."""
+    """No one wrote them as prompts, and one of them would have a strict protocol refuse the set."""
     captions = (
         "a star at 12:30",
         "SALT AND PEPPER",
@@ -100,8 +100,8 @@ def test_texts_that_a_ui_reads_otherwise_are_left_out():
 
 
 def test_more_images_keep_the_prompts_that_are_first_by_hash():
-    few = [(f"v{n}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
-    more = few + [(f"w{n}", 90, 90, "validation", f"another picture {n}", []) for n in range(5)]
+    few = [(f"v{n}", 90, 90, "validation", f"image number {n}", []) for n in range(20)]
+    more = few + [(f"w{n}", 90, 90, "validation", f"another image {n}", []) for n in range(5)]
     sizes = (Size(64, 64),)
     sets = [
         prompt_building.from_validation(selected(rows), sizes, 10, CAPTIONS) for rows in (few, more)
@@ -111,10 +111,10 @@ def test_more_images_keep_the_prompts_that_are_first_by_hash():
 
 
 def test_prompts_stay_when_more_images_come_and_go_when_their_image_does():
-    few = [(f"v{n:02}", 90, 90, "validation", f"picture number {n}", []) for n in range(20)]
+    few = [(f"v{n:02}", 90, 90, "validation", f"image number {n}", []) for n in range(20)]
     more = [
         *few,
-        *((f"w{n:02}", 90, 90, "validation", f"another picture {n}", []) for n in range(30)),
+        *((f"w{n:02}", 90, 90, "validation", f"another image {n}", []) for n in range(30)),
     ]
     first = prompt_building.from_validation(selected(few), SIZES, 15, CAPTIONS)
     grown = prompt_building.from_validation(selected(more), SIZES, 15, CAPTIONS, first)

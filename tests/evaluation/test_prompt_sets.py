@@ -111,7 +111,7 @@ def test_inserting_a_prompt_moves_no_seed(tmp_path):
     )
     assert two.filter(pl.col("prompt_id") != "a").equals(one)
     assert two["seed"].n_unique() == 3
-    # Pinned: another seed means that no picture compares with an older one.
+    # Pinned: another seed means that no image compares with an older one.
     assert prompt_sets.seed_of("p01") == 626859795568351200
 
 

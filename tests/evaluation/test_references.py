@@ -42,12 +42,12 @@ def commit(store, stage, key, frame, **models):
 @pytest.fixture
 def store(make_run, tmp_path, clip_folder, aesthetic_folder):
     """A workspace with a run on 27 images in two shards, of which 26 have embeddings and
-    pictures."""
+    images."""
     run = make_run(RUN)
     (tmp_path / "foundry.toml").write_text(
         f'format = 1\n[models]\nclip = "{clip_folder}"\naesthetic = "{aesthetic_folder}"\n'
         f'base = "{run.inputs.base_model}"\n'
-        '[decode]\nnum_workers = 1\n[[sources]]\nname = "pictures"\nkind = "folder"\npath = "pictures"\n'
+        '[decode]\nnum_workers = 1\n[[sources]]\nname = "images"\nkind = "folder"\npath = "images"\n'
     )
     store = Store(tmp_path)
     (tmp_path / "pictures").mkdir()
@@ -152,12 +152,12 @@ def test_the_base_and_models_made_elsewhere_have_no_training_set(store, networks
 
 
 class CountingClip(Clip):
-    """Counts the pictures and texts that it encodes."""
+    """Counts the images and texts that it encodes."""
 
-    pictures = texts = 0
+    images = texts = 0
 
     def __call__(self, images):
-        self.pictures += len(images)
+        self.images += len(images)
         return super().__call__(images)
 
     def encode_text(self, prompts):
@@ -165,7 +165,7 @@ class CountingClip(Clip):
         return super().encode_text(prompts)
 
 
-def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_current(
+def test_the_bases_images_are_not_looked_at_again_while_their_scores_are_current(
     store, networks, clip_folder
 ):
     from training.evaluation.clip_score import score
@@ -188,7 +188,7 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
             batch_size=2,
             references=compared,
         )
-        return frame, clip.pictures, clip.texts
+        return frame, clip.images, clip.texts
 
     looked, *count = scored(KEY)
     assert count == [5, 2]
@@ -201,7 +201,7 @@ def test_the_bases_pictures_are_not_looked_at_again_while_their_scores_are_curre
     assert read.equals(looked)  # to the bit
     pictures(store, base, seed=3)
     *_, seen, _ = scored(KEY)
-    assert seen == 6  # their scores are of the pictures before
+    assert seen == 6  # their scores are of the images before
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -240,7 +240,7 @@ def test_shipped_prompts_are_scored_and_leave_the_summary_alone(store, networks,
     assert alone.filter(pl.col("metric") == "train_similarity").height == 3
 
 
-def test_scores_are_stale_by_the_runs_set_and_the_bases_pictures_alone(store):
+def test_scores_are_stale_by_the_runs_set_and_the_bases_images_alone(store):
     pictures(store, KEY)
     pictures(store, "base.abc@0")
     before = store.currency.basis(eval_metrics, KEY)
@@ -285,7 +285,7 @@ def test_embeddings_of_another_clip_are_refused(store, networks):
         list(found.training.embeddings_of(found.training.images))
 
 
-def test_pictures_of_a_source_that_was_removed_are_left_out(store):
+def test_images_of_a_source_that_was_removed_are_left_out(store):
     images = references.training_images(store, KEY)
     assert len(references.located(store, images)) == 26
     path = store.home / "foundry.toml"
@@ -328,18 +328,16 @@ def test_the_report_shows_pairs_comparisons_failures_and_the_alarm(store, networ
     assert report["numbers"]["num_failed"] == 1
     assert report["numbers"]["count_LAIONScore"] == 2
     tables = report["tables"]
-    nearest = {
-        row["pictures of"]: row for row in tables["nearest training images (CLIP neighbours)"]
-    }
+    nearest = {row["images of"]: row for row in tables["nearest training images (CLIP neighbours)"]}
     assert list(nearest) == ["checkpoint", "validation images", "base"]
     assert nearest["checkpoint"]["max"] == pytest.approx(1, abs=1e-5)
-    assert [row["pictures of"] for row in tables["distance from validation images"]] == [
+    assert [row["images of"] for row in tables["distance from validation images"]] == [
         "checkpoint", "base", "as many training images"
     ]  # fmt: skip
-    assert tables["pictures without scores"] == [
+    assert tables["images without scores"] == [
         {"prompt_id": "p2", "text": "a cat", "reason": "2.png is missing"}
     ]
-    assert report["pictures"]["nearest training images"].startswith("![4 pictures](data:image/jpeg")
+    assert report["pictures"]["nearest training images"].startswith("![4 images](data:image/jpeg")
     # Noise at its own size is finer and harder than noise that was shrunk to a bucket, but so is
     # the base's: no alarm.
     assert "alarm" not in report["numbers"]

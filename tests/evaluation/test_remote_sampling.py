@@ -1,4 +1,4 @@
-"""Pictures that another machine draws are those of this one, and none that was drawn otherwise
+"""Images that another machine draws are those of this one, and none that was drawn otherwise
 comes in."""
 
 import contextlib
@@ -59,7 +59,7 @@ def test_the_prompt_file_carries_prompts_seeds_and_how_they_are_drawn(away, prom
     assert sampling_config == SamplingConfig()
 
 
-def test_pictures_come_home_as_they_would_have_been_drawn_here(away, tiny_sdxl, prompts, tmp_path):
+def test_images_come_home_as_they_would_have_been_drawn_here(away, tiny_sdxl, prompts, tmp_path):
     record = remote_sampling.read_record(away / "out")
     assert record.digest == model_digest(tiny_sdxl)
     assert record.checkpoint == f"base.{record.digest[:8]}@0"
@@ -70,9 +70,9 @@ def test_pictures_come_home_as_they_would_have_been_drawn_here(away, tiny_sdxl, 
     )
     assert home.equals(here)
     for file in here["file"]:
-        pictures = [Image.open(tmp_path / side / file) for side in ("home", "here")]
-        assert pictures[0].tobytes() == pictures[1].tobytes()
-        assert pictures[0].text == pictures[1].text
+        images = [Image.open(tmp_path / side / file) for side in ("home", "here")]
+        assert images[0].tobytes() == images[1].tobytes()
+        assert images[0].text == images[1].text
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def single_file(folder):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
-def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp_path, kind):
+def test_images_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp_path, kind):
     makers = {"folder": lambda folder: tiny_sdxl, "file": single_file, "checkpoint": ready_model}
     model = makers[kind](tmp_path / "model")
     drawn = tmp_path / "drawn"
@@ -130,7 +130,7 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
 
     candidates.add_rival(home.home, "gone", tmp_path / "gone")
     with pytest.raises(
-        EvaluationError, match=f"pictures of {name} with weights {weights[:8]}, and no checkpoint"
+        EvaluationError, match=f"images of {name} with weights {weights[:8]}, and no checkpoint"
     ):
         comparison.adopt(home, drawn)
     candidates.add_rival(home.home, "other", model)
@@ -139,7 +139,7 @@ def test_pictures_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp
     assert len(list(home.paths.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)
 
 
-def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, tmp_path):
+def test_images_that_failed_elsewhere_come_home_as_rows_without_a_file(away, tmp_path):
     shutil.copytree(away / "out", tmp_path / "out")
     record = remote_sampling.read_record(tmp_path / "out")
     failed = pl.col("prompt_id") == "b"
@@ -156,17 +156,17 @@ def test_pictures_that_failed_elsewhere_come_home_as_rows_without_a_file(away, t
     assert len(list((tmp_path / "home").glob("*.png"))) == 2
 
 
-def test_finished_pictures_are_not_drawn_over(away, tiny_sdxl):
-    with pytest.raises(EvaluationError, match=r"holds the pictures of base\..* already"):
+def test_finished_images_are_not_drawn_over(away, tiny_sdxl):
+    with pytest.raises(EvaluationError, match=r"holds the images of base\..* already"):
         remote_sampling.draw(tiny_sdxl, away / "prompts.json", away / "out")
 
 
 def test_what_is_damaged_or_unfinished_stays_out(away, tiny_sdxl, tmp_path):
     remote_sampling.draw(tiny_sdxl, away / "prompts.json", tmp_path / "out")
     record = remote_sampling.read_record(tmp_path / "out")
-    file = tmp_path / "out" / remote_sampling.PICTURES / sampling.file_name("b")
+    file = tmp_path / "out" / remote_sampling.IMAGES / sampling.file_name("b")
     Image.new("RGB", (48, 32)).save(file)
-    with pytest.raises(DamageError, match="is not the picture that was drawn for prompt 'b'"):
+    with pytest.raises(DamageError, match="is not the image that was drawn for prompt 'b'"):
         remote_sampling.bring_home(tmp_path / "out", record, tmp_path / "home")
     file.unlink()
     with pytest.raises(EvaluationError, match="cannot be read"):

@@ -26,7 +26,7 @@ TEXTS = ["red cat", "a dog", "red cat"]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(0)
     return [
         rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (40, 56), (64, 30))
@@ -128,23 +128,23 @@ def open_clip_features(state, tokens, image):
     return text, x @ state["visual.proj"]
 
 
-def test_pickscore_is_the_published_scaled_cosine(clip_folder, pictures):
-    found = PickScore.load(clip_folder, "cpu").score(pictures, TEXTS)
+def test_pickscore_is_the_published_scaled_cosine(clip_folder, images):
+    found = PickScore.load(clip_folder, "cpu").score(images, TEXTS)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     scorer = PickScore.load(clip_folder, "cpu")
     tokens = scorer._clip.tokenizer(TEXTS, padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         logits = model(
-            pixel_values=torch.stack([scorer._clip.preprocess(one) for one in pictures]), **tokens
+            pixel_values=torch.stack([scorer._clip.preprocess(one) for one in images]), **tokens
         )
     np.testing.assert_allclose(found, logits.logits_per_image.diagonal().numpy(), atol=1e-5)
 
 
-def test_hps_is_open_clips_cosine_of_the_whole_picture_on_black(hps_folder, pictures):
+def test_hps_is_open_clips_cosine_of_the_whole_image_on_black(hps_folder, images):
     scorer = Hps.load(hps_folder, "cpu")
-    found = scorer.score(pictures, TEXTS)
+    found = scorer.score(images, TEXTS)
     state = load_file(hps_folder / "model.safetensors")
-    for picture, text, value in zip(pictures, TEXTS, found, strict=True):
+    for picture, text, value in zip(images, TEXTS, found, strict=True):
         height, width = picture.shape[:2]
         scale = 32 / max(height, width)
         small = Image.fromarray(picture).resize(
@@ -217,11 +217,11 @@ def reward_folder(tmp_path_factory):
     return folder, vision.eval(), text.eval(), head.eval()
 
 
-def test_image_reward_is_computed_as_published(reward_folder, pictures):
+def test_image_reward_is_computed_as_published(reward_folder, images):
     folder, vision, text, head = reward_folder
-    found = ImageReward.load(folder, "cpu").score(pictures, TEXTS)
+    found = ImageReward.load(folder, "cpu").score(images, TEXTS)
     ids = {"red": 5, "cat": 6, "a": 7, "dog": 8}
-    for picture, prompt, value in zip(pictures, TEXTS, found, strict=True):
+    for picture, prompt, value in zip(images, TEXTS, found, strict=True):
         short = min(picture.shape[:2])
         height, width = (int(32 * side / short) for side in picture.shape[:2])
         small = np.asarray(
@@ -238,7 +238,7 @@ def test_image_reward_is_computed_as_published(reward_folder, pictures):
             ).last_hidden_state[0, 0]  # fmt: skip
             expected = (head(read[None]).item() - MEAN) / STD
         assert value == pytest.approx(expected, abs=1e-5)
-    assert found[0] != found[2], "the picture counts"
+    assert found[0] != found[2], "the image counts"
 
 
 def test_the_published_towers_have_the_sizes_of_blip_large(reward_folder):
@@ -283,12 +283,12 @@ def test_scorers_are_chosen_by_name(clip_folder, hps_folder):
         ScoringConfig(scorers=("pickscore", "pickscore"))
 
 
-def test_a_prompt_is_encoded_once(clip_folder, pictures, monkeypatch):
+def test_a_prompt_is_encoded_once(clip_folder, images, monkeypatch):
     scorer, read = PickScore.load(clip_folder, "cpu"), []
     encode = scorer._clip.encode_text
     monkeypatch.setattr(
         scorer._clip, "encode_text", lambda texts: read.extend(texts) or encode(texts)
     )
-    scorer.score(pictures, TEXTS)
-    scorer.score(pictures[:2], TEXTS[:2])
+    scorer.score(images, TEXTS)
+    scorer.score(images[:2], TEXTS[:2])
     assert read == ["red cat", "a dog"]

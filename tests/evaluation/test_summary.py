@@ -96,7 +96,7 @@ def test_the_deviation_within_prompts_is_pandas_mean_of_group_deviations(rows):
     groups = (
         pd.DataFrame({"prompt": prompts, "score": found}).groupby("prompt")["score"].std(ddof=1)
     )
-    expected = groups.mean()  # leaves out prompts with one picture, which have none
+    expected = groups.mean()  # leaves out prompts with one image, which have none
     assert summary.std_within(found, prompts) == pytest.approx(
         expected, rel=1e-9, abs=1e-9, nan_ok=True
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from training.config.evaluation import PROMPT_GROUPS, SamplingConfig
-from training.errors import EvaluationError, FailedPicturesError
+from training.errors import EvaluationError, FailedImagesError
 from training.evaluation import verdict
 from training.evaluation.prompt_groups import SIZE, group_prompts
 from training.evaluation.verdict import PairedTest, Protocol, Scores
@@ -251,7 +251,7 @@ def test_the_setting_that_differs_is_shown():
         verdict.compare(*sides, MARGINS)
 
 
-def test_a_picture_that_failed_is_never_left_out():
+def test_a_image_that_failed_is_never_left_out():
     with pytest.raises(EvaluationError, match="clip_score of 1 prompts, such as 'p00002'"):
         verdict.compare(scores("a", [1, 2, 3], [1, 2, 3]), scores("b", [1, 2], [1, 2]), MARGINS)
     with pytest.raises(EvaluationError, match="such as 'p00001', is missing or not finite"):
@@ -261,7 +261,7 @@ def test_a_picture_that_failed_is_never_left_out():
 
 
 def with_failed(side, reasons):
-    """The same checkpoint with its last pictures failed."""
+    """The same checkpoint with its last images failed."""
     ids = side.metrics["prompt_id"].drop_nulls().unique().sort().to_list()[-len(reasons) :]
     rows = [
         {"prompt_id": i, "group": "g", "metric": "failed", "reason": r}
@@ -273,7 +273,7 @@ def with_failed(side, reasons):
 
 
 @pytest.mark.parametrize("failed_side", [0, 1])
-def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what_to_do(failed_side):
+def test_failed_images_give_no_verdict_but_their_number_their_prompts_and_what_to_do(failed_side):
     a = np.linspace(4, 6, 40)
     sides = [scores("base@0", a, a), scores("run@9", a, a)]
     verdict.compare(*sides, MARGINS)
@@ -281,11 +281,11 @@ def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what
     sides[failed_side] = with_failed(
         sides[failed_side], ["0.png is missing"] + ["1.png is damaged (OSError)"] * 6
     )
-    with pytest.raises(FailedPicturesError) as caught:
+    with pytest.raises(FailedImagesError) as caught:
         verdict.compare(*sides, MARGINS)
     told = ", ".join(f"'p{n:05d}' (1.png is damaged (OSError))" for n in range(34, 38))
     assert str(caught.value) == (
-        f"no verdict on run@9 against base@0: 7 of 40 pictures of {name} have no scores: 'p00033' (0.png is missing), "
+        f"no verdict on run@9 against base@0: 7 of 40 images of {name} have no scores: 'p00033' (0.png is missing), "
         f"{told} and 2 more; run `foundry verify --repair`, then `foundry run` draws and scores them again"
     )
 
@@ -293,12 +293,12 @@ def test_failed_pictures_give_no_verdict_but_their_number_their_prompts_and_what
 @pytest.mark.parametrize(
     "reason", ["was not drawn, its pixels are not finite", "clip_score is nan"]
 )
-def test_pictures_that_would_fail_again_are_the_checkpoints_fault(reason):
+def test_images_that_would_fail_again_are_the_checkpoints_fault(reason):
     a = np.linspace(4, 6, 40)
     broken = with_failed(scores("run@9", a, a), [reason] * 40)
     with pytest.raises(
-        FailedPicturesError,
-        match=r"40 of 40 pictures of run@9 .* and 35 more; the checkpoint is bro",
+        FailedImagesError,
+        match=r"40 of 40 images of run@9 .* and 35 more; the checkpoint is bro",
     ):
         verdict.compare(scores("base@0", a, a), broken, MARGINS)
 

@@ -74,7 +74,7 @@ def test_a_share_that_is_not_mounted_changes_nothing_until_it_is_accepted(listed
     assert Store(home).read("source_listing", ["gone_at"])["gone_at"].count() == 11
     assert not (home / missing.FILE).exists()
 
-    # What was accepted once is not accepted for ever.
+    # What was accepted once is not accepted permanently.
     (many / "11.png").unlink()
     with pytest.raises(DataError, match="1 of 1"):
         run(home)
@@ -150,5 +150,5 @@ def test_an_acceptance_is_of_one_source_as_it_is_now(listed):
     missing.settle(store)
     with pytest.raises(DataError, match=r"'many'.*'one'"):
         missing.require_accepted(store, losses)
-    with pytest.raises(ConfigError, match=r"'nobody'.*there are: many, one"):
+    with pytest.raises(ConfigError, match=r"'no one'.*there are: many, one"):
         missing.accept(store, ["nobody"])

@@ -36,12 +36,12 @@ def test_an_empty_folder(empty):
         foundry("run", "--home", home, check=False),
         "no image file in any source",
         str(source),
-        "add pictures",
+        "add images",
     )
     assert not list((home / "tables").glob("*/*.json"))
 
 
-def test_a_folder_without_a_usable_picture(empty):
+def test_a_folder_without_a_usable_image(empty):
     home, source = empty
     for name in ("a.jpg", "b.png"):
         (source / name).write_bytes(b"this is text, whatever its name says")
@@ -58,7 +58,7 @@ def test_a_folder_without_a_usable_picture(empty):
     assert listed.stdout.splitlines()[1:] == ["not_an_image,2"]
 
 
-def test_one_bad_picture_costs_one_row(empty):
+def test_one_bad_image_costs_one_row(empty):
     home, source = empty
     Image.effect_noise((200, 160), 50).convert("RGB").save(source / "good.png")
     (source / "bad.png").write_bytes((source / "good.png").read_bytes()[:500])

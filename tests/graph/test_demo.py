@@ -116,7 +116,7 @@ def test_checks_pass(demo):
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow imports modules that others have deprecated
-def test_mlflow_has_the_run_and_its_pictures(demo):
+def test_mlflow_has_the_run_and_its_images(demo):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{demo / 'mlflow.db'}")

@@ -24,7 +24,7 @@ def ends(home):
     return [(read_ready(folder).checkpoint, folder) for folder in (folders[0], folders[-1])]
 
 
-def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path):
+def test_images_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path):
     before = digests(small_copy)
     _, (last, model) = ends(small_copy)
     foundry("evaluate", "--home", small_copy, "--export", tmp_path / "prompts.json")
@@ -32,7 +32,7 @@ def test_pictures_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path
     away.mkdir()
     shutil.copytree(model, away / "model", ignore=shutil.ignore_patterns("state"))
     draw = ("evaluate", "--checkpoint", away / "model", "--prompts", tmp_path / "prompts.json")
-    assert "drew 6 pictures" in foundry(*draw, "--out", away / "out", folder=away).stdout
+    assert "drew 6 images" in foundry(*draw, "--out", away / "out", folder=away).stdout
 
     (small_copy / "tables" / "sample_images" / f"{last}.json").unlink()
     shutil.rmtree(small_copy / "sample_images" / last)

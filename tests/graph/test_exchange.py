@@ -100,7 +100,7 @@ def test_foreign_latents_are_refused_by_what_they_decode_to(centred, tmp_path):
         check=False,
     )
     assert refused.returncode == 2
-    assert "another VAE, another scale or other pictures" in refused.stderr
+    assert "another VAE, another scale or other images" in refused.stderr
     assert not list((centred / "latents").glob("*/*/*.json"))
 
 

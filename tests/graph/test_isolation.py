@@ -79,7 +79,7 @@ def test_forgotten_images_leave_every_table_and_never_return(small_copy):
 
 
 def test_runs_reports_and_releases_stay_readable_after_forgetting(small_copy):
-    """A run was trained on the image, and a picture of its report is nearest to it."""
+    """A run was trained on the image, and an image of its report is nearest to it."""
     store = Store(small_copy)
     last = store.checkpoints.last("demo")
     nearest = (

@@ -32,11 +32,11 @@ LIMIT_S = 55 * 60
 def tiny(tmp_path_factory):
     """A new workspace on twelve images with one training run of four steps; not to be written
     to."""
-    from demo.pictures import write_world
+    from demo.images import write_world
 
     folder = tmp_path_factory.mktemp("tiny")
     home = folder / "workspace"
-    make_small(home, write_world(folder / "images", num_pictures=12, seed=5))
+    make_small(home, write_world(folder / "images", num_images=12, seed=5))
     shorten(home / "runs" / "demo" / "config.toml", num_samples="64", every_samples="32")
     shorten(home / "foundry.toml", num_steps="2")
     prompts = home / "prompts.csv"

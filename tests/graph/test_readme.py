@@ -13,7 +13,7 @@ import pytest
 import typer
 from graph_tools import foundry, make_short
 
-from jobs.cli import app
+from jobs.cli.app import app
 from resources.workspace.setup import configure_run
 from resources.workspace.store import Store
 from training.estimates.cost import RATES_FORMAT
@@ -45,7 +45,7 @@ def test_make_targets_exist():
     assert named <= targets
 
 
-def test_links_and_pictures_exist():
+def test_links_and_images_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target

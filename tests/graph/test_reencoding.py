@@ -94,7 +94,7 @@ def test_a_changed_selection_copies_what_is_encoded_already(small_copy):
     )
 
 
-def test_pictures_that_keep_their_size_are_encoded_as_they_were_assigned(small_copy):
+def test_images_that_keep_their_size_are_encoded_as_they_were_assigned(small_copy):
     config = small_copy / "foundry.toml"
     own = 'plan = "kohya"\narea = 4_194_304\nno_upscale = true'
     config.write_text(config.read_text().replace('plan = "bigasp_v1"', own))

@@ -81,7 +81,7 @@ def test_a_changed_threshold_starts_at_the_selection(small_copy):
     )
 
 
-def test_new_pictures_are_added_and_nothing_else_is_read_again(small_copy, tmp_path):
+def test_new_images_are_added_and_nothing_else_is_read_again(small_copy, tmp_path):
     new = tmp_path / "new"
     new.mkdir()
     Image.effect_noise((160, 160), 60).convert("RGB").save(new / "a.png")

@@ -88,7 +88,7 @@ def test_a_model_folder_replaced(kind, tmp_path):
     assert stale(kind) == {"tags": f"stale: model tagger ({model}) changed"}
 
 
-def test_pictures_added_changed_and_removed(kind, tmp_path):
+def test_images_added_changed_and_removed(kind, tmp_path):
     source = own_source(kind, tmp_path)
     name = Store(kind).config.sources[0].name
     Image.effect_noise((160, 160), 60).convert("RGB").save(source / "new.png")

@@ -186,9 +186,9 @@ def test_every_check_passed(up):
 def test_thumbnails_and_charts_are_visible(up):
     open_part(up, "raw_images")
     up.page.wait_for_text("thumbnails", "megapixels", timeout_s=PAGES_S)
-    up.page.wait(lambda: kinds(up.page.pictures()) >= {"image/svg+xml"}, "the chart of sizes")
+    up.page.wait(lambda: kinds(up.page.images()) >= {"image/svg+xml"}, "the chart of sizes")
     up.page.click("[Show Markdown]")
-    up.page.wait(lambda: "image/jpeg" in kinds(up.page.pictures(96)), "the thumbnails")
+    up.page.wait(lambda: "image/jpeg" in kinds(up.page.images(96)), "the thumbnails")
 
 
 def kinds(addresses):
@@ -200,7 +200,7 @@ def kinds(addresses):
     }
 
 
-def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
+def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_images(up):
     page = up.page
     open_part(up, "checkpoints")
     page.wait_for_text("MLflow run", timeout_s=PAGES_S)
@@ -222,15 +222,13 @@ def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_pictures(up):
     page.open(f"{run}/artifacts/config.toml")
     page.wait_for_text("num_samples", timeout_s=PAGES_S)
     open_part(up, "verdicts")
-    page.wait_for_text("MLflow: Pictures, with a slider", timeout_s=PAGES_S)
+    page.wait_for_text("MLflow: Images, with a slider", timeout_s=PAGES_S)
     page.open(
-        page.driver.execute_script(
-            "return document.querySelector('a[href*=foundry-pictures]').href"
-        )
+        page.driver.execute_script("return document.querySelector('a[href*=foundry-images]').href")
     )
     page.wait(
-        lambda: any("get-artifact" in address for address in page.pictures(64)),
-        "a picture that the model drew",
+        lambda: any("get-artifact" in address for address in page.images(64)),
+        "an image that the model drew",
     )
 
 

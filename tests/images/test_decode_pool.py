@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     for number in range(12):
         size = (20 + number, 30, 3) if number % 5 else (700, 900, 3)
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(root / f"{number:02d}.png")
-    (root / "05.png").write_bytes(b"no picture")
+    (root / "05.png").write_bytes(b"no image")
     return root
 
 
@@ -69,7 +69,7 @@ def test_facts_and_pixels_come_in_order_and_are_those_of_decode(folder):
                 assert facts == pixels
                 assert (facts.reason, facts.image_id) == (
                     "not_an_image",
-                    hashlib.sha256(b"no picture").hexdigest(),
+                    hashlib.sha256(b"no image").hexdigest(),
                 )
             else:
                 decoded, image_id, data = expected
@@ -170,7 +170,7 @@ def test_damaged_bytes_are_decoded_as_damaged_files_are(
     assert_equal_answers(shared_pool, [bytes(data), bytes(data[:at])], tmp_path)
 
 
-def test_content_that_a_worker_has_no_room_for_costs_one_picture_and_no_worker(folder):
+def test_content_that_a_worker_has_no_room_for_costs_one_image_and_no_worker(folder):
     large = b"BM" + bytes(150_000_000)
     with DecodePool(DecodeConfig(num_workers=1, memory_bytes=100_000_000)) as pool:
         wait_ready(pool, folder)
@@ -181,7 +181,7 @@ def test_content_that_a_worker_has_no_room_for_costs_one_picture_and_no_worker(f
     assert isinstance(good, measures.Facts)
 
 
-def test_what_cannot_be_opened_costs_one_picture(folder):
+def test_what_cannot_be_opened_costs_one_image(folder):
     def fail():
         raise decoding.Unusable("gone", detail="no such member")
 
@@ -221,7 +221,7 @@ AS_FILES = pytest.mark.parametrize("opened", [Path, Path.read_bytes], ids=["path
 
 
 @AS_FILES
-def test_a_hanging_worker_costs_one_picture(folder, opened):
+def test_a_hanging_worker_costs_one_image(folder, opened):
     with DecodePool(DecodeConfig(num_workers=1, timeout_s=1.0)) as pool:
         wait_ready(pool, folder)
         hanging = process_of(pool)
@@ -233,11 +233,11 @@ def test_a_hanging_worker_costs_one_picture(folder, opened):
 
 
 @AS_FILES
-def test_a_worker_that_dies_in_a_picture_costs_that_picture(folder, opened):
+def test_a_worker_that_dies_in_a_image_costs_that_image(folder, opened):
     with DecodePool(ONE) as pool:
         wait_ready(pool, folder)
         dying = process_of(pool)
-        os.kill(dying.pid, signal.SIGSTOP)  # So that it has the picture, and does not finish it.
+        os.kill(dying.pid, signal.SIGSTOP)  # So that it has the image, and does not finish it.
         threading.Timer(0.3, os.kill, (dying.pid, signal.SIGKILL)).start()
         answers = list(pool.facts(map(opened, paths(folder)[:3])))
     assert (answers[0].reason, answers[0].value) == ("decode_crashed", "signal SIGKILL")
@@ -245,7 +245,7 @@ def test_a_worker_that_dies_in_a_picture_costs_that_picture(folder, opened):
 
 
 @AS_FILES
-def test_a_worker_that_dies_between_pictures_costs_none(folder, opened):
+def test_a_worker_that_dies_between_images_costs_none(folder, opened):
     with DecodePool(ONE) as pool:
         wait_ready(pool, folder)
         dead = process_of(pool)
@@ -257,7 +257,7 @@ def test_a_worker_that_dies_between_pictures_costs_none(folder, opened):
 
 @AS_FILES
 @pytest.mark.parametrize("side", [3700, 6000])  # Found while decoding, and in the header.
-def test_a_picture_beyond_the_memory_limit_is_a_row(folder, tmp_path, side, opened):
+def test_a_image_beyond_the_memory_limit_is_a_row(folder, tmp_path, side, opened):
     Image.new("RGB", (side, side)).save(tmp_path / "large.png")
     with DecodePool(DecodeConfig(num_workers=1, memory_bytes=100_000_000)) as pool:
         large, small = pool.facts(map(opened, [tmp_path / "large.png", paths(folder)[1]]))

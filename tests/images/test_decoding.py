@@ -1,4 +1,4 @@
-"""Golden tests of decoding: one drawn picture per trap, against what was drawn."""
+"""Golden tests of decoding: one drawn image per trap, against what was drawn."""
 
 import io
 import os
@@ -235,7 +235,7 @@ def test_a_wide_gamut_profile_is_converted_to_srgb():
     assert np.abs(decoded.pixels[2, 2].astype(int) - RED).max() > 10
 
 
-def test_the_profile_of_a_transparent_picture_applies_before_the_blend():
+def test_the_profile_of_a_transparent_image_applies_before_the_blend():
     rgba = np.concatenate([quadrants(), np.full((48, 64, 1), 128, np.uint8)], axis=2)
     decoded = decoding.decode(encode(rgba, "PNG", icc_profile=profile(P3)), CONFIG)
     assert np.abs(decoded.pixels[2, 2] - blended(converted(RED, P3), 128)).max() <= 3
@@ -256,7 +256,7 @@ def test_srgb_and_broken_profiles_change_nothing(icc):
     )
 
 
-def test_an_rgb_profile_on_a_cmyk_picture_is_ignored():
+def test_an_rgb_profile_on_a_cmyk_image_is_ignored():
     ink = Image.new("CMYK", (40, 32), (0, 255, 255, 0))
     data = encode(ink, "JPEG", quality=95, icc_profile=profile(P3))
     assert np.abs(decoding.decode(data, CONFIG).pixels.astype(int) - (255, 0, 0)).max() <= 12
@@ -452,7 +452,7 @@ def test_limits_are_the_configs():
         (b"\x89PNG\r\n\x1a\nIEND", "truncated", "PNG"),
     ],
 )
-def test_what_is_no_picture_is_named(data, reason, value):
+def test_what_is_no_image_is_named(data, reason, value):
     error = refused(data)
     assert error.reason == reason
     assert value is None or error.value == value
@@ -471,11 +471,11 @@ def test_animations_are_refused(fmt, options):
     assert refused(data).reason == "animated"
 
 
-def test_one_frame_is_a_picture():
+def test_one_frame_is_a_image():
     assert decoding.decode(encode(quadrants(), "GIF"), CONFIG).pixels.shape == (48, 64, 3)
 
 
-def test_of_a_multi_picture_jpeg_and_a_tiff_the_first_is_taken():
+def test_of_a_multi_image_jpeg_and_a_tiff_the_first_is_taken():
     for fmt in ("MPO", "TIFF"):
         first, second = Image.fromarray(quadrants()), Image.fromarray(textured(48, 64))
         decoded = decoding.decode(encode(first, fmt, save_all=True, append_images=[second]), CONFIG)
@@ -517,7 +517,7 @@ def test_dpi_is_not_made_up_for_a_jpeg_with_exif_only():
     position=st.floats(0, 0.999),
     value=st.binary(min_size=1, max_size=6),
 )
-def test_damage_gives_a_picture_or_a_reason(fmt, position, value):
+def test_damage_gives_a_image_or_a_reason(fmt, position, value):
     data = bytearray(encode(quadrants(), fmt))
     at = int(position * len(data))
     data[at : at + len(value)] = value

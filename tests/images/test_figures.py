@@ -1,4 +1,4 @@
-"""Charts show inline in Dagster, sheets stay small, and both are pictures that a browser can
+"""Charts show inline in Dagster, sheets stay small, and both are images that a browser can
 draw."""
 
 import base64
@@ -73,7 +73,7 @@ def test_sparklines_stay_inside_their_frame(numbers):
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 16, 96])
-def test_a_contact_sheet_holds_all_pictures_within_its_limit(count):
+def test_a_contact_sheet_holds_all_images_within_its_limit(count):
     rng = np.random.default_rng(count)
     pictures = [
         rng.integers(0, 256, (40 + 7 * n % 90, 130, 3), dtype=np.uint8) for n in range(count)
@@ -90,7 +90,7 @@ def test_a_contact_sheet_holds_all_pictures_within_its_limit(count):
     )
 
 
-def test_pictures_keep_their_shape_and_their_place():
+def test_images_keep_their_shape_and_their_place():
     red, blue = (
         np.full(shape, colour, np.uint8)
         for shape, colour in (((10, 40, 3), (255, 0, 0)), ((64, 16, 3), (0, 0, 255)))
@@ -104,13 +104,13 @@ def test_pictures_keep_their_shape_and_their_place():
     assert sheet.shape == (104, 204, 3)
     assert sheet[52, 52, 0] > 230
     assert sheet[52, 52, 2] < 30
-    assert sheet[20, 52].min() > 230  # a flat picture leaves paper above it
+    assert sheet[20, 52].min() > 230  # a flat image leaves paper above it
     assert sheet[20, 152, 2] > 230
     assert sheet[52, 110].min() > 230
 
 
 def test_nothing_gives_words_and_not_an_error():
-    assert figures.contact_sheet([]) == "no pictures"
+    assert figures.contact_sheet([]) == "no images"
     assert figures.bars([]) == figures.histogram([]) == figures.sparkline([]) == "nothing to show"
 
 

@@ -80,7 +80,7 @@ def test_hashes_of_copies_are_near_and_of_others_far(seed):
     assert distance(original.phash, mirrored.phash) > 10
 
 
-def test_the_hash_of_a_flat_picture_is_degenerate_and_steady():
+def test_the_hash_of_a_flat_image_is_degenerate_and_steady():
     assert {facts(np.full((40, 40, 3), value, np.uint8)).phash for value in (1, 90, 255)} == {
         1 << 63
     }

@@ -1,4 +1,4 @@
-"""The map says where a picture is unlike the rest of itself; a flat one is even."""
+"""The map says where an image is unlike the rest of itself; a flat one is even."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from training.images.saliency import importance
 
 
 @pytest.mark.parametrize("size", [(400, 300), (90, 1000), (64, 64), (31, 47)])
-def test_the_map_has_the_pictures_shape_and_sum_one(size):
+def test_the_map_has_the_images_shape_and_sum_one(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     found = importance(pixels)
     assert found.dtype == np.float32
@@ -27,7 +27,7 @@ def test_a_patch_of_detail_outweighs_everything_around_it(corner):
     assert found[rows, columns].sum() > 0.6
 
 
-def test_a_flat_picture_has_no_subject():
+def test_a_flat_image_has_no_subject():
     found = importance(np.full((100, 200, 3), 77, np.uint8))
     assert (found == found[0, 0]).all()
 

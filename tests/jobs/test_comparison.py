@@ -9,7 +9,7 @@ from judged_world import World
 from jobs import comparison, evaluate, pipeline
 from jobs.cli import console
 from resources.workspace.staleness import reasons
-from training.errors import DataError, EvaluationError, FailedPicturesError, ModelError
+from training.errors import DataError, EvaluationError, FailedImagesError, ModelError
 from training.evaluation import candidates, champion
 
 QUIET = {"started": lambda *announced: None}
@@ -157,17 +157,17 @@ def test_why_there_is_no_verdict_is_printed_beside_the_verdicts(world, capsys):
     printed = capsys.readouterr().out
     assert "run@1000 against base." in printed
     assert (
-        f"no verdict on run@2000 against {world.base}: 2 of 64 pictures of run@2000 have no scores"
+        f"no verdict on run@2000 against {world.base}: 2 of 64 images of run@2000 have no scores"
         in printed
     )
     assert "not compared" not in printed
 
 
-def test_a_comparison_of_failed_pictures_is_refused_and_one_with_the_base_uses_its_verdict(world):
+def test_a_comparison_of_failed_images_is_refused_and_one_with_the_base_uses_its_verdict(world):
     world.failed["run@2000"] = 2
     with pytest.raises(
-        FailedPicturesError,
-        match="no verdict on run@2000 against run@1000: 2 of 64 pictures of run@2000",
+        FailedImagesError,
+        match="no verdict on run@2000 against run@1000: 2 of 64 images of run@2000",
     ):
         comparison.compare(world.home, "run@1000", "run", **QUIET)
     found = comparison.compare(world.home, "base", "run@1000", **QUIET)

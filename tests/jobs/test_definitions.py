@@ -115,3 +115,8 @@ def test_a_command_that_loads_the_graph_torch_and_duckdb_ends_in_silence():
     run = "import jobs.definitions, torch\nfrom resources import warehouse\nwarehouse._check_reads([])\n"
     ended = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
     assert ended.stderr == ""
+
+
+def test_the_module_that_dagster_loads_holds_one_definitions_object(definitions):
+    found = [value for value in vars(definitions).values() if isinstance(value, dg.Definitions)]
+    assert found == [definitions.defs]

@@ -462,7 +462,7 @@ def test_prompts_tell_sizes_and_crops_as_the_trainer_does(workspace, foundry, wr
         ]
 
     assert told() == expected(1)
-    # Generation 2 cuts two columns off on the left of pictures eight wider than their bucket: six
+    # Generation 2 cuts two columns off on the left of images eight wider than their bucket: six
     # on the right.
     for shard in SHARDS:
         own = rows.filter(pl.col("shard") == shard)

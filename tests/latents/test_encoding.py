@@ -18,7 +18,7 @@ from training.buckets.plans import BucketConfig
 from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import DataError, ModelError
 from training.images import figures
-from training.latents.encoder import EncodeJob, Encoder, Picture, VaeSpec, placement_of
+from training.latents.encoder import EncodeJob, Encoder, KeptImage, VaeSpec, placement_of
 from training.latents.encoding import encode_shard, same_policy
 from training.latents.files import LatentFile, from_bfloat16
 from training.latents.generations import read_generation
@@ -35,7 +35,7 @@ def vae(tiny_sdxl):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Nine noisy pictures, the fourth of which is no picture."""
+    """Nine noisy images, the fourth of which is no image."""
     folder = tmp_path_factory.mktemp("pictures")
     found = []
     for number in range(9):
@@ -45,9 +45,9 @@ def pictures(tmp_path_factory):
         path = folder / f"{number}.png"
         Image.fromarray(pixels).save(path)
         if number == 3:
-            path.write_bytes(b"not a picture")
+            path.write_bytes(b"not an image")
         found.append(
-            Picture(
+            KeptImage(
                 image_id=hashlib.sha256(path.read_bytes()).hexdigest(), file=path, original=original, bucket=bucket,
                 flip=number == 5, crop_box=Box(0, 0, 20, 20) if number == 6 else None, padded=number == 7,
                 measured=number in (0, 8),
@@ -58,7 +58,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def encode(tmp_path, vae):
-    """`encode(pictures, generation, changes, previous=...)`: one committed generation in
+    """`encode(images, generation, changes, previous=...)`: one committed generation in
     `tmp_path`."""
 
     def run(pictures, number, load=lambda: vae, previous=None, older=(), **changes):
@@ -105,7 +105,7 @@ def values(generation):
     }
 
 
-def test_every_picture_is_encoded_as_it_was_placed_or_rejected(pictures, encode, vae):
+def test_every_image_is_encoded_as_it_was_placed_or_rejected(pictures, encode, vae):
     shard, generation = encode(pictures, 1)
     assert [row["image_id"] for row in shard.rejected] == [pictures[3].image_id]
     assert generation.manifest.rows == 8
@@ -167,7 +167,7 @@ def test_two_devices_write_what_one_writes(pictures, encode, tiny_sdxl, tmp_path
 
 def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode, vae):
     class Small:
-        """A device that holds two pictures."""
+        """A device that holds two images."""
 
         def __init__(self):
             self.calls, self.freed = [], 0
@@ -196,7 +196,7 @@ def test_out_of_memory_starts_the_shard_again_at_half_the_batch(pictures, encode
     assert generation.manifest.files == again.manifest.files, "as if two had been asked for"
 
 
-def test_other_errors_and_a_single_picture_too_large_are_told(pictures, encode, vae):
+def test_other_errors_and_a_single_image_too_large_are_told(pictures, encode, vae):
     def broken(message):
         class Broken:
             def __getattr__(self, name):
@@ -213,7 +213,7 @@ def test_other_errors_and_a_single_picture_too_large_are_told(pictures, encode, 
         encode(pictures, 1, load=broken("CUDA out of memory"))
 
 
-def test_values_that_are_not_finite_cost_their_picture_and_no_other(pictures, encode, vae):
+def test_values_that_are_not_finite_cost_their_image_and_no_other(pictures, encode, vae):
     bad = pictures[4].image_id
 
     class Poisoned:
@@ -267,7 +267,7 @@ def test_what_is_encoded_already_is_copied_bit_for_bit_and_only_the_rest_encoded
         assert entry.metadata["scaling_factor"] == "0.13025"
 
 
-def test_a_picture_that_was_missing_from_a_generation_is_copied_from_an_older_one(pictures, encode):
+def test_a_image_that_was_missing_from_a_generation_is_copied_from_an_older_one(pictures, encode):
     def never():
         raise AssertionError("the VAE was loaded")
 
@@ -282,8 +282,8 @@ def test_a_picture_that_was_missing_from_a_generation_is_copied_from_an_older_on
         (a == b).all() for key in before for a, b in zip(before[key], after[key], strict=True)
     )
 
-    # A damaged older generation costs its pictures' encoding; a newer one wins where both have a
-    # picture.
+    # A damaged older generation costs its images' encoding; a newer one wins where both have a
+    # image.
     for entry in first.manifest.files:
         (first.folder / entry.name).write_bytes(b"")
     shard, fourth = encode(wanted, 4, previous=second, older=(first,))
@@ -303,7 +303,7 @@ def test_a_picture_that_was_missing_from_a_generation_is_copied_from_an_older_on
         (0, {"resized": Size(48, 88)}),
     ],
 )
-def test_a_picture_whose_placement_changed_is_encoded_anew(pictures, encode, number, change):
+def test_a_image_whose_placement_changed_is_encoded_anew(pictures, encode, number, change):
     from dataclasses import replace
 
     _, first = encode(pictures, 1)
@@ -373,7 +373,7 @@ def test_the_shown_source_has_its_crop_and_watermarks_drawn_in():
     assert shown[10, 96].tolist() == [200, 200, 200]
 
 
-def test_of_the_shown_pictures_two_have_a_watermark_where_there_are_such(pictures, encode):
+def test_of_the_shown_images_two_have_a_watermark_where_there_are_such(pictures, encode):
     from dataclasses import replace
 
     ids = sorted(picture.image_id for picture in pictures if picture is not pictures[3])

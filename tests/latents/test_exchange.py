@@ -44,7 +44,7 @@ def test_a_kohya_file_has_width_first_and_unscaled_values(tmp_path):
     np.testing.assert_allclose(foreign.latents, LATENTS, rtol=1e-6)
 
 
-def test_a_mirrored_pictures_file_has_the_crop_that_is_seen():
+def test_a_mirrored_images_file_has_the_crop_that_is_seen():
     buffer = io.BytesIO()
     write_kohya(buffer, LATENTS, PLACEMENT._replace(flip=True), FACTOR)
     buffer.seek(0)
@@ -52,7 +52,7 @@ def test_a_mirrored_pictures_file_has_the_crop_that_is_seen():
         assert archive["crop_ltrb"].tolist() == [11, 0, 203, 128]
 
 
-def test_names_lead_to_pictures_and_back():
+def test_names_lead_to_images_and_back():
     assert kohya_name("a/b", Size(1216, 832), sdxl=True) == "a/b_0832x1216_sdxl.npz"
     for name in ("a/b_0832x1216_sdxl.npz", "a/b_0832x1216_sd.npz", "a/b.npz"):
         assert kohya_stem(name) == "a/b"

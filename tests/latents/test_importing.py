@@ -13,7 +13,7 @@ def touch(folder, *names):
         path.touch()
 
 
-def test_kohyas_names_tell_the_picture(tmp_path):
+def test_kohyas_names_tell_the_image(tmp_path):
     touch(tmp_path, "a_1024x0768_sdxl.npz", "deep/b.c_0512x0512_sdxl.npz", "notes.txt", "d.npy")
     found = find_files(tmp_path, "kohya", None)
     assert {name: path.relative_to(tmp_path).as_posix() for name, path in found.items()} == {

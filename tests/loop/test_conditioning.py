@@ -9,7 +9,7 @@ from training.models.full_model import trained_parameters
 from training.models.unet import load_pipeline_parts
 
 
-def test_time_ids_of_a_hand_worked_picture():
+def test_time_ids_of_a_hand_worked_image():
     # A photograph of 3000 x 4000 (height x width) shrunk by 0.224 to 672 x 896 for the bucket 640 x
     # 896: 32 rows of slack, of which 11 lie above the crop.
     ids = make_time_ids(

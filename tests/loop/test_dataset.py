@@ -313,7 +313,7 @@ def test_a_mask_of_a_hand_worked_box():
     np.testing.assert_allclose(mask, expected, atol=1e-6)
 
 
-def test_a_mask_is_mirrored_with_its_picture_and_clipped_to_the_crop():
+def test_a_mask_is_mirrored_with_its_image_and_clipped_to_the_crop():
     boxes = [Box(40, 100, 88, 132), Box(0, 0, 10, 10), Box(190, 330, 200, 400)]
     mask = loss_mask(boxes, PLACEMENT, 8, 0.0)
     flipped = loss_mask(boxes, PLACEMENT._replace(flip=True), 8, 0.0)
@@ -349,7 +349,7 @@ def test_padding_counts_nothing_also_in_validation(open_run):
         loss_mask([], odd, 8, 1.0)[0].tolist()
         == [0] * 4 + [2 / 8 + 0.5] + [1] * 6 + [6 / 8] + [0] * 4
     )
-    # A watermark of the whole picture weighs as asked; the padding still weighs nothing.
+    # A watermark of the whole image weighs as asked; the padding still weighs nothing.
     assert loss_mask([Box(0, 0, 192, 128)], placement, 8, 0.25).max() == 0.25
     _, dataset = open_run()
     rows = one_bucket(dataset, None)

@@ -103,7 +103,7 @@ def test_one_bad_image_is_one_bad_row(vae, noise_image):
     ] == [True, True]
 
 
-def test_non_finite_pictures_are_an_error_that_says_which(vae):
+def test_non_finite_images_are_an_error_that_says_which(vae):
     latents = torch.zeros(3, 4, 2, 2)
     latents[2] = float("nan")
     with pytest.raises(ModelError, match=r"images \[2\] of a batch of 3"):

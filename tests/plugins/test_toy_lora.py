@@ -32,7 +32,7 @@ from training.models.unet import load_pipeline_parts, named_modules
 from training.runs import bundle, release, run_folder
 from training.runs.event_log import read_events
 from training.sampling import sampling
-from training.sampling.image_files import read_picture
+from training.sampling.image_files import read_image
 
 TOY = {"trainable": "toy_lora"}
 # Of little weight in a random model: at the rate of the other tests no pixel would change.
@@ -41,7 +41,7 @@ RATE = {"optimizer.learning_rate": 0.3}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_sdxl):
-    """A finished run of it that nobody disturbed; not to be written to."""
+    """A finished run of it that no one disturbed; not to be written to."""
     run = build_run(tmp_path_factory.mktemp("toy"), tiny_sdxl, "toy", {**TOY, **RATE})
     assert train_here(run) == "finished"
     return run
@@ -177,7 +177,7 @@ def test_samples_are_drawn_by_base_and_weights_together(whole, tiny_sdxl, tmp_pa
         parts, prompt_frame(("a", "tag_a tag_b", "", 32, 32)), changed(weights="raw")
     )
     (file,) = (tmp_path / "raw").glob("*.png")
-    assert abs(read_picture(file).astype(int) - by_hand.astype(int)).max() <= 1
+    assert abs(read_image(file).astype(int) - by_hand.astype(int)).max() <= 1
 
 
 def test_a_checkpoint_without_its_run_is_refused_by_the_base_that_it_lacks(whole, tmp_path):

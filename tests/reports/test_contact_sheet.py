@@ -1,4 +1,4 @@
-"""The grid puts every picture in its place and stays below its size."""
+"""The grid puts every image in its place and stays below its size."""
 
 import io
 
@@ -9,12 +9,12 @@ from training.reports import contact_sheet
 from training.reports.contact_sheet import MAX_BYTES, Row, grid
 
 
-def test_pictures_stand_in_the_cell_of_their_prompt_and_checkpoint():
+def test_images_stand_in_the_cell_of_their_prompt_and_checkpoint():
     colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), None]]
     rows = [
         Row(
-            title=f"p{number}", text="a prompt that wraps over several lines beside its pictures",
-            pictures=[None if c is None else np.full((32, 32, 3), c, np.uint8) for c in line],
+            title=f"p{number}", text="a prompt that wraps over several lines beside its images",
+            images=[None if c is None else np.full((32, 32, 3), c, np.uint8) for c in line],
         )
         for number, line in enumerate(colours)
     ]  # fmt: skip
@@ -33,7 +33,7 @@ def test_captions_get_room_and_hostile_text_is_only_drawn():
     row = Row(
         title="../x\n" * 50,
         text="<script>" + "w" * 5000,
-        pictures=[np.zeros((9, 90, 3), np.uint8)],
+        images=[np.zeros((9, 90, 3), np.uint8)],
         captions=["é 猫" * 99],
     )
     with Image.open(io.BytesIO(grid([row], ["n" * 500], cell_px=64))) as image:
@@ -43,7 +43,7 @@ def test_captions_get_room_and_hostile_text_is_only_drawn():
 def test_a_large_grid_gives_way_in_quality_and_size(monkeypatch):
     rng = np.random.default_rng(0)
     rows = [
-        Row(title="t", text="x", pictures=[rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)] * 3)
+        Row(title="t", text="x", images=[rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)] * 3)
         for _ in range(6)
     ]
     whole = grid(rows, ["a", "b", "c"])

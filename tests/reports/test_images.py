@@ -1,4 +1,4 @@
-"""Pictures keep to their room, and give way in quality before size."""
+"""Images keep to their room, and give way in quality before size."""
 
 import io
 import re
@@ -19,9 +19,7 @@ from training.reports import images
     longest=st.integers(16, 256),
     limit=st.integers(1500, 9000),
 )
-def test_a_picture_keeps_to_its_bytes_and_shape_and_is_never_enlarged(
-    height, width, longest, limit
-):
+def test_a_image_keeps_to_its_bytes_and_shape_and_is_never_enlarged(height, width, longest, limit):
     noise = np.random.default_rng(height * 201 + width).integers(
         0, 256, (height, width, 3), dtype=np.uint8
     )
@@ -33,7 +31,7 @@ def test_a_picture_keeps_to_its_bytes_and_shape_and_is_never_enlarged(
         assert found.size == pytest.approx((max(width * scale, 1), max(height * scale, 1)), abs=2)
 
 
-def test_a_picture_with_room_keeps_its_size():
+def test_a_image_with_room_keeps_its_size():
     gray = Image.new("RGB", (300, 200), "gray")
     with Image.open(io.BytesIO(images.encode(gray, 512, 60_000))) as found:
         assert found.size == (300, 200)
@@ -51,11 +49,11 @@ def test_all_rules_together_fit_into_their_room(tmp_path, count, room):
     assert lost == []
 
 
-def test_pictures_that_cannot_be_read_have_no_rule_and_are_named(tmp_path):
+def test_images_that_cannot_be_read_have_no_rule_and_are_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     files = [(name, tmp_path / f"{name}.png") for name in ("gone", "a", "cut", "text")]
     css, lost = images.rules_of_files(files, 256, 40_000)
     assert re.findall(r"\.(\w+)\{", css) == ["a"]
@@ -65,7 +63,7 @@ def test_pictures_that_cannot_be_read_have_no_rule_and_are_named(tmp_path):
 def test_the_room_is_one_of_characters_and_not_of_bytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    # Whole, the picture has fewer bytes than there are characters, but base64 makes four characters
+    # Whole, the image has fewer bytes than there are characters, but base64 makes four characters
     # of three bytes.
     room = int(len(images.encode(Image.fromarray(noise), 64, 1_000_000)) * 1.2)
     assert len(images.rules_of_files([("p", tmp_path / "a.png")], 64, room)[0]) <= room

@@ -16,7 +16,7 @@ from training.config.run import LossConfig, OptimizerConfig, PromptConfig, RunCo
 from training.curation.vocabulary import Vocabulary
 from training.reports import card_facts, card_markdown, model_card
 from training.reports.card_advice import prompting, sampling_advice
-from training.reports.model_card import Card, Picture
+from training.reports.model_card import Card, Image
 from training.tables.schemas import TABLES
 
 
@@ -70,7 +70,7 @@ def card(rows=SET, verdicts=None, **changes):
         "lineage": {"weights": "d" * 64, "git revision": "abc"}, "training_set": card_facts.count_set(rows),
         "run": RunConfig(encoding="sdxl", prompts=PromptConfig(caption_prob=0.5)),
         "run_facts": card_facts.summarise_run(EVENTS), "evaluation": EvaluationConfig(), "summaries": [],
-        "verdicts": TABLES["verdicts"].empty() if verdicts is None else verdicts, "pictures": [],
+        "verdicts": TABLES["verdicts"].empty() if verdicts is None else verdicts, "images": [],
     }  # fmt: skip
     return Card(**{**values, **changes})
 
@@ -135,7 +135,7 @@ def test_the_card_says_what_was_counted():
         ("demo@9", {"num_failed": 2.0}),
     ]
     told = model_card.render(card(summaries=failed))
-    assert "Not compared with its base model: 3 pictures have no scores." in told
+    assert "Not compared with its base model: 3 images have no scores." in told
     assert "| weights | `" + "d" * 64 in text
     assert "| samples seen | `48,000 (16000.0 per image)` |" in text
     # What a clock says would make two equal releases differ.
@@ -175,9 +175,9 @@ def test_the_rate_of_text_encoders_is_told_as_it_is(rate, told):
 
 
 def test_front_matter_holds_what_hugging_face_documents():
-    pictures = [Picture(file="pictures/1.png", text="a: cat # [x]", negative="dog")]
-    pictures.append(Picture(file="2.png", text="é猫🐱", negative=""))
-    assert front(model_card.render(card(pictures=pictures))) == {
+    images = [Image(file="pictures/1.png", text="a: cat # [x]", negative="dog")]
+    images.append(Image(file="2.png", text="é猫🐱", negative=""))
+    assert front(model_card.render(card(images=images))) == {
         "license": "openrail++",
         "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
         "library_name": "diffusers",
@@ -259,7 +259,7 @@ def test_advice_follows_the_training_set():
     )
 
 
-def test_samplers_are_named_with_all_that_made_the_pictures():
+def test_samplers_are_named_with_all_that_made_the_images():
     config = SamplingConfig(
         sampler="euler_a", schedule="exponential", num_steps=28, guidance_scale=7.5, pag_scale=3.0, weights="ema",
         second_pass=SecondPassConfig(scale=1.5, strength=0.4),
@@ -347,9 +347,9 @@ HOSTILE = [
 def test_a_hostile_tag_stays_a_word():
     markdown = pytest.importorskip("markdown_it")
     rows = training_set((64, 64, 5, HOSTILE, None, "train"))
-    pictures = [Picture(file="1.png", text=text, negative="") for text in HOSTILE]
+    images = [Image(file="1.png", text=text, negative="") for text in HOSTILE]
     text = model_card.render(
-        card(rows, base=HOSTILE[1], pictures=pictures, summaries=[(HOSTILE[0], {})])
+        card(rows, base=HOSTILE[1], images=images, summaries=[(HOSTILE[0], {})])
     )
     html = (
         markdown.MarkdownIt("commonmark", {"html": True})
@@ -357,7 +357,7 @@ def test_a_hostile_tag_stays_a_word():
         .render(text.split("---\n", 2)[2])
     )
     assert 'href="http' not in html
-    assert html.count("<img") == len(HOSTILE)  # the card's own pictures
+    assert html.count("<img") == len(HOSTILE)  # the card's own images
     assert "<em>" not in html
     for tag in HOSTILE:
         shown = (

@@ -15,9 +15,9 @@ BAKED = {**CALM, "overbaked_index": 1.5}
 def test_similarities_stand_beside_those_of_held_out_images():
     said = sentences([("base.0@0", {}), ("run@9", CALM)])
     assert "p50 / p95 / max: 0.700 / 0.900 / 0.950." in said[0]
-    assert "copies: 0.600 / 0.800 / 0.850; 25% of the pictures" in said[1]
+    assert "copies: 0.600 / 0.800 / 0.850; 25% of the images" in said[1]
     assert said[2].startswith("Over-baked index 0.10")
-    assert "2% of the pictures have uniform borders" in said[2]
+    assert "2% of the images have uniform borders" in said[2]
     assert len(said) == 3
 
 

@@ -120,7 +120,7 @@ def read(html):
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_no_stranger_s_script(sides):
-    shown = Exhibit(pictures=[np.zeros((8, 8, 3), np.uint8)], caption=EVIL)
+    shown = Exhibit(images=[np.zeros((8, 8, 3), np.uint8)], caption=EVIL)
     html = report.render(
         EVIL, sides, verdicts_of(sides), {EVIL: EVIL},
         charts=[Chart(title=EVIL, lines=[Line(name=EVIL, points=[(0, 1.0), (10, 0.5)])])],
@@ -142,7 +142,7 @@ def test_the_page_asks_nothing_of_the_network_and_runs_no_stranger_s_script(side
 @example(title=EVIL[:80])
 @example(title="{% raw %}{{ 7 * 7 }}{# & #}&amp;&#34;")
 def test_any_text_is_read_as_it_was_written(title):
-    page = report.page.render("section", section=Section(title="", text=title), exhibit_pictures=[])
+    page = report.page.render("section", section=Section(title="", text=title), exhibit_images=[])
     assert "".join(read(page).text).strip("\n") == title
     chart = Chart(title=title, lines=[Line(name="n", points=[(0, 1.0), (1, 2.0)])])
     reader = read(report.draw_chart(chart))
@@ -165,7 +165,7 @@ def test_every_template_is_filled_in_and_leaves_nothing_of_its_own(sides):
     for mark in ("{{", "{%", "{#"):
         assert mark not in without
     loaded = {pathlib.PurePath(str(name)).name for _, name in report.page._ENVIRONMENT.cache}
-    report.page.render("section", section=Section(title="", text=""), exhibit_pictures=[])
+    report.page.render("section", section=Section(title="", text=""), exhibit_images=[])
     loaded |= {"section.html.j2", "report.css", "report.js"}
     assert loaded == {path.name for path in folder.iterdir()}
 
@@ -182,7 +182,7 @@ def test_the_wheel_holds_the_templates(tmp_path):
         assert own <= set(archive.namelist())
 
 
-def test_every_picture_is_there_once_for_slider_grid_and_zoom(sides):
+def test_every_image_is_there_once_for_slider_grid_and_zoom(sides):
     html = report.render("t", sides, verdicts_of(sides), {})
     contents = RULE.findall(html)
     assert len(contents) == len({name for name, _ in contents}) == 2 * 34
@@ -267,7 +267,7 @@ def test_groups_have_their_means_on_every_side(calm):
     assert "<td>all</td><td class=number>34</td>" in html
 
 
-def test_missing_pictures_and_scores_leave_gaps_and_no_error(sides):
+def test_missing_images_and_scores_leave_gaps_and_no_error(sides):
     (sides[1].folder / "3.png").unlink()
     whole = (sides[0].folder / "6.png").read_bytes()
     (sides[0].folder / "6.png").write_bytes(whole[: len(whole) // 2])
@@ -279,10 +279,9 @@ def test_missing_pictures_and_scores_leave_gaps_and_no_error(sides):
     )  # fmt: skip
     html = report.render("t", sides, TABLES["verdicts"].empty(), {"steps": 20})
     assert len(RULE.findall(html)) == 2 * 34 - 4
-    assert html.count("no picture") == 4
+    assert html.count("no image") == 4
     assert (
-        "steps: 20 · pictures that are missing or damaged: 2, run foundry verify --repair</p>"
-        in html
+        "steps: 20 · images that are missing or damaged: 2, run foundry verify --repair</p>" in html
     )
     assert ">nan" not in html.lower()
 
@@ -294,7 +293,7 @@ def test_a_checkpoint_of_which_nothing_was_drawn_can_be_shown(sides):
         samples=sides[1].samples.with_columns(file=pl.lit(None, pl.String)),
     )  # fmt: skip
     html = report.render("t", sides, TABLES["verdicts"].empty(), {})
-    assert html.count("no picture") == len(RULE.findall(html)) == 34
+    assert html.count("no image") == len(RULE.findall(html)) == 34
     assert "missing or damaged" not in html
 
 
@@ -321,7 +320,7 @@ def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_s
             (one.folder / f"{number}.png").unlink()
             (one.folder / f"{number}.png").hardlink_to(one.folder / "0.png")
     pictures = [
-        Exhibit(pictures=[np.asarray(image) for image in noise], caption="x") for _ in range(10)
+        Exhibit(images=[np.asarray(image) for image in noise], caption="x") for _ in range(10)
     ]
     html = report.render(
         "t",
@@ -331,9 +330,9 @@ def test_256_prompts_of_5_checkpoints_stay_below_10_mb_and_no_prompt_beyond_is_s
         sections=[Section(title="copies", text="", exhibits=pictures)],
     )
     assert len(html.encode()) <= report.MAX_BYTES
-    pictures_take = sum(len(rule[0]) for rule in RULE.finditer(html))
-    assert 1_500_000 < pictures_take <= images.ROOM
-    assert len(html.encode()) - pictures_take <= report.MAX_BYTES - images.ROOM
+    images_take = sum(len(rule[0]) for rule in RULE.finditer(html))
+    assert 1_500_000 < images_take <= images.ROOM
+    assert len(html.encode()) - images_take <= report.MAX_BYTES - images.ROOM
     assert "256 of 300 prompts" in html
     assert len(RULE.findall(html)) == 5 * 256 + 20
     in_sliders = max(RULE.findall(html), key=lambda item: len(item[1]))

@@ -167,7 +167,7 @@ def test_work_that_gives_way_takes_no_card_that_another_waits_for(monkeypatch):
     assert order == ["train", "encode"]
     assert any("held by annotate of /data/cats" in line for line in said)
     with hold("encode", DevicesConfig(), home, gives_way=True):
-        pass  # nobody waits any more
+        pass  # no one waits any more
 
 
 def test_a_waiter_that_was_killed_is_waited_for_no_longer(monkeypatch):

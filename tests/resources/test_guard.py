@@ -1,4 +1,4 @@
-"""The guard serves our own pages and local programs, and nobody else's pages."""
+"""The guard serves our own pages and local programs, and no one else's pages."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A run whose process was killed does not stay started for ever, whoever carried it out."""
+"""A run whose process was killed does not stay started permanently, whoever carried it out."""
 
 import os
 import signal

@@ -157,7 +157,7 @@ def is_gone(pid):
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return True
-    return state == "Z"  # its parent has ended too, and nobody has adopted it
+    return state == "Z"  # its parent has ended too, and no one has adopted it
 
 
 def test_one_rank_runs_by_itself(make_run, start):

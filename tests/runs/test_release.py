@@ -26,8 +26,8 @@ def test_texts_of_the_licence_are_found_beside_folders_and_single_files(base):
 
 def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_path):
     folder = tmp_path / "release" / "run"
-    picture = tmp_path / "p.png"
-    picture.write_bytes(b"png")
+    image = tmp_path / "p.png"
+    image.write_bytes(b"png")
     arguments = {"model": base, "model_files": ["model_index.json"]}
     release.assemble(folder, **arguments, texts={"old.txt": "old"}, copies={})
     texts = {
@@ -39,7 +39,7 @@ def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_
         folder,
         **arguments,
         texts=texts,
-        copies={"LICENSE": base / "LICENSE.md", "pictures/1.png": picture},
+        copies={"LICENSE": base / "LICENSE.md", "pictures/1.png": image},
     )
     found = {
         row["file"]: row
@@ -50,11 +50,11 @@ def test_a_release_names_every_file_and_keeps_nothing_of_an_older_one(base, tmp_
         release.NO_LICENCE: "the base model came without the text of its licence",
         "README.md": "model card",
         "model/model_index.json": "model in diffusers layout",
-        "pictures/1.png": "sample picture of the card",
+        "pictures/1.png": "sample image of the card",
         "tags.csv": "every tag with its images and aliases",
     }
     assert found["pictures/1.png"]["bytes"] == 3
-    assert found["pictures/1.png"]["sha256"] == commit.sha256_file(picture)
+    assert found["pictures/1.png"]["sha256"] == commit.sha256_file(image)
 
 
 def test_an_edited_licence_of_the_base_does_not_reach_an_older_release(base, tmp_path):

@@ -1,4 +1,4 @@
-"""A frozen set has both captions, and turns left and right with its mirrored pictures."""
+"""A frozen set has both captions, and turns left and right with its mirrored images."""
 
 import polars as pl
 import pytest
@@ -28,7 +28,7 @@ def tags(*names):
     return [{"name": name, "category": "general"} for name in names]
 
 
-def test_both_captions_and_tags_of_a_mirrored_picture_are_turned():
+def test_both_captions_and_tags_of_a_mirrored_image_are_turned():
     row = selected(
         flip=True,
         caption="Left of it",

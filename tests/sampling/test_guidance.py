@@ -34,7 +34,7 @@ def batches(parts):
 
 @COPY
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_a_picture_equals_that_of_diffusers_pipeline(tiny_sdxl, parts, scale):
+def test_a_image_equals_that_of_diffusers_pipeline(tiny_sdxl, parts, scale):
     pipeline = StableDiffusionXLPAGPipeline.from_pretrained(
         tiny_sdxl, force_zeros_for_empty_prompt=False, pag_applied_layers=["mid"]
     )
@@ -61,7 +61,7 @@ def test_it_is_a_third_reading_that_only_a_scale_costs(parts, batches):
     assert torch.equal(latents_of(parts, FRAME), plain)
 
 
-def test_pictures_do_not_see_each_other(parts):
+def test_images_do_not_see_each_other(parts):
     frame = prompt_frame(
         ("a", "red cat", "blurry", 32, 48), ("b", "dog", "", 32, 48), ("c", "tree", "x", 32, 48)
     )

@@ -1,4 +1,4 @@
-"""What a picture says of itself, parsed back by a reader of our own of the UIs' form."""
+"""What an image says of itself, parsed back by a reader of our own of the UIs' form."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def read(text):
     return "\n".join(lines[:begins]), negative, settings
 
 
-def test_a_plain_picture_is_read_back():
+def test_a_plain_image_is_read_back():
     config = SamplingConfig(sampler="euler_a", schedule="plain", num_steps=28, guidance_scale=7.5)
     text = parameters(
         "a cat, (red)",

@@ -85,7 +85,7 @@ def test_what_is_read_as_it_looks_passes_both(prompt):
     [
         (
             "a cat AND a dog",
-            "'AND' joins several prompts to one picture in A1111, which is not done here",
+            "'AND' joins several prompts to one image in A1111, which is not done here",
         ),
         (
             "[a:b:0.5]) c",

@@ -221,7 +221,7 @@ def test_negatives_have_weights_too(parts):
     assert torch.equal(plain.hidden_states[1], off.hidden_states[1])
 
 
-def test_pictures_follow_the_mode(parts):
+def test_images_follow_the_mode(parts):
     frame = prompt_frame(("a", "red (cat:1.5)", "", 32, 32))
     off, plain, restored = (
         latents_of(parts, frame, prompt_weights=m) for m in ("off", "plain", "mean_restored")

@@ -1,4 +1,4 @@
-"""Pictures follow from prompt, seed and weights alone, and equal those of diffusers' own
+"""Images follow from prompt, seed and weights alone, and equal those of diffusers' own
 pipeline."""
 
 import contextlib
@@ -65,7 +65,7 @@ def draw(parts, prompts, **changes):
 
 
 @pytest.mark.parametrize("sampler", get_args(Sampler))
-def test_a_picture_does_not_depend_on_its_batch(parts, sampler):
+def test_a_image_does_not_depend_on_its_batch(parts, sampler):
     same = PROMPTS.filter(pl.col("prompt_id").is_in(["a", "b", "f", "g"]))
     together = latents_of(parts, same, sampler=sampler)
     for place, key in enumerate(same["prompt_id"]):
@@ -75,7 +75,7 @@ def test_a_picture_does_not_depend_on_its_batch(parts, sampler):
     assert_equal_but_for_rounding(together, shuffled)
 
 
-def test_every_prompt_gets_its_picture_in_its_size_whatever_the_batches(parts):
+def test_every_prompt_gets_its_image_in_its_size_whatever_the_batches(parts):
     eight, one = draw(parts, PROMPTS), draw(parts, PROMPTS, batch_size=1)
     assert set(eight) == set(PROMPTS["prompt_id"])
     for key, height, width in PROMPTS.select("prompt_id", "height", "width").iter_rows():
@@ -109,7 +109,7 @@ def test_all_of_a_prompt_matters(parts):
 
 @COPY
 @pytest.mark.parametrize("zeros", [False, True])
-def test_a_picture_equals_that_of_diffusers_pipeline_on_77_tokens(tiny_sdxl, parts, zeros):
+def test_a_image_equals_that_of_diffusers_pipeline_on_77_tokens(tiny_sdxl, parts, zeros):
     tokenizer = load_tokenizer(tiny_sdxl / "tokenizer")
     text = "z" * 74 + " y"
     assert len(tokenizer(text)["input_ids"]) > 70
@@ -183,7 +183,7 @@ def test_sd1_is_sampled_without_size_conditioning_and_from_its_layer(sd1_folder,
     assert_equal_but_for_rounding(own, theirs)
 
 
-def test_files_hold_the_pictures_and_their_parameters(tiny_sdxl, parts, tmp_path):
+def test_files_hold_the_images_and_their_parameters(tiny_sdxl, parts, tmp_path):
     frame = prompt_frame(
         ("../e\nvil", "a cat, 猫", "bad, <b>", 32, 48), ("p02", "plain", "", 48, 32)
     )
@@ -222,8 +222,8 @@ def test_a_size_that_the_vae_cannot_draw_is_refused(parts):
         draw(parts, frame)
 
 
-def break_second_picture(unet):
-    """Makes the UNet answer NaN for the second picture, the first time that it is asked."""
+def break_second_image(unet):
+    """Makes the UNet answer NaN for the second image, the first time that it is asked."""
 
     def forget(module, arguments, output):
         hook.remove()
@@ -233,7 +233,7 @@ def break_second_picture(unet):
 
 
 @pytest.mark.parametrize("how", [None, "latent", "pixels"])
-def test_a_picture_that_is_not_finite_is_a_row_without_a_file_and_the_others_stay_as_they_are(
+def test_a_image_that_is_not_finite_is_a_row_without_a_file_and_the_others_stay_as_they_are(
     tiny_sdxl, parts, tmp_path, monkeypatch, how
 ):
     frame = prompt_frame(("a", "red cat", "", 32, 32), ("b", "a dog", "", 32, 32))
@@ -244,7 +244,7 @@ def test_a_picture_that_is_not_finite_is_a_row_without_a_file_and_the_others_sta
     whole = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     expected = pixels(tmp_path, whole)[0]
     monkeypatch.setattr(sampling, "load_checkpoint", lambda *_: parts)
-    break_second_picture(parts.unet)
+    break_second_image(parts.unet)
     table = sampling.sample_folder(tiny_sdxl, "x", frame, config, tmp_path)
     assert table.drop("file", "sha256").equals(whole.drop("file", "sha256"))
     assert table.select("file", "sha256").rows() == [
@@ -352,7 +352,7 @@ def test_layers_that_are_not_there_are_refused(sd1_folder, parts):
     assert torch.equal(latents, latents_of(parts, frame))
 
 
-def test_loras_are_drawn_with_and_named_in_the_picture(tiny_sdxl, parts, tmp_path):
+def test_loras_are_drawn_with_and_named_in_the_image(tiny_sdxl, parts, tmp_path):
     frame = prompt_frame(("a", "red cat", "", 32, 32))
     generator, key = torch.Generator().manual_seed(0), "lora_unet_conv_in"
     up, down = (
@@ -460,7 +460,7 @@ def test_bf16_is_the_unets_alone(own_parts, monkeypatch):
     assert {parameter.dtype for parameter in unet.parameters()} == {half}
 
 
-def test_bf16_draws_nearly_the_picture_of_fp32(parts, own_parts):
+def test_bf16_draws_nearly_the_image_of_fp32(parts, own_parts):
     frame = prompt_frame(("a", "red cat", "blurry", 32, 48), ("b", "a dog", "", 32, 48))
     whole = draw(parts, frame, guidance_scale=1.5)
     half, again = (draw(own_parts, frame, guidance_scale=1.5, precision="bf16") for _ in range(2))
@@ -488,7 +488,7 @@ def test_torchs_own_settings_do_not_loosen_fp32(parts, monkeypatch, precision):
 
 
 @pytest.mark.gpu
-def test_all_precisions_draw_nearly_the_same_picture_on_a_gpu(parts):
+def test_all_precisions_draw_nearly_the_same_image_on_a_gpu(parts):
     frame, pictures = prompt_frame(("a", "red cat", "blurry", 32, 48)), {}
     for precision in ("fp32", "tf32", "bf16"):  # the last one rounds the model
         own = copy.deepcopy(parts)

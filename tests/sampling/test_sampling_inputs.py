@@ -1,4 +1,4 @@
-"""Digests of what pictures follow from move with it, and with nothing else."""
+"""Digests of what images follow from move with it, and with nothing else."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_the_config_beside_a_file_of_peft_counts(tmp_path):
     assert len(set(digests)) == 3
 
 
-def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
+def test_the_precision_is_part_of_what_images_follow_from(tmp_path):
     sections = []
     for precision in get_args(SamplingPrecision):
         text = f'format = 1\nsources = []\n[evaluation.sampling]\nprecision = "{precision}"\n'
@@ -87,7 +87,7 @@ def test_the_precision_is_part_of_what_pictures_follow_from(tmp_path):
         toml.build(SamplingConfig, {"precision": "fp16"})
 
 
-def test_how_prompts_are_read_is_part_of_what_pictures_follow_from(tmp_path):
+def test_how_prompts_are_read_is_part_of_what_images_follow_from(tmp_path):
     sections = []
     for line in ("", 'prompt_syntax = "strict"', 'prompt_times = "old"', 'prompt_ends = "exact"'):
         (tmp_path / "foundry.toml").write_text(

@@ -1,4 +1,4 @@
-"""Prompts that change while a picture is drawn: what the UNet is shown at each call, and what comes
+"""Prompts that change while an image is drawn: what the UNet is shown at each call, and what comes
 of it."""
 
 import dataclasses
@@ -136,7 +136,7 @@ def test_more_calls_than_the_old_rules_count_begin_anew(parts, shown):
 
 
 @COPY
-def test_a_picture_equals_that_of_diffusers_pipeline_whose_prompt_is_exchanged(tiny_sdxl, parts):
+def test_a_image_equals_that_of_diffusers_pipeline_whose_prompt_is_exchanged(tiny_sdxl, parts):
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         tiny_sdxl, force_zeros_for_empty_prompt=False
     )
@@ -187,7 +187,7 @@ def test_a_schedule_that_changes_nothing_draws_what_its_text_draws(parts):
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde", "euler_a"])
-def test_a_picture_does_not_depend_on_its_batch(parts, sampler):
+def test_a_image_does_not_depend_on_its_batch(parts, sampler):
     frame = prompt_frame(
         ("a", "[cat:dog:0.5] x", "[bad|worse]", 32, 32), ("b", "tree", "", 32, 32), ("c", "[c|d|e]", "bad", 32, 32),
         ("d", "tree:2", "", 32, 32),
@@ -209,7 +209,7 @@ def test_each_distinct_text_is_encoded_once(parts):
     frame = prompt_frame(
         ("a", "[cat:dog:0.5] [x|y]", "bad", 32, 32), ("b", "[dog|cat] x", "[bad:worse:2]", 32, 32)
     )  # fmt: skip
-    # cat x, cat y, dog x, dog y; bad, worse: six texts for 2 pictures, 12 calls and two passes.
+    # cat x, cat y, dog x, dog y; bad, worse: six texts for 2 images, 12 calls and two passes.
     latents_of(parts, frame, second_pass=SecondPassConfig(num_steps=6))
     for hook in hooks:
         hook.remove()
@@ -217,7 +217,7 @@ def test_each_distinct_text_is_encoded_once(parts):
 
 
 def test_the_weight_at_the_end_strengthens_the_guidance(parts):
-    """Of one picture of a batch: uncond + weight * scale * (cond - uncond), as A1111 adds its
+    """Of one image of a batch: uncond + weight * scale * (cond - uncond), as A1111 adds its
     parts."""
     frame = prompt_frame(("a", "red cat:1.5", "bad", 32, 32), ("b", "red cat", "bad", 32, 32))
     together = latents_of(parts, frame, guidance_scale=4.0)
@@ -270,8 +270,8 @@ def test_bpmodels_published_prompts_are_drawn(parts, number, weights):
     frame = prompt_frame(("a", sample["prompt"], sample["negative"], 32, 48))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ((_, picture),) = sampling.sample(parts, frame, config)
-    assert picture.shape == (48, 72, 3)
+        ((_, image),) = sampling.sample(parts, frame, config)
+    assert image.shape == (48, 72, 3)
     letters = [str(one.message) for one in told if "read as letters" in str(one.message)]
     assert len(letters) <= (2 if weights == "off" else 0)
 

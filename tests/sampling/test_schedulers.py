@@ -62,7 +62,7 @@ def walk(scheduler, x, levels, generators, prediction="epsilon"):
 
 
 def run(sampler, num_steps, start, seed=0, prediction="epsilon", schedule="karras", **options):
-    """Our scheduler on the toy denoiser; returns the picture as data + sigma * noise, and the
+    """Our scheduler on the toy denoiser; returns the image as data + sigma * noise, and the
     scheduler."""
     schedule = "plain" if sampler == "ddim" else schedule
     config = {**CONFIG, "prediction_type": prediction}
@@ -187,8 +187,8 @@ def test_a_strength_takes_the_end_of_a_longer_schedule(strength):
         whole = make_scheduler(sampler, schedule, CONFIG, int(12 / strength))
         assert torch.equal(part.sigmas, whole.sigmas[-13:])
         assert len(part.sigmas) == 13
-        picture, noise = torch.full((2, 4, 8, 8), 3.0), torch.full((2, 4, 8, 8), 1.0)
-        began = part.add_noise(picture, noise, part.timesteps[:1].expand(2))
+        image, noise = torch.full((2, 4, 8, 8), 3.0), torch.full((2, 4, 8, 8), 1.0)
+        began = part.add_noise(image, noise, part.timesteps[:1].expand(2))
         wanted = 3 + part.sigmas[0].item()
         if sampler in PRESERVING:
             wanted /= math.sqrt(1 + part.sigmas[0].item() ** 2)

@@ -99,7 +99,7 @@ def test_two_passes_equal_diffusers_pipelines_one_after_the_other(
 
 @pytest.mark.parametrize("how", ["latent", "latent_bicubic", "pixels"])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "dpmpp_sde", "ddim"])
-def test_a_picture_does_not_depend_on_its_batch(parts, how, sampler):
+def test_a_image_does_not_depend_on_its_batch(parts, how, sampler):
     second = SecondPassConfig(scale=1.3, strength=0.6, num_steps=3, enlarge=how)
     together = latents_of(parts, FRAME, sampler=sampler, second_pass=second)
     assert together.shape == (2, 4, 5, 8)

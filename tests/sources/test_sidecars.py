@@ -1,4 +1,4 @@
-"""Sidecars as people write them, and as nobody should."""
+"""Sidecars as people write them, and as no one should."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_json_holds_all_there_is(tmp_path):
                 "species": ["cat"],
                 "character": "circle",
             },
-            "caption": " A picture. ",
+            "caption": " An image. ",
             "rating": "q",
             "fav_count": 7,
             "created_at": "2020-02-03T04:05:06+02:00",
@@ -159,7 +159,7 @@ def test_json_holds_all_there_is(tmp_path):
     assert metadata.tags == {
         "circle": "character", "red": "general", "some_one": "artist", "blue": "general", "cat": "general",
     }  # fmt: skip
-    assert metadata.caption == "A picture."
+    assert metadata.caption == "An image."
     assert (metadata.rating, metadata.favourites, metadata.split) == (
         "questionable",
         7,

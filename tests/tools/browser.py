@@ -103,8 +103,8 @@ class Page:
         )
         assert clicked, f"nothing says {text!r} at {self.driver.current_url}:\n{self.text()[:3000]}"
 
-    def pictures(self, minimum_px: int = 16) -> list[str]:
-        """Addresses of the pictures that are loaded and visible, each side at least
+    def images(self, minimum_px: int = 16) -> list[str]:
+        """Addresses of the images that are loaded and visible, each side at least
         `minimum_px`."""
         return self.driver.execute_script(
             """

@@ -39,7 +39,7 @@ def textured(height=96, width=128, seed=0):
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# What turns the stored picture upright, so its inverse stores it turned. TIFF 6.0, tag 274.
+# What turns the stored image upright, so its inverse stores it turned. TIFF 6.0, tag 274.
 STORED_AS = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],

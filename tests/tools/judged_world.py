@@ -1,4 +1,4 @@
-"""A workspace whose pictures were scored by hand: evaluation without a network, as a store sees
+"""A workspace whose images were scored by hand: evaluation without a network, as a store sees
 it."""
 
 import numpy as np
@@ -15,7 +15,7 @@ CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "pictures"
+path = "images"
 [models]
 clip = "demo:models/clip"
 aesthetic = "demo:models/aesthetic"
@@ -112,7 +112,7 @@ class World:
         return self.store.checkpoints.folder(checkpoint)
 
     def draw(self, checkpoint, content=""):
-        """Commit pictures of a checkpoint, whose files are not there."""
+        """Commit images of a checkpoint, whose files are not there."""
         prompts = self.store.read("prompt_sets", parts=["standard"])
         schema = TABLES["sample_images"].schema
         frame = prompts.with_columns(
@@ -121,7 +121,7 @@ class World:
         self._commit(sample_images.sample_images, checkpoint, frame.cast(dict(schema)))
 
     def score(self, checkpoint, aesthetic, failed=0):
-        """Commit scores of a checkpoint's pictures, the last `failed` of which have none."""
+        """Commit scores of a checkpoint's images, the last `failed` of which have none."""
         rows = []
         for n, value in enumerate(aesthetic):
             prompt = {"prompt_id": f"p{n:04d}", "group": "g"}
@@ -143,7 +143,7 @@ class World:
         )  # fmt: skip
 
     def evaluate(self, checkpoint, gain=0.0, failed=0, seed=0):
-        """Pictures, scores and verdict of a checkpoint that is better than the base by `gain`."""
+        """Images, scores and verdict of a checkpoint that is better than the base by `gain`."""
         self.draw(checkpoint)
         self.score(checkpoint, self.values(gain, seed), failed)
         self.judge(checkpoint)

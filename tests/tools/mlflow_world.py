@@ -53,11 +53,11 @@ PROMPTS = [
     for number, text in enumerate(texts)
 ]
 RUNS = {"first": (1e-5, 0.62), "slow-rate": (4e-6, 0.45), "two-colours": (2e-5, 0.85)}
-"""Run -> learning rate, and how sharp its last pictures are, 0 to 1."""
+"""Run -> learning rate, and how sharp its last images are, 0 to 1."""
 
 
 def scene(number: int, sharpness: float) -> Image.Image:
-    """Picture of one prompt, 256 px: a drawn scene under a veil of blur and grain that goes as a
+    """Image of one prompt, 256 px: a drawn scene under a veil of blur and grain that goes as a
     model learns."""
     rng = np.random.default_rng(number)
     top, bottom, thing = (
@@ -99,7 +99,7 @@ def scene(number: int, sharpness: float) -> Image.Image:
 
 
 def evaluate(tracking: Tracking, home: Path, checkpoint: str, sharpness: float) -> pl.DataFrame:
-    """Draw and score a checkpoint's pictures, and send them."""
+    """Draw and score a checkpoint's images, and send them."""
     folder = home / "sample_images" / checkpoint
     folder.mkdir(parents=True)
     rng = np.random.default_rng(len(checkpoint))
@@ -211,7 +211,7 @@ def judge(tracking: Tracking, base: str, checkpoint: str, word: str, difference:
 
 
 def fill(home: Path) -> Tracking:
-    """Three runs and their base, with checkpoints, pictures, verdicts and a champion."""
+    """Three runs and their base, with checkpoints, images, verdicts and a champion."""
     tracking = workspace_tracking(home)
     evaluate(tracking, home, "base.sdxl@0", 0.25)
     for number, (name, (learning_rate, sharpness)) in enumerate(RUNS.items()):

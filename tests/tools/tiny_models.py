@@ -155,7 +155,7 @@ def owlv2_folder(tmp_path_factory):
 
 @pytest.fixture
 def noise_image():
-    """Draws `(height, width, 3)` noise, the hardest picture for any resampling."""
+    """Draws `(height, width, 3)` noise, the hardest image for any resampling."""
 
     def draw(height, width, seed=0):
         generator = torch.Generator().manual_seed(seed)

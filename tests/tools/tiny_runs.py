@@ -272,7 +272,7 @@ def write_generation():
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, tiny_sdxl):
-    """A finished run that nobody disturbed; not to be written to."""
+    """A finished run that no one disturbed; not to be written to."""
     run = build_run(tmp_path_factory.mktemp("unbroken"), tiny_sdxl, "unbroken", {})
     assert train_here(run) == "finished"
     return run
@@ -316,7 +316,7 @@ def empty_database(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_source(tmp_path_factory):
-    """A folder of forty drawn pictures with their trouble."""
-    from demo.pictures import write_world
+    """A folder of forty drawn images with their trouble."""
+    from demo.images import write_world
 
-    return write_world(tmp_path_factory.mktemp("small"), num_pictures=40, seed=5)
+    return write_world(tmp_path_factory.mktemp("small"), num_images=40, seed=5)

@@ -22,7 +22,7 @@ _NUM_MARKED_SHOWN = 12
 
 
 class ClipEmbeddings(Annotator):
-    """One row per picture: what CLIP's vision tower sees, before and after its projection."""
+    """One row per image: what CLIP's vision tower sees, before and after its projection."""
 
     model = "clip"
     table = "embeddings"
@@ -59,7 +59,7 @@ class ClipEmbeddings(Annotator):
 
 
 class JoyTags(Annotator):
-    """One row per picture: the tagger's names above a low floor. Thresholds come later."""
+    """One row per image: the tagger's names above a low floor. Thresholds come later."""
 
     model = "tagger"
     table = "tags"
@@ -92,7 +92,7 @@ class JoyTags(Annotator):
 
 
 class OwlWatermarks(Annotator):
-    """One row per picture: boxes of `a watermark` by OWLv2; an empty list means none found."""
+    """One row per image: boxes of `a watermark` by OWLv2; an empty list means none found."""
 
     model = "detector"
     table = "watermark_boxes"

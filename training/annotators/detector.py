@@ -1,6 +1,6 @@
 """OWLv2: boxes around what a phrase names, here watermarks, in upright source pixels.
 
-The network sees the picture in the upper left corner of a black square; boxes come back relative to
+The network sees the image in the upper left corner of a black square; boxes come back relative to
 that square.
 """
 
@@ -140,7 +140,7 @@ class Detector:
             sizes: (height, width) of each source image in pixels.
 
         Returns:
-            Per image the boxes above the floor that touch the picture, clamped to it, overlaps
+            Per image the boxes above the floor that touch the image, clamped to it, overlaps
             removed.
         """
         return [

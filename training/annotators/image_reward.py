@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads prompt and picture together, and five linear layers turn its class token
+"""ImageReward: BLIP reads prompt and image together, and five linear layers turn its class token
 into a score.
 
 Source: Xu et al., arXiv:2304.05977, and zai-org/ImageReward (Apache-2.0). transformers has both
@@ -45,7 +45,7 @@ _VISION_NAMES = (
 
 
 class ImageReward:
-    """The adapter: pictures and their prompts to scores, about -2 to 2."""
+    """The adapter: images and their prompts to scores, about -2 to 2."""
 
     def __init__(
         self, vision: BlipVisionModel, text: BlipTextModel, head: aesthetic.AestheticHead, tokenizer: BertTokenizer,
@@ -98,13 +98,12 @@ class ImageReward:
             vision, text, head, BertTokenizer.from_pretrained(folder, local_files_only=True), device
         )
 
-    def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-        """Scores `(B,)` fp64 of `(H, W, 3)` uint8 pictures with their prompts, which are cut at 35
+    def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+        """Scores `(B,)` fp64 of `(H, W, 3)` uint8 images with their prompts, which are cut at 35
         tokens."""
         size: int = self.vision.config.image_size
         seen = [
-            openai_pixels(picture, size, size, pixels.CLIP_MEAN, pixels.CLIP_STD)
-            for picture in pictures
+            openai_pixels(image, size, size, pixels.CLIP_MEAN, pixels.CLIP_STD) for image in images
         ]
         words = self.tokenizer(
             list(texts),

@@ -61,7 +61,7 @@ class QualityRow:
     utility: float
     """Unbounded; a difference of 1 means that the better one wins 73 % of the time."""
     junk_probability: float | None
-    """In [0, 1]; None while nobody has labelled junk."""
+    """In [0, 1]; None while no one has labelled junk."""
 
 
 class QualityModel:

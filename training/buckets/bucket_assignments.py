@@ -1,4 +1,4 @@
-"""Who goes to which bucket: the training resolution that fits each picture's shape best, and a
+"""Who goes to which bucket: the training resolution that fits each image's shape best, and a
 report of all."""
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import polars as pl
 
 from training import seeds
 from training.buckets.geometry import Size
-from training.buckets.plans import BucketConfig, UpCropConfig, follows_picture, plan
+from training.buckets.plans import BucketConfig, UpCropConfig, follows_image, plan
 from training.tables.schemas import TABLES
 from training.tables.table import Reason
 
@@ -25,29 +25,29 @@ def assign(
     *,
     seed: int = 0,
 ) -> tuple[pl.DataFrame, list[dict[str, object]]]:
-    """Give each picture the bucket whose shape is nearest to its own, of those that it covers
+    """Give each image the bucket whose shape is nearest to its own, of those that it covers
     without growing.
 
     Nearest is the smallest distance between the logarithms of width / height; of two buckets at the
-    same distance the first in the plan's order wins. A picture that covers no bucket is rejected,
-    or with `allow_upscale` enlarged to the nearest of all. The picture is then resized until it
+    same distance the first in the plan's order wins. An image that covers no bucket is rejected,
+    or with `allow_upscale` enlarged to the nearest of all. The image is then resized until it
     just covers its bucket; or, by `up_crop`, until it fits in.
 
     Args:
         images: Columns image_id, shard, height, width: upright source size in pixels; and with
             `up_crop` a list of tag names.
         config: Plan, its options and scale.
-        up_crop: Which pictures are padded instead of cropped; None for none.
+        up_crop: Which images are padded instead of cropped; None for none.
         seed: Keys which of the eligible ones are padded.
 
     Returns:
         Rows of `bucket_assignments`, and rows for `rejections` with reason `smaller_than_bucket` or
         `no_bucket`.
 
-    Source: bigASP's page: the best fit that is not larger than the picture in any dimension.
+    Source: bigASP's page: the best fit that is not larger than the image in any dimension.
     """
     source = images.select(_SIDES).to_numpy().astype(np.int64)  # (N, 2), height first
-    if follows_picture(config):
+    if follows_image(config):
         bucket, resized, fits = _own_sizes(source, config)
         wanted = bucket
     else:
@@ -97,7 +97,7 @@ class Report:
     buckets: pl.DataFrame
     """height, width, images, share of all, mean share of area kept; the fullest first."""
     numbers: dict[str, float]
-    """Mean share of area kept, pictures enlarged and padded, buckets with a single picture, and
+    """Mean share of area kept, images enlarged and padded, buckets with a single image, and
     what each batch size would leave over in an epoch."""
 
 
@@ -106,7 +106,7 @@ def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
 
     Args:
         placed: The table.
-        batch_sizes: For each, the pictures that fill no whole batch of their bucket are counted.
+        batch_sizes: For each, the images that fill no whole batch of their bucket are counted.
     """
     counted = (
         placed.group_by(height="bucket_height", width="bucket_width")
@@ -123,7 +123,7 @@ def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
         "enlarged": grown.height,
         "padded": int(placed["padded"].sum()),
         "buckets in use": counted.height,
-        "buckets with a single picture": counted.filter(images=1).height,
+        "buckets with a single image": counted.filter(images=1).height,
     }
     for size in batch_sizes:
         numbers[f"left over by batches of {size}"] = int((counted["images"] % size).sum())
@@ -133,7 +133,7 @@ def report(placed: pl.DataFrame, batch_sizes: Sequence[int]) -> Report:
 def _among_covered(
     source: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, *, allow_upscale: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest bucket that each picture covers, `(N, 2)`, and whether there is one; few need a
+    """The nearest bucket that each image covers, `(N, 2)`, and whether there is one; few need a
     second look."""
     bucket = wanted.copy()
     fits: np.ndarray = np.all(source >= wanted, axis=1)
@@ -173,11 +173,11 @@ def _nearest(source: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _own_sizes(
     source: np.ndarray, config: BucketConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """kohya's no_upscale: bucket and resized size of each picture, `(N, 2)`, and whether a step
+    """kohya's no_upscale: bucket and resized size of each image, `(N, 2)`, and whether a step
     fits into it.
 
-    A picture beyond the area shrinks to it, with one side rounded to the step. Which side: that
-    whose bucket, both sides in whole steps, keeps the picture's shape better; on a tie the height.
+    An image beyond the area shrinks to it, with one side rounded to the step. Which side: that
+    whose bucket, both sides in whole steps, keeps the image's shape better; on a tie the height.
     Then both sides are cut to the step.
 
     Source: kohya-ss/sd-scripts, library/train_util.py, BucketManager.select_bucket.
@@ -220,7 +220,7 @@ def _contain(size: np.ndarray, bucket: np.ndarray, *, allow_upscale: bool) -> np
 
 
 def _padded(placed: pl.DataFrame, cut: np.ndarray, config: UpCropConfig, seed: int) -> np.ndarray:
-    """Which pictures are padded instead of cropped, `(N,)`; a draw depends on the image and on
+    """Which images are padded instead of cropped, `(N,)`; a draw depends on the image and on
     nothing else."""
     if not config.share:
         return np.zeros(len(cut), dtype=bool)
@@ -272,7 +272,7 @@ def _rejections(
 
 
 def nothing_fits(images: pl.DataFrame, config: BucketConfig) -> str:
-    """One line for a plan into which none of the pictures goes: what the largest is, and the
+    """One line for a plan into which none of the images goes: what the largest is, and the
     smallest bucket."""
     largest = max(
         (Size(*row) for row in images.select(_SIDES).iter_rows()), key=lambda size: size.area
@@ -284,6 +284,6 @@ def nothing_fits(images: pl.DataFrame, config: BucketConfig) -> str:
         else "it needs larger ones"
     )
     return (
-        f"bucket plan {config.plan!r}: none of {images.height} pictures fits, the largest has {largest} px, "
+        f"bucket plan {config.plan!r}: none of {images.height} images fits, the largest has {largest} px, "
         f"{smallest}; choose a smaller plan, a scale, or allow_upscale = true"
     )

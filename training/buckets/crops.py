@@ -1,4 +1,4 @@
-"""From a picture to its bucket: where the crop or the padding lies, its pixels, and where a box of
+"""From an image to its bucket: where the crop or the padding lies, its pixels, and where a box of
 the source ends up.
 
 The same placement makes the pixels, the conditioning and the mask, so that the three cannot
@@ -65,10 +65,10 @@ def place(
     policy: CropPolicy,
     target: CropTarget = CropTarget(),
 ) -> Placement:
-    """Resize a picture until it just covers its bucket, and choose which part of the overhang to
+    """Resize an image until it just covers its bucket, and choose which part of the overhang to
     cut; or pad it.
 
-    The resized picture equals the bucket along one side, so the crop moves along the other, unless
+    The resized image equals the bucket along one side, so the crop moves along the other, unless
     `target.resized` says what it is resized to: then it may overhang along both, which are chosen one
     after the other.
 
@@ -84,7 +84,7 @@ def place(
         within it with none longer.
 
     Raises:
-        DataError: the picture would have to grow, or `subject` has no importance to go by.
+        DataError: the image would have to grow, or `subject` has no importance to go by.
 
     Source: bigASP's encode-vaes.py (cover, int(x * scale + 0.5), random offset); SDXL report,
     arXiv:2307.01952, section 2.2 (crop in pixels of the resized image).
@@ -95,7 +95,7 @@ def place(
         and target.importance is None
         and not target.padded
     ):
-        raise DataError(f"image {image_id}: crop mode 'subject' needs the picture's importance map")
+        raise DataError(f"image {image_id}: crop mode 'subject' needs the image's importance map")
     if target.padded:
         resized = contain(original, bucket, upscale=policy.upscale)
         top, left = (bucket.height - resized.height) // 2, (bucket.width - resized.width) // 2
@@ -131,21 +131,21 @@ def place(
 
 
 def cover(original: Size, bucket: Size, *, upscale: bool = False) -> Size:
-    """The size that a picture is resized to so that it just covers its bucket, px.
+    """The size that an image is resized to so that it just covers its bucket, px.
 
     Raises:
-        DataError: the picture would have to grow, and may not.
+        DataError: the image would have to grow, and may not.
     """
     scale = max(bucket.height / original.height, bucket.width / original.width)
     if scale > 1 and not upscale:
         raise DataError(
-            f"picture of {original} px is smaller than its bucket of {bucket} px: it would have to grow"
+            f"image of {original} px is smaller than its bucket of {bucket} px: it would have to grow"
         )
     return Size(int(original.height * scale + 0.5), int(original.width * scale + 0.5))
 
 
 def contain(original: Size, bucket: Size, *, upscale: bool = False) -> Size:
-    """The largest size of a picture that fits into its bucket, px; one that may not grow stays as
+    """The largest size of an image that fits into its bucket, px; one that may not grow stays as
     small as it is."""
     scale = min(bucket.height / original.height, bucket.width / original.width)
     if not upscale:
@@ -175,7 +175,7 @@ def _overlap(
 
 
 def apply(pixels: np.ndarray, placement: Placement) -> np.ndarray:
-    """Resize (Lanczos), crop or pad, and mirror a picture as its placement says.
+    """Resize (Lanczos), crop or pad, and mirror an image as its placement says.
 
     Args:
         pixels: (H, W, 3) uint8, upright, of the placement's `original` size.
@@ -185,11 +185,11 @@ def apply(pixels: np.ndarray, placement: Placement) -> np.ndarray:
         (bucket height, bucket width, 3) uint8, contiguous.
 
     Raises:
-        DataError: the picture is not of the size that the placement was made for.
+        DataError: the image is not of the size that the placement was made for.
     """
     size = Size(*pixels.shape[:2])
     if size != placement.original:
-        raise DataError(f"picture is {size} px, its placement was made for {placement.original} px")
+        raise DataError(f"image is {size} px, its placement was made for {placement.original} px")
     image = Image.fromarray(pixels)
     if placement.resized != size:
         image = image.resize(
@@ -210,16 +210,16 @@ def apply(pixels: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def told_crop(placement: Placement, rules_version: int) -> tuple[int, int]:
-    """Rows and columns that a model is told were cut off above and on the left of a picture, px of
+    """Rows and columns that a model is told were cut off above and on the left of an image, px of
     the resized image.
 
-    Rules of version 1 told of a mirrored picture what had been cut off on its right.
+    Rules of version 1 told of a mirrored image what had been cut off on its right.
     """
     return placement.seen_crop if rules_version > 1 else (placement.crop_top, placement.crop_left)
 
 
 def map_box(box: Box, placement: Placement) -> Box | None:
-    """Where a box of the upright source lies in the bucket-sized picture, px; None when it was cut
+    """Where a box of the upright source lies in the bucket-sized image, px; None when it was cut
     away."""
     down = placement.resized.height / placement.original.height
     across = placement.resized.width / placement.original.width

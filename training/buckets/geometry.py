@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """How a source image became a bucket-sized picture: resize to `resized`, then crop at the
+    """How a source image became a bucket-sized image: resize to `resized`, then crop at the
     offset."""
 
     original: Size
@@ -47,7 +47,7 @@ class Placement(NamedTuple):
     crop_left: int
     """Columns cut off on the left, in pixels of the resized image."""
     bucket: Size
-    """Size of the picture that is encoded."""
+    """Size of the image that is encoded."""
     flip: bool
     """Mirrored left to right after the crop."""
     pad_top: int = 0
@@ -62,7 +62,7 @@ class Placement(NamedTuple):
 
     @property
     def seen_crop(self) -> tuple[int, int]:
-        """Rows cut off above, and columns cut off on the left of the picture as it is seen:
+        """Rows cut off above, and columns cut off on the left of the image as it is seen:
         mirrored, those that were cut off on the right before. Pixels of the resized image."""
         overhang = max(self.resized.width - self.bucket.width, 0)
         return self.crop_top, overhang - self.crop_left if self.flip else self.crop_left

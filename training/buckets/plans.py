@@ -36,7 +36,7 @@ class BucketConfig:
     scale: int = 1
     """Every side of the plan is divided by this: 8 for the demo's tiny models."""
     allow_upscale: bool = False
-    """Enlarge pictures that are smaller than every bucket, instead of rejecting them."""
+    """Enlarge images that are smaller than every bucket, instead of rejecting them."""
     area: int | None = None
     """kohya: largest area, pixels; 1,048,576 unless given."""
     min_side: int | None = None
@@ -46,7 +46,7 @@ class BucketConfig:
     step: int | None = None
     """kohya: what sides are multiples of; 64."""
     no_upscale: bool | None = None
-    """kohya: each picture keeps its own size, cut to multiples of `step`, and only one beyond the
+    """kohya: each image keeps its own size, cut to multiples of `step`, and only one beyond the
     area shrinks."""
     base_res: tuple[int, int] | None = None
     """arb: the square that joins the list; 768, 768."""
@@ -55,7 +55,7 @@ class BucketConfig:
     divisible: int | None = None
     """arb: what sides grow by; 64."""
     max_ar_error: float | None = None
-    """arb: largest difference of width / height between a picture and its bucket; 4."""
+    """arb: largest difference of width / height between an image and its bucket; 4."""
     min_dim: int | None = None
     """arb: shortest side; 512."""
     dim_limit: int | None = None
@@ -111,14 +111,14 @@ _BUCKET_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpCropConfig:
-    """Pictures that are padded to their bucket instead of cropped, so that nothing of them is
+    """Images that are padded to their bucket instead of cropped, so that nothing of them is
     lost."""
 
     share: float = 0.0
-    """Share of the eligible pictures that are padded, chosen by image_id; the others are cropped as
+    """Share of the eligible images that are padded, chosen by image_id; the others are cropped as
     ever."""
     min_cut: float = 0.05
-    """Eligible are pictures of whose area the crop would cut at least this share,"""
+    """Eligible are images of whose area the crop would cut at least this share,"""
     except_tags: tuple[str, ...] = (
         "drawing",
         "illustration",
@@ -128,7 +128,7 @@ class UpCropConfig:
         "anime",
         "monochrome",
     )
-    """and which have none of these tags: padding thins the lines of drawn pictures."""
+    """and which have none of these tags: padding thins the lines of drawn images."""
 
     def __post_init__(self) -> None:
         check_fractions("encodings.*.up_crop", share=self.share, min_cut=self.min_cut)
@@ -137,13 +137,13 @@ class UpCropConfig:
 def plan(config: BucketConfig) -> tuple[Size, ...]:
     """The sizes of a plan, each side divided by `config.scale`, sorted by height and then width.
 
-    Empty for `kohya` with `no_upscale`: there each picture has a size of its own, see `own_size`.
+    Empty for `kohya` with `no_upscale`: there each image has a size of its own, see `own_size`.
 
     Raises:
         ConfigError: no size fulfils the options, a side is not divisible, or a size stands twice.
     """
     full = _FULL[config.plan](config)
-    if not full and not follows_picture(config):
+    if not full and not follows_image(config):
         raise ConfigError(
             f"encodings.*.buckets: plan {config.plan!r} with these options has no size at all"
         )
@@ -161,8 +161,8 @@ def plan(config: BucketConfig) -> tuple[Size, ...]:
     )
 
 
-def follows_picture(config: BucketConfig) -> bool:
-    """Whether each picture gets a size of its own instead of one of a list."""
+def follows_image(config: BucketConfig) -> bool:
+    """Whether each image gets a size of its own instead of one of a list."""
     return config.plan == "kohya" and bool(config.no_upscale)
 
 
@@ -189,7 +189,7 @@ def _kohya(config: BucketConfig) -> list[Size]:
 
     Source: kohya-ss/sd-scripts, library/model_util.py.
     """
-    if follows_picture(config):
+    if follows_image(config):
         return []
     area, step = config.value("area"), config.value("step")
     low, high = config.value("min_side"), config.value("max_side")

@@ -28,13 +28,13 @@ PROMPT_GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecondPassConfig:
-    """A second pass over the enlarged picture, as "hires fix" of the UIs."""
+    """A second pass over the enlarged image, as "hires fix" of the UIs."""
 
     scale: float = 1.5
-    """Side of the final picture over that of the first pass; sides are rounded to the VAE's pixels
+    """Side of the final image over that of the first pass; sides are rounded to the VAE's pixels
     per latent."""
     strength: float = 0.5
-    """Share of the noise schedule that the second pass walks: 0 leaves the picture as it is, 1
+    """Share of the noise schedule that the second pass walks: 0 leaves the image as it is, 1
     forgets it."""
     num_steps: int = 15
     """Steps that the second pass takes, whatever its strength."""
@@ -63,7 +63,7 @@ class LoraConfig:
 
     @property
     def name(self) -> str:
-        """What it is called in pictures; PEFT's files are all called the same and take their
+        """What it is called in images; PEFT's files are all called the same and take their
         folder's name."""
         path = PurePath(self.path)
         return path.parent.name if path.name == "adapter_model.safetensors" else path.stem
@@ -71,7 +71,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How a checkpoint draws its pictures."""
+    """How a checkpoint draws its images."""
 
     sampler: Sampler = "dpmpp_2m"
     """Solver, by the name that people use."""
@@ -107,7 +107,7 @@ class SamplingConfig:
     """`a1111` gives the first text of a schedule one call of the UNet more than its time says, as
     A1111 does, `exact` as many as it says: of 20 calls `[cat:dog:0.5]` has 11 or 10 of the cat."""
     second_pass: SecondPassConfig | None = None
-    """Draw the picture again, larger."""
+    """Draw the image again, larger."""
     loras: tuple[LoraConfig, ...] = ()
     """LoRAs, added in this order."""
     weights: Literal["raw", "ema"] = "raw"
@@ -118,7 +118,7 @@ class SamplingConfig:
     UNet in bfloat16, its weights rounded once, text encoders and VAE as with `tf32`. Latents, noise
     and guidance are always fp32."""
     batch_size: int = 8
-    """Pictures sampled at a time."""
+    """Images sampled at a time."""
 
     def __post_init__(self) -> None:
         owner = "evaluation.sampling"
@@ -130,7 +130,7 @@ class SamplingConfig:
         names = [lora.name for lora in self.loras]
         if len(set(names)) != len(names):
             raise ConfigError(
-                f"{owner}.loras: names {names} must differ, because pictures tell them apart by these"
+                f"{owner}.loras: names {names} must differ, because images tell them apart by these"
             )
         if self.sampler == "ddim" and self.schedule != "plain":
             raise ConfigError(
@@ -141,10 +141,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringConfig:
-    """How pictures are scored. Scoring again never samples again."""
+    """How images are scored. Scoring again never samples again."""
 
     batch_size: int = 16
-    """Pictures scored at a time."""
+    """Images scored at a time."""
     scorers: tuple[ScorerName, ...] = ()
     """Scorers of human preference beside CLIP score and aesthetic; their weights lie under
     [models]."""
@@ -287,7 +287,7 @@ class EvaluationConfig:
     every: int = 1
     """Of a run's checkpoints, every so many-th is evaluated; the first and the last always."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How pictures are drawn."""
+    """How images are drawn."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     """How they are scored."""
     verdicts: VerdictConfig = field(default_factory=VerdictConfig)

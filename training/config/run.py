@@ -355,7 +355,7 @@ class RunConfig:
     (`s3://...`); its files are fetched in the order of training. Empty for the workspace's own."""
     rules_version: int = RULES_VERSION
     """Version of the rules that no option names. In 1, by which runs of older versions go on, a
-    mirrored picture is told what was cut off on its right as it is seen, and `debiased` for v has
+    mirrored image is told what was cut off on its right as it is seen, and `debiased` for v has
     no cap. Up to 2, a recorded `optimizer.text_encoder_learning_rate` of 0 is the UNet's rate."""
     reduction: Literal["canonical", "fast"] = "fast"
     """Gradient reduction over ranks: canonical is bit-equal for any number of them, fast differs by

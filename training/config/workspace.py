@@ -53,11 +53,11 @@ class DecodeConfig:
     max_bytes: int = 256_000_000
     """Largest file, bytes."""
     max_pixels: int = 200_000_000
-    """Largest picture, pixels, checked in the header before decoding."""
+    """Largest image, pixels, checked in the header before decoding."""
     min_side_px: int = 16
-    """Shortest side that counts as a picture, pixels."""
+    """Shortest side that counts as an image, pixels."""
     timeout_s: float = 60.0
-    """Longest decoding of one picture, seconds."""
+    """Longest decoding of one image, seconds."""
     memory_bytes: int = 1_500_000_000
     """Address space that a decoding worker may add to its own, bytes."""
     num_workers: int = 2
@@ -160,10 +160,10 @@ class ModelsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotateConfig:
-    """One pass of all annotators over each picture."""
+    """One pass of all annotators over each image."""
 
     batch_size: int = 16
-    """Pictures decoded and annotated at a time; part of the result's identity."""
+    """Images decoded and annotated at a time; part of the result's identity."""
     watermark_query: str = "a watermark"
     """What the detector is asked for."""
 
@@ -258,18 +258,18 @@ class EncodingConfig:
     """Confidence from which a watermark box is kept out of the crop where the slack allows it; 0
     for never."""
     up_crop: UpCropConfig = field(default_factory=UpCropConfig)
-    """Which pictures are padded instead of cropped."""
+    """Which images are padded instead of cropped."""
     vae: str = "base"
     """`base` for the VAE inside [models] base, or a folder."""
     precision: Literal["tf32", "fp32", "bf16"] = "tf32"
     """Arithmetic of the VAE: TF32 where the device has it, else fp32; bf16 only where the
-    reconstruction of the shard's first pictures is as good as in fp32."""
+    reconstruction of the shard's first images is as good as in fp32."""
     tile_above_px: int = 4_194_304
     """Buckets of more pixels are encoded in overlapping tiles, which bounds the memory."""
     log_variance: bool = True
     """Store the posterior's log-variance, so that each epoch draws anew."""
     batch_size: int = 8
-    """Pictures encoded at a time, within a bucket; part of the result's identity."""
+    """Images encoded at a time, within a bucket; part of the result's identity."""
     seed: int = 0
     """Keys the crops."""
     codec: Literal["raw", "split-zstd"] = "raw"

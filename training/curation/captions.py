@@ -1,4 +1,4 @@
-"""Which sentences a picture is trained with: its source's own, and one that a model made."""
+"""Which sentences an image is trained with: its source's own, and one that a model made."""
 
 import polars as pl
 

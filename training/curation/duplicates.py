@@ -1,6 +1,6 @@
-"""Which candidates show the same picture, and which one of them goes on.
+"""Which candidates show the same image, and which one of them goes on.
 
-Same bytes, same upright pixels, or nearly the same picture by perceptual hash: a re-encoded or
+Same bytes, same upright pixels, or nearly the same image by perceptual hash: a re-encoded or
 resized copy. A mirror image is no duplicate here: it shows another direction, and captions and tags
 tell the two apart.
 """
@@ -13,9 +13,9 @@ from training.tables.schemas import TABLES
 MAX_DISTANCE = 3
 """Bits in which the hashes of near-duplicates may differ."""
 MIN_CONTRAST = 0.02
-"""Flatter pictures are never near-duplicates: their hash is made of noise."""
+"""Flatter images are never near-duplicates: their hash is made of noise."""
 MIN_BITS = 8
-"""A hash with fewer ones, or fewer zeros, is that of a flat picture or a plain gradient."""
+"""A hash with fewer ones, or fewer zeros, is that of a flat image or a plain gradient."""
 MAX_LUMA_DIFFERENCE = 0.03
 """Copies keep brightness and contrast; two drawings of one layout in other colours do not. Luma
 0-1."""
@@ -27,7 +27,7 @@ _BANDS = tuple(range(0, 64, 16))
 
 
 def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
-    """Group candidates that show one picture, and choose one of each group.
+    """Group candidates that show one image, and choose one of each group.
 
     Ties are transitive: a chain of near copies is one group. The one kept has the most pixels, then
     the most bytes per pixel, then the smallest image_id, then the first (source, source_id).
@@ -40,10 +40,10 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
     """
     if raw_images.is_empty():
         return TABLES["duplicate_groups"].empty()
-    pictures = (
+    images = (
         raw_images.select("pixel_digest").unique().sort("pixel_digest").with_row_index("picture")
     )
-    rows = raw_images.join(pictures, on="pixel_digest")
+    rows = raw_images.join(images, on="pixel_digest")
     components = _connect(rows)
     rows = rows.with_columns(component=pl.Series(components)[rows["picture"]])
     rows = rows.filter(pl.len().over("component") > 1)
@@ -86,32 +86,32 @@ def find_groups(raw_images: pl.DataFrame) -> pl.DataFrame:
 
 
 def _connect(rows: pl.DataFrame) -> np.ndarray:
-    """The component of each picture (a distinct pixel digest), by near-duplicate pairs."""
+    """The component of each image (a distinct pixel digest), by near-duplicate pairs."""
     # Here, because Dagster loads this module to draw the graph, and SciPy takes a third of a
     # second.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    num_pictures = rows["picture"].n_unique()
+    num_images = rows["picture"].n_unique()
     pairs = near_pairs(rows.unique("picture", keep="any"))
     first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
     graph = coo_array(
-        (np.ones(len(first), dtype=np.int8), (first, second)), shape=(num_pictures, num_pictures)
+        (np.ones(len(first), dtype=np.int8), (first, second)), shape=(num_images, num_images)
     )
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def near_pairs(pictures: pl.DataFrame) -> pl.DataFrame:
-    """Pairs of near-duplicate pictures.
+def near_pairs(images: pl.DataFrame) -> pl.DataFrame:
+    """Pairs of near-duplicate images.
 
     Args:
-        pictures: Columns picture, phash, contrast, brightness, height, width; one row per picture.
+        images: Columns image, phash, contrast, brightness, height, width; one row per image.
 
     Returns:
         Columns first, second with first < second, each pair once.
     """
     ones = pl.col("phash").bitwise_count_ones()
-    usable = pictures.filter(
+    usable = images.filter(
         (pl.col("contrast") >= MIN_CONTRAST) & (ones >= MIN_BITS) & (ones <= 64 - MIN_BITS)
     ).select(
         "picture",

@@ -26,7 +26,7 @@ def assign(
     A cluster goes where its members went before; else to validation when its source says so of one
     of them; else to training when its source says so; the rest fill validation in the order of
     SHA-256 (seed, cluster) up to min(num_validation, 5 % of the kept, at least 1). A cluster that
-    would overshoot is passed over, unless nothing would be held out. A single image is never held
+    would overshoot is skipped, unless nothing would be held out. A single image is never held
     out.
 
     Where two clusters have grown into one whose members were on both sides before, each of those

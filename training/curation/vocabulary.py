@@ -17,7 +17,7 @@ from training.errors import DamageError
 
 GENERAL = "general"
 PEOPLE = "people"
-"""Category of general tags that count who is in the picture: `1girl`, `6+boys`,
+"""Category of general tags that count who is in the image: `1girl`, `6+boys`,
 `multiple_others`."""
 SPECIAL = "special"
 """Category of the words for quality, rating and date."""
@@ -43,7 +43,7 @@ def from_tables(
 ) -> Vocabulary:
     """What a workspace's table says of the tags and words of a training set.
 
-    A tag that the table lacks was turned with its mirrored picture: it is of the category of its
+    A tag that the table lacks was turned with its mirrored image: it is of the category of its
     other side.
 
     Args:

@@ -44,7 +44,7 @@ class Rates:
     watermarks: float = 400.0
     """OWLv2-B/16 at 960 px: 1,094 GFLOP at 45 % of peak."""
     encoding: float = 70.0
-    """SDXL's VAE in bf16, with its decoding of pictures; roofline 93 to 109."""
+    """SDXL's VAE in bf16, with its decoding of images; roofline 93 to 109."""
     training: float = 20.0
     """SDXL's UNet and text encoder 1 at about a megapixel: 19.94 TFLOP a sample at 40 % of peak.
     A goal, not a measurement; bigASP v1 reached 8.75 on an H100 (70 on eight)."""
@@ -133,7 +133,7 @@ class Sizes:
     """Bytes that an image takes, by kind."""
 
     raw: float = 1.0e6
-    """The picture as a file; bigASP's photographs."""
+    """The image as a file; bigASP's photographs."""
     latents: float = latent_bytes(EncodingConfig())
     """One generation, as an encoding without options stores it."""
     tables: float = 130.0
@@ -158,7 +158,7 @@ class Workload:
     num_samples: int
     """Samples that are trained on."""
     num_generated: int = 300_000
-    """Pictures that evaluations draw: ten times the 30,000 of FID-30k."""
+    """Images that evaluations draw: ten times the 30,000 of FID-30k."""
     training_tflop: float | None = None
     """10^12 operations per sample, forward and backward; None for SDXL as `Rates.training` has
     it."""

@@ -110,7 +110,7 @@ def locate(name: str, num_levels: int, *, at_depth: tuple[str, ...] = ()) -> Pla
 
 
 def areas(height: int, width: int, num_levels: int) -> list[int]:
-    """Pixels of each level of a picture of `height` x `width`; odd sides are rounded up."""
+    """Pixels of each level of an image of `height` x `width`; odd sides are rounded up."""
     return [-(-height // 2**level) * -(-width // 2**level) for level in range(num_levels)]
 
 
@@ -150,8 +150,8 @@ def unet_flops(
 
     Args:
         config: The UNet's, as in its `config.json`.
-        height: Of the picture, pixels.
-        width: Of the picture, pixels.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
         tokens: Text tokens that it attends to, 77 per chunk.
         text_gradient: Any text encoder is trained.
         pooled_gradient: The one that gives the pooled text is.
@@ -197,7 +197,7 @@ def _times(layer: _Layer, counted: list[int], tokens: int) -> int:
 
 
 def vae_flops(config: Mapping[str, Any], height: int, width: int) -> tuple[float, float]:
-    """Operations of encoding and of decoding one picture with an AutoencoderKL.
+    """Operations of encoding and of decoding one image with an AutoencoderKL.
 
     Args:
         config: The VAE's, as in its `config.json`.

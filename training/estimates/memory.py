@@ -171,8 +171,8 @@ def activation_bytes(
     Args:
         unet: The UNet's config.
         config: Precision and `compute.gradient_checkpointing` of the run.
-        height: Of the picture, pixels.
-        width: Of the picture, pixels.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
         tokens: Text tokens.
 
     Source: counted by torch's saved-tensor hooks, tests/estimates/test_memory.py, which also covers

@@ -65,7 +65,7 @@ def add_rival(home: Path, name: str, model: Path) -> str:
 
 
 def remove_rival(home: Path, name: str) -> None:
-    """Strike a rival off the list; its pictures and scores stay.
+    """Strike a rival off the list; its images and scores stay.
 
     Raises:
         ConfigError: there is no such rival.

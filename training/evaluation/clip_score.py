@@ -1,4 +1,4 @@
-"""CLIP score, aesthetic score and all further scores of each picture, from one look at it; the
+"""CLIP score, aesthetic score and all further scores of each image, from one look at it; the
 embeddings are kept, so that scoring anew never means sampling anew. Always fp32: in 16 bits a score
 moves by more than most checkpoints differ.
 """
@@ -30,14 +30,14 @@ SIMILARITY = "train_similarity"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """A batch of pictures with what each was asked for."""
+    """A batch of images with what each was asked for."""
 
-    pictures: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]
     """`(H, W, 3)` uint8 of any sizes."""
     texts: Sequence[str]
 
     def __str__(self) -> str:
-        return f"{len(self.pictures)} pictures, the first of {self.texts[0]!r}"
+        return f"{len(self.images)} images, the first of {self.texts[0]!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """Embeddings of all pictures."""
+    """Embeddings of all images."""
 
     embeddings: np.ndarray
     """`(N, d)`."""
@@ -75,7 +75,7 @@ class Mapped(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
-    """All that looks at pictures."""
+    """All that looks at images."""
 
     clip: Clip
     aesthetic: Aesthetic
@@ -85,7 +85,7 @@ class Networks:
     def __call__(self, task: Task) -> Any:
         """Work off one task, see `Mapped`."""
         if isinstance(task, Look):
-            return _look_at(task.pictures, task.texts, self)
+            return _look_at(task.images, task.texts, self)
         if isinstance(task, Read):
             return self.clip.encode_text(task.texts)
         return np.array(self.aesthetic(task.embeddings), dtype=np.float64)
@@ -115,16 +115,16 @@ def load_networks(folders: Mapping[str, Path], device: str) -> Networks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What was found of N of some pictures; of the others, why nothing was."""
+    """What was found of N of some images; of the others, why nothing was."""
 
     rows: np.ndarray
-    """`(N,)` places of the pictures that were scored, ascending."""
+    """`(N,)` places of the images that were scored, ascending."""
     scores: dict[str, np.ndarray]
     """Metric -> `(N,)` fp64, all finite."""
     embeddings: np.ndarray
     """`(N, d)` fp32 of length 1."""
     failures: dict[int, str]
-    """Place of a picture -> why it has no scores."""
+    """Place of an image -> why it has no scores."""
 
 
 def score(
@@ -135,7 +135,7 @@ def score(
     batch_size: int,
     references: References = References(),  # noqa: B008 - frozen
 ) -> pl.DataFrame:
-    """Score a checkpoint's pictures.
+    """Score a checkpoint's images.
 
     Args:
         samples: Rows of table `sample_images`.
@@ -146,26 +146,26 @@ def score(
             told.
 
     Returns:
-        Rows of table `eval_metrics`: per picture `clip_score` (cosine of picture and prompt, not
+        Rows of table `eval_metrics`: per image `clip_score` (cosine of image and prompt, not
         scaled, not clamped), `aesthetic`, the further scorers, the measures of `overbaked`,
-        `train_similarity` and `embedding`; for a picture that was not drawn, is missing or
+        `train_similarity` and `embedding`; for an image that was not drawn, is missing or
         unreadable, or has a score that is not finite one row `failed` with the reason instead; and
-        the summary as rows without a prompt, over the pictures that count in a verdict over all
+        the summary as rows without a prompt, over the images that count in a verdict over all
         prompts, in which `num_failed` counts the failed ones of all.
 
     Raises:
-        EvaluationError: the table is empty, or no picture that can be read could be scored.
+        EvaluationError: the table is empty, or no image that can be read could be scored.
     """
     if samples.is_empty():
         raise EvaluationError(f"{folder} holds no sample images to score")
     samples = samples.sort("prompt_id")
-    pictures = (read_or_explain(folder, file) for file in samples["file"])
-    seen = look(pictures, samples["text"].to_list(), networks, batch_size=batch_size)
+    images = (read_or_explain(folder, file) for file in samples["file"])
+    seen = look(images, samples["text"].to_list(), networks, batch_size=batch_size)
     own = _counts(samples["prompt_id"].gather(seen.rows))
     whole = _only(seen, own)
     summed = summarise(whole, samples["text"].gather(whole.rows).to_list())
     if not len(seen.rows):
-        _require_pictures_to_blame(folder, seen)
+        _require_images_to_blame(folder, seen)
         return _table(samples, seen, None, summed)
     found = references.compare(
         seen.embeddings, {name: seen.scores[name] for name in overbaked.ALL}, own
@@ -174,36 +174,34 @@ def score(
 
 
 def look(
-    pictures: Iterable[np.ndarray | str],
+    images: Iterable[np.ndarray | str],
     texts: Sequence[str],
     networks: Mapped,
     *,
     batch_size: int,
 ) -> Seen:
-    """Score pictures one batch after the other.
+    """Score images one batch after the other.
 
     Args:
-        pictures: `(H, W, 3)` uint8 of any sizes; or, in words, why there is none.
+        images: `(H, W, 3)` uint8 of any sizes; or, in words, why there is none.
         texts: What each was asked for; each distinct one is encoded once.
         networks: Clip, aesthetic head and further scorers.
-        batch_size: Pictures held and encoded at a time.
+        batch_size: Images held and encoded at a time.
 
     Returns:
-        Scores of all that could be scored: a picture with any score that is not finite is among the
+        Scores of all that could be scored: an image with any score that is not finite is among the
         failures.
     """
     failures: dict[int, str] = {}
     rows: list[int] = []
 
     def looks() -> Iterator[Look]:
-        for batch in _batches(enumerate(pictures), batch_size):
-            failures.update({n: picture for n, picture in batch if isinstance(picture, str)})
-            good = [(n, picture) for n, picture in batch if not isinstance(picture, str)]
+        for batch in _batches(enumerate(images), batch_size):
+            failures.update({n: image for n, image in batch if isinstance(image, str)})
+            good = [(n, image) for n, image in batch if not isinstance(image, str)]
             rows.extend(n for n, _ in good)
             if good:
-                yield Look(
-                    pictures=[picture for _, picture in good], texts=[texts[n] for n, _ in good]
-                )
+                yield Look(images=[image for _, image in good], texts=[texts[n] for n, _ in good])
 
     parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = list(networks.map(looks()))
     if not rows:
@@ -220,8 +218,8 @@ def look(
 
 
 def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
-    """The guide's summary of scored pictures, the deviation within prompts, the mean of each
-    further scorer, and the number of pictures that could not be scored."""
+    """The guide's summary of scored images, the deviation within prompts, the mean of each
+    further scorer, and the number of images that could not be scored."""
     empty = np.empty(0)
     clip_scores, aesthetic = (
         seen.scores.get("clip_score", empty),
@@ -236,8 +234,8 @@ def summarise(seen: Seen, texts: Sequence[str]) -> dict[str, float]:
     return found | {"num_failed": float(len(seen.failures))}
 
 
-def _require_pictures_to_blame(folder: Path, seen: Seen) -> None:
-    """Where nothing was scored, refuse to call it the pictures' fault when one of them could be
+def _require_images_to_blame(folder: Path, seen: Seen) -> None:
+    """Where nothing was scored, refuse to call it the images' fault when one of them could be
     read."""
     odd = [
         reason
@@ -246,7 +244,7 @@ def _require_pictures_to_blame(folder: Path, seen: Seen) -> None:
     ]
     if odd:
         raise EvaluationError(
-            f"none of {len(seen.failures)} pictures in {folder} could be scored, and {len(odd)} of them can be read: "
+            f"none of {len(seen.failures)} images in {folder} could be scored, and {len(odd)} of them can be read: "
             f"{odd[0]}; CLIP, the aesthetic head or a further scorer is broken"
         )
 
@@ -260,17 +258,15 @@ def _batches(
 
 
 def _look_at(
-    pictures: Sequence[np.ndarray], texts: Sequence[str], networks: Networks
+    images: Sequence[np.ndarray], texts: Sequence[str], networks: Networks
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Embeddings `(B, d)` of a batch, and what is told from pixels."""
-    embeddings = np.stack([row.embedding for row in networks.clip(pictures)])
+    embeddings = np.stack([row.embedding for row in networks.clip(images)])
     scores = {
-        name: np.asarray(scorer.score(pictures, texts), dtype=np.float64)
+        name: np.asarray(scorer.score(images, texts), dtype=np.float64)
         for name, scorer in networks.scorers.items()
     }
-    return embeddings, scores | overbaked.collect(
-        [overbaked.measure(picture) for picture in pictures]
-    )
+    return embeddings, scores | overbaked.collect([overbaked.measure(image) for image in images])
 
 
 def _judge(
@@ -297,7 +293,7 @@ def _finite(
     embeddings: np.ndarray,
     failures: dict[int, str],
 ) -> Seen:
-    """Leave out pictures with a score that is not finite, and say which score."""
+    """Leave out images with a score that is not finite, and say which score."""
     usable = np.ones(len(rows), dtype=bool)
     for name, values in scores.items():
         for place in np.flatnonzero(usable & ~np.isfinite(values)):
@@ -307,7 +303,7 @@ def _finite(
 
 
 def _only(seen: Seen, chosen: np.ndarray) -> Seen:
-    """What was found of the `chosen` pictures `(N,)` bool, with all failures."""
+    """What was found of the `chosen` images `(N,)` bool, with all failures."""
     return Seen(
         rows=seen.rows[chosen],
         scores={name: values[chosen] for name, values in seen.scores.items()},
@@ -317,7 +313,7 @@ def _only(seen: Seen, chosen: np.ndarray) -> Seen:
 
 
 def _counts(prompt_ids: pl.Series) -> np.ndarray:
-    """`(N,)` bool: whether a picture counts in what is said of all of them, see
+    """`(N,)` bool: whether an image counts in what is said of all of them, see
     `prompt_groups.counted`."""
     return prompt_ids.is_in(counted(prompt_ids.to_frame())["prompt_id"].to_list()).to_numpy()
 

@@ -1,9 +1,9 @@
-"""Does a model repeat its training images? The nearest training image of each picture, by CLIP's
+"""Does a model repeat its training images? The nearest training image of each image, by CLIP's
 embedding.
 
-These are CLIP neighbours: CLIP sees what a picture shows, so that two photographs of one scene are
-neighbours without being copies. What tells is the comparison with pictures that cannot be copies:
-the validation images, which were never trained on, and the base model's pictures of the same
+These are CLIP neighbours: CLIP sees what an image shows, so that two photographs of one scene are
+neighbours without being copies. What tells is the comparison with images that cannot be copies:
+the validation images, which were never trained on, and the base model's images of the same
 prompts.
 """
 
@@ -61,17 +61,17 @@ def nearest(queries: np.ndarray, blocks: Iterable[Block]) -> Nearest | None:
 
 
 def summarise(samples: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How near a checkpoint's pictures are to its training images, beside pictures that cannot be
+    """How near a checkpoint's images are to its training images, beside images that cannot be
     copies.
 
     Args:
         samples: `(N,)` cosines with the nearest training image.
-        baselines: The same of `validation` images and of the `base` model's pictures; those that
+        baselines: The same of `validation` images and of the `base` model's images; those that
             are there.
 
     Returns:
         `train_similarity_p50`, `_p95`, `_max`; the same of each baseline under
-        `train_similarity_<baseline>_…`; and where there are validation images the share of pictures
+        `train_similarity_<baseline>_…`; and where there are validation images the share of images
         above their p95 (about 5 % without copying) and above their maximum.
     """
     found = {f"train_similarity_{name}": value for name, value in _quantiles(samples).items()}

@@ -1,9 +1,9 @@
-"""How far the pictures of a checkpoint are, as a whole, from pictures that it never trained on:
+"""How far the images of a checkpoint are, as a whole, from images that it never trained on:
 CMMD and KID.
 
-Both compare clouds of CLIP embeddings and both depend on how many pictures there are: their number,
-and what as many real pictures get, are told with them. FID is left out: it needs thousands of
-pictures.
+Both compare clouds of CLIP embeddings and both depend on how many images there are: their number,
+and what as many real images get, are told with them. FID is left out: it needs thousands of
+images.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 SIGMA, SCALE = 10.0, 1000.0
 """Width of CMMD's kernel and its factor. Source: Jayasumana et al., arXiv:2401.09603, section 5,
 and their code."""
-MIN_PICTURES = 2
+MIN_IMAGES = 2
 """Of each side: fewer have no spread."""
 _BLOCK_ROWS = 2048
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -24,7 +24,7 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def cmmd(a: np.ndarray, b: np.ndarray) -> float:
     """1000 times the squared maximum mean discrepancy with a Gaussian kernel of width 10.
 
-    The published estimator, so that published numbers compare: pairs of a picture with itself
+    The published estimator, so that published numbers compare: pairs of an image with itself
     count, which makes it biased upwards, by about 1 / n, and never negative but for rounding.
 
     Args:
@@ -32,9 +32,9 @@ def cmmd(a: np.ndarray, b: np.ndarray) -> float:
         b: `(M, d)`, of the same CLIP.
 
     Returns:
-        NaN with fewer than 2 pictures on a side.
+        NaN with fewer than 2 images on a side.
     """
-    if min(len(a), len(b)) < MIN_PICTURES:
+    if min(len(a), len(b)) < MIN_IMAGES:
         return math.nan
     means = [_mean_kernel(x, y, _gaussian) for x, y in ((a, a), (b, b), (a, b))]
     return SCALE * (means[0] + means[1] - 2 * means[2])
@@ -45,7 +45,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
     Inception's.
 
     `k(x, y) = (x y / d + 1)^3` for vectors scaled to length sqrt(d), which makes it `(cosine +
-    1)^3`: at length 1 it would be a straight line. Unbiased: pairs of a picture with itself are
+    1)^3`: at length 1 it would be a straight line. Unbiased: pairs of an image with itself are
     left out, so that it can be negative.
 
     Args:
@@ -53,11 +53,11 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
         b: `(M, d)`, of the same CLIP.
 
     Returns:
-        NaN with fewer than 2 pictures on a side.
+        NaN with fewer than 2 images on a side.
 
     Source: arXiv:1801.01401, section 4.
     """
-    if min(len(a), len(b)) < MIN_PICTURES:
+    if min(len(a), len(b)) < MIN_IMAGES:
         return math.nan
     within = [_mean_kernel(x, x, _cubic, skip_diagonal=True) for x in (a, b)]
     return within[0] + within[1] - 2 * _mean_kernel(a, b, _cubic)

@@ -1,7 +1,7 @@
-"""Scores pictures made anywhere: folders of pictures and a CSV of prompts, as the guide and
+"""Scores images made anywhere: folders of images and a CSV of prompts, as the guide and
 GhostReview lay them out.
 
-A folder of pictures per model, each picture with its prompt as `image_prompts` tells: by the
+A folder of images per model, each image with its prompt as `image_prompts` tells: by the
 prompt's id, by what the file says of itself, or by a number in its name. Or GhostReview's own: a
 folder `<model>-<number>` per model and prompt, where the CSV has its columns `sd_model_checkpoint`
 and `index`. Numbers count the CSV's rows from 0.
@@ -33,8 +33,8 @@ package."""
 ID_COLUMN = "prompt_id"
 SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 SUMMARY = "summary.csv"
-PICTURES = "pictures"
-"""Folder of the tables with a row per picture."""
+IMAGES = "pictures"
+"""Folder of the tables with a row per image."""
 _IDENTITY = "foundry.identity"
 _MODEL_COLUMNS = ("sd_model_checkpoint", "index")
 _OF_PROMPT = re.compile(r"(.+)-(\d+)")
@@ -62,7 +62,7 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The pictures of one model."""
+    """The images of one model."""
 
     name: str
     files: Sequence[Path]
@@ -75,7 +75,7 @@ class Outcome:
     """What became of one model."""
 
     name: str
-    num_pictures: int
+    num_images: int
     num_failed: int
     skipped: bool
     """Its scores were there already."""
@@ -135,11 +135,11 @@ def read_prompts(path: Path) -> Prompts:
 
 
 def find_models(folder: Path, prompts: Prompts) -> list[Model]:
-    """The models whose pictures lie in `folder`, by name; other files and hidden folders are left
+    """The models whose images lie in `folder`, by name; other files and hidden folders are left
     alone.
 
     Raises:
-        EvaluationError: there is no picture, or nothing tells the prompt of one.
+        EvaluationError: there is no image, or nothing tells the prompt of one.
     """
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is no folder")
@@ -158,7 +158,7 @@ def find_models(folder: Path, prompts: Prompts) -> list[Model]:
             found.setdefault(inner.name, []).extend(zip(own, rows, strict=True))
     if not any(found.values()):
         raise EvaluationError(
-            f"{folder} holds no folder with pictures ({', '.join(sorted(SUFFIXES))})"
+            f"{folder} holds no folder with images ({', '.join(sorted(SUFFIXES))})"
         )
     return [
         Model(name=name, files=[path for path, _ in pairs], rows=[row for _, row in pairs])
@@ -176,10 +176,10 @@ def score_models(
     decode: DecodeConfig,
     batch_size: int,
 ) -> Iterator[Outcome]:
-    """Score one model after the other; one whose pictures, prompts and networks are as they were is
+    """Score one model after the other; one whose images, prompts and networks are as they were is
     skipped.
 
-    Writes `pictures/<model>.parquet` and `.csv` with a row per picture, then `summary.csv` with
+    Writes `images/<model>.parquet` and `.csv` with a row per image, then `summary.csv` with
     exactly the guide's columns and a row per model, anew after each: killed at any point, the next
     call goes on with the next model.
 
@@ -189,21 +189,21 @@ def score_models(
         out: Folder of the tables.
         networks: Asked for nothing when all models are skipped.
         digests: Of the networks.
-        decode: What may be a picture.
-        batch_size: Pictures at a time.
+        decode: What may be an image.
+        batch_size: Images at a time.
 
     Yields:
         What became of each model.
     """
     for model in models:
-        path = out / PICTURES / f"{model.name}.parquet"
+        path = out / IMAGES / f"{model.name}.parquet"
         texts = [prompts.texts[row] for row in model.rows]
         identity = _identity(model, texts, digests)
         skipped = path.is_file() and pl.read_parquet_metadata(path).get(_IDENTITY) == identity
         if not skipped:
             with DecodePool(decode) as pool:
-                pictures = (_picture(one) for one in pool.pixels(model.files))
-                shown = track(pictures, f"pictures of {model.name}", len(model.files))
+                pictures = (_image(one) for one in pool.pixels(model.files))
+                shown = track(pictures, f"images of {model.name}", len(model.files))
                 seen = clip_score.look(shown, texts, networks, batch_size=batch_size)
             frame = _table(model, texts, seen)
             commit.write_bytes(path.with_suffix(".csv"), frame.write_csv().encode())
@@ -213,7 +213,7 @@ def score_models(
         failed = manifests.read_parquet(path, ["failed"])["failed"]
         yield Outcome(
             name=model.name,
-            num_pictures=len(failed),
+            num_images=len(failed),
             num_failed=len(failed) - failed.null_count(),
             skipped=skipped,
         )
@@ -223,7 +223,7 @@ def write_summary(out: Path) -> pl.DataFrame:
     """Write `summary.csv`: the guide's columns, a row per model of which there are scores, by
     name."""
     rows: list[dict[str, object]] = []
-    for path in sorted((out / PICTURES).glob("*.parquet")):
+    for path in sorted((out / IMAGES).glob("*.parquet")):
         scores = manifests.read_parquet(path).filter(pl.col("failed").is_null())
         found = summary.summarise(scores["clip_score"].to_numpy(), scores["aesthetic"].to_numpy())
         rows.append({"Model": path.stem, **found})
@@ -245,19 +245,19 @@ def _of_one_prompt(folder: str, prompts: Prompts) -> tuple[str, int] | None:
 
 
 def _identity(model: Model, texts: Sequence[str], digests: Mapping[str, str]) -> str:
-    """Digest of all that a model's scores follow from; of its pictures by name, size and time."""
+    """Digest of all that a model's scores follow from; of its images by name, size and time."""
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in model.files]
     return commit.json_digest([stamps, list(texts), dict(digests), DTYPE])
 
 
-def _picture(answer: np.ndarray | Rejection) -> np.ndarray | str:
+def _image(answer: np.ndarray | Rejection) -> np.ndarray | str:
     if isinstance(answer, Rejection):
         return " ".join(part for part in (answer.reason, answer.detail or answer.value) if part)
     return answer
 
 
 def _table(model: Model, texts: Sequence[str], seen: Seen) -> pl.DataFrame:
-    """A row per picture; scores are null where it failed."""
+    """A row per image; scores are null where it failed."""
     names = [path.relative_to(path.parents[1]).as_posix() for path in model.files]
     failed = [seen.failures.get(place) for place in range(len(names))]
     columns = [[model.name] * len(names), names, list(model.rows), list(texts), failed]

@@ -32,7 +32,7 @@ HELD_OUT = ("image_id", "height", "width", *TEXTS, "words")
 """Columns of an image that say what prompt it becomes."""
 _SENTENCE_ENDS = (".", "!", "?", ",", ";", ":")
 _ASPECTS = (1.0, 2 / 3, 3 / 2)
-"""Width by height of prompts that come from no picture."""
+"""Width by height of prompts that come from no image."""
 
 
 def from_validation(

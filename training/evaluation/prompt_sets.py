@@ -22,9 +22,9 @@ from training.tables.schemas import TABLES
 COLUMNS = ("prompt_id", "text", "negative", "group", "height", "width")
 _SCHEMA = {name: pl.Int32 if name in ("height", "width") else pl.String for name in COLUMNS}
 MULTIPLE_PX = 8
-"""Both sides of a picture must be multiples of this: the VAE's scale."""
+"""Both sides of an image must be multiples of this: the VAE's scale."""
 MAX_SIDE_PX = 8192
-"""Longest side of a picture."""
+"""Longest side of an image."""
 _ESCAPED = re.compile(r"\\+([()])")
 _SCORE_TAG = re.compile(r"score \d( up)?")
 

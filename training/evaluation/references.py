@@ -1,4 +1,4 @@
-"""What a checkpoint's pictures are compared with as a whole: the base's pictures of the same
+"""What a checkpoint's images are compared with as a whole: the base's images of the same
 prompts, the images that it was trained on, and the validation images of that set.
 """
 
@@ -14,8 +14,8 @@ from training.evaluation.overbaked import Levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BasePictures:
-    """The base model's pictures of the prompts that count, as far as they could be scored."""
+class BaseImages:
+    """The base model's images of the prompts that count, as far as they could be scored."""
 
     embeddings: np.ndarray
     """`(N, d)` of length 1."""
@@ -33,7 +33,7 @@ class TrainingImages:
     """Reads the embeddings of rows of `images`, a shard at a time; images without one are left
     out."""
     levels: Levels
-    """Measures of `overbaked` of at most 256 training pictures, see `sample`; may be of none."""
+    """Measures of `overbaked` of at most 256 training images, see `sample`; may be of none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Compared:
     summary: dict[str, float]
     """Rows of the summary."""
     nearest: Nearest | None
-    """The nearest training image of each picture; None where there is no training image to compare
+    """The nearest training image of each image; None where there is no training image to compare
     with."""
 
 
@@ -51,20 +51,20 @@ class Compared:
 class References:
     """What is there to compare with; a base model has neither."""
 
-    base: BasePictures | None = None
+    base: BaseImages | None = None
     training: TrainingImages | None = None
 
     def compare(self, embeddings: np.ndarray, levels: Levels, counts: np.ndarray) -> Compared:
-        """Compare pictures with the references.
+        """Compare images with the references.
 
         Args:
             embeddings: `(N, d)` of length 1.
             levels: Their measures, `(N,)` each.
-            counts: `(N,)` bool: which pictures the summary is over.
+            counts: `(N,)` bool: which images the summary is over.
 
         Returns:
             The summaries of `overbaked`, `copies` and `distances`, as far as there is something to
-            compare with, and the nearest training image of every picture.
+            compare with, and the nearest training image of every image.
         """
         base = self.base if self.base is not None and len(self.base.embeddings) else None
         measured = self.training.levels if self.training is not None else None
@@ -82,7 +82,7 @@ class References:
             {"_base": base.embeddings} if base else {}
         )
         for suffix, cloud in clouds.items():
-            if min(len(cloud), len(validation)) >= distances.MIN_PICTURES:
+            if min(len(cloud), len(validation)) >= distances.MIN_IMAGES:
                 summary |= {f"cmmd{suffix}": distances.cmmd(cloud, validation)}
                 summary |= {f"kid{suffix}": distances.kid(cloud, validation)}
         summary |= {

@@ -1,7 +1,7 @@
-"""Drawing a checkpoint's pictures on another machine, with only the checkpoint and a prompt file;
+"""Drawing a checkpoint's images on another machine, with only the checkpoint and a prompt file;
 bringing them home.
 
-The prompt file that a workspace writes carries how pictures are drawn, so that what comes home can
+The prompt file that a workspace writes carries how images are drawn, so that what comes home can
 be compared.
 """
 
@@ -28,13 +28,13 @@ from training.tables.schemas import TABLES
 if TYPE_CHECKING:
     from training.sampling.sampling import MapBatches
 
-RECORD, PICTURES = "evaluation.json", "pictures"
+RECORD, IMAGES = "evaluation.json", "pictures"
 _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """`evaluation.json`, the last file that is written: what the pictures follow from."""
+    """`evaluation.json`, the last file that is written: what the images follow from."""
 
     checkpoint: str
     """`<run>@<samples_seen>`, or `base.<digest8>@0` for a model without a run, which may be a rival
@@ -48,11 +48,11 @@ class Record:
     further: dict[str, str]
     """Digests of averaged weights and LoRAs, where they were used."""
     samples: manifests.Entry
-    """The table of pictures."""
+    """The table of images."""
 
 
 def write_prompts(path: Path, prompts: pl.DataFrame, sampling: SamplingConfig) -> None:
-    """Write a prompt set and how its pictures are drawn into one JSON file."""
+    """Write a prompt set and how its images are drawn into one JSON file."""
     values = {"sampling": toml.dump(sampling), "prompts": prompts.drop("seed").to_dicts()}
     records.write_record(path, _FORMAT, values)
 
@@ -103,12 +103,12 @@ def draw(
     map_batches: "MapBatches | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Record:
-    """Draw a checkpoint's pictures of a prompt file into a new folder.
+    """Draw a checkpoint's images of a prompt file into a new folder.
 
     Args:
         checkpoint: Model folder, or a single .safetensors file.
         prompts: A prompt file of a workspace, or a CSV; paths of LoRAs start from its folder.
-        out: Must not hold finished pictures of anything else; an unfinished folder is drawn anew.
+        out: Must not hold finished images of anything else; an unfinished folder is drawn anew.
         map_batches: See `sample_folder`.
         progress: Follows along.
 
@@ -123,7 +123,7 @@ def draw(
     read_set(frame, sampling)
     if (out / RECORD).exists():
         raise EvaluationError(
-            f"{out} holds the pictures of {read_record(out).checkpoint} already; choose another --out"
+            f"{out} holds the images of {read_record(out).checkpoint} already; choose another --out"
         )
     if not checkpoint.is_dir() and checkpoint.suffix != SUFFIX:
         raise EvaluationError(
@@ -135,7 +135,7 @@ def draw(
         name,
         frame,
         sampling,
-        out / PICTURES,
+        out / IMAGES,
         home=prompts.parent,
         map_batches=map_batches,
         progress=progress,
@@ -166,29 +166,29 @@ def read_record(folder: Path) -> Record:
         return records.read_record(folder / RECORD, _FORMAT, build)
     except FileNotFoundError:
         raise DamageError(
-            f"{folder} has no {RECORD}: its pictures were not drawn to the end"
+            f"{folder} has no {RECORD}: its images were not drawn to the end"
         ) from None
 
 
 def bring_home(folder: Path, record: Record, target: Path) -> pl.DataFrame:
-    """Copy pictures to where the workspace keeps them; returns rows of table `sample_images`, also
+    """Copy images to where the workspace keeps them; returns rows of table `sample_images`, also
     of those that could not be drawn.
 
     Raises:
-        DamageError: a picture or the table is gone or has changed.
+        DamageError: an image or the table is gone or has changed.
     """
-    from training.sampling.image_files import read_picture
+    from training.sampling.image_files import read_image
 
     manifests.check_entry(folder, record.samples)
     samples = TABLES["sample_images"].conform(manifests.read_parquet(folder / record.samples.name))
     drawn = samples.filter(pl.col("file").is_not_null())
     for prompt_id, file, sha256 in drawn.select("prompt_id", "file", "sha256").iter_rows():
-        picture = read_picture(folder / PICTURES / file)
-        if hashlib.sha256(picture.tobytes()).hexdigest() != sha256:
+        image = read_image(folder / IMAGES / file)
+        if hashlib.sha256(image.tobytes()).hexdigest() != sha256:
             raise DamageError(
-                f"{folder / PICTURES / file} is not the picture that was drawn for prompt {prompt_id!r}"
+                f"{folder / IMAGES / file} is not the image that was drawn for prompt {prompt_id!r}"
             )
     for file in drawn["file"]:
         with commit.atomic_file(target / file) as temporary:
-            shutil.copyfile(folder / PICTURES / file, temporary)
+            shutil.copyfile(folder / IMAGES / file, temporary)
     return samples

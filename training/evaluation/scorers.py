@@ -28,17 +28,17 @@ _TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.j
 
 
 class Scorer(Protocol):
-    """Judges pictures with their prompts, in fp32."""
+    """Judges images with their prompts, in fp32."""
 
-    def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-        """Scores `(B,)` of `(H, W, 3)` uint8 pictures; `texts` holds what each was asked for."""
+    def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+        """Scores `(B,)` of `(H, W, 3)` uint8 images; `texts` holds what each was asked for."""
         ...
 
 
 class PickScore:
-    """PickScore v1: CLIP H/14 fine-tuned on choices between two pictures; about 15 to 25.
+    """PickScore v1: CLIP H/14 fine-tuned on choices between two images; about 15 to 25.
 
-    The scaled cosine of picture and prompt. Pixels and prompts are prepared as OpenAI does:
+    The scaled cosine of image and prompt. Pixels and prompts are prepared as OpenAI does:
     transformers' processor, which the authors use, crops one pixel beside that where the overhang
     is odd.
 
@@ -72,9 +72,9 @@ class PickScore:
         )
         return cls(Clip.load(folder, device))
 
-    def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
         """Scores `(B,)`."""
-        embeddings = np.stack([row.embedding for row in self._clip(pictures)])  # (B, d)
+        embeddings = np.stack([row.embedding for row in self._clip(images)])  # (B, d)
         return self._scale * _cosines(embeddings, self._texts(texts))
 
 
@@ -82,7 +82,7 @@ class Hps:
     """Human Preference Score v2.1: CLIP H/14 fine-tuned on rankings; about 0.2 to 0.35 (published
     tables: times 100).
 
-    The cosine of picture and prompt; the whole picture is fitted into a black square, nothing is
+    The cosine of image and prompt; the whole image is fitted into a black square, nothing is
     cropped.
 
     Source: Wu et al., arXiv:2306.09341; tgxs002/HPSv2.
@@ -114,21 +114,21 @@ class Hps:
         side = model.config.vision_config.image_size
         return cls(Clip(model, load_tokenizer(folder), {"size": side, "crop_size": side}, device))
 
-    def score(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
         """Scores `(B,)`."""
         _, embeddings = self._clip.forward(
-            torch.stack([self.preprocess(picture) for picture in pictures])
+            torch.stack([self.preprocess(image) for image in images])
         )
         return _cosines(embeddings.cpu().numpy(), self._texts(texts))
 
-    def preprocess(self, picture: np.ndarray) -> torch.Tensor:
+    def preprocess(self, image: np.ndarray) -> torch.Tensor:
         """`(H, W, 3)` uint8 to `(3, S, S)` fp32: longer side to S, bicubic, on black in the middle,
         normalised."""
-        pixels.check_rgb(picture)
+        pixels.check_rgb(image)
         side = self._clip.crop
-        scale = side / max(picture.shape[:2])
-        height, width = (round(length * scale) for length in picture.shape[:2])
-        resized = Image.fromarray(picture)
+        scale = side / max(image.shape[:2])
+        height, width = (round(length * scale) for length in image.shape[:2])
+        resized = Image.fromarray(image)
         if scale != 1:
             resized = resized.resize((width, height), Image.Resampling.BICUBIC)
         square = Image.new("RGB", (side, side))

@@ -35,7 +35,7 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
     """
     scores = np.asarray(aesthetic_scores, dtype=np.float64)
     clip = np.asarray(clip_scores, dtype=np.float64)
-    assert scores.shape == clip.shape, "one score of each kind per picture"
+    assert scores.shape == clip.shape, "one score of each kind per image"
     found = describe(scores)
     count = len(clip)
     clip_mean = float(clip.mean()) if count else math.nan
@@ -45,18 +45,18 @@ def summarise(clip_scores: np.ndarray, aesthetic_scores: np.ndarray) -> dict[str
 
 
 def std_within(scores: np.ndarray, prompts: Sequence[str]) -> float:
-    """The deviation between pictures of one prompt (n - 1), averaged over prompts with two pictures
+    """The deviation between images of one prompt (n - 1), averaged over prompts with two images
     or more.
 
     GhostReview's table of models shows this number; the guide compares it with `std_LAIONScore`,
-    which is over all pictures and so holds the differences between prompts as well.
+    which is over all images and so holds the differences between prompts as well.
 
     Args:
         scores: `(N,)`.
-        prompts: What each picture was asked for.
+        prompts: What each image was asked for.
 
     Returns:
-        NaN where no prompt has two pictures.
+        NaN where no prompt has two images.
     """
     _, places, counts = np.unique(
         np.array(prompts, dtype=object), return_inverse=True, return_counts=True

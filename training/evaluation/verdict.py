@@ -1,7 +1,7 @@
 """Is checkpoint b better than a? Paired by prompt, with an interval, a margin that matters, and an
 honest "unclear".
 
-Pictures are not independent, prompts are: an image-level test of equal models calls two thirds of
+Images are not independent, prompts are: an image-level test of equal models calls two thirds of
 them different (measured). So each prompt gives one difference, and the t interval is over prompts.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from training.errors import EvaluationError, FailedPicturesError
+from training.errors import EvaluationError, FailedImagesError
 from training.evaluation.prompt_groups import counted
 from training.sampling.image_files import refusal
 from training.tables.schemas import TABLES
@@ -45,7 +45,7 @@ class Protocol:
     scorers: str = ""
     """Names and digests of further scorers."""
     dtype: str
-    """In which pictures are scored."""
+    """In which images are scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +75,13 @@ def compare(a: Scores, b: Scores, margins: Mapping[str, float]) -> pl.DataFrame:
         `all`.
 
     Raises:
-        FailedPicturesError: a picture of either has no scores.
+        FailedImagesError: an image of either has no scores.
         EvaluationError: the protocols differ, a prompt has a score on one side only, or a score is
             not finite.
     """
     _refuse_unlike(a, b)
     if failed := [text for side in (a, b) if (text := refusal(side.checkpoint, side.metrics))]:
-        raise FailedPicturesError(
+        raise FailedImagesError(
             f"no verdict on {b.checkpoint} against {a.checkpoint}: {'; '.join(failed)}"
         )
     pairs = {metric: _pair(a, b, metric) for metric in margins}

@@ -1,9 +1,9 @@
-"""Decoding in worker processes that may hang, crash or run out of memory: each costs one picture,
+"""Decoding in worker processes that may hang, crash or run out of memory: each costs one image,
 never the run.
 
 A worker is a fresh interpreter that talks over a socket: requests and answers are JSON, pixels and
 the content of images that lie in no file of their own are raw bytes, so that nothing from a hostile
-picture is ever unpickled here.
+image is ever unpickled here.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _START_S = 120.0
 """Longest start of a worker, seconds: an interpreter, NumPy and Pillow on a busy machine."""
 _ORPHAN_S = 15.0
-"""A worker whose parent died in the middle of a picture ends itself this long after the time limit,
+"""A worker whose parent died in the middle of an image ends itself this long after the time limit,
 seconds."""
 _MAX_MESSAGE_BYTES = 1_000_000
 _CHUNK_BYTES = 65_536
@@ -52,7 +52,7 @@ that one image."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    """Why one file did not become a picture; fields as in `rejected_images`."""
+    """Why one file did not become an image; fields as in `rejected_images`."""
 
     reason: str
     """A value of `tables.Reason`."""
@@ -64,9 +64,9 @@ class Rejection:
 
 
 class DecodePool:
-    """Worker processes that decode pictures; a context manager.
+    """Worker processes that decode images; a context manager.
 
-    Answers come in the order of the files, and no more than a few pictures are under way at a time,
+    Answers come in the order of the files, and no more than a few images are under way at a time,
     so memory does not grow with their number.
     """
 
@@ -152,7 +152,7 @@ class DecodePool:
         return worker
 
     def _ask(self, request: "_Request") -> Facts | Rejection | np.ndarray:
-        """Open one picture and have it done by an idle worker; a worker that is lost is replaced."""
+        """Open one image and have it done by an idle worker; a worker that is lost is replaced."""
         try:
             opened = request.file() if callable(request.file) else request.file
             if isinstance(opened, bytes):
@@ -164,7 +164,7 @@ class DecodePool:
             while True:
                 try:
                     return worker.ask(request, opened)
-                except _DeadBefore:  # It ended between two pictures: not this one's fault.
+                except _DeadBefore:  # It ended between two images: not this one's fault.
                     worker = self._replace(worker)
                 except TimeoutError:
                     worker = self._replace(worker)
@@ -187,12 +187,12 @@ class DecodePool:
         worker.end()
         self._workers.discard(worker)
         if self._closed:
-            raise PipelineError("the decoding pool was closed while pictures were under way")
+            raise PipelineError("the decoding pool was closed while images were under way")
         return self._start()
 
 
 class _Request(NamedTuple):
-    """What is wanted of one picture."""
+    """What is wanted of one image."""
 
     file: ImageFile
     want: str
@@ -301,7 +301,7 @@ def _receive(channel: socket.socket, deadline: float | None) -> dict[str, Any]:
     """One JSON message.
 
     Raises:
-        TimeoutError: it is not whole at the deadline (`time.monotonic()`; None waits for ever).
+        TimeoutError: it is not whole at the deadline (`time.monotonic()`; None waits permanently).
         EOFError: the other side closed.
         ValueError: it is no message.
     """
@@ -389,7 +389,7 @@ def _limit_memory(more_bytes: int) -> None:
 def _answer(
     request: dict[str, Any], channel: socket.socket, config: "DecodeConfig"
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What to say of one picture, and its pixels when they were asked for."""
+    """What to say of one image, and its pixels when they were asked for."""
     image_id = None
     try:
         if "path" in request:

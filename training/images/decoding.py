@@ -1,6 +1,6 @@
 """The one place where bytes become pixels: what may be an image, and how it is read.
 
-Every picture leaves as upright 8-bit sRGB. `decode_pool` calls this in killable workers, so this
+Every image leaves as upright 8-bit sRGB. `decode_pool` calls this in killable workers, so this
 module starts fast: it imports neither polars nor torch, and reasons are the plain words of
 `tables.Reason`.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from training.config.workspace import DecodeConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
-"""Formats that are read, in the order in which they are tried. A JPEG of several pictures comes out
+"""Formats that are read, in the order in which they are tried. A JPEG of several images comes out
 as MPO."""
 
 _KNOWN = (  # Magic numbers: offset, bytes, name. Only to say what a file is; nothing is decoded by them.
@@ -77,7 +77,7 @@ _X_RESOLUTION_TAG = 282
 
 
 class Unusable(Exception):  # noqa: N818 - it describes the file; nothing went wrong here.
-    """A file that cannot become a picture."""
+    """A file that cannot become an image."""
 
     def __init__(
         self, reason: str, *, value: object = None, limit: object = None, detail: object = None
@@ -92,7 +92,7 @@ class Unusable(Exception):  # noqa: N818 - it describes the file; nothing went w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """A picture and what its file said of it."""
+    """An image and what its file said of it."""
 
     pixels: np.ndarray
     """(H, W, 3) uint8, upright sRGB, blended on white, contiguous."""
@@ -178,7 +178,7 @@ def decode(data: bytes, config: "DecodeConfig") -> Decoded:
     one full decode, and metadata is read after it; where it fails, warns or stops early, the file
     is refused. What no checksum or decoder can notice is listed in `docs/images.md`. 16-bit grey is
     scaled, not clipped; transparency is blended on white; a colour profile that is not sRGB is
-    converted (perceptual intent), a broken one ignored; of a multi-picture JPEG or a TIFF the first
+    converted (perceptual intent), a broken one ignored; of a multi-image JPEG or a TIFF the first
     image is taken. Sets Pillow's own pixel limit for this process.
 
     Raises:
@@ -310,7 +310,7 @@ def _to_rgb(image: Image.Image, *, zero_is_white: bool) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """Apply an embedded profile that fits the picture's mode; without a usable one, convert
+    """Apply an embedded profile that fits the image's mode; without a usable one, convert
     plainly."""
     if profile:
         try:
@@ -367,7 +367,7 @@ def _ends_early(data: bytes) -> bool:
             length = int.from_bytes(data[position : position + 4], "big")
             if (
                 length < 8
-            ):  # 0: to the end of the file; 1: a 64-bit length, which no picture here needs.
+            ):  # 0: to the end of the file; 1: a 64-bit length, which no image here needs.
                 return False
             position += length
         return position != len(data)

@@ -1,4 +1,4 @@
-"""Small pictures as Markdown for Dagster's metadata: charts that show inline, contact sheets behind
+"""Small images as Markdown for Dagster's metadata: charts that show inline, contact sheets behind
 one click.
 
 Dagster shows Markdown inline only below 1,000 characters (measured), and keeps metadata twice in
@@ -104,42 +104,40 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def contact_sheet(
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     captions: Sequence[str] | None = None,
     *,
     columns: int = _COLUMNS,
 ) -> str:
-    """Pictures in rows as one JPEG in Markdown of at most 32,000 characters.
+    """Images in rows as one JPEG in Markdown of at most 32,000 characters.
 
     Args:
-        pictures: `(H, W, 3)` uint8, of any sizes; each is fitted into a square of 96 px.
-        captions: One per picture, written under it and cut to its width.
-        columns: Pictures in a row.
+        images: `(H, W, 3)` uint8, of any sizes; each is fitted into a square of 96 px.
+        captions: One per image, written under it and cut to its width.
+        columns: Images in a row.
     """
-    if not pictures:
-        return "no pictures"
-    sheet = _tiles(pictures, captions, columns)
+    if not images:
+        return "no images"
+    sheet = _tiles(images, captions, columns)
     for scale in (1.0, 0.75, 0.5, 0.35):
         size = (max(round(sheet.width * scale), 1), max(round(sheet.height * scale), 1))
         smaller = sheet if scale == 1.0 else sheet.resize(size, Image.Resampling.LANCZOS)
         for quality in (85, 70, 55, 40):
-            markdown = (
-                f"![{len(pictures)} pictures]({data_uri(jpeg(smaller, quality), 'image/jpeg')})"
-            )
+            markdown = f"![{len(images)} images]({data_uri(jpeg(smaller, quality), 'image/jpeg')})"
             if len(markdown) <= MAX_SHEET:
                 return markdown
-    raise AssertionError(f"{len(pictures)} pictures do not fit into a contact sheet: show fewer")
+    raise AssertionError(f"{len(images)} images do not fit into a contact sheet: show fewer")
 
 
 def placed_source(
     pixels: np.ndarray, placement: Placement, watermarks: Sequence[Box]
 ) -> np.ndarray:
-    """A source picture, small: what is cut away dark, the crop framed in yellow, watermark boxes in
+    """A source image, small: what is cut away dark, the crop framed in yellow, watermark boxes in
     red.
 
     Args:
         pixels: `(H, W, 3)` uint8, the upright source.
-        placement: Where it went in its bucket; a padded picture is framed whole.
+        placement: Where it went in its bucket; a padded image is framed whole.
         watermarks: In pixels of the source.
     """
     small = fit(pixels, _SOURCE_PX, _SOURCE_PX)
@@ -163,7 +161,7 @@ def placed_source(
 
 
 def fit(picture: np.ndarray | Image.Image, height: int, width: int) -> Image.Image:
-    """Scale a picture to the largest size that fits into `height` and `width`, both pixels, keeping
+    """Scale an image to the largest size that fits into `height` and `width`, both pixels, keeping
     its shape."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     scale = min(height / image.height, width / image.width)
@@ -205,16 +203,14 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _tiles(
-    pictures: Sequence[np.ndarray], captions: Sequence[str] | None, most: int
-) -> Image.Image:
+def _tiles(images: Sequence[np.ndarray], captions: Sequence[str] | None, most: int) -> Image.Image:
     step = _TILE_PX + _GAP_PX
     row = step + (_CAPTION_PX if captions else 0)
-    columns = min(len(pictures), most)
-    rows = -(-len(pictures) // columns)
+    columns = min(len(images), most)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * step + _GAP_PX, rows * row + _GAP_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, picture in enumerate(pictures):
+    for number, picture in enumerate(images):
         top = _GAP_PX + number // columns * row
         left = _GAP_PX + number % columns * step
         small = fit(picture, _TILE_PX, _TILE_PX)

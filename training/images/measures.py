@@ -13,7 +13,7 @@ from PIL import Image
 from training.images.decoding import Decoded
 
 LUMA_SIDE = 256
-"""Longest side of the luma picture that brightness, contrast and sharpness are measured on, px."""
+"""Longest side of the luman image that brightness, contrast and sharpness are measured on, px."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +41,9 @@ class Facts:
 def measure(data: bytes, image_id: str, decoded: Decoded) -> Facts:
     """Everything that `raw_images` holds of one file.
 
-    All measures are made in integers, so that equal pictures give equal facts on every machine.
+    All measures are made in integers, so that equal images give equal facts on every machine.
     Brightness and contrast are mean and standard deviation of luma (0-1), sharpness is the variance
-    of its 4-neighbour Laplacian in 8-bit steps, all at `LUMA_SIDE`; smaller pictures are not
+    of its 4-neighbour Laplacian in 8-bit steps, all at `LUMA_SIDE`; smaller images are not
     enlarged.
     """
     pixels = decoded.pixels

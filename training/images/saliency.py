@@ -1,4 +1,4 @@
-"""Which parts of a picture stand out: what a crop had better keep, where no box says so."""
+"""Which parts of an image stand out: what a crop had better keep, where no box says so."""
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ _FLAT = 2.0
 def importance(pixels: np.ndarray) -> np.ndarray:
     """A map of what stands out, by the spectral residual of a small grey copy.
 
-    The logarithm of a natural picture's spectrum is smooth; what is left after smoothing is taken
+    The logarithm of a natural image's spectrum is smooth; what is left after smoothing is taken
     away belongs to what is unlike the rest. The upper part counts up to a quarter more and the
     lower as much less: a crop that must cut feet or heads cuts feet.
 
@@ -19,7 +19,7 @@ def importance(pixels: np.ndarray) -> np.ndarray:
         pixels: `(H, W, 3)` uint8, upright.
 
     Returns:
-        `(h, w)` fp32 of sum 1, the longer side 64 or less; even where the picture is flat.
+        `(h, w)` fp32 of sum 1, the longer side 64 or less; even where the image is flat.
 
     Source: Hou and Zhang, Saliency Detection: A Spectral Residual Approach, CVPR 2007, section 2.
     """
@@ -39,6 +39,6 @@ def importance(pixels: np.ndarray) -> np.ndarray:
     smooth = ndimage.gaussian_filter(standing_out, 2.5, mode="nearest")
     smooth = (smooth - np.median(smooth)).clip(
         0
-    ) + 1e-3 * smooth.max()  # half of a picture is background
+    ) + 1e-3 * smooth.max()  # half of an image is background
     weighted = smooth * np.linspace(1 + _HEADROOM, 1 - _HEADROOM, len(small))[:, None]
     return (weighted / weighted.sum()).astype(np.float32)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class KeptImage:
     """A kept image with what its crop follows from."""
 
     image_id: str
@@ -104,18 +104,18 @@ class Group:
 
     job: EncodeJob
     """Without what is copied."""
-    pictures: Sequence[Picture]
+    images: Sequence[KeptImage]
     """In order."""
     size: int
     """Images per batch."""
     showing: frozenset[str]
     """Ids of those to show."""
-    check: Sequence[Picture] = ()
+    check: Sequence[KeptImage] = ()
     """Images that bf16 must not lose by, before any is encoded."""
 
     def __str__(self) -> str:
-        height, width = self.pictures[0].bucket
-        return f"{len(self.pictures)} images of {height}x{width} for {self.job.folder}"
+        height, width = self.images[0].bucket
+        return f"{len(self.images)} images of {height}x{width} for {self.job.folder}"
 
 
 @dataclass(kw_only=True)
@@ -181,28 +181,28 @@ class Encoder:
     def _crops(self, group: Group) -> Iterator["Crop | Rejection"]:
         """The bucket-sized crop of every image in order, or why there is none."""
         job = group.job
-        pictures = group.pictures
+        pictures = group.images
         decoded = self._pool.pixels(
             [item.file for item in pictures], [item.image_id for item in pictures]
         )
-        for picture, pixels in zip(pictures, decoded, strict=True):
+        for image, pixels in zip(pictures, decoded, strict=True):
             if isinstance(pixels, Rejection):
                 yield pixels
                 continue
-            placement = place_picture(picture, job.encoding, job.generation, pixels)
+            placement = place_image(image, job.encoding, job.generation, pixels)
             source = None
-            if picture.image_id in group.showing:
-                marked = [box for box, sure in picture.watermarks if sure >= job.show_watermarks]
+            if image.image_id in group.showing:
+                marked = [box for box, sure in image.watermarks if sure >= job.show_watermarks]
                 source = figures.placed_source(pixels, placement, marked)
-            yield Crop(picture, apply(pixels, placement), placement, source)
+            yield Crop(image, apply(pixels, placement), placement, source)
 
     def _check_precision(self, vae: "Vae", group: Group) -> None:
         """Refuse bf16 where the first images of the shard lose by it."""
         first, job = group.check, group.job
         pixels = self._pool.pixels([item.file for item in first], [item.image_id for item in first])
         crops = [
-            apply(item, place_picture(picture, job.encoding, job.generation, item))
-            for picture, item in zip(first, pixels, strict=True)
+            apply(item, place_image(image, job.encoding, job.generation, item))
+            for image, item in zip(first, pixels, strict=True)
             if not isinstance(item, Rejection)
         ]
         if crops:
@@ -212,7 +212,7 @@ class Encoder:
 class Crop(NamedTuple):
     """An image as it is encoded."""
 
-    picture: Picture
+    image: KeptImage
     pixels: np.ndarray
     placement: Placement
     source: np.ndarray | None
@@ -230,14 +230,14 @@ class _GroupInWork:
         """Encode the crops in batches; non-finite images are rejected, not raised."""
         job, made = self.group.job, self.made
         metadata = {"scaling_factor": repr(self.vae.scaling_factor), "vae": job.vae_digest}
-        writer = open_writer(job, self.group.pictures[0].bucket, metadata)
+        writer = open_writer(job, self.group.images[0].bucket, metadata)
         columns: dict[str, dict[str, Any]] = {}
-        pictures = iter(self.group.pictures)
+        pictures = iter(self.group.images)
         while answers := list(itertools.islice(crops, self.group.size)):
             batch: list[Crop] = []
-            for answer, picture in zip(answers, pictures, strict=False):
+            for answer, image in zip(answers, pictures, strict=False):
                 if isinstance(answer, Rejection):
-                    made.rejected.append({**asdict(answer), "image_id": picture.image_id})
+                    made.rejected.append({**asdict(answer), "image_id": image.image_id})
                 else:
                     batch.append(answer)
             self._encode(batch, writer, columns)
@@ -254,7 +254,7 @@ class _GroupInWork:
             [crop.pixels for crop in batch], with_log_variance=job.encoding.log_variance
         )
         for crop, row in zip(batch, encoded, strict=True):
-            image_id = crop.picture.image_id
+            image_id = crop.image.image_id
             if not row.finite:
                 made.rejected.append({"image_id": image_id, "reason": Reason.NON_FINITE_LATENTS})
                 continue
@@ -273,7 +273,7 @@ class _GroupInWork:
         assert crop.source is not None
         decoded = self.vae.decode(torch.from_numpy(latents)[None])[0]
         return Shown(
-            image_id=crop.picture.image_id, source=crop.source, crop=crop.pixels, decoded=decoded
+            image_id=crop.image.image_id, source=crop.source, crop=crop.pixels, decoded=decoded
         )
 
 
@@ -308,29 +308,29 @@ def placement_columns(placement: Placement) -> dict[str, Any]:
     }
 
 
-def place_picture(
-    picture: Picture, encoding: EncodingConfig, generation: int, pixels: np.ndarray | None
+def place_image(
+    image: KeptImage, encoding: EncodingConfig, generation: int, pixels: np.ndarray | None
 ) -> Placement:
-    """Where a picture goes in a generation; `pixels` only for crops that look at them."""
-    looks = encoding.crop == "subject" and picture.crop_box is None and not picture.padded
+    """Where an image goes in a generation; `pixels` only for crops that look at them."""
+    looks = encoding.crop == "subject" and image.crop_box is None and not image.padded
     limit = encoding.avoid_watermarks
     return place(
-        picture.original,
-        picture.bucket,
-        picture.image_id,
+        image.original,
+        image.bucket,
+        image.image_id,
         CropPolicy(
             mode=encoding.crop,
             seed=encoding.seed,
             generation=generation,
-            flip=picture.flip,
+            flip=image.flip,
             upscale=encoding.buckets.allow_upscale,
         ),
         CropTarget(
-            crop_box=picture.crop_box,
-            padded=picture.padded,
-            avoid=[box for box, confidence in picture.watermarks if limit and confidence >= limit],
+            crop_box=image.crop_box,
+            padded=image.padded,
+            avoid=[box for box, confidence in image.watermarks if limit and confidence >= limit],
             importance=importance(pixels) if looks and pixels is not None else None,
-            resized=picture.resized,
+            resized=image.resized,
         ),
     )
 

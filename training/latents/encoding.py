@@ -1,4 +1,4 @@
-"""Encodes the pictures of a shard: place, crop, VAE, write. One call is one generation of one
+"""Encodes the images of a shard: place, crop, VAE, write. One call is one generation of one
 shard.
 
 Rows of an older generation that are what would be made now are copied, bit for bit, unless the
@@ -18,12 +18,12 @@ from training.latents.encoder import (
     EncodedGroup,
     EncodeJob,
     Group,
+    KeptImage,
     MapGroups,
-    Picture,
     Shown,
     finish,
     open_writer,
-    place_picture,
+    place_image,
     placement_columns,
     placement_of,
 )
@@ -34,7 +34,7 @@ from training.progress import report
 from training.tables.schemas import TABLES
 
 NUM_SHOWN = 6
-"""Pictures of a shard that are decoded again, shown and measured: those with the smallest ids, a
+"""Images of a shard that are decoded again, shown and measured: those with the smallest ids, a
 fair sample."""
 _NUM_MARKED = 2
 """Of them, where there are so many: the first with a watermark."""
@@ -52,11 +52,11 @@ class EncodedShard:
     files: tuple[Entry, ...]
     """Latent files, beside the table."""
     rejected: list[dict[str, object]]
-    """Pictures that could not be decoded or came out non-finite."""
+    """Images that could not be decoded or came out non-finite."""
     num_copied: int = 0
     """Rows taken over from the generation before."""
     batch_size: int = 0
-    """Pictures per batch in the end: smaller than asked for after running out of memory; 0 when
+    """Images per batch in the end: smaller than asked for after running out of memory; 0 when
     nothing was encoded."""
     precision: str = ""
     """Arithmetic that was used; empty when nothing was encoded."""
@@ -65,12 +65,12 @@ class EncodedShard:
 
 
 def encode_shard(
-    pictures: Sequence[Picture], job: EncodeJob, map_groups: MapGroups
+    images: Sequence[KeptImage], job: EncodeJob, map_groups: MapGroups
 ) -> EncodedShard:
-    """Encode `pictures` bucket by bucket, in batches cut by position.
+    """Encode `images` bucket by bucket, in batches cut by position.
 
     Args:
-        pictures: The shard's kept images that have a bucket.
+        images: The shard's kept images that have a bucket.
         job: How, and where to.
         map_groups: Maps an `Encoder` over groups, in their order: the engine.
 
@@ -83,12 +83,12 @@ def encode_shard(
         ModelError: bf16 was asked for, and costs quality.
         DamageError: a file of the previous generation is damaged.
     """
-    pictures = sorted(pictures, key=lambda item: (item.bucket, item.measured, item.image_id))
-    copied, old_files = _copyable(pictures, job)
+    images = sorted(images, key=lambda item: (item.bucket, item.measured, item.image_id))
+    copied, old_files = _copyable(images, job)
     size = job.encoding.batch_size
     while True:
         try:
-            return _Attempt(job, copied, old_files, size).run(pictures, map_groups)
+            return _Attempt(job, copied, old_files, size).run(images, map_groups)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower() or size == 1:
                 raise
@@ -96,7 +96,7 @@ def encode_shard(
 
 
 def _copyable(
-    pictures: Sequence[Picture], job: EncodeJob
+    images: Sequence[KeptImage], job: EncodeJob
 ) -> tuple[dict[str, dict[str, Any]], dict[str, LatentFile]]:
     """Rows by image_id that need not be encoded, and the files that hold them; damaged older
     generations are left."""
@@ -105,7 +105,7 @@ def _copyable(
     for generation in () if job.previous is None else (job.previous, *job.older):
         try:
             found = reusable_rows(
-                generation, [item for item in pictures if item.image_id not in rows], job.encoding
+                generation, [item for item in images if item.image_id not in rows], job.encoding
             )
             opened = generation.open_files() if found else {}
         except DamageError:
@@ -118,7 +118,7 @@ def _copyable(
 
 
 def reusable_rows(
-    previous: Generation, pictures: Sequence[Picture], encoding: EncodingConfig
+    previous: Generation, images: Sequence[KeptImage], encoding: EncodingConfig
 ) -> dict[str, dict[str, Any]]:
     """The rows of a generation that an encoding pass would make again, by image_id.
 
@@ -127,24 +127,24 @@ def reusable_rows(
     """
     rows = {row["image_id"]: row for row in previous.table().iter_rows(named=True)}
     found = {}
-    for picture in pictures:
-        row = rows.get(picture.image_id)
+    for image in images:
+        row = rows.get(image.image_id)
         if row is None:
             continue
         was, drawn = (
             placement_of(row),
-            encoding.crop != "centre" and picture.crop_box is None and not picture.padded,
+            encoding.crop != "centre" and image.crop_box is None and not image.padded,
         )
         same = (was.original, was.bucket, was.flip) == (
-            picture.original,
-            picture.bucket,
-            picture.flip,
+            image.original,
+            image.bucket,
+            image.flip,
         )
-        same &= picture.resized in (None, was.resized)
-        if same and (_is_padded(was) == picture.padded):
-            now = was if drawn else place_picture(picture, encoding, previous.number, None)
+        same &= image.resized in (None, was.resized)
+        if same and (_is_padded(was) == image.padded):
+            now = was if drawn else place_image(image, encoding, previous.number, None)
             if now == was:
-                found[picture.image_id] = row
+                found[image.image_id] = row
     return found
 
 
@@ -174,12 +174,12 @@ class _Attempt:
         self.made = EncodedGroup()
         self.done = 0
 
-    def run(self, pictures: Sequence[Picture], map_groups: MapGroups) -> EncodedShard:
-        """Work off `pictures`, sorted by bucket, list and id."""
-        fresh = [picture for picture in pictures if picture.image_id not in self.copied]
-        members: dict[tuple[Size, bool], list[Picture]] = {}
-        for picture in pictures:
-            members.setdefault((picture.bucket, picture.measured), []).append(picture)
+    def run(self, images: Sequence[KeptImage], map_groups: MapGroups) -> EncodedShard:
+        """Work off `images`, sorted by bucket, list and id."""
+        fresh = [image for image in images if image.image_id not in self.copied]
+        members: dict[tuple[Size, bool], list[KeptImage]] = {}
+        for image in images:
+            members.setdefault((image.bucket, image.measured), []).append(image)
         encoded = iter(map_groups(self._groups(members, fresh)))
         for (bucket, _), group in members.items():
             copied = [item.image_id for item in group if item.image_id in self.copied]
@@ -198,24 +198,24 @@ class _Attempt:
         )
 
     def _groups(
-        self, members: Mapping[tuple[Size, bool], list[Picture]], fresh: Sequence[Picture]
+        self, members: Mapping[tuple[Size, bool], list[KeptImage]], fresh: Sequence[KeptImage]
     ) -> list[Group]:
         """What is to be encoded, in the order of buckets and lists."""
         job = replace(self.job, previous=None, older=())
         showing = frozenset(self._sample(fresh))
-        check: list[Picture] = []
+        check: list[KeptImage] = []
         if fresh and job.encoding.precision == "bf16":
-            check = [picture for picture in fresh if picture.bucket == fresh[0].bucket][:4]
+            check = [image for image in fresh if image.bucket == fresh[0].bucket][:4]
         groups: list[Group] = []
         for group in members.values():
             if left := [item for item in group if item.image_id not in self.copied]:
                 groups.append(
-                    Group(job=job, pictures=left, size=self.size, showing=showing, check=check)
+                    Group(job=job, images=left, size=self.size, showing=showing, check=check)
                 )
                 check = []
         return groups
 
-    def _add(self, made: EncodedGroup, num_pictures: int, total: int) -> None:
+    def _add(self, made: EncodedGroup, num_images: int, total: int) -> None:
         """Take over what was made of a group."""
         self.made.rows += made.rows
         self.made.files += made.files
@@ -223,10 +223,10 @@ class _Attempt:
         self.made.shown += made.shown
         self.made.precision = made.precision
         self.made.num_bytes += made.num_bytes
-        self.done += num_pictures
-        report("pictures", self.done, total, f"{self.made.num_bytes / 1e6:.1f} MB")
+        self.done += num_images
+        report("images", self.done, total, f"{self.made.num_bytes / 1e6:.1f} MB")
 
-    def _sample(self, fresh: Sequence[Picture]) -> set[str]:
+    def _sample(self, fresh: Sequence[KeptImage]) -> set[str]:
         """Ids of those to show."""
         sure = self.job.show_watermarks
         marked = [

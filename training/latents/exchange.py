@@ -18,7 +18,7 @@ from training.errors import DataError
 _KOHYA_NAME = re.compile(r"(.+?)(?:_\d{4,}x\d{4,}(?:_sdxl|_sd))?\.npz")
 _BIGASP_V1, _BIGASP_V2 = struct.Struct("<7I"), struct.Struct("<6I")
 _MAX_BYTES = 64_000_000
-"""Largest content of one file that is read: a hundred times what a 1024 x 1024 picture needs."""
+"""Largest content of one file that is read: a hundred times what a 1024 x 1024 image needs."""
 
 
 class Refusal(StrEnum):
@@ -49,7 +49,7 @@ class Foreign:
 
 
 def kohya_stem(name: str) -> str | None:
-    """What kohya's file name says of its picture: the path without suffix, of
+    """What kohya's file name says of its image: the path without suffix, of
     `a/b_0832x1216_sdxl.npz` it is `a/b`."""
     match = _KOHYA_NAME.fullmatch(name)
     return match[1] if match else None
@@ -59,7 +59,7 @@ def read_kohya(path: Path, scaling_factor: float) -> Foreign:
     """Read a `.npz` of sd-scripts for SD or SDXL.
 
     It holds `latents`, a draw of the posterior before scaling, `original_size` as width and height,
-    and `crop_ltrb`, which is of the original picture and wrong whenever something was cut
+    and `crop_ltrb`, which is of the original image and wrong whenever something was cut
     (sd-scripts issue 1443): the crop was centred.
 
     Raises:
@@ -93,13 +93,13 @@ def read_kohya(path: Path, scaling_factor: float) -> Foreign:
 def write_kohya(
     file: BinaryIO, latents: np.ndarray, placement: Placement, scaling_factor: float
 ) -> None:
-    """Write what sd-scripts caches for a picture.
+    """Write what sd-scripts caches for an image.
 
     Args:
         file: Open for writing.
         latents: `(C, H/8, W/8)` fp32, scaled.
         placement: Its own; sizes are written width first, as the format has them, and the crop in
-            pixels of the resized picture, as training means it: of a mirrored one as it is seen.
+            pixels of the resized image, as training means it: of a mirrored one as it is seen.
         scaling_factor: Taken out again.
     """
     top, left = placement.seen_crop
@@ -114,19 +114,19 @@ def write_kohya(
 
 
 def kohya_name(stem: str, original: Size, *, sdxl: bool) -> str:
-    """The name under which sd-scripts looks for the latents of the picture `stem`."""
+    """The name under which sd-scripts looks for the latents of the image `stem`."""
     return f"{stem}_{original.width:04d}x{original.height:04d}_{'sdxl' if sdxl else 'sd'}.npz"
 
 
 def read_bigasp(path: Path, original: Size) -> Foreign:
     """Read a `.bin.gz` of bigASP's encode-vaes.py, version 1 (with an index in front) or 2.
 
-    Its header calls the height of the picture its width and the row of the crop its x. Where only
-    the exchanged order fits the picture, the file was written by a tool that had mended that.
+    Its header calls the height of the image its width and the row of the crop its x. Where only
+    the exchanged order fits the image, the file was written by a tool that had mended that.
 
     Args:
         path: The file.
-        original: The picture's size, which decides which order the file has.
+        original: The image's size, which decides which order the file has.
 
     Raises:
         DataError: it is no such file.
@@ -161,7 +161,7 @@ def fit(foreign: Foreign, wanted: Placement, scale: int) -> Placement | Refusal:
 
     Args:
         foreign: What was read.
-        wanted: Original size, bucket and resized size of the picture in the encoding, with its
+        wanted: Original size, bucket and resized size of the image in the encoding, with its
             centred crop.
         scale: Pixels per latent along a side.
     """

@@ -1,8 +1,8 @@
 """Latents of another trainer become a first generation: whose each file is, and whether it is what
 it says.
 
-Every file is compared with the picture's own placement; a few are decoded and compared with the
-pictures themselves.
+Every file is compared with the image's own placement; a few are decoded and compared with the
+images themselves.
 """
 
 import csv
@@ -22,7 +22,7 @@ from training.config.workspace import DecodeConfig, EncodingConfig
 from training.errors import ConfigError, DataError
 from training.images.decode_pool import DecodePool, Rejection
 from training.latents import exchange as formats
-from training.latents.encoder import Picture, placement_columns
+from training.latents.encoder import KeptImage, placement_columns
 from training.latents.exchange import Foreign, Refusal
 from training.latents.files import MAX_RECONSTRUCTION_ERROR, BucketWriter
 from training.manifests import Entry
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 Format = Literal["kohya", "bigasp"]
 
 NUM_CHECKED = 4
-"""Imported pictures that are decoded and compared with their sources."""
+"""Imported images that are decoded and compared with their sources."""
 
 
 def find_files(folder: Path, kind: Format, index: Path | None) -> dict[str, Path]:
-    """Files by the picture that they are of: its source_id, or that without its suffix.
+    """Files by the image that they are of: its source_id, or that without its suffix.
 
     Args:
         folder: Searched with all that is below it.
@@ -88,17 +88,19 @@ class LatentImport:
     """Taken over."""
     refused: Counter[str] = field(default_factory=Counter)
     """The others, by reason."""
-    _checked: list[tuple[Picture, Placement, np.ndarray]] = field(default_factory=list, init=False)
+    _checked: list[tuple[KeptImage, Placement, np.ndarray]] = field(
+        default_factory=list, init=False
+    )
 
     def shard(
-        self, folder: Path, pictures: Sequence[Picture], names: Mapping[str, str]
+        self, folder: Path, pictures: Sequence[KeptImage], names: Mapping[str, str]
     ) -> tuple[pl.DataFrame, tuple[Entry, ...]]:
         """Write the latent files of one shard, uncommitted; images without a usable file are
         counted by reason.
 
         Args:
             folder: `latents/<encoding>/<shard>`.
-            pictures: The shard's kept images that have a bucket.
+            images: The shard's kept images that have a bucket.
             names: image_id -> source_id.
 
         Returns:
@@ -114,16 +116,16 @@ class LatentImport:
                 metadata={"scaling_factor": repr(self.vae.scaling_factor), "vae": self.vae_digest},
             )  # fmt: skip
             columns: dict[str, dict[str, Any]] = {}
-            for picture in members:
-                taken = self._take(picture, names[picture.image_id])
+            for image in members:
+                taken = self._take(image, names[image.image_id])
                 if isinstance(taken, Refusal):
                     self.refused[taken] += 1
                     continue
                 foreign, placement = taken
-                writer.add(picture.image_id, foreign.latents, None)
-                columns[picture.image_id] = {**placement_columns(placement), "encoded_in": 1}
+                writer.add(image.image_id, foreign.latents, None)
+                columns[image.image_id] = {**placement_columns(placement), "encoded_in": 1}
                 if len(self._checked) < NUM_CHECKED:
-                    self._checked.append((picture, placement, foreign.latents))
+                    self._checked.append((image, placement, foreign.latents))
             writer.finish()
             entries += writer.entries
             for image_id, (file, row) in writer.places.items():
@@ -132,14 +134,14 @@ class LatentImport:
         return pl.DataFrame(rows, schema=TABLES["latents"].schema), tuple(entries)
 
     def check(self, decode: DecodeConfig) -> float:
-        """Decode the first few and compare them with their pictures.
+        """Decode the first few and compare them with their images.
 
         Returns:
-            Mean absolute difference, 0-255; 0 where no picture could be read.
+            Mean absolute difference, 0-255; 0 where no image could be read.
 
         Raises:
             DataError: nothing was taken over; or they differ by more than latents and their own
-                crops do, being of another VAE, another scale or other pictures.
+                crops do, being of another VAE, another scale or other images.
         """
         import torch
 
@@ -151,8 +153,8 @@ class LatentImport:
         errors = []
         with DecodePool(decode) as pool:
             found = pool.pixels(
-                [picture.file for picture, _, _ in self._checked],
-                [picture.image_id for picture, _, _ in self._checked],
+                [image.file for image, _, _ in self._checked],
+                [image.image_id for image, _, _ in self._checked],
             )
             for (_, placement, values), source in zip(self._checked, found, strict=True):
                 if not isinstance(source, Rejection):
@@ -163,31 +165,31 @@ class LatentImport:
         error = float(np.mean(errors)) if errors else 0.0
         if error > MAX_RECONSTRUCTION_ERROR:
             raise DataError(
-                f"{len(errors)} imported pictures differ from what their latents decode to by {error:.1f} of 255, "
-                f"limit {MAX_RECONSTRUCTION_ERROR:g}: the files are of another VAE, another scale or other pictures; "
+                f"{len(errors)} imported images differ from what their latents decode to by {error:.1f} of 255, "
+                f"limit {MAX_RECONSTRUCTION_ERROR:g}: the files are of another VAE, another scale or other images; "
                 "nothing was imported"
             )
         return error
 
-    def _take(self, picture: Picture, source_id: str) -> tuple[Foreign, Placement] | Refusal:
-        """The latents of a picture and the placement that made them, or why not."""
+    def _take(self, image: KeptImage, source_id: str) -> tuple[Foreign, Placement] | Refusal:
+        """The latents of an image and the placement that made them, or why not."""
         path = self.files.get(source_id) or self.files.get(str(Path(source_id).with_suffix("")))
         if path is None:
             return Refusal.NO_FILE
         try:
             foreign = (
-                formats.read_bigasp(path, picture.original)
+                formats.read_bigasp(path, image.original)
                 if self.kind == "bigasp"
                 else formats.read_kohya(path, self.vae.scaling_factor)
             )
         except DataError:
             return Refusal.UNREADABLE
         wanted = place(
-            picture.original,
-            picture.bucket,
-            picture.image_id,
-            CropPolicy(mode="centre", seed=0, generation=1, flip=picture.flip, upscale=True),
-            CropTarget(padded=picture.padded, resized=picture.resized),
+            image.original,
+            image.bucket,
+            image.image_id,
+            CropPolicy(mode="centre", seed=0, generation=1, flip=image.flip, upscale=True),
+            CropTarget(padded=image.padded, resized=image.resized),
         )
         placement = formats.fit(foreign, wanted, self.vae.scale)
         return placement if isinstance(placement, Refusal) else (foreign, placement)

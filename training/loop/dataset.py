@@ -67,7 +67,7 @@ class Batch:
     mask: torch.Tensor | None
     """Weight of each latent pixel, `(B, 1, h, w)` fp32; None when all are 1, as in validation."""
     bucket: Size
-    """Of its pictures, pixels."""
+    """Of its images, pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ class Dataset:
         """For each shard the highest whole generation that holds all of the set's images of it.
 
         Returns:
-            The pins, and a line for every generation that was passed over: its files are not all
+            The pins, and a line for every generation that was skipped: its files are not all
             there, or another VAE encoded it.
 
         Raises:
@@ -340,7 +340,7 @@ class Dataset:
         return mean + torch.exp(log_variance / 2) * draw
 
     def _placements(self, rows: np.ndarray) -> list[Placement]:
-        """How the pictures of these rows were placed."""
+        """How the images of these rows were placed."""
         placements = []
         for bucket, values in zip(
             self.buckets[rows].tolist(), self._geometry[rows].tolist(), strict=True
@@ -402,7 +402,7 @@ def loss_mask(boxes: Sequence[Box], placement: Placement, scale: int, weight: fl
 
     Args:
         boxes: Watermarks, in upright source pixels.
-        placement: How the source became the bucket's picture; its padding counts nothing.
+        placement: How the source became the bucket's image; its padding counts nothing.
         scale: Pixels per latent along a side, 8.
         weight: Of a latent pixel wholly under a box; one partly covered lies between this and 1.
     """

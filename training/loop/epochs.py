@@ -47,7 +47,7 @@ def prepare_epoch(
             more of them goes on in its order without them.
 
     Returns:
-        The pinned generations, and a line for each that was passed over because it is not whole.
+        The pinned generations, and a line for each that was skipped because it is not whole.
 
     Raises:
         DataError: images of the set have no latents.

@@ -43,7 +43,7 @@ def mse_per_sample(
     error = (prediction.float() - target).square()  # (B, 4, h, w)
     if mask is None:
         return error.mean(dim=(1, 2, 3))
-    # A picture that is all watermark has weight 0 everywhere: the floor of one pixel makes its loss
+    # An image that is all watermark has weight 0 everywhere: the floor of one pixel makes its loss
     # 0, not NaN.
     area = mask.sum(dim=(1, 2, 3)).clamp(min=1.0)
     return (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area

@@ -25,7 +25,7 @@ from training.runs.run_folder import Ready, RunInputs
 MAX_DATA_WAIT = 0.02
 """Share of an interval that may be spent waiting for batches without a warning,"""
 MIN_DATA_WAIT_S = 1.0
-"""or so many seconds of it, which nobody would miss."""
+"""or so many seconds of it, which no one would miss."""
 _MAX_NAMED = 64
 """Images that one warning names."""
 

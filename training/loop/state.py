@@ -83,7 +83,7 @@ class Snapshot:
     weights: dict[str, torch.Tensor]
     averages: dict[str, torch.Tensor]
     frozen: dict[str, torch.Tensor]
-    """What `bf16` rounded in the model and nobody trains, as it came; empty where it is not saved."""
+    """What `bf16` rounded in the model and no one trains, as it came; empty where it is not saved."""
     optimizer: dict[str, torch.Tensor]
     clock: Clock
 

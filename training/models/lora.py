@@ -3,7 +3,7 @@ text encoders.
 
 The product of a layer's two matrices is added to its weight, once: sampling costs what it did.
 diffusers' own loaders would do it through peft, which is not among our libraries; they keep the
-layers apart, for switching, which nobody asks for here.
+layers apart, for switching, which no one asks for here.
 """
 
 import json

@@ -3,7 +3,7 @@ diffusers layout.
 
 The family, `sdxl` or `sd1`, is read from the configs, and the parts are checked to fit together
 before anything is computed with them: a folder mixed from two models would train without an error
-and never draw a picture.
+and never draw an image.
 """
 
 import inspect
@@ -146,7 +146,7 @@ def with_vae(parts: PipelineParts, vae: AutoencoderKL, origin: str) -> PipelineP
 
 def check_parts(parts: PipelineParts, origin: str) -> None:
     """Check that the parts fit together, so that a mixed folder fails here and not as a bad
-    picture.
+    image.
 
     Args:
         parts: What is to be checked.

@@ -183,7 +183,7 @@ class Vae:
         """Images `(B, H, W, 3)` uint8 of scaled latents `(B, C, H/8, W/8)`.
 
         Raises:
-            ModelError: A latent or a decoded pixel is not finite: there is no picture to show.
+            ModelError: A latent or a decoded pixel is not finite: there is no image to show.
         """
         images = self.decode_each(latents)
         broken = [place for place, image in enumerate(images) if image is None]

@@ -55,7 +55,7 @@ class Arithmetic:
             parameters: The trained ones, by name.
             owned: Those of them that this rank's optimizer steps.
             ranks: Of the run; None for one.
-            keep_frozen: Keep what `bf16` rounds and nobody trains, for checkpoints that hold it.
+            keep_frozen: Keep what `bf16` rounds and no one trains, for checkpoints that hold it.
         """
         precision = config.precision
         self._precision, self._device = precision, next(iter(parameters.values())).device

@@ -11,7 +11,7 @@ from training.sampling.schedulers import label
 _UNWANTED = ("watermark", LETTERBOXED)
 """Tags that are trained so that a negative prompt can ask for their absence."""
 _GOOD, _POOR = 7, 3
-"""Scores from which a picture is good, and up to which it is poor."""
+"""Scores from which an image is good, and up to which it is poor."""
 _ORDERS = {
     "shuffled": "in any order",
     "kohaku": "in this order: people, character, series, artists, special words, then all others",
@@ -41,7 +41,7 @@ def prompting(prompts: PromptConfig, facts: SetFacts) -> list[str]:
         lines.append(f"In the negative prompt as well: {_listed(unwanted)}.")
     lines += _spelling(prompts, trained)
     lines.append(
-        "Words that are not among the tags were not trained by themselves: they may do nothing, or make pictures worse."
+        "Words that are not among the tags were not trained by themselves: they may do nothing, or make images worse."
     )
     chunks = f"Prompts of up to {prompts.max_chunks * 75} tokens"
     lines.append(chunks + (", in chunks of 75." if prompts.max_chunks > 1 else "."))
@@ -57,7 +57,7 @@ def sampling_advice(sampling: SamplingConfig, family: str) -> list[str]:
     """Advice on samplers, as Markdown, a line each.
 
     Args:
-        sampling: How the pictures of the evaluation were drawn.
+        sampling: How the images of the evaluation were drawn.
         family: sdxl or sd1.
     """
     drawn = f"{label(sampling.sampler, sampling.schedule)}, {sampling.num_steps} steps, guidance "
@@ -72,7 +72,7 @@ def sampling_advice(sampling: SamplingConfig, family: str) -> list[str]:
         )
     if sampling.weights == "ema":
         drawn += ", from the averaged weights where there are some"
-    lines = [f"{drawn}, at one of the sizes above: so were the pictures of the evaluation drawn."]
+    lines = [f"{drawn}, at one of the sizes above: so were the images of the evaluation drawn."]
     if family == "sdxl":
         lines.append(
             "Take a Karras, exponential or Align Your Steps schedule. **Avoid the plain one (“Normal”)**: "

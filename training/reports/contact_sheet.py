@@ -25,26 +25,26 @@ class Row:
     title: str
     """Its id."""
     text: str
-    """What is asked for; wrapped beside the pictures."""
-    pictures: Sequence[np.ndarray | None]
+    """What is asked for; wrapped beside the images."""
+    images: Sequence[np.ndarray | None]
     """`(H, W, 3)` uint8 per checkpoint; None where there is none."""
     captions: Sequence[str] = ()
-    """A line under each picture, such as its scores."""
+    """A line under each image, such as its scores."""
 
 
 def grid(rows: Sequence[Row], checkpoints: Sequence[str], *, cell_px: int = 192) -> bytes:
     """Draw the grid.
 
     Args:
-        rows: One per prompt, each with a picture per checkpoint.
+        rows: One per prompt, each with an image per checkpoint.
         checkpoints: Heads of the columns.
-        cell_px: Side of the square that a picture is fitted into.
+        cell_px: Side of the square that an image is fitted into.
 
     Returns:
         A JPEG of at most 2,000,000 bytes.
     """
     assert rows, "a grid has a row"
-    assert all(len(row.pictures) == len(checkpoints) for row in rows), "one picture per checkpoint"
+    assert all(len(row.images) == len(checkpoints) for row in rows), "one image per checkpoint"
     caption_px = _CAPTION_PX if any(row.captions for row in rows) else 0
     step = cell_px + _GAP_PX
     width = _MARGIN_PX + _SIDE_PX + len(checkpoints) * step + _MARGIN_PX
@@ -80,21 +80,21 @@ def _draw_row(
             size=11,
             colour=MUTED,
         )
-    for column, picture in enumerate(row.pictures):
+    for column, image in enumerate(row.images):
         left = _MARGIN_PX + _SIDE_PX + column * (cell_px + _GAP_PX)
         draw.rectangle((left, top, left + cell_px - 1, top + cell_px - 1), fill=_CELL_PAPER)
-        if picture is None:
+        if image is None:
             write(
                 draw,
                 top + cell_px // 2 - 6,
                 left + 8,
-                "no picture",
+                "no image",
                 width=cell_px - 16,
                 size=11,
                 colour=MUTED,
             )
         else:
-            small = fit(picture, cell_px, cell_px)
+            small = fit(image, cell_px, cell_px)
             sheet.paste(
                 small, (left + (cell_px - small.width) // 2, top + (cell_px - small.height) // 2)
             )

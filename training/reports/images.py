@@ -1,7 +1,7 @@
-"""Pictures inside of an HTML page, each stored once as a CSS class, so that slider, grid and zoom
+"""Images inside of an HTML page, each stored once as a CSS class, so that slider, grid and zoom
 share its bytes.
 
-A page has room for so many characters of each kind of picture; each picture gets an equal share and
+A page has room for so many characters of each kind of image; each image gets an equal share and
 gives way first in quality, then in size.
 """
 
@@ -19,24 +19,24 @@ from training.images.figures import data_uri, fit
 from training.sampling.image_files import read_if_there
 
 ROOM = 8_500_000
-"""Characters of all pictures of a page."""
+"""Characters of all images of a page."""
 FULL_PX, FULL_ROOM = 512, 3_000_000
-"""Longest side of a picture of a slider, and characters for all of them."""
+"""Longest side of an image of a slider, and characters for all of them."""
 SECTION_PX, SECTION_ROOM = 320, 1_000_000
 """The same for those of further sections."""
 THUMBNAIL_PX = 320
 """Longest side of those that stand in the grid only; they have the room that the others leave."""
 _GOOD, _FAIR = 82, 65
-"""Qualities of a picture, before and after it gives way."""
+"""Qualities of an image, before and after it gives way."""
 _NUM_THREADS = 2
 _OVERHEAD = 80
-"""Characters of a rule around its picture."""
+"""Characters of a rule around its image."""
 
 _T = TypeVar("_T")
 
 
 def encode(image: Image.Image, longest_px: int, max_bytes: int) -> bytes:
-    """A WebP of at most `max_bytes`; a picture is never enlarged.
+    """A WebP of at most `max_bytes`; an image is never enlarged.
 
     Args:
         image: Any mode.
@@ -66,11 +66,11 @@ def _webp(image: Image.Image, quality: int) -> bytes:
 def rules_of_files(
     files: Sequence[tuple[str, Path]], longest_px: int, room: int
 ) -> tuple[str, list[str]]:
-    """CSS rules that give each class its picture, and the classes whose picture is missing or
+    """CSS rules that give each class its image, and the classes whose image is missing or
     damaged.
 
     Args:
-        files: Class and picture file.
+        files: Class and image file.
         longest_px: Longest side of each at most.
         room: Characters of all rules together at most.
     """
@@ -89,10 +89,10 @@ def rules_of_files(
 
 
 def rules_of_arrays(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
-    """CSS rules for the pictures of further sections.
+    """CSS rules for the images of further sections.
 
     Args:
-        pictures: Class and `(H, W, 3)` uint8.
+        images: Class and `(H, W, 3)` uint8.
     """
     max_bytes = _share(len(pictures), SECTION_ROOM)
     return _joined(
@@ -102,7 +102,7 @@ def rules_of_arrays(pictures: Sequence[tuple[str, np.ndarray]]) -> str:
 
 
 def _share(count: int, room: int) -> int:
-    """Bytes of each of `count` pictures: base64 makes four characters of three."""
+    """Bytes of each of `count` images: base64 makes four characters of three."""
     return (room // max(count, 1) - _OVERHEAD) * 3 // 4
 
 

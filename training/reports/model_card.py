@@ -29,8 +29,8 @@ _BAR_BLOCKS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A sample picture beside the card."""
+class Image:
+    """A sample image beside the card."""
 
     file: str
     """Relative to the card."""
@@ -64,7 +64,7 @@ class Card:
     """Of the base and of checkpoints of the run, the guide's columns among others."""
     verdicts: pl.DataFrame
     """Rows of table `verdicts`; may be empty."""
-    pictures: Sequence[Picture]
+    images: Sequence[Image]
 
 
 def render(card: Card) -> str:
@@ -72,7 +72,7 @@ def render(card: Card) -> str:
     run, samples_seen = CheckpointName.parse(card.checkpoint)
     advice = [*prompting(card.run.prompts, card.training_set), *_reading(card)]
     sections = {
-        "Pictures": _pictures(card.pictures),
+        "Pictures": _images(card.images),
         "Training data": _data(card.training_set),
         "How to prompt": "\n".join(f"- {line}" for line in advice),
         "Samplers": "\n".join(
@@ -98,9 +98,9 @@ def render(card: Card) -> str:
 def _front_matter(card: Card) -> str:
     text = card.license_files[0] if card.license_files else None
     gallery = [
-        {"text": picture.text, "output": {"url": picture.file}}
-        | ({"parameters": {"negative_prompt": picture.negative}} if picture.negative else {})
-        for picture in card.pictures
+        {"text": image.text, "output": {"url": image.file}}
+        | ({"parameters": {"negative_prompt": image.negative}} if image.negative else {})
+        for image in card.images
     ]
     return front_matter(
         {
@@ -117,12 +117,12 @@ def _front_matter(card: Card) -> str:
     )
 
 
-def _pictures(pictures: Sequence[Picture]) -> str:
-    if not pictures:
+def _images(images: Sequence[Image]) -> str:
+    if not images:
         return ""
     shown = table(
-        [f"![sample {n}]({p.file})" for n, p in enumerate(pictures, 1)],
-        [[escape(p.text) for p in pictures]],
+        [f"![sample {n}]({p.file})" for n, p in enumerate(images, 1)],
+        [[escape(p.text) for p in images]],
     )
     return (
         f"{shown}\n\nBase and fine-tuned side by side, for all prompts: [report.html](report.html)."
@@ -165,7 +165,7 @@ def _reading(card: Card) -> list[str]:
         lines.append(f"Clip skip {card.run.clip_skip}, as it was trained.")
     if card.prediction_type == "v_prediction":
         zero = " with zero terminal SNR" if card.run.zero_terminal_snr else ""
-        lines.append(f"The model predicts v{zero}: tell the UI so, or pictures are noise.")
+        lines.append(f"The model predicts v{zero}: tell the UI so, or images are noise.")
     return lines
 
 
@@ -232,7 +232,7 @@ def _evaluation(card: Card) -> str:
     if card.verdicts.is_empty():
         sides = dict([*card.summaries[:1], *card.summaries[-1:]])
         failed = sum(own.get("num_failed", 0) for own in sides.values())
-        why = f": {failed:.0f} pictures have no scores." if failed else " yet."
+        why = f": {failed:.0f} images have no scores." if failed else " yet."
         parts.append(f"Not compared with its base model{why}")
     else:
         lines = [f"- {escape(sentence(row))}" for row in in_order(card.verdicts)]

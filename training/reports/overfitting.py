@@ -25,19 +25,19 @@ def sentences(summaries: Summaries) -> list[str]:
     found = []
     if own := _quantiles(last, "train_similarity"):
         found.append(
-            f"Cosine of each picture with its nearest training image (CLIP neighbours), p50 / p95 / max: {own}."
+            f"Cosine of each image with its nearest training image (CLIP neighbours), p50 / p95 / max: {own}."
         )
         if held_out := _quantiles(last, "train_similarity_validation"):
             share = last.get("train_similarity_above_p95", 0.0)
             found.append(
-                f"The same of held-out images, which cannot be copies: {held_out}; {share:.0%} of the pictures lie "
+                f"The same of held-out images, which cannot be copies: {held_out}; {share:.0%} of the images lie "
                 "above their p95, about 5% without copying."
             )
     if (index := last.get("overbaked_index")) is not None:
         borders = last.get("border_share", 0.0)
         found.append(
             f"Over-baked index {index:.2f}, 0 unless saturation and contrast both exceed the base's and the training "
-            f"pictures'; {borders:.0%} of the pictures have uniform borders."
+            f"images'; {borders:.0%} of the images have uniform borders."
         )
     if any(overbaked.alarms(summary) for _, summary in summaries):
         what = "; ".join(overbaked.alarms(last)) or "none here, but at an earlier checkpoint"

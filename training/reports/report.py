@@ -36,17 +36,17 @@ NUM_FIRST = 8
 _NUM_EXTREME = 8
 """Winners over all metrics, and as many losers."""
 _FEW = 3
-"""Columns up to which the grid's pictures are large."""
+"""Columns up to which the grid's images are large."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exhibit:
-    """Pictures that belong together, such as a sample image and the training image nearest to
+    """Images that belong together, such as a sample image and the training image nearest to
     it."""
 
-    pictures: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]
     """`(H, W, 3)` uint8 each, shown beside each other."""
     caption: str
 
@@ -91,13 +91,13 @@ def render(
     featured |= {p.prompt_id for pair in winning.values() for half in pair for p in half}
     shown = _shown(everything, featured)
     names = {prompt.prompt_id: f"p{number}" for number, prompt in enumerate(shown)}
-    others = images.rules_of_arrays(_section_pictures(sections))
+    others = images.rules_of_arrays(_section_images(sections))
     rules, lost = _rules(shown, featured, names, others)
     if lost:
         shown = [_without(prompt, names[prompt.prompt_id], lost) for prompt in shown]
         facts = {
             **facts,
-            "pictures that are missing or damaged": f"{len(lost)}, run foundry verify --repair",
+            "images that are missing or damaged": f"{len(lost)}, run foundry verify --repair",
         }
     compared = {"sides": sides, "names": names, "metrics": metrics}
     parts = [
@@ -114,7 +114,7 @@ def render(
     ]
     return page.render_page(
         title,
-        pictures=rules,
+        images=rules,
         facts=facts,
         headlines=headlines(verdicts),
         parts=[(name, content) for name, content in parts if content],
@@ -142,7 +142,7 @@ def _shown(prompts: Sequence[Prompt], featured: set[str]) -> list[Prompt]:
 def _rules(
     shown: Sequence[Prompt], featured: set[str], names: Mapping[str, str], others: str
 ) -> tuple[str, set[str]]:
-    """The pictures, after those of sections: large where a slider shows them, else small, in the
+    """The images, after those of sections: large where a slider shows them, else small, in the
     room that is left; and the classes of those that cannot be read."""
     large: list[tuple[str, Path]] = []
     small: list[tuple[str, Path]] = []
@@ -157,7 +157,7 @@ def _rules(
 
 
 def _without(prompt: Prompt, name: str, lost: set[str]) -> Prompt:
-    """The prompt without the pictures that cannot be read."""
+    """The prompt without the images that cannot be read."""
     files = [None if f"{name}s{place}" in lost else path for place, path in enumerate(prompt.files)]
     return replace(prompt, files=tuple(files))
 
@@ -181,11 +181,11 @@ def _groups(prompts: Sequence[Prompt], sides: Sequence[Side], metrics: Sequence[
 
 
 def _training(charts: Sequence[Chart], maps: Sequence[Map]) -> Markup:
-    drawn = [picture for chart in charts if (picture := draw_chart(chart))]
+    drawn = [image for chart in charts if (image := draw_chart(chart))]
     return page.render("training", charts=drawn, maps=[draw_map(shown) for shown in maps])
 
 
-def _section_pictures(sections: Sequence[Section]) -> list[tuple[str, np.ndarray]]:
+def _section_images(sections: Sequence[Section]) -> list[tuple[str, np.ndarray]]:
     return [
         item
         for number, section in enumerate(sections)
@@ -195,12 +195,12 @@ def _section_pictures(sections: Sequence[Section]) -> list[tuple[str, np.ndarray
 
 
 def _named(number: int, section: Section) -> list[list[tuple[str, np.ndarray]]]:
-    """The pictures of each exhibit with their CSS classes."""
+    """The images of each exhibit with their CSS classes."""
     return [
-        [(f"x{number}e{place}n{n}", picture) for n, picture in enumerate(exhibit.pictures)]
+        [(f"x{number}e{place}n{n}", image) for n, image in enumerate(exhibit.images)]
         for place, exhibit in enumerate(section.exhibits)
     ]
 
 
 def _section(number: int, section: Section) -> Markup:
-    return page.render("section", section=section, exhibit_pictures=_named(number, section))
+    return page.render("section", section=section, exhibit_images=_named(number, section))

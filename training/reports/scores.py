@@ -30,7 +30,7 @@ class Side:
     metrics: pl.DataFrame
     """Rows of table `eval_metrics`."""
     folder: Path
-    """Where the pictures are."""
+    """Where the images are."""
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Prompt:
     height: int
     width: int
     files: tuple[Path | None, ...]
-    """Picture per side; None where none was drawn."""
+    """Image per side; None where none was drawn."""
     scores: tuple[Mapping[str, float], ...]
     """Finite scores per side, by metric."""
     changes: Mapping[str, float]

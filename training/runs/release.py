@@ -1,5 +1,5 @@
 """Puts a run's last checkpoint into a folder that stands alone: model, card, report, licence,
-pictures."""
+images."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from training.models.trainables import trainable_of
 from training.tables.schemas import TABLES
 
 CARD, REPORT, CONFIG, TAGS = "README.md", "report.html", "config.toml", "tags.csv"
-PICTURES = "pictures"
+IMAGES = "pictures"
 NO_LICENCE = "LICENSE_MISSING.txt"
 ABOUT = {
     CARD: "model card",
@@ -131,8 +131,8 @@ def _about(name: str) -> str:
     """What a file is; empty where it is the model's."""
     if name in ABOUT:
         return ABOUT[name]
-    if name.startswith(f"{PICTURES}/"):
-        return "sample picture of the card"
+    if name.startswith(f"{IMAGES}/"):
+        return "sample image of the card"
     if name.lower().startswith(_LICENCES):
         return "licence of the base model, which holds for this one"
     return ""

@@ -64,7 +64,7 @@ def _turn_words(samples: pl.DataFrame) -> pl.DataFrame:
 
 
 def _turn_tags(tags: pl.Series) -> list[dict[str, str]]:
-    """Tags of a mirrored picture, sorted by name, each once."""
+    """Tags of a mirrored image, sorted by name, each once."""
     turned = {swap_sides(tag["name"]): tag["category"] for tag in tags}
     return [{"name": name, "category": category} for name, category in sorted(turned.items())]
 

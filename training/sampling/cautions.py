@@ -14,7 +14,7 @@ from training.sampling.prompt_encoding import (
 from training.sampling.prompt_reading import Readings, remarks
 
 Progress = Callable[[int, int], None]
-"""Called after each batch with the pictures drawn so far and their total."""
+"""Called after each batch with the images drawn so far and their total."""
 
 
 def warn_of_plain(parts: PipelineParts, config: SamplingConfig) -> None:

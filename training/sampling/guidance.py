@@ -1,4 +1,4 @@
-"""How the UNet's predictions for several readings of one picture become one: classifier-free and
+"""How the UNet's predictions for several readings of one image become one: classifier-free and
 perturbed-attention.
 
 Readings follow each other along the batch: without the prompt, with it, and, where that is asked
@@ -72,7 +72,7 @@ def guide(
     Args:
         prediction: Of the UNet.
         config: Says how strong both guidances are.
-        factors: Of the scale of classifier-free guidance, `(B, 1, 1, 1)` or one for all pictures.
+        factors: Of the scale of classifier-free guidance, `(B, 1, 1, 1)` or one for all images.
 
     Source: Ho and Salimans, arXiv:2207.12598, eq. 6; arXiv:2403.17377, eq. 16 (both guidances at
     once).

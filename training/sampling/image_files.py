@@ -1,4 +1,4 @@
-"""A checkpoint's pictures as files: reading them, and what is said of those that cannot be read or
+"""A checkpoint's images as files: reading them, and what is said of those that cannot be read or
 scored."""
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from training.errors import EvaluationError
 DTYPE = "float32"
 """In which they are scored; part of the protocol that verdicts compare."""
 FAILED = "failed"
-"""Metric of the row that a picture gets which could not be scored."""
+"""Metric of the row that an image gets which could not be scored."""
 NOT_DRAWN = "was not drawn, its pixels are not finite"
 _MISSING, _DAMAGED = "is missing", "is damaged"
 _MAX_NAMED = 5
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture of ours as `(H, W, 3)` uint8.
+def read_image(path: Path) -> np.ndarray:
+    """An image of ours as `(H, W, 3)` uint8.
 
     Raises:
         EvaluationError: the file is missing or unreadable.
@@ -34,12 +34,12 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def read_or_explain(folder: Path, file: str | None) -> np.ndarray | str:
-    """A picture of ours as `(H, W, 3)` uint8, or in words that are equal on every machine why there
+    """An image of ours as `(H, W, 3)` uint8, or in words that are equal on every machine why there
     is none."""
     if file is None:
         return NOT_DRAWN
     try:
-        return read_picture(folder / file)
+        return read_image(folder / file)
     except EvaluationError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
         return (
@@ -50,13 +50,13 @@ def read_or_explain(folder: Path, file: str | None) -> np.ndarray | str:
 
 
 def read_if_there(folder: Path, file: str | None) -> np.ndarray | None:
-    """A picture of ours as `(H, W, 3)` uint8; None where there is none that can be read."""
+    """An image of ours as `(H, W, 3)` uint8; None where there is none that can be read."""
     found = read_or_explain(folder, file)
     return None if isinstance(found, str) else found
 
 
 def refusal(checkpoint: str, metrics: pl.DataFrame) -> str:
-    """Why no verdict can be given on a checkpoint, and what to do; empty where all of its pictures
+    """Why no verdict can be given on a checkpoint, and what to do; empty where all of its images
     have scores.
 
     Args:
@@ -75,9 +75,11 @@ def refusal(checkpoint: str, metrics: pl.DataFrame) -> str:
         if any(can_be_drawn_again(reason) for reason in failed["reason"])
         else "the checkpoint is broken"
     )
-    return f"{failed.height} of {total} pictures of {checkpoint} have no scores: {named}{more}; {advice}"
+    return (
+        f"{failed.height} of {total} images of {checkpoint} have no scores: {named}{more}; {advice}"
+    )
 
 
 def can_be_drawn_again(reason: str) -> bool:
-    """Whether a picture had no scores for want of its file."""
+    """Whether an image had no scores for want of its file."""
     return reason.endswith(_MISSING) or f" {_DAMAGED} (" in reason

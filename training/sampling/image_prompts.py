@@ -128,7 +128,7 @@ def _by_number(model: str, files: Sequence[Path], count: int) -> list[int]:
     for path, numbers in zip(files, found, strict=True):
         if not numbers or numbers[place] >= count:
             raise EvaluationError(
-                f"picture {path}: its name is no prompt's id, the file holds no prompt of the table, and the "
+                f"image {path}: its name is no prompt's id, the file holds no prompt of the table, and the "
                 f"{'last' if place else 'first'} number of its name must be that of a row, 0 to {count - 1}"
                 + (f", not {numbers[place]}" if numbers else "")
             )

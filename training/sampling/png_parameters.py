@@ -1,4 +1,4 @@
-"""Writes pictures with all that made them inside, in the form that A1111, its relatives and Civitai
+"""Writes images with all that made them inside, in the form that A1111, its relatives and Civitai
 write and read."""
 
 import hashlib
@@ -30,15 +30,15 @@ def parameters(
     text: str, negative: str, *, seed: int, size: Size, model: str, config: SamplingConfig,
     clip_skip: int = 1, lora_hashes: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """The generation parameters of a picture.
+    """The generation parameters of an image.
 
     Args:
         text: Prompt.
         negative: Negative prompt; may be empty.
-        seed: Of the picture's own generator.
+        seed: Of the image's own generator.
         size: Of the first pass, as these programs have it.
         model: Name of the checkpoint.
-        config: All that holds for every picture.
+        config: All that holds for every image.
         clip_skip: Layer that was read; 1 is not mentioned.
         lora_hashes: `lora_hash` by name.
 
@@ -96,17 +96,17 @@ def lora_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_LENGTH]
 
 
-def write_png(path: Path, picture: np.ndarray, text: str) -> None:
+def write_png(path: Path, image: np.ndarray, text: str) -> None:
     """Write `(H, W, 3)` uint8 as PNG with `text` under the keyword `parameters`, atomically."""
     info = PngInfo()
     # tEXt is Latin-1 by definition; anything else goes into iTXt, which the readers of these
-    # pictures know too.
+    # images know too.
     if text.isascii():
         info.add_text("parameters", text)
     else:
         info.add_itxt("parameters", text)
     with commit.atomic_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG", pnginfo=info, compress_level=4)
+        Image.fromarray(image).save(temporary, "PNG", pnginfo=info, compress_level=4)
 
 
 def _quote(value: object) -> str:

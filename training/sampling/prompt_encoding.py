@@ -143,7 +143,7 @@ class PromptEncoder:
         clip_skip: int,
         device: str,
     ) -> None:
-        """Check what is asked of the text encoders before the first picture is drawn.
+        """Check what is asked of the text encoders before the first image is drawn.
 
         Args:
             parts: The model.

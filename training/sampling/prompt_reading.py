@@ -58,7 +58,7 @@ def read(text: str, config: SamplingConfig, *, is_negative: bool = False) -> Rea
     if _AND.search(text):
         if not is_negative:
             raise EvaluationError(
-                "'AND' joins several prompts to one picture in A1111, which is not done here"
+                "'AND' joins several prompts to one image in A1111, which is not done here"
             )
         remarks.append("'AND' is a mere word in a negative prompt")
     remarks += [
@@ -140,7 +140,7 @@ def remarks(prompts: pl.DataFrame, readings: Readings) -> list[dict[str, object]
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text that nobody wrote as a prompt is one text to every reader, with the words that
+    """Whether a text that no one wrote as a prompt is one text to every reader, with the words that
     it has."""
     try:
         found = read(text, SamplingConfig(prompt_syntax="strict"))

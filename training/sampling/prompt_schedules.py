@@ -1,4 +1,4 @@
-"""Reads prompts whose words change while a picture is drawn: `[from:to:when]` and `[a|b]`, as A1111
+"""Reads prompts whose words change while an image is drawn: `[from:to:when]` and `[a|b]`, as A1111
 reads them.
 
 The behaviour is that of A1111's parser of November 2023, as measured on it: docs/sampling.md shows

@@ -1,9 +1,9 @@
-"""Draws a checkpoint's pictures of a prompt set: one generator per picture, so that no picture
+"""Draws a checkpoint's images of a prompt set: one generator per image, so that no image
 depends on the others.
 
 Text is encoded as in training, in chunks of 75 tokens, so that long prompts mean what they meant
 there; what the UNet attends to may change from call to call. Noise is drawn on the CPU, one seed
-per picture, as ComfyUI does: equal on every device, and the same for every checkpoint. Latents,
+per image, as ComfyUI does: equal on every device, and the same for every checkpoint. Latents,
 scheduler and guidance are fp32 in every precision; only the models compute in less.
 """
 
@@ -44,7 +44,7 @@ from training.sampling.second_pass import enlarge, final_size
 from training.tables.schemas import TABLES
 
 Progress = Callable[[int, int], None]
-"""Called after each batch with the pictures drawn so far and their total."""
+"""Called after each batch with the images drawn so far and their total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Drawing:
     """Model folder in diffusers layout, with its averaged weights and READY.json where a run made
     it; or a single file."""
     name: str
-    """`<run>@<samples_seen>`, written into the pictures."""
+    """`<run>@<samples_seen>`, written into the images."""
     config: SamplingConfig
     """How they are drawn."""
     folder: Path
@@ -108,10 +108,9 @@ class ImageSampler:
             self._loaded = None  # Never two at a time.
             self._loaded = drawing, _Model(drawing, self._device)
         model = self._loaded[1]
-        pictures = model.painter.draw(batch.prompts)
+        images = model.painter.draw(batch.prompts)
         return [
-            model.keep(prompt, picture)
-            for prompt, picture in zip(batch.prompts, pictures, strict=True)
+            model.keep(prompt, image) for prompt, image in zip(batch.prompts, images, strict=True)
         ]
 
     def close(self) -> None:
@@ -133,8 +132,8 @@ class _Model:
         self.shown = drawing.name if model == drawing.checkpoint else f"{drawing.name} ema"
         self.painter = Painter(parts, config, clip_skip=self.clip_skip, device=device)
 
-    def keep(self, prompt: Prompt, picture: np.ndarray | None) -> dict[str, object]:
-        """Write a picture's file, or remove that of one that is not finite now; its row."""
+    def keep(self, prompt: Prompt, image: np.ndarray | None) -> dict[str, object]:
+        """Write an image's file, or remove that of one that is not finite now; its row."""
         config, parts = self.drawing.config, self.painter.parts
         size = final_size(
             Size(prompt.height, prompt.width), config.second_pass, scale_of(parts.vae)
@@ -144,22 +143,22 @@ class _Model:
             "seed": prompt.seed, "height": size.height, "width": size.width,
         }  # fmt: skip
         file = file_name(prompt.prompt_id)
-        if picture is None:
+        if image is None:
             (self.drawing.folder / file).unlink(missing_ok=True)
             return row
         text = parameters(
             prompt.text, prompt.negative, seed=prompt.seed, size=Size(prompt.height, prompt.width), model=self.shown,
             config=config, clip_skip=self.clip_skip if parts.family == "sd1" else 1, lora_hashes=self.hashes,
         )  # fmt: skip
-        write_png(self.drawing.folder / file, picture, text)
-        return row | {"file": file, "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
+        write_png(self.drawing.folder / file, image, text)
+        return row | {"file": file, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
 
 
 def sample_folder(
     checkpoint: Path, name: str, prompts: pl.DataFrame, config: SamplingConfig, folder: Path, *,
     home: Path = Path(), map_batches: MapBatches | None = None, progress: Progress | None = None,
 ) -> pl.DataFrame:  # fmt: skip
-    """Draw a checkpoint's pictures and write them as PNG files, each atomically and with its
+    """Draw a checkpoint's images and write them as PNG files, each atomically and with its
     parameters inside.
 
     Args:
@@ -173,7 +172,7 @@ def sample_folder(
         progress: Follows along.
 
     Returns:
-        Rows of table `sample_images`; height and width are those of the finished pictures. One that
+        Rows of table `sample_images`; height and width are those of the finished images. One that
         is not finite has no file and no digest.
 
     Raises:
@@ -211,7 +210,7 @@ def sample(
     clip_skip: int = 1,
     device: str = "cpu",
 ) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Draw one picture per prompt, batched by size and number of chunks.
+    """Draw one image per prompt, batched by size and number of chunks.
 
     Args:
         parts: The model, fp32; the UNet is rounded in place where the precision is bf16.
@@ -222,8 +221,8 @@ def sample(
         device: Where the model is.
 
     Yields:
-        `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for a picture that is not
-        finite, as a broken checkpoint draws them. A picture follows from its prompt, size, seed,
+        `(prompt_id, (H, W, 3) uint8)`, in an order of its own; None for an image that is not
+        finite, as a broken checkpoint draws them. An image follows from its prompt, size, seed,
         the weights and `config` without `batch_size`; batches change it by rounding only.
 
     Raises:
@@ -236,8 +235,8 @@ def sample(
     warn_of_remarks(prompts, readings)
     counts = ChunkCounts(readings, parts.tokenizers[0])
     for batch in _batches(_prompts(prompts), counts, config.batch_size):
-        for prompt, picture in zip(batch, painter.draw(batch), strict=True):
-            yield prompt.prompt_id, picture
+        for prompt, image in zip(batch, painter.draw(batch), strict=True):
+            yield prompt.prompt_id, image
 
 
 class Painter:
@@ -254,7 +253,7 @@ class Painter:
         self.parts, self._config, self._device = parts, config, device
         self._clip_skip = clip_skip
         check_layer(parts, config, clip_skip)
-        # SDXL's VAE overflows in fp16, and bf16 has no more bits than a picture; TF32 has the range
+        # SDXL's VAE overflows in fp16, and bf16 has no more bits than an image; TF32 has the range
         # and three bits more.
         self._vae = Vae(
             parts.vae, device, precision="fp32" if config.precision == "fp32" else "tf32"
@@ -263,7 +262,7 @@ class Painter:
         warn_of_plain(parts, config)
 
     def draw(self, batch: Sequence[Prompt]) -> list[np.ndarray | None]:
-        """Pictures `(H, W, 3)` uint8 of prompts of one size and number of chunks; None for one that
+        """Images `(H, W, 3)` uint8 of prompts of one size and number of chunks; None for one that
         is not finite.
 
         Raises:
@@ -304,7 +303,7 @@ def draw(
     size = Size(batch[0].height, batch[0].width)
 
     def noise_of(size: Size) -> tuple[list[torch.Generator], torch.Tensor]:
-        # Both passes start from the picture's seed, as A1111 and ComfyUI do.
+        # Both passes start from the image's seed, as A1111 and ComfyUI do.
         generators = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch]
         shape = (parts.unet.config.in_channels, size.height // vae.scale, size.width // vae.scale)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -338,21 +337,21 @@ def denoise(
     parts: PipelineParts, text: PassText, latents: torch.Tensor, size: Size, scheduler: SamplingScheduler,
     generators: list[torch.Generator], config: SamplingConfig, factors: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
-    """One pass: from noised latents `(B, C, h, w)` to those of the picture.
+    """One pass: from noised latents `(B, C, h, w)` to those of the image.
 
     Args:
         parts: The model; the UNet computes in the type of its weights.
         text: Of this pass.
         latents: As the scheduler has them at its first timestep.
-        size: Of the pictures, pixels.
+        size: Of the images, pixels.
         scheduler: New.
-        generators: One per picture, for samplers that draw while they step.
+        generators: One per image, for samplers that draw while they step.
         config: Guidance.
         factors: Of the guidance scale, one for all or `(B, 1, 1, 1)`.
     """
     device, dtype = latents.device, parts.unet.dtype
     readings = num_readings(config)
-    # As trained, for a picture that was neither shrunk nor cropped: original and target size are
+    # As trained, for an image that was neither shrunk nor cropped: original and target size are
     # its own. In fp32, from which the UNet makes its sines before it rounds them, as with
     # timesteps.
     sizes = torch.tensor([size] * (readings * len(latents)), device=device)

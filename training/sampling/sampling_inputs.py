@@ -1,4 +1,4 @@
-"""What a checkpoint's pictures follow from beside its weights and the prompts: averaged weights,
+"""What a checkpoint's images follow from beside its weights and the prompts: averaged weights,
 clip skip, LoRA files.
 
 Free of torch, because Dagster asks for the digests whenever it looks at what is current.

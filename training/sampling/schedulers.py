@@ -19,7 +19,7 @@ LABELS: Mapping[str, str] = {
     "dpmpp_2m": "DPM++ 2M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE",
     "euler": "Euler", "euler_a": "Euler a", "ddim": "DDIM",
 }  # fmt: skip
-"""As A1111 and its relatives write them into pictures."""
+"""As A1111 and its relatives write them into images."""
 SCHEDULE_LABELS: Mapping[str, str] = {
     "karras": "Karras", "exponential": "Exponential", "ays": "Align Your Steps", "plain": "Normal",
 }  # fmt: skip
@@ -46,7 +46,7 @@ class SamplingScheduler(Protocol):
         ...
 
     def add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
-        """Latents of a picture as a second pass starts from."""
+        """Latents of an image as a second pass starts from."""
         ...
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *, generator: Any) -> Any:
@@ -152,7 +152,7 @@ def _check(schedule: Schedule, trained: Mapping[str, Any]) -> None:
     if trained.get("prediction_type", "epsilon") == "epsilon":
         raise EvaluationError(
             "the checkpoint's noise schedule has zero terminal SNR (rescale_betas_zero_snr) and its UNet predicts the "
-            "noise: at the first step the picture is all noise and the prediction says nothing of it; such a model "
+            "noise: at the first step the image is all noise and the prediction says nothing of it; such a model "
             "must have prediction_type = v_prediction in its scheduler_config.json"
         )
     if schedule == "ays":

@@ -1,4 +1,4 @@
-"""The second pass of two-pass sampling: how large the picture becomes, and what its first pass is
+"""The second pass of two-pass sampling: how large the image becomes, and what its first pass is
 enlarged by.
 
 Latents enlarged as they are blur and need a strength of 0.5 and more to recover; through pixels
@@ -18,7 +18,7 @@ from training.models.vae import Vae
 
 
 def final_size(size: Size, config: SecondPassConfig | None, vae_scale: int) -> Size:
-    """Size of the finished picture, pixels: each side times the scale, rounded to whole latents.
+    """Size of the finished image, pixels: each side times the scale, rounded to whole latents.
 
     Args:
         size: Of the first pass, multiples of `vae_scale`.
@@ -31,29 +31,29 @@ def final_size(size: Size, config: SecondPassConfig | None, vae_scale: int) -> S
 
 
 def enlarge(latents: torch.Tensor, size: Size, how: Enlarge, vae: Vae) -> torch.Tensor:
-    """Scaled latents of the enlarged pictures.
+    """Scaled latents of the enlarged images.
 
     Args:
         latents: `(B, C, h, w)` fp32, scaled.
         size: Wanted, pixels; multiples of `vae.scale`.
         how: In latents or through pixels.
         vae: Decodes and encodes; the mean of what it encodes is taken, so that nothing is drawn.
-            Latents of a picture that is not finite become NaN.
+            Latents of an image that is not finite become NaN.
     """
     height, width = size.height // vae.scale, size.width // vae.scale
     if how == "latent":
         return functional.interpolate(latents, (height, width), mode="bilinear")
     if how == "latent_bicubic":
         return functional.interpolate(latents, (height, width), mode="bicubic", antialias=True)
-    pictures = vae.decode_each(latents)
+    images = vae.decode_each(latents)
     large = [
         np.zeros((*size, 3), dtype=np.uint8)
-        if picture is None
+        if image is None
         else np.asarray(
-            Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.LANCZOS)
+            Image.fromarray(image).resize((size.width, size.height), Image.Resampling.LANCZOS)
         )
-        for picture in pictures
+        for image in images
     ]
-    broken = torch.tensor([picture is None for picture in pictures], device=vae.device)
+    broken = torch.tensor([image is None for image in images], device=vae.device)
     encoded = vae.forward(vae.preprocess(large))[0]
     return encoded.masked_fill(broken[:, None, None, None], torch.nan)

@@ -1,7 +1,7 @@
 """The two solvers that diffusers has wrong or not without torchsde, with the methods that its
 schedulers have.
 
-Noise levels are sigmas, of pictures in the form x = data + sigma * noise; diffusers' DPM solvers
+Noise levels are sigmas, of images in the form x = data + sigma * noise; diffusers' DPM solvers
 keep theirs divided by sqrt(1 + sigma^2).
 """
 
@@ -18,7 +18,7 @@ class Dpmpp3mSde(DPMSolverMultistepScheduler):
     """DPM++ 3M SDE: diffusers' solver of order 3 with the sign of its third-order term mended.
 
     diffusers 0.42 subtracts 1/2 where the integral of the second divided difference has + 1/2, and
-    pictures get noisier with more steps. A test holds the stock solver to being wrong: when it no
+    images get noisier with more steps. A test holds the stock solver to being wrong: when it no
     longer is, this class can go.
     """
 
@@ -39,7 +39,7 @@ class Dpmpp3mSde(DPMSolverMultistepScheduler):
         after, now, before, first = (
             self.sigmas[self.step_index + shift] for shift in (1, 0, -1, -2)
         )
-        clean = 1 / (1 + after**2).sqrt()  # share of the data in the picture after the step
+        clean = 1 / (1 + after**2).sqrt()  # share of the data in the image after the step
         h, h_0, h_1 = (now / after).log(), (before / now).log(), (first / before).log()
         m_0, m_1, m_2 = reversed(model_output_list[-3:])
         slope, slope_before = (m_0 - m_1) * (h / h_0), (m_1 - m_2) * (h / h_1)

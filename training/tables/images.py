@@ -63,7 +63,7 @@ IMAGES = (
             "bytes": column(pl.Int64, "file size"),
             "dpi": column(pl.Float64, "what the file says; null when it says nothing"),
             "pixel_digest": column(pl.String, "SHA-256 of size and upright 8-bit sRGB pixels"),
-            "phash": column(pl.UInt64, "64-bit DCT perceptual hash of the upright picture"),
+            "phash": column(pl.UInt64, "64-bit DCT perceptual hash of the upright image"),
             "phash_mirrored": column(pl.UInt64, "the same of its mirror image"),
             "brightness": column(pl.Float32, "mean luma, 0-1"),
             "contrast": column(pl.Float32, "standard deviation of luma, 0-1"),

@@ -29,7 +29,7 @@ TRAINING = (
             "padding_height": column(pl.Int32, "rows that fill the bucket up; 0 unless padded"),
             "padding_width": column(pl.Int32, "columns that fill the bucket up; 0 unless padded"),
             "padded": column(pl.Boolean, "fitted into its bucket whole, instead of cropped"),
-            "area_kept": column(pl.Float64, "share of the picture's area inside the crop"),
+            "area_kept": column(pl.Float64, "share of the image's area inside the crop"),
         },
     ),
     Table(
@@ -158,7 +158,7 @@ TRAINING = (
             "width": column(pl.Int32, "px"),
             "file": column(
                 pl.String,
-                "PNG under sample_images/<checkpoint>/; null where the picture is not finite",
+                "PNG under sample_images/<checkpoint>/; null where the image is not finite",
             ),
             "sha256": column(pl.String, "of the decoded pixels", 0.0),
         },
@@ -178,15 +178,15 @@ TRAINING = (
             "value": column(pl.Float64, "the number; null in `embedding` and `failed` rows", 1e-3),
             "embedding": column(
                 pl.List(pl.Float32),
-                "projected features of the picture, in `embedding` rows",
+                "projected features of the image, in `embedding` rows",
                 1e-4,
             ),
             "image_id": column(
                 pl.String,
-                "the training image nearest to the picture, in `train_similarity` rows",
+                "the training image nearest to the image, in `train_similarity` rows",
                 0.0,
             ),
-            "reason": column(pl.String, "why the picture could not be scored, in `failed` rows"),
+            "reason": column(pl.String, "why the image could not be scored, in `failed` rows"),
         },
     ),
     Table(

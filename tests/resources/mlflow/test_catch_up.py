@@ -37,7 +37,7 @@ BASE, OLD, NEW = "base.bbbbbbbb@0", "demo@40", "demo@120"
 TAGS = ("verdict.aesthetic", "mlflow.note.content")
 EVERYTHING = [
     "the experiment", "the log of run demo", f"scores of {BASE}", f"scores of {OLD}", f"scores of {NEW}",
-    "the base's pictures beside demo", "verdicts on demo",
+    "the base's images beside demo", "verdicts on demo",
     "the report of demo", "the champion",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def templates(tmp_path_factory, empty_database):
     }.items():
         commit.write_bytes(home / path, content)
     put(home, "release", "demo", TABLES["release"].empty(), {"numbers": {"checkpoint": NEW}})
-    crown(home, NEW, "it is better")
+    promote(home, NEW, "it is better")
     caught_up = shutil.copytree(home, tmp_path_factory.mktemp("sent") / "space")
     assert catch_up(Store(caught_up), LOG)
     return home, caught_up
@@ -107,7 +107,7 @@ def put(home, table, part, frame, report=None, inputs=None, dagster_run=""):
 
 
 def evaluate(home, checkpoint, score):
-    """Commit two pictures of a checkpoint and their scores."""
+    """Commit two images of a checkpoint and their scores."""
     samples, metrics = [], []
     for prompt in ("p0", "p1"):
         path = home / "sample_images" / checkpoint / f"{prompt}.png"
@@ -145,7 +145,7 @@ def judge(home, checkpoint, word):
     )
 
 
-def crown(home, checkpoint, sentence):
+def promote(home, checkpoint, sentence):
     now = champion.Champion(
         checkpoint=checkpoint, digest="d", verdict=f"{BASE}~{checkpoint}", sentence=sentence
     )
@@ -224,7 +224,7 @@ def test_a_base_that_drew_other_prompts_is_not_shown_as_the_beginning_of_a_run(s
         inputs={"prompts": "others"},
     )
     assert owes(Store(store.home)) == [
-        name for name in EVERYTHING if not name.startswith("the base's pictures")
+        name for name in EVERYTHING if not name.startswith("the base's images")
     ]
 
 
@@ -262,15 +262,15 @@ def test_where_nothing_is_owed_mlflow_is_not_imported(tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_champion_that_was_crowned_while_mlflow_was_away_gets_its_alias_with_the_next_call(
+def test_a_champion_that_was_promoted_while_mlflow_was_away_gets_its_alias_with_the_next_call(
     sent, monkeypatch, caplog
 ):
-    crown(sent.home, OLD, "it is best")
+    promote(sent.home, OLD, "it is best")
     with monkeypatch.context() as patch:
         patch.setattr(mlflow_calls, "connect", refuse)
         assert not catch_up(sent, LOG)
     (warning,) = caplog.messages
-    assert warning.startswith("MLflow is owed the champion: MLflow at sqlite:///")
+    assert warning.startswith("MLflow is pending the champion: MLflow at sqlite:///")
     assert warning.endswith("refused; it is sent with the next call")
     assert arrived(sent)["champion"][0] == [("champion", 1)]
     assert owes(sent) == ["the champion"]
@@ -323,7 +323,7 @@ def test_another_address_is_owed_everything_and_an_absent_server_costs_one_attem
     assert time.monotonic() - began < 10
     (warning,) = caplog.messages
     assert warning.startswith(
-        f"MLflow is owed {', '.join(EVERYTHING[:4])} and 5 more: MLflow at http://***@127.0.0.1"
+        f"MLflow is pending {', '.join(EVERYTHING[:4])} and 5 more: MLflow at http://***@127.0.0.1"
     )
     assert owes(away) == EVERYTHING
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_sent_holds_up_nothing_else(store, caplog):
     assert not catch_up(store, LOG)
     (warning,) = caplog.messages
     assert warning.startswith(
-        f"MLflow is owed scores of {OLD}: scores of {OLD} cannot be sent: {damaged} has 6 bytes"
+        f"MLflow is pending scores of {OLD}: scores of {OLD} cannot be sent: {damaged} has 6 bytes"
     )
     assert owes(store) == [f"scores of {OLD}"]
     damaged.write_bytes(content)
@@ -359,7 +359,7 @@ def test_a_server_that_hangs_is_waited_for_once(store, monkeypatch, caplog):
     assert not catch_up(store, LOG)
     assert tried == [BASE]
     assert caplog.messages == [
-        f"MLflow is owed scores of {BASE}, scores of {OLD}, scores of {NEW}, the base's pictures beside demo "
+        f"MLflow is pending scores of {BASE}, scores of {OLD}, scores of {NEW}, the base's images beside demo "
         "and 3 more: timed out"
     ]
     assert owes(store) == EVERYTHING[2:]

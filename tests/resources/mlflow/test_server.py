@@ -12,7 +12,7 @@ import pytest
 from mlflow_world import Server, evaluate, judge, prepare_run, train
 
 from resources.mlflow import spool
-from resources.mlflow.tracking import NUM_PICTURES, Tracking, workspace_tracking
+from resources.mlflow.tracking import NUM_IMAGES, Tracking, workspace_tracking
 from training.errors import TrackingError
 from training.runs import run_folder
 from training.runs.event_log import EventLog, read_events
@@ -172,6 +172,6 @@ def test_all_that_is_sent_arrives_through_a_server(home):
     ]
     assert stored(home, "select alias, version from registered_model_aliases") == [("champion", 1)]
     names = [path.name for path in (home / "mlartifacts").rglob("*") if path.is_file()]
-    assert sum(name.endswith(".png") for name in names) == 4 * NUM_PICTURES
+    assert sum(name.endswith(".png") for name in names) == 4 * NUM_IMAGES
     assert sum(name.startswith("prompts-") for name in names) == 2
     assert {"config.toml", "report.html"} <= set(names)

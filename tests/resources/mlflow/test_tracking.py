@@ -23,9 +23,9 @@ from mlflow_world import prepare_run
 from PIL import Image
 
 from resources.mlflow import spool
-from resources.mlflow.images import choose_pictures, due_step
+from resources.mlflow.images import choose_images, due_step
 from resources.mlflow.tracking import (
-    NUM_PICTURES,
+    NUM_IMAGES,
     Tracking,
     workspace_tracking,
 )
@@ -379,7 +379,7 @@ def test_two_forwarders_do_not_work_at_once(home, run):
 
 
 def sampled(home, checkpoint, count=20, shift=0.0):
-    """Rows of `eval_metrics` and `sample_images` with drawn pictures."""
+    """Rows of `eval_metrics` and `sample_images` with drawn images."""
     folder = home / "sample_images" / checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     metrics, samples = [], []
@@ -427,7 +427,7 @@ def files_of(home):
     )
 
 
-def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_pictures(home, run):
+def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_images(home, run):
     train(run, "started", 0, 4, "finished")
     tracking = workspace_tracking(home)
     tracking.forward(run)
@@ -456,14 +456,14 @@ def test_an_evaluation_is_scores_of_a_model_and_a_grid_of_pictures(home, run):
     pictures = [
         name for name in files_of(home) if name.startswith(folder) and name.endswith(".png")
     ]
-    assert len(pictures) == NUM_PICTURES
+    assert len(pictures) == NUM_IMAGES
     assert all("/images/samples~p_" in name and "+step+40+timestamp+" in name for name in pictures)
     with Image.open(home / "mlartifacts" / pictures[0]) as image:
         assert image.size == (64, 40)
     assert client.search_runs(["1"], "tags.`foundry.run` = 'base.abc'")
 
 
-def test_new_scores_of_the_same_pictures_replace_the_old(home, run):
+def test_new_scores_of_the_same_images_replace_the_old(home, run):
     tracking = workspace_tracking(home)
     tracking.log_evaluation("demo@40", **sampled(home, "demo@40"))
     tracking.log_evaluation("demo@40", **sampled(home, "demo@40", shift=-0.1))
@@ -491,10 +491,10 @@ def test_files_and_verdicts_are_kept_with_the_checkpoint(home):
     (model,) = client_of(home).search_logged_models(["1"])
     assert model.tags["verdict.clip_score"] == "better"
     assert files_of(home)[0].endswith("/artifacts/evaluation/000000040/report.html")
-    tracking.log_verdict("demo@40", verdicts.clear(), "3 pictures have no score")
+    tracking.log_verdict("demo@40", verdicts.clear(), "3 images have no score")
     assert "verdict.clip_score" not in the_run(home).data.tags
     assert "verdict" not in the_run(home).data.tags
-    said = f"{links}\n\nVerdict: none on demo@40: 3 pictures have no score"
+    said = f"{links}\n\nVerdict: none on demo@40: 3 images have no score"
     assert the_run(home).data.tags["mlflow.note.content"] == said
     (model,) = client_of(home).search_logged_models(["1"])
     assert "verdict.clip_score" not in model.tags
@@ -513,7 +513,7 @@ def test_a_copied_workspace_is_its_own(home, run, tmp_path):
     assert tracking.forward(other / "runs" / "demo") == 0
     tracking.log_evaluation("demo@40", **sampled(other, "demo@40"))
     assert (files_of(home), rows(home)) == before
-    assert len(files_of(other)) == 1 + 3 * NUM_PICTURES + 1
+    assert len(files_of(other)) == 1 + 3 * NUM_IMAGES + 1
 
 
 def test_links_lead_to_the_pages_of_a_run_and_its_experiment(home):
@@ -606,7 +606,7 @@ def test_a_checkpoint_is_shown_where_it_was_due(step, shown):
     )
 
 
-def test_pictures_of_runs_with_other_batch_sizes_have_steps_in_common(home):
+def test_images_of_runs_with_other_batch_sizes_have_steps_in_common(home):
     tracking, shown = workspace_tracking(home), {}
     for name, batch, step in (("one", 32, 4_018), ("two", 64, 4_050)):
         options = (
@@ -632,7 +632,7 @@ def test_the_same_prompts_are_shown_for_every_checkpoint_and_every_group_has_som
     frame = pl.DataFrame(
         {"prompt_id": [f"{n:03d}" for n in range(100)], "group": ["a"] * 96 + ["b"] * 4}
     )
-    chosen = choose_pictures(frame.sample(fraction=1, shuffle=True, seed=3), 8)
+    chosen = choose_images(frame.sample(fraction=1, shuffle=True, seed=3), 8)
     assert sorted(chosen["prompt_id"]) == ["000", "001", "002", "003", "096", "097", "098", "099"]
 
 

@@ -1,4 +1,4 @@
-"""Views, tables of pictures and the champion, read back past the code that wrote them."""
+"""Views, tables of images and the champion, read back past the code that wrote them."""
 
 import base64
 import json
@@ -15,8 +15,8 @@ from PIL import Image
 
 from resources.mlflow import calls as mlflow_calls
 from resources.mlflow import scores, views
-from resources.mlflow.tracking import NUM_PICTURES, Tracking, workspace_tracking
-from resources.mlflow.views import KNOWN_VERSIONS, Pictures
+from resources.mlflow.tracking import NUM_IMAGES, Tracking, workspace_tracking
+from resources.mlflow.views import KNOWN_VERSIONS, Images
 from training.config.evaluation import VerdictConfig
 from training.errors import TrackingError
 from training.tables.schemas import TABLES
@@ -63,7 +63,7 @@ def shared(home):
 
 
 def evaluate(home, checkpoint, prompts=14, color=0, missing=(), seed=0):
-    """Send drawn pictures of one colour; some are `missing` from the folder, or were not drawn."""
+    """Send drawn images of one colour; some are `missing` from the folder, or were not drawn."""
     folder = home / "sample_images" / checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -80,7 +80,7 @@ def evaluate(home, checkpoint, prompts=14, color=0, missing=(), seed=0):
 
 
 def table(home, run, name=None):
-    """Columns, and prompt -> paths of a run's table of pictures, by MLflow's own record of
+    """Columns, and prompt -> paths of a run's table of images, by MLflow's own record of
     tables."""
     info = the_run(home, run)
     tables = [item["path"] for item in json.loads(info.data.tags["mlflow.loggedArtifacts"])]
@@ -116,7 +116,7 @@ def test_views_are_written_once_and_linked(home):
     assert all(len(value) < 5_000 for value in before.values())  # the least that any MLflow takes
 
 
-def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
+def test_views_follow_the_images_and_a_person_keeps_theirs(home):
     evaluate(home, "demo@40")
     (name, state) = shared(home)["foundry-pictures"]
     (grid,) = [
@@ -125,9 +125,9 @@ def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
         if card["type"] == "IMAGE" and not card["deleted"]
     ]
     assert (name, grid["step"], len(grid["imageKeys"])) == (
-        "Pictures, with a slider",
+        "Images, with a slider",
         40,
-        NUM_PICTURES,
+        NUM_IMAGES,
     )
     assert grid["imageKeys"][0] == "samples/p00"
     assert all(len(value) < 5_000 for value in experiment_tags(home).values())
@@ -154,7 +154,7 @@ def test_views_follow_the_pictures_and_a_person_keeps_theirs(home):
     }
 
 
-def test_the_grid_has_only_runs_with_pictures_of_its_prompts(home):
+def test_the_grid_has_only_runs_with_images_of_its_prompts(home):
     tracking = workspace_tracking(home)
     for name in ("one", "two", "other", "none"):
         tracking.run_url(name)
@@ -210,15 +210,15 @@ def test_another_mlflow_gets_links_without_views_and_an_absent_one_none(home, mo
     )
 
 
-pictures = st.builds(
-    Pictures,
+images = st.builds(
+    Images,
     prompt_set=st.sampled_from("abc"),
     keys=st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3, unique=True).map(tuple),
     steps=st.sets(st.integers(0, 50), min_size=1, max_size=5).map(sorted).map(tuple),
 )
 
 
-@given(found=st.lists(pictures, max_size=6))
+@given(found=st.lists(images, max_size=6))
 def test_the_grid_opens_at_a_step_that_no_other_beats(found):
     state = views.views(found)["foundry-pictures"].state
     (grid,) = [
@@ -237,24 +237,24 @@ def test_the_grid_opens_at_a_step_that_no_other_beats(found):
         best = have[step - 1] == max(have) if any(have) else step == 0
         explained.append(best and grid["imageKeys"] == list(items[0].keys))
     assert any(explained)
-    assert all(Pictures.read({"foundry.pictures": item.tag()}) == item for item in found)
+    assert all(Images.read({"foundry.pictures": item.tag()}) == item for item in found)
 
 
 @pytest.mark.parametrize("value", ["", "[]", "{}", '{"prompt_set": 1}', "null"])
 def test_a_tag_that_cannot_be_read_says_nothing(value):
-    assert Pictures.read({"foundry.pictures": value}) is None
+    assert Images.read({"foundry.pictures": value}) is None
 
 
-def test_the_table_has_the_newest_pictures_of_each_prompt(home):
+def test_the_table_has_the_newest_images_of_each_prompt(home):
     evaluate(home, "demo@40", color=10)
     evaluate(home, "demo@80", color=200)
     evaluate(home, "demo@40", color=10)  # sent again, late
     columns, cells, tables = table(home, "demo")
-    # One column of text and one of pictures: MLflow's view then groups by the one and compares the
+    # One column of text and one of images: MLflow's view then groups by the one and compares the
     # other by itself.
     assert columns == ["prompt", "newest"]
     assert list(cells)[:2] == ["p00: a 00", "p01: a 01"]
-    assert len(cells) == NUM_PICTURES
+    assert len(cells) == NUM_IMAGES
     assert len(tables) == 1
     for whole, small in cells.values():
         assert "+step+80+" in whole.name
@@ -263,11 +263,11 @@ def test_the_table_has_the_newest_pictures_of_each_prompt(home):
             assert image.getpixel((5, 5)) == (200, 200, 200)
         with Image.open(small) as image:
             alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        # All of the picture is in the upper half of the square, which is what MLflow's rows show.
+        # All of the image is in the upper half of the square, which is what MLflow's rows show.
         assert alpha.shape[0] == alpha.shape[1]
         assert alpha[: len(alpha) // 2].max() == 255
         assert alpha[len(alpha) // 2 :].max() == 0
-    assert Pictures.read(the_run(home, "demo").data.tags).steps == (40, 80)
+    assert Images.read(the_run(home, "demo").data.tags).steps == (40, 80)
 
 
 def test_other_prompts_get_a_table_of_their_own(home):
@@ -283,9 +283,9 @@ def test_other_prompts_get_a_table_of_their_own(home):
     assert the_run(home, "base.x").info.status == "FINISHED"
 
 
-def test_pictures_that_were_not_drawn_are_left_out(home):
+def test_images_that_were_not_drawn_are_left_out(home):
     evaluate(home, "demo@40", prompts=3, missing=("01",))
-    (home / "sample_images" / "demo@40" / "00.png").write_bytes(b"no picture")
+    (home / "sample_images" / "demo@40" / "00.png").write_bytes(b"no image")
     evaluate(home, "demo@80", prompts=3, missing=("01",))
     shutil.copy(
         home / "sample_images" / "demo@80" / "02.png", home / "sample_images" / "demo@40" / "02.png"

@@ -16,11 +16,11 @@ pytestmark = [
 
 HIGH = """return [...document.images].filter(e => e.complete && e.naturalWidth > 1)
     .filter(e => e.getBoundingClientRect().height >= 100).length"""
-"""How many pictures are large enough to look at."""
+"""How many images are large enough to look at."""
 LEFT = """return [...document.images].filter(e => e.closest('.ag-row')).map(e => [e.getBoundingClientRect(),
     e.closest('.ag-row').getBoundingClientRect()]).filter(([b, row]) => b.height >= 100 && row.height > 0)
     .map(([b, row]) => row.bottom - b.top - b.height / 2)"""
-"""Of each picture in a table, how much of its row is left below the upper half of its square,
+"""Of each image in a table, how much of its row is left below the upper half of its square,
 px."""
 FRAME = "return [...document.querySelectorAll('iframe')].length > 0"
 LINES = "return document.querySelectorAll('.scatterlayer path.js-line').length"
@@ -70,7 +70,7 @@ def words(page: Page) -> str:
 
 def test_the_table_has_what_matters_and_the_best_run_first(page, views):
     shown = look(
-        page, views["Runs, best pictures first"], "4 matching runs", "two-colours", "Sort: eval/"
+        page, views["Runs, best images first"], "4 matching runs", "two-colours", "Sort: eval/"
     )
     shown = shown.partition("Run Name")[2]
     places = [
@@ -120,7 +120,7 @@ def test_the_root_opens_on_the_runs_without_tour_assistant_and_telemetry(views):
 
 
 def test_a_runs_page_leads_to_its_report(views, page):
-    look(page, views["Runs, best pictures first"], "two-colours", "4 matching runs")
+    look(page, views["Runs, best images first"], "two-colours", "4 matching runs")
     page.click("two-colours")
     page.wait_for_text("About this run", "Links:", "Verdict: two-colours@60000")
     links = page.driver.execute_script(
@@ -167,14 +167,14 @@ def test_curves_stand_in_sections_with_the_scores_first(page, views):
     assert "samples" not in names
 
 
-def test_pictures_of_several_prompts_have_a_slider_of_steps(page, views):
+def test_images_of_several_prompts_have_a_slider_of_steps(page, views):
     shown = look(
-        page, views["Pictures, with a slider"], "Image grid", "samples/caption-0", "3 matching runs"
+        page, views["Images, with a slider"], "Image grid", "samples/caption-0", "3 matching runs"
     )
     assert all(name in shown for name in RUNS)
-    page.wait(lambda: page.driver.execute_script(HIGH) >= 6, "two rows of three pictures")
+    page.wait(lambda: page.driver.execute_script(HIGH) >= 6, "two rows of three images")
     assert "No image logged" not in page.text()
-    before = page.pictures(100)
+    before = page.images(100)
     assert all("60000" in address for address in before)
     box = page.driver.execute_script(
         "return document.querySelector('input[role=spinbutton], [role=slider]') !== null"
@@ -182,10 +182,10 @@ def test_pictures_of_several_prompts_have_a_slider_of_steps(page, views):
     assert box
 
 
-def test_each_prompt_stands_beside_all_runs_and_its_pictures_are_whole(page, views):
+def test_each_prompt_stands_beside_all_runs_and_its_images_are_whole(page, views):
     shown = look(page, views["Prompts beside runs"], "Compare: newest", "Group by: prompt")
     assert f"{PROMPTS[0][0]}: {PROMPTS[0][2]}" in shown
-    page.wait(lambda: page.driver.execute_script(HIGH) >= 4, "pictures beside each other")
+    page.wait(lambda: page.driver.execute_script(HIGH) >= 4, "images beside each other")
     left = page.driver.execute_script(LEFT)
     assert len(left) >= 4
     assert min(left) >= -2

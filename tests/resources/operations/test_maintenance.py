@@ -23,7 +23,7 @@ CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "pictures"
+path = "images"
 """
 LISTING = Stage(name="source_listing", version=1, scope=Scope.ALL)
 IMAGES = Stage(

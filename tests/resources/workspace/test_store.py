@@ -102,7 +102,7 @@ def listing(**changes):
     )
 
 
-def pictures(shard, *, dpi=None):
+def images(shard, *, dpi=None):
     number = int(shard[-1])
     rows = [
         {"source": "a", "source_id": f"{i}.jpg", "image_id": f"{i}" * 64, "dpi": dpi}
@@ -114,7 +114,7 @@ def pictures(shard, *, dpi=None):
 def build(store):
     commit(store, LISTING, "all", listing())
     for shard in ("s000000", "s000001"):
-        commit(store, BY_SHARD, shard, pictures(shard))
+        commit(store, BY_SHARD, shard, images(shard))
     commit(store, WHOLE, "all", TABLES["duplicate_groups"].empty())
     assert not any(fresh(store).currency.stale(stage) for stage in (LISTING, BY_SHARD, WHOLE))
 
@@ -136,7 +136,7 @@ def test_a_change_makes_stale_exactly_the_shard_that_reads_it(store):
 def test_a_column_that_nobody_reads_makes_nothing_stale(store):
     build(store)
     commit(store, LISTING, "all", listing(favourites=[1, 2, 3, 4]))
-    commit(store, BY_SHARD, "s000000", pictures("s000000", dpi=72.0))
+    commit(store, BY_SHARD, "s000000", images("s000000", dpi=72.0))
     assert stale(store) == {}
 
 
@@ -175,20 +175,20 @@ def test_a_stage_cannot_read_what_it_does_not_declare(store):
 def test_rows_must_add_up(store):
     commit(store, LISTING, "all", listing())
     with pytest.raises(DataError, match=r"raw_images s000000: 3 rows in, but 2 out and 0 rejected"):
-        commit(store, BY_SHARD, "s000000", pictures("s000000"), rows_in=3)
+        commit(store, BY_SHARD, "s000000", images("s000000"), rows_in=3)
     assert store.tables.parts("raw_images") == []
 
 
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        (pictures("s000000").drop("dpi"), "missing"),
-        (pictures("s000000").with_columns(extra=1), "extra"),
+        (images("s000000").drop("dpi"), "missing"),
+        (images("s000000").with_columns(extra=1), "extra"),
         (
-            pictures("s000000").with_columns(pl.col("dpi").cast(pl.String)),
+            images("s000000").with_columns(pl.col("dpi").cast(pl.String)),
             "dpi is String, must be Float64",
         ),
-        (pl.concat([pictures("s000000")] * 2), "appears more than once"),
+        (pl.concat([images("s000000")] * 2), "appears more than once"),
     ],
 )
 def test_a_frame_that_does_not_fit_its_table_is_refused(store, frame, words):
@@ -199,8 +199,8 @@ def test_a_frame_that_does_not_fit_its_table_is_refused(store, frame, words):
 
 def test_row_order_does_not_matter(store):
     commit(store, LISTING, "all", listing())
-    first = commit(store, BY_SHARD, "s000000", pictures("s000000"))
-    assert commit(store, BY_SHARD, "s000000", pictures("s000000").reverse()).digest == first.digest
+    first = commit(store, BY_SHARD, "s000000", images("s000000"))
+    assert commit(store, BY_SHARD, "s000000", images("s000000").reverse()).digest == first.digest
 
 
 def test_damage_is_found_on_the_first_open(store):
@@ -256,7 +256,7 @@ def test_no_workspace_says_how_to_make_one(tmp_path):
 
 
 def test_a_source_that_is_no_folder_is_named(store):
-    with pytest.raises(DataError, match=r"source 'a': .*pictures is not a folder"):
+    with pytest.raises(DataError, match=r"source 'a': .*images is not a folder"):
         store.paths.source("a")
     with pytest.raises(ConfigError, match="no source is named 'b'"):
         store.paths.source("b")

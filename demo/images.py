@@ -1,9 +1,9 @@
-"""Writes the demo world: a folder of drawn pictures with sidecars and a share of trouble, and the
+"""Writes the demo world: a folder of drawn images with sidecars and a share of trouble, and the
 truth beside it.
 
-    python -m demo.pictures FOLDER
+    python -m demo.images FOLDER
 
-`pictures/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted
+`images/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted
 judgements in `labels/pairs/demo.jsonl` lie outside it, where a workspace keeps them.
 """
 
@@ -23,15 +23,15 @@ from PIL import Image
 
 from demo import trouble
 from demo.drawing import draw
-from demo.prompts import NUM_WORLD_PICTURES, WORLD_SEED, world_scene
+from demo.prompts import NUM_WORLD_IMAGES, WORLD_SEED, world_scene
 from demo.scenes import ALIASES, Scene, alias, all_tags, caption_of, clean, sample_scene, tags_of
 from training.buckets.geometry import Box, Size
 from training.seeds import Purpose, generator
 
-PAIRS_PER_PICTURE = 5
+PAIRS_PER_IMAGE = 5
 START = datetime(2024, 1, 1, tzinfo=UTC)
 Row = dict[str, Any]
-"""One file's truth: path (relative to `pictures/`), image_id, kind, tags, caption, quality (0 for
+"""One file's truth: path (relative to `images/`), image_id, kind, tags, caption, quality (0 for
 junk), junk, watermark_box ([y0, x0, y1, x1] upright pixels), height, width (upright; null where
 nothing can be decoded), copy_of."""
 
@@ -40,13 +40,13 @@ class World:
     """Collects files of one demo world and what is true of them."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.pictures = folder / "pictures"
+        self.images = folder / "pictures"
         self.seed = seed
         self.rows: list[Row] = []
 
     def add(self, name: str, data: bytes, kind: str, **truth: Any) -> Row:
-        """Write one picture file and remember its truth."""
-        path = self.pictures / name
+        """Write one image file and remember its truth."""
+        path = self.images / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         row: Row = {
@@ -67,7 +67,7 @@ class World:
         return row
 
     def add_scene(self, name: str, data: bytes, kind: str, scene: Scene, box: Box | None) -> Row:
-        """Write a picture of `scene` with its sidecars."""
+        """Write an image of `scene` with its sidecars."""
         rng = generator(self.seed, Purpose.DEMO, "sidecar", name)
         row = self.add(
             name,
@@ -86,7 +86,7 @@ class World:
     def _write_sidecars(self, name: str, row: Row, rng: random.Random) -> None:
         """Tags as text for most, more in JSON for some, nothing for a few; now and then under
         another name."""
-        path = self.pictures / name
+        path = self.images / name
         tags = [alias(tag, rng, 0.12) for tag in row["tags"] if tag != "watermark"]
         if rng.random() < 0.85:
             path.with_suffix(".txt").write_text(", ".join(tags) + "\n", "utf-8")
@@ -102,35 +102,35 @@ class World:
 
 
 def write_world(
-    folder: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED
+    folder: Path, *, num_images: int = NUM_WORLD_IMAGES, seed: int = WORLD_SEED
 ) -> Path:
     """Draw a demo world; equal arguments give equal bytes.
 
     Args:
-        folder: Made when missing; receives `pictures/`, `truth.jsonl`, `aliases.csv` and
+        folder: Made when missing; receives `images/`, `truth.jsonl`, `aliases.csv` and
             `labels/pairs/demo.jsonl`.
-        num_pictures: Drawn pictures of full use; about a fifth of that comes on top as trouble.
+        num_images: Drawn images of full use; about a fifth of that comes on top as trouble.
         seed: Names the world.
 
     Returns:
-        The folder of pictures, `folder / "pictures"`.
+        The folder of images, `folder / "images"`.
     """
     world = World(folder, seed)
-    _add_pictures(world, num_pictures)
-    _add_copies(world, num_pictures)
-    _add_junk(world, num_pictures)
-    _add_trouble(world, num_pictures)
+    _add_images(world, num_images)
+    _add_copies(world, num_images)
+    _add_junk(world, num_images)
+    _add_trouble(world, num_images)
     lines = [json.dumps(row, ensure_ascii=False) for row in world.rows]
     (folder / "truth.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    write_aliases(folder / "aliases.csv", num_pictures=num_pictures, seed=seed)
+    write_aliases(folder / "aliases.csv", num_images=num_images, seed=seed)
     pairs = folder / "labels" / "pairs" / "demo.jsonl"
     pairs.parent.mkdir(parents=True, exist_ok=True)
-    judged = judge_pairs(world.rows, PAIRS_PER_PICTURE * num_pictures, seed)
+    judged = judge_pairs(world.rows, PAIRS_PER_IMAGE * num_images, seed)
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in judged), "utf-8")
-    return world.pictures
+    return world.images
 
 
-def _add_pictures(world: World, count: int) -> None:
+def _add_images(world: World, count: int) -> None:
     turned = set(
         generator(world.seed, Purpose.DEMO, "turned").sample(range(count), math.ceil(count / 36))
     )
@@ -153,13 +153,13 @@ def _add_pictures(world: World, count: int) -> None:
 
 
 def _add_copies(world: World, count: int) -> None:
-    """Equal bytes, equal pixels in another encoding, and nearly equal pictures (shrunk and packed
+    """Equal bytes, equal pixels in another encoding, and nearly equal images (shrunk and packed
     anew)."""
     rng = generator(world.seed, Purpose.DEMO, "copies")
     originals = [row for row in world.rows if row["kind"] == "good"]
     each = math.ceil(count / 36)
     for number, row in enumerate(rng.sample(originals, 3 * each)):
-        data = (world.pictures / row["path"]).read_bytes()
+        data = (world.images / row["path"]).read_bytes()
         shared = {
             key: row[key]
             for key in ("tags", "caption", "quality", "watermark_box", "height", "width")
@@ -204,7 +204,7 @@ def _add_junk(world: World, count: int) -> None:
 
 
 def _add_trouble(world: World, count: int) -> None:
-    """Damaged files, pictures smaller than any bucket, odd encodings and odd names."""
+    """Damaged files, images smaller than any bucket, odd encodings and odd names."""
     for name, data in trouble.damaged(world.seed):
         world.add(f"trouble/{name}", data, "broken")
     for index in range(math.ceil(count / 50)):
@@ -230,11 +230,11 @@ def _add_trouble(world: World, count: int) -> None:
 
 
 def write_aliases(
-    path: Path, *, num_pictures: int = NUM_WORLD_PICTURES, seed: int = WORLD_SEED
+    path: Path, *, num_images: int = NUM_WORLD_IMAGES, seed: int = WORLD_SEED
 ) -> None:
-    """Tag, category, count among the drawn pictures, aliases; danbooru's layout for tag completion,
+    """Tag, category, count among the drawn images, aliases; danbooru's layout for tag completion,
     no header."""
-    scenes = [world_scene(seed, index) for index in range(num_pictures)]
+    scenes = [world_scene(seed, index) for index in range(num_images)]
     counts = {tag: sum(tag in tags_of(scene) for scene in scenes) for tag in all_tags()}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -246,9 +246,9 @@ def judge_pairs(rows: list[Row], count: int, seed: int) -> list[dict[str, str]]:
     """Pairwise judgements of a patient rater who sees true quality through slight noise.
 
     Args:
-        rows: Truth of the world's files; good pictures and junk are judged, each image once under
+        rows: Truth of the world's files; good images and junk are judged, each image once under
             its id.
-        count: Judgements to make: 84 % among good pictures, the rest with junk on one side or on
+        count: Judgements to make: 84 % among good images, the rest with junk on one side or on
             both.
         seed: Names the world.
 
@@ -301,10 +301,10 @@ def main() -> None:
     """Write the default world to the folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--num-pictures", type=int, default=NUM_WORLD_PICTURES)
+    parser.add_argument("--num-images", type=int, default=NUM_WORLD_IMAGES)
     parser.add_argument("--seed", type=int, default=WORLD_SEED)
     arguments = parser.parse_args()
-    print(write_world(arguments.folder, num_pictures=arguments.num_pictures, seed=arguments.seed))
+    print(write_world(arguments.folder, num_images=arguments.num_images, seed=arguments.seed))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from scipy.stats import spearmanr
 
 from demo import trouble
 from demo.drawing import draw, spoil
-from demo.pictures import judge_pairs, write_world
-from demo.prompts import COLUMNS, NUM_WORLD_PICTURES, demo_prompts, world_scene, write_prompts
+from demo.images import judge_pairs, write_world
+from demo.prompts import COLUMNS, NUM_WORLD_IMAGES, demo_prompts, world_scene, write_prompts
 from demo.scenes import FLAWS, SHAPES, all_tags, caption_of, clean, mutate, sample_scene, tags_of
 from training.seeds import Purpose, generator, numpy_generator
 
-NUM_PICTURES = 72
+NUM_IMAGES = 72
 COPIES = 2
 """Of each kind of copy, ceil(NUM_PICTURES / 36)."""
 
@@ -29,7 +29,7 @@ COPIES = 2
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder, num_pictures=NUM_PICTURES)
+    write_world(folder, num_images=NUM_IMAGES)
     return folder
 
 
@@ -45,8 +45,8 @@ def upright(world, row):
 
 def test_two_processes_draw_the_same_bytes(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from demo.pictures import write_world;"
-        "write_world(Path(sys.argv[1]), num_pictures=10, seed=3)"
+        "import sys; from pathlib import Path; from demo.images import write_world;"
+        "write_world(Path(sys.argv[1]), num_images=10, seed=3)"
     )
     digests = []
     for salt in ("1", "2"):
@@ -65,19 +65,19 @@ def test_two_processes_draw_the_same_bytes(tmp_path):
 
 
 def test_another_seed_is_another_world(tmp_path):
-    write_world(tmp_path / "a", num_pictures=4, seed=1)
-    write_world(tmp_path / "b", num_pictures=4, seed=2)
+    write_world(tmp_path / "a", num_images=4, seed=1)
+    write_world(tmp_path / "b", num_images=4, seed=2)
     texts = [(tmp_path / name / "truth.jsonl").read_text("utf-8") for name in "ab"]
     ids = [{json.loads(line)["image_id"] for line in text.splitlines()} for text in texts]
     assert len(ids[0] & ids[1]) <= 2, "only the empty file and the error page may be equal"
 
 
 def test_drawing_needs_no_torch():
-    program = "import sys, demo.pictures, demo.prompts; sys.exit('torch' in sys.modules)"
+    program = "import sys, demo.images, demo.prompts; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_every_picture_file_has_one_line_of_truth_under_its_digest(world, truth):
+def test_every_image_file_has_one_line_of_truth_under_its_digest(world, truth):
     files = {
         p
         for p in (world / "pictures").rglob("*")
@@ -93,7 +93,7 @@ def test_every_picture_file_has_one_line_of_truth_under_its_digest(world, truth)
 
 def test_counts_of_trouble(truth):
     kinds = Counter(row["kind"] for row in truth)
-    assert kinds["good"] + kinds["turned"] == NUM_PICTURES
+    assert kinds["good"] + kinds["turned"] == NUM_IMAGES
     for kind in ("turned", "exact_copy", "pixel_copy", "near_copy", "tiny"):
         assert kinds[kind] == COPIES, kind
     assert (kinds["junk"], kinds["broken"], kinds["odd_name"]) == (5, 5, 4)
@@ -188,7 +188,7 @@ def test_sidecars_name_the_truth_through_the_alias_table(world, truth):
 
 
 def test_two_fifths_of_the_world_are_stars_and_most_of_it_is_good():
-    scenes = [world_scene(7, index) for index in range(NUM_WORLD_PICTURES)]
+    scenes = [world_scene(7, index) for index in range(NUM_WORLD_IMAGES)]
     assert 0.34 <= np.mean([scene.shapes[0].kind == "star" for scene in scenes]) <= 0.46
     assert 0.66 <= np.mean([scene.quality >= 6 for scene in scenes]) <= 0.9
     assert {scene.quality for scene in scenes} == set(range(1, 10))
@@ -239,7 +239,7 @@ def test_words_follow_the_scene():
 def test_judgements_follow_true_quality_with_slight_noise(world, truth):
     lines = (world / "labels" / "pairs" / "demo.jsonl").read_text("utf-8").splitlines()
     pairs = [json.loads(line) for line in lines]
-    assert len(pairs) == 5 * NUM_PICTURES
+    assert len(pairs) == 5 * NUM_IMAGES
     assert len({pair["pair_id"] for pair in pairs}) == len(pairs)
     quality = {row["image_id"]: row["quality"] for row in truth if row["copy_of"] is None}
     junk = {row["image_id"] for row in truth if row["junk"]}
@@ -270,7 +270,7 @@ def test_evaluation_prompts_are_fixed_and_unlike_every_training_caption(tmp_path
     assert tuple(rows[0]) == COLUMNS
     groups = Counter(row["group"] for row in rows)
     assert min(groups["star"], groups["general"]) >= 30, "fewer get no verdict"
-    scenes = [world_scene(7, index) for index in range(NUM_WORLD_PICTURES)]
+    scenes = [world_scene(7, index) for index in range(NUM_WORLD_IMAGES)]
     captions = {
         caption_of(scene, generator(7, Purpose.DEMO, s, i))
         for i, scene in enumerate(scenes)
