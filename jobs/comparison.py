@@ -47,8 +47,8 @@ class Comparison:
 
 
 def resolve(store: Store, name: str) -> str:
-    """A checkpoint's full name for what people type: `base`, `champion`, a run for its last, a
-    rival, or itself.
+    """A checkpoint's full name for what people type: `base`, `champion`, a run for its last, an
+    external model, or itself.
 
     Raises:
         DataError: there is no such checkpoint.
@@ -62,7 +62,7 @@ def resolve(store: Store, name: str) -> str:
         if now is None:
             raise DataError("there is no champion yet: run `foundry evaluate`")
         name = now.checkpoint
-    elif name.startswith(EXTERNAL) or name in candidates.read_rivals(store.home):
+    elif name.startswith(EXTERNAL) or name in candidates.read_external_models(store.home):
         name = str(CheckpointName.of_external(name.removeprefix(EXTERNAL).removesuffix("@0")))
     elif "@" not in name:
         saved = ready_checkpoints(store.paths.run_folder(name))
@@ -216,16 +216,17 @@ def _name_here(store: Store, name: str, digest: str) -> str | None:
     its weights.
 
     Elsewhere a model without a run is called a base, and one of another workspace's runs by that
-    run: here it may be the base or a rival.
+    run: here it may be the base or an external model.
     """
     base = store.checkpoints.base()
-    rivals = [
-        str(CheckpointName.of_external(rival)) for rival in candidates.read_rivals(store.home)
+    externals = [
+        str(CheckpointName.of_external(other))
+        for other in candidates.read_external_models(store.home)
     ]
-    for key in [name, *([base] if base else []), *rivals]:
+    for key in [name, *([base] if base else []), *externals]:
         with contextlib.suppress(
             DataError
-        ):  # no name of this workspace, or a rival whose model is gone
+        ):  # no name of this workspace, or an external model whose model is gone
             folder = store.checkpoints.folder(key)
             ready = (folder / READY).is_file()
             if folder.exists() and digest == (
@@ -250,7 +251,7 @@ def adopt(store: Store, folder: Path) -> str:
     if key is None:
         raise EvaluationError(
             f"{folder} holds images of {record.checkpoint} with weights {record.digest:.8}, and no checkpoint, base "
-            f"or rival of {store.home} has these"
+            f"or external model of {store.home} has these"
         )
     basis = store.currency.basis(stage, key)
     assert basis is not None, "images read no table by slices"

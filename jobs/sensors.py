@@ -57,7 +57,7 @@ def new_images(
 def new_checkpoint(
     context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Request evaluation of the base, then of rivals and of the first, every N-th and the last
+    """Request evaluation of the base, then of external models and of the first, every N-th and the last
     checkpoint of each run.
 
     What is evaluated is done; what fails is tried `MAX_ATTEMPTS` times, and anew when something

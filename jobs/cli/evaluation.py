@@ -1,4 +1,4 @@
-"""Commands that judge: `foundry evaluate`, `compare`, `rival`."""
+"""Commands that judge: `foundry evaluate`, `compare`, `external`."""
 
 import json
 import time
@@ -18,7 +18,9 @@ app = typer.Typer()
 def evaluate(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Checkpoints: RUN@SAMPLES, RUN for its last, base, champion, a rival."),
+        typer.Argument(
+            help="Checkpoints: RUN@SAMPLES, RUN for its last, base, champion, an external model."
+        ),
     ] = None,
     home: Home = None,
     checkpoint: Annotated[
@@ -69,7 +71,10 @@ def evaluate(
 @app.command()
 def compare(
     a: Annotated[
-        str, typer.Argument(help="Compared against: RUN@SAMPLES, RUN, base, champion, a rival.")
+        str,
+        typer.Argument(
+            help="Compared against: RUN@SAMPLES, RUN, base, champion, an external model."
+        ),
     ],
     b: Annotated[str, typer.Argument(help="Judged.")],
     home: Home = None,
@@ -94,14 +99,15 @@ def compare(
         console.compared(found)
 
 
-rival_app = typer.Typer(
+external_app = typer.Typer(
     no_args_is_help=True, help="Models made by others, sampled and judged beside ours."
 )
-app.add_typer(rival_app, name="rival")
+app.add_typer(external_app, name="external")
+app.add_typer(external_app, name="rival", hidden=True, deprecated=True)  # its name until 0.2
 
 
-@rival_app.command("add")
-def rival_add(
+@external_app.command("add")
+def external_add(
     name: Annotated[str, typer.Argument(help="What to call it.")],
     path: Annotated[Path, typer.Argument(help="Diffusers folder or .safetensors file.")],
     home: Home = None,
@@ -112,27 +118,29 @@ def rival_add(
 
     model = path.expanduser().resolve()
     about = inspect(model)
-    checkpoint = candidates.add_rival(open_store(home).home, name, model)
+    checkpoint = candidates.add_external_model(open_store(home).home, name, model)
     print(
         f"{checkpoint}: {about['family']}, {about['num_parameters'] / 1e6:,.0f} M parameters; "
         f"next: foundry evaluate {name}"
     )
 
 
-@rival_app.command("remove")
-def rival_remove(name: Annotated[str, typer.Argument(help="Its name.")], home: Home = None) -> None:
+@external_app.command("remove")
+def external_remove(
+    name: Annotated[str, typer.Argument(help="Its name.")], home: Home = None
+) -> None:
     """Strike a model off the list; its images and scores stay."""
     from training.evaluation import candidates
 
-    candidates.remove_rival(open_store(home).home, name)
+    candidates.remove_external_model(open_store(home).home, name)
 
 
-@rival_app.command("list")
-def rival_list(home: Home = None) -> None:
+@external_app.command("list")
+def external_list(home: Home = None) -> None:
     """Print names and paths."""
     from training.evaluation import candidates
 
-    for name, path in candidates.read_rivals(open_store(home).home).items():
+    for name, path in candidates.read_external_models(open_store(home).home).items():
         print(f"{name}  {path}")
 
 

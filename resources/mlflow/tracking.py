@@ -161,7 +161,9 @@ class Tracking:
             model = logged_models.logged_model(client, run, checkpoint, {})
             tracking_scores.log(client, run, model.model_id, step, tracking_scores.points(metrics))
             if mlflow_views.TRAINED_TAG not in run.data.tags and run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id)  # the base or a rival: no event log says so
+                client.set_terminated(
+                    run.info.run_id
+                )  # the base or an external model: no event log says so
             self._log_images(client, run, step, samples, folder)
         self.views()
 

@@ -26,7 +26,7 @@ RUNS_VIEW = VIEW_TAG + _RUNS
 IMAGES_TAG = "foundry.pictures"
 """Tag of a run: which images it has, as `Images`."""
 TRAINED_TAG = "foundry.fingerprint"
-"""Tag that runs have which were trained here, and the base and rivals have not."""
+"""Tag that runs have which were trained here, and the base and external models have not."""
 KNOWN_VERSIONS = ((3, 17), (4, 0))
 """Versions of MLflow whose form of views this is: from the first, below the second."""
 TRAINING_PAGES = "workflowType=machine_learning"
@@ -193,7 +193,7 @@ def _most_common(images: Sequence[Images]) -> tuple[str, list[str], int]:
     ]
     steps = Counter(
         step for item in chosen for step in item.steps if step
-    )  # at 0 are the base and rivals
+    )  # at 0 are the base and external models
     return (
         chosen[0].prompt_set,
         list(chosen[0].keys),

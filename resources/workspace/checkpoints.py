@@ -9,7 +9,7 @@ from resources.workspace.paths import Paths
 from resources.workspace.tables import Tables
 from training.errors import DataError
 from training.evaluation import champion
-from training.evaluation.candidates import due, read_rivals
+from training.evaluation.candidates import due, read_external_models
 from training.names import CheckpointName
 from training.runs import retention
 from training.runs.event_log import has_finished
@@ -50,7 +50,8 @@ class Checkpoints:
         base, names = self.base(), []
         if base:
             external = [
-                str(CheckpointName.of_external(name)) for name in read_rivals(self.paths.home)
+                str(CheckpointName.of_external(name))
+                for name in read_external_models(self.paths.home)
             ]
             names = [base, *external]
         for run in self.paths.runs() if training else self.finished_runs():
@@ -151,12 +152,14 @@ class Checkpoints:
         name = checkpoint.external_name
         if not name or checkpoint.samples_seen:
             return None
-        rivals = read_rivals(self.paths.home)
-        if name not in rivals:
-            raise DataError(f"there is no rival {name!r}; there are: {', '.join(rivals) or 'none'}")
-        path = Path(rivals[name])
+        externals = read_external_models(self.paths.home)
+        if name not in externals:
+            raise DataError(
+                f"there is no external model {name!r}; there are: {', '.join(externals) or 'none'}"
+            )
+        path = Path(externals[name])
         if not path.exists():
             raise DataError(
-                f"external model {name!r}: {path} is missing; bring it back, or `foundry rival remove {name}`"
+                f"external model {name!r}: {path} is missing; bring it back, or `foundry external remove {name}`"
             )
         return path

@@ -209,7 +209,7 @@ def test_a_rival_in_a_single_file_is_drawn_and_left_as_it_is(evaluation, tiny_sd
     write_single_file(load_pipeline_parts(tiny_sdxl, "cpu"), file)
     shutil.copytree(tiny_sdxl, tmp_path / "photo", ignore=shutil.ignore_patterns("*.safetensors"))
     before = sha256_file(file)
-    rival = candidates.add_rival(evaluation.world.home, "photo", file)
+    rival = candidates.add_external_model(evaluation.world.home, "photo", file)
     evaluation.evaluate(evaluation.world.base, rival)
     assert evaluation.verdict(rival)[0] == ["too_few_prompts"] * 2
     assert sha256_file(file) == before

@@ -42,26 +42,26 @@ def test_what_was_due_stays_due_as_the_run_goes_on(clocks, interval, every, data
 
 
 def test_rivals_have_names_of_their_own(tmp_path):
-    assert candidates.read_rivals(tmp_path) == {}
-    assert candidates.add_rival(tmp_path, "sdxl", tmp_path / "a") == "rival.sdxl@0"
-    candidates.add_rival(tmp_path, "other", tmp_path / "b")
-    candidates.add_rival(tmp_path, "sdxl", tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"rival 'sdxl' is .*a already"):
-        candidates.add_rival(tmp_path, "sdxl", tmp_path / "b")
-    with pytest.raises(ConfigError, match="rival name 'A B' must match"):
-        candidates.add_rival(tmp_path, "A B", tmp_path / "b")
-    candidates.remove_rival(tmp_path, "sdxl")
-    assert candidates.read_rivals(tmp_path) == {"other": str(tmp_path / "b")}
-    with pytest.raises(ConfigError, match="no rival 'sdxl'; there are: other"):
-        candidates.remove_rival(tmp_path, "sdxl")
+    assert candidates.read_external_models(tmp_path) == {}
+    assert candidates.add_external_model(tmp_path, "sdxl", tmp_path / "a") == "rival.sdxl@0"
+    candidates.add_external_model(tmp_path, "other", tmp_path / "b")
+    candidates.add_external_model(tmp_path, "sdxl", tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"external model 'sdxl' is .*a already"):
+        candidates.add_external_model(tmp_path, "sdxl", tmp_path / "b")
+    with pytest.raises(ConfigError, match="external model name 'A B' must match"):
+        candidates.add_external_model(tmp_path, "A B", tmp_path / "b")
+    candidates.remove_external_model(tmp_path, "sdxl")
+    assert candidates.read_external_models(tmp_path) == {"other": str(tmp_path / "b")}
+    with pytest.raises(ConfigError, match="no external model 'sdxl'; there are: other"):
+        candidates.remove_external_model(tmp_path, "sdxl")
 
 
 def test_a_rival_inside_the_workspace_moves_with_it(tmp_path):
     before, after, outside = tmp_path / "before", tmp_path / "after", tmp_path / "outside"
-    candidates.add_rival(before, "inside", before / "models" / "a")
-    candidates.add_rival(before, "outside", outside)
+    candidates.add_external_model(before, "inside", before / "models" / "a")
+    candidates.add_external_model(before, "outside", outside)
     before.rename(after)
-    assert candidates.read_rivals(after) == {
+    assert candidates.read_external_models(after) == {
         "inside": str(after / "models" / "a"),
         "outside": str(outside),
     }
@@ -73,4 +73,4 @@ def test_a_rival_inside_the_workspace_moves_with_it(tmp_path):
 def test_a_damaged_list_is_no_empty_one(tmp_path, content):
     (tmp_path / "rivals.json").write_text(content)
     with pytest.raises(DamageError, match="rivals"):
-        candidates.read_rivals(tmp_path)
+        candidates.read_external_models(tmp_path)

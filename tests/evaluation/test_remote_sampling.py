@@ -128,12 +128,12 @@ def test_images_of_a_rival_come_home_under_its_name(away, home, tiny_sdxl, tmp_p
         json.dumps({**record, "checkpoint": name, "digest": weights})
     )
 
-    candidates.add_rival(home.home, "gone", tmp_path / "gone")
+    candidates.add_external_model(home.home, "gone", tmp_path / "gone")
     with pytest.raises(
         EvaluationError, match=f"images of {name} with weights {weights[:8]}, and no checkpoint"
     ):
         comparison.adopt(home, drawn)
-    candidates.add_rival(home.home, "other", model)
+    candidates.add_external_model(home.home, "other", model)
     assert comparison.adopt(home, drawn) == "rival.other@0"
     assert home.currency.is_current(sample_images.sample_images, "rival.other@0")
     assert len(list(home.paths.sample_folder("rival.other@0").glob("*.png"))) == len(ROWS)

@@ -1,4 +1,4 @@
-"""Evaluating on another machine, rivals, comparisons and the sensor, on the small workspace."""
+"""Evaluating on another machine, external models, comparisons and the sensor, on the small workspace."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_images_drawn_elsewhere_are_those_of_this_machine(small_copy, tmp_path):
 def test_a_rival_is_judged_beside_ours_and_any_two_compare(small_copy, tmp_path):
     (_, first_folder), (last, _) = ends(small_copy)
     shutil.copytree(first_folder, tmp_path / "other")
-    added = foundry("rival", "add", "other", tmp_path / "other", "--home", small_copy).stdout
+    added = foundry("external", "add", "other", tmp_path / "other", "--home", small_copy).stdout
     assert "rival.other@0: sdxl" in added
     done = foundry("compare", "demo", "other", "--home", small_copy).stdout
     assert "clip_score (all): too few prompts to tell" in done

@@ -264,7 +264,10 @@ def test_a_partition_that_keeps_failing_is_left_until_something_changes(kind):
 
 @pytest.mark.filterwarnings("ignore::dagster.PreviewWarning", "ignore::dagster.BetaWarning")
 def test_an_external_model_that_fails_holds_up_no_release(kind):
-    key, stage = candidates.add_rival(kind, "outside", kind / "nowhere"), STAGES["sample_images"]
+    key, stage = (
+        candidates.add_external_model(kind, "outside", kind / "nowhere"),
+        STAGES["sample_images"],
+    )
     with open_instance(kind) as instance:
         mirror(instance, Store(kind))
         assert {name: set(keys.subset) for name, keys in requested(kind, instance).items()} == {

@@ -81,7 +81,7 @@ def add_external(world):
     model = world.home.parent / "outside"
     model.mkdir()
     (model / "model_index.json").write_text("{}")
-    return candidates.add_rival(world.home, "outside", model), model
+    return candidates.add_external_model(world.home, "outside", model), model
 
 
 def break_external(world, how):

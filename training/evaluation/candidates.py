@@ -1,4 +1,4 @@
-"""Which checkpoints are evaluated: of a run the first, every N-th and the last; and rivals, models
+"""Which checkpoints are evaluated: of a run the first, every N-th and the last; and external models, those
 made by others."""
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def due(saved: Sequence[int], *, interval: int, every: int, num_samples: int) ->
     return found
 
 
-def read_rivals(home: Path) -> dict[str, str]:
-    """Name to path of the workspace's rivals, by name.
+def read_external_models(home: Path) -> dict[str, str]:
+    """Name to path of the workspace's external models, by name.
 
     Raises:
         DamageError: rivals.json cannot be read.
@@ -50,38 +50,42 @@ def read_rivals(home: Path) -> dict[str, str]:
         return {}
 
 
-def add_rival(home: Path, name: str, model: Path) -> str:
+def add_external_model(home: Path, name: str, model: Path) -> str:
     """Enter a model that others made; returns its name as a checkpoint.
 
     Raises:
         ConfigError: the name breaks the rule or is taken by another model.
     """
-    check_name("rival", name)
-    rivals = read_rivals(home)
-    if rivals.get(name, str(model)) != str(model):
-        raise ConfigError(f"rival {name!r} is {rivals[name]} already; choose another name")
-    _write(home, {**rivals, name: str(model)})
+    check_name("external model", name)
+    externals = read_external_models(home)
+    if externals.get(name, str(model)) != str(model):
+        raise ConfigError(
+            f"external model {name!r} is {externals[name]} already; choose another name"
+        )
+    _write(home, {**externals, name: str(model)})
     return str(CheckpointName.of_external(name))
 
 
-def remove_rival(home: Path, name: str) -> None:
-    """Strike a rival off the list; its images and scores stay.
+def remove_external_model(home: Path, name: str) -> None:
+    """Strike an external model off the list; its images and scores stay.
 
     Raises:
-        ConfigError: there is no such rival.
+        ConfigError: there is no such external model.
     """
-    rivals = read_rivals(home)
-    if name not in rivals:
-        raise ConfigError(f"there is no rival {name!r}; there are: {', '.join(rivals) or 'none'}")
-    _write(home, {key: path for key, path in rivals.items() if key != name})
+    externals = read_external_models(home)
+    if name not in externals:
+        raise ConfigError(
+            f"there is no external model {name!r}; there are: {', '.join(externals) or 'none'}"
+        )
+    _write(home, {key: path for key, path in externals.items() if key != name})
 
 
-def _write(home: Path, rivals: dict[str, str]) -> None:
+def _write(home: Path, externals: dict[str, str]) -> None:
     """Write the list; models inside the workspace are named from there, so that they move with
     it."""
-    inside = {name for name, model in rivals.items() if Path(model).is_relative_to(home)}
+    inside = {name for name, model in externals.items() if Path(model).is_relative_to(home)}
     named = {
         name: str(Path(path).relative_to(home)) if name in inside else path
-        for name, path in rivals.items()
+        for name, path in externals.items()
     }
     write_record(home / FILE, _FORMAT, {"rivals": named})

@@ -28,7 +28,7 @@ CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "pictures"
+path = "images"
 [tags]
 threshold = 0.4
 [selection]
