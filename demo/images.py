@@ -3,7 +3,7 @@ truth beside it.
 
     python -m demo.images FOLDER
 
-`images/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted
+`pictures/` is what a user's folder looks like; `truth.jsonl`, `aliases.csv` and the scripted
 judgements in `labels/pairs/demo.jsonl` lie outside it, where a workspace keeps them.
 """
 
@@ -31,7 +31,7 @@ from training.seeds import Purpose, generator
 PAIRS_PER_IMAGE = 5
 START = datetime(2024, 1, 1, tzinfo=UTC)
 Row = dict[str, Any]
-"""One file's truth: path (relative to `images/`), image_id, kind, tags, caption, quality (0 for
+"""One file's truth: path (relative to `pictures/`), image_id, kind, tags, caption, quality (0 for
 junk), junk, watermark_box ([y0, x0, y1, x1] upright pixels), height, width (upright; null where
 nothing can be decoded), copy_of."""
 
@@ -107,13 +107,13 @@ def write_world(
     """Draw a demo world; equal arguments give equal bytes.
 
     Args:
-        folder: Made when missing; receives `images/`, `truth.jsonl`, `aliases.csv` and
+        folder: Made when missing; receives `pictures/`, `truth.jsonl`, `aliases.csv` and
             `labels/pairs/demo.jsonl`.
         num_images: Drawn images of full use; about a fifth of that comes on top as trouble.
         seed: Names the world.
 
     Returns:
-        The folder of images, `folder / "images"`.
+        The folder of images, `folder / "pictures"`.
     """
     world = World(folder, seed)
     _add_images(world, num_images)

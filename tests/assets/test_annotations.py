@@ -24,7 +24,7 @@ format = 1
 shard_size = 2
 [[sources]]
 name = "a"
-path = "images"
+path = "pictures"
 [models]
 clip = "demo:models/clip"
 tagger = "demo:models/tagger"

@@ -34,12 +34,12 @@ num_workers = 1
 max_bytes = 70000
 [[sources]]
 name = "loose"
-path = "images"
+path = "pictures"
 tags = ["Drawn"]
 [[sources]]
 name = "packed"
 kind = "zip"
-path = "images.zip"
+path = "pictures.zip"
 tags = ["Drawn"]
 """
 
@@ -138,7 +138,7 @@ def test_a_change_of_an_archive_is_seen_and_a_missing_one_is_named(store):
     assert store.paths.source("packed").fingerprint() != before
     path.unlink()
     with pytest.raises(
-        DataError, match=r"source 'packed': .*images\.zip is not a .zip archive; mend"
+        DataError, match=r"source 'packed': .*pictures\.zip is not a .zip archive; mend"
     ):
         store.paths.source("packed")
 

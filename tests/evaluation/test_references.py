@@ -47,7 +47,7 @@ def store(make_run, tmp_path, clip_folder, aesthetic_folder):
     (tmp_path / "foundry.toml").write_text(
         f'format = 1\n[models]\nclip = "{clip_folder}"\naesthetic = "{aesthetic_folder}"\n'
         f'base = "{run.inputs.base_model}"\n'
-        '[decode]\nnum_workers = 1\n[[sources]]\nname = "images"\nkind = "folder"\npath = "images"\n'
+        '[decode]\nnum_workers = 1\n[[sources]]\nname = "pictures"\nkind = "folder"\npath = "pictures"\n'
     )
     store = Store(tmp_path)
     (tmp_path / "pictures").mkdir()

@@ -15,7 +15,7 @@ CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "images"
+path = "pictures"
 [models]
 clip = "demo:models/clip"
 aesthetic = "demo:models/aesthetic"

@@ -179,7 +179,7 @@ def score_models(
     """Score one model after the other; one whose images, prompts and networks are as they were is
     skipped.
 
-    Writes `images/<model>.parquet` and `.csv` with a row per image, then `summary.csv` with
+    Writes `pictures/<model>.parquet` and `.csv` with a row per image, then `summary.csv` with
     exactly the guide's columns and a row per model, anew after each: killed at any point, the next
     call goes on with the next model.
 

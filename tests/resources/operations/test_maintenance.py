@@ -9,21 +9,22 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from jobs import cli
 from jobs.cli import console
+from jobs.cli.app import app
 from resources.graph import Per, Reads, Scope, Stage
 from resources.operations import maintenance
 from resources.warehouse import query
 from resources.workspace.store import Store
 from resources.workspace.writer import Made
 from training import commit, manifests, progress
+from training.errors import DamageError
 from training.tables.schemas import TABLES, rejections
 
 CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "images"
+path = "pictures"
 """
 LISTING = Stage(name="source_listing", version=1, scope=Scope.ALL)
 IMAGES = Stage(
@@ -206,7 +207,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(store):
     for place, bit in itertools.product(range(len(content)), range(8)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
-        with pytest.raises(commit.DamageError):
+        with pytest.raises(DamageError):
             manifests.parse_manifest(bytes(flipped), "m")
 
 
@@ -237,7 +238,7 @@ def test_maintenance_reports_its_progress_to_bars_and_logs(
 
     monkeypatch.setattr(console, "progress", shown)
     words = [str(other.home) if word == "OTHER" else word for word in command]
-    done = CliRunner().invoke(cli.app, [*words, "--home", str(store.home)])
+    done = CliRunner().invoke(app, [*words, "--home", str(store.home)])
     assert done.exit_code in (0, 1), done.output  # 1: two workspaces differ
     assert counted <= heard.keys()
     for reports in (heard[what] for what in counted):

@@ -28,7 +28,7 @@ CONFIG = """
 format = 1
 [[sources]]
 name = "a"
-path = "images"
+path = "pictures"
 [tags]
 threshold = 0.4
 [selection]
@@ -256,7 +256,7 @@ def test_no_workspace_says_how_to_make_one(tmp_path):
 
 
 def test_a_source_that_is_no_folder_is_named(store):
-    with pytest.raises(DataError, match=r"source 'a': .*images is not a folder"):
+    with pytest.raises(DataError, match=r"source 'a': .*pictures is not a folder"):
         store.paths.source("a")
     with pytest.raises(ConfigError, match="no source is named 'b'"):
         store.paths.source("b")
