@@ -24,7 +24,7 @@ format = 1
 shard_size = 2
 [[sources]]
 name = "a"
-path = "pictures"
+path = "images"
 [models]
 clip = "demo:models/clip"
 tagger = "demo:models/tagger"
