@@ -150,5 +150,5 @@ def test_an_acceptance_is_of_one_source_as_it_is_now(listed):
     missing.settle(store)
     with pytest.raises(DataError, match=r"'many'.*'one'"):
         missing.require_accepted(store, losses)
-    with pytest.raises(ConfigError, match=r"'no one'.*there are: many, one"):
+    with pytest.raises(ConfigError, match=r"'nobody'.*there are: many, one"):
         missing.accept(store, ["nobody"])
