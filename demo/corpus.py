@@ -69,15 +69,6 @@ def centred_on_white(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def padded_corner(image: Image.Image, side: int) -> np.ndarray:
-    """OWLv2's preprocessing without the normalisation: black below and to the right, bicubic;
-    uint8."""
-    longest = max(image.size)
-    square = Image.new("RGB", (longest, longest), (0, 0, 0))
-    square.paste(image, (0, 0))
-    return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
-
-
 def picture(split: str, index: int, **shares: float) -> tuple[Scene, Image.Image, Box | None]:
     """One drawn image of the corpus with its truth; `split` and `index` name it."""
     scene = sample_scene(SEED, split, index, **shares)

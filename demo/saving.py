@@ -5,9 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from demo.corpus import CLIP_MEAN, CLIP_STD
 
 
@@ -22,12 +19,6 @@ def save_half(model: Any, folder: Path) -> None:
             if part in settings:
                 settings[part]["dtype"] = "float32"
     write_json(path, settings)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A plain fp16 safetensors file, folders made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().half().contiguous() for name, value in tensors.items()}, path)
 
 
 def write_json(path: Path, value: Any) -> None:

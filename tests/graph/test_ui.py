@@ -224,7 +224,9 @@ def test_a_link_leads_to_the_run_in_mlflow_with_its_curves_and_images(up):
     open_part(up, "verdicts")
     page.wait_for_text("MLflow: Images, with a slider", timeout_s=PAGES_S)
     page.open(
-        page.driver.execute_script("return document.querySelector('a[href*=foundry-pictures]').href")
+        page.driver.execute_script(
+            "return document.querySelector('a[href*=foundry-pictures]').href"
+        )
     )
     page.wait(
         lambda: any("get-artifact" in address for address in page.images(64)),
