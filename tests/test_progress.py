@@ -10,12 +10,12 @@ def test_lines_tell_rate_time_left_and_note(monkeypatch):
         for done in range(
             8, 81, 8
         ):  # one batch of 8 every 10 seconds, the first of which no one has timed
-            progress.report("pictures", done, 80, f"{done / 10:.1f} MB")
+            progress.report("images", done, 80, f"{done / 10:.1f} MB")
             now[0] += 10
         progress.report("crops", 3, 9)
         now[0] += 30
         progress.report("crops", 3, 9)
-    progress.report("pictures", 80, 80)
+    progress.report("images", 80, 80)
     assert said == [
         "32 of 80 images, 0.8/s, 60 s left, 3.2 MB",
         "56 of 80 images, 0.8/s, 30 s left, 5.6 MB",

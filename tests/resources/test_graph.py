@@ -64,7 +64,7 @@ def test_stages_of_one_body_stand_together():
     [
         ([stage("tags"), stage("tags", table="captions")], "another stage has its name"),
         ([stage("captions"), stage("blip", table="captions")], "the same parts of table captions"),
-        ([stage("picture_tags")], "names table image_tags, which no schema has"),
+        ([stage("image_tags")], "names table image_tags, which no schema has"),
         ([stage("tags", "raw_image")], "names table raw_image, which no schema has"),
         ([stage("tags", "raw_images")], "reads table 'raw_images'|raw_images, which no stage writes"),
         ([stage("tags", also=(Reads("raw_images", ("hight",)),))], "names column hight of table raw_images"),

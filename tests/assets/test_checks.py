@@ -70,6 +70,6 @@ def test_equal_images_are_found_and_those_that_were_not_drawn_are_none(store, di
         "demo@8",
         pl.DataFrame(rows, schema=TABLES["sample_images"].schema),
     )
-    result = finding(store, "pictures_not_blank")
+    result = finding(store, "images_not_blank")
     assert result.passed is (equal == 0)
     assert result.metadata["equal"].value == equal
